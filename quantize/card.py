@@ -1,0 +1,179 @@
+"""The card of a variant: what it is, how it was made, what it lost, and whether it may serve a role.
+
+``card.json`` lies beside the variant's weights and is the contract between ``quantize``, which
+writes it, and ``gateway`` and ``deploy``, which read it. This module needs pydantic alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from enum import StrEnum
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+CARD_NAME = "card.json"
+
+
+class CardError(ValueError):
+    """A card is missing, malformed, or does not match the files beside it. The text says the fix."""
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Outcome(StrEnum):
+    """What a gate concluded for one role."""
+
+    PASSED = "passed"
+    FAILED = "failed"
+    NOT_ENOUGH_EVIDENCE = "not_enough_evidence"
+
+
+class Verdict(_Strict):
+    """A gate's conclusion for one role, with the numbers it rests on in words."""
+
+    outcome: Outcome
+    reasons: tuple[str, ...]
+
+
+class RoleEvaluation(_Strict):
+    """A variant's answers to a role's held-out items, paired with the reference's answers."""
+
+    items: int = Field(ge=1)
+    correct: int = Field(ge=0, description="items answered right, by the role's check")
+    reference_correct: int = Field(ge=0)
+    flips_to_wrong: int = Field(ge=0, description="reference right, variant wrong")
+    flips_to_right: int = Field(ge=0, description="reference wrong, variant right")
+    same_answer: int = Field(ge=0, description="items where both gave the same text")
+    mcnemar_p: float = Field(ge=0, le=1, description="two-sided exact McNemar test on the flips")
+
+    @property
+    def accuracy(self) -> float:
+        return self.correct / self.items
+
+    @property
+    def agreement(self) -> float:
+        return self.same_answer / self.items
+
+
+class TextEvaluation(_Strict):
+    """Token statistics on held-out conversations, paired with the reference on the same tokens."""
+
+    tokens: int = Field(ge=1)
+    perplexity: float
+    reference_perplexity: float
+    delta_log_perplexity: float = Field(description="ln(perplexity) minus the reference's, nats")
+    delta_log_perplexity_se: float = Field(description="standard error of that difference, paired")
+    kl_mean: float = Field(description="KL(reference || variant), nats per token")
+    kl_p99: float
+    kl_vocabulary: int = Field(description="tokens of the vocabulary that the KL sums over")
+    top1_agreement: float = Field(ge=0, le=1)
+
+
+class Evaluation(_Strict):
+    """Everything measured through the served engine, and on which engine that was."""
+
+    roles: dict[str, RoleEvaluation]
+    text: TextEvaluation
+    tasks_sha256: str
+    engine: dict[str, str] = Field(description="vLLM version, platform, instruction set, settings")
+
+
+class Calibration(_Strict):
+    source: str
+    sha256: str
+    samples: int
+    tokens: int
+
+
+class Card(_Strict):
+    """The whole card. Bytes are of tensors as stored; bits are of a weight, scales not counted."""
+
+    format: int = 1
+    model: str
+    variant: str
+    reference: str = Field(description="name of the variant that this one is compared with")
+    scheme: str
+    method: str
+    weight_bits: int = Field(ge=1, le=32, description="lowest bits of any linear module's weights")
+    kv_cache_dtype: str = "auto"
+    module_bits: dict[str, int] = Field(description="linear module name to weight bits")
+    weight_bytes: int = Field(ge=0)
+    kv_bytes_per_token: int = Field(ge=0)
+    max_model_len: int = Field(ge=1)
+    calibration: Calibration | None = None
+    versions: dict[str, str]
+    created: str
+    files: dict[str, str] = Field(description="file name to SHA-256, all files but the card")
+    evaluation: Evaluation | None = None
+    gate: dict[str, Verdict] = Field(default_factory=dict)
+
+    @property
+    def version(self) -> str:
+        """Twelve hex digits that change whenever a file of the variant changes."""
+        listing = json.dumps(self.files, sort_keys=True).encode()
+        return hashlib.sha256(listing).hexdigest()[:12]
+
+    def memory_bytes(self, kv_tokens: int) -> int:
+        """Bytes that serving takes with ``kv_tokens`` tokens in the KV cache."""
+        return self.weight_bytes + kv_tokens * self.kv_bytes_per_token
+
+
+def sha256_of(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def hash_files(directory: Path) -> dict[str, str]:
+    """SHA-256 of every file of a variant but its card, by name relative to ``directory``."""
+    paths = sorted(path for path in directory.rglob("*") if path.is_file() and path.name != CARD_NAME)
+    return {path.relative_to(directory).as_posix(): sha256_of(path) for path in paths}
+
+
+def write_card(card: Card, directory: Path) -> None:
+    """Write ``card.json`` so that a reader sees the old one or the new one, never a part."""
+    partial = directory / (CARD_NAME + ".partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(card.model_dump_json(indent=2) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    partial.rename(directory / CARD_NAME)
+
+
+def read_card(directory: Path) -> Card:
+    """Read a variant's card. Raises CardError when there is none or it is malformed."""
+    path = directory / CARD_NAME
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise CardError(f"{path} does not exist; make the variant with `tiercel quantize`") from None
+    try:
+        return Card.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the file"
+        raise CardError(f"{path}: {where}: {first['msg']}; make the variant again") from None
+
+
+def verify_files(card: Card, directory: Path) -> None:
+    """Raise CardError unless the files in ``directory`` are exactly those that the card lists."""
+    present = {name: digest for name, digest in hash_files(directory).items() if ".partial" not in name}
+    for name, digest in card.files.items():
+        if name not in present:
+            raise CardError(
+                f"{directory}: {name} is listed in {CARD_NAME} but missing; make the variant again"
+            )
+        if present[name] != digest:
+            raise CardError(
+                f"{directory}: {name} does not match {CARD_NAME} (SHA-256 {present[name][:12]}…, card says "
+                f"{digest[:12]}…); make the variant again, or restore the file"
+            )
+    if extra := sorted(present.keys() - card.files.keys()):
+        raise CardError(f"{directory}: {extra[0]} is not listed in {CARD_NAME}; remove it")
