@@ -66,9 +66,15 @@ class Gateway(_Section):
     port: int = Field(default=8080, ge=1, le=65535)
     max_body_bytes: int = Field(default=8 << 20, ge=1024)
     connect_timeout_s: float = Field(default=2.0, gt=0)
-    first_byte_timeout_s: float = Field(default=120.0, gt=0)
+    first_byte_timeout_s: float = Field(
+        default=120.0, gt=0, description="for an answer that is not streamed this is the whole answer"
+    )
     idle_timeout_s: float = Field(default=60.0, gt=0, description="longest silence within a stream")
     scrape_interval_s: float = Field(default=2.0, gt=0, description="how often engine metrics are read")
+    health_interval_s: float = Field(default=1.0, gt=0, description="how often replicas are probed")
+    shutdown_timeout_s: float = Field(
+        default=20.0, gt=0, description="longest wait for running requests when the gateway stops"
+    )
 
     @field_validator("host")
     @classmethod
@@ -134,9 +140,13 @@ class Config(_Section):
             for agent in role.agents:
                 if agents.setdefault(agent, name) != name:
                     raise ValueError(f"roles.{name}.agents: {agent!r} already belongs to {agents[agent]}")
+        if self.model.name in self.roles:
+            raise ValueError(f"roles.{self.model.name}: is also the model's name; rename one")
+        taken = {self.model.name, *self.roles, *(f"{self.model.name}:{name}" for name in self.serve)}
         for provider in self.providers:
-            if provider.model == self.model.name or provider.model in self.roles:
+            if provider.model in taken:
                 raise ValueError(f"providers: {provider.model!r} is already a model or role; rename it")
+            taken.add(provider.model)
         return self
 
     def replicas(self, variant: str) -> tuple[str, ...]:

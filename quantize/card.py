@@ -108,6 +108,7 @@ class Card(_Strict):
     calibration: Calibration | None = None
     versions: dict[str, str]
     created: str
+    inputs_sha256: str = Field(default="", description="of everything that decides the weights")
     files: dict[str, str] = Field(description="file name to SHA-256, all files but the card")
     evaluation: Evaluation | None = None
     gate: dict[str, Verdict] = Field(default_factory=dict)

@@ -50,6 +50,25 @@ Tokens = list[int]
 
 
 @dataclass(frozen=True)
+class Phase:
+    """The mix of a step from step ``start`` on."""
+
+    start: int
+    utterances: int
+    records: int
+    record_dropout: float
+
+
+PHASES = (Phase(0, 96, 16, 0.1), Phase(541, 40, 40, 0.0))
+"""Words first: intents are learned within a few hundred steps. Then mostly records: copying a value
+takes longer to emerge, never sees a record twice, and so needs no dropout, which only delays it."""
+
+
+def phase_of(step: int) -> Phase:
+    return next(phase for phase in reversed(PHASES) if step >= phase.start)
+
+
+@dataclass(frozen=True)
 class Example:
     """Token ids, and per position the loss weight of predicting that token (0 = not learned)."""
 
@@ -188,13 +207,17 @@ def orthogonalize(matrix: torch.Tensor, steps: int = 5) -> torch.Tensor:
     return x.T if flipped else x
 
 
-def add_dropout(model: LlamaForCausalLM, rate: float) -> None:
-    """Dropout on what attention and MLP add to the residual stream (training mode only).
+def add_dropout(model: LlamaForCausalLM) -> None:
+    """Dropout on what attention and MLP add to the residual stream, at ``model.residual_dropout``
+    (training mode only).
 
     One mask per sequence and channel: a mask per element costs a fifth of a step on a CPU.
     """
 
     def masked(values: torch.Tensor) -> torch.Tensor:
+        rate = model.residual_dropout
+        if rate == 0.0:
+            return values
         keep = torch.rand(values.shape[0], 1, values.shape[2]) >= rate
         return values * (keep / (1 - rate))
 
@@ -203,6 +226,7 @@ def add_dropout(model: LlamaForCausalLM, rate: float) -> None:
             return output
         return (masked(output[0]), *output[1:]) if isinstance(output, tuple) else masked(output)
 
+    model.residual_dropout = 0.0
     for layer in model.model.layers:
         layer.self_attn.register_forward_hook(drop)
         layer.mlp.register_forward_hook(drop)
@@ -214,10 +238,13 @@ def schedule(step: int, steps: int) -> float:
     return min(1.0, (step + 1) / warm, (steps - step) / (0.5 * steps))
 
 
-def utterance_order(count: int, size: int, seed: int) -> Iterator[list[int]]:
-    """Endless batches of indices: one permutation per epoch."""
-    epoch, pending = 0, []
+def utterance_order(count: int, seed: int) -> Iterator[list[int]]:
+    """Endless batches of indices, of the size that the phase asks for: one permutation per epoch."""
+    epoch, step = 0, 0
+    pending: list[int] = []
     while True:
+        size = phase_of(step).utterances
+        step += 1
         while len(pending) < size:
             order = list(range(count))
             random.Random(f"{seed}/{epoch}").shuffle(order)
@@ -301,10 +328,10 @@ class Training:
         self.step = state["step"]
 
 
-def make_training(seed: int, dropout: float) -> Training:
+def make_training(seed: int) -> Training:
     torch.manual_seed(seed)
     model = LlamaForCausalLM(model_config())
-    add_dropout(model, dropout)
+    add_dropout(model)
     average = LlamaForCausalLM(model_config())
     average.load_state_dict(model.state_dict())
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and ".layers." in name]
@@ -332,12 +359,12 @@ def train(options: argparse.Namespace) -> None:
     encoder = Encoder(tokenizer)
     words = [encoder.text(u.text) for u in utterances]
 
-    training = make_training(options.seed, options.dropout)
+    training = make_training(options.seed)
     checkpoint = work / "checkpoint.pt"
     if checkpoint.exists():
         training.restore(torch.load(checkpoint, weights_only=True))
         print(f"resuming at step {training.step} of {options.steps}", flush=True)
-    order = utterance_order(len(utterances), options.utterances, options.seed)
+    order = utterance_order(len(utterances), options.seed)
     for _ in range(training.step):
         next(order)
 
@@ -345,19 +372,23 @@ def train(options: argparse.Namespace) -> None:
     saved = time.monotonic()
     while training.step < options.steps:
         step = training.step
+        phase = phase_of(step)
         rng = random.Random(f"{options.seed}/{step}")
         torch.manual_seed(hash((options.seed, step)) & 0x7FFFFFFF)
         labelled = [
             encoder.utterance(vary(list(words[i]), rng, words), utterances[i].intent) for i in next(order)
         ]
-        seeds = range(step * options.records, (step + 1) * options.records)
+        first = step * phase.records + 100 * phase.start
+        seeds = range(first, first + phase.records)
         conversations = [encoder.conversation(record_conversation(seed)) for seed in seeds]
         factor = schedule(step, options.steps)
         for optimizer in training.optimizers:
             optimizer.zero_grad(set_to_none=True)
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * factor
+        training.model.residual_dropout = 0.1
         intent_loss = backward(training.model, labelled, smoothing=0.1, chunks=3)
+        training.model.residual_dropout = phase.record_dropout
         record_loss = backward(training.model, conversations, smoothing=0.0, chunks=2)
         torch.nn.utils.clip_grad_norm_(training.model.parameters(), 1.0)
         for optimizer in training.optimizers:
@@ -404,10 +435,7 @@ def main() -> None:
     parser.add_argument("--clinc150", type=Path, required=True, help="CLINC150 as JSON (train, val, oos_*)")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("model"))
     parser.add_argument("--work", type=Path, default=Path("var/train"), help="tokenizer and checkpoint")
-    parser.add_argument("--steps", type=int, default=3000)
-    parser.add_argument("--utterances", type=int, default=96, help="utterances per step")
-    parser.add_argument("--records", type=int, default=16, help="record conversations per step")
-    parser.add_argument("--dropout", type=float, default=0.1)
+    parser.add_argument("--steps", type=int, default=1800)
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--evaluate-every", type=int, default=250)
     train(parser.parse_args())

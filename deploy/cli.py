@@ -1,0 +1,124 @@
+"""The command line. Errors that a person can mend are one sentence on standard error and status 2."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+from deploy.engine import EngineStartError
+from deploy.supervisor import UpError, run_until_stopped
+from gateway.config import Config, ConfigError, load_config
+from quantize.card import CardError
+from quantize.checkpoint import CheckpointError
+from quantize.compress import QuantizeError
+from quantize.evaluate.client import EngineError
+from quantize.evaluate.tasks import TaskError
+from quantize.registry import Registry
+from quantize.schemes import RECIPES
+
+USER_ERRORS = (
+    ConfigError,
+    CardError,
+    CheckpointError,
+    QuantizeError,
+    TaskError,
+    EngineStartError,
+    EngineError,
+    UpError,
+)
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def quantize(options: argparse.Namespace) -> None:
+    from deploy.making import evaluate_variants, format_cards, make_variants
+
+    config = load_config(options.config)
+    cards = make_variants(config, options.variants or list(RECIPES), say)
+    if options.evaluate:
+        cards = asyncio.run(evaluate_variants(config, cards, say))
+    print(format_cards(cards))
+
+
+def variants(options: argparse.Namespace) -> None:
+    from deploy.making import format_cards
+
+    config = load_config(options.config)
+    registry = Registry(config.variants_dir, config.model.name, config.reference)
+    names = [name for name in (config.reference, *RECIPES) if registry.path(name).is_dir()]
+    if not names:
+        raise CardError(f"{config.variants_dir} holds no variants; make them with `tiercel quantize`")
+    cards = [registry.card(name) for name in names]
+    print(format_cards(cards))
+    for card in cards:
+        for role, verdict in card.gate.items():
+            print(f"{card.variant} for {role}: {verdict.outcome}: " + "; ".join(verdict.reasons))
+
+
+def up(options: argparse.Namespace) -> None:
+    asyncio.run(run_until_stopped(load_config(options.config), options.config, say))
+
+
+def demo(options: argparse.Namespace) -> None:
+    from deploy.demo import run_demo
+
+    config: Config = load_config(options.config)
+    asyncio.run(run_demo(config, options.config, options.out, options.messages, say))
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="tiercel", description="Serves every agent at the precision it needs.")
+    top.add_argument("--version", action="version", version=f"tiercel {version('tiercel')}")
+    commands = top.add_subparsers(required=True, metavar="command")
+
+    def add(name: str, run: object, text: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=text, description=text)
+        command.add_argument("--config", type=Path, default=Path("tiercel.yaml"), help="the YAML file")
+        command.set_defaults(run=run)
+        return command
+
+    making = add("quantize", quantize, "make variants, measure them on their engines, judge them per role")
+    making.add_argument("variants", nargs="*", help=f"which (default: {' '.join(RECIPES)})")
+    making.add_argument("--no-evaluate", dest="evaluate", action="store_false", help="only make them")
+    add("variants", variants, "list the variants with their figures and verdicts")
+    add("up", up, "start one engine per served variant and the gateway, until Ctrl-C")
+    showing = add("demo", demo, "quantize, serve, and run the demo team; writes a report")
+    showing.add_argument("--out", type=Path, default=Path("var/demo"), help="where the report goes")
+    showing.add_argument("--messages", type=int, default=200, help="customer messages to send")
+    return top
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = parser().parse_args(arguments)
+    try:
+        options.run(options)
+    except KeyboardInterrupt:
+        say("tiercel: interrupted; what was finished is kept")
+        sys.exit(130)
+    except USER_ERRORS as error:
+        say(f"tiercel: {error}")
+        sys.exit(2)
+    except BaseExceptionGroup as group:  # the first failure of several engines at once
+        known, unknown = group.split(USER_ERRORS)
+        if known is None or unknown is not None:
+            raise
+        say(f"tiercel: {_first(known)}")
+        sys.exit(2)
+
+
+def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """The first exception of a group that is not a group."""
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,203 @@
+"""One vLLM engine as a child process: its command line from a card, readiness, log, and end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import aiohttp
+
+from gateway.config import Engine as EngineSettings
+from quantize.card import Card
+
+LAST_LINES = 12
+"""Lines of an engine's log that an error message shows."""
+
+
+class EngineStartError(RuntimeError):
+    """An engine did not become ready. The text shows its last words."""
+
+
+@dataclass(frozen=True)
+class EngineSpec:
+    """What to serve and where."""
+
+    card: Card
+    directory: Path
+    host: str
+    port: int
+    log: Path
+
+    @property
+    def url(self) -> str:
+        return f"http://{self.host}:{self.port}"
+
+
+def command(spec: EngineSpec, settings: EngineSettings) -> list[str]:
+    """vLLM's command line for a variant, from its card."""
+    arguments = [
+        str(settings.python),
+        "-m",
+        "vllm.entrypoints.openai.api_server",
+        *("--model", str(spec.directory)),
+        *("--served-model-name", spec.card.model),
+        *("--host", spec.host),
+        *("--port", str(spec.port)),
+        *("--max-model-len", str(min(settings.max_model_len, spec.card.max_model_len))),
+        *("--max-num-seqs", str(settings.max_num_seqs)),
+        *("--max-logprobs", "-1"),
+        *("--kv-cache-dtype", spec.card.kv_cache_dtype),
+        *("--uvicorn-log-level", "warning"),
+    ]
+    if not has_cuda():
+        arguments.append("--enforce-eager")
+    return [*arguments, *settings.extra_args]
+
+
+def environment(settings: EngineSettings) -> dict[str, str]:
+    """The engine's environment: no hub, no telemetry, our sitecustomize first, then the user's own."""
+    added = {
+        "HF_HUB_OFFLINE": "1",
+        "VLLM_NO_USAGE_STATS": "1",
+        "DO_NOT_TRACK": "1",
+        "VLLM_CPU_KVCACHE_SPACE": f"{settings.kv_cache_gib:g}",
+        "PYTHONPATH": str(Path(__file__).with_name("engine_site")),
+        "PYTHONUNBUFFERED": "1",
+        "PYTHONWARNINGS": "ignore",
+    }
+    if not has_cuda():
+        # A CPU engine compiles its sampler with a C++ compiler at the first request that asks for
+        # log-probabilities: 20 s of silence for a gain that a CPU does not show.
+        added["TORCH_COMPILE_DISABLE"] = "1"
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    return {**kept, **added, **settings.env}
+
+
+def has_cuda() -> bool:
+    return Path("/proc/driver/nvidia/version").exists()
+
+
+def port_in_use(host: str, port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError:
+            return True
+    return False
+
+
+class EngineProcess:
+    """A running (or ended) engine. ``start`` and ``wait_ready`` raise EngineStartError."""
+
+    def __init__(self, spec: EngineSpec, settings: EngineSettings) -> None:
+        self.spec, self._settings = spec, settings
+        self._process: asyncio.subprocess.Process | None = None
+
+    @property
+    def pid(self) -> int | None:
+        return self._process.pid if self._process else None
+
+    @property
+    def exit_code(self) -> int | None:
+        return self._process.returncode if self._process else None
+
+    async def start(self) -> None:
+        """Start the process in its own process group, its output appended to the log."""
+        python = self._settings.python
+        if python is None or not python.exists():
+            raise EngineStartError(
+                f"no engine environment at {python}; run `make setup`, or set engine.python"
+            )
+        if port_in_use(self.spec.host, self.spec.port):
+            raise EngineStartError(
+                f"port {self.spec.port} on {self.spec.host} is in use; stop what listens there, "
+                "or set engine.base_port to another range"
+            )
+        self.spec.log.parent.mkdir(parents=True, exist_ok=True)
+        with self.spec.log.open("ab") as log:
+            self._process = await asyncio.create_subprocess_exec(
+                *command(self.spec, self._settings),
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env=environment(self._settings),
+                start_new_session=True,
+            )
+
+    async def wait_ready(self) -> None:
+        """Return when the engine has answered a request, log-probabilities included."""
+        deadline = asyncio.get_running_loop().time() + self._settings.start_timeout_s
+        async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=60)) as session:
+            while not await self._answers(session):
+                if self.exit_code is not None:
+                    raise EngineStartError(
+                        f"engine {self.spec.card.variant} ended with status {self.exit_code} while starting; "
+                        f"its last words ({self.spec.log}):\n{self.last_words()}"
+                    )
+                if asyncio.get_running_loop().time() > deadline:
+                    raise EngineStartError(
+                        f"engine {self.spec.card.variant} was not ready after "
+                        f"{self._settings.start_timeout_s:.0f} s; raise engine.start_timeout_s or see "
+                        f"{self.spec.log}:\n{self.last_words()}"
+                    )
+                await asyncio.sleep(0.5)
+
+    async def _answers(self, session: aiohttp.ClientSession) -> bool:
+        body = {"model": self.spec.card.model, "prompt": [1, 2, 3], "max_tokens": 1, "logprobs": 1}
+        try:
+            async with session.get(self.spec.url + "/health") as health:
+                if health.status != 200:
+                    return False
+            async with session.post(self.spec.url + "/v1/completions", json=body) as first:
+                return first.status == 200
+        except (aiohttp.ClientError, TimeoutError):
+            return False
+
+    async def wait(self) -> int:
+        """Wait for the process to end; returns its exit status."""
+        if self._process is None:
+            raise EngineStartError(f"engine {self.spec.card.variant} was never started")
+        return await self._process.wait()
+
+    async def stop(self) -> None:
+        """End the whole process group: SIGTERM, then SIGKILL after ``engine.stop_timeout_s``."""
+        if self._process is None:
+            return
+        for sent, patience in ((signal.SIGTERM, self._settings.stop_timeout_s), (signal.SIGKILL, 10.0)):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, sent)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._process.wait(), patience)
+                break
+        with contextlib.suppress(ProcessLookupError):  # workers that outlived their parent
+            os.killpg(self._process.pid, signal.SIGKILL)
+
+    def last_words(self) -> str:
+        """The last lines of the engine's log, without vLLM's prefixes being cut."""
+        try:
+            lines = self.spec.log.read_text(encoding="utf-8", errors="replace").splitlines()
+        except FileNotFoundError:
+            return "(no log)"
+        return "\n".join(f"  {line}" for line in lines[-LAST_LINES:])
+
+
+@contextlib.asynccontextmanager
+async def running(
+    spec: EngineSpec, settings: EngineSettings, say: Callable[[str], None]
+) -> AsyncIterator[EngineProcess]:
+    """An engine that is ready inside the block and gone after it."""
+    engine = EngineProcess(spec, settings)
+    say(f"starting engine {spec.card.variant} on port {spec.port}")
+    try:
+        await engine.start()
+        await engine.wait_ready()
+        yield engine
+    finally:
+        await engine.stop()

@@ -1,0 +1,155 @@
+"""``tiercel quantize``: checkpoint → variants → measured on real engines → cards with verdicts.
+
+Finished work is never done twice: a variant that exists with the same inputs is kept, an engine's
+answers are kept per variant version and task set, so that an interrupted run goes on where it was.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import platform
+import socket
+from collections.abc import Callable, Sequence
+from contextlib import AsyncExitStack
+from pathlib import Path
+
+from deploy.engine import EngineSpec, running
+from gateway.config import Config
+from quantize.card import Card, Outcome, write_card
+from quantize.checkpoint import open_checkpoint
+from quantize.compress import QuantizeError, read_calibration
+from quantize.evaluate.client import EngineClient
+from quantize.evaluate.measure import (
+    Measurement,
+    compare,
+    load_measurement,
+    measure,
+    save_measurement,
+    tasks_sha256,
+)
+from quantize.evaluate.tasks import Item, read_items
+from quantize.gate import judge
+from quantize.registry import Registry
+from quantize.schemes import RECIPES
+
+ENGINES_AT_ONCE = 2
+"""While one engine answers, the next one starts."""
+
+Say = Callable[[str], None]
+
+
+def make_variants(config: Config, variants: Sequence[str], say: Say) -> list[Card]:
+    """Make the reference and ``variants`` if they are not there yet. Returns their cards."""
+    unknown = [name for name in variants if name not in RECIPES and name != config.reference]
+    if unknown:
+        known = ", ".join([config.reference, *RECIPES])
+        raise QuantizeError(f"unknown variant {unknown[0]!r}; known: {known}")
+    checkpoint = open_checkpoint(config.model.path)
+    registry = Registry(config.variants_dir, config.model.name, config.reference)
+    cards = [registry.add_reference(checkpoint)]
+    wanted = [RECIPES[name] for name in variants if name != config.reference]
+    if wanted:
+        calibration = read_calibration(config.calibration, checkpoint)
+        for number, recipe in enumerate(wanted, 1):
+            say(f"[{number}/{len(wanted)}] {recipe.variant}: {recipe.scheme} by {recipe.method}")
+            cards.append(registry.add(checkpoint, recipe, calibration))
+    return cards
+
+
+def role_tasks(config: Config) -> dict[str, list[Item]]:
+    """Held-out items of every role that has a task file. Raises TaskError."""
+    tasks = {name: read_items(role.tasks, name) for name, role in config.roles.items() if role.tasks}
+    if not tasks:
+        raise QuantizeError("no role has tasks; give roles.<role>.tasks, or use --no-evaluate")
+    return tasks
+
+
+async def evaluate_variants(config: Config, cards: Sequence[Card], say: Say) -> list[Card]:
+    """Measure every variant through its engine, compare with the reference, judge, write the cards."""
+    tasks = role_tasks(config)
+    digest = tasks_sha256(tasks)
+    registry = Registry(config.variants_dir, config.model.name, config.reference)
+    slots = asyncio.Semaphore(ENGINES_AT_ONCE)
+    answering = asyncio.Lock()
+
+    async def measured(card: Card) -> Measurement:
+        path = registry.measurement_path(card, digest)
+        if (known := load_measurement(path)) is not None:
+            return known
+        spec = EngineSpec(
+            card=card,
+            directory=registry.path(card.variant),
+            host=config.engine.host,
+            port=free_port(config.engine.host),
+            log=config.variants_dir / ".logs" / f"engine-{card.variant}.log",
+        )
+        async with AsyncExitStack() as stack:
+            await stack.enter_async_context(slots)
+            await stack.enter_async_context(running(spec, config.engine, say))
+            client = await stack.enter_async_context(EngineClient(spec.url, card.model))
+            async with answering:  # one engine at a time has the machine to itself
+                result = await measure(client, tasks, engine_description(config), card.variant)
+        save_measurement(result, path)
+        return result
+
+    async with asyncio.TaskGroup() as group:
+        running_measurements = [group.create_task(measured(card)) for card in cards]
+    results = {card.variant: task.result() for card, task in zip(cards, running_measurements, strict=True)}
+    judged = []
+    for card in cards:
+        evaluation = compare(results[config.reference], results[card.variant], tasks)
+        card = card.model_copy(update={"evaluation": evaluation})
+        gate = {name: judge(card, name, role.budget) for name, role in config.roles.items()}
+        card = card.model_copy(update={"gate": gate})
+        write_card(card, registry.path(card.variant))
+        judged.append(card)
+    return judged
+
+
+def engine_description(config: Config) -> dict[str, str]:
+    """Where the numbers come from: kernels differ between processors and settings."""
+    flags = _cpu_line("flags").split()
+    kinds = [name for name in ("amx_int8", "avx512_vnni", "avx512f", "avx2") if name in flags]
+    return {
+        "machine": platform.machine(),
+        "cpu": _cpu_line("model name"),
+        "instructions": kinds[0] if kinds else "baseline",
+        "env": " ".join(f"{name}={value}" for name, value in sorted(config.engine.env.items())),
+    }
+
+
+def _cpu_line(name: str) -> str:
+    """The first line of that name in /proc/cpuinfo, or an empty string."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return ""
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(name)), "")
+
+
+def free_port(host: str) -> int:
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def format_cards(cards: Sequence[Card]) -> str:
+    """The variants as a table for the terminal."""
+    marks = {Outcome.PASSED: "pass", Outcome.FAILED: "FAIL", Outcome.NOT_ENOUGH_EVIDENCE: "not enough"}
+    roles = sorted({role for card in cards for role in card.gate})
+    header = ["variant", "scheme", "weights", "KV/token", "perplexity", "mean KL", *roles]
+    rows = [header]
+    for card in cards:
+        text = card.evaluation.text if card.evaluation else None
+        row = [card.variant, card.scheme, f"{card.weight_bytes / 1e6:.2f} MB", f"{card.kv_bytes_per_token} B"]
+        row += [f"{text.perplexity:.4f}", f"{text.kl_mean:.5f}"] if text else ["-", "-"]
+        for role in roles:
+            figures = card.evaluation.roles.get(role) if card.evaluation else None
+            share = f"{100 * figures.accuracy:.1f} % " if figures else ""
+            row.append(share + (marks[card.gate[role].outcome] if role in card.gate else "-"))
+        rows.append(row)
+    widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
+    return "\n".join(
+        "  ".join(cell.ljust(w) for cell, w in zip(r, widths, strict=True)).rstrip() for r in rows
+    )

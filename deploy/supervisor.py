@@ -1,0 +1,244 @@
+"""``tiercel up``: one engine per served variant and the gateway, kept running until told to stop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import aiohttp
+from tqdm import tqdm
+
+from deploy.engine import EngineProcess, EngineSpec, EngineStartError, port_in_use
+from gateway.config import Config
+from quantize.registry import Registry
+
+Say = Callable[[str], None]
+
+FIRST_BACK_OFF_S, LONGEST_BACK_OFF_S = 1.0, 60.0
+STEADY_S = 120.0
+"""A process that ran this long starts again without delay when it ends."""
+
+
+class UpError(RuntimeError):
+    """The stack cannot be started. The text says why and what to do."""
+
+
+def engine_specs(config: Config) -> list[EngineSpec]:
+    """The engines to start here: served variants without given replicas. Raises CardError."""
+    registry = Registry(config.variants_dir, config.model.name, config.reference)
+    return [
+        EngineSpec(
+            card=registry.card(variant),
+            directory=registry.path(variant),
+            host=config.engine.host,
+            port=config.engine.base_port + config.serve.index(variant),
+            log=config.run_dir / "logs" / f"engine-{variant}.log",
+        )
+        for variant in config.serve
+        if not config.pools.get(variant)
+    ]
+
+
+class Stack:
+    """Engines and gateway of one configuration. Use as an async context manager."""
+
+    def __init__(self, config: Config, config_path: Path, say: Say) -> None:
+        self.config, self._config_path, self._say = config, config_path, say
+        self._specs = engine_specs(config)
+        self.engines = {spec.card.variant: EngineProcess(spec, config.engine) for spec in self._specs}
+        self._gateway: asyncio.subprocess.Process | None = None
+        self._watchers: list[asyncio.Task[None]] = []
+
+    @property
+    def url(self) -> str:
+        return f"http://{self.config.gateway.host}:{self.config.gateway.port}"
+
+    @property
+    def gateway_log(self) -> Path:
+        return self.config.run_dir / "logs" / "gateway.log"
+
+    async def __aenter__(self) -> Stack:
+        try:
+            await self._start()
+        except BaseException:
+            await self.stop()
+            raise
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.stop()
+
+    async def _start(self) -> None:
+        gateway = self.config.gateway
+        if port_in_use(gateway.host, gateway.port):
+            raise UpError(
+                f"port {gateway.port} on {gateway.host} is in use; stop what listens there, "
+                "or set gateway.port to another"
+            )
+        for log in (self.gateway_log, *(spec.log for spec in self._specs)):
+            log.parent.mkdir(parents=True, exist_ok=True)
+            log.write_bytes(b"")
+        with tqdm(total=len(self.engines) + 1, desc="starting", unit="process", mininterval=0.5) as bar:
+
+            async def bring_up(engine: EngineProcess) -> None:
+                await engine.start()
+                await engine.wait_ready()
+                bar.set_postfix_str(f"{engine.spec.card.variant} ready")
+                bar.update()
+
+            starts = [asyncio.create_task(bring_up(engine)) for engine in self.engines.values()]
+            try:
+                await asyncio.gather(*starts)
+            finally:
+                for start in starts:
+                    start.cancel()
+                await asyncio.gather(*starts, return_exceptions=True)
+            self._write_state()
+            await self._start_gateway()
+            bar.set_postfix_str("gateway ready")
+            bar.update()
+        self._watchers = [asyncio.create_task(self._watch_engine(e)) for e in self.engines.values()]
+        self._watchers.append(asyncio.create_task(self._watch_gateway()))
+
+    async def _start_gateway(self) -> None:
+        with self.gateway_log.open("ab") as log:
+            self._gateway = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-m", "gateway", "--config", str(self._config_path)),
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        deadline = time.monotonic() + 60
+        async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=5)) as session:
+            while not await _is_ready(session, self.url + "/readiness"):
+                if self._gateway.returncode is not None or time.monotonic() > deadline:
+                    words = self.gateway_log.read_text(encoding="utf-8", errors="replace").splitlines()[-8:]
+                    raise UpError("the gateway did not start; its last words:\n" + "\n".join(words))
+                await asyncio.sleep(0.2)
+
+    async def _watch_engine(self, engine: EngineProcess) -> None:
+        """Restart an engine whenever it ends, with a delay that doubles while it keeps ending."""
+        delay = FIRST_BACK_OFF_S
+        while True:
+            began = time.monotonic()
+            status = await engine.wait()
+            delay = FIRST_BACK_OFF_S if time.monotonic() - began > STEADY_S else delay
+            name = engine.spec.card.variant
+            self._say(f"engine {name} ended with status {status}; starting it again in {delay:.0f} s")
+            await engine.stop()
+            await asyncio.sleep(delay)
+            delay = min(2 * delay, LONGEST_BACK_OFF_S)
+            try:
+                await engine.start()
+                self._write_state()
+                await engine.wait_ready()
+                self._say(f"engine {name} is ready again")
+            except EngineStartError as error:
+                self._say(str(error))
+                await engine.stop()
+
+    async def _watch_gateway(self) -> None:
+        delay = FIRST_BACK_OFF_S
+        while self._gateway is not None:
+            began = time.monotonic()
+            status = await self._gateway.wait()
+            delay = FIRST_BACK_OFF_S if time.monotonic() - began > STEADY_S else delay
+            self._say(f"the gateway ended with status {status}; starting it again in {delay:.0f} s")
+            await asyncio.sleep(delay)
+            delay = min(2 * delay, LONGEST_BACK_OFF_S)
+            try:
+                await self._start_gateway()
+                self._say("the gateway is ready again")
+            except UpError as error:
+                self._say(str(error))
+
+    def _write_state(self) -> None:
+        """Tell the gateway which process serves which variant, for its memory metric."""
+        self.config.run_dir.mkdir(parents=True, exist_ok=True)
+        path = self.config.run_dir / "engines.json"
+        engines = {name: {"url": e.spec.url, "pid": e.pid} for name, e in self.engines.items()}
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps({"engines": engines}), encoding="utf-8")
+        partial.rename(path)
+
+    async def stop(self) -> None:
+        """Gateway first (it drains), then the engines, all at once."""
+        for watcher in self._watchers:
+            watcher.cancel()
+        await asyncio.gather(*self._watchers, return_exceptions=True)
+        if self._gateway is not None and self._gateway.returncode is None:
+            for sent, patience in ((signal.SIGTERM, 15.0), (signal.SIGKILL, 5.0)):
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(self._gateway.pid, sent)
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._gateway.wait(), patience)
+                    break
+        await asyncio.gather(*(engine.stop() for engine in self.engines.values()))
+        (self.config.run_dir / "engines.json").unlink(missing_ok=True)
+
+
+async def _is_ready(session: aiohttp.ClientSession, url: str) -> bool:
+    try:
+        async with session.get(url) as response:
+            return response.status == 200
+    except (aiohttp.ClientError, TimeoutError):
+        return False
+
+
+async def run_until_stopped(config: Config, config_path: Path, say: Say) -> None:
+    """Run the stack until SIGINT or SIGTERM, then stop everything."""
+    stopped = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stopped.set)
+    starting = asyncio.create_task(Stack(config, config_path, say).__aenter__())
+    waiting = asyncio.create_task(stopped.wait())
+    await asyncio.wait({starting, waiting}, return_when=asyncio.FIRST_COMPLETED)
+    if not starting.done():
+        say("stopping before everything was started")
+        starting.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await starting
+        waiting.cancel()
+        return
+    stack = await starting
+    try:
+        say(_try_it(stack))
+        await waiting
+        say("stopping")
+    finally:
+        waiting.cancel()
+        await stack.stop()
+        say("stopped; logs are in " + str(stack.gateway_log.parent))
+
+
+def _try_it(stack: Stack) -> str:
+    """What a person can type now."""
+    role = next(iter(stack.config.roles))
+    model = stack.config.model.name
+    return f"""
+Tiercel is up at {stack.url}  (Ctrl-C stops it; logs in {stack.gateway_log.parent})
+
+  curl {stack.url}/v1/chat/completions -H 'content-type: application/json' \\
+    -H 'x-agent-role: {role}' -d '{{"model": "{model}", "messages": [
+      {{"role": "system", "content": "Classify the intent of the message."}},
+      {{"role": "user", "content": "when is my credit card bill due"}}], "temperature": 0}}'
+
+  from openai import OpenAI
+  client = OpenAI(base_url="{stack.url}/v1", api_key="unused")
+  for chunk in client.chat.completions.create(
+      model="{role}", stream=True, temperature=0,
+      messages=[{{"role": "system", "content": "Classify the intent of the message."}},
+                {{"role": "user", "content": "when is my credit card bill due"}}]):
+      print(chunk.choices[0].delta.content or "", end="") if chunk.choices else None
+
+  curl {stack.url}/v1/models      curl {stack.url}/metrics
+"""

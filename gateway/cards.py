@@ -1,0 +1,26 @@
+"""The cards of the served variants, read once at start-up."""
+
+from __future__ import annotations
+
+from gateway.config import Config
+from quantize.card import CARD_NAME, Card, CardError, read_card
+
+
+def load_cards(config: Config) -> dict[str, Card]:
+    """Card of every served variant, by variant name. Raises CardError when one cannot be used."""
+    cards = {}
+    for variant in config.serve:
+        directory = config.variants_dir / variant
+        card = read_card(directory)
+        if card.variant != variant:
+            raise CardError(
+                f"{directory / CARD_NAME}: is the card of {card.variant!r}, not {variant!r}; "
+                "rename the directory or make the variant again"
+            )
+        if card.reference != config.reference:
+            raise CardError(
+                f"{directory / CARD_NAME}: was compared with {card.reference!r}, but the reference is "
+                f"{config.reference!r}; make the variant again"
+            )
+        cards[variant] = card
+    return cards

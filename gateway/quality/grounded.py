@@ -1,0 +1,150 @@
+"""The grounded check: is what an answer says in what the model was given? By rules, without a model.
+
+The labels are those of ADK's ``hallucinations_v1``, of which a judge is needed for two
+(``contradictory``, ``disputed``); the rules give the other three:
+
+1. A question, or a sentence that says that something is not stated or not known: ``not_applicable``.
+2. A sentence with values that can be looked up (numbers, money, dates, times, identifiers, names) is
+   ``supported`` when every one of them is in the context, else ``unsupported``.
+3. Any other sentence is judged by its content words. Its value is what follows the first ``is``,
+   ``are``, ``was``, ``were`` or colon, else its last content word: ``supported`` when the value is in
+   the context; ``not_applicable`` when none of its content words is; else ``unsupported``.
+
+What it cannot see: a value that is in the context but belongs to something else (the agent's name
+given as the customer's), a wrong word beside right numbers, and a paraphrase (which it calls
+unsupported). The context is everything but the assistant's own words.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+from gateway.quality.claims import Claim, extract, names
+from gateway.quality.sentences import split_sentences
+
+_WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*")
+_COPULA = re.compile(r"\b(?:is|are|was|were)\b\s*:?|:", re.IGNORECASE)
+_NOTHING_CLAIMED = re.compile(
+    r"\b(?:(?:do|does|did)(?: not|n['’]t) (?:say|state|mention|include|specify|contain|list|show|know|have)"
+    r"|(?:is|are|was|were)(?: not|n['’]t) (?:stated|mentioned|given|included|specified|listed|known|available)"
+    r"|no information|cannot (?:tell|find|say|determine)|can['’]t (?:tell|find|say|determine)|not sure)\b",
+    re.IGNORECASE,
+)
+_STOP_WORDS = frozenset(
+    "a an the this that these those it its he she they them his her their we our us you your i my me is are "
+    "was were be been being am has have had do does did will would can could shall should may might must "
+    "of in on at to from by with for as and or but if then than so also not there here about into per over "
+    "under up down out off what which who whom whose when where why how yes please sure thanks hello hi".split()
+)
+
+
+class Label(StrEnum):
+    SUPPORTED = "supported"
+    UNSUPPORTED = "unsupported"
+    NOT_APPLICABLE = "not_applicable"
+
+
+@dataclass(frozen=True)
+class Grounded:
+    """An answer's sentences with their labels, in order."""
+
+    sentences: tuple[tuple[str, Label], ...]
+
+    @property
+    def counts(self) -> Counter[Label]:
+        return Counter(label for _, label in self.sentences)
+
+    @property
+    def score(self) -> float | None:
+        """ADK's score, (supported + not_applicable) / sentences; None for an answer without any."""
+        if not self.sentences:
+            return None
+        return 1 - self.counts[Label.UNSUPPORTED] / len(self.sentences)
+
+    @property
+    def strict_score(self) -> float | None:
+        """supported / (supported + unsupported): what evades a claim does not raise it."""
+        counts = self.counts
+        judged = counts[Label.SUPPORTED] + counts[Label.UNSUPPORTED]
+        return counts[Label.SUPPORTED] / judged if judged else None
+
+
+def context_of(messages: Iterable[Mapping[str, Any]]) -> str:
+    """The texts of all messages but the assistant's."""
+    texts: list[str] = []
+    for message in messages:
+        content = message.get("content")
+        if message.get("role") == "assistant" or not content:
+            continue
+        parts = [content] if isinstance(content, str) else [part.get("text") for part in content]
+        texts.extend(part for part in parts if isinstance(part, str))
+    return "\n".join(texts)
+
+
+def check(answer: str, context: str) -> Grounded:
+    """Label every sentence of ``answer`` against ``context``."""
+    source = _Source(context)
+    return Grounded(tuple((sentence, _label(sentence, source)) for sentence in split_sentences(answer)))
+
+
+class _Source:
+    """The context, prepared for looking up."""
+
+    def __init__(self, context: str) -> None:
+        claims, _ = extract(context)
+        self._claims = {(_family(claim), claim.value) for claim in claims}
+        # An answer may leave out a year or a currency. It may add a currency, but no year.
+        self._shortened = {(family, (*value[:-1], "")) for family, value in self._claims}
+        self._words = " ".join(_words(context))
+        self.vocabulary = frozenset(self._words.split())
+
+    def has(self, claim: Claim) -> bool:
+        key = (_family(claim), claim.value)
+        if key in self._claims or key in self._shortened:
+            return True
+        return claim.kind == "money" and (key[0], (claim.value[0], "")) in self._claims
+
+    def says(self, phrase: Iterable[str]) -> bool:
+        """Whether the words stand next to each other in the context."""
+        return f" {' '.join(phrase)} " in f" {self._words} "
+
+
+def _label(sentence: str, source: _Source) -> Label:
+    if sentence.endswith("?") or _NOTHING_CLAIMED.search(sentence):
+        return Label.NOT_APPLICABLE
+    claims, rest = extract(sentence)
+    phrases = [_words(name) for name in names(rest, _STOP_WORDS)]
+    if claims or phrases:
+        found = all(source.has(claim) for claim in claims) and all(_named(p, source) for p in phrases)
+        return Label.SUPPORTED if found else Label.UNSUPPORTED
+    content = _content(sentence)
+    copula = _COPULA.search(sentence)
+    value = _content(sentence[copula.end() :]) if copula else content[-1:]
+    if value and (source.says(value) or all(word in source.vocabulary for word in value)):
+        return Label.SUPPORTED
+    if not any(word in source.vocabulary for word in content):
+        return Label.NOT_APPLICABLE
+    return Label.UNSUPPORTED
+
+
+def _named(words: list[str], source: _Source) -> bool:
+    """A name as it is, or with its two parts the other way round (``Vidal, Greta``)."""
+    return source.says(words) or (len(words) == 2 and source.says(reversed(words)))
+
+
+def _family(claim: Claim) -> str:
+    """Money and numbers are looked up together."""
+    return "number" if claim.kind == "money" else claim.kind
+
+
+def _words(text: str) -> list[str]:
+    return [word.lower().removesuffix("'s").removesuffix("’s") for word in _WORD.findall(text)]
+
+
+def _content(text: str) -> list[str]:
+    return [word for word in _words(text) if word not in _STOP_WORDS]

@@ -1,0 +1,109 @@
+"""What the engines say about themselves, read in the background. A reading that fails is left out."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import aiohttp
+import psutil
+from prometheus_client.parser import text_string_to_metric_families
+
+from gateway.routing.pools import Replica
+from gateway.telemetry.metrics import Metrics
+
+SCRAPE_TIMEOUT_S = 5.0
+ENGINES_FILE = "engines.json"
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Figures of one engine, from its ``/metrics``; None for what it does not report."""
+
+    kv_cache_usage: float | None
+    waiting: float | None
+    running: float | None
+
+
+def parse_reading(text: str) -> Reading:
+    """Read vLLM 0.32's metrics. Data-parallel ranks of one engine: the fullest cache, summed requests.
+
+    Raises ValueError for what is not Prometheus text.
+    """
+    found: dict[str, list[float]] = {}
+    for family in text_string_to_metric_families(text):
+        if family.name.startswith("vllm:"):
+            for sample in family.samples:
+                found.setdefault(sample.name, []).append(sample.value)
+    usage, waiting, running = (
+        found.get(name)
+        for name in ("vllm:kv_cache_usage_perc", "vllm:num_requests_waiting", "vllm:num_requests_running")
+    )
+    return Reading(
+        kv_cache_usage=max(usage) if usage else None,
+        waiting=sum(waiting) if waiting else None,
+        running=sum(running) if running else None,
+    )
+
+
+def engine_pids(run_dir: Path) -> dict[tuple[str, str], int]:
+    """Process ids of locally started engines by (variant, base URL), as their supervisor wrote them."""
+    try:
+        engines = json.loads((run_dir / ENGINES_FILE).read_text(encoding="utf-8"))["engines"]
+        return {(name, engine["url"].rstrip("/")): int(engine["pid"]) for name, engine in engines.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
+def resident_bytes(pid: int) -> int | None:
+    """Resident memory of a process and its descendants; pages that they share count for each."""
+    try:
+        process = psutil.Process(pid)
+        tree = [process, *process.children(recursive=True)]
+    except psutil.Error:
+        return None
+    total = 0
+    for member in tree:
+        try:
+            total += member.memory_info().rss
+        except psutil.Error:
+            continue
+    return total or None
+
+
+class EngineReader:
+    """Keeps the gauges of all engines up to date."""
+
+    def __init__(self, session: aiohttp.ClientSession, metrics: Metrics, run_dir: Path) -> None:
+        self._session = session
+        self._metrics = metrics
+        self._run_dir = run_dir
+
+    async def read_forever(self, replicas: Iterable[Replica], interval_s: float) -> None:
+        replicas = tuple(replicas)
+        while True:
+            pids = engine_pids(self._run_dir)
+            readings = (self._read(replica, pids.get((replica.variant, replica.url))) for replica in replicas)
+            await asyncio.gather(*readings)
+            await asyncio.sleep(interval_s)
+
+    async def _read(self, replica: Replica, pid: int | None) -> None:
+        timeout = aiohttp.ClientTimeout(total=SCRAPE_TIMEOUT_S)
+        try:
+            async with self._session.get(replica.url + "/metrics", timeout=timeout) as response:
+                reading = parse_reading(await response.text() if response.status == 200 else "")
+        except (aiohttp.ClientError, TimeoutError, ValueError):
+            reading = Reading(None, None, None)
+        memory = None if pid is None else await asyncio.to_thread(resident_bytes, pid)
+        for gauge, value in (
+            (self._metrics.kv_cache_usage, reading.kv_cache_usage),
+            (self._metrics.queue_depth, reading.waiting),
+            (self._metrics.engine_memory, memory),
+        ):
+            if value is None:  # an old figure would pass for a present one
+                gauge.remove_by_labels({"variant": replica.variant, "replica": replica.name})
+            else:
+                gauge.labels(replica.variant, replica.name).set(value)

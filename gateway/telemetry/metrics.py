@@ -1,0 +1,92 @@
+"""Every metric of the gateway. The registry is passed in; labels come from bounded sets only.
+
+Roles, variants and replicas come from the configuration, so what clients invent never becomes a label
+value. ``outcome`` of a request is its status as a number in words of HTTP: 200, 400 …, 499 for a client
+that left, and 502 or 504 also for a stream that broke off after its 200 had been sent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
+
+OTHER = "other"
+
+_LATENCY_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+_TOKEN_GAP_S = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 1.28, 2.56, 5, 10)
+_OVERHEAD_S = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1)
+_NLL_NATS = (0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.45, 0.65, 0.9, 1.25, 1.75, 2.5, 4, 8)
+_ENTROPY_NATS = (0.05, 0.1, 0.25, 0.5, 0.75, 1, 1.25, 1.5, 1.75, 2, 2.5, 3, 4, 6)
+_SCORE = (0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1)
+
+
+class Metrics:
+    """The gateway's metrics, registered in ``registry``."""
+
+    def __init__(self, registry: CollectorRegistry, roles: Iterable[str]) -> None:
+        self.registry = registry
+        self._roles = frozenset(roles)
+        ProcessCollector(registry=registry)
+
+        def counter(name: str, text: str, *labels: str) -> Counter:
+            return Counter(name, text, labels, registry=registry)
+
+        def gauge(name: str, text: str, *labels: str) -> Gauge:
+            return Gauge(name, text, labels, registry=registry)
+
+        def histogram(name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
+            return Histogram(name, text, labels, buckets=buckets, registry=registry)
+
+        asked = ("role", "variant")
+        placed = ("variant", "replica")
+        self.requests = counter(
+            "tiercel_requests_total", "Requests, by how they ended", "role", "model", "variant", "outcome"
+        )
+        self.duration = histogram(
+            "tiercel_request_duration_seconds",
+            "From the request's last byte in to its end",
+            _LATENCY_S,
+            *asked,
+        )
+        self.first_token = histogram(
+            "tiercel_time_to_first_token_seconds", "Of streamed answers", _LATENCY_S, *asked
+        )
+        self.token_gap = histogram(
+            "tiercel_inter_token_latency_seconds", "Between chunks of a stream", _TOKEN_GAP_S, *asked
+        )
+        self.overhead = histogram(
+            "tiercel_gateway_overhead_seconds",
+            "Time in the gateway itself, without waiting for an engine or a client",
+            _OVERHEAD_S,
+            *asked,
+        )
+        self.tokens = counter("tiercel_tokens_total", "Tokens, by kind: prompt, completion", *asked, "kind")
+        self.routes = counter("tiercel_route_total", "Routes, by reason", *asked, "reason")
+        self.engine_memory = gauge(
+            "tiercel_engine_memory_bytes", "Resident memory of an engine's process tree", *placed
+        )
+        self.kv_cache_usage = gauge(
+            "tiercel_kv_cache_usage_ratio", "Share of an engine's KV cache in use", *placed
+        )
+        self.queue_depth = gauge("tiercel_queue_depth", "Requests waiting within an engine", *placed)
+        self.weight_bytes = gauge("tiercel_variant_weight_bytes", "Bytes of a variant's weights", "variant")
+        self.nll_mean = histogram(
+            "tiercel_token_nll_mean", "Mean -log p of an answer's tokens, nats", _NLL_NATS, *asked
+        )
+        self.entropy_max = histogram(
+            "tiercel_token_entropy_max", "Highest token entropy of an answer, nats", _ENTROPY_NATS, *asked
+        )
+        self.quality_score = histogram(
+            "tiercel_quality_score", "Score of an answer, 1 is best", _SCORE, *asked, "check"
+        )
+        self.quality_sentences = counter(
+            "tiercel_quality_sentences_total", "Sentences of checked answers", *asked, "label"
+        )
+        self.quality_checks = counter(
+            "tiercel_quality_checks_total", "Checks made on answers", *asked, "check", "outcome"
+        )
+
+    def role(self, role: str | None) -> str:
+        """The label of a role: itself if it is configured, else ``other``."""
+        return role if role in self._roles else OTHER

@@ -1,0 +1,163 @@
+"""Every model that does not run on a pool of ours, through LiteLLM.
+
+LiteLLM takes seconds to import, so it is imported when there are providers, and then at start-up. Only
+OpenAI's own chat parameters are handed to it: its keyword arguments could otherwise be used by a client
+to redirect a request, and our key with it (``api_base``), or to fake an answer (``mock_response``).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import inspect
+import json
+import logging
+import os
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+from gateway.config import Gateway, Provider
+from gateway.errors import BadRequest, UpstreamError, UpstreamRefused, UpstreamTimeout
+from gateway.routing.pools import Replica
+from gateway.upstream.base import Call, Event, Reply
+from gateway.upstream.sse import DONE
+
+CHAT_PATH = "/v1/chat/completions"
+PASSED_PARAMETERS = frozenset(
+    "audio frequency_penalty function_call functions logit_bias logprobs max_completion_tokens max_tokens "
+    "messages modalities n parallel_tool_calls prediction presence_penalty reasoning_effort response_format "
+    "seed service_tier stop store stream stream_options temperature tool_choice tools top_logprobs top_p "
+    "user verbosity".split()
+)
+_CLIENTS_OWN = frozenset({400, 413, 422, 429})
+"""Statuses of a provider that are the client's to see. A 401 or 404 is about our configuration."""
+
+
+class LiteLLM:
+    """The providers' upstream. It works within ``loaded()``."""
+
+    def __init__(self, providers: Sequence[Provider], limits: Gateway) -> None:
+        self._providers = {provider.model: provider for provider in providers}
+        self._limits = limits
+        self._litellm: Any = None
+
+    @asynccontextmanager
+    async def loaded(self) -> AsyncIterator[None]:
+        """Import LiteLLM if there are providers."""
+        if self._providers:
+            self._litellm = await asyncio.to_thread(_import_litellm)
+        yield
+
+    async def open(self, replica: Replica, call: Call) -> Reply:
+        if call.path != CHAT_PATH:
+            raise BadRequest(f"model: {replica.name} serves {CHAT_PATH} only; send it there", param="model")
+        provider = self._providers[replica.name]
+        arguments = {key: value for key, value in call.body.items() if key in PASSED_PARAMETERS}
+        try:
+            async with asyncio.timeout(self._limits.first_byte_timeout_s):
+                answer = await self._litellm.acompletion(
+                    **arguments,
+                    model=provider.litellm_model,
+                    api_base=provider.api_base,
+                    api_key=_key(provider),
+                    drop_params=True,
+                    num_retries=0,
+                    max_retries=0,
+                    timeout=self._limits.first_byte_timeout_s,
+                )
+                reply = _Reply(answer, replica.name, self._limits.idle_timeout_s, stream=call.stream)
+                await reply.begin()
+                return reply
+        except Exception as error:
+            raise _translated(error, replica.name) from error
+
+
+class _Reply:
+    """An answer of LiteLLM: one object, or a stream of objects, each of which becomes an event."""
+
+    def __init__(self, answer: Any, model: str, idle_timeout_s: float, *, stream: bool) -> None:
+        self._answer = answer
+        self._model = model
+        self._idle_timeout_s = idle_timeout_s
+        self._stream = stream
+        self._first: Event | None = None
+        self.busy_s = 0.0
+
+    async def begin(self) -> None:
+        if not self._stream:
+            self._first = self._event(self._answer)
+            return
+        self._answer = aiter(self._answer)
+        self._first = self._event(await anext(self._answer))
+
+    async def batches(self) -> AsyncIterator[list[Event]]:
+        assert self._first
+        yield [self._first]
+        if not self._stream:
+            return
+        try:
+            while True:
+                async with asyncio.timeout(self._idle_timeout_s):
+                    chunk = await anext(self._answer)
+                yield [self._event(chunk)]
+        except StopAsyncIteration:
+            yield [Event(DONE, done=True)]
+        except Exception as error:
+            raise _translated(error, self._model) from error
+
+    async def close(self) -> None:
+        """Close the provider's connection, however deep LiteLLM holds it."""
+        stream = self._answer if self._stream else None
+        for holder in (stream, getattr(stream, "completion_stream", None)):
+            for name in ("aclose", "close"):
+                if callable(method := getattr(holder, name, None)):
+                    result = method()
+                    if inspect.isawaitable(result):
+                        await result
+                    break
+
+    def _event(self, answer: Any) -> Event:
+        data = answer.model_dump(exclude_none=True)
+        data["model"] = self._model
+        if self._stream:
+            for choice in data.get("choices", ()):
+                choice.setdefault("finish_reason", None)
+        text = json.dumps(data, default=str).encode()
+        return Event(b"data: " + text + b"\n\n" if self._stream else text, data)
+
+
+def _key(provider: Provider) -> str:
+    """The provider's key. LiteLLM wants one even where the provider does not."""
+    return os.environ.get(provider.api_key_env, "") if provider.api_key_env else "none"
+
+
+def _translated(error: Exception, model: str) -> Exception:
+    """LiteLLM's exceptions carry the provider's status; its message may hold keys and stays in the log."""
+    if isinstance(error, UpstreamError):
+        return error
+    status = getattr(error, "status_code", None)
+    internal = f"{model}: {type(error).__name__}: {error}"
+    if isinstance(error, TimeoutError) or status in (408, 504):
+        return UpstreamTimeout(f"The provider of {model} gave no answer in time.", internal=internal)
+    if status in _CLIENTS_OWN:
+        refused = UpstreamRefused(
+            status,
+            {"message": str(getattr(error, "message", error)), "code": getattr(error, "code", None)},
+            retry_after_s=1 if status == 429 else None,
+        )
+        refused.internal = internal
+        return refused
+    return UpstreamError(f"The provider of {model} failed; try again.", internal=internal)
+
+
+def _import_litellm() -> Any:
+    """LiteLLM without its price list from the network, its reports and its chatter."""
+    os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"
+    litellm = importlib.import_module("litellm")
+    litellm.telemetry = False
+    litellm.suppress_debug_info = True
+    litellm.turn_off_message_logging = True
+    for name in ("LiteLLM", "LiteLLM Router", "LiteLLM Proxy"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    return litellm

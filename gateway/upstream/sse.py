@@ -1,0 +1,56 @@
+"""Server-sent events, from bytes as they arrive (WHATWG HTML, section 9.2; the ``data`` field only)."""
+
+from __future__ import annotations
+
+import json
+import re
+
+from gateway.errors import UpstreamError
+from gateway.upstream.base import Event
+
+LONGEST_EVENT_BYTES = 16 << 20
+_BLANK_LINE = re.compile(rb"\r?\n\r?\n")
+_FIELDS = (b"data:", b":", b"event:", b"id:", b"retry:")
+DONE = b"data: [DONE]\n\n"
+
+
+class EventSplitter:
+    """Cuts a byte stream into events. Keeps only what belongs to the event that is still arriving."""
+
+    def __init__(self) -> None:
+        self._rest = b""
+
+    def feed(self, data: bytes) -> list[Event]:
+        """The events that ``data`` completes. Raises UpstreamError for what is no such stream."""
+        self._rest += data
+        events, start = [], 0
+        for blank in _BLANK_LINE.finditer(self._rest):
+            events.append(_event(self._rest[start : blank.end()]))
+            start = blank.end()
+        self._rest = self._rest[start:]
+        if len(self._rest) > LONGEST_EVENT_BYTES:
+            raise UpstreamError("The engine sent an event that never ends.")
+        return events
+
+
+def _event(raw: bytes) -> Event:
+    lines = [line for line in raw.splitlines() if line]
+    if not all(line.startswith(_FIELDS) for line in lines):
+        raise _garbage(raw)
+    values = [line[5:].strip() for line in lines if line.startswith(b"data:")]
+    if not values:
+        return Event(raw)
+    text = b"\n".join(values)
+    if text == b"[DONE]":
+        return Event(raw, done=True)
+    try:
+        data = json.loads(text)
+    except ValueError:
+        raise _garbage(raw) from None
+    if not isinstance(data, dict):
+        raise _garbage(raw)
+    return Event(raw, data)
+
+
+def _garbage(raw: bytes) -> UpstreamError:
+    return UpstreamError("The engine sent something that is no answer.", internal=f"event {raw[:120]!r}")

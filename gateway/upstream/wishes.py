@@ -1,0 +1,102 @@
+"""What the client asked for, against what the gateway asks the engine for on top.
+
+The gateway wants the log-probabilities of every chat answer (for its quality signals) and the usage
+of every stream (for its books, on streams that a client cuts short as well). What the client did not
+ask for is taken out again before it is answered.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from gateway.config import Quality
+from gateway.upstream.base import Event
+
+EVERY_TOKEN = -1
+"""vLLM's ``top_logprobs`` for the whole vocabulary."""
+
+
+@dataclass(frozen=True)
+class Wishes:
+    chat: bool
+    stream: bool
+    logprobs: bool
+    top_logprobs: int
+    include_usage: bool
+    continuous_usage: bool
+
+    @classmethod
+    def of(cls, body: dict[str, Any], *, chat: bool) -> Wishes:
+        options = body.get("stream_options") or {}
+        return cls(
+            chat=chat,
+            stream=body.get("stream") is True,
+            logprobs=bool(body.get("logprobs")),
+            top_logprobs=(body.get("top_logprobs") or 0) if chat else 0,
+            include_usage=bool(options.get("include_usage")),
+            continuous_usage=bool(options.get("continuous_usage_stats")),
+        )
+
+
+def with_usage(body: dict[str, Any], wishes: Wishes) -> dict[str, Any]:
+    """The body, asking a stream for its usage."""
+    if not wishes.stream:
+        return body
+    return {**body, "stream_options": {**(body.get("stream_options") or {}), "include_usage": True}}
+
+
+def for_engine(body: dict[str, Any], wishes: Wishes, model: str, quality: Quality) -> dict[str, Any]:
+    """The body for a vLLM engine that serves ``model``."""
+    asked = {**with_usage(body, wishes), "model": model}
+    if wishes.stream:
+        asked["stream_options"]["continuous_usage_stats"] = True
+    if wishes.chat and quality.logprobs:
+        most = max(wishes.top_logprobs, quality.top_logprobs)
+        asked["logprobs"] = True
+        asked["top_logprobs"] = EVERY_TOKEN if wishes.top_logprobs == EVERY_TOKEN else most
+    return asked
+
+
+def as_wished(event: Event, wishes: Wishes) -> bytes:
+    """The bytes of ``event`` that the client gets; its ``data`` is left as it is."""
+    data = event.data
+    if data is None or "error" in data:
+        return event.raw
+    if wishes.stream and data.get("usage") is not None and not data.get("choices"):
+        return event.raw if wishes.include_usage else b""
+    trimmed = _trim(data, wishes)
+    if trimmed is data:
+        return event.raw
+    text = json.dumps(trimmed, separators=(",", ":")).encode()
+    return b"data: " + text + b"\n\n" if wishes.stream else text
+
+
+def _trim(data: dict[str, Any], wishes: Wishes) -> dict[str, Any]:
+    """The same object if nothing has to go."""
+    result = data
+    if wishes.stream and "usage" in data and not (wishes.include_usage and wishes.continuous_usage):
+        result = {key: value for key, value in data.items() if key != "usage"}
+    choices = data.get("choices")
+    if wishes.chat and isinstance(choices, list):
+        kept = [_trim_choice(choice, wishes) for choice in choices]
+        if any(new is not old for new, old in zip(kept, choices, strict=True)):
+            result = {**result, "choices": kept}
+    return result
+
+
+def _trim_choice(choice: Any, wishes: Wishes) -> Any:
+    logprobs = choice.get("logprobs") if isinstance(choice, dict) else None
+    if not isinstance(logprobs, dict):
+        return choice
+    if not wishes.logprobs:
+        return {**choice, "logprobs": None}
+    content = logprobs.get("content")
+    if wishes.top_logprobs == EVERY_TOKEN or not isinstance(content, list):
+        return choice
+    n = wishes.top_logprobs
+    if all(len(token.get("top_logprobs") or ()) <= n for token in content):
+        return choice
+    trimmed = [{**token, "top_logprobs": (token.get("top_logprobs") or [])[:n]} for token in content]
+    return {**choice, "logprobs": {**logprobs, "content": trimmed}}
