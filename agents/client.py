@@ -12,6 +12,8 @@ does not use, and a stream that its reader abandons, which is not reported.
 
 from __future__ import annotations
 
+import logging
+import os
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
@@ -171,3 +173,19 @@ def describe(error: Exception) -> str:
 def _is_wrapper(error: BaseException) -> bool:
     """LiteLLM's exceptions are subclasses of the OpenAI client's."""
     return type(error).__module__.startswith("litellm")
+
+
+def keep_quiet() -> None:
+    """Import LiteLLM without a price list from the network, a ``.env``, or hints on the terminal.
+
+    Call it before anything else imports LiteLLM. ADK's log goes to handlers that the application has
+    set up, and not to standard error otherwise: the reports hold every failure.
+    """
+    os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")
+    os.environ.setdefault("LITELLM_MODE", "PRODUCTION")
+    import litellm  # takes seconds, and reads the two variables above when it is imported
+
+    litellm.suppress_debug_info = True
+    adk = logging.getLogger("google_adk")
+    if not adk.handlers:
+        adk.addHandler(logging.NullHandler())

@@ -19,8 +19,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
-import os
 import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -39,7 +37,7 @@ from google.adk.sessions import InMemorySessionService
 from google.adk.workflow import START, JoinNode, Workflow
 from google.genai import types
 
-from agents.client import GatewayCall, GatewayClient, describe
+from agents.client import GatewayCall, GatewayClient, describe, keep_quiet
 from agents.plugin import GatewayPlugin
 from agents.prompts import CORE, INTENT_CLASSIFIER, SUMMARIZER, SYSTEM_PROMPTS, with_record
 from agents.tickets import Ticket, TicketError, read_tickets
@@ -157,7 +155,7 @@ async def run_team(
     """
     if concurrency < 1:
         raise ValueError(f"concurrency: must be at least 1, got {concurrency}")
-    _keep_libraries_quiet()
+    keep_quiet()
     base = gateway_url.rstrip("/").removesuffix("/v1") + "/v1"
     await _warm_up(base, model)
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=2 * concurrency)
@@ -270,19 +268,3 @@ def _role_result(role: str, text: str | None, call: GatewayCall | None, failure:
         route_reason=call.route_reason,
         error=call.error,
     )
-
-
-def _keep_libraries_quiet() -> None:
-    """No price list from the network, no ``.env``, no hints on the terminal.
-
-    ADK's log goes to handlers that the application has set up, and not to standard error otherwise:
-    every failure is in a result.
-    """
-    os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")
-    os.environ.setdefault("LITELLM_MODE", "PRODUCTION")
-    import litellm  # takes seconds, and reads the two variables above when it is imported
-
-    litellm.suppress_debug_info = True
-    adk = logging.getLogger("google_adk")
-    if not adk.handlers:
-        adk.addHandler(logging.NullHandler())

@@ -66,7 +66,7 @@ def environment(settings: EngineSettings) -> dict[str, str]:
         "HF_HUB_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",
-        "VLLM_CPU_KVCACHE_SPACE": f"{settings.kv_cache_gib:g}",
+        "VLLM_CPU_KVCACHE_SPACE": f"{settings.kv_cache_gib}",
         "PYTHONPATH": str(Path(__file__).with_name("engine_site")),
         "PYTHONUNBUFFERED": "1",
         "PYTHONWARNINGS": "ignore",

@@ -48,7 +48,7 @@ class Engine(_Section):
         default=8101, ge=1024, le=65000, description="first engine's port; the next add one"
     )
     max_model_len: int = Field(default=1024, ge=64)
-    kv_cache_gib: float = Field(default=1.0, gt=0, description="KV-cache space per engine on a CPU, GiB")
+    kv_cache_gib: int = Field(default=1, ge=1, description="KV-cache space per engine on a CPU, GiB")
     max_num_seqs: int = Field(default=64, ge=1)
     start_timeout_s: float = Field(default=300.0, gt=0)
     stop_timeout_s: float = Field(default=20.0, gt=0)

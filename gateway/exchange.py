@@ -14,7 +14,7 @@ from gateway.errors import GatewayError
 from gateway.identity import Caller
 from gateway.quality.answer import Answer
 from gateway.routing.router import Route
-from gateway.upstream.base import Event
+from gateway.upstream.base import Event, Reply
 from gateway.upstream.wishes import Wishes
 
 CHAT = "/v1/chat/completions"
@@ -32,10 +32,11 @@ class Exchange:
         self.headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
         self.request_id = request_id(self.headers)
         self.body: dict[str, Any] = {}
-        # set by the hops
+        # what the hops decide
         self.caller: Caller | None = None
-        self.wishes: Wishes | None = None
+        self.wishes = Wishes.of({}, chat=self.chat)
         self.route: Route | None = None
+        self.reply: Reply | None = None
         self.batches: AsyncIterator[list[Event]] | None = None
         self.answer = Answer()
         # how it went
@@ -46,6 +47,7 @@ class Exchange:
         self.complete = False
         """The last byte of the answer has been handed to the server."""
         self.overhead_s = 0.0
+        """Seconds of our own work so far, but for the decoding that ``reply`` counts."""
         self.tapped = False
         """The answer has been listened to without an error, so that it can be checked."""
 
@@ -57,9 +59,6 @@ class Exchange:
     def status(self) -> int:
         """As logged and counted: what went wrong, even when the client has seen a 200."""
         return self.error.status if self.error else 200
-
-    def add_overhead(self, seconds: float) -> None:
-        self.overhead_s += seconds
 
     def answer_headers(self, content_type: str) -> list[tuple[bytes, bytes]]:
         headers = [("content-type", content_type), ("x-request-id", self.request_id)]

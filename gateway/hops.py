@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 from contextlib import aclosing
 
 from gateway.config import Config
-from gateway.errors import NeverReached, UpstreamError, UpstreamRefused
+from gateway.errors import NeverReachedError, UpstreamError, UpstreamRefusedError
 from gateway.exchange import Exchange
 from gateway.identity import identify
 from gateway.quality.observe import Observer
@@ -57,15 +57,16 @@ class AskUpstream:
         stale = 0
         for attempt in range(1, MOST_ATTEMPTS + 1):
             try:
-                return await self._open(exchange)
-            except NeverReached as error:
+                await self._open(exchange)
+                return
+            except NeverReachedError as error:
                 stale += error.stale
                 if attempt == MOST_ATTEMPTS or stale > 1:
                     raise
             exchange.route = self._router.route(exchange.caller.role, exchange.body["model"])
 
     async def _open(self, exchange: Exchange) -> None:
-        assert exchange.route and exchange.wishes
+        assert exchange.route
         replica, wishes = exchange.route.replica, exchange.wishes
         provider = replica.variant == PROVIDER
         if provider:
@@ -85,7 +86,7 @@ class AskUpstream:
             raise
         exchange.on_close.callback(replica.release)
         exchange.on_close.push_async_callback(reply.close)
-        exchange.on_close.callback(lambda: exchange.add_overhead(reply.busy_s))
+        exchange.reply = reply
         exchange.batches = _watched(reply, replica)
 
 
@@ -101,10 +102,10 @@ async def _watched(reply: Reply, replica: Replica) -> AsyncIterator[list[Event]]
 
 
 def _blame(replica: Replica, error: UpstreamError) -> None:
-    if isinstance(error, NeverReached):
+    if isinstance(error, NeverReachedError):
         if not error.stale:
             replica.breaker.not_reached()
-    elif isinstance(error, UpstreamRefused):
+    elif isinstance(error, UpstreamRefusedError):
         replica.breaker.answered()
     else:
         replica.breaker.answer_broke()
@@ -123,7 +124,8 @@ class Listen:
     async def _tap(
         self, exchange: Exchange, batches: AsyncIterator[list[Event]]
     ) -> AsyncIterator[list[Event]]:
-        assert exchange.caller and exchange.route
+        assert exchange.caller
+        assert exchange.route
         exchange.tapped = True
         async for batch in batches:
             at = exchange.clock()
@@ -136,21 +138,21 @@ class Listen:
             except Exception:  # an engine may send what we have never seen: that breaks no request
                 exchange.tapped = False
                 self._observer.count_error("listen", exchange.caller.role, exchange.route.variant)
-            exchange.add_overhead(exchange.clock() - begun)
+            exchange.overhead_s += exchange.clock() - begun
 
 
 class AnswerClient:
     """Sends what the client asked for, unbuffered."""
 
     async def __call__(self, exchange: Exchange) -> None:
-        assert exchange.batches and exchange.wishes
+        assert exchange.batches
         wishes = exchange.wishes
         async with aclosing(exchange.batches) as batches:  # type: ignore[type-var]
             async for batch in batches:
                 arrived = exchange.clock()
                 payload = b"".join([as_wished(event, wishes) for event in batch])
                 last = not wishes.stream or any(event.done for event in batch)
-                exchange.add_overhead(exchange.clock() - arrived)
+                exchange.overhead_s += exchange.clock() - arrived
                 if not exchange.begun:
                     await self._begin(exchange, len(payload))
                 if payload or last:
@@ -160,7 +162,6 @@ class AnswerClient:
                     )
 
     async def _begin(self, exchange: Exchange, size: int) -> None:
-        assert exchange.wishes
         if exchange.wishes.stream:
             headers = exchange.answer_headers("text/event-stream; charset=utf-8")
             headers += [(b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]

@@ -9,7 +9,7 @@ from typing import Any
 from urllib.parse import unquote
 
 from gateway.config import Config
-from gateway.errors import BadRequest
+from gateway.errors import BadRequestError
 
 _VENDOR_SESSION = re.compile(r"x-[a-z0-9-]+-session-id")
 _NAMED_SESSIONS = ("x-session-id", "x-litellm-session-id", "x-claude-code-session-id")
@@ -27,7 +27,7 @@ class Caller:
 def identify(config: Config, headers: Mapping[str, str], body: Mapping[str, Any]) -> Caller:
     """Role and session of a request. ``headers`` have lower-case names.
 
-    Raises BadRequest for an ``x-agent-role`` that is no role: whoever sends that header means a role,
+    Raises BadRequestError for an ``x-agent-role`` that is no role: whoever sends that header means a role,
     and serving a typo at the default precision would go unnoticed for weeks.
     """
     return Caller(role=_role(config, headers, body), session=_session(headers, body))
@@ -41,7 +41,7 @@ def _role(config: Config, headers: Mapping[str, str], body: Mapping[str, Any]) -
     if role := headers.get("x-agent-role", "").strip():
         if role not in config.roles:
             known = ", ".join(sorted(config.roles))
-            raise BadRequest(
+            raise BadRequestError(
                 f"x-agent-role: {role[:80]!r} is not a role; use one of: {known}", param="x-agent-role"
             )
         return role

@@ -13,7 +13,7 @@ from typing import Any
 
 from starlette.types import Receive
 
-from gateway.errors import BadRequest, BodyTooLarge, ClientGone
+from gateway.errors import BadRequestError, BodyTooLargeError, ClientGoneError
 
 _ROLES = ("assistant", "developer", "function", "system", "tool", "user")
 _DISCARD_FACTOR = 8
@@ -21,11 +21,11 @@ _DISCARD_SECONDS = 2.0
 
 
 async def read_body(receive: Receive, headers: Mapping[str, str], limit: int) -> bytes:
-    """The whole body. Raises BodyTooLarge beyond ``limit`` bytes, ClientGone when the client left."""
+    """The whole body. Raises BodyTooLargeError beyond ``limit`` bytes, ClientGoneError."""
     if headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         # Also what keeps a web page from posting here unasked: browsers send this type only after a
         # preflight request, which the gateway does not answer.
-        raise BadRequest(
+        raise BadRequestError(
             "content-type: send the header `content-type: application/json`", param="content-type"
         )
     length = headers.get("content-length", "")
@@ -34,14 +34,14 @@ async def read_body(receive: Receive, headers: Mapping[str, str], limit: int) ->
     while more and max(size, declared) <= limit:
         message = await receive()
         if message["type"] == "http.disconnect":
-            raise ClientGone("The client left while sending its request.")
+            raise ClientGoneError("The client left while sending its request.")
         chunks.append(message.get("body", b""))
         size += len(chunks[-1])
         more = message.get("more_body", False)
     if max(size, declared) > limit:
         if more:
             await _discard(receive, limit * _DISCARD_FACTOR)
-        raise BodyTooLarge(f"The body is larger than the limit of {limit} bytes; send less context.")
+        raise BodyTooLargeError(f"The body is larger than the limit of {limit} bytes; send less context.")
     return b"".join(chunks)
 
 
@@ -60,14 +60,14 @@ async def _discard(receive: Receive, limit: int) -> None:
 
 
 def parse_body(raw: bytes, *, chat: bool) -> dict[str, Any]:
-    """The request as a mapping, checked. Raises BadRequest."""
+    """The request as a mapping, checked. Raises BadRequestError."""
     try:
         body = json.loads(raw, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
         reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
-        raise BadRequest(f"The body is not valid JSON ({reason}); send a JSON object.") from None
+        raise BadRequestError(f"The body is not valid JSON ({reason}); send a JSON object.") from None
     if not isinstance(body, dict):
-        raise BadRequest(f"The body is {_kind(body)}; send a JSON object.")
+        raise BadRequestError(f"The body is {_kind(body)}; send a JSON object.")
     _check_common(body)
     if chat:
         _check_messages(body)
@@ -134,8 +134,8 @@ def _expect(body: dict[str, Any], field: str, types: tuple[type, ...], wanted: s
     raise _bad(field, f"is {_kind(value)}", f"send {wanted}")
 
 
-def _bad(field: str, what: str, fix: str) -> BadRequest:
-    return BadRequest(f"{field}: {what}; {fix}", param=field)
+def _bad(field: str, what: str, fix: str) -> BadRequestError:
+    return BadRequestError(f"{field}: {what}; {fix}", param=field)
 
 
 def _kind(value: Any) -> str:

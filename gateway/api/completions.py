@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from starlette.types import Receive, Scope, Send
 
 from gateway.api.body import parse_body, read_body
-from gateway.errors import ClientGone, GatewayError, ShuttingDown, Unexpected, envelope
+from gateway.errors import ClientGoneError, GatewayError, ShuttingDownError, UnexpectedError, envelope
 from gateway.exchange import Exchange
 from gateway.quality.observe import Observer
 from gateway.routing.breaker import Clock
@@ -39,18 +39,17 @@ class Completions:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         exchange = Exchange(scope, send, self._clock)
-        try:
-            await self._serve(exchange, receive)
-        except GatewayError as error:
-            await self._fail(exchange, error)
-        except asyncio.CancelledError:
-            await self._fail(exchange, ShuttingDown("The gateway is shutting down; try again."))
-            raise
-        except Exception as error:
-            self._log.exception("request failed", extra={"fields": {"request_id": exchange.request_id}})
-            await self._fail(exchange, Unexpected(repr(error)))
-        finally:
-            self._ledger.record(exchange)
+        async with exchange.on_close:
+            try:
+                await self._serve(exchange, receive)
+            except GatewayError as error:
+                await self._fail(exchange, error)
+            except asyncio.CancelledError:
+                await self._fail(exchange, ShuttingDownError("The gateway is shutting down; try again."))
+                raise
+            except Exception as error:
+                self._log.exception("request failed", extra={"fields": {"request_id": exchange.request_id}})
+                await self._fail(exchange, UnexpectedError(repr(error)))
         if exchange.error is None and exchange.tapped and exchange.caller and exchange.route:
             await self._observer.observe(
                 exchange.caller.role, exchange.route.variant, exchange.body, exchange.answer
@@ -60,8 +59,7 @@ class Completions:
         raw = await read_body(receive, exchange.headers, self._max_body_bytes)
         exchange.received = self._clock()
         exchange.body = parse_body(raw, chat=exchange.chat)
-        async with exchange.on_close:
-            await self._while_client_listens(exchange, receive)
+        await self._while_client_listens(exchange, receive)
 
     async def _while_client_listens(self, exchange: Exchange, receive: Receive) -> None:
         work = asyncio.ensure_future(self._walk(exchange))
@@ -71,7 +69,7 @@ class Completions:
             if not work.done() and exchange.complete:
                 await asyncio.wait((work,))  # everything is sent: what is left is our own bookkeeping
             if not work.done():
-                raise ClientGone("The client closed the connection.")
+                raise ClientGoneError("The client closed the connection.")
             work.result()
         finally:
             work.cancel()
@@ -81,11 +79,13 @@ class Completions:
     async def _walk(self, exchange: Exchange) -> None:
         for hop in self._hops:
             await hop(exchange)
+        self._ledger.record(exchange)  # at once, so that the books are never behind what clients have
 
     async def _fail(self, exchange: Exchange, error: GatewayError) -> None:
         """Tell the client, in whatever way is still open: a status, or the last event of a stream."""
         exchange.error = error
-        if exchange.complete or isinstance(error, ClientGone):
+        self._ledger.record(exchange)
+        if exchange.complete or isinstance(error, ClientGoneError):
             return
         body = json.dumps(envelope(error)).encode()
         if exchange.begun:

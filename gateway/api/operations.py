@@ -10,7 +10,7 @@ from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
 from starlette.exceptions import HTTPException
 
-from gateway.errors import BadRequest, GatewayError, Unexpected, envelope
+from gateway.errors import BadRequestError, GatewayError, UnexpectedError, envelope
 from gateway.exchange import request_id
 from gateway.routing.pools import Pools
 
@@ -84,10 +84,10 @@ def add_error_handlers(app: FastAPI) -> None:
     async def refused(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         what = f"{request.method} {request.url.path}"[:200]
-        return answer(request, BadRequest(f"{what}: {error.detail}."), error.status_code, error.headers)
+        return answer(request, BadRequestError(f"{what}: {error.detail}."), error.status_code, error.headers)
 
     async def unexpected(request: Request, error: Exception) -> Response:
-        return answer(request, Unexpected(repr(error)), 500)
+        return answer(request, UnexpectedError(repr(error)), 500)
 
     app.add_exception_handler(HTTPException, refused)
     app.add_exception_handler(Exception, unexpected)

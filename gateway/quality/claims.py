@@ -37,7 +37,7 @@ _PATTERNS = tuple(
     )
 )
 _UNITS = {"usd": "$", "dollar": "$", "eur": "€", "euro": "€", "gbp": "£", "pound": "£"}
-_NAME = re.compile(r"[A-Z][\w’'-]*(?:\s+(?:(?:of|de|van|von|der|la)\s+)?[A-Z][\w’'-]*)*")
+_NAME = re.compile(r"[A-Z][\w\u2019'-]*(?:\s+(?:(?:of|de|van|von|der|la)\s+)?[A-Z][\w\u2019'-]*)*")
 
 
 @dataclass(frozen=True)

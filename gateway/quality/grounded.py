@@ -27,19 +27,21 @@ from typing import Any
 from gateway.quality.claims import Claim, extract, names
 from gateway.quality.sentences import split_sentences
 
-_WORD = re.compile(r"[^\W_]+(?:['’-][^\W_]+)*")
+_WORD = re.compile(r"[^\W_]+(?:['\u2019-][^\W_]+)*")
 _COPULA = re.compile(r"\b(?:is|are|was|were)\b\s*:?|:", re.IGNORECASE)
 _NOTHING_CLAIMED = re.compile(
-    r"\b(?:(?:do|does|did)(?: not|n['’]t) (?:say|state|mention|include|specify|contain|list|show|know|have)"
-    r"|(?:is|are|was|were)(?: not|n['’]t) (?:stated|mentioned|given|included|specified|listed|known|available)"
-    r"|no information|cannot (?:tell|find|say|determine)|can['’]t (?:tell|find|say|determine)|not sure)\b",
+    r"\b(?:(?:do|does|did)(?: not|n['\u2019]t) "
+    r"(?:say|state|mention|include|specify|contain|list|show|know|have)"
+    r"|(?:is|are|was|were)(?: not|n['\u2019]t) (?:stated|mentioned|given|included|specified|listed|known)"
+    r"|no information|can(?:not|['\u2019]t) (?:tell|find|say|determine)|not sure)\b",
     re.IGNORECASE,
 )
 _STOP_WORDS = frozenset(
     "a an the this that these those it its he she they them his her their we our us you your i my me is are "
     "was were be been being am has have had do does did will would can could shall should may might must "
     "of in on at to from by with for as and or but if then than so also not there here about into per over "
-    "under up down out off what which who whom whose when where why how yes please sure thanks hello hi".split()
+    "under up down out off what which who whom whose when where why how yes please sure thanks hello "
+    "hi".split()
 )
 
 
@@ -143,7 +145,7 @@ def _family(claim: Claim) -> str:
 
 
 def _words(text: str) -> list[str]:
-    return [word.lower().removesuffix("'s").removesuffix("’s") for word in _WORD.findall(text)]
+    return [word.lower().removesuffix("'s").removesuffix("\u2019s") for word in _WORD.findall(text)]
 
 
 def _content(text: str) -> list[str]:

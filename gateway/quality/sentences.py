@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 
-_END = re.compile(r"[.!?]+[\"'”’)\]]*\s+")
+_END = re.compile(r"[.!?]+[\"'\u201d\u2019)\]]*\s+")
+_CLOSING = "\"'\u201c\u201d\u2018\u2019)]"
 _BULLET = re.compile(r"^\s*(?:[-*•]|\d{1,3}[.)])\s+")
 _NEVER_ENDS = frozenset(
     "mr mrs ms dr prof rev st mt vs cf approx e.g i.e gen col sgt capt hon messrs".split()
@@ -35,11 +36,11 @@ def split_sentences(text: str) -> list[str]:
 
 
 def _ends(before: str, after: str) -> bool:
-    if before.rstrip("\"'”’)]")[-1] in "!?":
+    if before.rstrip(_CLOSING)[-1] in "!?":
         return True
     if after[:1].islower():
         return False
-    last = before.split()[-1].strip("\"'“”‘’()[].").lower()
+    last = before.split()[-1].strip(_CLOSING + "([.").lower()
     if last in _NEVER_ENDS or (last in _BEFORE_NUMBER and after[:1].isdigit()):
         return False
     if last in _MAY_END:

@@ -21,7 +21,7 @@ _MINUS_INFINITY = -9999.0
 
 @dataclass(frozen=True)
 class Signals:
-    """Over the ``tokens`` of one answer: mean −log p, the highest entropy, the share of unlikely ones."""
+    """Over the ``tokens`` of one answer: mean -log p, the highest entropy, the share of unlikely ones."""
 
     tokens: int
     nll_mean: float

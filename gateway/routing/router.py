@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from gateway.config import Config
-from gateway.errors import NoReplica, PrecisionTooLow, UnknownModel
+from gateway.errors import NoReplicaError, PrecisionTooLowError, UnknownModelError
 from gateway.routing.pools import Pools, Replica
 from quantize.card import Card, Outcome
 from quantize.gate import judge
@@ -66,7 +66,7 @@ class Router:
         return [name, *self._config.roles, *variants, *self._pools.providers]
 
     def route(self, role: str, model: str) -> Route:
-        """Decide. Raises UnknownModel, PrecisionTooLow or NoReplica."""
+        """Decide. Raises UnknownModelError, PrecisionTooLowError or NoReplicaError."""
         if provider := self._pools.providers.get(model):
             return Route(role, provider.variant, provider, Reason.PROVIDER)
         name, _, variant = model.partition(":")
@@ -74,7 +74,9 @@ class Router:
             return self._climb(role, self._ladder_from(role, variant), Reason.EXPLICIT_VARIANT)
         if model != self._config.model.name and model not in self._config.roles:
             known = ", ".join(self.known_models())
-            raise UnknownModel(f"model: {model[:80]!r} does not exist; use one of: {known}", param="model")
+            raise UnknownModelError(
+                f"model: {model[:80]!r} does not exist; use one of: {known}", param="model"
+            )
         ladder = self._ladders[role]
         alone = ladder == (self._config.reference,)
         return self._climb(role, ladder, Reason.REFERENCE_ONLY if alone else Reason.CHEAPEST_IN_BUDGET)
@@ -97,7 +99,7 @@ class Router:
         least = precision(self._cards[asked])
         if least < precision(self._cards[cheapest]):
             name = self._config.model.name
-            raise PrecisionTooLow(
+            raise PrecisionTooLowError(
                 f"model: {name}:{asked} is less precise than role {role} allows; the cheapest that it may "
                 f"use is {name}:{cheapest}",
                 param="model",
@@ -110,7 +112,7 @@ class Router:
             if replica := self._pools.by_variant[variant].pick():
                 raised = variant != ladder[0]
                 return Route(role, variant, replica, Reason.RAISED_POOL_DOWN if raised else reason)
-        raise NoReplica(
+        raise NoReplicaError(
             f"No replica can take a request of role {role} now; try again in a second.",
             internal=f"tried the pools {', '.join(ladder)}",
         )

@@ -29,11 +29,11 @@ class Ledger:
         if route is None:
             return
         metrics.duration.labels(role, variant).observe(exchange.clock() - exchange.received)
-        metrics.overhead.labels(role, variant).observe(exchange.overhead_s)
+        metrics.overhead.labels(role, variant).observe(_overhead(exchange))
         metrics.routes.labels(role, variant, route.reason).inc()
         metrics.tokens.labels(role, variant, "prompt").inc(answer.prompt_tokens or 0)
         metrics.tokens.labels(role, variant, "completion").inc(answer.completion_tokens)
-        if exchange.wishes and exchange.wishes.stream and answer.first_token_at is not None:
+        if exchange.wishes.stream and answer.first_token_at is not None:
             metrics.first_token.labels(role, variant).observe(answer.first_token_at - exchange.received)
             gaps = metrics.token_gap.labels(role, variant)
             for gap in answer.gaps_s:
@@ -57,10 +57,14 @@ class Ledger:
             "completion_tokens": answer.completion_tokens,
             "duration_s": round(exchange.clock() - exchange.received, 4),
             "first_token_s": round(first - exchange.received, 4) if first else None,
-            "overhead_s": round(exchange.overhead_s, 5),
+            "overhead_s": round(_overhead(exchange), 5),
             "error": exchange.error and (exchange.error.internal or exchange.error.message),
         }
 
     def _model(self, exchange: Exchange) -> str:
         model = exchange.body.get("model")
         return model if isinstance(model, str) and model in self._known_models else OTHER
+
+
+def _overhead(exchange: Exchange) -> float:
+    return exchange.overhead_s + (exchange.reply.busy_s if exchange.reply else 0.0)

@@ -49,7 +49,7 @@ class Upstream(Protocol):
     async def open(self, replica: Replica, call: Call) -> Reply:
         """Send the request and wait for the first event.
 
-        Raises NeverReached, UpstreamRefused, UpstreamTimeout or UpstreamError. Cancelling it stops
-        the generation.
+        Raises UpstreamError or a kind of it: NeverReachedError may be tried elsewhere. Cancelling it
+        stops the generation.
         """
         ...

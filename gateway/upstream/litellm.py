@@ -18,7 +18,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from gateway.config import Gateway, Provider
-from gateway.errors import BadRequest, UpstreamError, UpstreamRefused, UpstreamTimeout
+from gateway.errors import BadRequestError, UpstreamError, UpstreamRefusedError, UpstreamTimeoutError
 from gateway.routing.pools import Replica
 from gateway.upstream.base import Call, Event, Reply
 from gateway.upstream.sse import DONE
@@ -51,7 +51,9 @@ class LiteLLM:
 
     async def open(self, replica: Replica, call: Call) -> Reply:
         if call.path != CHAT_PATH:
-            raise BadRequest(f"model: {replica.name} serves {CHAT_PATH} only; send it there", param="model")
+            raise BadRequestError(
+                f"model: {replica.name} serves {CHAT_PATH} only; send it there", param="model"
+            )
         provider = self._providers[replica.name]
         arguments = {key: value for key, value in call.body.items() if key in PASSED_PARAMETERS}
         try:
@@ -67,7 +69,11 @@ class LiteLLM:
                     timeout=self._limits.first_byte_timeout_s,
                 )
                 reply = _Reply(answer, replica.name, self._limits.idle_timeout_s, stream=call.stream)
-                await reply.begin()
+                try:
+                    await reply.begin()
+                except BaseException:
+                    await reply.close()
+                    raise
                 return reply
         except Exception as error:
             raise _translated(error, replica.name) from error
@@ -123,8 +129,14 @@ class _Reply:
         if self._stream:
             for choice in data.get("choices", ()):
                 choice.setdefault("finish_reason", None)
+            if data.get("usage") and not any(_says_something(choice) for choice in data["choices"]):
+                data["choices"] = []  # OpenAI's usage chunk; LiteLLM's has an empty choice
         text = json.dumps(data, default=str).encode()
         return Event(b"data: " + text + b"\n\n" if self._stream else text, data)
+
+
+def _says_something(choice: dict[str, Any]) -> bool:
+    return bool(choice.get("delta") or choice["finish_reason"])
 
 
 def _key(provider: Provider) -> str:
@@ -139,13 +151,11 @@ def _translated(error: Exception, model: str) -> Exception:
     status = getattr(error, "status_code", None)
     internal = f"{model}: {type(error).__name__}: {error}"
     if isinstance(error, TimeoutError) or status in (408, 504):
-        return UpstreamTimeout(f"The provider of {model} gave no answer in time.", internal=internal)
+        return UpstreamTimeoutError(f"The provider of {model} gave no answer in time.", internal=internal)
     if status in _CLIENTS_OWN:
-        refused = UpstreamRefused(
-            status,
-            {"message": str(getattr(error, "message", error)), "code": getattr(error, "code", None)},
-            retry_after_s=1 if status == 429 else None,
-        )
+        body = getattr(error, "body", None)  # the provider's own error object, if it sent one
+        said = body if isinstance(body, dict) else {"message": f"The provider of {model} refused ({status})."}
+        refused = UpstreamRefusedError(status, said, retry_after_s=1 if status == 429 else None)
         refused.internal = internal
         return refused
     return UpstreamError(f"The provider of {model} failed; try again.", internal=internal)
@@ -154,7 +164,7 @@ def _translated(error: Exception, model: str) -> Exception:
 def _import_litellm() -> Any:
     """LiteLLM without its price list from the network, its reports and its chatter."""
     os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"
-    litellm = importlib.import_module("litellm")
+    litellm: Any = importlib.import_module("litellm")
     litellm.telemetry = False
     litellm.suppress_debug_info = True
     litellm.turn_off_message_logging = True

@@ -17,7 +17,7 @@ from typing import Any
 import aiohttp
 
 from gateway.config import Gateway
-from gateway.errors import NeverReached, UpstreamError, UpstreamRefused, UpstreamTimeout
+from gateway.errors import NeverReachedError, UpstreamError, UpstreamRefusedError, UpstreamTimeoutError
 from gateway.routing.pools import Replica
 from gateway.upstream.base import Call, Event, Reply
 from gateway.upstream.sse import EventSplitter
@@ -73,7 +73,7 @@ class VLLM:
                     response.close()
                     raise
         except TimeoutError as error:
-            raise UpstreamTimeout(
+            raise UpstreamTimeoutError(
                 f"The engine gave no answer within {limit_s:g} s.",
                 internal=f"{replica.name} at {replica.url}",
             ) from error
@@ -112,6 +112,7 @@ class _Reply:
         self._stream = stream
         self._splitter = EventSplitter()
         self._first: list[Event] = []
+        self._complete = False
         self.busy_s = 0.0
 
     async def begin(self) -> None:
@@ -133,12 +134,17 @@ class _Reply:
             if batch:
                 yield batch
             if not self._stream or any(event.done for event in batch):
-                break
+                self._complete = True
+                return
             batch = await self._next()
-        await self._finish()
 
     async def close(self) -> None:
-        """Closes the connection unless the answer is complete; vLLM aborts a request whose client left."""
+        """Close the connection, upon which vLLM aborts the request; after a whole answer, keep it."""
+        if self._complete:
+            # The end of the HTTP message must be read, or the connection cannot be used again.
+            with suppress(aiohttp.ClientError, TimeoutError):
+                async with asyncio.timeout(_FINISH_S):
+                    await self._response.read()
         self._response.close()
 
     async def _next(self) -> list[Event]:
@@ -146,7 +152,7 @@ class _Reply:
             async with asyncio.timeout(self._idle_timeout_s):
                 return await self._read()
         except TimeoutError as error:
-            raise UpstreamTimeout(f"The engine fell silent for {self._idle_timeout_s:g} s.") from error
+            raise UpstreamTimeoutError(f"The engine fell silent for {self._idle_timeout_s:g} s.") from error
         except aiohttp.ClientError as error:
             raise _broke_off(error) from error
 
@@ -158,12 +164,6 @@ class _Reply:
         events = self._splitter.feed(data)
         self.busy_s += time.perf_counter() - begun
         return events
-
-    async def _finish(self) -> None:
-        """Read the end of the HTTP message, without which the connection cannot be used again."""
-        with suppress(aiohttp.ClientError, TimeoutError):
-            async with asyncio.timeout(_FINISH_S):
-                await self._response.read()
 
 
 def _whole(raw: bytes) -> Event:
@@ -187,9 +187,9 @@ def _refusal(status: int, raw: bytes) -> UpstreamError:
     """An answer other than 200: the client's own mistake is passed on, anything else is a 502."""
     if 400 <= status < 500:
         try:
-            return UpstreamRefused(status, json.loads(raw))
+            return UpstreamRefusedError(status, json.loads(raw))
         except ValueError:
-            return UpstreamRefused(status, {})
+            return UpstreamRefusedError(status, {})
     return UpstreamError(
         f"The engine failed with status {status}; try again.", internal=f"it said {raw[:300]!r}"
     )
@@ -199,9 +199,9 @@ def _not_answered(error: aiohttp.ClientError, replica: Replica, trace: _Trace) -
     """Sort out the failures before the first byte of an answer, of which two kinds may be retried."""
     internal = f"{replica.name} at {replica.url}: {error!r}"
     if isinstance(error, aiohttp.ClientConnectorError | aiohttp.ConnectionTimeoutError):
-        return NeverReached("The engine cannot be reached.", internal=internal)
+        return NeverReachedError("The engine cannot be reached.", internal=internal)
     if trace.reused and isinstance(error, aiohttp.ClientConnectionError):
-        return NeverReached("The engine closed the connection.", stale=True, internal=internal)
+        return NeverReachedError("The engine closed the connection.", stale=True, internal=internal)
     return UpstreamError("The engine broke off before it answered.", internal=internal)
 
 

@@ -7,11 +7,27 @@ import json
 import socket
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
 import pytest_asyncio
 from aiohttp import web
+
+HERE = Path(__file__).parent
+LITELLMS_OWN_FILTERS = (
+    "ignore:.*using the `ReadOnly` qualifier:UserWarning",
+    "ignore:Accessing the .* attribute on the instance is deprecated:DeprecationWarning",
+)
+"""LiteLLM ignores these when it is imported, because its answers cause them; pytest undoes that for
+each test."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.is_relative_to(HERE):
+            for own in LITELLMS_OWN_FILTERS:
+                item.add_marker(pytest.mark.filterwarnings(own))
 
 
 @dataclass(frozen=True)
@@ -102,7 +118,7 @@ async def gateway() -> AsyncIterator[FakeGateway]:
     gateway = FakeGateway()
     app = web.Application()
     app.router.add_post("/v1/chat/completions", gateway.answer)
-    runner = web.AppRunner(app)
+    runner = web.AppRunner(app, shutdown_timeout=0.1)
     await runner.setup()
     await web.TCPSite(runner, "127.0.0.1", 0).start()
     gateway.url = f"http://127.0.0.1:{runner.addresses[0][1]}"

@@ -5,7 +5,6 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
-import litellm
 import pytest
 from google.adk.agents import LlmAgent
 from google.adk.apps import App
@@ -14,7 +13,7 @@ from google.adk.models.llm_request import LlmRequest
 from google.adk.runners import InMemoryRunner
 from google.genai import types
 
-from agents.client import GatewayCall, GatewayClient
+from agents.client import GatewayCall, GatewayClient, keep_quiet
 from agents.plugin import GatewayPlugin
 
 
@@ -25,6 +24,13 @@ def context(**known: Any) -> Any:
 FULL = {"agent_name": "core", "session": SimpleNamespace(id="s1"), "invocation_id": "i1"}
 
 
+async def close_connections() -> None:
+    """LiteLLM keeps connections open for the whole process."""
+    import litellm
+
+    await litellm.close_litellm_async_clients()
+
+
 async def headers_after(llm_request: LlmRequest, callback_context: Any) -> dict[str, str]:
     await GatewayPlugin().before_model_callback(callback_context=callback_context, llm_request=llm_request)
     options = llm_request.config.http_options
@@ -32,6 +38,7 @@ async def headers_after(llm_request: LlmRequest, callback_context: Any) -> dict[
 
 
 async def test_a_plain_litellm_agent_carries_its_identity_to_the_gateway(gateway: Any) -> None:
+    keep_quiet()
     calls: list[GatewayCall] = []
     for client in ({}, {"llm_client": GatewayClient(calls.append)}):
         model = LiteLlm(model="openai/assistant", api_base=f"{gateway.url}/v1", api_key="k", **client)
@@ -51,7 +58,7 @@ async def test_a_plain_litellm_agent_carries_its_identity_to_the_gateway(gateway
         assert headers["x-session-id"] == session.id
         assert headers["x-invocation-id"].startswith("e-")
         assert headers["baggage"] == "gen_ai.agent.name=triage"
-    await litellm.close_litellm_async_clients()
+    await close_connections()
     (call,) = calls
     assert (call.agent, call.variant, call.replica, call.completion_tokens) == ("triage", "bf16", "r0", 2)
     assert call.ttft_s is None, "the answer was not streamed"

@@ -129,7 +129,7 @@ async def test_a_gateway_that_is_not_there_is_named(unused_tcp_port: int) -> Non
 
 
 async def test_order_progress_and_concurrency(gateway: Any) -> None:
-    tickets = [ticket(number) for number in range(6)]
+    tickets = [ticket(number) for number in range(4)]
     gateway.delay_s = 0.01
     done: list[TicketResult] = []
     results = await run_team(tickets, gateway.url, "assistant", concurrency=2, progress=done.append)
@@ -144,7 +144,7 @@ async def test_order_progress_and_concurrency(gateway: Any) -> None:
 async def test_being_cancelled_stops_the_run(gateway: Any) -> None:
     gateway.delay_s = 30
     run = asyncio.create_task(run_team([ticket(1)], gateway.url, "assistant"))
-    await gateway.asked.wait()
+    await asyncio.wait_for(gateway.asked.wait(), timeout=10)
     run.cancel()
     with pytest.raises(asyncio.CancelledError):
         await run

@@ -1,0 +1,39 @@
+# The two commands are `make demo` and `make test`; everything else is for daily work.
+.PHONY: setup demo test quick check up train clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo   set up, quantize, gate, serve, run the demo team; report in var/demo"
+	@echo "make test   set up, lint, types, all tests (starts real engines)"
+	@echo "make up     keep the stack running (Ctrl-C stops it)"
+	@echo "make quick  the tests that need no engine"
+	@echo "make check  lint and types"
+	@echo "make setup  only the two environments"
+
+setup:
+	@deploy/setup.sh
+
+demo: setup
+	.venv/bin/tiercel demo
+
+up: setup
+	@.venv/bin/tiercel quantize
+	.venv/bin/tiercel up
+
+check: setup
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+
+quick: setup
+	.venv/bin/pytest -m "not engine"
+
+test: check
+	.venv/bin/pytest
+
+# Trains the shipped demo model again: make train CLINC150=/path/to/clinc150.json
+train: setup
+	.venv/bin/python -m deploy.assistant.train --clinc150 $(CLINC150)
+
+clean:
+	rm -rf var .venv .venv-engine

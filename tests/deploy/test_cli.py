@@ -1,0 +1,113 @@
+"""Bad input at the command line: one sentence with the fix, status 2, no traceback."""
+
+import socket
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from deploy.cli import main
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def write_config(tmp_path: Path) -> Callable[..., Path]:
+    def write(extra: str = "", model: str = str(ROOT / "deploy/assistant/model"), roles: str = "") -> Path:
+        path = tmp_path / "tiercel.yaml"
+        text = f"""
+            model: {{name: assistant, path: {model}}}
+            variants_dir: {tmp_path}/variants
+            serve: [bf16, int8]
+            calibration: {ROOT}/deploy/assistant/data/calibration.jsonl
+            roles: {{core: {{}}{roles}}}
+            default_role: core
+            run_dir: {tmp_path}/run
+        """
+        path.write_text(textwrap.dedent(text) + extra + "\n", encoding="utf-8")
+        return path
+
+    return write
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 2
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    return error
+
+
+@pytest.mark.parametrize(
+    ("extra", "sentence"),
+    [
+        ("engin: {}", "engin: unknown key; did you mean 'engine'?"),
+        ("engine: {base_prt: 1}", "engine.base_prt: unknown key; did you mean 'base_port'?"),
+        ("engine: {base_port: 80}", "engine.base_port: Input should be greater than or equal to 1024, got 80"),
+        ("pools: {fp4: ['http://127.0.0.1:1']}", "pools.fp4: not a served variant; known: bf16, int8"),
+        ("gateway: {host: 0.0.0.0}", "0.0.0.0"),
+        ("reference: fp32", "serve: must contain the reference 'fp32'"),
+        ("engine: [", "is not valid YAML"),
+    ],
+)
+def test_configuration_errors(capsys, write_config, extra: str, sentence: str) -> None:
+    assert sentence in run(capsys, "up", "--config", str(write_config(extra)))
+
+
+def test_unknown_default_role(capsys, write_config, tmp_path: Path) -> None:
+    path = write_config()
+    path.write_text(path.read_text().replace("default_role: core", "default_role: cor"), encoding="utf-8")
+    assert "default_role: 'cor' is not a role; known: core" in run(capsys, "up", "--config", str(path))
+
+
+def test_missing_configuration(capsys, tmp_path: Path) -> None:
+    assert "does not exist; give the configuration" in run(
+        capsys, "up", "--config", str(tmp_path / "no.yaml")
+    )
+
+
+def test_missing_model_directory(capsys, write_config) -> None:
+    path = write_config(model="/nonexistent/model")
+    assert "model directory /nonexistent/model does not exist" in run(
+        capsys, "quantize", "--config", str(path)
+    )
+
+
+def test_model_without_tokenizer(capsys, write_config, tmp_path: Path) -> None:
+    model = tmp_path / "bare"
+    model.mkdir()
+    (model / "config.json").write_text('{"hidden_size": 1}', encoding="utf-8")
+    assert "has no tokenizer" in run(capsys, "quantize", "--config", str(write_config(model=str(model))))
+
+
+def test_unknown_variant(capsys, write_config) -> None:
+    error = run(capsys, "quantize", "--config", str(write_config()), "int3")
+    assert "unknown variant 'int3'; known: bf16, int8, int4, int4-kv8" in error
+
+
+def test_up_before_quantize(capsys, write_config) -> None:
+    assert "make the variant with `tiercel quantize`" in run(capsys, "up", "--config", str(write_config()))
+
+
+def test_card_that_does_not_match_its_files(capsys, write_config, tmp_path: Path) -> None:
+    path = write_config()
+    main(["quantize", "--config", str(path), "--no-evaluate", "bf16"])
+    weights = tmp_path / "variants/bf16/model.safetensors"
+    spoiled = bytearray(weights.read_bytes())
+    spoiled[-1] ^= 1
+    weights.unlink()  # it is a hard link to the shipped model
+    weights.write_bytes(spoiled)
+    assert "does not match card.json" in run(capsys, "up", "--config", str(path))
+
+
+def test_gateway_port_in_use(capsys, write_config, tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        path = write_config(f"gateway: {{port: {port}}}")
+        path.write_text(path.read_text().replace("serve: [bf16, int8]", "serve: [bf16]"), encoding="utf-8")
+        main(["quantize", "--config", str(path), "--no-evaluate", "bf16"])
+        assert f"port {port} on 127.0.0.1 is in use" in run(capsys, "up", "--config", str(path))

@@ -1,0 +1,171 @@
+"""`tiercel up` with stand-in engines: it starts, restarts what dies, and leaves nothing behind.
+
+The engine environment's interpreter is replaced by a script that starts the shipped fake engine on
+the port that it is given, so everything but vLLM is the real thing.
+"""
+
+import asyncio
+import contextlib
+import os
+import signal
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import aiohttp
+import psutil
+import pytest
+
+from deploy.cli import main
+from deploy.engine import EngineProcess, EngineStartError, command, environment
+from deploy.making import free_port
+from deploy.supervisor import Stack, engine_specs
+from gateway.config import Config, load_config
+
+ROOT = Path(__file__).resolve().parents[2]
+
+FAKE_ENGINE = f"""#!/bin/sh
+while [ $# -gt 0 ]; do
+  [ "$1" = --port ] && port=$2
+  shift
+done
+exec {sys.executable} -m gateway.upstream.fake --port "$port"
+"""
+
+
+@pytest.fixture
+def config_path(tmp_path: Path) -> Path:
+    engine = tmp_path / "python"
+    engine.write_text(FAKE_ENGINE, encoding="utf-8")
+    engine.chmod(engine.stat().st_mode | stat.S_IXUSR)
+    path = tmp_path / "tiercel.yaml"
+    path.write_text(
+        f"""
+model: {{name: assistant, path: {ROOT}/deploy/assistant/model}}
+variants_dir: variants
+serve: [bf16]
+roles: {{core: {{}}}}
+default_role: core
+run_dir: run
+gateway: {{port: {free_port("127.0.0.1")}}}
+engine: {{base_port: {free_port("127.0.0.1")}, python: {engine}, start_timeout_s: 30, stop_timeout_s: 5}}
+""",
+        encoding="utf-8",
+    )
+    main(["quantize", "--config", str(path), "--no-evaluate", "bf16"])
+    return path
+
+
+async def until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "did not happen in time"
+        await asyncio.sleep(0.05)
+
+
+async def status(url: str) -> int:
+    async with aiohttp.ClientSession() as session:
+        try:
+            async with session.get(url) as response:
+                return response.status
+        except aiohttp.ClientError:
+            return 0
+
+
+async def test_serves_restarts_a_crashed_engine_and_stops_cleanly(config_path: Path) -> None:
+    said: list[str] = []
+    async with Stack(load_config(config_path), config_path, said.append) as stack:
+        assert await status(stack.url + "/readiness") == 200
+        engine = stack.engines["bf16"]
+        crashed = engine.pid
+        assert crashed is not None
+        os.kill(crashed, signal.SIGKILL)
+        await until(lambda: any("is ready again" in line for line in said))
+        assert engine.pid != crashed
+        assert any("ended with status -9; starting it again in 1 s" in line for line in said)
+        family = [psutil.Process(engine.pid), *psutil.Process(os.getpid()).children(recursive=True)]
+    assert not [p for p in family if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+    assert not (config_path.parent / "run/engines.json").exists()
+
+
+def test_sigterm_ends_everything_with_status_0(config_path: Path) -> None:
+    config = load_config(config_path)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "deploy.cli", "up", "--config", str(config_path)],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stderr is not None
+    lines = []
+    for line in process.stderr:
+        lines.append(line)
+        if "curl" in line and "/metrics" in line:
+            break
+    children = psutil.Process(process.pid).children(recursive=True)
+    assert len(children) >= 2, "".join(lines)
+    process.send_signal(signal.SIGTERM)
+    _, rest = process.communicate(timeout=30)
+    assert process.returncode == 0, rest
+    assert "stopped; logs are in" in rest
+    assert "Traceback" not in "".join(lines) + rest
+    assert not [p for p in children if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+    assert config.gateway.port > 0
+
+
+def dead_engine(config_path: Path, script: str) -> Config:
+    config = load_config(config_path)
+    assert config.engine.python is not None
+    config.engine.python.write_text(script, encoding="utf-8")
+    return config
+
+
+async def test_engine_that_dies_at_start_shows_its_last_words(config_path: Path) -> None:
+    config = dead_engine(config_path, "#!/bin/sh\necho loading; echo 'not enough KV blocks' >&2; exit 3\n")
+    with pytest.raises(BaseException) as failed:  # noqa: PT011 - a group when several engines start
+        async with Stack(config, config_path, lambda _: None):
+            pass
+    text = str(failed.value)
+    assert "engine bf16 ended with status 3 while starting" in text
+    assert "not enough KV blocks" in text
+
+
+async def test_engine_port_in_use(config_path: Path) -> None:
+    config = load_config(config_path)
+    server = await asyncio.start_server(lambda r, w: None, "127.0.0.1", config.engine.base_port)
+    async with server:
+        with pytest.raises(EngineStartError, match=f"port {config.engine.base_port} on 127.0.0.1 is in use"):
+            await EngineProcess(engine_specs(config)[0], config.engine).start()
+
+
+async def test_engine_that_hangs_is_given_up_and_killed(config_path: Path) -> None:
+    config = dead_engine(config_path, "#!/bin/sh\ntrap '' TERM\nwhile :; do sleep 1; done\n")
+    settings = config.engine.model_copy(update={"start_timeout_s": 1.0, "stop_timeout_s": 0.5})
+    engine = EngineProcess(engine_specs(config)[0], settings)
+    await engine.start()
+    with pytest.raises(EngineStartError, match="was not ready after 1 s; raise engine.start_timeout_s"):
+        await engine.wait_ready()
+    await engine.stop()
+    with contextlib.suppress(psutil.NoSuchProcess):
+        assert psutil.Process(engine.pid).status() == psutil.STATUS_ZOMBIE
+
+
+async def test_missing_engine_environment(config_path: Path) -> None:
+    config = load_config(config_path)
+    settings = config.engine.model_copy(update={"python": Path("/nonexistent/python")})
+    with pytest.raises(EngineStartError, match="run `make setup`"):
+        await EngineProcess(engine_specs(config)[0], settings).start()
+
+
+def test_command_line_comes_from_the_card(config_path: Path) -> None:
+    config = load_config(config_path)
+    spec = engine_specs(config)[0]
+    card = spec.card.model_copy(update={"kv_cache_dtype": "fp8", "max_model_len": 512})
+    line = command(type(spec)(card, spec.directory, spec.host, spec.port, spec.log), config.engine)
+    pairs = dict(zip(line, line[1:], strict=False))
+    assert pairs["--kv-cache-dtype"] == "fp8"
+    assert pairs["--max-model-len"] == "512"
+    assert pairs["--served-model-name"] == "assistant"
+    assert environment(config.engine)["VLLM_CPU_KVCACHE_SPACE"] == "1"

@@ -1,0 +1,183 @@
+"""What the gateway's tests stand on: cards without weights, fake engines, a gateway on a real socket."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import json
+import socket
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import uvicorn
+from prometheus_client import CollectorRegistry
+
+from gateway.app import create_app
+from gateway.config import Config
+from gateway.upstream.fake import FakeEngine, Script
+from quantize.card import Card, Evaluation, RoleEvaluation, TextEvaluation
+
+CHAT = "/v1/chat/completions"
+RECORD = "Order C2390\ncustomer: Greta Vidal\ntotal: $277\n\nhow much does order C2390 cost"
+
+
+def make_card(variant: str, *, passes: tuple[str, ...] = (), **changes: Any) -> Card:
+    """A card of ``variant``; its gate passes for the roles in ``passes`` and for no other."""
+    good = RoleEvaluation(
+        items=1000,
+        correct=950,
+        reference_correct=950,
+        flips_to_wrong=0,
+        flips_to_right=0,
+        same_answer=1000,
+        mcnemar_p=1.0,
+    )
+    text = TextEvaluation(
+        tokens=1000,
+        perplexity=6.0,
+        reference_perplexity=6.0,
+        delta_log_perplexity=0.0,
+        delta_log_perplexity_se=0.001,
+        kl_mean=0.001,
+        kl_p99=0.01,
+        kl_vocabulary=2048,
+        top1_agreement=0.99,
+    )
+    evaluation = Evaluation(roles=dict.fromkeys(passes, good), text=text, tasks_sha256="0", engine={})
+    fields: dict[str, Any] = {
+        "model": "assistant",
+        "variant": variant,
+        "reference": "bf16",
+        "scheme": "test",
+        "method": "test",
+        "weight_bits": 16,
+        "module_bits": {},
+        "weight_bytes": 8_000_000,
+        "kv_bytes_per_token": 1024,
+        "max_model_len": 1024,
+        "versions": {},
+        "created": "2026-11-20",
+        "files": {},
+        "evaluation": evaluation if passes else None,
+    }
+    return Card(**fields | changes)
+
+
+def make_cards() -> dict[str, Card]:
+    """bf16 for everybody, int8 for the auxiliary roles, int4-kv8 for the intent classifier only."""
+    return {
+        "bf16": make_card("bf16"),
+        "int8": make_card(
+            "int8", passes=("intent_classifier", "summarizer"), weight_bits=8, weight_bytes=5_000_000
+        ),
+        "int4-kv8": make_card(
+            "int4-kv8",
+            passes=("intent_classifier",),
+            weight_bits=4,
+            weight_bytes=3_000_000,
+            kv_cache_dtype="fp8",
+        ),
+    }
+
+
+def make_config(**changes: Any) -> Config:
+    gateway = {"scrape_interval_s": 0.05, "health_interval_s": 0.05} | changes.pop("gateway", {})
+    fields = {
+        "model": {"name": "assistant", "path": Path("model")},
+        "variants_dir": Path("variants"),
+        "serve": ("bf16", "int8", "int4-kv8"),
+        "roles": {
+            "intent_classifier": {"agents": ("IntentAgent",)},
+            "summarizer": {},
+            "core": {"grounded": True, "budget": {"min_weight_bits": 16}},
+        },
+        "default_role": "core",
+        "gateway": gateway,
+    }
+    return Config.model_validate(fields | changes)
+
+
+def free_socket() -> socket.socket:
+    listening = socket.socket()
+    listening.bind(("127.0.0.1", 0))
+    listening.listen(128)
+    return listening
+
+
+class Stack:
+    """A running gateway with a fake engine per variant."""
+
+    def __init__(self, url: str, http: aiohttp.ClientSession, registry: CollectorRegistry) -> None:
+        self.url = url
+        self.http = http
+        self.registry = registry
+        self.engines: dict[str, FakeEngine] = {}
+
+    def post(self, body: Any = None, path: str = CHAT, **options: Any) -> Any:
+        """A request; ``body`` has what differs from a plain question to the model."""
+        question = {"model": "assistant", "messages": [{"role": "user", "content": RECORD}]}
+        return self.http.post(self.url + path, json=question | (body or {}), **options)
+
+    async def events(self, response: aiohttp.ClientResponse) -> list[Any]:
+        """The data of every event of a stream; ``[DONE]`` as that string."""
+        text = await response.text()
+        values = [line.removeprefix("data: ") for line in text.splitlines() if line]
+        return [value if value == "[DONE]" else json.loads(value) for value in values]
+
+    def sample(self, name: str, **labels: str) -> float:
+        return self.registry.get_sample_value(name, labels) or 0.0
+
+    def requests(self, outcome: str) -> float:
+        """Requests that ended so, whatever their other labels."""
+        return sum(
+            sample.value
+            for family in self.registry.collect()
+            for sample in family.samples
+            if sample.name == "tiercel_requests_total" and sample.labels["outcome"] == outcome
+        )
+
+
+async def eventually(true: Callable[[], Any], within_s: float = 1.0) -> None:
+    """Wait until ``true()``, which may be a coroutine; fail after ``within_s``."""
+    async with asyncio.timeout(within_s):
+        while True:
+            result = true()
+            if await result if inspect.isawaitable(result) else result:
+                return
+            await asyncio.sleep(0.01)
+
+
+@asynccontextmanager
+async def running_gateway(**changes: Any) -> AsyncIterator[Stack]:
+    """A gateway on uvicorn over a fake engine per variant. ``changes`` are to its configuration;
+    ``cards`` replaces the cards, ``pools`` what they point to."""
+    cards = changes.pop("cards", None) or make_cards()
+    async with AsyncExitStack() as exits:
+        engines = {variant: FakeEngine(Script()) for variant in cards}
+        urls = {v: (await exits.enter_async_context(engine.serving()),) for v, engine in engines.items()}
+        config = make_config(**{"pools": urls} | changes)
+        registry = CollectorRegistry()
+        url = await exits.enter_async_context(serving(create_app(config, cards, registry)))
+        http = await exits.enter_async_context(aiohttp.ClientSession())
+        stack = Stack(url, http, registry)
+        stack.engines = engines
+        yield stack
+
+
+@asynccontextmanager
+async def serving(app: Any) -> AsyncIterator[str]:
+    """An ASGI application on uvicorn, on a free port; gives its base URL."""
+    listening = free_socket()
+    server = uvicorn.Server(
+        uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=1)
+    )
+    task = asyncio.create_task(server.serve(sockets=[listening]))
+    await eventually(lambda: server.started, within_s=30)
+    try:
+        yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        await task

@@ -1,0 +1,214 @@
+"""The hot path with a real client on a real socket."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from itertools import pairwise
+
+import aiohttp
+import openai
+import pytest
+from gateway_stack import Stack, eventually, running_gateway
+
+
+async def test_headers_say_what_was_decided(stack: Stack) -> None:
+    for body in ({"model": "intent_classifier"}, {"model": "intent_classifier", "stream": True}):
+        async with stack.post(body, headers={"x-request-id": "my-id.1"}) as response:
+            assert response.status == 200
+            assert response.headers["x-request-id"] == "my-id.1"
+            assert response.headers["x-tiercel-variant"] == "int4-kv8"
+            assert response.headers["x-tiercel-replica"] == "int4-kv8-0"
+            assert response.headers["x-tiercel-route-reason"] == "cheapest_in_budget"
+    async with stack.post(headers={"x-request-id": "bad id\t"}) as response:
+        assert len(response.headers["x-request-id"]) == 32
+    assert stack.engines["int4-kv8"].requests[0]["model"] == "assistant", "engines know the model only"
+
+
+async def test_stream_is_not_buffered(stack: Stack) -> None:
+    stack.engines["bf16"].script.token_delay_s = 0.1
+    arrivals = []
+    async with stack.post({"stream": True}) as response:
+        async for line in response.content:
+            if line.strip():
+                arrivals.append(time.monotonic())
+    gaps = [after - before for before, after in pairwise(arrivals)]
+    assert sum(gap > 0.05 for gap in gaps) == 4, gaps
+
+
+@pytest.mark.parametrize("options", [None, {"include_usage": False}, {"include_usage": True}])
+async def test_usage_is_shown_only_when_asked_for(stack: Stack, options: dict[str, bool] | None) -> None:
+    async with stack.post({"stream": True, "stream_options": options}) as response:
+        *events, done = await stack.events(response)
+    assert done == "[DONE]"
+    wanted = bool(options and options["include_usage"])
+    assert [bool(event.get("usage")) for event in events] == [False] * 4 + [True] * wanted
+    assert stack.engines["bf16"].requests[0]["stream_options"]["include_usage"] is True
+    assert stack.sample("tiercel_tokens_total", role="core", variant="bf16", kind="completion") == 4
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("asked", "shown", "sent"),
+    [
+        ({}, None, 5),
+        ({"logprobs": False}, None, 5),
+        ({"logprobs": True}, 0, 5),
+        ({"logprobs": True, "top_logprobs": 2}, 2, 5),
+        ({"logprobs": True, "top_logprobs": 5}, 5, 5),
+        ({"logprobs": True, "top_logprobs": 7}, 7, 7),
+    ],
+)
+async def test_logprobs_are_those_that_were_asked_for(
+    stack: Stack, stream: bool, asked: dict[str, object], shown: int | None, sent: int
+) -> None:
+    async with stack.post({"stream": stream, **asked}) as response:
+        answers = (await stack.events(response))[:-1] if stream else [await response.json()]
+    for answer in answers:
+        logprobs = answer["choices"][0]["logprobs"]
+        if shown is None:
+            assert logprobs is None
+        else:
+            assert [len(token["top_logprobs"]) for token in logprobs["content"]] == [shown] * (
+                1 if stream else 4
+            )
+    request = stack.engines["bf16"].requests[0]
+    assert (request["logprobs"], request["top_logprobs"]) == (True, sent)
+    await eventually(lambda: stack.sample("tiercel_token_nll_mean_count", role="core", variant="bf16") == 1)
+
+
+async def test_text_completions_pass(stack: Stack) -> None:
+    body = {"prompt": "The total", "logprobs": 1}
+    async with stack.post(body, path="/v1/completions") as response:
+        assert (await response.json())["choices"][0]["text"] == "The total is $277."
+    async with stack.post(body | {"stream": True}, path="/v1/completions") as response:
+        *events, done = await stack.events(response)
+    assert "".join(event["choices"][0]["text"] for event in events) == "The total is $277."
+    assert done == "[DONE]"
+    assert stack.engines["bf16"].requests[0]["logprobs"] == 1
+    async with stack.post({}, path="/v1/completions") as response:
+        assert (await response.json())["error"]["param"] == "prompt"
+
+
+@pytest.mark.parametrize("when", ["mid-stream", "before the first token", "not streamed"])
+async def test_a_client_that_leaves_frees_the_engine(stack: Stack, when: str) -> None:
+    engine = stack.engines["bf16"]
+    if when == "mid-stream":
+        engine.script.token_delay_s = 0.2
+        response = await stack.post({"stream": True})
+        await response.content.readany()
+        response.close()
+    else:
+        engine.script.first_token_delay_s = 30
+        request = asyncio.ensure_future(stack.post({"stream": when != "not streamed"}).__aenter__())
+        await eventually(lambda: engine.running)
+        request.cancel()
+    await eventually(lambda: engine.aborted == 1 and engine.running == 0)
+    await eventually(lambda: stack.requests("499") == 1)
+    if when == "mid-stream":
+        assert stack.sample("tiercel_tokens_total", role="core", variant="bf16", kind="completion") >= 1
+
+
+async def test_dead_replica_is_left_for_a_living_one() -> None:
+    async with running_gateway() as spare:
+        alive = spare.engines["bf16"]
+        async with alive.serving() as url:
+            pools = {"bf16": ("http://127.0.0.1:1", url)}
+            async with running_gateway(pools=pools, gateway={"health_interval_s": 60}) as stack:
+                for _ in range(4):
+                    async with stack.post() as response:
+                        assert response.status == 200
+                        assert response.headers["x-tiercel-replica"] == "bf16-1"
+        assert len(alive.requests) == 4
+
+
+async def test_a_pooled_connection_that_closes_is_replaced_once(stack: Stack) -> None:
+    """An engine that restarts leaves dead connections in the pool. A request that kills engines must
+    not be handed from one to the next, though."""
+    engine = stack.engines["bf16"]
+    async with stack.post() as response:
+        assert response.status == 200
+    engine.script.die_after = 0
+    async with stack.post() as response:
+        assert response.status == 502
+    assert len(engine.requests) == 3, "tried once more, and no further"
+
+
+async def test_precision_rises_while_a_pool_is_down_and_comes_back(stack: Stack) -> None:
+    async def served_by(variant: str, reason: str) -> bool:
+        async with stack.post({"model": "intent_classifier"}) as response:
+            headers = response.headers
+        return (headers["x-tiercel-variant"], headers["x-tiercel-route-reason"]) == (variant, reason)
+
+    assert await served_by("int4-kv8", "cheapest_in_budget")
+    stack.engines["int4-kv8"].script.healthy = False
+    await eventually(lambda: served_by("int8", "raised_pool_down"))
+    stack.engines["int4-kv8"].script.healthy = True
+    await eventually(lambda: served_by("int4-kv8", "cheapest_in_budget"))
+
+
+async def test_no_replica_is_a_503_with_retry_after() -> None:
+    nowhere = dict.fromkeys(("bf16", "int8", "int4-kv8"), ("http://127.0.0.1:1",))
+    async with (
+        running_gateway(pools=nowhere) as stack,
+        stack.post({"model": "intent_classifier"}) as response,
+    ):
+        assert response.status == 503
+        assert response.headers["retry-after"] == "1"
+        assert (await response.json())["error"]["code"] == "no_replica"
+
+
+async def test_official_client(stack: Stack) -> None:
+    async with openai.AsyncOpenAI(base_url=stack.url + "/v1", api_key="any", max_retries=0) as client:
+        messages = [{"role": "user", "content": "hi"}]
+        whole = await client.chat.completions.create(model="assistant", messages=messages)
+        assert whole.choices[0].message.content == "The total is $277."
+        assert whole.choices[0].logprobs is None
+        stream = await client.chat.completions.create(
+            model="summarizer", messages=messages, stream=True, stream_options={"include_usage": True}
+        )
+        chunks = [chunk async for chunk in stream]
+        assert "".join(c.choices[0].delta.content for c in chunks if c.choices) == "The total is $277."
+        assert chunks[-1].usage.completion_tokens == 4
+        assert "assistant:int8" in [model.id async for model in client.models.list()]
+        with pytest.raises(openai.PermissionDeniedError, match="less precise"):
+            await client.chat.completions.create(model="assistant:int8", messages=messages)
+        with pytest.raises(openai.NotFoundError):
+            await client.chat.completions.create(model="nothing", messages=messages)
+
+
+async def test_many_streams_at_once(stack: Stack) -> None:
+    stack.engines["bf16"].script.token_delay_s = 0.01
+
+    async def one() -> str:
+        async with stack.post({"stream": True}) as response:
+            *events, done = await stack.events(response)
+            assert done == "[DONE]"
+            return "".join(event["choices"][0]["delta"]["content"] for event in events)
+
+    assert set(await asyncio.gather(*(one() for _ in range(50)))) == {"The total is $277."}
+
+
+async def test_access_log_has_figures_and_no_prompt(stack: Stack, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", logger="tiercel.access")
+    async with stack.post({"user": "session-7"}, headers={"x-agent-role": "summarizer"}) as response:
+        await response.read()
+    (record,) = [record for record in caplog.records if record.name == "tiercel.access"]
+    fields = record.fields
+    assert fields["role"] == "summarizer"
+    assert (fields["variant"], fields["reason"], fields["status"]) == ("int8", "cheapest_in_budget", 200)
+    assert (fields["session"], fields["completion_tokens"]) == ("session-7", 4)
+    assert "Greta" not in json.dumps(fields, default=str)
+
+
+async def test_stopping_lets_a_stream_finish() -> None:
+    response: aiohttp.ClientResponse
+    async with aiohttp.ClientSession() as http:
+        async with running_gateway() as stack:
+            stack.engines["bf16"].script.token_delay_s = 0.1
+            stack.http, own = http, stack.http
+            response = await stack.post({"stream": True})
+            reading = asyncio.create_task(response.text())
+            stack.http = own
+        assert (await reading).endswith("data: [DONE]\n\n")

@@ -1,0 +1,196 @@
+"""What an operator relies on: health, readiness, metrics, the process's start and its stop."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from gateway_stack import Stack, eventually, make_cards, make_config, running_gateway
+from prometheus_client import CollectorRegistry
+from prometheus_client.parser import text_string_to_metric_families
+
+from gateway.__main__ import main
+from gateway.quality.answer import Answer
+from gateway.quality.grounded import Grounded
+from gateway.quality.observe import Observer
+from gateway.telemetry.engines import engine_pids, parse_reading, resident_bytes
+from gateway.telemetry.metrics import Metrics
+from quantize.card import write_card
+
+
+async def get(stack: Stack, path: str) -> tuple[int, str]:
+    async with stack.http.get(stack.url + path) as response:
+        return response.status, await response.text()
+
+
+async def test_models(stack: Stack) -> None:
+    ids = [model["id"] for model in json.loads((await get(stack, "/v1/models"))[1])["data"]]
+    roles = ["intent_classifier", "summarizer", "core"]
+    assert ids == ["assistant", *roles, "assistant:bf16", "assistant:int8", "assistant:int4-kv8"]
+
+
+async def test_readiness_names_the_pools_that_are_missing(stack: Stack) -> None:
+    async def readiness_is(status: int) -> bool:
+        return (await get(stack, "/readiness"))[0] == status
+
+    await eventually(lambda: readiness_is(200))
+    stack.engines["int8"].script.healthy = False
+    await eventually(lambda: readiness_is(503))
+    detail = json.loads((await get(stack, "/readiness"))[1])
+    assert detail["not_reachable"] == ["int8"]
+    assert detail["pools"]["bf16"]["replicas"]["bf16-0"]["reachable"] is True
+    assert (await get(stack, "/health"))[0] == 200
+
+
+async def test_request_metrics(stack: Stack) -> None:
+    for stream in (False, True):
+        async with stack.post({"model": "summarizer", "stream": stream}) as response:
+            await response.read()
+    asked = {"role": "summarizer", "variant": "int8"}
+    counted = {"model": "summarizer", "outcome": "200"}
+    assert stack.sample("tiercel_requests_total", **asked, **counted) == 2
+    assert stack.sample("tiercel_request_duration_seconds_count", **asked) == 2
+    assert stack.sample("tiercel_time_to_first_token_seconds_count", **asked) == 1
+    assert stack.sample("tiercel_inter_token_latency_seconds_count", **asked) >= 1
+    assert 0 < stack.sample("tiercel_gateway_overhead_seconds_sum", **asked) < 0.2
+    assert stack.sample("tiercel_tokens_total", **asked, kind="completion") == 8
+    assert stack.sample("tiercel_tokens_total", **asked, kind="prompt") > 0
+    assert stack.sample("tiercel_route_total", **asked, reason="cheapest_in_budget") == 2
+    assert stack.sample("tiercel_variant_weight_bytes", variant="int4-kv8") == 3_000_000
+    assert stack.sample("tiercel_token_nll_mean_sum", **asked) == pytest.approx(2 * 0.10536, abs=1e-4)
+    assert stack.sample("tiercel_token_entropy_max_count", **asked) == 2
+    text = (await get(stack, "/metrics"))[1]
+    names = {family.name for family in text_string_to_metric_families(text)}
+    assert "tiercel_requests" in names
+    assert "process_resident_memory_bytes" in names
+
+
+async def test_grounded_role_is_checked(stack: Stack) -> None:
+    for text in ("The total is $277.", "The total is $278. Anything else?"):
+        stack.engines["bf16"].script.text = text
+        async with stack.post({"stream": True}) as response:
+            await response.read()
+    asked = {"role": "core", "variant": "bf16"}
+    await eventually(lambda: stack.sample("tiercel_quality_score_count", **asked, check="grounded") == 2)
+    labels = {
+        label: stack.sample("tiercel_quality_sentences_total", **asked, label=label)
+        for label in ("supported", "unsupported", "not_applicable")
+    }
+    assert labels == {"supported": 1, "unsupported": 1, "not_applicable": 1}
+    assert stack.sample("tiercel_quality_score_sum", **asked, check="grounded") == 1.5
+    assert stack.sample("tiercel_quality_score_sum", **asked, check="grounded_strict") == 1
+    checks = "tiercel_quality_checks_total"
+    assert stack.sample(checks, **asked, check="grounded", outcome="failed") == 1
+    assert stack.sample(checks, **asked, check="grounded", outcome="passed") == 1
+
+
+async def test_a_check_that_raises_is_counted_and_breaks_nothing() -> None:
+    def broken(_answer: str, _context: str) -> Grounded:
+        raise RuntimeError("a defect in a check")
+
+    config = make_config()
+    metrics = Metrics(CollectorRegistry(), config.roles)
+    await Observer(config, metrics, broken).observe("core", "bf16", {"messages": []}, Answer())
+    labels = {"role": "core", "variant": "bf16", "check": "grounded", "outcome": "error"}
+    assert metrics.registry.get_sample_value("tiercel_quality_checks_total", labels) == 1
+
+
+async def test_engine_metrics_are_read_and_forgotten_when_stale(tmp_path: Path) -> None:
+    async with running_gateway(run_dir=tmp_path) as stack:
+        engine = stack.engines["int8"]
+        engine.waiting, engine.kv_cache_usage = 3, 0.25
+        at = {"variant": "int8", "replica": "int8-0"}
+        await eventually(lambda: stack.sample("tiercel_queue_depth", **at) == 3)
+        assert stack.sample("tiercel_kv_cache_usage_ratio", **at) == 0.25
+        assert stack.registry.get_sample_value("tiercel_engine_memory_bytes", at) is None
+
+
+def test_engine_readings(tmp_path: Path) -> None:
+    two_ranks = 'vllm:num_requests_waiting{engine="0"} 2\nvllm:num_requests_waiting{engine="1"} 3\n'
+    reading = parse_reading(two_ranks)
+    assert (reading.waiting, reading.kv_cache_usage) == (5, None)
+    assert engine_pids(tmp_path) == {}
+    engines = {"int8": {"url": "http://127.0.0.1:8102/", "pid": os.getpid()}}
+    (tmp_path / "engines.json").write_text(json.dumps({"engines": engines}))
+    assert engine_pids(tmp_path) == {("int8", "http://127.0.0.1:8102"): os.getpid()}
+    (tmp_path / "engines.json").write_text("{")
+    assert engine_pids(tmp_path) == {}
+    assert resident_bytes(os.getpid()) > 1_000_000
+    assert resident_bytes(2**22 + 1) is None
+
+
+def write_setup(directory: Path, port: int, **changes: object) -> Path:
+    """A configuration and its cards on disk."""
+    for variant, card in make_cards().items():
+        (directory / "variants" / variant).mkdir(parents=True, exist_ok=True)
+        write_card(card, directory / "variants" / variant)
+    config = {
+        "model": {"name": "assistant", "path": "model"},
+        "variants_dir": "variants",
+        "serve": ["bf16", "int8", "int4-kv8"],
+        "roles": {"core": {}},
+        "default_role": "core",
+        "gateway": {"port": port},
+    }
+    path = directory / "tiercel.yaml"
+    path.write_text(yaml.safe_dump(config | changes))
+    return path
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def gateway_process(config: Path) -> subprocess.Popen[str]:
+    command = [sys.executable, "-W", "error", "-m", "gateway", "--config", str(config)]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.parametrize(
+    ("says", "change"),
+    [
+        ("stop what uses it or set another port", {}),
+        ("did you mean 'serve'?", {"serv": 1}),
+        ("card.json does not exist", {"serve": ["bf16", "int2"]}),
+        ("was compared with 'bf16'", {"serve": ["int8"], "reference": "int8"}),
+    ],
+)
+def test_what_stops_a_start_is_said_in_one_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], says: str, change: dict[str, object]
+) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        config = write_setup(tmp_path, taken.getsockname()[1], **change)
+        assert main(["--config", str(config)]) == 2
+    error = capsys.readouterr().err
+    assert says in error
+    assert error.count("\n") == 1
+
+
+async def test_process_serves_and_stops_gracefully(tmp_path: Path) -> None:
+    processes = []
+    for number in (signal.SIGTERM, signal.SIGINT):
+        directory = tmp_path / number.name
+        directory.mkdir()
+        processes.append((gateway_process(write_setup(directory, free_port())), number))
+    for process, number in processes:
+        assert process.stderr is not None
+        lines = []
+        while "startup complete" not in (lines[-1] if lines else ""):
+            lines.append(await asyncio.to_thread(process.stderr.readline))
+            assert lines[-1], lines
+        process.send_signal(number)
+        _, rest = await asyncio.to_thread(process.communicate, timeout=10)
+        assert process.returncode == 0, rest
+        assert all(json.loads(line)["level"] == "info" for line in (*lines, *rest.splitlines()))

@@ -1,0 +1,77 @@
+"""A card is the contract between quantize and gateway: it must not lie about its files."""
+
+from pathlib import Path
+
+import pytest
+
+from quantize.card import Card, CardError, hash_files, read_card, verify_files, write_card
+
+
+def make_variant(directory: Path) -> Card:
+    (directory / "model.safetensors").write_bytes(b"weights")
+    (directory / "config.json").write_text("{}", encoding="utf-8")
+    card = Card(
+        model="assistant",
+        variant="int8",
+        reference="bf16",
+        scheme="w8a8",
+        method="gptq",
+        weight_bits=8,
+        module_bits={"model.layers.0.mlp.up_proj": 8},
+        weight_bytes=7,
+        kv_bytes_per_token=2048,
+        max_model_len=1024,
+        versions={},
+        created="2026-01-01T00:00:00+00:00",
+        files=hash_files(directory),
+    )
+    write_card(card, directory)
+    return card
+
+
+def test_written_card_is_read_back_and_matches_its_files(tmp_path: Path) -> None:
+    card = make_variant(tmp_path)
+    assert read_card(tmp_path) == card
+    verify_files(card, tmp_path)
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_version_changes_with_the_files(tmp_path: Path) -> None:
+    card = make_variant(tmp_path)
+    (tmp_path / "config.json").write_text('{"a": 1}', encoding="utf-8")
+    changed = card.model_copy(update={"files": hash_files(tmp_path)})
+    assert changed.version != card.version
+
+
+@pytest.mark.parametrize(
+    ("spoil", "sentence"),
+    [
+        (lambda d: (d / "model.safetensors").write_bytes(b"other"), "does not match card.json"),
+        (lambda d: (d / "config.json").unlink(), "config.json is listed in card.json but missing"),
+        (lambda d: (d / "extra.bin").write_bytes(b"x"), "extra.bin is not listed"),
+    ],
+)
+def test_card_that_does_not_match_its_files_is_refused(tmp_path: Path, spoil, sentence: str) -> None:
+    card = make_variant(tmp_path)
+    spoil(tmp_path)
+    with pytest.raises(CardError, match=sentence):
+        verify_files(card, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("{", "make the variant again"),
+        ('{"model": "m"}', "Field required"),
+        ('{"surprise": 1}', "make the variant again"),
+    ],
+)
+def test_malformed_card_names_the_file_and_the_fix(tmp_path: Path, text: str, sentence: str) -> None:
+    (tmp_path / "card.json").write_text(text, encoding="utf-8")
+    with pytest.raises(CardError, match=sentence):
+        read_card(tmp_path)
+
+
+def test_missing_card_says_how_to_make_one(tmp_path: Path) -> None:
+    with pytest.raises(CardError, match="tiercel quantize"):
+        read_card(tmp_path / "int8")
