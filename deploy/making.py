@@ -108,17 +108,17 @@ async def evaluate_variants(config: Config, cards: Sequence[Card], say: Say) -> 
 
 def engine_description(config: Config) -> dict[str, str]:
     """Where the numbers come from: kernels differ between processors and settings."""
-    flags = _cpu_line("flags").split()
+    flags = cpu_line("flags").split()
     kinds = [name for name in ("amx_int8", "avx512_vnni", "avx512f", "avx2") if name in flags]
     return {
         "machine": platform.machine(),
-        "cpu": _cpu_line("model name"),
+        "cpu": cpu_line("model name"),
         "instructions": kinds[0] if kinds else "baseline",
         "env": " ".join(f"{name}={value}" for name, value in sorted(config.engine.env.items())),
     }
 
 
-def _cpu_line(name: str) -> str:
+def cpu_line(name: str) -> str:
     """The first line of that name in /proc/cpuinfo, or an empty string."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()

@@ -42,7 +42,7 @@ def drop_upper_bound(evaluation: RoleEvaluation, z: float = Z_ONE_SIDED_95) -> f
 def mcnemar_p(to_wrong: int, to_right: int) -> float:
     """Two-sided exact McNemar test: probability of flips at least as one-sided as these."""
     n = to_wrong + to_right
-    tail = sum(math.comb(n, k) for k in range(min(to_wrong, to_right) + 1)) / 2**n
+    tail = math.fsum(math.comb(n, k) / 2**n for k in range(min(to_wrong, to_right) + 1))
     return min(1.0, 2 * tail)
 
 

@@ -14,7 +14,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -159,5 +159,5 @@ def base_sha256(checkpoint: Checkpoint) -> str:
     return _digest({path.name: sha256_of(path) for path in names})
 
 
-def _digest(listing: dict[str, object] | dict[str, str]) -> str:
+def _digest(listing: Mapping[str, object]) -> str:
     return hashlib.sha256(json.dumps(listing, sort_keys=True).encode()).hexdigest()

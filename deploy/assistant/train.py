@@ -159,7 +159,7 @@ def backward(model: LlamaForCausalLM, examples: Sequence[Example], smoothing: fl
         logits = model.lm_head(hidden[chosen])
         losses = F.cross_entropy(logits, targets[chosen], reduction="none", label_smoothing=smoothing)
         loss = (losses * weights[chosen]).sum() / total
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         value += loss.item()
     return value
 
@@ -198,7 +198,7 @@ class Muon(torch.optim.Optimizer):
 
 def orthogonalize(matrix: torch.Tensor, steps: int = 5) -> torch.Tensor:
     """The nearest semi-orthogonal matrix, by a quintic Newton-Schulz iteration."""
-    x = matrix / (matrix.norm() + 1e-7)
+    x: torch.Tensor = matrix / (matrix.norm() + 1e-7)
     flipped = x.shape[0] > x.shape[1]
     x = x.T if flipped else x
     for _ in range(steps):
@@ -214,17 +214,18 @@ def add_dropout(model: LlamaForCausalLM) -> None:
     One mask per sequence and channel: a mask per element costs a fifth of a step on a CPU.
     """
 
-    def masked(values: torch.Tensor) -> torch.Tensor:
+    def with_mask(values: torch.Tensor) -> torch.Tensor:
         rate = model.residual_dropout
         if rate == 0.0:
             return values
         keep = torch.rand(values.shape[0], 1, values.shape[2]) >= rate
-        return values * (keep / (1 - rate))
+        masked: torch.Tensor = values * (keep / (1 - rate))
+        return masked
 
     def drop(module: torch.nn.Module, _args: Any, output: Any) -> Any:
         if not module.training:
             return output
-        return (masked(output[0]), *output[1:]) if isinstance(output, tuple) else masked(output)
+        return (with_mask(output[0]), *output[1:]) if isinstance(output, tuple) else with_mask(output)
 
     model.residual_dropout = 0.0
     for layer in model.model.layers:

@@ -44,9 +44,8 @@ class Completions:
                 await self._serve(exchange, receive)
             except GatewayError as error:
                 await self._fail(exchange, error)
-            except asyncio.CancelledError:
+            except asyncio.CancelledError:  # by the server, when requests outlast its shutdown
                 await self._fail(exchange, ShuttingDownError("The gateway is shutting down; try again."))
-                raise
             except Exception as error:
                 self._log.exception("request failed", extra={"fields": {"request_id": exchange.request_id}})
                 await self._fail(exchange, UnexpectedError(repr(error)))

@@ -45,7 +45,10 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     [
         ("engin: {}", "engin: unknown key; did you mean 'engine'?"),
         ("engine: {base_prt: 1}", "engine.base_prt: unknown key; did you mean 'base_port'?"),
-        ("engine: {base_port: 80}", "engine.base_port: Input should be greater than or equal to 1024, got 80"),
+        (
+            "engine: {base_port: 80}",
+            "engine.base_port: Input should be greater than or equal to 1024, got 80",
+        ),
         ("pools: {fp4: ['http://127.0.0.1:1']}", "pools.fp4: not a served variant; known: bf16, int8"),
         ("gateway: {host: 0.0.0.0}", "0.0.0.0"),
         ("reference: fp32", "serve: must contain the reference 'fp32'"),

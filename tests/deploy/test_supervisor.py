@@ -6,6 +6,7 @@ the port that it is given, so everything but vLLM is the real thing.
 
 import asyncio
 import contextlib
+import itertools
 import os
 import signal
 import stat
@@ -145,7 +146,7 @@ async def test_engine_that_hangs_is_given_up_and_killed(config_path: Path) -> No
     settings = config.engine.model_copy(update={"start_timeout_s": 1.0, "stop_timeout_s": 0.5})
     engine = EngineProcess(engine_specs(config)[0], settings)
     await engine.start()
-    with pytest.raises(EngineStartError, match="was not ready after 1 s; raise engine.start_timeout_s"):
+    with pytest.raises(EngineStartError, match=r"was not ready after 1 s; raise engine\.start_timeout_s"):
         await engine.wait_ready()
     await engine.stop()
     with contextlib.suppress(psutil.NoSuchProcess):
@@ -164,7 +165,7 @@ def test_command_line_comes_from_the_card(config_path: Path) -> None:
     spec = engine_specs(config)[0]
     card = spec.card.model_copy(update={"kv_cache_dtype": "fp8", "max_model_len": 512})
     line = command(type(spec)(card, spec.directory, spec.host, spec.port, spec.log), config.engine)
-    pairs = dict(zip(line, line[1:], strict=False))
+    pairs = dict(itertools.pairwise(line))
     assert pairs["--kv-cache-dtype"] == "fp8"
     assert pairs["--max-model-len"] == "512"
     assert pairs["--served-model-name"] == "assistant"

@@ -10,7 +10,7 @@ from itertools import pairwise
 import aiohttp
 import openai
 import pytest
-from gateway_stack import Stack, eventually, running_gateway
+from gateway_stack import CHAT, Stack, eventually, running_gateway
 
 
 async def test_headers_say_what_was_decided(stack: Stack) -> None:
@@ -37,45 +37,43 @@ async def test_stream_is_not_buffered(stack: Stack) -> None:
     assert sum(gap > 0.05 for gap in gaps) == 4, gaps
 
 
-@pytest.mark.parametrize("options", [None, {"include_usage": False}, {"include_usage": True}])
-async def test_usage_is_shown_only_when_asked_for(stack: Stack, options: dict[str, bool] | None) -> None:
-    async with stack.post({"stream": True, "stream_options": options}) as response:
-        *events, done = await stack.events(response)
-    assert done == "[DONE]"
-    wanted = bool(options and options["include_usage"])
-    assert [bool(event.get("usage")) for event in events] == [False] * 4 + [True] * wanted
-    assert stack.engines["bf16"].requests[0]["stream_options"]["include_usage"] is True
-    assert stack.sample("tiercel_tokens_total", role="core", variant="bf16", kind="completion") == 4
+async def test_usage_is_shown_only_when_asked_for(stack: Stack) -> None:
+    for options in (None, {"include_usage": False}, {"include_usage": True}):
+        async with stack.post({"stream": True, "stream_options": options}) as response:
+            *events, done = await stack.events(response)
+        assert done == "[DONE]"
+        wanted = bool(options and options["include_usage"])
+        assert [bool(event.get("usage")) for event in events] == [False] * 4 + [True] * wanted
+        assert stack.engines["bf16"].requests[-1]["stream_options"]["include_usage"] is True
+    assert stack.sample("tiercel_tokens_total", role="core", variant="bf16", kind="completion") == 12
+
+
+LOGPROBS = [  # what the client asks for, how many alternatives it sees, how many the engine is asked for
+    ({}, None, 5),
+    ({"logprobs": False}, None, 5),
+    ({"logprobs": True}, 0, 5),
+    ({"logprobs": True, "top_logprobs": 2}, 2, 5),
+    ({"logprobs": True, "top_logprobs": 5}, 5, 5),
+    ({"logprobs": True, "top_logprobs": 7}, 7, 7),
+]
 
 
 @pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize(
-    ("asked", "shown", "sent"),
-    [
-        ({}, None, 5),
-        ({"logprobs": False}, None, 5),
-        ({"logprobs": True}, 0, 5),
-        ({"logprobs": True, "top_logprobs": 2}, 2, 5),
-        ({"logprobs": True, "top_logprobs": 5}, 5, 5),
-        ({"logprobs": True, "top_logprobs": 7}, 7, 7),
-    ],
-)
-async def test_logprobs_are_those_that_were_asked_for(
-    stack: Stack, stream: bool, asked: dict[str, object], shown: int | None, sent: int
-) -> None:
-    async with stack.post({"stream": stream, **asked}) as response:
-        answers = (await stack.events(response))[:-1] if stream else [await response.json()]
-    for answer in answers:
-        logprobs = answer["choices"][0]["logprobs"]
-        if shown is None:
-            assert logprobs is None
-        else:
-            assert [len(token["top_logprobs"]) for token in logprobs["content"]] == [shown] * (
-                1 if stream else 4
-            )
-    request = stack.engines["bf16"].requests[0]
-    assert (request["logprobs"], request["top_logprobs"]) == (True, sent)
-    await eventually(lambda: stack.sample("tiercel_token_nll_mean_count", role="core", variant="bf16") == 1)
+async def test_logprobs_are_those_that_were_asked_for(stack: Stack, stream: bool) -> None:
+    for asked, shown, sent in LOGPROBS:
+        async with stack.post({"stream": stream, **asked}) as response:
+            answers = (await stack.events(response))[:-1] if stream else [await response.json()]
+        request = stack.engines["bf16"].requests[-1]
+        assert (request["logprobs"], request["top_logprobs"]) == (True, sent)
+        for answer in answers:
+            logprobs = answer["choices"][0]["logprobs"]
+            if shown is None:
+                assert logprobs is None
+            else:
+                seen = [len(token["top_logprobs"]) for token in logprobs["content"]]
+                assert seen == [shown] * (1 if stream else 4)
+    signals = {"role": "core", "variant": "bf16"}
+    await eventually(lambda: stack.sample("tiercel_token_nll_mean_count", **signals) == len(LOGPROBS))
 
 
 async def test_text_completions_pass(stack: Stack) -> None:
@@ -202,13 +200,16 @@ async def test_access_log_has_figures_and_no_prompt(stack: Stack, caplog: pytest
     assert "Greta" not in json.dumps(fields, default=str)
 
 
-async def test_stopping_lets_a_stream_finish() -> None:
-    response: aiohttp.ClientResponse
+async def test_stopping_lets_a_stream_finish_or_says_why_not() -> None:
     async with aiohttp.ClientSession() as http:
         async with running_gateway() as stack:
+            url = stack.url + CHAT
             stack.engines["bf16"].script.token_delay_s = 0.1
-            stack.http, own = http, stack.http
-            response = await stack.post({"stream": True})
-            reading = asyncio.create_task(response.text())
-            stack.http = own
-        assert (await reading).endswith("data: [DONE]\n\n")
+            stack.engines["int8"].script.token_delay_s = 30
+            question = {"messages": [{"role": "user", "content": "hi"}], "stream": True}
+            short = await http.post(url, json=question | {"model": "assistant"})
+            endless = await http.post(url, json=question | {"model": "summarizer"})
+            reading = [asyncio.create_task(response.text()) for response in (short, endless)]
+        assert (await reading[0]).endswith("data: [DONE]\n\n")
+        last = (await reading[1]).strip().splitlines()[-1]
+        assert json.loads(last.removeprefix("data: "))["error"]["code"] == "shutting_down"

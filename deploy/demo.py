@@ -1,0 +1,185 @@
+"""``tiercel demo``: quantize, gate, serve, send the customers' messages through the team, report.
+
+Every figure of the report is measured in this run: answers and times at the client, memory and
+quality from the gateway's ``/metrics``, losses from the cards.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from importlib.resources import files
+from pathlib import Path
+
+import aiohttp
+from prometheus_client.parser import text_string_to_metric_families
+from tqdm import tqdm
+
+from agents.prompts import CORE, INTENT_CLASSIFIER, SUMMARIZER, SYSTEM_PROMPTS
+from agents.team import MAX_TOKENS, ROLES, TicketResult, read_tickets, run_team, user_text
+from deploy.making import cpu_line, evaluate_variants, format_cards, make_variants
+from deploy.report import DemoReport, Machine, RoleReport, VariantReport, format_table, write_report
+from deploy.supervisor import Stack
+from gateway.config import Config
+from quantize.card import Card
+from quantize.evaluate.client import EngineClient
+from quantize.evaluate.statistics import percentile
+from quantize.gate import wilson_interval
+from quantize.schemes import RECIPES
+
+CONCURRENCY = 6
+"""Tickets in work at once; two cores serve three engines here."""
+
+Say = Callable[[str], None]
+Metrics = dict[tuple[str, frozenset[tuple[str, str]]], float]
+"""(name, labels) of a sample to its value."""
+
+
+async def run_demo(config: Config, config_path: Path, out: Path, messages: int, say: Say) -> None:
+    """Run the whole path and write ``report.json``, ``report.html`` and ``report.png`` into ``out``."""
+    began = time.monotonic()
+    tickets = read_tickets(Path(str(files("deploy.assistant") / "data" / "messages.jsonl")))[:messages]
+    say("1/4 quantize: making the variants")
+    cards = make_variants(config, list(RECIPES), say)
+    say("2/4 gate: measuring each variant on its own engine")
+    cards = await evaluate_variants(config, cards, say)
+    say(format_cards(cards))
+    say("3/4 serve: starting one engine per served variant and the gateway")
+    async with Stack(config, config_path, say) as stack:
+        say(f"4/4 run: {len(tickets)} customer messages through the ADK team")
+        sent = time.monotonic()
+        with tqdm(total=len(tickets), desc="messages", unit="message", mininterval=1) as bar:
+
+            def advance(_: TicketResult) -> None:
+                bar.update()
+
+            results = await run_team(
+                tickets,
+                stack.url,
+                config.model.name,
+                concurrency=CONCURRENCY,
+                progress=advance,
+            )
+        wall = time.monotonic() - sent
+        await asyncio.sleep(1.0)  # the last answers are being checked
+        metrics = await read_metrics(stack.url)  # before the reference is asked, which would count too
+        agreement = await agreement_with_reference(config, stack.url, results)
+    for result in results:
+        for line in result.errors:
+            say(f"error: {line}")
+    report = DemoReport(
+        created=datetime.now(UTC),
+        machine=Machine(cpu=cpu_line("model name") or "unknown", cores=os.cpu_count() or 1),
+        messages=len(results),
+        wall_seconds=wall,
+        roles={role: role_report(role, results, wall, agreement, metrics) for role in ROLES},
+        variants={card.variant: variant_report(card, metrics) for card in cards},
+    )
+    write_report(report, out)
+    print(format_table(report))
+    say(
+        f"report: {out / 'report.html'}, report.png and report.json ({time.monotonic() - began:.0f} s in all)"
+    )
+
+
+async def agreement_with_reference(
+    config: Config, url: str, results: Sequence[TicketResult]
+) -> dict[str, float | None]:
+    """Per role: the share of answers by a quantized variant that the reference gives word by word.
+
+    The reference is asked the same prompts again; None where it served every answer itself.
+    """
+    shares: dict[str, float | None] = {}
+    async with EngineClient(url, f"{config.model.name}:{config.reference}") as reference:
+        for role in ROLES:
+            quantized = [
+                r for r in results if not r.roles[role].error and r.roles[role].variant != config.reference
+            ]
+            prompts = [
+                [
+                    {"role": "system", "content": SYSTEM_PROMPTS[role]},
+                    {"role": "user", "content": user_text(role, r.ticket)},
+                ]
+                for r in quantized
+            ]
+            answers = await asyncio.gather(*(reference.answer(p, MAX_TOKENS[role]) for p in prompts))
+            same = [a.strip() == r.roles[role].text for a, r in zip(answers, quantized, strict=True)]
+            shares[role] = sum(same) / len(same) if same else None
+    return shares
+
+
+def is_right(role: str, result: TicketResult) -> bool:
+    """The same checks that the gate uses: exact, or every key fact in the summary."""
+    text, ticket = result.roles[role].text, result.ticket
+    return {
+        INTENT_CLASSIFIER: text == ticket.intent,
+        SUMMARIZER: all(fact in text for fact in ticket.facts),
+        CORE: text == ticket.answer,
+    }[role]
+
+
+def role_report(
+    role: str,
+    results: Sequence[TicketResult],
+    wall: float,
+    agreement: dict[str, float | None],
+    metrics: Metrics,
+) -> RoleReport:
+    mine = [result.roles[role] for result in results]
+    right = sum(is_right(role, result) for result in results)
+    low, high = wilson_interval(right, len(results))
+    latencies = [r.latency_s for r in mine if r.latency_s is not None and not r.error]
+    firsts = [r.ttft_s for r in mine if r.ttft_s is not None]
+    labels = {
+        label: total(metrics, "tiercel_quality_sentences_total", role=role, label=label)
+        for label in ("supported", "unsupported", "not_applicable")
+    }
+    sentences = sum(labels.values())
+    return RoleReport(
+        variant_counts=dict(Counter(r.variant for r in mine if r.variant)),
+        count=len(mine),
+        accuracy=right / len(mine),
+        accuracy_low=low,
+        accuracy_high=high,
+        agreement_with_reference=agreement[role],
+        latency_p50_s=percentile(latencies, 0.5) if latencies else None,
+        latency_p95_s=percentile(latencies, 0.95) if latencies else None,
+        ttft_p50_s=percentile(firsts, 0.5) if firsts else None,
+        ttft_p95_s=percentile(firsts, 0.95) if firsts else None,
+        tokens_per_second=sum(r.completion_tokens or 0 for r in mine) / wall,
+        hallucination_score=(sentences - labels["unsupported"]) / sentences if sentences else None,
+    )
+
+
+def variant_report(card: Card, metrics: Metrics) -> VariantReport:
+    evaluation = card.evaluation
+    memory = total(metrics, "tiercel_engine_memory_bytes", variant=card.variant)
+    return VariantReport(
+        scheme=card.scheme,
+        weight_bytes=card.weight_bytes,
+        kv_bytes_per_token=card.kv_bytes_per_token,
+        engine_memory_bytes=round(memory) or None,
+        kl_mean=evaluation.text.kl_mean if evaluation and card.variant != card.reference else None,
+        perplexity=evaluation.text.perplexity if evaluation else None,
+        gate=card.gate,
+        accuracy={role: f.accuracy for role, f in evaluation.roles.items()} if evaluation else {},
+    )
+
+
+async def read_metrics(url: str) -> Metrics:
+    async with aiohttp.ClientSession() as session, session.get(url + "/metrics") as response:
+        text = await response.text()
+    return {
+        (sample.name, frozenset(sample.labels.items())): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+
+
+def total(metrics: Metrics, name: str, **labels: str) -> float:
+    """Sum of a metric's samples that carry these labels."""
+    return sum(v for (n, have), v in metrics.items() if n == name and labels.items() <= have)

@@ -1,0 +1,100 @@
+"""A real stack for the end-to-end tests: `tiercel quantize`, then `tiercel up`, as a user runs them."""
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import aiohttp
+import pytest
+import yaml
+
+from agents.prompts import SYSTEM_PROMPTS
+from deploy.making import free_port
+from gateway.config import Config, load_config
+from quantize.card import Card, read_card
+
+ROOT = Path(__file__).resolve().parents[2]
+CLINC150 = ROOT.parent / "shared/data/clinc150.json"
+INTENT_ITEMS = 600
+RECORD_ITEMS = 120
+
+
+def clinc150_items() -> list[dict[str, object]]:
+    """A fixed sample of CLINC150's validation split as held-out items of the intent role."""
+    pairs = json.loads(CLINC150.read_text(encoding="utf-8"))["val"]
+    system = {"role": "system", "content": SYSTEM_PROMPTS["intent_classifier"]}
+    return [
+        {"messages": [system, {"role": "user", "content": text}], "expected": label, "max_tokens": 8}
+        for text, label in random.Random(0).sample(pairs, INTENT_ITEMS)
+    ]
+
+
+@dataclass(frozen=True)
+class Stack:
+    """A running stack and what its cards say."""
+
+    config: Config
+    cards: dict[str, Card]
+    log: Path
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.config.gateway.port}"
+
+
+@pytest.fixture(scope="session")
+def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    directory = tmp_path_factory.mktemp("stack")
+    settings = yaml.safe_load((ROOT / "tiercel.yaml").read_text(encoding="utf-8"))
+    settings["model"]["path"] = str(ROOT / "deploy/assistant/model")
+    settings["calibration"] = str(ROOT / "deploy/assistant/data/calibration.jsonl")
+    # Made once per checkout: a variant is kept while everything that it is made from is the same.
+    settings["variants_dir"] = str(ROOT / "var/e2e-variants")
+    settings["gateway"] = {"port": free_port("127.0.0.1")}
+    settings["engine"]["python"] = str(ROOT / ".venv-engine/bin/python")
+    settings["engine"]["base_port"] = 18101
+    for role in ("intent_classifier", "summarizer", "core"):
+        source = ROOT / f"deploy/assistant/data/{role}.jsonl"
+        lines = source.read_text(encoding="utf-8").splitlines()[:RECORD_ITEMS]
+        if role == "intent_classifier" and CLINC150.exists():
+            lines = [json.dumps(item) for item in clinc150_items()]
+        (directory / source.name).write_text("\n".join(lines) + "\n", encoding="utf-8")
+        settings["roles"][role]["tasks"] = source.name
+        if role != "core":  # wide, so that every variant may be asked for by name
+            settings["roles"][role]["budget"] = {"max_accuracy_drop": 0.2, "max_kl": 0.1}
+    path = directory / "tiercel.yaml"
+    path.write_text(yaml.safe_dump(settings), encoding="utf-8")
+    tiercel = [sys.executable, "-m", "deploy.cli"]
+    subprocess.run([*tiercel, "quantize", "--config", str(path)], check=True, timeout=1200)
+    config = load_config(path)
+    cards = {name: read_card(config.variants_dir / name) for name in ("bf16", "int8", "int4", "int4-kv8")}
+    log = directory / "up.log"
+    with log.open("wb") as output:
+        up = subprocess.Popen([*tiercel, "up", "--config", str(path)], stderr=output)
+    try:
+        deadline = time.monotonic() + 400
+        while b"Tiercel is up" not in log.read_bytes():
+            assert up.poll() is None, log.read_text(encoding="utf-8", errors="replace")
+            assert time.monotonic() < deadline, log.read_text(encoding="utf-8", errors="replace")
+            time.sleep(0.5)
+        yield Stack(config, cards, log)
+    finally:
+        up.send_signal(signal.SIGTERM)
+        try:
+            status = up.wait(timeout=90)
+        except subprocess.TimeoutExpired:
+            up.kill()
+            raise
+    assert status == 0, log.read_text(encoding="utf-8", errors="replace")
+
+
+@pytest.fixture
+async def http() -> "Iterator[aiohttp.ClientSession]":
+    async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=120)) as session:
+        yield session
