@@ -50,7 +50,9 @@ class RoleReport(_Section):
     ttft_p50_s: float | None = Field(default=None, ge=0)
     ttft_p95_s: float | None = Field(default=None, ge=0)
     tokens_per_second: float | None = Field(default=None, ge=0, description="completion tokens")
-    hallucination_score: float | None = Field(default=None, description="None if not checked")
+    hallucination_score: float | None = Field(
+        default=None, ge=0, le=1, description="share of checked sentences that are grounded, 1 is best"
+    )
 
 
 class VariantReport(_Section):
@@ -121,8 +123,8 @@ def write_report(report: DemoReport, directory: Path) -> None:
 def role_rows(report: DemoReport) -> list[list[str]]:
     """The table of roles: a row of headings, then a row of texts per role."""
     rows = [
-        "role|served by|answers|accuracy (95 %)|same as reference|latency p50 / p95"
-        "|first token p50 / p95|tokens/s|hallucination".split("|")
+        "role|served by|answers|accuracy (95 %)|as reference|latency p50/p95"
+        "|TTFT p50/p95|tokens/s|grounded".split("|")
     ]
     for name, role in report.roles.items():
         rows.append(
@@ -132,10 +134,10 @@ def role_rows(report: DemoReport) -> list[list[str]]:
                 f"{role.count:,}",
                 f"{percent(role.accuracy)} ({100 * role.accuracy_low:.1f}–{100 * role.accuracy_high:.1f})",
                 percent(role.agreement_with_reference),
-                f"{milliseconds(role.latency_p50_s)} / {milliseconds(role.latency_p95_s)}",
-                f"{milliseconds(role.ttft_p50_s)} / {milliseconds(role.ttft_p95_s)}",
+                _pair(milliseconds(role.latency_p50_s), milliseconds(role.latency_p95_s)),
+                _pair(milliseconds(role.ttft_p50_s), milliseconds(role.ttft_p95_s)),
                 number(role.tokens_per_second, 0),
-                number(role.hallucination_score, 3),
+                percent(role.hallucination_score),
             ]
         )
     return rows
@@ -212,6 +214,12 @@ def gate_text(variant: VariantReport, role: str) -> str:
         return NOTHING
     words = OUTCOME_WORDS[verdict.outcome]
     return f"{words}, {percent(variant.accuracy[role])}" if role in variant.accuracy else words
+
+
+def _pair(first: str, second: str) -> str:
+    """Two figures with their unit written once where it is the same."""
+    unit = " " + second.rpartition(" ")[2]
+    return f"{first.removesuffix(unit)}/{second}" if first.endswith(unit) else f"{first} / {second}"
 
 
 def percent(share: float | None) -> str:

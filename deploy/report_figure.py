@@ -10,12 +10,14 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import FancyBboxPatch
+from matplotlib.ticker import MaxNLocator
 
 from deploy.report import DemoReport, memory, milliseconds, number, percent
 from quantize.card import Outcome
@@ -32,7 +34,7 @@ OUTCOMES = {
 }
 """Sign, words, tile and text colour: an outcome is never told by its colour alone."""
 CSS_NAMES = {INK: "var(--ink)", MUTED: "var(--muted)", GRID: "var(--grid)"}
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.size": 9.5,
     "text.color": INK,
     "axes.labelcolor": MUTED,
@@ -75,15 +77,8 @@ def render_png(report: DemoReport) -> bytes:
 
 def render_svg(panel: Panel, report: DemoReport, name: str) -> str:
     """One panel as an SVG element for an HTML page; ``name`` keeps its ids apart from other panels'."""
-    rows = len(report.roles if panel in ROLE_PANELS else report.variants)
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(4.6, 1.15 + 0.45 * rows), layout="constrained")
-        figure.patch.set_alpha(0)
-        axes = figure.add_subplot()
-        axes.patch.set_alpha(0)
-        panel(axes, report)
-        axes.set_title("")  # the page has a heading
-        svg = _saved(figure, "svg").decode()
+        svg = _saved(_alone(panel, report), "svg").decode()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<style.*?</style>", "", svg, flags=re.DOTALL)  # it would style the whole page
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
@@ -92,6 +87,21 @@ def render_svg(panel: Panel, report: DemoReport, name: str) -> str:
     for colour, variable in CSS_NAMES.items():
         svg = svg.replace(colour, variable)
     return re.sub(r'^<svg height="[^"]*"|(?<=^<svg) width="[^"]*" height="[^"]*"', "<svg", svg)
+
+
+def _alone(panel: Panel, report: DemoReport) -> Figure:
+    """A panel on a transparent figure of its own, in inches; labels of the same width line panels up."""
+    on_roles = panel in ROLE_PANELS
+    tall = 0.45 * len(report.roles if on_roles else report.variants)
+    width, bottom = 3.7, 0.55 if on_roles else 0.1
+    height = bottom + tall + 0.35
+    figure = Figure(figsize=(width, height))
+    figure.patch.set_alpha(0)
+    axes = figure.add_axes((1.2 / width, bottom / height, 2.3 / width, tall / height))
+    axes.patch.set_alpha(0)
+    panel(axes, report)
+    axes.set_title("", loc="left")  # the page has a heading
+    return figure
 
 
 def _saved(figure: Figure, kind: str) -> bytes:
@@ -167,7 +177,7 @@ def draw_latency(axes: Axes, report: DemoReport) -> None:
         ],
     )
     axes.set_xlim(0, 1.28 * longest or 1)
-    axes.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(4))
+    axes.xaxis.set_major_locator(MaxNLocator(4))
     axes.xaxis.set_major_formatter(lambda seconds, _: milliseconds(seconds) if seconds else "0")
 
 
@@ -206,6 +216,7 @@ def draw_divergence(axes: Axes, report: DemoReport) -> None:
 
 def draw_gates(axes: Axes, report: DemoReport) -> None:
     """A tile per variant and role: the gate's outcome and the accuracy on held-out items."""
+    roomy = len(report.variants) <= 3
     for row, role in enumerate(report.roles):
         for column, variant in enumerate(report.variants.values()):
             verdict = variant.gate.get(role)
@@ -219,11 +230,17 @@ def draw_gates(axes: Axes, report: DemoReport) -> None:
                 lw=0,
             )
             axes.add_patch(shape)
-            axes.text(column + 0.07, row, f"{sign} {words}", va="center", color=colour, weight="bold")
+            label = f"{sign} {words}" if roomy else sign
+            axes.text(column + 0.07, row, label, va="center", color=colour, weight="bold")
             if role in variant.accuracy:
-                accuracy = f"{percent(variant.accuracy[role])} right"
+                accuracy = percent(variant.accuracy[role]) + " right" * roomy
                 axes.text(column + 0.93, row, accuracy, va="center", ha="right", color=colour)
-    _rows(axes, list(report.roles), "Which role a variant may serve", "gate's outcome · held-out items")
+    _rows(
+        axes,
+        list(report.roles),
+        "Which role a variant may serve",
+        "by its gate, on held-out items · ✓ passed  ✕ failed  ? not enough evidence",
+    )
     axes.set_xlim(0, len(report.variants))
     axes.set_xticks([column + 0.5 for column in range(len(report.variants))], list(report.variants))
     axes.tick_params(axis="x", labelcolor=INK)
@@ -254,7 +271,7 @@ def _rows(axes: Axes, names: Sequence[str], title: str, unit: str) -> None:
     axes.annotate(
         unit, (0, 1), (0, 7), xycoords="axes fraction", textcoords="offset points", color=MUTED, size=8.5
     )
-    axes.set_yticks(range(len(names)), names)
+    axes.set_yticks(range(len(names)), [name if len(name) <= 17 else f"{name[:16]}…" for name in names])
     axes.set_ylim(len(names) - 0.45, -0.55)
     axes.tick_params(length=0)
     axes.grid(axis="x", color=GRID, lw=0.8)

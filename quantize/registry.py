@@ -135,14 +135,13 @@ class Registry:
                 }
             )
             write_card(card, partial)
-            if self.path(variant).exists():
-                shutil.rmtree(self.path(variant))
-            partial.rename(self.path(variant))
-            partial = self.path(variant)
-            return card
-        finally:
-            if partial != self.path(variant):
-                shutil.rmtree(partial, ignore_errors=True)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        if self.path(variant).exists():
+            shutil.rmtree(self.path(variant))
+        partial.rename(self.path(variant))
+        return card
 
     def _made_from(self, variant: str, inputs: str) -> Card | None:
         """The existing variant if it is whole and was made from the same inputs."""

@@ -38,6 +38,7 @@ from deploy.assistant.corpus import (
     own_utterances,
     record_conversation,
 )
+from deploy.assistant.model_card import write_model_card
 from deploy.assistant.records import HELD_OUT_SEED, NOT_STATED
 from deploy.assistant.tokenizer import VOCABULARY_SIZE, train_tokenizer
 
@@ -426,6 +427,7 @@ def export(
     rounded.to(torch.bfloat16).save_pretrained(partial)
     tokenizer.save_pretrained(partial)
     (partial / "training.json").write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+    write_model_card(partial)
     shutil.rmtree(options.out, ignore_errors=True)
     partial.rename(options.out)
     print(json.dumps(figures), flush=True)
@@ -436,7 +438,7 @@ def main() -> None:
     parser.add_argument("--clinc150", type=Path, required=True, help="CLINC150 as JSON (train, val, oos_*)")
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("model"))
     parser.add_argument("--work", type=Path, default=Path("var/train"), help="tokenizer and checkpoint")
-    parser.add_argument("--steps", type=int, default=1800)
+    parser.add_argument("--steps", type=int, default=1600)
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--evaluate-every", type=int, default=250)
     train(parser.parse_args())

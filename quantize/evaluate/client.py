@@ -30,7 +30,9 @@ class EngineClient:
         self._session: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> EngineClient:
-        self._session = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=300))
+        # vLLM closes a connection that was idle for 5 s; ours must be the shorter patience.
+        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=2.0)
+        self._session = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=300), connector=connector)
         return self
 
     async def __aexit__(
