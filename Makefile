@@ -26,10 +26,10 @@ check: setup
 	.venv/bin/mypy
 
 quick: setup
-	.venv/bin/pytest -m "not engine"
+	.venv/bin/pytest -m "not engine" -n 2 --dist loadfile
 
-test: check
-	.venv/bin/pytest
+test: check quick
+	.venv/bin/pytest -m engine
 
 # Trains the shipped demo model again: make train CLINC150=/path/to/clinc150.json
 train: setup

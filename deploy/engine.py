@@ -16,6 +16,8 @@ import aiohttp
 from gateway.config import Engine as EngineSettings
 from quantize.card import Card
 
+SITE = Path(__file__).with_name("engine_site")
+"""What an engine's interpreter runs at start, and the CPU server's entry."""
 LAST_LINES = 12
 """Lines of an engine's log that an error message shows."""
 
@@ -43,8 +45,7 @@ def command(spec: EngineSpec, settings: EngineSettings) -> list[str]:
     """vLLM's command line for a variant, from its card."""
     arguments = [
         str(settings.python),
-        "-m",
-        "vllm.entrypoints.openai.api_server",
+        *(["-m", "vllm.entrypoints.openai.api_server"] if has_cuda() else [str(SITE / "serve_vllm.py")]),
         *("--model", str(spec.directory)),
         *("--served-model-name", spec.card.model),
         *("--host", spec.host),
@@ -67,7 +68,7 @@ def environment(settings: EngineSettings) -> dict[str, str]:
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",
         "VLLM_CPU_KVCACHE_SPACE": f"{settings.kv_cache_gib}",
-        "PYTHONPATH": str(Path(__file__).with_name("engine_site")),
+        "PYTHONPATH": str(SITE),
         "PYTHONUNBUFFERED": "1",
         "PYTHONWARNINGS": "ignore",
     }

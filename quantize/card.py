@@ -40,6 +40,20 @@ class Verdict(_Strict):
     reasons: tuple[str, ...]
 
 
+class TextEvaluation(_Strict):
+    """Token statistics on right answers in their context, paired with the reference on the same tokens."""
+
+    tokens: int = Field(ge=1)
+    perplexity: float = Field(description="of right answers, given what was asked")
+    reference_perplexity: float
+    delta_log_perplexity: float = Field(description="ln(perplexity) minus the reference's, nats")
+    delta_log_perplexity_se: float = Field(description="standard error of that difference, paired")
+    kl_mean: float = Field(description="KL(reference || variant), nats per token")
+    kl_p99: float
+    kl_vocabulary: int = Field(description="tokens of the vocabulary that the KL sums over")
+    top1_agreement: float = Field(ge=0, le=1)
+
+
 class RoleEvaluation(_Strict):
     """A variant's answers to a role's held-out items, paired with the reference's answers."""
 
@@ -49,6 +63,7 @@ class RoleEvaluation(_Strict):
     flips_to_wrong: int = Field(ge=0, description="reference right, variant wrong")
     flips_to_right: int = Field(ge=0, description="reference wrong, variant right")
     same_answer: int = Field(ge=0, description="items where both gave the same text")
+    text: TextEvaluation
     mcnemar_p: float = Field(ge=0, le=1, description="two-sided exact McNemar test on the flips")
 
     @property
@@ -60,25 +75,11 @@ class RoleEvaluation(_Strict):
         return self.same_answer / self.items
 
 
-class TextEvaluation(_Strict):
-    """Token statistics on held-out conversations, paired with the reference on the same tokens."""
-
-    tokens: int = Field(ge=1)
-    perplexity: float
-    reference_perplexity: float
-    delta_log_perplexity: float = Field(description="ln(perplexity) minus the reference's, nats")
-    delta_log_perplexity_se: float = Field(description="standard error of that difference, paired")
-    kl_mean: float = Field(description="KL(reference || variant), nats per token")
-    kl_p99: float
-    kl_vocabulary: int = Field(description="tokens of the vocabulary that the KL sums over")
-    top1_agreement: float = Field(ge=0, le=1)
-
-
 class Evaluation(_Strict):
     """Everything measured through the served engine, and on which engine that was."""
 
     roles: dict[str, RoleEvaluation]
-    text: TextEvaluation
+    text: TextEvaluation = Field(description="all roles pooled")
     tasks_sha256: str
     engine: dict[str, str] = Field(description="vLLM version, platform, instruction set, settings")
 

@@ -11,11 +11,13 @@ import json
 import logging
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from tqdm import tqdm
 
 from quantize.card import Calibration, sha256_of
 from quantize.checkpoint import Checkpoint
@@ -103,7 +105,11 @@ def compress(
     from llmcompressor.modifiers.gptq import GPTQModifier
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=torch.bfloat16, local_files_only=True)
+    log.unlink(missing_ok=True)
+    with _quiet(log):
+        model = AutoModelForCausalLM.from_pretrained(
+            checkpoint.path, dtype=torch.bfloat16, local_files_only=True
+        )
     linears = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
     targets = {name: module for name, module in linears.items() if name != "lm_head"}
     shapes = {name: (module.out_features, module.in_features) for name, module in targets.items()}
@@ -123,7 +129,10 @@ def compress(
         [{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in calibration.sequences]
     )
     torch.manual_seed(0)
-    with _quiet(log):
+    with (
+        tqdm(total=len(targets), desc=recipe.variant, unit="module", file=sys.stderr) as bar,
+        _quiet(log, lambda line: bar.update(line.count("Quantizing 1 module"))),
+    ):
         oneshot(
             model=model,
             dataset=data,
@@ -146,15 +155,16 @@ def _bits(module: Any) -> int:
 
 
 @contextlib.contextmanager
-def _quiet(log: Path) -> Iterator[None]:
-    """Send llm-compressor's logging, warnings and standard error to a file; its bars are long."""
+def _quiet(log: Path, on_line: Callable[[str], object] = lambda _: None) -> Iterator[None]:
+    """Send the libraries' logging, warnings, bars and prints to a file; ``on_line`` sees each log line."""
     from loguru import logger
 
     log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("w", encoding="utf-8") as file, warnings.catch_warnings():
+    with log.open("a", encoding="utf-8") as file, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         logger.remove()
-        sink = logger.add(file, level="INFO")
+        logger.add(file, level="INFO")
+        logger.add(lambda message: (on_line(str(message)), None)[1], level="INFO")
         before = logging.root.manager.disable
         logging.disable(logging.WARNING)
         try:
@@ -162,5 +172,5 @@ def _quiet(log: Path) -> Iterator[None]:
                 yield
         finally:
             logging.disable(before)
-            logger.remove(sink)
+            logger.remove()
             logger.add(sys.stderr, level="WARNING")

@@ -26,7 +26,9 @@ class QualityBudget(BaseModel):
         default=0.02, ge=0, le=1, description="largest drop in accuracy against the reference"
     )
     min_accuracy: float | None = Field(default=None, ge=0, le=1)
-    max_kl: float | None = Field(default=0.1, ge=0, description="largest mean KL, nats per token")
+    max_kl: float | None = Field(
+        default=0.1, ge=0, description="largest mean KL on the role's answers, nats per token"
+    )
     min_weight_bits: int | None = Field(default=None, ge=1, le=32, description="policy, whatever is measured")
 
 
@@ -90,10 +92,10 @@ def judge(card: Card, role: str, budget: QualityBudget) -> Verdict:
             f"accuracy {figures.accuracy:.4f}; budget at least {budget.min_accuracy:.4f}",
         )
     if budget.max_kl is not None:
-        kl = card.evaluation.text.kl_mean
+        kl = figures.text.kl_mean
         conclude(
             Outcome.PASSED if kl <= budget.max_kl else Outcome.FAILED,
-            f"mean KL {kl:.5f} nats per token; budget {budget.max_kl:.5f}",
+            f"mean KL {kl:.5f} nats per token on {figures.text.tokens} tokens; budget {budget.max_kl:.5f}",
         )
     worst = next(o for o in (Outcome.FAILED, Outcome.NOT_ENOUGH_EVIDENCE, Outcome.PASSED) if o in outcomes)
     return Verdict(outcome=worst, reasons=tuple(reasons))

@@ -18,9 +18,9 @@ from deploy.assistant.corpus import intent_messages, own_utterances, record_conv
 from deploy.assistant.records import HELD_OUT_SEED, make_record
 
 DATA = Path(__file__).with_name("data")
-CALIBRATION_PER_JOB = 128
-INTENTS_PER_LABEL = 5
-RECORD_ITEMS = 240
+CALIBRATION_PER_JOB = 80
+INTENTS_PER_LABEL = 4
+RECORD_ITEMS = 160
 MESSAGES = 200
 _MESSAGE_SEED = HELD_OUT_SEED + 1_000_000
 

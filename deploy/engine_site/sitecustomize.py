@@ -8,6 +8,7 @@
 """
 
 import ctypes
+import os
 import signal
 import sys
 
@@ -26,3 +27,4 @@ def _prepare() -> None:
 
 
 _prepare()
+os.register_at_fork(after_in_child=_prepare)  # neither is inherited by a forked process

@@ -59,7 +59,10 @@ def engine_pids(run_dir: Path) -> dict[tuple[str, str], int]:
 
 
 def resident_bytes(pid: int) -> int | None:
-    """Resident memory of a process and its descendants; pages that they share count for each."""
+    """Memory of a process and its descendants, pages that they share counted once between them.
+
+    That is Linux's proportional set size; where it cannot be read, resident memory.
+    """
     try:
         process = psutil.Process(pid)
         tree = [process, *process.children(recursive=True)]
@@ -68,7 +71,7 @@ def resident_bytes(pid: int) -> int | None:
     total = 0
     for member in tree:
         try:
-            total += member.memory_info().rss
+            total += getattr(member.memory_full_info(), "pss", 0) or member.memory_info().rss
         except psutil.Error:
             continue
     return total or None

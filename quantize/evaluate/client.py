@@ -47,9 +47,11 @@ class EngineClient:
         reply = await self._post("/v1/chat/completions", body)
         return str(reply["choices"][0]["message"]["content"] or "")
 
-    async def tokenize(self, messages: Sequence[dict[str, str]]) -> list[int]:
-        """Token ids of a whole conversation, by the engine's own chat template."""
-        body = {"messages": list(messages), "add_generation_prompt": False}
+    async def tokenize(
+        self, messages: Sequence[dict[str, str]], add_generation_prompt: bool = False
+    ) -> list[int]:
+        """Token ids of a conversation, by the engine's own chat template."""
+        body = {"messages": list(messages), "add_generation_prompt": add_generation_prompt}
         return [int(token) for token in (await self._post("/tokenize", body))["tokens"]]
 
     async def score(self, tokens: Sequence[int], top: int) -> list[TokenScores]:

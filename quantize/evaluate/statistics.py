@@ -45,17 +45,17 @@ def compare_tokens(
     variant: Sequence[Sequence[TokenScores]],
     vocabulary: int,
 ) -> TextEvaluation:
-    """Perplexity, KL and top-1 agreement over all tokens but each sequence's first.
+    """Perplexity, KL and top-1 agreement over all tokens of ``sequences``.
 
-    ``reference`` and ``variant`` hold, per sequence, the scores of tokens 1..n-1 of ``sequences``.
+    ``reference`` and ``variant`` hold, per sequence, the scores of each of its tokens in its context.
     The standard error of the difference in log-perplexity treats sequences as independent and the
     tokens within one as not (cluster-robust).
     """
     log_p, log_q, kls, same = 0.0, 0.0, [], 0
     differences = []
     for tokens, ours, theirs in zip(sequences, reference, variant, strict=True):
-        p = [row[token] for token, row in zip(tokens[1:], ours, strict=True)]
-        q = [row[token] for token, row in zip(tokens[1:], theirs, strict=True)]
+        p = [row[token] for token, row in zip(tokens, ours, strict=True)]
+        q = [row[token] for token, row in zip(tokens, theirs, strict=True)]
         log_p, log_q = log_p + sum(p), log_q + sum(q)
         differences.append((sum(p) - sum(q), len(p)))
         for before, after in zip(ours, theirs, strict=True):

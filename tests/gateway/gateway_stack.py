@@ -26,15 +26,6 @@ RECORD = "Order C2390\ncustomer: Greta Vidal\ntotal: $277\n\nhow much does order
 
 def make_card(variant: str, *, passes: tuple[str, ...] = (), **changes: Any) -> Card:
     """A card of ``variant``; its gate passes for the roles in ``passes`` and for no other."""
-    good = RoleEvaluation(
-        items=1000,
-        correct=950,
-        reference_correct=950,
-        flips_to_wrong=0,
-        flips_to_right=0,
-        same_answer=1000,
-        mcnemar_p=1.0,
-    )
     text = TextEvaluation(
         tokens=1000,
         perplexity=6.0,
@@ -45,6 +36,16 @@ def make_card(variant: str, *, passes: tuple[str, ...] = (), **changes: Any) -> 
         kl_p99=0.01,
         kl_vocabulary=2048,
         top1_agreement=0.99,
+    )
+    good = RoleEvaluation(
+        text=text,
+        items=1000,
+        correct=950,
+        reference_correct=950,
+        flips_to_wrong=0,
+        flips_to_right=0,
+        same_answer=1000,
+        mcnemar_p=1.0,
     )
     evaluation = Evaluation(roles=dict.fromkeys(passes, good), text=text, tasks_sha256="0", engine={})
     fields: dict[str, Any] = {

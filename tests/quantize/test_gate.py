@@ -7,9 +7,22 @@ import pytest
 from quantize.card import Card, Evaluation, Outcome, RoleEvaluation, TextEvaluation
 from quantize.gate import QualityBudget, drop_upper_bound, judge, mcnemar_p, wilson_interval
 
+TEXT = TextEvaluation(
+    tokens=1000,
+    perplexity=2.0,
+    reference_perplexity=2.0,
+    delta_log_perplexity=0.0,
+    delta_log_perplexity_se=0.001,
+    kl_mean=0.01,
+    kl_p99=0.1,
+    kl_vocabulary=128,
+    top1_agreement=0.99,
+)
+
 
 def role_evaluation(items: int, right: int, to_wrong: int, to_right: int) -> RoleEvaluation:
     return RoleEvaluation(
+        text=TEXT,
         items=items,
         correct=right - to_wrong + to_right,
         reference_correct=right,
@@ -20,21 +33,10 @@ def role_evaluation(items: int, right: int, to_wrong: int, to_right: int) -> Rol
     )
 
 
-def card(evaluation: RoleEvaluation | None, kl: float = 0.01, bits: int = 4, variant: str = "int4") -> Card:
-    text = TextEvaluation(
-        tokens=1000,
-        perplexity=2.0,
-        reference_perplexity=2.0,
-        delta_log_perplexity=0.0,
-        delta_log_perplexity_se=0.001,
-        kl_mean=kl,
-        kl_p99=0.1,
-        kl_vocabulary=128,
-        top1_agreement=0.99,
-    )
+def card(evaluation: RoleEvaluation | None, bits: int = 4, variant: str = "int4") -> Card:
     measured = None
     if evaluation is not None:
-        measured = Evaluation(roles={"core": evaluation}, text=text, tasks_sha256="0", engine={})
+        measured = Evaluation(roles={"core": evaluation}, text=TEXT, tasks_sha256="0", engine={})
     return Card(
         model="m",
         variant=variant,

@@ -35,7 +35,7 @@ def test_fewer_tokens_give_a_lower_bound(p: list[float], q: list[float], top: in
 
 
 def test_reference_against_itself_is_zero() -> None:
-    tokens, scores = [[1, 0, 2]], [[logs([0.2, 0.3, 0.5]), logs([0.1, 0.1, 0.8])]]
+    tokens, scores = [[0, 2]], [[logs([0.2, 0.3, 0.5]), logs([0.1, 0.1, 0.8])]]
     figures = compare_tokens(tokens, scores, scores, 3)
     assert figures.kl_mean == 0.0
     assert figures.top1_agreement == 1.0
@@ -44,7 +44,7 @@ def test_reference_against_itself_is_zero() -> None:
 
 
 def test_worse_variant_shows_in_every_figure() -> None:
-    tokens = [[1, 0, 2], [0, 2, 2]]
+    tokens = [[0, 2], [2, 2]]
     sharp, flat = logs([0.1, 0.1, 0.8]), logs([0.4, 0.3, 0.3])
     figures = compare_tokens(tokens, [[sharp] * 2] * 2, [[flat] * 2] * 2, 3)
     assert figures.kl_mean == pytest.approx(exact_kl([0.1, 0.1, 0.8], [0.4, 0.3, 0.3]))
