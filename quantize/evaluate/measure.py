@@ -114,7 +114,7 @@ def compare(reference: Measurement, variant: Measurement, tasks: Tasks) -> Evalu
     )
 
 
-def _pool(by_role: Mapping[str, list[T]]) -> list[T]:
+def _pool(by_role: Mapping[str, Sequence[T]]) -> list[T]:
     return [entry for entries in by_role.values() for entry in entries]
 
 
