@@ -100,13 +100,17 @@ for name in "${wanted[@]}"; do
   "make_$name" >"var/log/setup-$name.log" 2>&1 &
   pids+=($!)
 done
-megabytes() { du -sm "$1" 2>/dev/null | cut -f1 || echo 0; }
-while sleep 5; do
+free_mb() { df -Pm . | awk 'NR==2 {print $4}'; }
+before=$(free_mb)
+waited=0
+while sleep 1; do
   alive=0
   for pid in "${pids[@]}"; do if kill -0 "$pid" 2>/dev/null; then alive=1; fi; done
   [ "$alive" = 1 ] || break
-  printf 'setup: %3d s  .venv %s MB of about 2000, .venv-engine %s MB of about 3000\n' \
-    $((SECONDS - began)) "$(megabytes .venv)" "$(megabytes .venv-engine)"
+  waited=$((waited + 1))
+  [ $((waited % 10)) -eq 0 ] || continue
+  printf 'setup: %3d s, %d MB written (both environments take about 4500)\n' \
+    $((SECONDS - began)) $((before - $(free_mb)))
 done
 for i in "${!pids[@]}"; do
   name=${wanted[$i]}
