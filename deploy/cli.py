@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any, TypeVar
 
 from deploy.engine import EngineStartError
 from deploy.supervisor import UpError, run_until_stopped
-from gateway.config import Config, ConfigError, load_config
+from gateway.config import ConfigError, load_config
 from quantize.card import CardError
 from quantize.checkpoint import CheckpointError
 from quantize.compress import QuantizeError
@@ -19,6 +21,8 @@ from quantize.evaluate.client import EngineError
 from quantize.evaluate.tasks import TaskError
 from quantize.registry import Registry
 from quantize.schemes import RECIPES
+
+T = TypeVar("T")
 
 USER_ERRORS = (
     ConfigError,
@@ -42,7 +46,7 @@ def quantize(options: argparse.Namespace) -> None:
     config = load_config(options.config)
     cards = make_variants(config, options.variants or list(RECIPES), say)
     if options.evaluate:
-        cards = asyncio.run(evaluate_variants(config, cards, say))
+        cards = _run(evaluate_variants(config, cards, say))
     print(format_cards(cards))
 
 
@@ -67,9 +71,28 @@ def up(options: argparse.Namespace) -> None:
 
 def demo(options: argparse.Namespace) -> None:
     from deploy.demo import run_demo
+    from deploy.making import make_variants
 
-    config: Config = load_config(options.config)
-    asyncio.run(run_demo(config, options.config, options.out, options.messages, say))
+    config = load_config(options.config)
+    say("1/4 quantize: making the variants")
+    cards = make_variants(config, config.serve, say)
+    _run(run_demo(config, options.config, cards, options.out, options.messages, say))
+
+
+def _run(work: Coroutine[Any, Any, T]) -> T:
+    """``asyncio.run`` for work that starts engines: SIGINT and SIGTERM cancel it, so that they are
+    stopped, even where a shell has set SIGINT to be ignored (a job in the background)."""
+
+    async def cancelled_by_signals() -> T:
+        loop, task = asyncio.get_running_loop(), asyncio.current_task()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, lambda: task and task.cancel())
+        return await work
+
+    try:
+        return asyncio.run(cancelled_by_signals())
+    except asyncio.CancelledError:
+        raise KeyboardInterrupt from None
 
 
 def parser() -> argparse.ArgumentParser:

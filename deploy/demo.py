@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from agents.prompts import CORE, INTENT_CLASSIFIER, SUMMARIZER, SYSTEM_PROMPTS
 from agents.team import MAX_TOKENS, ROLES, TicketResult, read_tickets, run_team, user_text
-from deploy.making import cpu_line, evaluate_variants, format_cards, make_variants
+from deploy.making import cpu_line, evaluate_variants, format_cards
 from deploy.report import DemoReport, Machine, RoleReport, VariantReport, format_table, write_report
 from deploy.supervisor import Stack
 from gateway.config import Config
@@ -29,7 +29,6 @@ from quantize.card import Card
 from quantize.evaluate.client import EngineClient
 from quantize.evaluate.statistics import percentile
 from quantize.gate import wilson_interval
-from quantize.schemes import RECIPES
 
 CONCURRENCY = 6
 """Tickets in work at once; two cores serve three engines here."""
@@ -39,12 +38,12 @@ Metrics = dict[tuple[str, frozenset[tuple[str, str]]], float]
 """(name, labels) of a sample to its value."""
 
 
-async def run_demo(config: Config, config_path: Path, out: Path, messages: int, say: Say) -> None:
-    """Run the whole path and write ``report.json``, ``report.html`` and ``report.png`` into ``out``."""
+async def run_demo(
+    config: Config, config_path: Path, cards: Sequence[Card], out: Path, messages: int, say: Say
+) -> None:
+    """Run the path from made variants on and write ``report.json``, ``report.html`` and ``report.png`` into ``out``."""
     began = time.monotonic()
     tickets = read_tickets(Path(str(files("deploy.assistant") / "data" / "messages.jsonl")))[:messages]
-    say("1/4 quantize: making the variants")
-    cards = make_variants(config, list(RECIPES), say)
     say("2/4 gate: measuring each variant on its own engine")
     cards = await evaluate_variants(config, cards, say)
     say(format_cards(cards))

@@ -19,7 +19,7 @@ from deploy.assistant.records import HELD_OUT_SEED, make_record
 
 DATA = Path(__file__).with_name("data")
 CALIBRATION_PER_JOB = 80
-INTENTS_PER_LABEL = 4
+INTENTS_PER_LABEL = 3
 RECORD_ITEMS = 160
 MESSAGES = 200
 _MESSAGE_SEED = HELD_OUT_SEED + 1_000_000

@@ -49,7 +49,9 @@ contains every key fact. Our own utterances are worded more freely than CLINC150
 {steps:,} steps, seed {seed}, on two CPU cores in about an hour: `make train CLINC150=clinc150.json`.
 Muon on hidden matrices, AdamW elsewhere, an exponential moving average of the weights; see
 `deploy/assistant/train.py`. The run can be interrupted and goes on where it was. Data order and masks are
-fixed by the seed; sums in another order (threads, other processors) change the last digits.
+fixed by the seed; sums in another order (threads, other processors) change the last digits. The shipped
+weights come from a run that was planned longer and shortened while the learning rate was flat, so its warm-up
+took 78 steps instead of 48; nothing else differs from the command above.
 
 ## Limits
 
