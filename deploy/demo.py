@@ -41,7 +41,7 @@ Metrics = dict[tuple[str, frozenset[tuple[str, str]]], float]
 async def run_demo(
     config: Config, config_path: Path, cards: Sequence[Card], out: Path, messages: int, say: Say
 ) -> None:
-    """Run the path from made variants on and write ``report.json``, ``report.html`` and ``report.png`` into ``out``."""
+    """Run the path from made variants on; write ``report.json``, ``.html`` and ``.png`` into ``out``."""
     began = time.monotonic()
     tickets = read_tickets(Path(str(files("deploy.assistant") / "data" / "messages.jsonl")))[:messages]
     say("2/4 gate: measuring each variant on its own engine")

@@ -11,7 +11,7 @@ VLLM=0.32.0
 # Used only where the configured package index has no CPU build of torch.
 TORCH_CPU_INDEX=${TORCH_CPU_INDEX:-https://download.pytorch.org/whl/cpu}
 NEED_DISK_GB=8
-NEED_MEMORY_GB=6
+NEED_MEMORY_GB=10
 
 fail() { echo "setup: $*" >&2; exit 1; }
 

@@ -99,14 +99,14 @@ def compress(
     llm-compressor's own log goes to ``log``. Raises QuantizeError before any work when the target's
     kernels could not load the result, and after it when a module was not quantized as intended.
     """
-    import torch
-    from datasets import Dataset
-    from llmcompressor import oneshot
-    from llmcompressor.modifiers.gptq import GPTQModifier
-    from transformers import AutoModelForCausalLM
-
     log.unlink(missing_ok=True)
     with _quiet(log):
+        import torch
+        from datasets import Dataset
+        from llmcompressor import oneshot
+        from llmcompressor.modifiers.gptq import GPTQModifier
+        from transformers import AutoModelForCausalLM
+
         model = AutoModelForCausalLM.from_pretrained(
             checkpoint.path, dtype=torch.bfloat16, local_files_only=True
         )

@@ -10,8 +10,8 @@
 
 import os
 
-from vllm.entrypoints.launchers.api_server.entry import main
 from vllm.distributed.device_communicators.shm_broadcast import SpinCondition
+from vllm.entrypoints.launchers.api_server.entry import main
 from vllm.platforms.cpu import CpuPlatform
 
 SPIN_S = 0.0005
