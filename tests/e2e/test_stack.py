@@ -144,7 +144,9 @@ async def test_disconnect_frees_the_engine(
     finally:
         for post in posts:
             post.cancel()
-        await asyncio.gather(*posts, return_exceptions=True)
+        for answered in await asyncio.gather(*posts, return_exceptions=True):
+            if isinstance(answered, aiohttp.ClientResponse):
+                answered.close()
         for client in clients:
             await client.close()
     assert await until_idle(http, engine) < 10
