@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from quantize import registry as module
 from quantize.card import Calibration, CardError
@@ -101,6 +102,21 @@ def test_a_directory_of_another_model_is_refused(registry: Registry, checkpoint:
 MODEL = Path(module.__file__).parents[1] / "deploy/assistant/model"
 
 
+class TemplateAlone:
+    """The checkpoint's own chat template without transformers, whose import takes ten seconds."""
+
+    def __init__(self, path: Path) -> None:
+        def refuse(why: str) -> None:
+            raise ValueError(why)
+
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        environment.globals["raise_exception"] = refuse
+        self.template = environment.from_string((path / "chat_template.jinja").read_text(encoding="utf-8"))
+
+    def apply_chat_template(self, messages: object, **_: object) -> dict[str, list[int]]:
+        return {"input_ids": list(self.template.render(messages=messages).encode())}
+
+
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
@@ -109,7 +125,10 @@ MODEL = Path(module.__file__).parents[1] / "deploy/assistant/model"
         ('{"messages": [{"role": "wizard", "content": "x"}]}\n', "unknown role wizard"),
     ],
 )
-def test_bad_calibration_data(tmp_path: Path, text: str, sentence: str) -> None:
+def test_bad_calibration_data(
+    tmp_path: Path, text: str, sentence: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("quantize.compress.load_tokenizer", TemplateAlone)
     path = tmp_path / "calibration.jsonl"
     path.write_text(text, encoding="utf-8")
     with pytest.raises(QuantizeError, match=sentence):
