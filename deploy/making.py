@@ -7,6 +7,7 @@ answers are kept per variant version and task set, so that an interrupted run go
 from __future__ import annotations
 
 import asyncio
+import os
 import platform
 import socket
 from collections.abc import Callable, Sequence
@@ -33,7 +34,7 @@ from quantize.registry import Registry
 from quantize.schemes import RECIPES
 
 ENGINES_AT_ONCE = 2
-"""While one engine answers, the next one starts."""
+"""While one engine answers, the next one starts, or answers too where it has threads of its own."""
 
 Say = Callable[[str], None]
 
@@ -70,7 +71,7 @@ async def evaluate_variants(config: Config, cards: Sequence[Card], say: Say) -> 
     digest = tasks_sha256(tasks)
     registry = Registry(config.variants_dir, config.model.name, config.reference)
     slots = asyncio.Semaphore(ENGINES_AT_ONCE)
-    answering = asyncio.Lock()
+    answering = asyncio.Semaphore(answering_at_once(config))
 
     async def measured(card: Card) -> Measurement:
         path = registry.measurement_path(card, digest)
@@ -87,7 +88,7 @@ async def evaluate_variants(config: Config, cards: Sequence[Card], say: Say) -> 
             await stack.enter_async_context(slots)
             await stack.enter_async_context(running(spec, config.engine, say))
             client = await stack.enter_async_context(EngineClient(spec.url, card.model))
-            async with answering:  # one engine at a time has the machine to itself
+            async with answering:
                 result = await measure(client, tasks, engine_description(config), card.variant)
         save_measurement(result, path)
         return result
@@ -104,6 +105,13 @@ async def evaluate_variants(config: Config, cards: Sequence[Card], say: Say) -> 
         write_card(card, registry.path(card.variant))
         judged.append(card)
     return judged
+
+
+def answering_at_once(config: Config) -> int:
+    """Engines that can answer side by side without taking each other's cores; 1 where they use all."""
+    cores = os.cpu_count() or 1
+    threads = config.engine.env.get("OMP_NUM_THREADS", "")
+    return max(1, min(ENGINES_AT_ONCE, cores // int(threads))) if threads.isdigit() and int(threads) else 1
 
 
 def engine_description(config: Config) -> dict[str, str]:
