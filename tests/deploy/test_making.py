@@ -5,6 +5,7 @@ import os
 import pytest
 
 from deploy.making import answering_at_once
+from gateway.config import load_config
 from tests.deploy.test_supervisor import ROOT
 
 
