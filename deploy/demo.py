@@ -44,11 +44,15 @@ async def run_demo(
     """Run the path from made variants on; write ``report.json``, ``.html`` and ``.png`` into ``out``."""
     began = time.monotonic()
     tickets = read_tickets(Path(str(files("deploy.assistant") / "data" / "messages.jsonl")))[:messages]
-    say("2/4 gate: measuring each variant on its own engine")
-    cards = await evaluate_variants(config, cards, say)
-    say(format_cards(cards))
-    say("3/4 serve: starting one engine per served variant and the gateway")
-    async with Stack(config, config_path, say) as stack:
+
+    async def gate(engines: dict[str, str]) -> None:
+        nonlocal cards
+        say("3/4 gate: measuring each variant on its own engine")
+        cards = await evaluate_variants(config, cards, say, engines)
+        say(format_cards(cards))
+
+    say("2/4 serve: starting one engine per served variant")
+    async with Stack(config, config_path, say, before_gateway=gate) as stack:
         say(f"4/4 run: {len(tickets)} customer messages through the ADK team")
         sent = time.monotonic()
         with tqdm(total=len(tickets), desc="messages", unit="message", mininterval=1) as bar:

@@ -10,7 +10,7 @@ import asyncio
 import os
 import platform
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
 
@@ -65,8 +65,13 @@ def role_tasks(config: Config) -> dict[str, list[Item]]:
     return tasks
 
 
-async def evaluate_variants(config: Config, cards: Sequence[Card], say: Say) -> list[Card]:
-    """Measure every variant through its engine, compare with the reference, judge, write the cards."""
+async def evaluate_variants(
+    config: Config, cards: Sequence[Card], say: Say, engines: Mapping[str, str] | None = None
+) -> list[Card]:
+    """Measure every variant through its engine, compare with the reference, judge, write the cards.
+
+    ``engines`` are base URLs of engines that run already, by variant; others are started here.
+    """
     tasks = role_tasks(config)
     digest = tasks_sha256(tasks)
     registry = Registry(config.variants_dir, config.model.name, config.reference)
@@ -77,17 +82,19 @@ async def evaluate_variants(config: Config, cards: Sequence[Card], say: Say) -> 
         path = registry.measurement_path(card, digest)
         if (known := load_measurement(path)) is not None:
             return known
-        spec = EngineSpec(
-            card=card,
-            directory=registry.path(card.variant),
-            host=config.engine.host,
-            port=free_port(config.engine.host),
-            log=config.variants_dir / ".logs" / f"engine-{card.variant}.log",
-        )
         async with AsyncExitStack() as stack:
-            await stack.enter_async_context(slots)
-            await stack.enter_async_context(running(spec, config.engine, say))
-            client = await stack.enter_async_context(EngineClient(spec.url, card.model))
+            if (url := (engines or {}).get(card.variant)) is None:
+                await stack.enter_async_context(slots)
+                spec = EngineSpec(
+                    card=card,
+                    directory=registry.path(card.variant),
+                    host=config.engine.host,
+                    port=free_port(config.engine.host),
+                    log=config.variants_dir / ".logs" / f"engine-{card.variant}.log",
+                )
+                await stack.enter_async_context(running(spec, config.engine, say))
+                url = spec.url
+            client = await stack.enter_async_context(EngineClient(url, card.model))
             async with answering:
                 result = await measure(client, tasks, engine_description(config), card.variant)
         save_measurement(result, path)

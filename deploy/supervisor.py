@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import aiohttp
@@ -47,10 +47,20 @@ def engine_specs(config: Config) -> list[EngineSpec]:
 
 
 class Stack:
-    """Engines and gateway of one configuration. Use as an async context manager."""
+    """Engines and gateway of one configuration. Use as an async context manager.
 
-    def __init__(self, config: Config, config_path: Path, say: Say) -> None:
+    ``before_gateway`` is awaited with the base URL of every engine, by variant, when all are ready.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        config_path: Path,
+        say: Say,
+        before_gateway: Callable[[dict[str, str]], Awaitable[object]] | None = None,
+    ) -> None:
         self.config, self._config_path, self._say = config, config_path, say
+        self._before_gateway = before_gateway
         self._specs = engine_specs(config)
         self.engines = {spec.card.variant: EngineProcess(spec, config.engine) for spec in self._specs}
         self._gateway: asyncio.subprocess.Process | None = None
@@ -85,7 +95,7 @@ class Stack:
         for log in (self.gateway_log, *(spec.log for spec in self._specs)):
             log.parent.mkdir(parents=True, exist_ok=True)
             log.write_bytes(b"")
-        with tqdm(total=len(self.engines) + 1, desc="starting", unit="process", mininterval=0.5) as bar:
+        with tqdm(total=len(self.engines), desc="starting", unit="engine", mininterval=0.5) as bar:
 
             async def bring_up(engine: EngineProcess) -> None:
                 await engine.start()
@@ -100,10 +110,10 @@ class Stack:
                 for start in starts:
                     start.cancel()
                 await asyncio.gather(*starts, return_exceptions=True)
-            self._write_state()
-            await self._start_gateway()
-            bar.set_postfix_str("gateway ready")
-            bar.update()
+        self._write_state()
+        if self._before_gateway is not None:
+            await self._before_gateway({name: e.spec.url for name, e in self.engines.items()})
+        await self._start_gateway()
         self._watchers = [asyncio.create_task(self._watch_engine(e)) for e in self.engines.values()]
         self._watchers.append(asyncio.create_task(self._watch_gateway()))
 
