@@ -104,11 +104,26 @@ def read_header(path: Path) -> dict[str, Any]:
     return header
 
 
+@dataclass(frozen=True)
+class Tensor:
+    """What a safetensors header says of one tensor."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    bytes: int
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Every tensor of a checkpoint by name, from the headers of its files."""
+    return {
+        name: Tensor(
+            tensor["dtype"], tuple(tensor["shape"]), tensor["data_offsets"][1] - tensor["data_offsets"][0]
+        )
+        for shard in weight_files(path)
+        for name, tensor in read_header(shard).items()
+    }
+
+
 def weight_bytes(path: Path) -> int:
     """Bytes of all tensors of a checkpoint: weights, scales, zero points, embeddings and head."""
-    total = 0
-    for shard in weight_files(path):
-        for tensor in read_header(shard).values():
-            start, end = tensor["data_offsets"]
-            total += end - start
-    return total
+    return sum(tensor.bytes for tensor in read_tensors(path).values())

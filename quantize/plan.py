@@ -1,0 +1,38 @@
+"""A plan: which scheme every module group gets, and the KV cache's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from quantize.modules import Modules
+from quantize.schemes import BF16_BYTES, kv_scheme, scheme
+
+
+class Plan(BaseModel):
+    """The assignment of a scheme to every module group (by group name), and the KV cache's scheme."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    groups: Mapping[str, str] = Field(description="group name to scheme name")
+    kv: str = "auto"
+
+    def weight_bytes(self, modules: Modules) -> int:
+        """Bytes of the whole checkpoint: quantized groups, scales, embeddings, head, norms."""
+        kv_scales = 2 * BF16_BYTES * modules.layers if kv_scheme(self.kv).calibrated else 0
+        return (
+            modules.other_bytes
+            + kv_scales
+            + sum(group.stored_bytes(scheme(self.groups[group.name])) for group in modules)
+        )
+
+    def bits_per_weight(self, modules: Modules) -> float:
+        """Of the quantizable modules alone, scales included."""
+        stored = sum(group.stored_bytes(scheme(self.groups[group.name])) for group in modules)
+        return 8 * stored / sum(group.weights for group in modules)
+
+
+def uniform(modules: Modules, scheme_name: str, kv: str = "auto") -> Plan:
+    """The plan that gives every group the same scheme."""
+    return Plan(groups={group.name: scheme_name for group in modules}, kv=kv)
