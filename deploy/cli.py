@@ -14,13 +14,14 @@ from typing import Any, TypeVar
 from deploy.engine import EngineStartError
 from deploy.supervisor import UpError, run_until_stopped
 from gateway.config import ConfigError, load_config
+from quantize.calibration import CalibrationError
 from quantize.card import CardError
 from quantize.checkpoint import CheckpointError
 from quantize.compress import QuantizeError
 from quantize.evaluate.client import EngineError
 from quantize.evaluate.tasks import TaskError
+from quantize.recipes import RECIPES
 from quantize.registry import Registry
-from quantize.schemes import RECIPES
 
 T = TypeVar("T")
 
@@ -28,6 +29,7 @@ USER_ERRORS = (
     ConfigError,
     CardError,
     CheckpointError,
+    CalibrationError,
     QuantizeError,
     TaskError,
     EngineStartError,

@@ -16,9 +16,10 @@ from pathlib import Path
 
 from deploy.engine import EngineSpec, running
 from gateway.config import Config
+from quantize.calibration import read_calibration
 from quantize.card import Card, Outcome, write_card
 from quantize.checkpoint import open_checkpoint
-from quantize.compress import QuantizeError, read_calibration
+from quantize.compress import QuantizeError
 from quantize.evaluate.client import EngineClient
 from quantize.evaluate.measure import (
     Measurement,
@@ -30,8 +31,9 @@ from quantize.evaluate.measure import (
 )
 from quantize.evaluate.tasks import Item, read_items
 from quantize.gate import judge
+from quantize.modules import read_modules
+from quantize.recipes import RECIPES
 from quantize.registry import Registry
-from quantize.schemes import RECIPES
 
 ENGINES_AT_ONCE = 2
 """While one engine answers, the next one starts, or answers too where it has threads of its own."""
@@ -51,9 +53,10 @@ def make_variants(config: Config, variants: Sequence[str], say: Say) -> list[Car
     wanted = [RECIPES[name] for name in variants if name != config.reference]
     if wanted:
         calibration = read_calibration(config.calibration, checkpoint)
+        modules = read_modules(checkpoint)
         for number, recipe in enumerate(wanted, 1):
             say(f"[{number}/{len(wanted)}] {recipe.variant}: {recipe.scheme} by {recipe.method}")
-            cards.append(registry.add(checkpoint, recipe, calibration))
+            cards.append(registry.add(checkpoint, recipe.variant, recipe.plan(modules), calibration))
     return cards
 
 

@@ -1,4 +1,4 @@
-"""Runs llm-compressor: one checkpoint and a recipe in, a compressed-tensors directory out.
+"""Runs llm-compressor: one checkpoint and a plan in, a compressed-tensors directory out.
 
 The heavy imports (torch, transformers, llm-compressor) happen inside the functions, so that the
 command line stays quick for everything else.
@@ -7,37 +7,33 @@ command line stays quick for everything else.
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import logging
+import re
 import sys
 import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from quantize.card import Calibration, sha256_of
+from quantize.calibration import CalibrationSet, load_tokenizer
 from quantize.checkpoint import Checkpoint
-from quantize.schemes import Recipe
+from quantize.methods import Method, modifiers, parse_method
+from quantize.modules import Modules
+from quantize.plan import Plan
+from quantize.schemes import scheme
 
-MIN_CALIBRATION_SAMPLES = 16
-CALIBRATION_LENGTH = 512
-"""Longest calibration sequence, tokens; longer ones are cut."""
+MAX_ROUND_TRIP_ERROR = 0.5
+"""Relative error of a dequantized weight above which it cannot be right: 2-bit rounding stays below."""
+_STEP = re.compile(r"\((\d+)/(\d+)\): (Calibrating|Propagating)")
 
 
 class QuantizeError(RuntimeError):
     """The variant cannot be made. The text says why and what to change."""
-
-
-@dataclass(frozen=True)
-class CalibrationSet:
-    """Token sequences for calibration, and where they came from."""
-
-    sequences: list[list[int]]
-    description: Calibration
 
 
 def versions() -> dict[str, str]:
@@ -46,117 +42,161 @@ def versions() -> dict[str, str]:
     return {name: version(name) for name in names}
 
 
-def read_calibration(path: Path | None, checkpoint: Checkpoint) -> CalibrationSet:
-    """Read conversations from JSON Lines ({"messages": [...]}) and encode them with the chat template.
-
-    Raises QuantizeError when the file is missing, malformed or holds too few conversations.
-    """
-    if path is None:
-        raise QuantizeError("calibration is not set; give a JSON Lines file of conversations in the YAML")
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        raise QuantizeError(f"calibration file {path} does not exist; set calibration in the YAML") from None
-    tokenizer = load_tokenizer(checkpoint.path)
-    sequences = []
-    for number, line in enumerate(lines, 1):
-        try:
-            messages = json.loads(line)["messages"]
-            encoded = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)
-        except Exception as error:  # whatever a template raises, the line is at fault
-            raise QuantizeError(
-                f"{path}:{number}: not a conversation ({type(error).__name__}: {error}); "
-                'each line must be {"messages": [{"role": …, "content": …}, …]}'
-            ) from None
-        sequences.append(list(encoded["input_ids"])[:CALIBRATION_LENGTH])
-    if len(sequences) < MIN_CALIBRATION_SAMPLES:
-        raise QuantizeError(
-            f"{path} has {len(sequences)} conversations; calibration needs {MIN_CALIBRATION_SAMPLES} or more"
-        )
-    described = Calibration(
-        source=path.name,
-        sha256=sha256_of(path),
-        samples=len(sequences),
-        tokens=sum(len(sequence) for sequence in sequences),
-    )
-    return CalibrationSet(sequences, described)
-
-
-def load_tokenizer(path: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
-    if not tokenizer.chat_template:
-        raise QuantizeError(f"{path}: the tokenizer has no chat template; add chat_template.jinja beside it")
-    return tokenizer
-
-
 def compress(
-    checkpoint: Checkpoint, recipe: Recipe, calibration: CalibrationSet, out: Path, log: Path
-) -> dict[str, int]:
-    """Quantize ``checkpoint`` by ``recipe`` into ``out``; returns linear module name to weight bits.
+    checkpoint: Checkpoint,
+    modules: Modules,
+    plan: Plan,
+    calibration: CalibrationSet | None,
+    out: Path,
+    log: Path,
+    label: str,
+) -> None:
+    """Quantize ``checkpoint`` by ``plan`` with ``plan.method`` for all groups, into ``out``.
 
-    llm-compressor's own log goes to ``log``. Raises QuantizeError before any work when the target's
-    kernels could not load the result, and after it when a module was not quantized as intended.
+    llm-compressor's own output goes to ``log``. Raises QuantizeError when the weights are damaged, or
+    when a module was not quantized as intended.
     """
+    method = parse_method(plan.method)
+    if method.needs_data(plan) and calibration is None:
+        raise QuantizeError(f"method {method.name} needs calibration data; set calibration in the YAML")
     log.unlink(missing_ok=True)
-    with _quiet(log):
+    with (
+        tqdm(total=100, desc=label, unit="%", file=sys.stderr, bar_format="{l_bar}{bar}| {elapsed}") as bar,
+        quiet(log, _progress(bar)),
+    ):
         import torch
-        from datasets import Dataset
         from llmcompressor import oneshot
-        from llmcompressor.modifiers.gptq import GPTQModifier
         from transformers import AutoModelForCausalLM
 
         model = AutoModelForCausalLM.from_pretrained(
             checkpoint.path, dtype=torch.bfloat16, local_files_only=True
         )
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
-    targets = {name: module for name, module in linears.items() if name != "lm_head"}
-    shapes = {name: (module.out_features, module.in_features) for name, module in targets.items()}
-    if problems := recipe.problems(shapes, checkpoint.head_dim):
-        raise QuantizeError(f"{recipe.variant} cannot be served for this model: " + "; ".join(problems[:3]))
+        refuse_damaged(checkpoint, model)
+        torch.manual_seed(0)
+        with _patches(method):
+            oneshot(
+                model=model,
+                recipe=list(modifiers(method, plan, modules)),
+                **(_data(calibration, method) if calibration and method.needs_data(plan) else {}),
+            )
+        check_quantized(model, modules, plan, log)
+        model.save_pretrained(out, save_compressed=True)
+        load_tokenizer(checkpoint.path).save_pretrained(out)
+        bar.update(100 - bar.n)
+    _keep_config(out)
+
+
+def _data(calibration: CalibrationSet, method: Method) -> dict[str, Any]:
+    from datasets import Dataset
+
+    sequences: Sequence[Sequence[int]] = calibration.sequences
+    if method.solver == "autoround":
+        sequences = same_length(sequences)
+    rows = [{"input_ids": list(ids), "attention_mask": [1] * len(ids)} for ids in sequences]
+    return {
+        "dataset": Dataset.from_list(rows),
+        "num_calibration_samples": len(rows),
+        "max_seq_length": max(len(ids) for ids in sequences),
+    }
+
+
+def same_length(sequences: Sequence[Sequence[int]], length: int = 128) -> list[list[int]]:
+    """The tokens of all sequences, one after another, cut into rows of ``length`` tokens."""
+    tokens = [token for sequence in sequences for token in sequence]
+    rows = [tokens[at : at + length] for at in range(0, len(tokens) - length + 1, length)]
+    return rows or [tokens]
+
+
+def refuse_damaged(checkpoint: Checkpoint, model: Any) -> None:
+    """Raise QuantizeError when a weight is NaN or infinite."""
+    import torch
+
     for name, parameter in model.named_parameters():
         if not torch.isfinite(parameter).all():
             raise QuantizeError(f"{checkpoint.path}: {name} holds NaN or infinity; the checkpoint is damaged")
 
-    group: dict[str, Any] = {"targets": ["Linear"], "weights": recipe.weights}
-    if recipe.activations:
-        group["input_activations"] = recipe.activations
-    modifier = GPTQModifier(
-        config_groups={"group_0": group}, ignore=["lm_head"], kv_cache_scheme=recipe.kv_cache
-    )
-    data = Dataset.from_list(
-        [{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in calibration.sequences]
-    )
-    torch.manual_seed(0)
-    with (
-        tqdm(total=len(targets), desc=recipe.variant, unit="module", file=sys.stderr) as bar,
-        _quiet(log, lambda line: bar.update(line.count("Quantizing 1 module"))),
-    ):
-        oneshot(
-            model=model,
-            dataset=data,
-            recipe=[modifier],
-            num_calibration_samples=len(calibration.sequences),
-            max_seq_length=CALIBRATION_LENGTH,
-        )
-        bits = {name: _bits(module) for name, module in linears.items()}
-        model.save_pretrained(out, save_compressed=True)
-        load_tokenizer(checkpoint.path).save_pretrained(out)
-    wrong = [name for name in targets if bits[name] != recipe.weight_bits]
-    if wrong:
-        raise QuantizeError(f"{recipe.variant}: {wrong[0]} came out at {bits[wrong[0]]} bits, see {log}")
-    return bits
 
+def check_quantized(model: Any, modules: Modules, plan: Plan, log: Path) -> None:
+    """Raise QuantizeError unless every module came out as the plan has it, with finite, fitting scales."""
+    import torch
+    from compressed_tensors.quantization.lifecycle.forward import fake_quantize
 
-def _bits(module: Any) -> int:
-    scheme = getattr(module, "quantization_scheme", None)
-    return int(scheme.weights.num_bits) if scheme is not None and scheme.weights is not None else 16
+    for group in modules:
+        wanted = scheme(plan.groups[group.name])
+        for member in group.members:
+            module = model.get_submodule(member.name)
+            made = getattr(module, "quantization_scheme", None)
+            bits = made.weights.num_bits if made is not None and made.weights is not None else 16
+            if bits != wanted.weight_bits:
+                raise QuantizeError(f"{member.name} came out at {bits} bits, not {wanted.name}; see {log}")
+            if made is None or made.weights is None:
+                continue
+            scale, weight = module.weight_scale, module.weight
+            if not torch.isfinite(scale).all():
+                raise QuantizeError(f"{member.name}: scales are not finite after quantization; see {log}")
+            zero = getattr(module, "weight_zero_point", None)
+            more = (
+                {"global_scale": module.weight_global_scale} if hasattr(module, "weight_global_scale") else {}
+            )
+            again = fake_quantize(weight, scale, zero, made.weights, **more)
+            error = float((again - weight).float().norm() / weight.float().norm().clamp_min(1e-12))
+            if error > MAX_ROUND_TRIP_ERROR:
+                raise QuantizeError(
+                    f"{member.name}: its stored weights are {error:.0%} off after quantization; see {log}"
+                )
 
 
 @contextlib.contextmanager
-def _quiet(log: Path, on_line: Callable[[str], object] = lambda _: None) -> Iterator[None]:
-    """Send the libraries' logging, warnings, bars and prints to a file; ``on_line`` sees each log line."""
+def _patches(method: Method) -> Iterator[None]:
+    """llm-compressor's AWQ pins memory for an accelerator even where there is none."""
+    import torch
+    from llmcompressor.pipelines.cache import IntermediatesCache
+
+    if "awq" not in method.transforms or torch.accelerator.is_available():
+        yield
+        return
+    pin = IntermediatesCache.pin_memory
+    IntermediatesCache.pin_memory = lambda *_, **__: None
+    try:
+        yield
+    finally:
+        IntermediatesCache.pin_memory = pin
+
+
+def _keep_config(out: Path) -> None:
+    """Take folded transforms out of the saved configuration: they are in the weights, not in the engine."""
+    path = out / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    if config.get("quantization_config", {}).pop("transform_config", None):
+        path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _progress(bar: Any) -> Callable[[str], None]:
+    """Reads llm-compressor's own progress, ``(layer/layers): Calibrating``, into per cent."""
+
+    def seen(text: str) -> None:
+        for step, steps, phase in _STEP.findall(text):
+            done = 100 * (int(step) - (0.5 if phase == "Calibrating" else 0)) / int(steps)
+            bar.update(max(0, min(99, int(done)) - bar.n))
+
+    return seen
+
+
+class _Tee(io.TextIOBase):
+    def __init__(self, file: Any, seen: Callable[[str], object]) -> None:
+        self._file, self._seen = file, seen
+
+    def write(self, text: str) -> int:
+        self._seen(text)
+        return int(self._file.write(text))
+
+    def flush(self) -> None:
+        self._file.flush()
+
+
+@contextlib.contextmanager
+def quiet(log: Path, seen: Callable[[str], object] = lambda _: None) -> Iterator[None]:
+    """Send the libraries' logging, warnings, bars and prints to a file; ``seen`` is shown all of it."""
     from loguru import logger
 
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -164,11 +204,11 @@ def _quiet(log: Path, on_line: Callable[[str], object] = lambda _: None) -> Iter
         warnings.simplefilter("ignore")
         logger.remove()
         logger.add(file, level="INFO")
-        logger.add(lambda message: (on_line(str(message)), None)[1], level="INFO")
         before = logging.root.manager.disable
         logging.disable(logging.WARNING)
+        tee = _Tee(file, seen)
         try:
-            with contextlib.redirect_stderr(file), contextlib.redirect_stdout(file):
+            with contextlib.redirect_stderr(tee), contextlib.redirect_stdout(tee):
                 yield
         finally:
             logging.disable(before)

@@ -25,7 +25,13 @@ _FUSED_NAME = {member: fused for fused, members in FUSED.items() for member in m
 _LAYER = re.compile(r"(.*\blayers\.(\d+)\.)(.*)")
 _EXPERT = re.compile(r"(.*\bexperts)\.\d+\.(.*)")
 _KEPT = ("lm_head", "embed_tokens", "embed_positions", "wte", "wpe")
-_ROUTERS = ("mlp.gate", "block_sparse_moe.gate", "feed_forward.router", "mlp.shared_expert_gate", "mlp.router")
+_ROUTERS = (
+    "mlp.gate",
+    "block_sparse_moe.gate",
+    "feed_forward.router",
+    "mlp.shared_expert_gate",
+    "mlp.router",
+)
 
 
 @dataclass(frozen=True)
@@ -43,7 +49,7 @@ class Linear:
 
 @dataclass(frozen=True)
 class Group:
-    """Modules that must share one scheme. ``kind`` is the name without the layer, such as ``mlp.down_proj``."""
+    """Modules that must share one scheme. ``kind`` is the name within a layer: ``mlp.down_proj``."""
 
     name: str
     kind: str

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -17,6 +18,20 @@ class Plan(BaseModel):
 
     groups: Mapping[str, str] = Field(description="group name to scheme name")
     kv: str = "auto"
+    method: str = Field(default="gptq", description="how the numbers are found: see quantize.methods")
+    methods: Mapping[str, str] = Field(
+        default_factory=dict, description="group name to method, where it is another one"
+    )
+
+    def method_of(self, group: str) -> str:
+        return self.methods.get(group, self.method)
+
+    def describe(self) -> str:
+        """The scheme's name if there is one alone, else how many groups have which."""
+        counts = Counter(self.groups.values())
+        if len(counts) == 1:
+            return next(iter(counts))
+        return "mixed(" + ", ".join(f"{name} x {count}" for name, count in sorted(counts.items())) + ")"
 
     def weight_bytes(self, modules: Modules) -> int:
         """Bytes of the whole checkpoint: quantized groups, scales, embeddings, head, norms."""
@@ -33,6 +48,6 @@ class Plan(BaseModel):
         return 8 * stored / sum(group.weights for group in modules)
 
 
-def uniform(modules: Modules, scheme_name: str, kv: str = "auto") -> Plan:
+def uniform(modules: Modules, scheme_name: str, kv: str = "auto", method: str = "gptq") -> Plan:
     """The plan that gives every group the same scheme."""
-    return Plan(groups={group.name: scheme_name for group in modules}, kv=kv)
+    return Plan(groups={group.name: scheme_name for group in modules}, kv=kv, method=method)

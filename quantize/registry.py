@@ -19,10 +19,13 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 
+from quantize.calibration import CalibrationSet
 from quantize.card import Card, CardError, hash_files, read_card, sha256_of, verify_files, write_card
 from quantize.checkpoint import Checkpoint, weight_bytes, weight_files
-from quantize.compress import CalibrationSet, compress, versions
-from quantize.schemes import Recipe
+from quantize.compress import compress, versions
+from quantize.modules import read_modules
+from quantize.plan import Plan
+from quantize.schemes import kv_scheme, scheme
 
 
 class Registry:
@@ -75,31 +78,42 @@ class Registry:
             checkpoint=checkpoint,
         )
 
-    def add(self, checkpoint: Checkpoint, recipe: Recipe, calibration: CalibrationSet) -> Card:
-        """Make the variant of ``recipe``, or return it if the same inputs made it before."""
+    def add(
+        self, checkpoint: Checkpoint, variant: str, plan: Plan, calibration: CalibrationSet | None
+    ) -> Card:
+        """Make ``variant`` by ``plan``, or return it if the same inputs made it before."""
         made_with = {"tiercel": version("tiercel"), **versions()}
         inputs = _digest(
             {
                 "base": base_sha256(checkpoint),
-                "recipe": repr(recipe),
-                "calibration": calibration.description.sha256,
+                "plan": plan.model_dump(mode="json"),
+                "calibration": calibration.description.sha256 if calibration else None,
                 "versions": made_with,
             }
         )
+        modules = read_modules(checkpoint)
+
+        def fill(partial: Path) -> dict[str, int]:
+            log = self.directory / ".logs" / f"{variant}.log"
+            compress(checkpoint, modules, plan, calibration, partial, log, variant)
+            return {
+                member.name: scheme(plan.groups[group.name]).weight_bits
+                for group in modules
+                for member in group.members
+            }
+
         return self._add(
-            recipe.variant,
+            variant,
             inputs=inputs,
-            fill=lambda partial: compress(
-                checkpoint, recipe, calibration, partial, self.directory / ".logs" / f"{recipe.variant}.log"
-            ),
+            fill=fill,
             describe=lambda bits: {
-                "scheme": recipe.scheme,
-                "method": recipe.method,
-                "weight_bits": recipe.weight_bits,
-                "kv_cache_dtype": recipe.kv_cache_dtype,
+                "scheme": plan.describe(),
+                "method": plan.method,
+                "weight_bits": min(bits.values()),
+                "kv_cache_dtype": plan.kv,
                 "module_bits": bits,
-                "kv_bytes_per_token": checkpoint.kv_bytes_per_token(recipe.kv_bytes),
-                "calibration": calibration.description,
+                "kv_bytes_per_token": checkpoint.kv_bytes_per_token(kv_scheme(plan.kv).bits // 8),
+                "calibration": calibration.description if calibration else None,
                 "versions": made_with,
             },
             checkpoint=checkpoint,

@@ -99,7 +99,7 @@ class Scheme:
         w = self.weights
         if w is None:
             return n * k * BF16_BYTES
-        if w.kind == "int" and w.bits < 8 or (w.kind == "int" and self.activations is None):
+        if (w.kind == "int" and w.bits < 8) or (w.kind == "int" and self.activations is None):
             per_word = 32 // w.bits
             groups = -(-k // w.group_size) if w.group_size else 1
             total = n * -(-k // per_word) * 4 + n * groups * BF16_BYTES + SHAPE_BYTES
@@ -164,9 +164,7 @@ def scheme(name: str) -> Scheme:
             "w4a16-g64-asym, w8a16 or w4a8-g128"
         )
     bits, activation_bits, group = int(found[1]), int(found[2]), int(found[3] or 0)
-    weights = Numbers(
-        bits, "int", "group" if group else "channel", group or None, symmetric=found[4] is None
-    )
+    weights = Numbers(bits, "int", "group" if group else "channel", group or None, symmetric=found[4] is None)
     return Scheme(name, weights, _INT_TOKEN if activation_bits == 8 else None)
 
 

@@ -1,0 +1,195 @@
+"""A bench engine: loads one checkpoint after another in the engine environment and scores tokens.
+
+The planner measures dozens of candidates, and a served engine takes half a minute to start. Here vLLM
+is imported once, and every candidate is loaded in a forked child: same engine, same kernels, same KV
+cache, without the HTTP server, in about four seconds for a small model. What it returns is exact: log-
+probabilities over the whole vocabulary. A gate still asks the engine that serves.
+
+Needs disk for the reference's log-probabilities: tokens x vocabulary x 4 bytes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import tempfile
+import weakref
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+ENGINE_SIDE = Path(__file__).with_name("bench_engine.py")
+START_TIMEOUT_S = 300.0
+
+Span = tuple[Sequence[int], int]
+"""Token ids, and the index of the first that is scored (at least 1)."""
+
+
+class BenchError(RuntimeError):
+    """The bench engine could not do what was asked; the text holds the engine's words."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Per scored token, all sequences in order."""
+
+    logp: NDArray[np.float64]
+    """Natural-log probability of the token that came."""
+    kl: NDArray[np.float64]
+    """KL(reference || this), nats, over the whole vocabulary; zeros without a reference."""
+    top1: NDArray[np.float64]
+    """Id of the most likely token."""
+    load_s: float
+    score_s: float
+
+
+class Bench:
+    """One process of the engine environment. Use as a context manager; one request at a time."""
+
+    def __init__(
+        self,
+        python: Path,
+        log: Path,
+        max_model_len: int = 1024,
+        env: Mapping[str, str] | None = None,
+        site: Path | None = None,
+        timeout_s: float = 600.0,
+    ) -> None:
+        self._python, self._log, self._max_model_len = python, log, max_model_len
+        self._env, self._site, self._timeout_s = dict(env or {}), site, timeout_s
+        self._process: subprocess.Popen[str] | None = None
+        self.version = ""
+
+    def __enter__(self) -> Bench:
+        if not self._python.exists():
+            raise BenchError(f"no engine environment at {self._python}; run `make setup`")
+        self._log.parent.mkdir(parents=True, exist_ok=True)
+        kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+        added = {
+            "HF_HUB_OFFLINE": "1",
+            "VLLM_NO_USAGE_STATS": "1",
+            "DO_NOT_TRACK": "1",
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+            "VLLM_CPU_KVCACHE_SPACE": "1",
+            "TORCH_COMPILE_DISABLE": "1",
+            "PYTHONUNBUFFERED": "1",
+            "PYTHONWARNINGS": "ignore",
+            **({"PYTHONPATH": str(self._site)} if self._site else {}),
+        }
+        with self._log.open("ab") as log:
+            self._process = subprocess.Popen(
+                [str(self._python), "-P", str(ENGINE_SIDE)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                env={**kept, **added, **self._env},
+                start_new_session=True,
+            )
+        self._stop = weakref.finalize(self, self._process.kill)
+        self.version = str(self._reply()["vllm"])
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if (process := self._process) is None:
+            return
+        self._process = None
+        if kind is not None:
+            process.kill()
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.close()
+        process.stdout.close()
+        process.wait()
+        self._stop.detach()
+
+    def score(
+        self,
+        directory: Path,
+        spans: Sequence[Span],
+        kv: str = "auto",
+        reference: Path | None = None,
+        save: Path | None = None,
+        env: Mapping[str, str] | None = None,
+    ) -> Scores:
+        """Score ``spans`` with the checkpoint in ``directory``.
+
+        ``save`` keeps its log-probabilities as float32 (tokens, vocabulary), which is what ``reference``
+        is later compared with: the same spans in the same order. Raises BenchError.
+        """
+        import numpy as np
+
+        with tempfile.TemporaryDirectory(prefix="tiercel-bench-") as folder:
+            sequences, out = Path(folder) / "sequences.json", Path(folder) / "scores.npz"
+            sequences.write_text(json.dumps([[list(tokens), start] for tokens, start in spans]))
+            partial = save.with_name(save.name + ".partial") if save else None
+            reply = self._ask(
+                "score",
+                directory,
+                kv,
+                env,
+                sequences=str(sequences),
+                out=str(out),
+                reference=str(reference) if reference else None,
+                save=str(partial) if partial else None,
+            )
+            if save and partial:
+                partial.rename(save)
+            with np.load(out) as columns:
+                return Scores(
+                    logp=columns["logp"],
+                    kl=columns["kl"],
+                    top1=columns["top1"],
+                    load_s=float(reply["load_s"]),
+                    score_s=float(reply["score_s"]),
+                )
+
+    def load_error(
+        self, directory: Path, kv: str = "auto", env: Mapping[str, str] | None = None
+    ) -> str | None:
+        """None when the engine loads the checkpoint and answers, else the engine's words."""
+        try:
+            self._ask("answers", directory, kv, env)
+        except BenchError as error:
+            return str(error)
+        return None
+
+    def _ask(
+        self, work: str, directory: Path, kv: str, env: Mapping[str, str] | None, **more: Any
+    ) -> dict[str, Any]:
+        if self._process is None or self._process.stdin is None:
+            raise BenchError("Bench is used outside of its context")
+        request = {
+            "work": work,
+            "model": str(directory.resolve()),
+            "kv": kv,
+            "max_model_len": self._max_model_len,
+            "options": {},
+            "env": dict(env or {}),
+            "timeout_s": self._timeout_s,
+            **more,
+        }
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        reply = self._reply()
+        if error := reply.get("error"):
+            raise BenchError(f"{directory}: {error} (log: {self._log})")
+        return reply
+
+    def _reply(self) -> dict[str, Any]:
+        assert self._process is not None
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise BenchError(f"the bench engine ended with status {self._process.wait()}; log: {self._log}")
+        reply: dict[str, Any] = json.loads(line)
+        return reply
