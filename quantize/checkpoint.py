@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import struct
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from quantize.card import sha256_of
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
@@ -127,3 +130,11 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 def weight_bytes(path: Path) -> int:
     """Bytes of all tensors of a checkpoint: weights, scales, zero points, embeddings and head."""
     return sum(tensor.bytes for tensor in read_tensors(path).values())
+
+
+def base_sha256(checkpoint: Checkpoint) -> str:
+    """Changes whenever a file that decides a variant changes: weights, configuration, tokenizer, template."""
+    names = [*weight_files(checkpoint.path), checkpoint.path / "config.json"]
+    names += sorted(checkpoint.path.glob("tokenizer*")) + sorted(checkpoint.path.glob("chat_template*"))
+    listing = {path.name: sha256_of(path) for path in names}
+    return hashlib.sha256(json.dumps(listing, sort_keys=True).encode()).hexdigest()

@@ -27,7 +27,7 @@ from quantize.modules import Modules
 from quantize.plan import Plan
 from quantize.schemes import scheme
 
-MAX_ROUND_TRIP_ERROR = 0.5
+MAX_ROUND_TRIP_ERROR = 0.75
 """Relative error of a dequantized weight above which it cannot be right: 2-bit rounding stays below."""
 _STEP = re.compile(r"\((\d+)/(\d+)\): (Calibrating|Propagating)")
 
@@ -83,7 +83,7 @@ def compress(
         model.save_pretrained(out, save_compressed=True)
         load_tokenizer(checkpoint.path).save_pretrained(out)
         bar.update(100 - bar.n)
-    _keep_config(out)
+    _settle_config(out)
 
 
 def _data(calibration: CalibrationSet, method: Method) -> dict[str, Any]:
@@ -127,7 +127,7 @@ def check_quantized(model: Any, modules: Modules, plan: Plan, log: Path) -> None
             module = model.get_submodule(member.name)
             made = getattr(module, "quantization_scheme", None)
             bits = made.weights.num_bits if made is not None and made.weights is not None else 16
-            if bits != wanted.weight_bits:
+            if bits != (wanted.range_bits or wanted.weight_bits):
                 raise QuantizeError(f"{member.name} came out at {bits} bits, not {wanted.name}; see {log}")
             if made is None or made.weights is None:
                 continue
@@ -163,12 +163,21 @@ def _patches(method: Method) -> Iterator[None]:
         IntermediatesCache.pin_memory = pin
 
 
-def _keep_config(out: Path) -> None:
-    """Take folded transforms out of the saved configuration: they are in the weights, not in the engine."""
+def _settle_config(out: Path) -> None:
+    """Make the saved configuration say what is stored.
+
+    Folded transforms are in the weights, so the engine must not apply them again. Integers of a smaller
+    range (``w8a8-r7``) are stored as, and computed as, whole bytes.
+    """
     path = out / "config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
-    if config.get("quantization_config", {}).pop("transform_config", None):
-        path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    settings = config.get("quantization_config", {})
+    settings.pop("transform_config", None)
+    for group in settings.get("config_groups", {}).values():
+        inputs, weights = group["input_activations"], group["weights"]
+        if inputs and inputs["type"] == weights["type"] == "int" and 4 < weights["num_bits"] < 8:
+            weights["num_bits"] = 8
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def _progress(bar: Any) -> Callable[[str], None]:

@@ -126,6 +126,8 @@ def _arguments(chosen: Scheme, observer: str) -> dict[str, Any]:
     made: dict[str, Any] = {
         "weights": chosen.weights.arguments() | {"observer": observer if weighted else fallback}
     }
+    if chosen.range_bits:
+        made["weights"]["num_bits"] = chosen.range_bits
     if chosen.activations:
         made["input_activations"] = chosen.activations.arguments()
     return made
@@ -135,9 +137,11 @@ def modifiers(chosen: Method, plan: Plan, modules: Modules) -> Sequence[Any]:
     """llm-compressor's modifiers, in order, for ``plan`` by ``chosen``. Raises MethodError."""
     groups, ignore = config_groups(plan, modules, chosen.observer)
     kv = kv_scheme(plan.kv).arguments()
-    if not groups and kv is None:
+    if not groups and kv is None and not chosen.transforms:
         raise MethodError("the plan quantizes nothing: every group is bf16 and the KV cache is auto")
     transforms = [_transform(name) for name in chosen.transforms]
+    if not groups and kv is None:
+        return transforms
     common: dict[str, Any] = {"config_groups": groups, "ignore": ignore}
     from llmcompressor.modifiers.quantization import QuantizationModifier
 

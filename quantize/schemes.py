@@ -8,7 +8,9 @@ A scheme's name says all of it, so that a plan is a readable table:
 ``w4a16``            the same, one scale per output channel
 ``w4a16-g64-asym``   with a zero point per group
 ``w8a8``             8-bit integers, weights per channel, inputs per token at run time (dynamic)
-``w8a8-static``      the same, one calibrated scale for all inputs of a module
+``w8a8-r7``          the same with weights in -64 … 63: a CPU without VNNI adds products in pairs in 16
+                     bits, which overflow at the full range (oneDNN, "Nuances of int8 computations")
+``w8a8-static``      as ``w8a8``, one calibrated scale for all inputs of a module
 ``w8a8-asym``        the same as ``w8a8``, inputs with a zero point
 ``fp8``              E4M3 weights and inputs, one calibrated scale per tensor each
 ``fp8-dynamic``      E4M3 weights per channel, inputs per token at run time
@@ -77,6 +79,8 @@ class Scheme:
     name: str
     weights: Numbers | None = None
     activations: Numbers | None = None
+    range_bits: int | None = None
+    """Bits of the range that is used, where it is less than the stored one."""
 
     @property
     def weight_bits(self) -> int:
@@ -99,11 +103,12 @@ class Scheme:
         w = self.weights
         if w is None:
             return n * k * BF16_BYTES
-        if (w.kind == "int" and w.bits < 8) or (w.kind == "int" and self.activations is None):
-            per_word = 32 // w.bits
-            groups = -(-k // w.group_size) if w.group_size else 1
-            total = n * -(-k // per_word) * 4 + n * groups * BF16_BYTES + SHAPE_BYTES
-            return total if w.symmetric else total + -(-n // per_word) * groups * 4
+        groups = -(-k // w.group_size) if w.group_size else 1
+        if w.kind == "int" and self.activations is None:
+            total = n * _words(k, w.bits) * 4 + n * groups * BF16_BYTES + SHAPE_BYTES
+            return total if w.symmetric else total + _words(n, w.bits) * groups * 4
+        if w.kind == "int":  # with quantized inputs, llm-compressor stores a byte per weight
+            return n * k + n * groups * BF16_BYTES + self._input_scale_bytes()
         total = math.ceil(n * k * w.bits / 8)
         match w.strategy:
             case "tensor":
@@ -116,12 +121,20 @@ class Scheme:
                 total += n * -(-k // (w.group_size or k))
         if w.strategy == "tensor_group":
             total += 4
-        if self.activations and self.activations.dynamic is not True:
-            total += BF16_BYTES if self.activations.dynamic is False else 4
-        return total
+        return total + self._input_scale_bytes()
+
+    def _input_scale_bytes(self) -> int:
+        if self.activations is None or self.activations.dynamic is True:
+            return 0
+        return BF16_BYTES if self.activations.dynamic is False else 4
 
     def bits_per_weight(self, n: int, k: int) -> float:
         return 8 * self.stored_bytes(n, k) / (n * k)
+
+
+def _words(values: int, bits: int) -> int:
+    """32-bit words that ``values`` integers of ``bits`` bits are packed into."""
+    return -(-values * bits // 32)
 
 
 SHAPE_BYTES = 16
@@ -136,6 +149,7 @@ _NAMED: dict[str, Scheme] = {
         Scheme("bf16"),
         Scheme("w8a8", Numbers(8, "int", "channel"), _INT_TOKEN),
         Scheme("w8a8-static", Numbers(8, "int", "channel"), Numbers(8, "int", "tensor")),
+        Scheme("w8a8-r7", Numbers(8, "int", "channel"), _INT_TOKEN, range_bits=7),
         Scheme("w8a8-asym", Numbers(8, "int", "channel"), replace(_INT_TOKEN, symmetric=False)),
         Scheme("fp8", Numbers(8, "float", "tensor"), Numbers(8, "float", "tensor")),
         Scheme("fp8-dynamic", Numbers(8, "float", "channel"), _FP8_TOKEN),

@@ -47,6 +47,9 @@ IGNORED = -100
 WORDS_WEIGHT = 0.1
 """Loss weight of an utterance's own words beside its label's."""
 
+LAYERS = 4
+"""Of the shipped model."""
+
 Tokens = list[int]
 
 
@@ -77,13 +80,13 @@ class Example:
     weights: list[float]
 
 
-def model_config() -> LlamaConfig:
-    """4.2 M parameters; every K and N is divisible by 128, so that each INT4/INT8 CPU kernel runs."""
+def model_config(layers: int = LAYERS) -> LlamaConfig:
+    """4.2 M parameters at four layers; every K and N is divisible by 128, so that all CPU kernels run."""
     return LlamaConfig(
         vocab_size=VOCABULARY_SIZE,
         hidden_size=256,
         intermediate_size=768,
-        num_hidden_layers=4,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         head_dim=64,
@@ -330,11 +333,11 @@ class Training:
         self.step = state["step"]
 
 
-def make_training(seed: int) -> Training:
+def make_training(seed: int, layers: int = LAYERS) -> Training:
     torch.manual_seed(seed)
-    model = LlamaForCausalLM(model_config())
+    model = LlamaForCausalLM(model_config(layers))
     add_dropout(model)
-    average = LlamaForCausalLM(model_config())
+    average = LlamaForCausalLM(model_config(layers))
     average.load_state_dict(model.state_dict())
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and ".layers." in name]
     rest = [p for name, p in model.named_parameters() if not (p.ndim == 2 and ".layers." in name)]
@@ -361,7 +364,7 @@ def train(options: argparse.Namespace) -> None:
     encoder = Encoder(tokenizer)
     words = [encoder.text(u.text) for u in utterances]
 
-    training = make_training(options.seed)
+    training = make_training(options.seed, options.layers)
     checkpoint = work / "checkpoint.pt"
     if checkpoint.exists():
         training.restore(torch.load(checkpoint, weights_only=True))
@@ -440,6 +443,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("var/train"), help="tokenizer and checkpoint")
     parser.add_argument("--steps", type=int, default=1600)
     parser.add_argument("--seed", type=int, default=7)
+    parser.add_argument("--layers", type=int, default=LAYERS)
     parser.add_argument("--evaluate-every", type=int, default=250)
     train(parser.parse_args())
 

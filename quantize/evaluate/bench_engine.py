@@ -11,6 +11,8 @@ that the numbers do not depend on what shares its batch.
 
 from __future__ import annotations
 
+import gc
+import importlib
 import json
 import os
 import signal
@@ -175,13 +177,28 @@ def _child(request: Request, writing: int) -> None:
     os._exit(0)
 
 
+def import_engine() -> Any:
+    """Import here what every child would import, and keep it out of their garbage collection."""
+    import vllm
+    from vllm import LLM, SamplingParams  # noqa: F401  vLLM imports these when they are first named
+    from vllm.model_executor.layers.quantization import get_quantization_config
+    from vllm.platforms import current_platform
+
+    get_quantization_config("compressed-tensors")
+    if current_platform.is_cpu():
+        importlib.import_module("vllm.v1.worker.cpu_worker")
+        importlib.import_module("vllm.v1.attention.backends.cpu_attn")
+        importlib.import_module("vllm.model_executor.models.llama")
+    gc.collect()
+    gc.freeze()
+    return vllm
+
+
 def main() -> None:
     """Standard output is the answers' alone; whatever the engine prints goes to standard error."""
     answer_to = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
-    import vllm
-    from vllm import LLM, SamplingParams  # noqa: F401  vLLM imports these when they are first named
-
+    vllm = import_engine()
     answer_to.write(json.dumps({"vllm": vllm.__version__}) + "\n")
     answer_to.flush()
     serve(answer_to)
