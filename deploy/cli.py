@@ -16,12 +16,17 @@ from deploy.supervisor import UpError, run_until_stopped
 from gateway.config import ConfigError, load_config
 from quantize.calibration import CalibrationError
 from quantize.card import CardError
-from quantize.checkpoint import CheckpointError
+from quantize.checkpoint import CheckpointError, open_checkpoint
 from quantize.compress import QuantizeError
+from quantize.evaluate.bench import BenchError
 from quantize.evaluate.client import EngineError
 from quantize.evaluate.tasks import TaskError
+from quantize.methods import MethodError
+from quantize.planner import PlanError
 from quantize.recipes import RECIPES
 from quantize.registry import Registry
+from quantize.schemes import SchemeError
+from quantize.target import TargetError
 
 T = TypeVar("T")
 
@@ -31,6 +36,11 @@ USER_ERRORS = (
     CheckpointError,
     CalibrationError,
     QuantizeError,
+    MethodError,
+    PlanError,
+    SchemeError,
+    TargetError,
+    BenchError,
     TaskError,
     EngineStartError,
     EngineError,
@@ -49,6 +59,43 @@ def quantize(options: argparse.Namespace) -> None:
     cards = make_variants(config, options.variants or list(RECIPES), say)
     if options.evaluate:
         cards = _run(evaluate_variants(config, cards, say))
+    print(format_cards(cards))
+
+
+def quantize_sensitivity(options: argparse.Namespace) -> None:
+    from deploy.planning import format_sensitivity, sensitivity
+
+    found, path = sensitivity(load_config(options.config), options.target)
+    print(found.model_dump_json(indent=1) if options.json else format_sensitivity(found))
+    say(f"written to {path}")
+
+
+def quantize_plan(options: argparse.Namespace) -> None:
+    from deploy.making import evaluate_variants, format_cards
+    from deploy.planning import plan
+    from quantize.methods import parse_method
+
+    config = load_config(options.config)
+    for method in options.methods:
+        parse_method(method)
+    card, _ = plan(
+        config,
+        options.name,
+        say,
+        target_name=options.target,
+        bits=options.bits,
+        budget=options.bytes,
+        loss=options.loss,
+        kv=options.kv,
+        kv_tokens=options.concurrency * options.context,
+        tries=options.tries,
+        methods=options.methods,
+    )
+    cards = [card]
+    if options.evaluate:
+        registry = Registry(config.variants_dir, config.model.name, config.reference)
+        reference = registry.add_reference(open_checkpoint(config.model.path))
+        cards = _run(evaluate_variants(config, [reference, card], say))
     print(format_cards(cards))
 
 
@@ -108,9 +155,8 @@ def parser() -> argparse.ArgumentParser:
         command.set_defaults(run=run)
         return command
 
-    making = add("quantize", quantize, "make variants, measure them on their engines, judge them per role")
-    making.add_argument("variants", nargs="*", help=f"which (default: {' '.join(RECIPES)})")
-    making.add_argument("--no-evaluate", dest="evaluate", action="store_false", help="only make them")
+    text = "make variants, measure them on their engines, judge them per role; plan mixtures of precisions"
+    _quantize_commands(commands.add_parser("quantize", help=text, description=text))
     add("variants", variants, "list the variants with their figures and verdicts")
     add("up", up, "start one engine per served variant and the gateway, until Ctrl-C")
     showing = add("demo", demo, "quantize, serve, and run the demo team; writes a report")
@@ -119,8 +165,57 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+QUANTIZE_COMMANDS = ("make", "sensitivity", "plan", "-h", "--help")
+
+
+def _with_make(arguments: Sequence[str]) -> list[str]:
+    """``tiercel quantize int8`` is short for ``tiercel quantize make int8``."""
+    given = list(arguments)
+    if given[:1] == ["quantize"] and (len(given) == 1 or given[1] not in QUANTIZE_COMMANDS):
+        given.insert(1, "make")
+    return given
+
+
+def _quantize_commands(quantizing: argparse.ArgumentParser) -> None:
+    """The commands of ``tiercel quantize``; ``make`` is the one when none is named."""
+    commands = quantizing.add_subparsers(required=True, metavar="command")
+
+    def add(name: str, run: object, text: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=text, description=text)
+        command.add_argument("--config", type=Path, default=Path("tiercel.yaml"), help="the YAML file")
+        command.set_defaults(run=run)
+        return command
+
+    def unmeasured(command: argparse.ArgumentParser) -> None:
+        command.add_argument(
+            "--no-evaluate", dest="evaluate", action="store_false", help="only make it, without a gate"
+        )
+
+    making = add("make", quantize, "make named variants, measure and judge them")
+    making.add_argument("variants", nargs="*", help=f"which (default: {' '.join(RECIPES)})")
+    unmeasured(making)
+    looking = add("sensitivity", quantize_sensitivity, "what each module group loses at each scheme")
+    looking.add_argument("--target", help="where it is to be loaded (default: this machine's processor)")
+    looking.add_argument("--json", action="store_true", help="machine-readable")
+    planning = add("plan", quantize_plan, "find and make the best mixture of schemes within a budget")
+    wanted = planning.add_mutually_exclusive_group()
+    wanted.add_argument("--bits", type=float, help="bits per weight, scales included (default: 4.5)")
+    wanted.add_argument("--bytes", type=int, help="bytes of all weights, and of the KV cache if asked for")
+    wanted.add_argument("--loss", type=float, help="the fewest bytes with at most this mean KL, nats a token")
+    planning.add_argument("--name", default="planned", help="the variant's name (default: planned)")
+    planning.add_argument("--target", help="where it is to be loaded (default: this machine's processor)")
+    planning.add_argument("--kv", nargs="+", default=["auto"], help="KV-cache schemes to choose from")
+    planning.add_argument("--concurrency", type=int, default=0, help="requests whose cache counts in --bytes")
+    planning.add_argument("--context", type=int, default=0, help="tokens of each of those")
+    planning.add_argument("--tries", type=int, default=200, help="measured changes of the plan")
+    planning.add_argument(
+        "--methods", nargs="+", default=["gptq", "imatrix+gptq"], help="whose parts may be mixed"
+    )
+    unmeasured(planning)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
-    options = parser().parse_args(arguments)
+    options = parser().parse_args(_with_make(sys.argv[1:] if arguments is None else arguments))
     try:
         options.run(options)
     except KeyboardInterrupt:

@@ -53,7 +53,7 @@ def command(spec: EngineSpec, settings: EngineSettings) -> list[str]:
         *("--max-model-len", str(min(settings.max_model_len, spec.card.max_model_len))),
         *("--max-num-seqs", str(settings.max_num_seqs)),
         *("--max-logprobs", "-1"),
-        *("--kv-cache-dtype", spec.card.kv_cache_dtype),
+        *("--kv-cache-dtype", spec.card.kv),
         *("--uvicorn-log-level", "warning"),
     ]
     if not has_cuda():

@@ -17,7 +17,7 @@ from pathlib import Path
 from deploy.engine import EngineSpec, running
 from gateway.config import Config
 from quantize.calibration import read_calibration
-from quantize.card import Card, Outcome, write_card
+from quantize.card import Card, Outcome
 from quantize.checkpoint import open_checkpoint
 from quantize.compress import QuantizeError
 from quantize.evaluate.client import EngineClient
@@ -90,7 +90,7 @@ async def evaluate_variants(
                 await stack.enter_async_context(slots)
                 spec = EngineSpec(
                     card=card,
-                    directory=registry.path(card.variant),
+                    directory=registry.path(card.variant, card.version),
                     host=config.engine.host,
                     port=free_port(config.engine.host),
                     log=config.variants_dir / ".logs" / f"engine-{card.variant}.log",
@@ -112,7 +112,7 @@ async def evaluate_variants(
         card = card.model_copy(update={"evaluation": evaluation})
         gate = {name: judge(card, name, role.budget) for name, role in config.roles.items()}
         card = card.model_copy(update={"gate": gate})
-        write_card(card, registry.path(card.variant))
+        registry.update(card)
         judged.append(card)
     return judged
 

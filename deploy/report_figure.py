@@ -20,19 +20,10 @@ from matplotlib.patches import FancyBboxPatch
 from matplotlib.ticker import MaxNLocator
 
 from deploy.report import DemoReport, memory, milliseconds, number, percent
-from quantize.card import Outcome
+from quantize.page import GRID, INK, MUTED, OUTCOMES, PALETTE, PAPER
 
-INK, MUTED, GRID, PAPER = "#1f2328", "#5b6470", "#e3e7eb", "#ffffff"
-PALETTE = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00")
-"""Okabe and Ito's colours, told apart with every common form of colour vision; one per variant."""
 FIRST, WHOLE = "#9aa4af", INK
 """First token and whole answer: greys, because colours stand for variants."""
-OUTCOMES = {
-    Outcome.PASSED: ("✓", "passed", "#d9f0e8", "#00694d"),
-    Outcome.FAILED: ("✕", "failed", "#fbe3d6", "#a34700"),
-    Outcome.NOT_ENOUGH_EVIDENCE: ("?", "not enough evidence", "#eceff2", "#4a525c"),
-}
-"""Sign, words, tile and text colour: an outcome is never told by its colour alone."""
 CSS_NAMES = {INK: "var(--ink)", MUTED: "var(--muted)", GRID: "var(--grid)"}
 STYLE: dict[Any, Any] = {
     "font.size": 9.5,

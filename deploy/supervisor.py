@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from deploy.engine import EngineProcess, EngineSpec, EngineStartError, port_in_use
 from gateway.config import Config
+from quantize.card import refuse_broken
 from quantize.registry import Registry
 
 Say = Callable[[str], None]
@@ -33,16 +34,18 @@ class UpError(RuntimeError):
 def engine_specs(config: Config) -> list[EngineSpec]:
     """The engines to start here: served variants without given replicas. Raises CardError."""
     registry = Registry(config.variants_dir, config.model.name, config.reference)
+    cards = [registry.card(variant) for variant in config.serve if not config.pools.get(variant)]
+    for card in cards:
+        refuse_broken(card)
     return [
         EngineSpec(
-            card=registry.card(variant),
-            directory=registry.path(variant),
+            card=card,
+            directory=registry.path(card.variant, card.version),
             host=config.engine.host,
-            port=config.engine.base_port + config.serve.index(variant),
-            log=config.run_dir / "logs" / f"engine-{variant}.log",
+            port=config.engine.base_port + config.serve.index(card.variant),
+            log=config.run_dir / "logs" / f"engine-{card.variant}.log",
         )
-        for variant in config.serve
-        if not config.pools.get(variant)
+        for card in cards
     ]
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from gateway.config import Config
-from quantize.card import CARD_NAME, Card, CardError, read_card
+from quantize.card import CARD_NAME, Card, CardError, read_card, refuse_broken, variant_directory
 
 
 def load_cards(config: Config) -> dict[str, Card]:
     """Card of every served variant, by variant name. Raises CardError when one cannot be used."""
     cards = {}
     for variant in config.serve:
-        directory = config.variants_dir / variant
+        directory = variant_directory(config.variants_dir, variant)
         card = read_card(directory)
         if card.variant != variant:
             raise CardError(
@@ -22,5 +22,6 @@ def load_cards(config: Config) -> dict[str, Card]:
                 f"{directory / CARD_NAME}: was compared with {card.reference!r}, but the reference is "
                 f"{config.reference!r}; make the variant again"
             )
+        refuse_broken(card)
         cards[variant] = card
     return cards

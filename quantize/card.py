@@ -9,12 +9,18 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from enum import StrEnum
 from pathlib import Path
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 CARD_NAME = "card.json"
+CURRENT = "current"
+"""Name of the link, in a variant's directory, to the version that is in use."""
+VARIANT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+VERSION = re.compile(r"[0-9a-f]{12}")
 
 
 class CardError(ValueError):
@@ -92,22 +98,43 @@ class Calibration(_Strict):
 
 
 class Card(_Strict):
-    """The whole card. Bytes are of tensors as stored; bits are of a weight, scales not counted."""
+    """The whole card. Bytes are of tensors as stored; bits are of a weight, scales not counted.
+
+    The files that it lists never change, and the version is their hash. What was found out about them
+    later (evaluation, gate, state) is written into the card again.
+    """
 
     format: int = 1
     model: str
     variant: str
     reference: str = Field(description="name of the variant that this one is compared with")
-    scheme: str
-    method: str
+    origin: Literal["made", "registered"] = Field(
+        default="made", description="made here, or made elsewhere and registered as it was"
+    )
+    scheme: str = Field(description="the scheme of all groups, or how many have which")
+    method: str = Field(description="how the numbers were found, as far as that is known")
+    schemes: dict[str, str] = Field(default_factory=dict, description="module group to scheme: the plan")
+    methods: dict[str, str] = Field(
+        default_factory=dict, description="module group to method, where it is another one"
+    )
+    kv: str = Field(default="auto", description="scheme of the KV cache, by vLLM's --kv-cache-dtype")
     weight_bits: int = Field(ge=1, le=32, description="lowest bits of any linear module's weights")
-    kv_cache_dtype: str = "auto"
     module_bits: dict[str, int] = Field(description="linear module name to weight bits")
+    bits_per_weight: float | None = Field(
+        default=None, gt=0, description="of the quantizable modules alone, scales and zero points included"
+    )
     weight_bytes: int = Field(ge=0)
     kv_bytes_per_token: int = Field(ge=0)
     max_model_len: int = Field(ge=1)
+    predicted_kl: float | None = Field(default=None, description="by the planner, nats per token")
+    target: str | None = Field(default=None, description="where it was checked to load, before it was made")
+    state: Literal["ready", "broken"] = "ready"
+    engine_words: str = Field(default="", description="what the engine said when it could not load it")
+    notes: tuple[str, ...] = Field(default=(), description="what a person should know about the files")
     calibration: Calibration | None = None
-    versions: dict[str, str]
+    base_sha256: str = Field(default="", description="of the base checkpoint's files")
+    parent: str | None = Field(default=None, description="version of the reference that it was made from")
+    versions: dict[str, str] = Field(description="package name to version, of what made it")
     created: str
     inputs_sha256: str = Field(default="", description="of everything that decides the weights")
     files: dict[str, str] = Field(description="file name to SHA-256, all files but the card")
@@ -123,6 +150,38 @@ class Card(_Strict):
     def memory_bytes(self, kv_tokens: int) -> int:
         """Bytes that serving takes with ``kv_tokens`` tokens in the KV cache."""
         return self.weight_bytes + kv_tokens * self.kv_bytes_per_token
+
+
+def variant_directory(variants_dir: Path, variant: str, version: str | None = None) -> Path:
+    """Where the files of a variant's version lie: ``variants_dir/<variant>/<version>``.
+
+    Without ``version`` the link ``current`` is followed, so that a reader keeps the version that it began
+    with when another one is chosen meanwhile. The directory need not exist. Raises CardError.
+    """
+    directory = variants_dir / variant
+    if VARIANT_NAME.fullmatch(variant) is None:
+        raise CardError(f"variant name {variant!r} cannot be used; take letters, digits, '.', '_' and '-'")
+    if (directory / CARD_NAME).exists():
+        raise CardError(
+            f"{directory} holds a variant in an older layout, without versions; remove it and make the "
+            "variant again"
+        )
+    if version is not None:
+        if VERSION.fullmatch(version) is None:
+            raise CardError(f"{variant}: version {version!r} is not twelve hexadecimal digits")
+        return directory / version
+    link = directory / CURRENT
+    return directory / os.readlink(link) if link.is_symlink() else link
+
+
+def refuse_broken(card: Card) -> None:
+    """Raise CardError when the engine could not load the variant, with the engine's words."""
+    if card.state == "broken":
+        raise CardError(
+            f"variant {card.variant} ({card.version}) is broken: the engine could not load it "
+            f"({card.engine_words}); take it out of serve, choose another version with `tiercel use`, "
+            "or make it again"
+        )
 
 
 def sha256_of(path: Path) -> str:

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 PACKED_BITS = 32
+BATCH_TOKENS = 512
+"""Tokens of a forward pass; the logits of so many take 4 bytes x vocabulary each."""
 
 
 def read_tensor(part: Part) -> Tensor:
@@ -166,20 +168,44 @@ class FakeModel:
                 hook.remove()
 
     def log_probabilities(self, spans: Sequence[Span] | None = None) -> list[Tensor]:
-        """Per span, (scored tokens, vocabulary) float32."""
+        """Per span, (scored tokens, vocabulary) float32.
+
+        Spans of like length share a batch, padded on the right, which a causal model does not look at.
+        """
         import torch
 
-        rows = []
+        wanted = self.spans if spans is None else spans
+        rows: dict[int, Tensor] = {}
         with torch.inference_mode():
-            for tokens, start in self.spans if spans is None else spans:
-                logits = self.model(torch.tensor([list(tokens)]), use_cache=False).logits[0, start - 1 : -1]
-                rows.append(torch.log_softmax(logits.float(), -1))
-        return rows
+            for batch in _batches([len(tokens) for tokens, _ in wanted]):
+                width = max(len(wanted[number][0]) for number in batch)
+                ids = torch.zeros(len(batch), width, dtype=torch.long)
+                for line, number in enumerate(batch):
+                    tokens = wanted[number][0]
+                    ids[line, : len(tokens)] = torch.tensor(list(tokens))
+                logits = self.model(ids, use_cache=False).logits
+                for line, number in enumerate(batch):
+                    tokens, start = wanted[number]
+                    scored = logits[line, start - 1 : len(tokens) - 1]
+                    rows[number] = torch.log_softmax(scored.float(), -1)
+        return [rows[number] for number in range(len(wanted))]
 
     def kl(self, choices: Mapping[str, tuple[str, str]], reference: Sequence[Tensor]) -> float:
         """Mean KL(reference || quantized) in nats per scored token."""
         with self.swapped(choices):
             return mean_kl(reference, self.log_probabilities())
+
+
+def _batches(lengths: Sequence[int]) -> Iterator[list[int]]:
+    """Indices of sequences, by length, in batches of at most ``BATCH_TOKENS`` padded tokens."""
+    batch: list[int] = []
+    for number in sorted(range(len(lengths)), key=lambda one: lengths[one]):
+        if batch and lengths[number] * (len(batch) + 1) > BATCH_TOKENS:
+            yield batch
+            batch = []
+        batch.append(number)
+    if batch:
+        yield batch
 
 
 def plan_choices(plan: Plan, modules: Modules) -> dict[str, tuple[str, str]]:

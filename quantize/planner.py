@@ -20,7 +20,7 @@ from tqdm import tqdm
 from quantize.modules import Modules
 from quantize.plan import Plan
 from quantize.schemes import scheme
-from quantize.sensitivity import Choice, Sensitivity
+from quantize.sensitivity import KEPT, Choice, Sensitivity, plan_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -126,12 +126,15 @@ class Planner:
     def __init__(self, modules: Modules, sensitivity: Sensitivity) -> None:
         self.modules = modules
         self._options: dict[str, list[tuple[Choice, Option]]] = {}
+        self._excess: dict[tuple[str, str, str], float] = {}
         for row in sensitivity.rows:
             option = Option(f"{row.scheme}@{row.method}", row.bytes, max(0.0, row.loss))
             self._options.setdefault(row.group, []).append(((row.scheme, row.method), option))
+            if row.kl_served is not None:
+                self._excess[row.group, row.scheme, row.method] = row.kl_served - row.kl
         for group in modules:
             kept = Option("bf16", group.stored_bytes(scheme("bf16")), 0.0)
-            self._options.setdefault(group.name, []).append((("bf16", "rtn"), kept))
+            self._options.setdefault(group.name, []).append((KEPT, kept))
 
     @property
     def classes(self) -> list[list[Option]]:
@@ -169,6 +172,22 @@ class Planner:
         return self.modules.other_bytes + sum(
             group.stored_bytes(scheme(choices[group.name][0])) for group in self.modules
         )
+
+    def smallest(self) -> dict[str, Choice]:
+        """The choices of the fewest bytes."""
+        return {name: min(known, key=lambda one: one[1].bytes)[0] for name, known in self._options.items()}
+
+    def choices_of(self, group: str) -> list[Choice]:
+        """Every choice that a group has."""
+        return [choice for choice, _ in self._options[group]]
+
+    def plan(self, choices: Choices, kv: str = "auto") -> Plan:
+        """The plan of ``choices``."""
+        return plan_of(choices, kv)
+
+    def engine_excess(self, choices: Choices) -> float:
+        """What the engine's kernels add to the loss in torch, of the groups where both were measured."""
+        return sum(self._excess.get((name, *choice), 0.0) for name, choice in choices.items())
 
     def _loss(self, group: str, choice: Choice) -> float:
         return next(option.loss for known, option in self._options[group] if known == choice)

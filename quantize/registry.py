@@ -1,175 +1,409 @@
-"""The variants directory: making variants in it atomically, and finding them again.
+"""The variants directory: versions that never change, the one in use, and the way back.
 
 variants_dir/
-  bf16/ int8/ …            one directory per variant: checkpoint files and card.json
-  .measurements/           answers of engines, by variant version and task hash
-  .logs/                   llm-compressor's output
-  .partial-<variant>-…/    being made; never read, removed by the next run
+  int8/                      a variant
+    3f2a90c1d7e4/            a version, named by the hash of its files: read-only files and card.json
+    current -> 3f2a90c1d7e4  the version in use; a link that is replaced in one step
+  .measurements/             answers of engines, by variant, version and task hash
+  .distributions/            figures of weights and activations, by variant and version
+  .logs/                     llm-compressor's output
+  .locks/<variant>           held, with the process's number in it, while a variant is made or changed
+  .partial-<variant>@…/      being made or deleted; never read, removed by the next run
+
+Files that are already on disk (a tokenizer, the base checkpoint, an equal version's weights) are linked,
+not stored again. A file that also belongs to somebody else's directory keeps its permissions.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from quantize.calibration import CalibrationSet
-from quantize.card import Card, CardError, hash_files, read_card, sha256_of, verify_files, write_card
-from quantize.checkpoint import Checkpoint, weight_bytes, weight_files
+from quantize.card import (
+    CARD_NAME,
+    CURRENT,
+    VERSION,
+    Card,
+    CardError,
+    hash_files,
+    read_card,
+    sha256_of,
+    variant_directory,
+    verify_files,
+    write_card,
+)
+from quantize.checkpoint import Checkpoint, base_sha256, weight_bytes
 from quantize.compress import compress, versions
-from quantize.modules import read_modules
+from quantize.files import Say, held_bytes, link_or_copy, locked, make_read_only, point, share
+from quantize.modules import Modules, read_modules
+from quantize.outside import examine
 from quantize.plan import Plan
 from quantize.schemes import kv_scheme, scheme
 
 
+@dataclass(frozen=True)
+class Deleted:
+    """What a deletion removed, and the bytes that the disk got back."""
+
+    variant: str
+    versions: tuple[str, ...]
+    bytes: int
+
+    def __str__(self) -> str:
+        many = f"{len(self.versions)} version{'s' if len(self.versions) != 1 else ''}"
+        return f"deleted {self.variant} ({many}: {', '.join(self.versions)}); freed {self.bytes / 1e6:.2f} MB"
+
+
 class Registry:
-    """The variants of one model in one directory."""
+    """The variants of one model in one directory. ``say`` is told what a person might wait for."""
 
-    def __init__(self, directory: Path, model: str, reference: str) -> None:
+    def __init__(self, directory: Path, model: str, reference: str, say: Say = lambda _text: None) -> None:
         self.directory, self.model, self.reference = directory, model, reference
+        self._say = say
 
-    def path(self, variant: str) -> Path:
-        return self.directory / variant
+    def path(self, variant: str, version: str | None = None) -> Path:
+        """Where a version's files lie; the one in use without ``version``. Raises CardError."""
+        return variant_directory(self.directory, variant, version)
 
-    def card(self, variant: str) -> Card:
+    def variants(self) -> tuple[str, ...]:
+        """Names of all variants, the reference first. Raises CardError at one in an older layout."""
+        if not self.directory.is_dir():
+            return ()
+        found = (path.name for path in self.directory.iterdir() if path.is_dir() and path.name[0] != ".")
+        names = [name for name in found if (self.path(name) / CARD_NAME).is_file()]
+        return tuple(sorted(names, key=lambda name: (name != self.reference, name)))
+
+    def versions(self, variant: str) -> tuple[str, ...]:
+        """Versions of a variant, the oldest first."""
+        directory = self.path(variant).parent
+        if not directory.is_dir():
+            return ()
+        names = [
+            path.name
+            for path in directory.iterdir()
+            if VERSION.fullmatch(path.name) and (path / CARD_NAME).is_file()
+        ]
+        cards = {name: self._read(variant, name) for name in names}
+        return tuple(sorted(names, key=lambda name: (card.created if (card := cards[name]) else "", name)))
+
+    def current(self, variant: str) -> str:
+        """The version in use. Raises CardError when there is no such variant."""
+        name = self.path(variant).name
+        if name == CURRENT:
+            known = ", ".join(self.variants()) or "none"
+            raise CardError(f"there is no variant {variant!r} in {self.directory}; known: {known}")
+        return name
+
+    def card(self, variant: str, version: str | None = None) -> Card:
         """The card, after checking that the files beside it are the ones it lists. Raises CardError."""
-        card = read_card(self.path(variant))
+        directory = self.path(variant, version)
+        card = read_card(directory)
         if card.variant != variant or card.model != self.model:
             raise CardError(
-                f"{self.path(variant)} holds {card.model}:{card.variant}, not {self.model}:{variant}; "
+                f"{directory} holds {card.model}:{card.variant}, not {self.model}:{variant}; "
                 "point variants_dir at this model's variants or make them again"
             )
-        verify_files(card, self.path(variant))
+        verify_files(card, directory)
         return card
+
+    def cards(self) -> tuple[Card, ...]:
+        """The card in use of every variant, the reference first."""
+        return tuple(self.card(variant) for variant in self.variants())
+
+    def update(self, card: Card) -> Card:
+        """Write what was found out about a version: evaluation, gate, state. The files stay as they are."""
+        directory = self.path(card.variant, card.version)
+        if read_card(directory).files != card.files:
+            raise CardError(f"{directory}: the new card lists other files; make the variant again")
+        write_card(card, directory)
+        return card
+
+    def mark_broken(self, card: Card, engine_words: str) -> Card:
+        """The engine cannot load this version: it is never served or routed to, and says why."""
+        return self.update(card.model_copy(update={"state": "broken", "engine_words": engine_words}))
+
+    def use(self, variant: str, version: str) -> Card:
+        """Point ``current`` at a version: back to an older one, or forth again. Raises CardError."""
+        self.current(variant)
+        if version not in self.versions(variant):
+            known = ", ".join(self.versions(variant))
+            raise CardError(f"{variant} has no version {version!r}; known: {known}")
+        with self._locked(variant):
+            card = self.card(variant, version)
+            point(self.directory / variant / CURRENT, version)
+        return card
+
+    def delete(self, variant: str, version: str | None = None) -> Deleted:
+        """Delete a version, or the whole variant without ``version``; its measurements go with it.
+
+        Raises CardError for the version in use, and for a reference that others were compared with.
+        """
+        current = self.current(variant)
+        gone = self.versions(variant) if version is None else (version,)
+        if version is not None and version not in self.versions(variant):
+            raise CardError(
+                f"{variant} has no version {version!r}; known: {', '.join(self.versions(variant))}"
+            )
+        if version == current:
+            raise CardError(
+                f"{variant} {version} is in use; choose another version first (`tiercel use {variant} …`), "
+                "or delete the whole variant"
+            )
+        self._refuse_needed(variant, gone, whole=version is None)
+        with self._locked(variant):
+            doomed = self.directory / f".partial-{variant}@deleted"
+            shutil.rmtree(doomed, ignore_errors=True)
+            target = self.directory / variant if version is None else self.path(variant, version)
+            target.rename(doomed)
+            freed = held_bytes(doomed)
+            shutil.rmtree(doomed)
+            for name in gone:
+                for kept in (".measurements", ".distributions"):
+                    for path in self.directory.glob(f"{kept}/{variant}-{name}*"):
+                        freed += path.stat().st_size
+                        path.unlink()
+        return Deleted(variant, gone, freed)
+
+    def _refuse_needed(self, variant: str, gone: tuple[str, ...], whole: bool) -> None:
+        for other in self.variants():
+            for name in self.versions(other) if other != variant else ():
+                if (card := self._read(other, name)) is None:
+                    continue
+                compared = whole and card.reference == variant and card.evaluation is not None
+                if compared or (card.reference == variant and card.parent in gone and not whole):
+                    raise CardError(
+                        f"{variant} cannot be deleted: {other} {name} was compared with it; "
+                        f"delete {other} first"
+                    )
 
     def measurement_path(self, card: Card, tasks_sha256: str) -> Path:
         name = f"{card.variant}-{card.version}-{tasks_sha256[:12]}.json.gz"
         return self.directory / ".measurements" / name
 
+    def distributions_path(self, card: Card) -> Path:
+        return self.directory / ".distributions" / f"{card.variant}-{card.version}.json"
+
     def add_reference(self, checkpoint: Checkpoint) -> Card:
-        """Register the base checkpoint itself; its files are hard-linked where the disk allows it."""
+        """Take in the base checkpoint itself."""
 
-        def fill(partial: Path) -> dict[str, int]:
+        def fill(partial: Path) -> dict[str, Any]:
             for source in sorted(path for path in checkpoint.path.iterdir() if path.is_file()):
-                try:
-                    os.link(source.resolve(), partial / source.name)
-                except OSError:
-                    shutil.copy2(source, partial / source.name)
-            return {}
-
-        return self._add(
-            self.reference,
-            inputs=_digest({"base": base_sha256(checkpoint)}),
-            fill=fill,
-            describe=lambda _bits: {
+                link_or_copy(source, partial / source.name)
+            return {
                 "scheme": str(checkpoint.config.get("dtype", "bfloat16")),
                 "method": "none",
                 "weight_bits": 16,
                 "module_bits": {},
                 "kv_bytes_per_token": checkpoint.kv_bytes_per_token(2),
                 "versions": {"tiercel": version("tiercel")},
-            },
-            checkpoint=checkpoint,
-        )
+            }
+
+        base = base_sha256(checkpoint)
+        return self._add(self.reference, {"base": base}, fill, checkpoint, base, parent=None)
 
     def add(
-        self, checkpoint: Checkpoint, variant: str, plan: Plan, calibration: CalibrationSet | None
+        self,
+        checkpoint: Checkpoint,
+        variant: str,
+        plan: Plan,
+        calibration: CalibrationSet | None,
+        *,
+        make: Callable[[Path], None] | None = None,
+        target: str | None = None,
+        predicted_kl: float | None = None,
     ) -> Card:
-        """Make ``variant`` by ``plan``, or return it if the same inputs made it before."""
+        """Make ``variant`` by ``plan``, or return it if the same inputs made it before.
+
+        ``make`` writes the checkpoint into an empty directory; llm-compressor does where it is not given.
+        ``target`` and ``predicted_kl`` are for the card: where the plan was checked to load, and what the
+        planner expects of it.
+        """
         made_with = {"tiercel": version("tiercel"), **versions()}
-        inputs = _digest(
-            {
-                "base": base_sha256(checkpoint),
-                "plan": plan.model_dump(mode="json"),
-                "calibration": calibration.description.sha256 if calibration else None,
-                "versions": made_with,
-            }
-        )
+        base = base_sha256(checkpoint)
+        inputs = {
+            "base": base,
+            "plan": plan.model_dump(mode="json"),
+            "calibration": calibration.description.sha256 if calibration else None,
+            "versions": made_with,
+        }
         modules = read_modules(checkpoint)
 
-        def fill(partial: Path) -> dict[str, int]:
-            log = self.directory / ".logs" / f"{variant}.log"
-            compress(checkpoint, modules, plan, calibration, partial, log, variant)
-            return {
-                member.name: scheme(plan.groups[group.name]).weight_bits
-                for group in modules
-                for member in group.members
-            }
-
-        return self._add(
-            variant,
-            inputs=inputs,
-            fill=fill,
-            describe=lambda bits: {
-                "scheme": plan.describe(),
-                "method": plan.method,
-                "weight_bits": min(bits.values()),
-                "kv_cache_dtype": plan.kv,
-                "module_bits": bits,
-                "kv_bytes_per_token": checkpoint.kv_bytes_per_token(kv_scheme(plan.kv).bits // 8),
+        def fill(partial: Path) -> dict[str, Any]:
+            if make is not None:
+                make(partial)
+            else:
+                log = self.directory / ".logs" / f"{variant}.log"
+                compress(checkpoint, modules, plan, calibration, partial, log, variant)
+            return _described(plan, modules, checkpoint) | {
+                "bits_per_weight": plan.bits_per_weight(modules),
                 "calibration": calibration.description if calibration else None,
                 "versions": made_with,
-            },
-            checkpoint=checkpoint,
-        )
+                "target": target,
+                "predicted_kl": predicted_kl,
+            }
+
+        return self._add(variant, inputs, fill, checkpoint, base, parent=self._reference_version())
+
+    def register(self, directory: Path, variant: str, checkpoint: Checkpoint) -> Card:
+        """Take in a quantized checkpoint that was made elsewhere, without changing a byte of it.
+
+        compressed-tensors, AWQ, GPTQ and AutoRound formats are read; ``checkpoint`` is the base model that
+        it was made from. What was supplied or noticed is in the card's notes. Raises CheckpointError.
+        """
+        if variant == self.reference:
+            raise CardError(f"{variant!r} is the reference's name; register {directory} under another one")
+        modules = read_modules(checkpoint)
+        found = examine(directory, checkpoint, modules)
+        base = base_sha256(checkpoint)
+
+        def fill(partial: Path) -> dict[str, Any]:
+            for source in found.files:
+                link_or_copy(source, partial / source.name)
+            return _described(found.plan, modules, checkpoint) | {
+                "origin": "registered",
+                "bits_per_weight": found.bits_per_weight,
+                "versions": {"tiercel": version("tiercel")},
+                "notes": found.notes,
+            }
+
+        contents = {path.name: sha256_of(path) for path in found.files}
+        inputs = {"base": base, "registered": contents}
+        return self._add(variant, inputs, fill, checkpoint, base, parent=self._reference_version())
 
     def _add(
         self,
         variant: str,
-        inputs: str,
-        fill: Callable[[Path], dict[str, int]],
-        describe: Callable[[dict[str, int]], dict[str, object]],
+        inputs: Mapping[str, object],
+        fill: Callable[[Path], dict[str, Any]],
         checkpoint: Checkpoint,
+        base: str,
+        parent: str | None,
     ) -> Card:
-        if (known := self._made_from(variant, inputs)) is not None:
-            return known
-        self.directory.mkdir(parents=True, exist_ok=True)
-        for leftover in self.directory.glob(f".partial-{variant}-*"):
-            shutil.rmtree(leftover)
-        partial = Path(tempfile.mkdtemp(prefix=f".partial-{variant}-", dir=self.directory))
-        try:
-            description = describe(fill(partial))
-            card = Card.model_validate(
-                {
-                    "model": self.model,
-                    "variant": variant,
-                    "reference": self.reference,
-                    "weight_bytes": weight_bytes(partial),
-                    "max_model_len": checkpoint.max_model_len,
-                    "created": datetime.now(UTC).isoformat(timespec="seconds"),
-                    "inputs_sha256": inputs,
-                    "files": hash_files(partial),
-                    **description,
-                }
-            )
+        digest = _digest(inputs)
+        self.path(variant)  # refuses bad names and the older layout before any work
+        with self._locked(variant):
+            if (known := self._made_from(variant, digest)) is not None:
+                point(self.directory / variant / CURRENT, known.version)
+                return known
+            partial = Path(tempfile.mkdtemp(prefix=f".partial-{variant}@", dir=self.directory))
+            try:
+                card = Card.model_validate(
+                    {
+                        "model": self.model,
+                        "variant": variant,
+                        "reference": self.reference,
+                        "max_model_len": checkpoint.max_model_len,
+                        "base_sha256": base,
+                        "parent": parent,
+                        "created": datetime.now(UTC).isoformat(timespec="microseconds"),
+                        "inputs_sha256": digest,
+                        **fill(partial),
+                        "weight_bytes": weight_bytes(partial),
+                        "files": hash_files(partial),
+                    }
+                )
+                return self._keep(card, partial)
+            except BaseException:
+                shutil.rmtree(partial, ignore_errors=True)
+                raise
+
+    def _keep(self, card: Card, partial: Path) -> Card:
+        """Move a finished directory to its place, and use it. Equal files were there before: keep those."""
+        place = self.path(card.variant, card.version)
+        if self._is_whole(card.variant, card.version):
+            shutil.rmtree(partial)
+            known = read_card(place)
+            found_out = ("created", "evaluation", "gate", "state", "engine_words")
+            card = self.update(card.model_copy(update={name: getattr(known, name) for name in found_out}))
+        else:
+            share(partial, card.files, dict(self._files()))
+            make_read_only(partial)
             write_card(card, partial)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
-        if self.path(variant).exists():
-            shutil.rmtree(self.path(variant))
-        partial.rename(self.path(variant))
+            partial.chmod(0o755)
+            place.parent.mkdir(exist_ok=True)
+            if place.exists():  # damaged
+                place.rename(self.directory / f".partial-{card.variant}@{card.version}")
+            partial.rename(place)
+        point(place.parent / CURRENT, card.version)
         return card
 
-    def _made_from(self, variant: str, inputs: str) -> Card | None:
-        """The existing variant if it is whole and was made from the same inputs."""
+    def _files(self) -> Iterator[tuple[str, Path]]:
+        """SHA-256 and place of every file of every version."""
+        for variant in self.variants():
+            for name in self.versions(variant):
+                directory = self.path(variant, name)
+                card = self._read(variant, name)
+                for file, digest in card.files.items() if card else ():
+                    if (directory / file).is_file():
+                        yield digest, directory / file
+
+    @contextmanager
+    def _locked(self, variant: str) -> Iterator[None]:
+        """One process at a time; what a killed one left of this variant is removed."""
+        with locked(self.directory / ".locks" / variant, f"variant {variant}", self._say):
+            for leftover in self.directory.glob(f".partial-{variant}@*"):
+                shutil.rmtree(leftover, ignore_errors=True)
+            yield
+
+    def _read(self, variant: str, version: str) -> Card | None:
+        """The card of a version, or None where it cannot be read."""
         try:
-            card = self.card(variant)
+            return read_card(self.path(variant, version))
         except CardError:
             return None
-        return card if card.inputs_sha256 == inputs else None
+
+    def _reference_version(self) -> str | None:
+        name = self.path(self.reference).name
+        return name if VERSION.fullmatch(name) else None
+
+    def _made_from(self, variant: str, inputs: str) -> Card | None:
+        """A whole version that was made from the same inputs."""
+        for name in reversed(self.versions(variant)):
+            known = self._read(variant, name)
+            if known is not None and known.inputs_sha256 == inputs and self._is_whole(variant, name):
+                return known
+        return None
+
+    def _is_whole(self, variant: str, version: str) -> bool:
+        try:
+            self.card(variant, version)
+        except CardError as error:
+            if (self.path(variant, version) / CARD_NAME).exists():
+                self._say(f"{error}; it is made again now")
+            return False
+        return True
 
 
-def base_sha256(checkpoint: Checkpoint) -> str:
-    names = [*weight_files(checkpoint.path), checkpoint.path / "config.json"]
-    names += sorted(checkpoint.path.glob("tokenizer*")) + sorted(checkpoint.path.glob("chat_template*"))
-    return _digest({path.name: sha256_of(path) for path in names})
+def _described(plan: Plan, modules: Modules, checkpoint: Checkpoint) -> dict[str, Any]:
+    """The fields of a card that follow from a plan."""
+    bits = {
+        member.name: scheme(plan.groups[group.name]).weight_bits
+        for group in modules
+        for member in group.members
+    }
+    kv = kv_scheme(plan.kv)
+    heads = checkpoint.config.get("num_key_value_heads") or checkpoint.config["num_attention_heads"]
+    layers = checkpoint.config["num_hidden_layers"]
+    return {
+        "scheme": plan.describe(),
+        "schemes": dict(plan.groups),
+        "method": plan.method,
+        "methods": dict(plan.methods),
+        "kv": plan.kv,
+        "weight_bits": min(bits.values()),
+        "module_bits": bits,
+        "kv_bytes_per_token": kv.bytes_per_token(layers, heads, checkpoint.head_dim),
+    }
 
 
 def _digest(listing: Mapping[str, object]) -> str:

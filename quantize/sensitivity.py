@@ -26,6 +26,7 @@ import json
 import math
 import os
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,6 +45,8 @@ if TYPE_CHECKING:
 
 Choice = tuple[str, str]
 """A scheme and a method."""
+KEPT: Choice = ("bf16", "rtn")
+"""The choice of a group that is not quantized."""
 FIDELITY = 1.25
 """Engine and torch may differ by this factor in the KL of a uniform variant before rows are measured
 on the engine itself."""
@@ -253,6 +256,18 @@ def measure(
     )
 
 
+def plan_of(choices: Mapping[str, Choice], kv: str = "auto") -> Plan:
+    """The plan that gives every group its choice."""
+    methods = {name: choice[1] for name, choice in choices.items() if choice[0] != "bf16"}
+    main = Counter(methods.values()).most_common(1)[0][0] if methods else "rtn"
+    return Plan(
+        groups={name: choice[0] for name, choice in choices.items()},
+        method=main,
+        methods={name: method for name, method in methods.items() if method != main},
+        kv=kv,
+    )
+
+
 class ServedKl:
     """Measures plans on the engine's kernels, and remembers what it measured.
 
@@ -270,17 +285,8 @@ class ServedKl:
                 self._known[key] = value
         self.measured = 0
 
-    def plan(self, choices: Mapping[str, Choice], kv: str = "auto") -> Plan:
-        names = [group.name for group in self._model.modules]
-        return Plan(
-            groups={name: choices.get(name, ("bf16", ""))[0] for name in names},
-            methods={name: choice[1] for name, choice in choices.items() if choice[0] != "bf16"},
-            kv=kv,
-            method="rtn",
-        )
-
     def __call__(self, choices: Mapping[str, Choice], kv: str = "auto") -> float:
-        plan = self.plan(choices, kv)
+        plan = plan_of({g.name: choices.get(g.name, KEPT) for g in self._model.modules}, kv)
         key = plan.model_dump_json()
         if key not in self._known:
             folder = self._workdir / "candidate"

@@ -114,7 +114,8 @@ class Shelf:
         Raises MethodError when the parts of the plan's methods do not fit together.
         """
         transforms = self._transforms(plan)
-        base = self.part("bf16", "+".join((*transforms, "rtn")))
+        only = {(name, plan.method_of(group)) for group, name in plan.groups.items()}
+        base = self.part(*only.pop()) if len(only) == 1 else self.part("bf16", "+".join((*transforms, "rtn")))
         tensors = dict(self.tensors(base))
         quantized: dict[str, list[Group]] = {}
         settings: dict[str, dict[str, Any]] = {}
@@ -127,11 +128,13 @@ class Shelf:
             settings.setdefault(name, _first_group(source))
             theirs = self.tensors(source)
             for member in group.members:
-                del tensors[f"{member.name}.weight"]
+                tensors.pop(f"{member.name}.weight", None)
                 prefix = member.name + "."
                 tensors |= {key: part for key, part in theirs.items() if key.startswith(prefix)}
         kv_arguments = kv_scheme(plan.kv).arguments()
         if kv_arguments is not None:
+            if "awq" in transforms:
+                raise MethodError("AWQ and a calibrated KV cache are made in one pass, not assembled")
             theirs = self.tensors(self.kv_part(plan.kv, transforms))
             tensors |= {key: part for key, part in theirs.items() if key.endswith(KV_SCALES)}
         out.mkdir(parents=True, exist_ok=True)

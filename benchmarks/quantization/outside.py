@@ -47,7 +47,9 @@ def by_llmcompressor(model: Path, conversations: Path, out: Path, group_size: in
 
     rows = encode(model, conversations)
     loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16, local_files_only=True)
-    weights = QuantizationArgs(num_bits=4, type="int", symmetric=True, strategy="group", group_size=group_size)
+    weights = QuantizationArgs(
+        num_bits=4, type="int", symmetric=True, strategy="group", group_size=group_size
+    )
     oneshot(
         model=loaded,
         dataset=Dataset.from_list([{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in rows]),
@@ -88,6 +90,10 @@ def by_auto_round(
         enable_torch_compile=False,
     )
     rounding.quantize_and_save(str(out), format=kind)
+    for nested in [path for path in out.iterdir() if path.is_dir()]:  # it adds a folder named by the bits
+        for path in nested.iterdir():
+            path.rename(out / path.name)
+        nested.rmdir()
 
 
 def main() -> None:

@@ -41,7 +41,7 @@ class Route:
 
 def precision(card: Card) -> tuple[bool, int, int]:
     """Sort key, higher is more precise: the reference, then weight bits, then bits of the KV cache."""
-    kv = card.kv_cache_dtype
+    kv = card.kv
     kv_bits = 4 if "int4" in kv or "fp4" in kv else 8 if "8" in kv else 16
     return card.variant == card.reference, card.weight_bits, kv_bits
 

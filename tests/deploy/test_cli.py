@@ -97,7 +97,7 @@ def test_up_before_quantize(capsys, write_config) -> None:
 def test_card_that_does_not_match_its_files(capsys, write_config, tmp_path: Path) -> None:
     path = write_config()
     main(["quantize", "--config", str(path), "--no-evaluate", "bf16"])
-    weights = tmp_path / "variants/bf16/model.safetensors"
+    weights = tmp_path / "variants/bf16/current/model.safetensors"
     spoiled = bytearray(weights.read_bytes())
     spoiled[-1] ^= 1
     weights.unlink()  # it is a hard link to the shipped model

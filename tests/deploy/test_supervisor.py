@@ -163,7 +163,7 @@ async def test_missing_engine_environment(config_path: Path) -> None:
 def test_command_line_comes_from_the_card(config_path: Path) -> None:
     config = load_config(config_path)
     spec = engine_specs(config)[0]
-    card = spec.card.model_copy(update={"kv_cache_dtype": "fp8", "max_model_len": 512})
+    card = spec.card.model_copy(update={"kv": "fp8", "max_model_len": 512})
     line = command(type(spec)(card, spec.directory, spec.host, spec.port, spec.log), config.engine)
     pairs = dict(itertools.pairwise(line))
     assert pairs["--kv-cache-dtype"] == "fp8"

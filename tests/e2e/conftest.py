@@ -17,7 +17,7 @@ import yaml
 from agents.prompts import SYSTEM_PROMPTS
 from deploy.making import free_port
 from gateway.config import Config, load_config
-from quantize.card import Card, read_card
+from quantize.card import Card, read_card, variant_directory
 
 ROOT = Path(__file__).resolve().parents[2]
 CLINC150 = ROOT.parent / "shared/data/clinc150.json"
@@ -73,7 +73,10 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     tiercel = [sys.executable, "-m", "deploy.cli"]
     subprocess.run([*tiercel, "quantize", "--config", str(path)], check=True, timeout=1200)
     config = load_config(path)
-    cards = {name: read_card(config.variants_dir / name) for name in ("bf16", "int8", "int4", "int4-kv8")}
+    cards = {
+        name: read_card(variant_directory(config.variants_dir, name))
+        for name in ("bf16", "int8", "int4", "int4-kv8")
+    }
     log = directory / "up.log"
     with log.open("wb") as output:
         up = subprocess.Popen([*tiercel, "up", "--config", str(path)], stderr=output)

@@ -14,7 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from agents.prompts import SYSTEM_PROMPTS
 from agents.team import read_tickets, run_team
 from deploy.assistant.records import HELD_OUT_SEED, make_record
-from quantize.card import Outcome, verify_files
+from quantize.card import Outcome, variant_directory, verify_files
 from quantize.gate import wilson_interval
 from tests.e2e.conftest import CLINC150, ROOT, Stack, clinc150_items
 
@@ -54,7 +54,7 @@ async def until_idle(http: aiohttp.ClientSession, engine: str, seconds: float = 
 def test_cards_say_what_each_variant_lost(stack: Stack) -> None:
     cards = stack.cards
     for name, card in cards.items():
-        verify_files(card, stack.config.variants_dir / name)
+        verify_files(card, variant_directory(stack.config.variants_dir, name))
         assert card.evaluation is not None
         assert set(card.gate) == set(stack.config.roles)
     kl = {name: card.evaluation.text.kl_mean for name, card in cards.items() if card.evaluation}

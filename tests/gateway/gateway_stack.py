@@ -79,7 +79,7 @@ def make_cards() -> dict[str, Card]:
             passes=("intent_classifier",),
             weight_bits=4,
             weight_bytes=3_000_000,
-            kv_cache_dtype="fp8",
+            kv="fp8",
         ),
     }
 

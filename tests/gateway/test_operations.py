@@ -24,6 +24,7 @@ from gateway.quality.observe import Observer
 from gateway.telemetry.engines import engine_pids, parse_reading, resident_bytes
 from gateway.telemetry.metrics import Metrics
 from quantize.card import write_card
+from quantize.files import point
 
 
 async def get(stack: Stack, path: str) -> tuple[int, str]:
@@ -130,8 +131,10 @@ def test_engine_readings(tmp_path: Path) -> None:
 def write_setup(directory: Path, port: int, **changes: object) -> Path:
     """A configuration and its cards on disk."""
     for variant, card in make_cards().items():
-        (directory / "variants" / variant).mkdir(parents=True, exist_ok=True)
-        write_card(card, directory / "variants" / variant)
+        place = directory / "variants" / variant / card.version
+        place.mkdir(parents=True, exist_ok=True)
+        write_card(card, place)
+        point(place.parent / "current", card.version)
     config = {
         "model": {"name": "assistant", "path": "model"},
         "variants_dir": "variants",

@@ -78,10 +78,10 @@ def test_provider_model() -> None:
 
 def test_precision_order() -> None:
     cards = [
-        make_card("w4kv8", weight_bits=4, kv_cache_dtype="fp8_e4m3"),
+        make_card("w4kv8", weight_bits=4, kv="fp8_e4m3"),
         make_card("w4", weight_bits=4),
-        make_card("w8kv4", weight_bits=8, kv_cache_dtype="int4_per_token_head"),
-        make_card("w8kv8", weight_bits=8, kv_cache_dtype="fp8"),
+        make_card("w8kv4", weight_bits=8, kv="int4_per_token_head"),
+        make_card("w8kv8", weight_bits=8, kv="fp8"),
         make_card("w8", weight_bits=8),
         make_card("w16", weight_bits=16),
         make_card("bf16", weight_bits=16),

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from quantize.checkpoint import CheckpointError, open_checkpoint, weight_bytes
-from quantize.schemes import RECIPES
 
 CONFIG = {
     "hidden_size": 256,
@@ -77,10 +76,3 @@ def test_bad_checkpoint_is_one_sentence(
     spoil(checkpoint)
     with pytest.raises(CheckpointError, match=sentence):
         open_checkpoint(checkpoint)
-
-
-def test_recipes_refuse_shapes_that_the_kernels_cannot_take() -> None:
-    assert not RECIPES["int4"].problems({"up": (768, 256)}, 64)
-    assert "multiple of group size 64" in RECIPES["int4"].problems({"up": (768, 96)}, 64)[0]
-    assert "multiple of 32" in RECIPES["int8"].problems({"up": (100, 256)}, 64)[0]
-    assert "head size 80" in RECIPES["int4-kv8"].problems({"up": (768, 256)}, 80)[0]

@@ -1,18 +1,23 @@
-"""Making a variant is all or nothing, and never done twice."""
+"""Versions never change, the one in use is a link, and nothing that is half made is ever seen."""
 
 import json
+import multiprocessing
+import os
+import stat
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from quantize import registry as module
-from quantize.card import Calibration, CardError
+from quantize.card import Calibration, CardError, read_card, refuse_broken
 from quantize.checkpoint import Checkpoint, open_checkpoint
-from quantize.compress import CalibrationSet, QuantizeError, read_calibration
+from quantize.compress import CalibrationSet
+from quantize.modules import read_modules
+from quantize.plan import Plan, uniform
 from quantize.registry import Registry
-from quantize.schemes import RECIPES
-from tests.quantize.test_checkpoint import CONFIG, write_safetensors
+from tests.quantize.small import CONFIG, make_evaluation, write_base
 
 CALIBRATION = CalibrationSet(
     sequences=[[1, 2, 3]],
@@ -22,12 +27,7 @@ CALIBRATION = CalibrationSet(
 
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Checkpoint:
-    path = tmp_path / "model"
-    path.mkdir()
-    (path / "config.json").write_text(json.dumps(CONFIG), encoding="utf-8")
-    (path / "tokenizer.json").write_text("{}", encoding="utf-8")
-    write_safetensors(path / "model.safetensors", {"w": b"12345678"})
-    return open_checkpoint(path)
+    return open_checkpoint(write_base(tmp_path / "model"))
 
 
 @pytest.fixture
@@ -35,62 +35,218 @@ def registry(tmp_path: Path) -> Registry:
     return Registry(tmp_path / "variants", "assistant", "bf16")
 
 
-def pretend(monkeypatch: pytest.MonkeyPatch, fail: BaseException | None = None) -> list[Path]:
-    """Replace llm-compressor by something that writes a file, and perhaps fails half-way."""
-    made: list[Path] = []
+@pytest.fixture(autouse=True)
+def fixed_versions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "versions", lambda: {"torch": "2"})
 
-    def compress(checkpoint, recipe, calibration, out: Path, log: Path) -> dict[str, int]:
-        made.append(out)
-        write_safetensors(out / "model.safetensors", {"w": b"1234"})
+
+def plan(checkpoint: Checkpoint, scheme: str = "w4a16-g32", kv: str = "auto") -> Plan:
+    return uniform(read_modules(checkpoint), scheme, kv=kv)
+
+
+def writes(content: bytes, fail: BaseException | None = None) -> Callable[[Path], None]:
+    """A stand-in for llm-compressor: writes one tensor and a tokenizer, and perhaps fails half-way."""
+
+    def make(out: Path) -> None:
+        header = json.dumps(
+            {"w": {"dtype": "U8", "shape": [len(content)], "data_offsets": [0, len(content)]}}
+        )
+        raw = len(header).to_bytes(8, "little") + header.encode() + content
+        (out / "model.safetensors").write_bytes(raw)
+        (out / "tokenizer.json").write_text("{}", encoding="utf-8")
         if fail is not None:
             raise fail
-        return {"layers.0.up": recipe.weight_bits}
 
-    monkeypatch.setattr(module, "compress", compress)
-    return made
+    return make
 
 
-def test_a_variant_is_made_once_and_made_again_when_its_inputs_change(
-    monkeypatch: pytest.MonkeyPatch, registry: Registry, checkpoint: Checkpoint
-) -> None:
-    made = pretend(monkeypatch)
-    card = registry.add(checkpoint, RECIPES["int4"], CALIBRATION)
-    assert (card.weight_bytes, card.weight_bits, card.kv_bytes_per_token) == (4, 4, 2048)
+def add(registry: Registry, checkpoint: Checkpoint, content: bytes = b"1234", scheme: str = "w4a16-g32"):
+    return registry.add(checkpoint, "int4", plan(checkpoint, scheme), CALIBRATION, make=writes(content))
+
+
+def test_a_card_says_what_was_planned_and_what_it_takes(registry: Registry, checkpoint: Checkpoint) -> None:
+    reference = registry.add_reference(checkpoint)
+    wanted = plan(checkpoint, kv="fp8")
+    card = registry.add(
+        checkpoint, "int4", wanted, CALIBRATION, make=writes(b"1234"), target="vllm-cpu", predicted_kl=0.01
+    )
+    assert card.schemes == dict(wanted.groups)
+    assert (card.scheme, card.kv, card.weight_bits, card.weight_bytes) == ("w4a16-g32", "fp8", 4, 4)
+    assert card.kv_bytes_per_token * 2 == reference.kv_bytes_per_token
+    assert card.bits_per_weight == pytest.approx(wanted.bits_per_weight(read_modules(checkpoint)))
+    assert (card.target, card.predicted_kl, card.origin, card.state) == ("vllm-cpu", 0.01, "made", "ready")
+    assert (card.parent, card.base_sha256) == (reference.version, reference.base_sha256)
     assert registry.card("int4") == card
-    assert registry.add(checkpoint, RECIPES["int4"], CALIBRATION) == card
-    assert len(made) == 1
-    write_safetensors(checkpoint.path / "model.safetensors", {"w": b"87654321"})
-    registry.add(checkpoint, RECIPES["int4"], CALIBRATION)
-    assert len(made) == 2
+    assert registry.variants() == ("bf16", "int4")
+
+
+def test_other_inputs_add_a_version_and_the_old_one_can_be_used_again(
+    registry: Registry, checkpoint: Checkpoint
+) -> None:
+    first = add(registry, checkpoint, b"1234")
+    second = add(registry, checkpoint, b"56789", scheme="w4a16")
+    assert registry.versions("int4") == (first.version, second.version)
+    assert registry.current("int4") == second.version
+    assert os.readlink(registry.directory / "int4/current") == second.version  # moves with the directory
+    pinned = registry.path("int4")
+    registry.use("int4", first.version)
+    assert registry.card("int4") == first
+    assert read_card(pinned) == second  # who began with a version keeps it
+    assert registry.path("int4", second.version) == pinned
+    with pytest.raises(CardError, match=f"no version '0123'; known: {first.version}, {second.version}"):
+        registry.use("int4", "0123")
+
+
+def test_the_same_inputs_are_not_made_twice(registry: Registry, checkpoint: Checkpoint) -> None:
+    first = add(registry, checkpoint)
+    add(registry, checkpoint, b"56789", scheme="w4a16")
+    assert add(registry, checkpoint, b"never written") == first
+    assert registry.current("int4") == first.version
+
+
+def test_equal_files_from_other_inputs_are_one_version(registry: Registry, checkpoint: Checkpoint) -> None:
+    first = add(registry, checkpoint)
+    second = add(registry, checkpoint, scheme="w4a16")
+    assert registry.versions("int4") == (first.version,)
+    assert registry.card("int4").inputs_sha256 == second.inputs_sha256 != first.inputs_sha256
+
+
+def test_files_are_read_only_and_stored_once(registry: Registry, checkpoint: Checkpoint) -> None:
+    before = stat.S_IMODE((checkpoint.path / "model.safetensors").stat().st_mode)
+    registry.add_reference(checkpoint)
+    linked = registry.path("bf16") / "model.safetensors"
+    assert linked.samefile(checkpoint.path / "model.safetensors")
+    assert stat.S_IMODE(linked.stat().st_mode) == before  # it is somebody else's file as well
+    first, second = add(registry, checkpoint), add(registry, checkpoint, b"56789", scheme="w4a16")
+    old, new = (registry.path("int4", card.version) for card in (first, second))
+    assert stat.S_IMODE((old / "model.safetensors").stat().st_mode) == 0o444
+    assert (old / "tokenizer.json").samefile(new / "tokenizer.json")
+    assert not (old / "model.safetensors").samefile(new / "model.safetensors")
+
+
+def test_a_damaged_file_is_neither_served_nor_linked(registry: Registry, checkpoint: Checkpoint) -> None:
+    first = add(registry, checkpoint)
+    tokenizer = registry.path("int4") / "tokenizer.json"
+    tokenizer.chmod(0o644)
+    tokenizer.write_text("{ }", encoding="utf-8")
+    with pytest.raises(CardError, match=r"does not match card\.json"):
+        registry.card("int4")
+    second = add(registry, checkpoint, b"56789", scheme="w4a16")
+    assert registry.card("int4") == second
+    assert add(registry, checkpoint).version == first.version
+    assert registry.card("int4").version == first.version
 
 
 @pytest.mark.parametrize("failure", [KeyboardInterrupt(), RuntimeError("out of memory")])
 def test_an_interrupted_run_leaves_nothing_that_looks_finished(
-    monkeypatch: pytest.MonkeyPatch, registry: Registry, checkpoint: Checkpoint, failure: BaseException
+    registry: Registry, checkpoint: Checkpoint, failure: BaseException
 ) -> None:
-    pretend(monkeypatch, failure)
     with pytest.raises(type(failure)):
-        registry.add(checkpoint, RECIPES["int4"], CALIBRATION)
-    assert list(registry.directory.iterdir()) == []
-    with pytest.raises(CardError):
+        registry.add(checkpoint, "int4", plan(checkpoint), CALIBRATION, make=writes(b"12", failure))
+    assert [path.name for path in registry.directory.iterdir()] == [".locks"]
+    with pytest.raises(CardError, match="tiercel quantize"):
         registry.card("int4")
 
 
-def test_what_a_killed_run_left_is_removed_by_the_next(
-    monkeypatch: pytest.MonkeyPatch, registry: Registry, checkpoint: Checkpoint
+def test_what_a_killed_run_left_is_removed_by_the_next_of_that_variant_alone(
+    registry: Registry, checkpoint: Checkpoint
 ) -> None:
-    killed = registry.directory / ".partial-int4-abc"
-    killed.mkdir(parents=True)
-    (killed / "model.safetensors").write_bytes(b"half")
-    pretend(monkeypatch)
-    registry.add(checkpoint, RECIPES["int4"], CALIBRATION)
-    assert not killed.exists()
+    mine, other = registry.directory / ".partial-int4@abc", registry.directory / ".partial-int4-kv8@abc"
+    for partial in (mine, other):
+        partial.mkdir(parents=True)
+        (partial / "model.safetensors").write_bytes(b"half")
+    assert registry.variants() == ()
+    add(registry, checkpoint)
+    assert not mine.exists()
+    assert other.exists()
 
 
-def test_the_reference_is_the_checkpoint_itself(registry: Registry, checkpoint: Checkpoint) -> None:
-    card = registry.add_reference(checkpoint)
-    assert (card.variant, card.weight_bits, card.weight_bytes) == ("bf16", 16, 8)
-    assert registry.card("bf16") == card
+def _make_slowly(directory: Path, base: Path, started: Path) -> None:
+    module.versions = lambda: {"torch": "2"}  # type: ignore[assignment]
+    checkpoint = open_checkpoint(base)
+
+    def make(out: Path) -> None:
+        with started.open("a", encoding="utf-8") as file:
+            file.write("made\n")
+        time.sleep(0.5)
+        writes(b"1234")(out)
+
+    Registry(directory, "assistant", "bf16").add(checkpoint, "int4", plan(checkpoint), CALIBRATION, make=make)
+
+
+def test_two_processes_that_make_the_same_variant_make_it_once(
+    registry: Registry, checkpoint: Checkpoint, tmp_path: Path
+) -> None:
+    context = multiprocessing.get_context("spawn")
+    started = tmp_path / "started"
+    arguments = (registry.directory, checkpoint.path, started)
+    others = [context.Process(target=_make_slowly, args=arguments) for _ in range(2)]
+    for other in others:
+        other.start()
+    for other in others:
+        other.join(60)
+    assert [other.exitcode for other in others] == [0, 0]
+    assert started.read_text(encoding="utf-8") == "made\n"
+    assert len(registry.versions("int4")) == 1
+    assert registry.card("int4").weight_bytes == 4
+
+
+def test_delete_says_what_it_freed_and_keeps_what_is_needed(
+    registry: Registry, checkpoint: Checkpoint
+) -> None:
+    registry.add_reference(checkpoint)
+    first, second = add(registry, checkpoint), add(registry, checkpoint, b"56789", scheme="w4a16")
+    with pytest.raises(CardError, match="is in use; choose another version first"):
+        registry.delete("int4", second.version)
+    weights = (registry.path("int4", first.version) / "model.safetensors").stat().st_size
+    card_json = (registry.path("int4", first.version) / "card.json").stat().st_size
+    measured = registry.measurement_path(first, "f" * 64)
+    measured.parent.mkdir()
+    measured.write_bytes(b"answers")
+    gone = registry.delete("int4", first.version)
+    assert gone.versions == (first.version,)
+    assert gone.bytes == weights + card_json + len(b"answers")  # the tokenizer is the other version's too
+    assert not measured.exists()
+    assert registry.versions("int4") == (second.version,)
+    assert registry.card("int4") == second
+    assert "freed" in str(registry.delete("int4"))
+    with pytest.raises(CardError, match=r"there is no variant 'int4' .*known: bf16"):
+        registry.delete("int4")
+
+
+def test_the_reference_stays_while_others_were_compared_with_it(
+    registry: Registry, checkpoint: Checkpoint
+) -> None:
+    registry.add_reference(checkpoint)
+    card = add(registry, checkpoint)
+    registry.update(card.model_copy(update={"evaluation": make_evaluation(0.01)}))
+    with pytest.raises(CardError, match=f"int4 {card.version} was compared with it; delete int4 first"):
+        registry.delete("bf16")
+    registry.delete("int4")
+    registry.delete("bf16")
+    assert registry.variants() == ()
+    assert (checkpoint.path / "model.safetensors").exists()
+
+
+def test_a_broken_variant_says_why(registry: Registry, checkpoint: Checkpoint) -> None:
+    card = add(registry, checkpoint)
+    refuse_broken(card)
+    broken = registry.mark_broken(card, "ValueError: group size 48 is not supported")
+    assert registry.card("int4") == broken
+    with pytest.raises(CardError, match=r"is broken: .*group size 48 is not supported.*take it out of serve"):
+        refuse_broken(broken)
+
+
+def test_older_layouts_and_bad_names_are_refused(registry: Registry, checkpoint: Checkpoint) -> None:
+    flat = registry.directory / "int4"
+    flat.mkdir(parents=True)
+    (flat / "card.json").write_text("{}", encoding="utf-8")
+    for work in (registry.variants, lambda: registry.card("int4"), lambda: add(registry, checkpoint)):
+        with pytest.raises(CardError, match="older layout, without versions; remove it"):
+            work()
+    for name in ("../model", ".logs", "a/b", ""):
+        with pytest.raises(CardError, match="cannot be used"):
+            registry.path(name)
 
 
 def test_a_directory_of_another_model_is_refused(registry: Registry, checkpoint: Checkpoint) -> None:
@@ -99,39 +255,8 @@ def test_a_directory_of_another_model_is_refused(registry: Registry, checkpoint:
         Registry(registry.directory, "other", "bf16").card("bf16")
 
 
-MODEL = Path(module.__file__).parents[1] / "deploy/assistant/model"
-
-
-class TemplateAlone:
-    """The checkpoint's own chat template without transformers, whose import takes ten seconds."""
-
-    def __init__(self, path: Path) -> None:
-        def refuse(why: str) -> None:
-            raise ValueError(why)
-
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        environment.globals["raise_exception"] = refuse
-        self.template = environment.from_string((path / "chat_template.jinja").read_text(encoding="utf-8"))
-
-    def apply_chat_template(self, messages: object, **_: object) -> dict[str, list[int]]:
-        return {"input_ids": list(self.template.render(messages=messages).encode())}
-
-
-@pytest.mark.parametrize(
-    ("text", "sentence"),
-    [
-        ("", "has 0 conversations; calibration needs 16 or more"),
-        ("{\n", ":1: not a conversation"),
-        ('{"messages": [{"role": "wizard", "content": "x"}]}\n', "unknown role wizard"),
-    ],
-)
-def test_bad_calibration_data(
-    tmp_path: Path, text: str, sentence: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("quantize.compress.load_tokenizer", TemplateAlone)
-    path = tmp_path / "calibration.jsonl"
-    path.write_text(text, encoding="utf-8")
-    with pytest.raises(QuantizeError, match=sentence):
-        read_calibration(path, open_checkpoint(MODEL))
-    with pytest.raises(QuantizeError, match="does not exist"):
-        read_calibration(tmp_path / "none.jsonl", open_checkpoint(MODEL))
+def test_the_reference_is_the_checkpoint_itself(registry: Registry, checkpoint: Checkpoint) -> None:
+    card = registry.add_reference(checkpoint)
+    assert (card.variant, card.weight_bits, card.method) == ("bf16", 16, "none")
+    assert card.kv_bytes_per_token == 2 * 2 * CONFIG["num_hidden_layers"] * 2 * 16
+    assert registry.card("bf16") == card

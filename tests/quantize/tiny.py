@@ -11,7 +11,7 @@ VOCABULARY = 2048
 
 
 def make_checkpoint(directory: Path, architecture: str = "llama", seed: int = 0, **shape: Any) -> Path:
-    """Write a random bfloat16 checkpoint with the demo model's tokenizer. ``shape`` overrides the configuration."""
+    """Write a random bfloat16 checkpoint with the demo model's tokenizer; ``shape`` overrides its size."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 

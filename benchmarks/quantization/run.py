@@ -1,0 +1,251 @@
+"""Uniform variants, heuristics and the planner at the same bytes, on the kernels of a real engine.
+
+    python -m benchmarks.quantization.run [--models demo outliers] [--quick]
+
+Plans are chosen on one set of conversations and reported on another; every figure is the mean KL over the
+whole vocabulary against the BF16 reference on the same tokens, with a 95 % interval that treats
+conversations as independent. Finished measurements are kept under var/benchmarks/quantization, so that an
+interrupted run goes on. Writes results.json, a table and a picture.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.quantization import autoscheme, data, outlier_model, show
+from quantize.checkpoint import open_checkpoint
+from quantize.evaluate.bench import Bench, Scores, Span
+from quantize.fake import FakeModel
+from quantize.modules import read_modules
+from quantize.plan import Plan
+from quantize.planner import Planner
+from quantize.search import search
+from quantize.sensitivity import Choice, ServedKl, analyse, measure
+from quantize.shelf import Shelf
+from quantize.target import target
+from quantize.workshop import shortlist
+
+WORK = Path("var/benchmarks/quantization")
+DEMO = Path("deploy/assistant/model")
+BUDGETS = (4.25, 4.5, 4.75, 5.0)
+UNIFORM = ("rtn", "imatrix", "gptq", "imatrix+gptq", "awq", "autoround")
+GROUPS = ("w4a16-g128", "w4a16-g64", "w4a16-g32")
+SLOW = ("awq", "autoround")
+"""Minutes each on a CPU: at the first group size alone."""
+PLANNED = ("gptq", "imatrix+gptq")
+"""Methods whose parts the planner may mix."""
+RANDOM_PLANS = 5
+
+
+class Reported:
+    """Measures plans on the reporting set, and keeps per-conversation sums for paired intervals."""
+
+    def __init__(self, shelf: Shelf, bench: Bench, spans: Sequence[Span], work: Path) -> None:
+        self._shelf, self._bench, self._spans, self._work = shelf, bench, spans, work
+        self._reference = work / "reported.npy"
+        self._file = work / "reported.jsonl"
+        self._known: dict[str, list[float]] = {}
+        if self._file.exists():
+            self._known = dict(json.loads(line) for line in self._file.read_text().splitlines())
+        self.lengths = np.array([len(tokens) - start for tokens, start in spans])
+
+    def sums(self, plan: Plan) -> np.ndarray[Any, Any]:
+        """KL summed over each conversation's tokens, nats."""
+        key = plan.model_dump_json()
+        if key not in self._known:
+            folder = self._work / "candidate-reported"
+            self._shelf.assemble(plan, folder)
+            if not self._reference.exists():
+                self._bench.score(self._shelf.checkpoint.path, self._spans, save=self._reference)
+            scores: Scores = self._bench.score(folder, self._spans, kv=plan.kv, reference=self._reference)
+            ends = np.cumsum(self.lengths)
+            sums = np.add.reduceat(scores.kl, np.concatenate(([0], ends[:-1])))
+            self._known[key] = [float(value) for value in sums]
+            with self._file.open("a") as file:
+                file.write(json.dumps([key, self._known[key]]) + "\n")
+        return np.array(self._known[key])
+
+    def interval(self, plan: Plan) -> tuple[float, float]:
+        """Mean KL per token, and half of its 95 % interval (ratio estimator over conversations)."""
+        sums = self.sums(plan)
+        mean = sums.sum() / self.lengths.sum()
+        residuals = sums - mean * self.lengths
+        error = np.sqrt(residuals.var(ddof=1) / len(sums)) / self.lengths.mean()
+        return float(mean), float(1.96 * error)
+
+    def ratio(self, plan: Plan, other: Plan, seed: int = 0) -> tuple[float, float, float]:
+        """KL(plan) / KL(other) with a paired 95 % bootstrap interval over conversations."""
+        a, b = self.sums(plan), self.sums(other)
+        rng = np.random.default_rng(seed)
+        picks = rng.integers(0, len(a), size=(2000, len(a)))
+        ratios = a[picks].sum(1) / b[picks].sum(1)
+        low, high = np.quantile(ratios, (0.025, 0.975))
+        return float(a.sum() / b.sum()), float(low), float(high)
+
+
+def run(name: str, checkpoint_dir: Path, bench: Bench, quick: bool, without: Sequence[str]) -> dict[str, Any]:
+    """Everything for one model; returns rows and comparisons."""
+    work = WORK / name
+    work.mkdir(parents=True, exist_ok=True)
+    checkpoint = open_checkpoint(checkpoint_dir)
+    modules = read_modules(checkpoint)
+    shelf = Shelf(work / "shelf", checkpoint, modules, data.calibration(checkpoint_dir))
+    chosen = data.chosen(checkpoint_dir, *((30, 10) if quick else ()))
+    reported_spans = data.reported(checkpoint_dir, *((60, 15) if quick else ()))
+    reported = Reported(shelf, bench, reported_spans, work)
+    where = target("vllm-cpu")
+    ladder = shortlist(where, modules)
+    eight = next(name for name in ladder if name.startswith("w8a8"))
+    rows: list[dict[str, Any]] = []
+
+    def report(label: str, kind: str, plan: Plan, **more: Any) -> Plan:
+        kl, half = reported.interval(plan)
+        row = {"label": label, "kind": kind, "bytes": plan.weight_bytes(modules), "kl": kl, "half": half}
+        row |= {"bits": plan.bits_per_weight(modules), "plan": plan.model_dump(mode="json"), **more}
+        rows.append(row)
+        print(
+            f"{name}: {label}: {row['bits']:.3f} bits, KL {kl:.5f} ± {half:.5f}", file=sys.stderr, flush=True
+        )
+        return plan
+
+    def uniform(how: str, method: str) -> Plan:
+        return Plan(groups={group.name: how for group in modules}, method=method)
+
+    plans: dict[str, Plan] = {}
+    for how in GROUPS:
+        for method in UNIFORM:
+            if method in without or (method in SLOW and how != GROUPS[0]):
+                continue
+            label = f"{how} {method}"
+            plans[label] = report(label, "uniform", uniform(how, method))
+    for how, method in ((eight, "gptq"), (eight, "smoothquant"), ("w8a8", "gptq")):
+        report(f"{how} {method}", "uniform", uniform(how, method))
+    base = "w4a16-g128"
+    for layer in range(modules.layers):
+        mixed = {group.name: eight if group.layer == layer else base for group in modules}
+        label = f"layer {layer} at 8 bits"
+        plans[label] = report(label, "heuristic", Plan(groups=mixed, method="imatrix+gptq"))
+    ends = {g.name: eight if g.layer in (0, modules.layers - 1) else base for g in modules}
+    plans["ends"] = report("first and last at 8 bits", "heuristic", Plan(groups=ends, method="imatrix+gptq"))
+    downs = {g.name: eight if "down" in g.kind else base for g in modules}
+    report("all down_proj at 8 bits", "heuristic", Plan(groups=downs, method="imatrix+gptq"))
+
+    for bits, layers in autoscheme.assign(checkpoint_dir, modules, BUDGETS, work).items():
+        mixed = {name: eight if eights == 8 else base for name, eights in layers.items()}
+        label = f"AutoScheme at {bits}"
+        plans[label] = report(label, "heuristic", Plan(groups=mixed, method="imatrix+gptq"))
+
+    choices: dict[str, Sequence[Choice]] = {
+        group.name: [
+            (how, method) for how in ladder for method in (PLANNED if how.startswith("w4") else ("gptq",))
+        ]
+        for group in modules
+    }
+    fake = FakeModel(shelf, chosen)
+    began = time.monotonic()
+    found = analyse(fake, choices, work / "rows.jsonl")
+    sensitivity = measure(fake, found, bench, chosen, work / "chosen")
+    seconds = time.monotonic() - began
+    planner = Planner(modules, sensitivity)
+    served = ServedKl(fake, bench, chosen, work / "chosen")
+    reference = fake.log_probabilities()
+    linears = sum(group.weights for group in modules)
+    rng = random.Random(0)
+    comparisons = []
+    for bits in BUDGETS:
+        budget = modules.other_bytes + int(bits * linears / 8)
+        result = search(planner, fake, served, reference, budget, tries=40 if quick else 200, finalists=4)
+        best = result[0]
+        mine = report(
+            f"planned at {bits} bits",
+            "planned",
+            best.plan,
+            predicted=best.predicted_kl,
+            fake=best.fake_kl,
+            chosen=best.served_kl,
+        )
+        for number in range(RANDOM_PLANS):
+            plan = random_plan(planner, budget, rng)
+            plans[f"random {number} at {bits}"] = report(f"random {number} at {bits}", "random", plan)
+        comparisons.append(compare(bits, budget, mine, plans, modules, reported))
+    return {
+        "model": name,
+        "target": where.name,
+        "engine": f"vLLM {bench.version}",
+        "tokens": int(reported.lengths.sum()),
+        "conversations": len(reported.lengths),
+        "sensitivity_s": seconds,
+        "fidelity": dict(sensitivity.fidelity),
+        "rows": rows,
+        "comparisons": comparisons,
+        "sensitivity": [row.model_dump() for row in sensitivity.rows],
+    }
+
+
+def random_plan(planner: Planner, budget: int, rng: random.Random) -> Plan:
+    """Groups get random choices, then as much as fits of the budget, in random order."""
+    names = [group.name for group in planner.modules]
+    smallest = planner.smallest()
+    while True:
+        picked = dict(smallest)
+        for name in rng.sample(names, len(names)):
+            trial = picked | {name: rng.choice(planner.choices_of(name))}
+            if planner.weight_bytes(trial) <= budget:
+                picked = trial
+        if planner.weight_bytes(picked) > 0.97 * budget:
+            return planner.plan(picked)
+
+
+def compare(
+    bits: float, budget: int, mine: Plan, plans: Mapping[str, Plan], modules: Any, reported: Reported
+) -> dict[str, Any]:
+    """The planner against the best of each kind that takes no more bytes."""
+
+    def best(labels: Sequence[str]) -> dict[str, Any] | None:
+        fitting = [label for label in labels if plans[label].weight_bytes(modules) <= budget]
+        if not fitting:
+            return None
+        label = min(fitting, key=lambda one: reported.interval(plans[one])[0])
+        ratio, low, high = reported.ratio(mine, plans[label])
+        return {"label": label, "ratio": ratio, "low": low, "high": high}
+
+    return {
+        "bits": bits,
+        "budget": budget,
+        "uniform": best([label for label in plans if label.startswith("w4")]),
+        "layer": best([label for label in plans if label.startswith("layer ") or label == "ends"]),
+        "autoscheme": best([label for label in plans if label.startswith("AutoScheme")]),
+        "random": best(
+            [label for label in plans if label.startswith("random") and label.endswith(str(bits))]
+        ),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--models", nargs="*", default=["demo", "outliers"], choices=["demo", "outliers"])
+    parser.add_argument("--quick", action="store_true", help="small sets and few tries, to see that it runs")
+    parser.add_argument("--without", nargs="*", default=[], help="uniform methods to leave out")
+    parser.add_argument("--python", type=Path, default=Path(".venv-engine/bin/python"))
+    options = parser.parse_args()
+    results = []
+    with Bench(options.python, WORK / "engine.log", site=Path("deploy/engine_site")) as bench:
+        for name in options.models:
+            directory = DEMO if name == "demo" else outlier_model.make()
+            results.append(run(name, directory, bench, options.quick, options.without))
+            (WORK / "results.json").write_text(json.dumps(results, indent=1))
+    show.table(results, sys.stdout)
+    show.figure(results, WORK / "quantization.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,65 @@
+"""The benchmark's results as a Markdown table and a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+Results = Sequence[Mapping[str, Any]]
+COLOURS = {"uniform": "#4878a8", "heuristic": "#c58a2c", "random": "#9a9a9a", "planned": "#b5303c"}
+
+
+def table(results: Results, out: TextIO) -> None:
+    for result in results:
+        print(f"\n### {result['model']} ({result['target']}, {result['engine']})\n", file=out)
+        print(f"{result['conversations']} conversations, {result['tokens']} tokens.\n", file=out)
+        print("| plan | bits per weight | bytes | mean KL, 1/1000 nat |", file=out)
+        print("|---|---|---|---|", file=out)
+        for row in sorted(result["rows"], key=lambda one: (one["bytes"], one["kl"])):
+            kl = f"{1000 * row['kl']:.2f} ± {1000 * row['half']:.2f}"
+            print(f"| {row['label']} | {row['bits']:.3f} | {row['bytes']:,} | {kl} |", file=out)
+        print("\nKL of the planner's plan over the best of each kind within the same bytes:\n", file=out)
+        print("| budget, bits | uniform | layers at 8 bits | AutoScheme | random |", file=out)
+        print("|---|---|---|---|---|", file=out)
+        for one in result["comparisons"]:
+            cells = [_ratio(one[kind]) for kind in ("uniform", "layer", "autoscheme", "random")]
+            print(f"| {one['bits']} | " + " | ".join(cells) + " |", file=out)
+
+
+def _ratio(found: Mapping[str, Any] | None) -> str:
+    if found is None:
+        return "none fits"
+    return f"{found['ratio']:.2f} ({found['low']:.2f}–{found['high']:.2f}; {found['label']})"
+
+
+def figure(results: Results, path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    shown, axes = plt.subplots(1, len(results), figsize=(6.2 * len(results), 4.6), squeeze=False)
+    for ax, result in zip(axes[0], results, strict=True):
+        for kind, colour in COLOURS.items():
+            rows = [row for row in result["rows"] if row["kind"] == kind]
+            ax.errorbar(
+                [row["bits"] for row in rows],
+                [1000 * row["kl"] for row in rows],
+                yerr=[1000 * row["half"] for row in rows],
+                fmt="D" if kind == "planned" else "o",
+                ms=6 if kind == "planned" else 4,
+                color=colour,
+                elinewidth=0.8,
+                label=kind,
+            )
+        ax.set_yscale("log")
+        ax.set_xlim(4.0, 5.6)
+        ax.set_xlabel("bits per weight, scales included")
+        ax.set_ylabel("mean KL to BF16, 1/1000 nat per token")
+        ax.set_title(f"{result['model']} on {result['target']}")
+        ax.grid(alpha=0.25, which="both")
+        ax.legend(frameon=False)
+    shown.tight_layout()
+    shown.savefig(path, dpi=130)
+    plt.close(shown)

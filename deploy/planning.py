@@ -1,0 +1,135 @@
+"""``tiercel quantize sensitivity`` and ``plan``: the workshop, set up from the YAML."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from deploy.engine import SITE
+from gateway.config import Config
+from quantize.calibration import read_calibration
+from quantize.card import Card
+from quantize.checkpoint import open_checkpoint
+from quantize.evaluate.bench import Bench
+from quantize.planner import Candidate, PlanError
+from quantize.registry import Registry
+from quantize.sensitivity import Sensitivity
+from quantize.target import detect, target
+from quantize.workshop import METHODS, Workshop
+
+Say = Callable[[str], None]
+
+
+def open_workshop(config: Config, target_name: str | None, methods: Sequence[str] = METHODS) -> Workshop:
+    """The workshop for the configured model; everything it makes lies in ``variants_dir/.workshop``."""
+    checkpoint = open_checkpoint(config.model.path)
+    calibration = read_calibration(config.calibration, checkpoint)
+    return Workshop(
+        config.variants_dir / ".workshop",
+        checkpoint,
+        calibration,
+        target(target_name or detect()),
+        methods=methods,
+    )
+
+
+@contextlib.contextmanager
+def open_bench(config: Config) -> Iterator[Bench]:
+    """A bench engine in the configured engine environment."""
+    if config.engine.python is None:
+        raise PlanError("engine.python is not set; planning measures on the engine, run `make setup`")
+    with Bench(
+        config.engine.python,
+        config.variants_dir / ".logs" / "bench.log",
+        max_model_len=config.engine.max_model_len,
+        env=config.engine.env,
+        site=SITE,
+    ) as bench:
+        yield bench
+
+
+def sensitivity(config: Config, target_name: str | None) -> tuple[Sensitivity, Path]:
+    """Analyse the configured model; returns the rows and where they were written."""
+    workshop = open_workshop(config, target_name)
+    with open_bench(config) as bench:
+        found = workshop.sensitivity(bench)
+    return found, workshop.directory / "sensitivity.json"
+
+
+def plan(
+    config: Config,
+    name: str,
+    say: Say,
+    *,
+    target_name: str | None = None,
+    bits: float | None = None,
+    budget: int | None = None,
+    loss: float | None = None,
+    kv: Sequence[str] = ("auto",),
+    kv_tokens: int = 0,
+    tries: int = 200,
+    methods: Sequence[str] = METHODS,
+) -> tuple[Card, list[Candidate]]:
+    """Find the best plan, make it, and register it as variant ``name``; evaluation comes after.
+
+    One of ``bits`` (per weight of the linear modules), ``budget`` (bytes of weights and ``kv_tokens`` tokens
+    of cache) and ``loss`` (nats per token) says what is wanted. Raises PlanError.
+    """
+    workshop = open_workshop(config, target_name, methods)
+    for problem in (p for one in kv for p in workshop.target.kv_problems(one, workshop.checkpoint.head_dim)):
+        raise PlanError(str(problem))
+    with open_bench(config) as bench:
+        if loss is not None:
+            candidates = [workshop.for_loss(bench, loss)]
+        else:
+            if budget is None:
+                weights = sum(group.weights for group in workshop.modules)
+                budget = workshop.modules.other_bytes + int((bits or 4.5) * weights / 8)
+            candidates = workshop.within(bench, budget, kv_tokens, kv, tries)
+    best = candidates[0]
+    say(format_candidates(candidates))
+    registry = Registry(config.variants_dir, config.model.name, config.reference)
+    card = registry.add(
+        workshop.checkpoint,
+        name,
+        best.plan,
+        workshop.calibration,
+        make=lambda out: workshop.shelf.assemble(best.plan, out),
+        target=workshop.target.name,
+        predicted_kl=best.predicted_kl,
+    )
+    return card, candidates
+
+
+def format_candidates(candidates: Sequence[Candidate]) -> str:
+    """The plans that were measured on the engine, best first."""
+    lines = ["plan                        MB   predicted      torch     engine   (mean KL, nats per token)"]
+    for number, one in enumerate(candidates, 1):
+        torch = "-" if one.fake_kl is None else f"{one.fake_kl:.5f}"
+        engine = "-" if one.served_kl is None else f"{one.served_kl:.5f}"
+        mb = one.weight_bytes / 1e6
+        lines.append(f"{number:<20}{mb:>10.2f}{one.predicted_kl:>12.5f}{torch:>11}{engine:>11}")
+    return "\n".join(lines)
+
+
+def format_sensitivity(found: Sensitivity) -> str:
+    """The rows as a table, the most sensitive groups first."""
+    worst: dict[str, float] = {}
+    for row in found.rows:
+        worst[row.group] = max(worst.get(row.group, 0.0), row.loss)
+    rows = sorted(found.rows, key=lambda row: (-worst[row.group], row.group, row.bytes))
+    header = ["group", "scheme", "method", "bytes", "SQNR dB", "Fisher", "KL", "KL engine"]
+    table = [header]
+    for row in rows:
+        served = "" if row.kl_served is None else f"{1000 * row.kl_served:.3f}"
+        figures = [f"{row.sqnr_db:.1f}", f"{1000 * row.fisher:.3f}", f"{1000 * row.kl:.3f}", served]
+        table.append([row.group, row.scheme, row.method, str(row.bytes), *figures])
+    widths = [max(len(line[column]) for line in table) for column in range(len(header))]
+    text = "\n".join(
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in table
+    )
+    differing = [f"{name} x {ratio:.2f}" for name, ratio in found.fidelity.items() if not 0.8 < ratio < 1.25]
+    note = f"\nOn the engine, uniform variants lose differently from torch: {', '.join(differing)}."
+    return text + "\nFisher and KL in 1/1000 nat per token." + (note if differing else "")

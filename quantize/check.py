@@ -1,0 +1,348 @@
+"""What a target can serve of a model, and what making it will cost: all from headers, before any work.
+
+Memory of calibration, as llm-compressor works (block by block, all other blocks at rest):
+
+    model in bfloat16 + libraries + 2 x hidden states of all calibration tokens
+    + inner states of one batch + Hessians (4 bytes x K²) of one block's modules + 3 working copies
+
+Time: arithmetic over a rate. Every token passes each block twice (4 operations per weight); a Hessian
+takes 2 K² operations per token and module, its solution about K³ + N K². The rates were measured on two
+cores of an AVX-512 CPU without bfloat16 arithmetic; other machines differ by a factor of three or more
+either way, which is the range that is given.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+import psutil
+from pydantic import BaseModel, ConfigDict
+
+from quantize.checkpoint import Checkpoint, CheckpointError
+from quantize.legality import LADDER, Target, is_experts
+from quantize.methods import parse_method
+from quantize.modules import Modules, read_modules
+from quantize.plan import uniform
+from quantize.schemes import BF16_BYTES, KV_SCHEMES, scheme
+
+ARCHITECTURES: tuple[str, ...] = ("LlamaForCausalLM",)
+"""Whose fused modules are those of :mod:`quantize.modules`: each was made, loaded and asked on the engine."""
+
+SHOWN = (*LADDER, "w4a16-g16", "w3a16-g128", "w2a16-g64", "w4a8-g128", "w8a8-static")
+RANKS = (1, 2, 4, 8)
+
+LIBRARIES_BYTES = 900_000_000
+"""Resident memory of torch, transformers and llm-compressor, measured."""
+START_S = 12.0
+MODULE_S = 0.05
+OPERATIONS_PER_S = 5e10
+SOLVE_PER_S = 1e10
+SPREAD = 3.0
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class SchemeRow(_Frozen):
+    """One scheme on this model: in how many groups it is legal, and what it takes with bf16 elsewhere."""
+
+    scheme: str
+    legal: int
+    bytes: int
+    bits_per_weight: float
+    problems: tuple[str, ...]
+    computes: str | None
+    note: str | None
+
+
+class KvRow(_Frozen):
+    kv: str
+    bytes_per_token: int
+    problem: str | None
+    computes: str | None
+
+
+class Cost(_Frozen):
+    """An estimate; see the module's text for the model behind it."""
+
+    method: str
+    tokens: int
+    memory_bytes: int
+    disk_bytes: int
+    seconds: float
+    seconds_range: tuple[float, float]
+
+
+class CheckReport(_Frozen):
+    model: str
+    architecture: str
+    target: str
+    processor: str
+    engine: str
+    measured: bool
+    groups: int
+    weights: int
+    bf16_bytes: int
+    tensor_parallel: int
+    schemes: tuple[SchemeRow, ...]
+    kv: tuple[KvRow, ...]
+    ranks: dict[int, str | None]
+    """Tensor-parallel size to the reason why it does not fit; None where it does."""
+    cost: Cost
+    memory_free: int
+    disk_free: int
+    warnings: tuple[str, ...]
+
+
+def refuse_unfit(checkpoint: Checkpoint) -> str:
+    """The architecture, if it is one that can be quantized and the tokenizer fits. Raises CheckpointError."""
+    found = checkpoint.config.get("architectures") or []
+    name = str(found[0]) if found else "none"
+    if name not in ARCHITECTURES:
+        raise CheckpointError(
+            f"{checkpoint.path / 'config.json'}: architecture {name} is not known to fuse its modules as "
+            f"this quantizer expects; known: {', '.join(ARCHITECTURES)}"
+        )
+    if checkpoint.config.get("quantization_config"):
+        raise CheckpointError(f"{checkpoint.path} is quantized already; register it, or give its original")
+    largest, vocabulary = largest_token(checkpoint.path), int(checkpoint.config["vocab_size"])
+    if largest is not None and largest >= vocabulary:
+        raise CheckpointError(
+            f"{checkpoint.path}: the tokenizer's largest id is {largest}, the model's vocab_size "
+            f"{vocabulary}; put the model's own tokenizer beside it"
+        )
+    return name
+
+
+def largest_token(path: Path) -> int | None:
+    """The largest id in ``tokenizer.json``; None without that file. Raises CheckpointError."""
+    file = path / "tokenizer.json"
+    if not file.is_file():
+        return None
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        vocabulary = content["model"]["vocab"]
+        ids = vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary))
+        added = (token["id"] for token in content.get("added_tokens") or ())
+        return max((*ids, *added), default=None)
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"{file} is no tokenizer ({type(error).__name__}: {error}); save the model's tokenizer again"
+        ) from None
+
+
+def estimate(checkpoint: Checkpoint, modules: Modules, tokens: int, longest: int, method: str) -> Cost:
+    """Memory, disk and time of making one variant with ``tokens`` calibration tokens."""
+    chosen = parse_method(method)
+    weights = sum(group.weights for group in modules)
+    model = modules.other_bytes + BF16_BYTES * weights
+    learns = chosen.solver == "autoround"
+    hessians = chosen.solver == "gptq"
+    if chosen.solver in ("rtn", "mse") and not chosen.transforms:
+        tokens = 0
+    hidden = int(checkpoint.config["hidden_size"])
+    widest = max(group.weights for group in modules)
+    states = 2 * tokens * hidden * BF16_BYTES + longest * max(m.out_features for m in modules.linears) * 16
+    by_layer: dict[int, int] = {}
+    for group in modules:
+        squares = sum(4 * member.in_features**2 for member in group.members)
+        by_layer[group.layer] = by_layer.get(group.layer, 0) + squares
+    biggest = max(max(m.weights, m.in_features**2) for m in modules.linears)
+    working = 3 * 4 * biggest if hessians else 4 * widest
+    memory = LIBRARIES_BYTES + model + states + working + (max(by_layer.values()) if hessians else 0)
+    active = sum(group.weights * _share(checkpoint, is_experts(group)) for group in modules)
+    passes = 4.0 * active * tokens * (1 + len(chosen.transforms)) * (100 if learns else 1)
+    gram = sum(2.0 * m.in_features**2 * tokens for m in modules.linears) if hessians else 0.0
+    solve = sum(m.in_features**2 * (m.in_features + m.out_features) for m in modules.linears)
+    seconds = START_S + MODULE_S * len(modules.linears) + (passes + gram) / OPERATIONS_PER_S
+    seconds += solve / SOLVE_PER_S if hessians else weights / SOLVE_PER_S
+    return Cost(
+        method=method,
+        tokens=tokens,
+        memory_bytes=memory,
+        disk_bytes=model,
+        seconds=seconds,
+        seconds_range=(seconds / SPREAD, seconds * SPREAD),
+    )
+
+
+def _share(checkpoint: Checkpoint, experts: bool) -> float:
+    """The share of a group's weights that a token passes through."""
+    of = checkpoint.config.get("num_experts") or checkpoint.config.get("num_local_experts")
+    return float(checkpoint.config["num_experts_per_tok"]) / float(of) if experts and of else 1.0
+
+
+def check_report(
+    checkpoint: Checkpoint,
+    target: Target,
+    tensor_parallel: int = 1,
+    calibration_tokens: int = 65_536,
+    longest: int = 512,
+    method: str = "gptq",
+    out: Path | None = None,
+    memory_free: int | None = None,
+) -> CheckReport:
+    """Everything that can be said before work starts. Raises CheckpointError for a model that is unfit.
+
+    ``longest`` is the longest calibration sequence in tokens, ``out`` where variants would be written.
+    """
+    architecture = refuse_unfit(checkpoint)
+    modules = read_modules(checkpoint)
+    cost = estimate(checkpoint, modules, calibration_tokens, longest, method)
+    memory = psutil.virtual_memory().available if memory_free is None else memory_free
+    disk = shutil.disk_usage(_existing(out or checkpoint.path)).free
+    ranks = {ranks: _fits(checkpoint, target, modules, ranks) for ranks in sorted({*RANKS, tensor_parallel})}
+    return CheckReport(
+        model=str(checkpoint.path),
+        architecture=architecture,
+        target=target.name,
+        processor=target.processor,
+        engine=target.engine,
+        measured=target.measured,
+        groups=len(modules.groups),
+        weights=sum(group.weights for group in modules),
+        bf16_bytes=uniform(modules, "bf16").weight_bytes(modules),
+        tensor_parallel=tensor_parallel,
+        schemes=tuple(_scheme_row(checkpoint, target, modules, name, tensor_parallel) for name in SHOWN),
+        kv=tuple(_kv_row(checkpoint, target, name) for name in KV_SCHEMES),
+        ranks=ranks,
+        cost=cost,
+        memory_free=memory,
+        disk_free=disk,
+        warnings=tuple(_warnings(cost, memory, disk, target, ranks[tensor_parallel])),
+    )
+
+
+def _existing(path: Path) -> Path:
+    return path if path.exists() else _existing(path.parent)
+
+
+def _scheme_row(checkpoint: Checkpoint, target: Target, modules: Modules, name: str, ranks: int) -> SchemeRow:
+    chosen = scheme(name)
+    problems: dict[str, set[str]] = {}
+    groups = {}
+    for group in modules:
+        found = target.problems(chosen, group, ranks, checkpoint.head_dim)
+        groups[group.name] = "bf16" if found else name
+        for problem in found:
+            # The same rule broken in every layer is said once.
+            why = (
+                problem.rule
+                if problem.value.startswith("scheme ")
+                else f"{problem.value}, but {problem.rule}"
+            )
+            problems.setdefault(why, set()).add(group.kind)
+    plan = uniform(modules, "bf16").model_copy(update={"groups": groups})
+    kinds = {group.kind for group in modules}
+    whys = (
+        why if where == kinds else f"{', '.join(sorted(where))}: {why}" for why, where in problems.items()
+    )
+    return SchemeRow(
+        scheme=name,
+        legal=sum(how == name for how in groups.values()),
+        bytes=plan.weight_bytes(modules),
+        bits_per_weight=plan.bits_per_weight(modules),
+        problems=tuple(whys),
+        computes=target.computes(chosen),
+        note=target.speed_note(chosen),
+    )
+
+
+def _kv_row(checkpoint: Checkpoint, target: Target, name: str) -> KvRow:
+    config = checkpoint.config
+    heads = int(config.get("num_key_value_heads") or config["num_attention_heads"])
+    per_token = KV_SCHEMES[name].bytes_per_token(int(config["num_hidden_layers"]), heads, checkpoint.head_dim)
+    found = target.kv_problems(name, checkpoint.head_dim)
+    return KvRow(
+        kv=name,
+        bytes_per_token=per_token,
+        problem=f"{found[0].value}: {found[0].rule}" if found else None,
+        computes=target.kv_computes(name),
+    )
+
+
+def _fits(checkpoint: Checkpoint, target: Target, modules: Modules, ranks: int) -> str | None:
+    """Why the unquantized model cannot be split over that many ranks; None if it can."""
+    heads = int(checkpoint.config["num_attention_heads"])
+    kv_heads = int(checkpoint.config.get("num_key_value_heads") or heads)
+    if heads % ranks:
+        return f"{heads} attention heads are not a multiple of {ranks}"
+    if kv_heads % ranks and ranks % kv_heads:
+        return f"{kv_heads} KV heads and {ranks} ranks: neither is a multiple of the other"
+    found = target.check_plan(uniform(modules, "bf16"), modules, checkpoint.head_dim, ranks)
+    return str(found[0]) if found else None
+
+
+def _warnings(cost: Cost, memory: int, disk: int, target: Target, unsplit: str | None) -> Iterable[str]:
+    if unsplit:
+        yield f"tensor parallelism: {unsplit}; choose a size that fits"
+    if cost.memory_bytes > memory:
+        yield (
+            f"memory: calibration needs about {_size(cost.memory_bytes)}, free are {_size(memory)}; "
+            "use fewer calibration tokens, method rtn, or a larger machine"
+        )
+    if cost.disk_bytes > disk:
+        yield (
+            f"disk: a variant takes up to {_size(cost.disk_bytes)}, free are {_size(disk)}; make room first"
+        )
+    if not target.measured:
+        yield f"the rules of {target.name} were read in {target.engine}'s sources, not run"
+
+
+def _size(value: int) -> str:
+    return f"{value / 1e9:.2f} GB" if value >= 1e9 else f"{value / 1e6:.2f} MB"
+
+
+def format_check(report: CheckReport) -> str:
+    """The report for a terminal."""
+    lines = [
+        f"{report.model}: {report.architecture}, {report.groups} module groups, "
+        f"{report.weights / 1e6:.1f} M weights to quantize, {_size(report.bf16_bytes)} at bf16",
+        f"target {report.target}: {report.engine} on {report.processor}"
+        + (f", {report.tensor_parallel} ranks" if report.tensor_parallel > 1 else ""),
+        "",
+    ]
+    rows = [["scheme", "groups", "bytes", "bits/weight", ""]]
+    for row in report.schemes:
+        share = f"{row.legal}/{report.groups}"
+        said = [*(["computes " + row.computes] if row.computes and row.legal else [])]
+        said += [row.note] if row.note and row.legal else []
+        said += row.problems[:2]
+        more = [f"and {len(row.problems) - 2} reasons more"] if len(row.problems) > 2 else []
+        figures = [_size(row.bytes), f"{row.bits_per_weight:.2f}"] if row.legal else ["-", "-"]
+        rows.append([row.scheme, share if row.legal else "no", *figures, "; ".join(said + more)])
+    lines += [*_table(rows), "where a scheme is not legal in all groups, bytes are with bf16 in the rest", ""]
+    rows = [["KV cache", "bytes/token", ""]]
+    for cache in report.kv:
+        said_kv = cache.problem or (f"computes {cache.computes}" if cache.computes else "")
+        rows.append([cache.kv, "no" if cache.problem else str(cache.bytes_per_token), said_kv])
+    lines += [*_table(rows), ""]
+    lines += [f"{ranks} ranks: {why or 'fits'}" for ranks, why in report.ranks.items()]
+    cost = report.cost
+    low, high = cost.seconds_range
+    lines += [
+        "",
+        f"{cost.method} with {cost.tokens} calibration tokens: about {_size(cost.memory_bytes)} of memory "
+        f"(free {_size(report.memory_free)}), {_size(cost.disk_bytes)} of disk at most "
+        f"(free {_size(report.disk_free)}), {_time(cost.seconds)} ({_time(low)} to {_time(high)})",
+        *(f"warning: {warning}" for warning in report.warnings),
+    ]
+    return "\n".join(lines)
+
+
+def _time(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def _table(rows: list[list[str]]) -> list[str]:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
+    return [
+        "  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[-1]]).rstrip()
+        for row in rows
+    ]

@@ -1,0 +1,84 @@
+"""Files of the variants directory: locks, links, read-only trees, and what removing them gives back."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+import stat
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+from quantize.card import sha256_of
+
+READ_ONLY = stat.S_IRUSR | stat.S_IRGRP | stat.S_IROTH
+
+Say = Callable[[str], None]
+
+
+@contextlib.contextmanager
+def locked(path: Path, what: str, say: Say) -> Iterator[None]:
+    """Hold the lock file ``path``, which names its process; wait, saying so, while another one holds it.
+
+    The kernel lets go of it when the process ends, however that happens.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            say(f"waiting for process {file.read().strip() or '?'}, which is busy with {what}")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n")
+        file.flush()
+        yield
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """A second name for the same bytes where the disk allows it, else a copy."""
+    try:
+        os.link(source.resolve(), target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+def share(directory: Path, files: Mapping[str, str], known: Mapping[str, Path]) -> None:
+    """Replace files that are on disk already by links to them. ``files`` and ``known`` go by SHA-256:
+    name in ``directory`` to digest, and digest to a whole file elsewhere."""
+    for name, digest in files.items():
+        source, target = known.get(digest), directory / name
+        if source is None or source.samefile(target) or sha256_of(source) != digest:
+            continue
+        spare = target.with_name(target.name + ".partial")
+        with contextlib.suppress(OSError):  # another disk, or one that has no links: keep both
+            os.link(source, spare)
+            spare.replace(target)
+
+
+def make_read_only(directory: Path) -> None:
+    """Of all files that have no other name: those belong to somebody else as well."""
+    for path in directory.rglob("*"):
+        if path.is_file() and path.stat().st_nlink == 1:
+            path.chmod(READ_ONLY)
+
+
+def point(link: Path, name: str) -> None:
+    """Let the symbolic link point to its neighbour ``name``; a reader sees the old one or the new one."""
+    spare = link.with_name(f".partial-{link.name}")
+    spare.unlink(missing_ok=True)
+    spare.symlink_to(name)
+    spare.replace(link)
+
+
+def held_bytes(directory: Path) -> int:
+    """Bytes that the disk gets back when ``directory`` goes: files with names elsewhere stay."""
+    inside: dict[tuple[int, int], tuple[os.stat_result, int]] = {}
+    for path in directory.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            status = path.stat()
+            key = (status.st_dev, status.st_ino)
+            inside[key] = (status, inside.get(key, (status, 0))[1] + 1)
+    return sum(status.st_size for status, names in inside.values() if names == status.st_nlink)

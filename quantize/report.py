@@ -1,0 +1,346 @@
+"""The report on a model's variants as one HTML file: what each one costs, lost, and may serve."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from html import escape
+from pathlib import Path
+from typing import Protocol
+
+from quantize.card import Card, Outcome
+from quantize.compare import (
+    NOTHING,
+    Point,
+    accuracy_text,
+    drop_text,
+    kl_text,
+    megabytes,
+    points,
+    state_text,
+)
+from quantize.distributions import OUTLIER, Distributions, GroupFigures
+from quantize.figures import activations_before_and_after, loss_against_bytes, weights_before_and_after
+from quantize.page import document, framed, row, table, verdict
+
+SHOWN_LAYERS = 3
+"""Layers whose distributions are drawn: first, middle and last; the table has all."""
+
+STYLE = """
+:root { --hot: #d55e00; }
+.scroll { overflow-x: auto; }
+section > p { margin: 0 0 .8rem; max-width: 60rem; }
+.heats { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 21rem), 1fr)); gap: .8rem; }
+table.heat caption { text-align: left; padding: .6rem .8rem .2rem; font-weight: 600; }
+table.heat { font-size: .82rem; }
+table.heat thead { position: static; clip-path: none; }
+table.heat th, table.heat td { display: table-cell; padding: .3rem .5rem; text-align: right; }
+table.heat tr { display: table-row; } table.heat tbody { display: table-row-group; }
+table.heat td::before { content: none; }
+table.heat thead th { font-size: .75rem; overflow-wrap: anywhere; }
+table.heat th[scope=row] { font-weight: 500; color: var(--muted); width: 1%; }
+.small { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 15rem), 1fr)); gap: .8rem; }
+.small figure { padding: .7rem; } figcaption { font-size: .8rem; color: var(--muted); }
+details { margin: 0 0 .8rem; } summary { cursor: pointer; padding: .4rem 0; font-weight: 600; }
+h3 { margin: 1rem 0 .5rem; }
+.broken { color: var(--bad); }
+"""
+
+
+class SensitivityRow(Protocol):
+    """What one module group loses at one scheme; :class:`quantize.sensitivity.Row` is one."""
+
+    @property
+    def group(self) -> str: ...
+    @property
+    def kind(self) -> str: ...
+    @property
+    def layer(self) -> int: ...
+    @property
+    def scheme(self) -> str: ...
+    @property
+    def kl(self) -> float | None: ...
+    @property
+    def fisher(self) -> float | None: ...
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything that the page shows. Only the cards are needed.
+
+    ``noise_floor`` is the mean KL of the reference against itself; ``intervals`` are 95 % confidence
+    intervals of the mean KL, by variant.
+    """
+
+    model: str
+    cards: Sequence[Card]
+    controls: Sequence[Point] = ()
+    sensitivity: Sequence[SensitivityRow] = ()
+    distributions: Mapping[str, Distributions] = field(default_factory=dict)
+    noise_floor: float | None = None
+    intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    created: datetime = field(default_factory=lambda: datetime.now(UTC))
+
+
+def write_report(report: Report, path: Path) -> None:
+    """Write the page; a reader sees the old one or the new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    partial.write_text(render_report(report), encoding="utf-8")
+    partial.replace(path)
+
+
+def render_report(report: Report) -> str:
+    """The page as text. Raises ValueError without cards."""
+    if not report.cards:
+        raise ValueError("a report needs at least one variant; make one with `tiercel quantize`")
+    sections = [
+        _header(report),
+        _front(report),
+        _variants(report),
+        _gates(report),
+        _plans(report),
+        _heat_maps(report),
+        *(_distributions(figures) for figures in report.distributions.values()),
+        _circumstances(report),
+        "<footer>KL is the mean Kullback-Leibler divergence of a variant's next-token distribution from the "
+        "reference's, in nats per token, on the same tokens, through the engine that serves. Intervals hold "
+        "95 % of the time. MB are millions of bytes.</footer>",
+    ]
+    return document(f"Tiercel: variants of {report.model}", "\n".join(filter(None, sections)), STYLE)
+
+
+def _section(title: str, text: str, body: str) -> str:
+    return f"<section><h2>{escape(title)}</h2>\n<p>{text}</p>\n{body}\n</section>"
+
+
+def _reference(report: Report) -> Card | None:
+    return next((card for card in report.cards if card.variant == card.reference), None)
+
+
+def _header(report: Report) -> str:
+    reference = _reference(report)
+    serving = [card for card in report.cards if any(v.outcome == Outcome.PASSED for v in card.gate.values())]
+    smallest = min(serving, key=lambda card: card.weight_bytes, default=None)
+    tiles = {"variants": str(len(report.cards))}
+    if reference:
+        tiles["reference"] = f"{reference.variant}, {megabytes(reference.weight_bytes)}"
+    if smallest:
+        tiles["smallest that passed a gate"] = f"{smallest.variant}, {megabytes(smallest.weight_bytes)}"
+    if report.noise_floor is not None:
+        tiles["noise floor, KL"] = kl_text(report.noise_floor)
+    body = "".join(
+        f"<div><dt>{escape(name)}</dt><dd>{escape(text)}</dd></div>" for name, text in tiles.items()
+    )
+    return (
+        f"<header><h1>What each variant of {escape(report.model)} costs, and what it lost</h1>"
+        f"<p>Written {report.created:%Y-%m-%d %H:%M} UTC.</p></header><dl>{body}</dl>"
+    )
+
+
+def _front(report: Report) -> str:
+    reference = _reference(report)
+    drawing = loss_against_bytes(
+        points(report.cards, report.controls, report.intervals),
+        (reference.variant, reference.weight_bytes) if reference else None,
+        report.noise_floor or None,
+    )
+    if not drawing:
+        return ""
+    text = "Dots are variants. The line is the Pareto front: no measured point is better in both."
+    if report.controls:
+        text += " Open diamonds are controls, measured for comparison."
+    if report.intervals:
+        text += " Bars are 95 % confidence intervals."
+    return _section("Loss against bytes", text, f"<figure>{drawing}</figure>")
+
+
+def _variants(report: Report) -> str:
+    heads = [
+        "variant",
+        "scheme",
+        "method",
+        "weights",
+        "bits",
+        "KV/token",
+        "KL",
+        "99 % KL",
+        "perplexity",
+        "state",
+    ]
+    rows = [heads]
+    for card in report.cards:
+        text = card.evaluation.text if card.evaluation else None
+        low_high = report.intervals.get(card.variant)
+        between = f" ({kl_text(low_high[0])} to {kl_text(low_high[1])})" if low_high else ""
+        made_elsewhere = ", made elsewhere" if card.origin == "registered" else ""
+        rows.append(
+            [
+                card.variant,
+                card.scheme + (f", KV {card.kv}" if card.kv != "auto" else ""),
+                card.method,
+                megabytes(card.weight_bytes),
+                f"{card.bits_per_weight:.2f}" if card.bits_per_weight else str(card.weight_bits),
+                f"{card.kv_bytes_per_token:,} B",
+                kl_text(text.kl_mean) + between if text else NOTHING,
+                kl_text(text.kl_p99) if text else NOTHING,
+                f"{text.perplexity:.4f}" if text else NOTHING,
+                state_text(card) + made_elsewhere,
+            ]
+        )
+    return _section("Variants", "Bits are per weight of the linear modules, scales included.", table(rows))
+
+
+def _gates(report: Report) -> str:
+    heads = ("variant", "role", "verdict", "right answers", "drop in accuracy", "because")
+    lines = [
+        row(
+            (
+                escape(card.variant),
+                escape(role),
+                verdict(judged.outcome),
+                escape(accuracy_text(card, role)),
+                escape(drop_text(card, role)),
+                escape("; ".join(judged.reasons)),
+            ),
+            heads,
+        )
+        for card in report.cards
+        for role, judged in card.gate.items()
+    ]
+    if not lines:
+        return ""
+    text = "On held-out items, paired with the reference's answers to the same items."
+    return _section("Gates: which role a variant may serve", text, framed(heads, lines))
+
+
+def _plans(report: Report) -> str:
+    mixed = [card for card in report.cards if len(set(card.schemes.values())) > 1]
+    if not mixed:
+        return ""
+    rows = [["module group", *(card.variant for card in mixed)]]
+    names = dict.fromkeys(name for card in mixed for name in card.schemes)
+    rows += [[name, *(card.schemes.get(name, "bf16") for card in mixed)] for name in names]
+    body = f"<details><summary>{len(rows) - 1} module groups</summary>{table(rows)}</details>"
+    return _section("Plans", "The scheme of every module group in variants that mix schemes.", body)
+
+
+def _heat_maps(report: Report) -> str:
+    found: dict[str, dict[tuple[int, str], float]] = {}
+    by_kl = any(one.kl is not None for one in report.sensitivity)
+    for one in report.sensitivity:
+        loss = getattr(one, "loss", one.kl) if by_kl else one.fisher
+        if loss is not None:
+            cells = found.setdefault(one.scheme, {})
+            cells[one.layer, one.kind] = min(loss, cells.get((one.layer, one.kind), math.inf))
+    if not found:
+        return ""
+    values = [value for cells in found.values() for value in cells.values() if value > 0]
+    low, high = min(values, default=1.0), max(values, default=1.0)
+    body = "\n".join(_heat_map(name, cells, low, high) for name, cells in found.items())
+    what = "Mean KL" if by_kl else "Second-order estimate of the mean KL"
+    text = (
+        f"{what}, in thousandths of a nat, when one module group alone is quantized; by the best method where "
+        "several were tried."
+    )
+    return _section("Sensitivity", text, f'<div class="heats">{body}</div>')
+
+
+def _heat_map(scheme: str, cells: Mapping[tuple[int, str], float], low: float, high: float) -> str:
+    """A scheme: layers down, kinds of module across; the colour is logarithmic over all schemes."""
+    kinds = list(dict.fromkeys(kind for _, kind in cells))
+    lines = []
+    for layer in sorted({layer for layer, _ in cells}):
+        line = f'<tr><th scope="row">layer {layer}</th>'
+        for kind in kinds:
+            value = cells.get((layer, kind))
+            line += "<td></td>" if value is None else _heat_cell(value, low, high)
+        lines.append(line + "</tr>")
+    heads = "".join(f'<th scope="col">{escape(kind.rpartition(".")[2])}</th>' for kind in kinds)
+    return (
+        f'<div class="scroll"><table class="heat"><caption>{escape(scheme)}</caption>'
+        f'<thead><tr><th scope="col"><span hidden>layer</span></th>{heads}</tr></thead>'
+        f"<tbody>{''.join(lines)}</tbody></table></div>"
+    )
+
+
+def _heat_cell(value: float, low: float, high: float) -> str:
+    share = math.log(max(value, low) / low) / (math.log(high / low) or 1)
+    colour = f"color-mix(in srgb, var(--hot) {5 + 60 * share:.0f}%, var(--card))"
+    return f'<td style="background:{colour}">{1000 * value:.3g}</td>'
+
+
+def _distributions(figures: Distributions) -> str:
+    layers = sorted({group.layer for group in figures.groups})
+    places = {0, len(layers) // 2, len(layers) - 1}
+    shown = [group for group in figures.groups if group.layer in {layers[place] for place in places}]
+    weights = _small((group, weights_before_and_after(group.weights, _name(group))) for group in shown)
+    body = "<h3>Weights</h3>" + weights
+    seen = [(group, group.activations) for group in shown if group.activations]
+    if seen:
+        body += f"<h3>Activations: largest input of every channel, {figures.tokens:,} tokens</h3>"
+        body += _small((group, activations_before_and_after(found, _name(group))) for group, found in seen)
+    body += (
+        f"<details><summary>All {len(figures.groups)} module groups</summary>{_figures(figures)}</details>"
+    )
+    text = (
+        "The base model in grey, the variant in blue; "
+        f"axes are logarithmic. Drawn: layers {', '.join(str(layers[place]) for place in sorted(places))}."
+    )
+    return _section(f"Before and after: {figures.variant}", text, body)
+
+
+def _name(group: GroupFigures) -> str:
+    return f"layer {group.layer} {group.kind.rpartition('.')[2]}"
+
+
+def _small(drawings: Iterable[tuple[GroupFigures, str]]) -> str:
+    body = "".join(
+        f"<figure>{drawing}<figcaption>{escape(_name(group))} · {escape(group.scheme)}</figcaption></figure>"
+        for group, drawing in drawings
+        if drawing
+    )
+    return f'<div class="small">{body}</div>'
+
+
+def _figures(figures: Distributions) -> str:
+    heads = ["module group", "scheme", "relative error", "largest weight"]
+    rows = [[*heads, "largest input", "outlier channels", "which"]]
+    for group in figures.groups:
+        line = [group.group, group.scheme, f"{100 * group.weights.relative_error:.2f} %"]
+        line.append(f"{group.weights.largest:.3g}")
+        found = group.activations
+        if found is None:
+            line += [NOTHING] * 3
+        else:
+            line.append(f"{found.before[0]:.3g} → {found.after[0]:.3g}")
+            line.append(f"{found.outlier_count_before} → {found.outlier_count_after}")
+            line.append(", ".join(map(str, found.outliers_before)) or NOTHING)
+        rows.append(line)
+    note = f"<p>An outlier channel's largest input is more than {OUTLIER:g} times the median channel's.</p>"
+    return note + table(rows)
+
+
+def _circumstances(report: Report) -> str:
+    heads = ["variant", "engine", "made with", "calibration", "version"]
+    rows = [heads]
+    for card in report.cards:
+        engine = card.evaluation.engine if card.evaluation else {}
+        used = card.calibration
+        rows.append(
+            [
+                card.variant,
+                ", ".join(f"{name} {value}" for name, value in engine.items() if value) or NOTHING,
+                ", ".join(f"{name} {value}" for name, value in card.versions.items()) or NOTHING,
+                f"{used.source}, {used.samples:,} samples, {used.tokens:,} tokens" if used else NOTHING,
+                card.version,
+            ]
+        )
+    notes = "".join(
+        f"<li>{escape(card.variant)}: {escape(note)}</li>" for card in report.cards for note in card.notes
+    )
+    body = table(rows) + (f"<ul>{notes}</ul>" if notes else "")
+    return _section("What was measured where", "Kernels differ between processors and settings.", body)

@@ -1,0 +1,210 @@
+"""From a checkpoint and calibration data to the best plan within a budget, step by step and resumable.
+
+workshop_dir/<key>/    the key is of the checkpoint, the calibration data and the target
+  shelf/               parts of variants (:mod:`quantize.shelf`)
+  rows.jsonl           sensitivity, a line per finished row
+  served/              what was measured on the engine
+  sensitivity.json     the whole analysis
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from quantize.calibration import CalibrationSet
+from quantize.checkpoint import Checkpoint, base_sha256
+from quantize.compress import QuantizeError
+from quantize.evaluate.bench import Bench, Span
+from quantize.fake import FakeModel
+from quantize.modules import Modules, read_modules
+from quantize.planner import Candidate, PlanError, Planner
+from quantize.schemes import kv_scheme, scheme
+from quantize.search import search
+from quantize.sensitivity import KEPT, Choice, Sensitivity, ServedKl, analyse, measure
+from quantize.shelf import Shelf
+from quantize.target import Target
+
+METHODS = ("gptq", "imatrix+gptq")
+"""Whose parts a plan may mix, unless told otherwise."""
+CHOOSING_SHARE = 4
+"""One conversation in so many is kept from calibration, and plans are chosen on it."""
+MIN_CHOOSING = 8
+LOSS_ROUNDS = 6
+SHORTLIST = (
+    *("w4a16-g128", "w4a16-g64", "w4a16-g32", "nvfp4"),
+    *("w8a8-r7", "w8a8", "fp8-dynamic", "w8a16-g128"),
+)
+"""Schemes that are planned with where the target has them; each costs a quantization of the whole model."""
+
+
+def shortlist(where: Target, modules: Modules, tensor_parallel: int = 1) -> tuple[str, ...]:
+    """The schemes of ``SHORTLIST`` that at least one group can have on the target."""
+    legal = {name for group in modules for name in where.candidates(group, tensor_parallel)}
+    return tuple(name for name in SHORTLIST if name in legal)
+
+
+class Workshop:
+    """The parts, the analysis and the search for one checkpoint on one target."""
+
+    def __init__(
+        self,
+        directory: Path,
+        checkpoint: Checkpoint,
+        calibration: CalibrationSet,
+        where: Target,
+        methods: Sequence[str] = METHODS,
+        schemes: Sequence[str] | None = None,
+        tensor_parallel: int = 1,
+        choosing: Sequence[Span] | None = None,
+    ) -> None:
+        self.checkpoint, self.target, self.methods = checkpoint, where, tuple(methods)
+        self.modules = read_modules(checkpoint)
+        self.schemes = tuple(schemes or shortlist(where, self.modules, tensor_parallel))
+        calibrating = calibration
+        if choosing is None:
+            calibrating, choosing = split(calibration)
+        decides = (base_sha256(checkpoint), calibration.description.sha256, where.name, len(choosing))
+        self.directory = directory / hashlib.sha256(repr(decides).encode()).hexdigest()[:12]
+        self.calibration, self.choosing = calibrating, choosing
+        self.shelf = Shelf(self.directory / "shelf", checkpoint, self.modules, calibrating)
+        self._ranks = tensor_parallel
+        self._fake: FakeModel | None = None
+
+    @property
+    def fake(self) -> FakeModel:
+        """The model in torch, loaded when first needed."""
+        if self._fake is None:
+            self._fake = FakeModel(self.shelf, self.choosing)
+        return self._fake
+
+    def choices(self) -> dict[str, Sequence[Choice]]:
+        """What the planner may give each group: legal schemes, each by the methods that suit it."""
+        found: dict[str, Sequence[Choice]] = {}
+        for group in self.modules:
+            legal = self.target.candidates(group, self._ranks)
+            names = [name for name in self.schemes if name in legal]
+            found[group.name] = [
+                (name, method)
+                for name in names
+                for method in (self.methods if scheme(name).weight_bits < 8 else self.methods[:1])
+            ]
+        if not any(found.values()):
+            raise PlanError(f"{self.target.name} loads no quantized scheme for any module of this model")
+        return found
+
+    def sensitivity(self, bench: Bench) -> Sensitivity:
+        """The whole analysis; what was finished before is kept."""
+        rows = analyse(self.fake, self.choices(), self.directory / "rows.jsonl")
+        found = measure(self.fake, rows, bench, self.choosing, self.directory / "served")
+        partial = self.directory / "sensitivity.json.partial"
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(found.model_dump_json(indent=1))
+            file.flush()
+            os.fsync(file.fileno())
+        partial.rename(self.directory / "sensitivity.json")
+        return found
+
+    def within(
+        self,
+        bench: Bench,
+        budget: int,
+        kv_tokens: int = 0,
+        kv: Sequence[str] = ("auto",),
+        tries: int = 200,
+        finalists: int = 4,
+    ) -> list[Candidate]:
+        """Plans of at most ``budget`` bytes, weights and ``kv_tokens`` tokens of cache; best first.
+
+        Raises PlanError with the least possible budget when it is below that.
+        """
+        planner = Planner(self.modules, self.sensitivity(bench))
+        served = self._served(bench)
+        losses = {name: self._kv_loss(served, name) for name in kv}
+        per_token = {name: self._kv_bytes(name) for name in kv}
+        fitting: dict[str, float] = {}
+        errors = []
+        for name in kv:
+            left = budget - kv_tokens * per_token[name] - self._kv_scale_bytes(name)
+            try:
+                fitting[name] = planner.predicted(planner.within(left)) + losses[name]
+            except PlanError as error:
+                errors.append(f"with KV cache {name}: {error}")
+        if not fitting:
+            raise PlanError("; ".join(errors))
+        chosen = min(fitting, key=lambda name: fitting[name])
+        left = budget - kv_tokens * per_token[chosen] - self._kv_scale_bytes(chosen)
+        reference = self.fake.log_probabilities()
+        found = search(planner, self.fake, served, reference, left, tries=tries, finalists=finalists)
+        return [self._with_kv(candidate, chosen, losses[chosen], served) for candidate in found]
+
+    def for_loss(self, bench: Bench, loss: float) -> Candidate:
+        """The fewest bytes whose KL, measured on the engine, is at most ``loss`` nats per token."""
+        planner = Planner(self.modules, self.sensitivity(bench))
+        served = self._served(bench)
+        reference = self.fake.log_probabilities()
+        wanted = loss
+        for _ in range(LOSS_ROUNDS):
+            choices = planner.for_loss(wanted)
+            measured = served(choices)
+            if measured <= loss:
+                return Candidate(
+                    plan=planner.plan(choices),
+                    weight_bytes=planner.weight_bytes(choices),
+                    predicted_kl=planner.predicted(choices),
+                    fake_kl=self.fake.kl(choices, reference),
+                    served_kl=measured,
+                )
+            wanted *= min(0.95, loss / measured)
+        raise PlanError(
+            f"no plan was measured at a loss of {loss:g} or less after {LOSS_ROUNDS} attempts; raise --loss"
+        )
+
+    def _served(self, bench: Bench) -> ServedKl:
+        return ServedKl(self.fake, bench, self.choosing, self.directory / "served")
+
+    def _kv_loss(self, served: ServedKl, kv: str) -> float:
+        return 0.0 if kv == "auto" else served({group.name: KEPT for group in self.modules}, kv)
+
+    def _kv_bytes(self, kv: str) -> int:
+        config = self.checkpoint.config
+        heads = config.get("num_key_value_heads") or config["num_attention_heads"]
+        return kv_scheme(kv).bytes_per_token(
+            config["num_hidden_layers"], int(heads), self.checkpoint.head_dim
+        )
+
+    def _kv_scale_bytes(self, kv: str) -> int:
+        return 4 * self.modules.layers if kv_scheme(kv).calibrated else 0
+
+    def _with_kv(self, candidate: Candidate, kv: str, loss: float, served: ServedKl) -> Candidate:
+        if kv == "auto":
+            return candidate
+        plan = candidate.plan.model_copy(update={"kv": kv})
+        choices: Mapping[str, Choice] = {
+            group.name: (plan.groups[group.name], plan.method_of(group.name)) for group in self.modules
+        }
+        return Candidate(
+            plan=plan,
+            weight_bytes=plan.weight_bytes(self.modules),
+            predicted_kl=candidate.predicted_kl + loss,
+            fake_kl=None,
+            served_kl=served(choices, kv),
+        )
+
+
+def split(calibration: CalibrationSet) -> tuple[CalibrationSet, list[Span]]:
+    """Keep one conversation in four from calibration, to choose plans on. Raises QuantizeError."""
+    everything = calibration.sequences
+    chosen = [(sequence, 1) for sequence in everything[::CHOOSING_SHARE] if len(sequence) > 1]
+    left = [sequence for number, sequence in enumerate(everything) if number % CHOOSING_SHARE]
+    if len(chosen) < MIN_CHOOSING:
+        raise QuantizeError(
+            f"{calibration.description.source} has {len(everything)} conversations; planning needs "
+            f"{CHOOSING_SHARE * MIN_CHOOSING} or more, a quarter of which plans are chosen on"
+        )
+    described = calibration.description.model_copy(
+        update={"samples": len(left), "tokens": sum(len(sequence) for sequence in left)}
+    )
+    return CalibrationSet(left, described), list(chosen)

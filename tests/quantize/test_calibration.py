@@ -1,0 +1,46 @@
+"""Calibration data that cannot be used is refused with the line and the fix."""
+
+from pathlib import Path
+
+import pytest
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from quantize.calibration import CalibrationError, read_calibration
+from quantize.checkpoint import open_checkpoint
+
+MODEL = Path(__file__).parents[2] / "deploy/assistant/model"
+
+
+class TemplateAlone:
+    """The checkpoint's own chat template without transformers, whose import takes ten seconds."""
+
+    def __init__(self, path: Path) -> None:
+        def refuse(why: str) -> None:
+            raise ValueError(why)
+
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        environment.globals["raise_exception"] = refuse
+        self.template = environment.from_string((path / "chat_template.jinja").read_text(encoding="utf-8"))
+
+    def apply_chat_template(self, messages: object, **_: object) -> dict[str, list[int]]:
+        return {"input_ids": list(self.template.render(messages=messages).encode())}
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("", "has 0 conversations; calibration needs 16 or more"),
+        ("{\n", ":1: not a conversation"),
+        ('{"messages": [{"role": "wizard", "content": "x"}]}\n', "unknown role wizard"),
+    ],
+)
+def test_bad_calibration_data(
+    tmp_path: Path, text: str, sentence: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("quantize.calibration.load_tokenizer", TemplateAlone)
+    path = tmp_path / "calibration.jsonl"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(CalibrationError, match=sentence):
+        read_calibration(path, open_checkpoint(MODEL))
+    with pytest.raises(CalibrationError, match="does not exist"):
+        read_calibration(tmp_path / "none.jsonl", open_checkpoint(MODEL))

@@ -1,0 +1,136 @@
+"""The knapsack is exact, budgets are kept, and impossible wishes are said with the least that is possible."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from quantize.modules import Group, Linear, Modules
+from quantize.planner import Option, PlanError, Planner, fewest_bytes, front, least_loss
+from quantize.schemes import scheme
+from quantize.sensitivity import Row, Sensitivity, plan_of
+
+OPTIONS = st.lists(
+    st.builds(Option, name=st.just("x"), bytes=st.integers(1, 40), loss=st.floats(0, 10, allow_nan=False)),
+    min_size=1,
+    max_size=4,
+)
+CLASSES = st.lists(OPTIONS, min_size=1, max_size=5)
+
+
+def every(classes: list[list[Option]]) -> list[tuple[int, float]]:
+    return [
+        (sum(o.bytes for o in picked), sum(o.loss for o in picked)) for picked in itertools.product(*classes)
+    ]
+
+
+@settings(max_examples=200, deadline=None)
+@given(CLASSES, st.integers(1, 200))
+def test_the_least_loss_within_a_budget_is_what_trying_everything_finds(
+    classes: list[list[Option]], budget: int
+) -> None:
+    fitting = [loss for size, loss in every(classes) if size <= budget]
+    if not fitting:
+        with pytest.raises(PlanError, match="below the least possible"):
+            least_loss(classes, budget)
+        return
+    picks = least_loss(classes, budget)
+    chosen = [options[pick] for options, pick in zip(classes, picks, strict=True)]
+    assert sum(option.bytes for option in chosen) <= budget
+    assert sum(option.loss for option in chosen) == pytest.approx(min(fitting))
+
+
+@settings(max_examples=200, deadline=None)
+@given(CLASSES, st.floats(0, 50, allow_nan=False))
+def test_the_fewest_bytes_for_a_loss_are_what_trying_everything_finds(
+    classes: list[list[Option]], loss: float
+) -> None:
+    fitting = [size for size, lost in every(classes) if lost <= loss - 1e-9]
+    if not fitting:
+        return
+    chosen = [options[pick] for options, pick in zip(classes, fewest_bytes(classes, loss), strict=True)]
+    assert sum(option.bytes for option in chosen) <= min(fitting)
+    assert sum(option.loss for option in chosen) <= loss + 1e-9
+
+
+@settings(max_examples=100, deadline=None)
+@given(CLASSES)
+def test_no_point_of_the_front_is_beaten_by_another(classes: list[list[Option]]) -> None:
+    found = front(classes)
+    points = list(zip(found.bytes.tolist(), found.loss.tolist(), strict=True))
+    assert all(a[0] < b[0] and a[1] > b[1] for a, b in itertools.pairwise(points))
+    for state, (size, loss) in enumerate(points):
+        chosen = [options[pick] for options, pick in zip(classes, found.picks(state), strict=True)]
+        assert sum(option.bytes for option in chosen) == size
+        assert sum(option.loss for option in chosen) == pytest.approx(loss)
+
+
+SCHEMES = ("w4a16-g128", "w4a16-g32", "w8a8")
+
+
+def planner_of(layers: int = 3) -> Planner:
+    """A model of three kinds of groups whose first layer loses most."""
+    kinds = {"self_attn.qkv_proj": 512, "mlp.gate_up_proj": 1536, "mlp.down_proj": 256}
+    groups = tuple(
+        Group(f"model.layers.{layer}.{kind}", kind, layer, (Linear(f"model.layers.{layer}.{kind}", n, 256),))
+        for layer in range(layers)
+        for kind, n in kinds.items()
+    )
+    rows = tuple(
+        Row(
+            group=group.name,
+            kind=group.kind,
+            layer=group.layer,
+            scheme=name,
+            method="gptq",
+            bytes=group.stored_bytes(scheme(name)),
+            sqnr_db=20.0,
+            fisher=0.0,
+            kl=lost / (1 + group.layer) / (1 + number),
+        )
+        for number, group in enumerate(groups)
+        for name, lost in zip(SCHEMES, (1.0, 0.7, 0.02), strict=True)
+    )
+    return Planner(Modules(groups, other_bytes=1000), Sensitivity(rows=rows, tokens=1, fidelity={}))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.floats(4.2, 16.0))
+def test_a_plan_stays_within_its_budget_and_gets_better_with_it(bits: float) -> None:
+    planner = planner_of()
+    weights = sum(group.weights for group in planner.modules)
+    budget = 1000 + int(bits * weights / 8)
+    choices = planner.within(budget)
+    assert planner.weight_bytes(choices) <= budget
+    assert planner.weight_bytes(choices) == plan_of(choices).weight_bytes(planner.modules)
+    wider = planner.within(budget + 50_000)
+    assert planner.predicted(wider) <= planner.predicted(choices)
+
+
+def test_a_budget_below_the_least_says_the_least() -> None:
+    planner = planner_of()
+    least = planner.weight_bytes(planner.smallest())
+    assert planner.weight_bytes(planner.within(least)) == least
+    with pytest.raises(PlanError, match=f"below the least possible, {least} bytes, of which 1000"):
+        planner.within(least - 1)
+
+
+def test_swaps_never_leave_the_budget_and_find_what_adding_up_losses_misses() -> None:
+    planner = planner_of()
+    weights = sum(group.weights for group in planner.modules)
+    budget = 1000 + int(5.0 * weights / 8)
+    start = planner.within(budget)
+    names = [group.name for group in planner.modules]
+
+    def measured(choices) -> float:
+        """Two groups at 4 bits at once hurt far more than the sum says."""
+        both = all(choices[name][0].startswith("w4") for name in (names[0], names[1]))
+        return planner.predicted(choices) + (1.0 if both else 0.0)
+
+    found = planner.refine(start, budget, measured, tries=150)
+    assert all(planner.weight_bytes(choices) <= budget for _, choices in found)
+    assert found[0][0] <= measured(start)
+    assert found == sorted(found, key=lambda entry: entry[0])
