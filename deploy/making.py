@@ -31,9 +31,12 @@ from quantize.evaluate.measure import (
 )
 from quantize.evaluate.tasks import Item, read_items
 from quantize.gate import judge
+from quantize.methods import parse_method
 from quantize.modules import read_modules
+from quantize.plan import Plan, uniform
 from quantize.recipes import RECIPES
 from quantize.registry import Registry
+from quantize.target import Target, detect, target
 
 ENGINES_AT_ONCE = 2
 """While one engine answers, the next one starts, or answers too where it has threads of its own."""
@@ -41,22 +44,53 @@ ENGINES_AT_ONCE = 2
 Say = Callable[[str], None]
 
 
-def make_variants(config: Config, variants: Sequence[str], say: Say) -> list[Card]:
-    """Make the reference and ``variants`` if they are not there yet. Returns their cards."""
+def make_variants(
+    config: Config, variants: Sequence[str], say: Say, target_name: str | None = None
+) -> list[Card]:
+    """Make the reference and the named ``variants`` if they are not there yet. Returns their cards."""
     unknown = [name for name in variants if name not in RECIPES and name != config.reference]
     if unknown:
         known = ", ".join([config.reference, *RECIPES])
         raise QuantizeError(f"unknown variant {unknown[0]!r}; known: {known}")
+    where = target(target_name or detect())
+    modules = read_modules(open_checkpoint(config.model.path))
+    plans = {name: RECIPES[name].plan(modules, where) for name in variants if name != config.reference}
+    return make_plans(config, plans, where, say)
+
+
+def make_one(
+    config: Config,
+    name: str | None,
+    scheme: str,
+    method: str,
+    kv: str,
+    say: Say,
+    target_name: str | None = None,
+) -> list[Card]:
+    """Make the reference and one uniform variant, called after what it is unless ``name`` says otherwise."""
+    where = target(target_name or detect())
+    plan = uniform(read_modules(open_checkpoint(config.model.path)), scheme, kv=kv, method=method)
+    kv_name = "" if kv == "auto" else f"-{kv}"
+    called = name or f"{scheme}-{method.replace('+', '-')}{kv_name}"
+    return make_plans(config, {called: plan}, where, say)
+
+
+def make_plans(config: Config, plans: Mapping[str, Plan], where: Target, say: Say) -> list[Card]:
+    """Make the reference and a variant per plan. Raises QuantizeError for a plan that would not load."""
     checkpoint = open_checkpoint(config.model.path)
-    registry = Registry(config.variants_dir, config.model.name, config.reference)
+    modules = read_modules(checkpoint)
+    for name, plan in plans.items():
+        if problems := where.check_plan(plan, modules, checkpoint.head_dim):
+            more = f" (and {len(problems) - 2} more)" if len(problems) > 2 else ""
+            raise QuantizeError(f"{name}: " + "; ".join(str(problem) for problem in problems[:2]) + more)
+    registry = Registry(config.variants_dir, config.model.name, config.reference, say)
     cards = [registry.add_reference(checkpoint)]
-    wanted = [RECIPES[name] for name in variants if name != config.reference]
-    if wanted:
-        calibration = read_calibration(config.calibration, checkpoint)
-        modules = read_modules(checkpoint)
-        for number, recipe in enumerate(wanted, 1):
-            say(f"[{number}/{len(wanted)}] {recipe.variant}: {recipe.scheme} by {recipe.method}")
-            cards.append(registry.add(checkpoint, recipe.variant, recipe.plan(modules), calibration))
+    if plans:
+        needs_data = any(parse_method(plan.method).needs_data(plan) for plan in plans.values())
+        calibration = read_calibration(config.calibration, checkpoint) if needs_data else None
+        for number, (name, plan) in enumerate(plans.items(), 1):
+            say(f"[{number}/{len(plans)}] {name}: {plan.describe()} by {plan.method}")
+            cards.append(registry.add(checkpoint, name, plan, calibration, target=where.name))
     return cards
 
 

@@ -21,7 +21,12 @@ from quantize.workshop import METHODS, Workshop
 Say = Callable[[str], None]
 
 
-def open_workshop(config: Config, target_name: str | None, methods: Sequence[str] = METHODS) -> Workshop:
+def open_workshop(
+    config: Config,
+    target_name: str | None,
+    methods: Sequence[str] = METHODS,
+    schemes: Sequence[str] | None = None,
+) -> Workshop:
     """The workshop for the configured model; everything it makes lies in ``variants_dir/.workshop``."""
     checkpoint = open_checkpoint(config.model.path)
     calibration = read_calibration(config.calibration, checkpoint)
@@ -31,6 +36,7 @@ def open_workshop(config: Config, target_name: str | None, methods: Sequence[str
         calibration,
         target(target_name or detect()),
         methods=methods,
+        schemes=schemes,
     )
 
 
@@ -57,6 +63,13 @@ def sensitivity(config: Config, target_name: str | None) -> tuple[Sensitivity, P
     return found, workshop.directory / "sensitivity.json"
 
 
+def known_sensitivity(config: Config) -> Sensitivity | None:
+    """The newest finished analysis of the configured model, if there is one."""
+    paths = (config.variants_dir / ".workshop").glob("*/sensitivity.json")
+    newest = max(paths, key=lambda path: path.stat().st_mtime, default=None)
+    return Sensitivity.model_validate_json(newest.read_text(encoding="utf-8")) if newest else None
+
+
 def plan(
     config: Config,
     name: str,
@@ -70,13 +83,14 @@ def plan(
     kv_tokens: int = 0,
     tries: int = 200,
     methods: Sequence[str] = METHODS,
+    schemes: Sequence[str] | None = None,
 ) -> tuple[Card, list[Candidate]]:
     """Find the best plan, make it, and register it as variant ``name``; evaluation comes after.
 
     One of ``bits`` (per weight of the linear modules), ``budget`` (bytes of weights and ``kv_tokens`` tokens
     of cache) and ``loss`` (nats per token) says what is wanted. Raises PlanError.
     """
-    workshop = open_workshop(config, target_name, methods)
+    workshop = open_workshop(config, target_name, methods, schemes)
     for problem in (p for one in kv for p in workshop.target.kv_problems(one, workshop.checkpoint.head_dim)):
         raise PlanError(str(problem))
     with open_bench(config) as bench:

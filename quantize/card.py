@@ -17,6 +17,8 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 CARD_NAME = "card.json"
+FORMAT: Literal[2] = 2
+"""Raised whenever older cards cannot be read any more."""
 CURRENT = "current"
 """Name of the link, in a variant's directory, to the version that is in use."""
 VARIANT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -57,7 +59,47 @@ class TextEvaluation(_Strict):
     kl_mean: float = Field(description="KL(reference || variant), nats per token")
     kl_p99: float
     kl_vocabulary: int = Field(description="tokens of the vocabulary that the KL sums over")
+    kl_exact: bool = Field(
+        default=False, description="those are the whole vocabulary; else the KL is a lower bound"
+    )
+    kl_se: float = Field(default=0.0, ge=0, description="standard error of kl_mean, clustered by sequence")
+    kl_interval: tuple[float, float] | None = Field(default=None, description="95 % of kl_mean, clustered")
+    sequences: int = Field(default=0, ge=0, description="conversations that the tokens are of; 0: not kept")
     top1_agreement: float = Field(ge=0, le=1)
+
+
+class Paired(_Strict):
+    """A yes-or-no property of answers to the same items, of the variant and of the reference."""
+
+    items: int = Field(ge=1)
+    good: int = Field(ge=0, description="answers of the variant that have it")
+    reference_good: int = Field(ge=0)
+    flips_to_bad: int = Field(ge=0, description="the reference's answer has it, the variant's has not")
+    flips_to_good: int = Field(ge=0)
+    mcnemar_p: float = Field(ge=0, le=1, description="two-sided exact McNemar test on the flips")
+
+    @property
+    def drop(self) -> float:
+        """Share of the reference that has it minus the variant's share."""
+        return (self.reference_good - self.good) / self.items
+
+
+class NoiseFloor(_Strict):
+    """The reference against itself: a second pass over the same items, in another order."""
+
+    items: int = Field(ge=1)
+    flips: int = Field(ge=0, description="items right in one pass and wrong in the other")
+    other_answers: int = Field(ge=0, description="items with another text")
+    kl_mean: float = Field(description="nats per token, as for variants")
+    kl_p99: float
+
+
+class LongContext(_Strict):
+    """Answers from a context that fills the model's window, and the right answers' log-probabilities."""
+
+    prompt_tokens: float = Field(ge=0, description="mean length of the scored conversations, tokens")
+    retrieval: Paired = Field(description="items answered right")
+    text: TextEvaluation
 
 
 class RoleEvaluation(_Strict):
@@ -71,6 +113,24 @@ class RoleEvaluation(_Strict):
     same_answer: int = Field(ge=0, description="items where both gave the same text")
     text: TextEvaluation
     mcnemar_p: float = Field(ge=0, le=1, description="two-sided exact McNemar test on the flips")
+    grounded: Paired | None = Field(
+        default=None, description="answers that say nothing which the items' grounds do not hold"
+    )
+    valid_json: Paired | None = Field(default=None, description="answers that match the items' JSON schema")
+    long_context: LongContext | None = None
+    noise: NoiseFloor | None = None
+
+    @property
+    def task(self) -> Paired:
+        """Right answers."""
+        return Paired(
+            items=self.items,
+            good=self.correct,
+            reference_good=self.reference_correct,
+            flips_to_bad=self.flips_to_wrong,
+            flips_to_good=self.flips_to_right,
+            mcnemar_p=self.mcnemar_p,
+        )
 
     @property
     def accuracy(self) -> float:
@@ -88,6 +148,11 @@ class Evaluation(_Strict):
     text: TextEvaluation = Field(description="all roles pooled")
     tasks_sha256: str
     engine: dict[str, str] = Field(description="vLLM version, platform, instruction set, settings")
+    noise: NoiseFloor | None = Field(default=None, description="all roles pooled")
+    p_values: dict[str, float] = Field(
+        default_factory=dict,
+        description="'variant/role' to the p-value of its gate, of all that were judged together",
+    )
 
 
 class Calibration(_Strict):
@@ -104,7 +169,7 @@ class Card(_Strict):
     later (evaluation, gate, state) is written into the card again.
     """
 
-    format: int = 1
+    format: Literal[2] = FORMAT
     model: str
     variant: str
     reference: str = Field(description="name of the variant that this one is compared with")
@@ -218,9 +283,23 @@ def read_card(directory: Path) -> Card:
     try:
         return Card.model_validate_json(text)
     except ValidationError as error:
+        if (found := _format(text)) is not None and found != FORMAT:
+            raise CardError(
+                f"{path}: format {found!r} is not {FORMAT}, which this version of Tiercel reads; "
+                "make the variant again"
+            ) from None
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "the file"
         raise CardError(f"{path}: {where}: {first['msg']}; make the variant again") from None
+
+
+def _format(text: str) -> object:
+    """The format that a card says it has; None where it says nothing."""
+    try:
+        card = json.loads(text)
+    except ValueError:
+        return None
+    return card.get("format") if isinstance(card, dict) else None
 
 
 def verify_files(card: Card, directory: Path) -> None:

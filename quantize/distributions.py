@@ -29,7 +29,8 @@ from quantize.stored import linear_weight
 if TYPE_CHECKING:
     from torch import Tensor
 
-BINS = 64
+BINS = 65
+"""An odd number, so that zero is in the middle of one."""
 QUANTILES = (0.001, 0.01, 0.25, 0.5, 0.75, 0.99, 0.999)
 CURVE_POINTS = 64
 OUTLIER = 6.0

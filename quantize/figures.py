@@ -58,7 +58,11 @@ def svg(width: int, height: int, title: str, parts: Sequence[str]) -> str:
 
 
 def _text(x: float, y: float, words: str, anchor: str = "start", colour: str = "--muted") -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" fill="var({colour})">{escape(words)}</text>'
+    """With a seam of the background's colour, so that lines do not cross it."""
+    return (
+        f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" fill="var({colour})" paint-order="stroke" '
+        f'stroke="var(--card)" stroke-width="3">{escape(words)}</text>'
+    )
 
 
 def _line(x1: float, y1: float, x2: float, y2: float, colour: str = "var(--grid)", more: str = "") -> str:
@@ -95,11 +99,11 @@ def loss_against_bytes(
     if reference:
         at = x(reference[1] / 1e6)
         parts.append(_line(at, 28, at, y.start, "var(--muted)", 'stroke-dasharray="3 4"'))
-        parts.append(_text(at - 5, y.start - 8, f"{reference[0]}, loss 0", "end"))
+        parts.append(_text(at - 5, y.end + 12, f"{reference[0]}, loss 0", "end"))
     if noise_floor:
         at = y(noise_floor)
         parts.append(_line(x.start, at, x.end, at, "var(--muted)", 'stroke-dasharray="6 4"'))
-        parts.append(_text(x.end, at - 5, "noise floor: the reference against itself", "end"))
+        parts.append(_text(x.start + 4, at - 5, "noise floor: the reference against itself"))
     front = [(x(p.bytes / 1e6), y(p.kl)) for p in pareto(shown)]
     steps = [front[0]]
     for place in front[1:]:
@@ -126,7 +130,7 @@ def _axes(x: Scale, y: Scale, width: int, height: int) -> list[str]:
             _text(x(tick), y.start + 18, f"{tick:g}", "middle"),
         ]
     parts.append(_text((x.start + x.end) / 2, height - 6, "weights, MB", "middle"))
-    parts.append(_text(4, 14, "mean KL to the reference, nats per token (logarithmic)"))
+    parts.append(_text(4, 14, "mean KL, nats per token (logarithmic)"))
     return parts
 
 
@@ -136,7 +140,8 @@ def _marks(shown: Sequence[Point], x: Scale, y: Scale) -> list[str]:
     places = [(x(p.bytes / 1e6), y(p.kl)) for p in shown]
     taken = [(px - 7, py - 7, px + 7, py + 7) for px, py in places]
     variants = [p.name for p in shown if not p.control]
-    for point, (px, py) in zip(shown, places, strict=True):
+    controls_first = sorted(zip(shown, places, strict=True), key=lambda pair: not pair[0].control)
+    for point, (px, py) in controls_first:
         colour = "var(--muted)" if point.control else PALETTE[variants.index(point.name) % len(PALETTE)]
         if point.low is not None and point.high is not None:
             low, high = y(max(point.low, y.low)), y(point.high)
@@ -171,12 +176,12 @@ Box = tuple[float, float, float, float]
 
 
 def _free(px: float, py: float, wide: float, taken: Sequence[Box], x: Scale) -> Box | None:
-    """Room for a label beside, above or below a point; None where there is none: its title still tells."""
+    """Room for a label beside, above or below a point; None where there is none: the table tells."""
     half = LINE / 2
     corners = [(px + 10, py - half), (px - 10 - wide, py - half)]
-    for away in (11, 26, 41):
-        corners += [(px - wide / 2, py - away - half - 4), (px - wide / 2, py + away - half + 4)]
-        corners += [(px + 8, py - away - half), (px + 8, py + away - half)]
+    corners += [(px - wide / 2, py - LINE - half - 1), (px - wide / 2, py + LINE - half + 1)]
+    corners += [(px + 6, py - LINE - half), (px + 6, py + LINE - half)]
+    corners += [(px - 6 - wide, py - LINE - half), (px - 6 - wide, py + LINE - half)]
     for left, top in corners:
         box = (left, top, left + wide, top + LINE)
         inside = box[0] >= x.start and box[2] <= x.end + 4 and top > 20

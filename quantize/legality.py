@@ -219,6 +219,11 @@ class Target:
                 return rule.computes
         return None
 
+    def instead(self, name: str) -> str:
+        """The scheme to make here in place of ``name``: itself, unless another is computed better."""
+        rules = self.rules.get(kind_of(scheme(name)), ())
+        return next((rule.same_as for rule in rules if rule.same_as), None) or name
+
     def speed_note(self, chosen: Scheme) -> str | None:
         """Why a scheme that loads is of no use here; None if it is."""
         return next((rule.note for rule in self.rules.get(kind_of(chosen), ()) if rule.note), None)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from quantize.modules import Modules
 from quantize.plan import Plan, uniform
+from quantize.target import Target
 
 
 @dataclass(frozen=True)
@@ -18,8 +19,9 @@ class Recipe:
     method: str = "gptq"
     kv: str = "auto"
 
-    def plan(self, modules: Modules) -> Plan:
-        return uniform(modules, self.scheme, kv=self.kv, method=self.method)
+    def plan(self, modules: Modules, where: Target) -> Plan:
+        """The plan on that target: where it computes the scheme badly, the one that stands in for it."""
+        return uniform(modules, where.instead(self.scheme), kv=self.kv, method=self.method)
 
 
 RECIPES: Mapping[str, Recipe] = {

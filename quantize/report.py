@@ -16,9 +16,9 @@ from quantize.compare import (
     NOTHING,
     Point,
     accuracy_text,
-    drop_text,
     kl_text,
     megabytes,
+    pareto,
     points,
     state_text,
 )
@@ -31,7 +31,10 @@ SHOWN_LAYERS = 3
 
 STYLE = """
 :root { --hot: #d55e00; }
+dd { overflow-wrap: anywhere; }
 .scroll { overflow-x: auto; }
+.narrow { display: none; }
+@media (max-width: 34rem) { .narrow { display: block; } .wide { display: none; } }
 section > p { margin: 0 0 .8rem; max-width: 60rem; }
 .heats { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 21rem), 1fr)); gap: .8rem; }
 table.heat caption { text-align: left; padding: .6rem .8rem .2rem; font-weight: 600; }
@@ -143,19 +146,43 @@ def _header(report: Report) -> str:
 
 def _front(report: Report) -> str:
     reference = _reference(report)
-    drawing = loss_against_bytes(
-        points(report.cards, report.controls, report.intervals),
-        (reference.variant, reference.weight_bytes) if reference else None,
-        report.noise_floor or None,
+    measured = points(report.cards, report.controls, report.intervals)
+    wide, narrow = (
+        loss_against_bytes(
+            measured,
+            (reference.variant, reference.weight_bytes) if reference else None,
+            report.noise_floor or None,
+            *size,
+        )
+        for size in ((760, 430), (360, 420))
     )
-    if not drawing:
+    if not wide:
         return ""
     text = "Dots are variants. The line is the Pareto front: no measured point is better in both."
     if report.controls:
         text += " Open diamonds are controls, measured for comparison."
     if report.intervals:
         text += " Bars are 95 % confidence intervals."
-    return _section("Loss against bytes", text, f"<figure>{drawing}</figure>")
+    body = f'<figure><div class="wide">{wide}</div><div class="narrow">{narrow}</div></figure>'
+    return _section("Loss against bytes", text, body + _points(measured))
+
+
+def _points(measured: Sequence[Point]) -> str:
+    """The picture as a table, by bytes: every label has a place there."""
+    best = {point.name for point in pareto(measured)}
+    rows = [["plan", "weights", "KL", "95 % interval", "Pareto front", "kind"]]
+    rows += [
+        [
+            point.name,
+            megabytes(point.bytes),
+            kl_text(point.kl),
+            NOTHING if point.low is None else f"{kl_text(point.low)} to {kl_text(point.high)}",
+            "yes" if point.name in best else "no",
+            "control" if point.control else "variant",
+        ]
+        for point in sorted(measured, key=lambda point: point.bytes)
+    ]
+    return f"<details><summary>The same as a table</summary>{table(rows)}</details>"
 
 
 def _variants(report: Report) -> str:
@@ -195,7 +222,7 @@ def _variants(report: Report) -> str:
 
 
 def _gates(report: Report) -> str:
-    heads = ("variant", "role", "verdict", "right answers", "drop in accuracy", "because")
+    heads = ("variant", "role", "verdict", "right answers, 95 % interval", "because")
     lines = [
         row(
             (
@@ -203,7 +230,6 @@ def _gates(report: Report) -> str:
                 escape(role),
                 verdict(judged.outcome),
                 escape(accuracy_text(card, role)),
-                escape(drop_text(card, role)),
                 escape("; ".join(judged.reasons)),
             ),
             heads,
@@ -243,8 +269,8 @@ def _heat_maps(report: Report) -> str:
     body = "\n".join(_heat_map(name, cells, low, high) for name, cells in found.items())
     what = "Mean KL" if by_kl else "Second-order estimate of the mean KL"
     text = (
-        f"{what}, in thousandths of a nat, when one module group alone is quantized; by the best method where "
-        "several were tried."
+        f"{what}, in thousandths of a nat, when one module group alone is quantized; "
+        "by the best method where several were tried."
     )
     return _section("Sensitivity", text, f'<div class="heats">{body}</div>')
 
@@ -259,12 +285,16 @@ def _heat_map(scheme: str, cells: Mapping[tuple[int, str], float], low: float, h
             value = cells.get((layer, kind))
             line += "<td></td>" if value is None else _heat_cell(value, low, high)
         lines.append(line + "</tr>")
-    heads = "".join(f'<th scope="col">{escape(kind.rpartition(".")[2])}</th>' for kind in kinds)
+    heads = "".join(f'<th scope="col">{escape(_short(kind))}</th>' for kind in kinds)
     return (
         f'<div class="scroll"><table class="heat"><caption>{escape(scheme)}</caption>'
         f'<thead><tr><th scope="col"><span hidden>layer</span></th>{heads}</tr></thead>'
         f"<tbody>{''.join(lines)}</tbody></table></div>"
     )
+
+
+def _short(kind: str) -> str:
+    return kind.rpartition(".")[2].removesuffix("_proj")
 
 
 def _heat_cell(value: float, low: float, high: float) -> str:
@@ -294,7 +324,7 @@ def _distributions(figures: Distributions) -> str:
 
 
 def _name(group: GroupFigures) -> str:
-    return f"layer {group.layer} {group.kind.rpartition('.')[2]}"
+    return f"layer {group.layer} {_short(group.kind)}"
 
 
 def _small(drawings: Iterable[tuple[GroupFigures, str]]) -> str:

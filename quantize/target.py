@@ -139,10 +139,9 @@ def _targets() -> dict[str, Target]:
     fp8 = {"fp8": KvRule(least=32), "fp8_e5m2": KvRule(least=32, computes=_SCALE_1)}
     e5m2 = {"fp8_e5m2": KvRule((64, 128, 256), computes=_SCALE_1)}
     ampere = {"fp8": "E4M3 needs compute capability 8.9; Ampere has fp8_e5m2 alone"}
-    blackwell: dict[str, str] = {
-        Kind.INT8: "INT8 matrices are not supported from compute capability 10 on; use FP8",
-        Kind.INT8_ASYMMETRIC: "INT8 matrices are not supported from compute capability 10 on; use FP8",
-    }
+    no_int8 = "INT8 matrices are not supported from compute capability 10 on; use FP8"
+    int8_kinds = (Kind.INT8, Kind.INT8_REDUCED, Kind.INT8_ASYMMETRIC)
+    blackwell: dict[str, str] = dict.fromkeys(int8_kinds, no_int8)
     made = (
         _cpu("vllm-cpu-amx", "a CPU with AMX", (amx,), static_int8, {Kind.FP8_BLOCK: (block,)}, experts,
              True, {}),

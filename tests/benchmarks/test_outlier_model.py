@@ -182,7 +182,7 @@ def test_missing_data_and_a_length_of_nothing_are_one_sentence(tmp_path: Path) -
     with pytest.raises(SystemExit, match=r"nowhere\.json is missing: place CLINC150"):
         make(tmp_path, clinc150=tmp_path / "nowhere.json")
     for minutes in (0.0, -1.0, 0.01, float("nan"), float("inf")):
-        with pytest.raises(ValueError, match="minutes=.*: must be at least 0.05"):
+        with pytest.raises(ValueError, match=r"minutes=.*: must be at least 0\.05"):
             make(tmp_path, minutes=minutes)
     assert list(tmp_path.iterdir()) == []
 

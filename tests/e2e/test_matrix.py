@@ -79,7 +79,7 @@ LEGAL = (
     Case("llama", {}, "fp8_e5m2"),
     *(whole("llama", name) for name in (
         "w4a16", "w4a16-asym", "w4a16-g128", "w4a16-g128-asym", "w4a16-g64", "w4a16-g64-asym", "w4a16-g32",
-        "w4a16-g32-asym", "w8a8", "w8a8-asym", "w8a8-static", "w4a8-g128", "fp8-dynamic",
+        "w4a16-g32-asym", "w8a8", "w8a8-r7", "w8a8-asym", "w8a8-static", "w4a8-g128", "fp8-dynamic",
     )),
     whole("llama", "w4a16-g64", "fp8"),
     whole("llama", "w8a8", "fp8"),

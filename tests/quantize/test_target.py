@@ -14,7 +14,7 @@ from quantize.plan import Plan, uniform
 from quantize.schemes import KV_SCHEMES, scheme
 from quantize.target import TARGETS, Target, TargetError, detect, detect_cpu, detect_cuda, target
 
-AMX, AVX512, AVX2 = (TARGETS[f"vllm-cpu-{kind}"] for kind in ("amx", "avx512", "avx2"))
+AMX, VNNI, AVX512, AVX2 = (TARGETS[f"vllm-cpu-{kind}"] for kind in ("amx", "vnni", "avx512", "avx2"))
 AMPERE, ADA, HOPPER, BLACKWELL = (
     TARGETS[f"vllm-cuda-{kind}"] for kind in ("ampere", "ada", "hopper", "blackwell")
 )
@@ -190,6 +190,8 @@ def test_slow_and_doubled_schemes_are_no_candidates() -> None:
     assert "fp8-dynamic" in ADA.candidates(group)
     assert "nvfp4" in BLACKWELL.candidates(group)
     assert "nvfp4" not in HOPPER.candidates(group)
+    assert {"w8a8", "w8a8-r7"} & set(AVX512.candidates(group)) == {"w8a8-r7"}
+    assert {"w8a8", "w8a8-r7"} & set(VNNI.candidates(group)) == {"w8a8"}
 
 
 @pytest.mark.parametrize(
@@ -200,7 +202,10 @@ def test_slow_and_doubled_schemes_are_no_candidates() -> None:
         (AMX, "w8a8-static", {}, "ignored"),
         (AMX, "w8a8", {}, None),
         (AVX512, "w4a16-g64", {}, None),
-        (AVX512, "w8a8-static", {}, None),
+        (AVX512, "w8a8-static", {}, "overflow 16 bits"),
+        (AVX512, "w8a8-r7", {}, None),
+        (VNNI, "w8a8-static", {}, None),
+        (VNNI, "w8a8", {}, None),
         (AMPERE, "fp8", {}, "W8A16"),
         (ADA, "fp8", {}, None),
         (ADA, "fp8-block", {}, "W8A16"),
@@ -308,6 +313,7 @@ def test_targets_by_name(tmp_path: Path) -> None:
     ("flags", "expected"),
     [
         ("avx2 avx512f avx512_bf16 amx_bf16 amx_tile amx_int8", "vllm-cpu-amx"),
+        ("avx2 avx512f avx512bw avx512_vnni", "vllm-cpu-vnni"),
         ("avx2 avx512f avx512bw", "vllm-cpu-avx512"),
         ("sse4_2 avx2", "vllm-cpu-avx2"),
         ("sse4_2", None),

@@ -1,0 +1,168 @@
+"""``tiercel quantize``: check, make, sensitivity, plan, register."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from deploy.commands import add_command, run_engines, say
+from gateway.config import Config, load_config
+from quantize.card import Card
+from quantize.checkpoint import open_checkpoint
+from quantize.methods import parse_method
+from quantize.recipes import RECIPES
+from quantize.registry import Registry
+from quantize.schemes import kv_scheme, scheme
+from quantize.target import detect, target
+
+COMMANDS = ("check", "make", "sensitivity", "plan", "register", "-h", "--help")
+TARGET_HELP = "where it is to be loaded (default: this machine)"
+
+
+def add_quantize(parser: argparse.ArgumentParser) -> None:
+    """The commands of ``tiercel quantize``; ``make`` is the one when none is named."""
+    commands = parser.add_subparsers(required=True, metavar="command")
+    checking = commands.add_parser("check", help="what a model can be on a target, before any work")
+    checking.add_argument("model", type=Path, help="a checkpoint directory")
+    checking.add_argument("--target", help=TARGET_HELP)
+    checking.add_argument("--tensor-parallel", type=int, default=1, help="ranks of each matrix")
+    checking.add_argument("--tokens", type=int, default=65_536, help="calibration tokens, for the estimate")
+    checking.add_argument("--method", default="gptq", help="for the estimate")
+    checking.add_argument("--json", action="store_true", help="machine-readable")
+    checking.set_defaults(run=check)
+
+    making = add_command(commands, "make", make, "make variants, measure and judge them")
+    making.add_argument("variants", nargs="*", help=f"which (default: {' '.join(RECIPES)})")
+    making.add_argument("--scheme", help="make one variant of this scheme instead, such as w4a16-g64")
+    making.add_argument("--method", default="gptq", help="how, with --scheme (default: gptq)")
+    making.add_argument("--kv", default="auto", help="KV-cache scheme, with --scheme")
+    making.add_argument("--name", help="the variant's name, with --scheme")
+    making.add_argument("--target", help=TARGET_HELP)
+    _unmeasured(making)
+
+    looking = add_command(commands, "sensitivity", sensitivity, "what each group loses at each scheme")
+    looking.add_argument("--target", help=TARGET_HELP)
+    looking.add_argument("--json", action="store_true", help="machine-readable")
+
+    planning = add_command(commands, "plan", plan, "find and make the best mixture within a budget")
+    wanted = planning.add_mutually_exclusive_group()
+    wanted.add_argument("--bits", type=float, help="bits per weight, scales included (default: 4.5)")
+    wanted.add_argument("--bytes", type=int, help="bytes of all weights, and of the KV cache if asked for")
+    wanted.add_argument("--loss", type=float, help="the fewest bytes with at most this KL, nats per token")
+    planning.add_argument("--name", default="planned", help="the variant's name (default: planned)")
+    planning.add_argument("--target", help=TARGET_HELP)
+    planning.add_argument("--kv", nargs="+", default=["auto"], help="KV-cache schemes to choose from")
+    planning.add_argument("--concurrency", type=int, default=0, help="requests whose cache counts in --bytes")
+    planning.add_argument("--context", type=int, default=0, help="tokens of each of those")
+    planning.add_argument("--tries", type=int, default=200, help="measured changes of the plan")
+    planning.add_argument("--schemes", nargs="+", help="what to choose from (default: the target's usual)")
+    planning.add_argument(
+        "--methods", nargs="+", default=["gptq", "imatrix+gptq"], help="whose parts may be mixed"
+    )
+    _unmeasured(planning)
+
+    registering = add_command(
+        commands, "register", register, "take in a checkpoint that was quantized elsewhere, and gate it"
+    )
+    registering.add_argument("directory", type=Path, help="compressed-tensors, AWQ, GPTQ or AutoRound format")
+    registering.add_argument("name", help="the variant's name")
+    _unmeasured(registering)
+
+
+def _unmeasured(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--no-evaluate", dest="evaluate", action="store_false", help="only make it, without a gate"
+    )
+
+
+def with_make(arguments: Sequence[str]) -> list[str]:
+    """``tiercel quantize int8`` is short for ``tiercel quantize make int8``."""
+    given = list(arguments)
+    if given[:1] == ["quantize"] and (len(given) == 1 or given[1] not in COMMANDS):
+        given.insert(1, "make")
+    return given
+
+
+def check(options: argparse.Namespace) -> None:
+    from quantize.check import check_report, format_check
+
+    report = check_report(
+        open_checkpoint(options.model),
+        target(options.target or detect()),
+        tensor_parallel=options.tensor_parallel,
+        calibration_tokens=options.tokens,
+        method=options.method,
+    )
+    print(report.model_dump_json(indent=1) if options.json else format_check(report))
+
+
+def make(options: argparse.Namespace) -> None:
+    from deploy.making import make_one, make_variants
+
+    config = load_config(options.config)
+    if options.scheme:
+        scheme(options.scheme)
+        kv_scheme(options.kv)
+        parse_method(options.method)
+        cards = make_one(
+            config, options.name, options.scheme, options.method, options.kv, say, options.target
+        )
+    else:
+        cards = make_variants(config, options.variants or list(RECIPES), say, options.target)
+    _judge(config, cards, options.evaluate)
+
+
+def sensitivity(options: argparse.Namespace) -> None:
+    from deploy.planning import format_sensitivity, sensitivity
+
+    found, path = sensitivity(load_config(options.config), options.target)
+    print(found.model_dump_json(indent=1) if options.json else format_sensitivity(found))
+    say(f"written to {path}")
+
+
+def plan(options: argparse.Namespace) -> None:
+    from deploy.planning import plan
+
+    config = load_config(options.config)
+    for method in options.methods:
+        parse_method(method)
+    for name in options.schemes or ():
+        scheme(name)
+    card, _ = plan(
+        config,
+        options.name,
+        say,
+        target_name=options.target,
+        bits=options.bits,
+        budget=options.bytes,
+        loss=options.loss,
+        kv=options.kv,
+        kv_tokens=options.concurrency * options.context,
+        tries=options.tries,
+        methods=options.methods,
+        schemes=options.schemes,
+    )
+    _judge(config, [_reference(config), card], options.evaluate)
+
+
+def register(options: argparse.Namespace) -> None:
+    config = load_config(options.config)
+    reference = _reference(config)
+    registry = Registry(config.variants_dir, config.model.name, config.reference, say)
+    card = registry.register(options.directory, options.name, open_checkpoint(config.model.path))
+    _judge(config, [reference, card], options.evaluate)
+
+
+def _reference(config: Config) -> Card:
+    registry = Registry(config.variants_dir, config.model.name, config.reference, say)
+    return registry.add_reference(open_checkpoint(config.model.path))
+
+
+def _judge(config: Config, cards: Sequence[Card], evaluate: bool) -> None:
+    from deploy.making import evaluate_variants
+    from quantize.compare import format_variants
+
+    if evaluate:
+        cards = run_engines(evaluate_variants(config, cards, say))
+    print(format_variants(cards))

@@ -1,0 +1,147 @@
+"""``tiercel variants``: list, show, compare, use, delete, report."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from deploy.commands import add_command, say
+from gateway.config import Config, load_config
+from quantize.card import Card, CardError
+from quantize.distributions import Distributions
+from quantize.registry import Registry
+
+COMMANDS = ("list", "show", "compare", "use", "delete", "report", "-h", "--help")
+DISTRIBUTION_SAMPLES = 32
+"""Calibration conversations that activation distributions are taken from."""
+
+
+def add_variants(parser: argparse.ArgumentParser) -> None:
+    """The commands of ``tiercel variants``; ``list`` is the one when none is named."""
+    commands = parser.add_subparsers(required=True, metavar="command")
+    listing = add_command(commands, "list", list_variants, "every variant with its figures and verdicts")
+    listing.add_argument("--json", action="store_true", help="machine-readable")
+    showing = add_command(commands, "show", show, "one variant: what it is, what it lost, its versions")
+    showing.add_argument("variant")
+    showing.add_argument("--json", action="store_true", help="machine-readable")
+    comparing = add_command(commands, "compare", compare, "variants side by side")
+    comparing.add_argument("variants", nargs="+")
+    using = add_command(commands, "use", use, "choose a version: roll back, or forward again")
+    using.add_argument("variant")
+    using.add_argument("version", help="twelve hex digits, as `show` lists them")
+    deleting = add_command(commands, "delete", delete, "delete a version, or a whole variant")
+    deleting.add_argument("variant")
+    deleting.add_argument("version", nargs="?")
+    reporting = add_command(commands, "report", report, "write one HTML file with pictures of all variants")
+    reporting.add_argument("--out", type=Path, default=Path("var/variants.html"))
+    reporting.add_argument("--no-distributions", dest="distributions", action="store_false")
+
+
+def with_list(arguments: list[str]) -> list[str]:
+    """``tiercel variants`` is short for ``tiercel variants list``."""
+    if arguments[:1] == ["variants"] and (len(arguments) == 1 or arguments[1] not in COMMANDS):
+        arguments.insert(1, "list")
+    return arguments
+
+
+def _registry(config: Config) -> Registry:
+    return Registry(config.variants_dir, config.model.name, config.reference, say)
+
+
+def _cards(config: Config, registry: Registry) -> tuple[Card, ...]:
+    cards = registry.cards()
+    if not cards:
+        raise CardError(f"{config.variants_dir} holds no variants; make them with `tiercel quantize`")
+    return cards
+
+
+def list_variants(options: argparse.Namespace) -> None:
+    from quantize.compare import format_variants
+
+    config = load_config(options.config)
+    registry = _registry(config)
+    cards = _cards(config, registry)
+    if options.json:
+        print(json.dumps([card.model_dump(mode="json") for card in cards], indent=1))
+        return
+    print(format_variants(cards, {card.variant: len(registry.versions(card.variant)) for card in cards}))
+
+
+def show(options: argparse.Namespace) -> None:
+    from quantize.compare import format_card
+
+    registry = _registry(load_config(options.config))
+    card = registry.card(options.variant)
+    if options.json:
+        print(card.model_dump_json(indent=1))
+    else:
+        print(format_card(card, registry.versions(options.variant)))
+
+
+def compare(options: argparse.Namespace) -> None:
+    from quantize.compare import format_comparison
+
+    registry = _registry(load_config(options.config))
+    print(format_comparison([registry.card(name) for name in options.variants]))
+
+
+def use(options: argparse.Namespace) -> None:
+    card = _registry(load_config(options.config)).use(options.variant, options.version)
+    say(f"{card.variant} is now version {card.version}; restart `tiercel up` to serve it")
+
+
+def delete(options: argparse.Namespace) -> None:
+    say(str(_registry(load_config(options.config)).delete(options.variant, options.version)))
+
+
+def report(options: argparse.Namespace) -> None:
+    from deploy.planning import known_sensitivity
+    from quantize.report import Report, write_report
+
+    config = load_config(options.config)
+    registry = _registry(config)
+    cards = _cards(config, registry)
+    found = known_sensitivity(config)
+    page = Report(
+        model=config.model.name,
+        cards=cards,
+        sensitivity=found.rows if found else (),
+        distributions=_distributions(config, registry, cards) if options.distributions else {},
+    )
+    write_report(page, options.out)
+    say(f"written to {options.out}")
+
+
+def _distributions(config: Config, registry: Registry, cards: tuple[Card, ...]) -> dict[str, Distributions]:
+    """Of every variant whose layout is known; computed once per version."""
+    from quantize.calibration import read_calibration
+    from quantize.checkpoint import open_checkpoint
+    from quantize.distributions import compute_distributions, load_distributions, save_distributions
+    from quantize.modules import read_modules
+
+    checkpoint = open_checkpoint(config.model.path)
+    modules = read_modules(checkpoint)
+    made: dict[str, Distributions] = {}
+    sequences = None
+    for card in cards:
+        if not card.schemes or card.variant == card.reference:
+            continue
+        path = registry.distributions_path(card)
+        figures = load_distributions(path)
+        if figures is None:
+            if sequences is None:
+                sequences = read_calibration(config.calibration, checkpoint).sequences
+            say(f"{card.variant}: distributions of weights and activations")
+            figures = compute_distributions(
+                checkpoint,
+                modules,
+                registry.path(card.variant),
+                card.schemes,
+                sequences[:DISTRIBUTION_SAMPLES],
+                variant=card.variant,
+                version=card.version,
+            )
+            save_distributions(figures, path)
+        made[card.variant] = figures
+    return made

@@ -1,0 +1,163 @@
+"""The check before any work: what is possible for a model, why the rest is not, and what it will cost."""
+
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from quantize.check import (
+    ARCHITECTURES,
+    CheckReport,
+    check_report,
+    estimate,
+    format_check,
+    largest_token,
+    refuse_unfit,
+)
+from quantize.checkpoint import Checkpoint, CheckpointError, open_checkpoint
+from quantize.modules import read_modules
+from quantize.target import TARGETS
+
+
+def write_model(
+    path: Path, hidden: int = 256, inner: int = 768, layers: int = 2, **config: Any
+) -> Checkpoint:
+    """A checkpoint of which only the headers are real: its weights are a hole in a file."""
+    heads, kv_heads, head_dim, vocabulary = 4, 2, 64, 512
+    shapes: dict[str, list[int]] = {"model.embed_tokens.weight": [vocabulary, hidden]}
+    for layer in range(layers):
+        place = f"model.layers.{layer}."
+        for name, n, k in (
+            ("self_attn.q_proj", heads * head_dim, hidden), ("self_attn.k_proj", kv_heads * head_dim, hidden),
+            ("self_attn.v_proj", kv_heads * head_dim, hidden), ("self_attn.o_proj", hidden, heads * head_dim),
+            ("mlp.gate_proj", inner, hidden), ("mlp.up_proj", inner, hidden),
+            ("mlp.down_proj", hidden, inner),
+        ):  # fmt: skip
+            shapes[f"{place}{name}.weight"] = [n, k]
+    header, offset = {}, 0
+    for name, (n, k) in shapes.items():
+        header[name] = {"dtype": "BF16", "shape": [n, k], "data_offsets": [offset, offset + 2 * n * k]}
+        offset += 2 * n * k
+    text = json.dumps(header).encode()
+    path.mkdir(parents=True, exist_ok=True)
+    with (path / "model.safetensors").open("wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.truncate(8 + len(text) + offset)
+    settings = {
+        "architectures": ["LlamaForCausalLM"], "hidden_size": hidden, "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads, "num_hidden_layers": layers, "head_dim": head_dim,
+        "max_position_embeddings": 1024, "vocab_size": vocabulary, **config,
+    }  # fmt: skip
+    (path / "config.json").write_text(json.dumps(settings), encoding="utf-8")
+    tokens = {"model": {"vocab": {"a": 0, "b": vocabulary - 2}}, "added_tokens": [{"id": vocabulary - 1}]}
+    (path / "tokenizer.json").write_text(json.dumps(tokens), encoding="utf-8")
+    return open_checkpoint(path)
+
+
+def report(checkpoint: Checkpoint, target: str = "vllm-cpu-vnni", **more: Any) -> CheckReport:
+    return check_report(checkpoint, TARGETS[target], **more)
+
+
+def test_report_says_what_is_possible_and_why_the_rest_is_not(tmp_path: Path) -> None:
+    checkpoint = write_model(tmp_path)
+    found = report(checkpoint)
+    rows = {row.scheme: row for row in found.schemes}
+    assert found.groups == 8
+    assert rows["w4a16-g64"].legal == 8
+    assert rows["w4a16-g64"].problems == ()
+    assert rows["w4a16-g64"].bits_per_weight == pytest.approx(4.25, abs=0.01)
+    assert rows["w8a16"].legal == 0
+    assert rows["w8a16"].problems == ("8 bits, but CPUWNA16 takes 4 bits",)
+    assert rows["w8a16"].bytes == found.bf16_bytes
+    assert "unusable" in (rows["fp8-dynamic"].note or "")
+    text = format_check(found)
+    for words in (
+        "w4a16-g64",
+        "CPUWNA16 takes 4 bits",
+        "answers wrongly",
+        "1 ranks: fits",
+        "calibration tokens",
+    ):
+        assert words in text
+    assert CheckReport.model_validate_json(found.model_dump_json()) == found
+
+
+def test_a_scheme_that_fits_some_groups_is_counted_with_bf16_in_the_rest(tmp_path: Path) -> None:
+    found = report(write_model(tmp_path, inner=720))
+    row = next(row for row in found.schemes if row.scheme == "w4a16-g64")
+    assert row.legal == 6  # all but down_proj, whose 720 inputs are no whole groups of 64
+    assert any(problem.startswith("mlp.down_proj: K is 720") for problem in row.problems)
+    assert "6/8" in format_check(found)
+
+
+def test_ranks_that_do_not_fit_are_said(tmp_path: Path) -> None:
+    found = report(write_model(tmp_path), "vllm-cuda-hopper", tensor_parallel=8)
+    assert found.ranks[4] is None
+    assert found.ranks[8] == "4 attention heads are not a multiple of 8"
+    assert any("tensor parallelism" in warning for warning in found.warnings)
+    assert any("read in" in warning for warning in found.warnings)
+
+
+def test_memory_and_disk_are_checked_before_work(tmp_path: Path) -> None:
+    found = report(write_model(tmp_path), memory_free=10_000_000)
+    (warning,) = found.warnings
+    assert "calibration needs about" in warning
+    assert "free are 10.00 MB" in warning
+    assert "warning: memory" in format_check(found)
+
+
+def test_cost_grows_with_what_it_is_made_of(tmp_path: Path) -> None:
+    small = write_model(tmp_path / "small")
+    large = write_model(tmp_path / "large", hidden=1024, inner=4096)
+
+    def cost(checkpoint: Checkpoint, tokens: int = 10_000, method: str = "gptq") -> tuple[int, float]:
+        made = estimate(checkpoint, read_modules(checkpoint), tokens, 512, method)
+        low, high = made.seconds_range
+        assert low < made.seconds < high
+        return made.memory_bytes, made.seconds
+
+    assert cost(large) > cost(small)
+    assert cost(small, 100_000) > cost(small)
+    assert cost(small, method="rtn") == cost(small, 100_000, method="rtn")
+    assert cost(small, method="awq+gptq")[1] > cost(small)[1]
+    assert cost(small, method="autoround")[1] > cost(small)[1]
+    # The parts that the module's text names: the model, and the Hessians of one block.
+    hessians = 4 * (6 * 1024**2 + 4096**2)
+    memory = cost(large)[0] - cost(large, method="imatrix")[0]
+    assert memory > hessians
+
+
+def test_unknown_architecture_is_refused_with_the_known_ones(tmp_path: Path) -> None:
+    checkpoint = write_model(tmp_path, architectures=["BertModel"])
+    with pytest.raises(CheckpointError, match=r"architecture BertModel .* known: .*LlamaForCausalLM"):
+        report(checkpoint)
+    with pytest.raises(CheckpointError, match="architecture none"):
+        refuse_unfit(write_model(tmp_path, architectures=[]))
+    assert "LlamaForCausalLM" in ARCHITECTURES
+
+
+def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
+    checkpoint = write_model(tmp_path, vocab_size=300)
+    with pytest.raises(
+        CheckpointError, match="largest id is 511, the model's vocab_size 300; put the model's"
+    ):
+        refuse_unfit(checkpoint)
+
+
+def test_a_quantized_checkpoint_is_not_quantized_again(tmp_path: Path) -> None:
+    checkpoint = write_model(tmp_path, quantization_config={"quant_method": "compressed-tensors"})
+    with pytest.raises(CheckpointError, match="quantized already; register it"):
+        refuse_unfit(checkpoint)
+
+
+def test_largest_token(tmp_path: Path) -> None:
+    file = tmp_path / "tokenizer.json"
+    assert largest_token(tmp_path) is None
+    file.write_text(json.dumps({"model": {"vocab": [["a", 0.0], ["b", -1.0]]}}), encoding="utf-8")
+    assert largest_token(tmp_path) == 1
+    for damaged in ("{", "{}", '{"model": {"vocab": 3}}'):
+        file.write_text(damaged, encoding="utf-8")
+        with pytest.raises(CheckpointError, match="is no tokenizer"):
+            largest_token(tmp_path)
