@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import re
 import signal
 import socket
 from collections.abc import AsyncIterator, Callable
@@ -18,12 +19,28 @@ from quantize.card import Card
 
 SITE = Path(__file__).with_name("engine_site")
 """What an engine's interpreter runs at start, and the CPU server's entry."""
+_ERROR_NAME = re.compile(r"\b[A-Z]\w*(?:Error|Exception): .+")
 LAST_LINES = 12
 """Lines of an engine's log that an error message shows."""
 
 
 class EngineStartError(RuntimeError):
     """An engine did not become ready. The text shows its last words."""
+
+
+class EngineLoadError(EngineStartError):
+    """The engine ended by itself while it loaded a variant. ``words`` is the line that says why."""
+
+    def __init__(self, text: str, words: str) -> None:
+        super().__init__(text)
+        self.words = words
+
+
+def reason(log: str) -> str:
+    """The last line of an engine's log that names an error, without the logger's prefix; else the last."""
+    lines = [line.strip() for line in log.splitlines() if line.strip()]
+    named = [found[0] for line in lines if (found := _ERROR_NAME.search(line))]
+    return (named or lines or ["it said nothing"])[-1]
 
 
 @dataclass(frozen=True)
@@ -138,10 +155,13 @@ class EngineProcess:
         async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=60)) as session:
             while not await self._answers(session):
                 if self.exit_code is not None:
-                    raise EngineStartError(
+                    text = (
                         f"engine {self.spec.card.variant} ended with status {self.exit_code} while starting; "
                         f"its last words ({self.spec.log}):\n{self.last_words()}"
                     )
+                    if self.exit_code < 0:  # ended by somebody's signal, not by itself
+                        raise EngineStartError(text)
+                    raise EngineLoadError(text, reason(self._log()))
                 if asyncio.get_running_loop().time() > deadline:
                     raise EngineStartError(
                         f"engine {self.spec.card.variant} was not ready after "
@@ -182,11 +202,14 @@ class EngineProcess:
 
     def last_words(self) -> str:
         """The last lines of the engine's log, without vLLM's prefixes being cut."""
-        try:
-            lines = self.spec.log.read_text(encoding="utf-8", errors="replace").splitlines()
-        except FileNotFoundError:
-            return "(no log)"
+        lines = self._log().splitlines() or ["(no log)"]
         return "\n".join(f"  {line}" for line in lines[-LAST_LINES:])
+
+    def _log(self) -> str:
+        try:
+            return self.spec.log.read_text(encoding="utf-8", errors="replace")
+        except FileNotFoundError:
+            return ""
 
 
 @contextlib.asynccontextmanager

@@ -10,27 +10,23 @@ import asyncio
 import os
 import platform
 import socket
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
+from typing import TypeVar
 
-from deploy.engine import EngineSpec, running
+from deploy.engine import EngineLoadError, EngineSpec, running
 from gateway.config import Config
 from quantize.calibration import read_calibration
-from quantize.card import Card, Outcome
+from quantize.card import Card, Evaluation, Outcome
 from quantize.checkpoint import open_checkpoint
 from quantize.compress import QuantizeError
 from quantize.evaluate.client import EngineClient
-from quantize.evaluate.measure import (
-    Measurement,
-    compare,
-    load_measurement,
-    measure,
-    save_measurement,
-    tasks_sha256,
-)
+from quantize.evaluate.journal import Journal
+from quantize.evaluate.measure import Measurement, measure, measurement_key, read_measurement
+from quantize.evaluate.pairing import compare
 from quantize.evaluate.tasks import Item, read_items
-from quantize.gate import judge
+from quantize.gate import QualityBudget, gate_p_values, judge
 from quantize.methods import parse_method
 from quantize.modules import read_modules
 from quantize.plan import Plan, uniform
@@ -42,6 +38,7 @@ ENGINES_AT_ONCE = 2
 """While one engine answers, the next one starts, or answers too where it has threads of its own."""
 
 Say = Callable[[str], None]
+T = TypeVar("T")
 
 
 def make_variants(
@@ -95,8 +92,13 @@ def make_plans(config: Config, plans: Mapping[str, Plan], where: Target, say: Sa
 
 
 def role_tasks(config: Config) -> dict[str, list[Item]]:
-    """Held-out items of every role that has a task file. Raises TaskError."""
-    tasks = {name: read_items(role.tasks, name) for name, role in config.roles.items() if role.tasks}
+    """Held-out items of every role that has a task file, long contexts last. Raises TaskError."""
+    tasks: dict[str, list[Item]] = {}
+    for name, role in config.roles.items():
+        if role.tasks:
+            tasks[name] = read_items(role.tasks, name)
+            if role.long_context:
+                tasks[name] += read_items(role.long_context, name, "long_context")
     if not tasks:
         raise QuantizeError("no role has tasks; give roles.<role>.tasks, or use --no-evaluate")
     return tasks
@@ -107,17 +109,25 @@ async def evaluate_variants(
 ) -> list[Card]:
     """Measure every variant through its engine, compare with the reference, judge, write the cards.
 
-    ``engines`` are base URLs of engines that run already, by variant; others are started here.
+    ``engines`` are base URLs of engines that run already, by variant; others are started here. A variant
+    that its engine cannot load is marked broken, with the engine's words; the others go on. The reference is
+    measured twice: what it differs by from itself is the noise floor.
     """
-    tasks = role_tasks(config)
-    digest = tasks_sha256(tasks)
+    tasks, engine = role_tasks(config), engine_description(config)
+    key = measurement_key(tasks, engine)
     registry = Registry(config.variants_dir, config.model.name, config.reference)
     slots = asyncio.Semaphore(ENGINES_AT_ONCE)
     answering = asyncio.Semaphore(answering_at_once(config))
 
-    async def measured(card: Card) -> Measurement:
-        path = registry.measurement_path(card, digest)
-        if (known := load_measurement(path)) is not None:
+    async def measured(card: Card) -> list[Measurement]:
+        path = registry.measurement_path(card, key)
+        journals = {card.variant: Journal(path)}
+        if card.variant == config.reference:
+            journals[f"{card.variant} again"] = Journal(
+                path.with_name(f"{path.name.split('.json')[0]}-2.json.gz")
+            )
+        known = [read_measurement(journal) for journal in journals.values()]
+        if all(one.done for one in known):
             return known
         async with AsyncExitStack() as stack:
             if (url := (engines or {}).get(card.variant)) is None:
@@ -133,22 +143,60 @@ async def evaluate_variants(
                 url = spec.url
             client = await stack.enter_async_context(EngineClient(url, card.model))
             async with answering:
-                result = await measure(client, tasks, engine_description(config), card.variant)
-        save_measurement(result, path)
-        return result
+                return [
+                    await measure(client, tasks, engine, name, journal, backwards=number > 0)
+                    for number, (name, journal) in enumerate(journals.items())
+                ]
 
     async with asyncio.TaskGroup() as group:
-        running_measurements = [group.create_task(measured(card)) for card in cards]
-    results = {card.variant: task.result() for card, task in zip(cards, running_measurements, strict=True)}
-    judged = []
-    for card in cards:
-        evaluation = compare(results[config.reference], results[card.variant], tasks)
+        running_measurements = [
+            group.create_task(unless_broken(registry, card, measured(card), say)) for card in cards
+        ]
+    results = {
+        card.variant: result
+        for card, task in zip(cards, running_measurements, strict=True)
+        if (result := task.result()) is not None
+    }
+    first, again = results[config.reference]
+    evaluations = {name: compare(first, passes[-1], tasks, again) for name, passes in results.items()}
+    return judged(registry, cards, evaluations, {name: role.budget for name, role in config.roles.items()})
+
+
+def judged(
+    registry: Registry,
+    cards: Sequence[Card],
+    evaluations: Mapping[str, Evaluation],
+    budgets: Mapping[str, QualityBudget],
+) -> list[Card]:
+    """The cards with their figures and the verdicts on all of them together, written. A variant without
+    figures could not be loaded; its card is what the registry holds."""
+    loaded = {
+        card.variant: card.model_copy(
+            update={"evaluation": evaluations[card.variant], "state": "ready", "engine_words": ""}
+        )
+        for card in cards
+        if card.variant in evaluations
+    }
+    p_values = gate_p_values(list(loaded.values()), budgets)
+    for name, card in loaded.items():
+        evaluation = evaluations[name].model_copy(update={"p_values": p_values})
         card = card.model_copy(update={"evaluation": evaluation})
-        gate = {name: judge(card, name, role.budget) for name, role in config.roles.items()}
-        card = card.model_copy(update={"gate": gate})
-        registry.update(card)
-        judged.append(card)
-    return judged
+        gate = {role: judge(card, role, budget) for role, budget in budgets.items()}
+        loaded[name] = registry.update(card.model_copy(update={"gate": gate}))
+    return [loaded.get(card.variant) or registry.card(card.variant, card.version) for card in cards]
+
+
+async def unless_broken(registry: Registry, card: Card, work: Awaitable[T], say: Say) -> T | None:
+    """What ``work`` on a variant's engine gives, or None when the engine cannot load the variant: then it is
+    marked broken, with the engine's words. The reference must load: its EngineLoadError is raised."""
+    try:
+        return await work
+    except EngineLoadError as error:
+        if card.variant == card.reference:
+            raise
+        registry.mark_broken(card, error.words)
+        say(f"{card.variant} {card.version} is broken, the engine cannot load it: {error.words}")
+        return None
 
 
 def answering_at_once(config: Config) -> int:

@@ -12,6 +12,7 @@ from quantize.calibration import read_calibration
 from quantize.card import Card
 from quantize.checkpoint import open_checkpoint
 from quantize.evaluate.bench import Bench
+from quantize.plan import Plan
 from quantize.planner import Candidate, PlanError
 from quantize.registry import Registry
 from quantize.sensitivity import Sensitivity
@@ -84,6 +85,7 @@ def plan(
     tries: int = 200,
     methods: Sequence[str] = METHODS,
     schemes: Sequence[str] | None = None,
+    tuned: bool = True,
 ) -> tuple[Card, list[Candidate]]:
     """Find the best plan, make it, and register it as variant ``name``; evaluation comes after.
 
@@ -102,14 +104,20 @@ def plan(
                 budget = workshop.modules.other_bytes + int((bits or 4.5) * weights / 8)
             candidates = workshop.within(bench, budget, kv_tokens, kv, tries)
     best = candidates[0]
+    wanted = best.plan.model_copy(update={"tuned": tuned})
     say(format_candidates(candidates))
+
+    def make(chosen: Plan, out: Path) -> None:
+        if (after := workshop.make(chosen, out)) is not None:
+            say(f"tuned: KL in torch {after.before:.5f} -> {after.after:.5f} on the choosing conversations")
+
     registry = Registry(config.variants_dir, config.model.name, config.reference)
     card = registry.add(
         workshop.checkpoint,
         name,
-        best.plan,
+        wanted,
         workshop.calibration,
-        make=lambda out: workshop.shelf.assemble(best.plan, out),
+        make=lambda out: make(wanted, out),
         target=workshop.target.name,
         predicted_kl=best.predicted_kl,
     )

@@ -38,6 +38,15 @@ class Role(_Section):
     agents: tuple[str, ...] = Field(default=(), description="agent names that mean this role")
     grounded: bool = Field(default=False, description="check answers against the conversation's context")
     tasks: Path | None = Field(default=None, description="JSON Lines of held-out items for the gate")
+    long_context: Path | None = Field(
+        default=None, description="the same with prompts that fill the context, judged apart from tasks"
+    )
+
+    @model_validator(mode="after")
+    def _has_tasks_too(self) -> Role:
+        if self.long_context is not None and self.tasks is None:
+            raise ValueError(f"long_context: {str(self.long_context)!r} needs tasks as well; give tasks")
+        return self
 
 
 class Engine(_Section):
@@ -226,7 +235,10 @@ def _absolute(config: Config, base: Path) -> Config:
     def at(path: Path | None) -> Path | None:
         return None if path is None else base / path
 
-    roles = {name: role.model_copy(update={"tasks": at(role.tasks)}) for name, role in config.roles.items()}
+    roles = {
+        name: role.model_copy(update={"tasks": at(role.tasks), "long_context": at(role.long_context)})
+        for name, role in config.roles.items()
+    }
     python = config.engine.python or Path(".venv-engine/bin/python")
     return config.model_copy(
         update={

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from quantize.card import Card, Outcome, Verdict
+from quantize.card import Card, Outcome, Paired, Verdict
 from quantize.gate import drop_upper_bound, wilson_interval
 
 NOTHING = "-"
@@ -27,27 +27,26 @@ class Point:
     control: bool = False
 
 
-def points(
-    cards: Sequence[Card],
-    controls: Sequence[Point] = (),
-    intervals: Mapping[str, tuple[float, float]] | None = None,
-) -> tuple[Point, ...]:
-    """A point per measured variant that is not the reference, and the controls.
-
-    ``intervals`` are confidence intervals of the mean KL, by variant.
-    """
-    known = intervals or {}
+def points(cards: Sequence[Card], controls: Sequence[Point] = ()) -> tuple[Point, ...]:
+    """A point per measured variant that is not the reference, and the controls."""
     made = tuple(
         Point(
             card.variant,
             card.weight_bytes,
             card.evaluation.text.kl_mean,
-            *known.get(card.variant, (None, None)),
+            *(card.evaluation.text.kl_interval or (None, None)),
         )
         for card in cards
         if card.evaluation is not None and card.variant != card.reference
     )
     return made + tuple(controls)
+
+
+def noise_floor(cards: Sequence[Card]) -> float | None:
+    """Mean KL of the reference against itself, where it was measured."""
+    found = (card.evaluation.noise for card in cards if card.evaluation and card.evaluation.noise)
+    noise = next(found, None)
+    return noise.kl_mean if noise else None
 
 
 def pareto(candidates: Sequence[Point]) -> tuple[Point, ...]:
@@ -68,6 +67,16 @@ def kl_text(value: float | None) -> str:
     return NOTHING if value is None else f"{value:.3g}"
 
 
+def mean_kl_text(card: Card) -> str:
+    """Mean KL with its 95 % interval; a figure over a part of the vocabulary is a lower bound."""
+    text = card.evaluation.text if card.evaluation else None
+    if text is None:
+        return NOTHING
+    least = "" if text.kl_exact or text.kl_mean == 0 else "at least "
+    between = " ({} to {})".format(*map(kl_text, text.kl_interval)) if text.kl_interval else ""
+    return f"{least}{kl_text(text.kl_mean)}{between}"
+
+
 def accuracy_text(card: Card, role: str) -> str:
     """Accuracy on the role's held-out items with its 95 % interval (Wilson)."""
     figures = card.evaluation.roles.get(role) if card.evaluation else None
@@ -84,6 +93,26 @@ def drop_text(card: Card, role: str) -> str:
         return NOTHING
     drop = 100 * (figures.reference_correct - figures.correct) / figures.items
     return f"{drop:+.2f} points, at most {100 * drop_upper_bound(figures):+.2f}"
+
+
+def checks_of(card: Card, role: str) -> dict[str, Paired]:
+    """What else was measured for a role, by name: answers that have a property, paired with the reference."""
+    figures = card.evaluation.roles.get(role) if card.evaluation else None
+    if figures is None:
+        return {}
+    made = {"grounded": figures.grounded, "valid JSON": figures.valid_json}
+    if figures.long_context:
+        made["right in a full context"] = figures.long_context.retrieval
+    return {name: paired for name, paired in made.items() if paired is not None}
+
+
+def paired_text(paired: Paired | None) -> str:
+    """Share of answers with its 95 % interval, and the reference's share."""
+    if paired is None:
+        return NOTHING
+    low, high = wilson_interval(paired.good, paired.items)
+    share, reference = 100 * paired.good / paired.items, 100 * paired.reference_good / paired.items
+    return f"{share:.1f} % ({100 * low:.1f} to {100 * high:.1f}), reference {reference:.1f} %"
 
 
 def state_text(card: Card) -> str:
@@ -128,7 +157,7 @@ FIELDS: tuple[Field, ...] = (
     ("KV cache per token", lambda card: f"{card.kv_bytes_per_token:,} B"),
     ("checked for", lambda card: card.target or NOTHING),
     ("predicted KL", lambda card: kl_text(card.predicted_kl)),
-    ("mean KL", lambda card: kl_text(card.evaluation.text.kl_mean if card.evaluation else None)),
+    ("mean KL", mean_kl_text),
     ("99th percentile", lambda card: kl_text(card.evaluation.text.kl_p99 if card.evaluation else None)),
     ("perplexity", lambda card: f"{card.evaluation.text.perplexity:.4f}" if card.evaluation else NOTHING),
     (
@@ -147,6 +176,9 @@ def comparison_rows(cards: Sequence[Card]) -> list[list[str]]:
         rows.append([f"{role}: gate", *(_verdict(card.gate.get(role)) for card in cards)])
         rows.append([f"{role}: right", *(accuracy_text(card, role) for card in cards)])
         rows.append([f"{role}: drop", *(drop_text(card, role) for card in cards)])
+        checks = [checks_of(card, role) for card in cards]
+        for name in dict.fromkeys(name for found in checks for name in found):
+            rows.append([f"{role}: {name}", *(paired_text(found.get(name)) for found in checks)])
     return rows
 
 

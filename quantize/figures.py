@@ -218,7 +218,7 @@ def weights_before_and_after(figures: WeightFigures, title: str, width: int = 26
         words,
         [
             f'<path d="{d}" fill="var(--muted)" opacity=".35"/>',
-            _path(outline(figures.after), PALETTE[0], 'stroke-width="1.3"'),
+            _path(outline(figures.after), "var(--after)", 'stroke-width="1.3"'),
             _line(x.start, y.start, x.end, y.start),
             _text(x.start, height - 6, f"{-figures.largest:.3g}"),
             _text((x.start + x.end) / 2, height - 6, "0", "middle"),
@@ -253,7 +253,7 @@ def activations_before_and_after(
         ]
     parts += [
         _path(curve(figures.before), "var(--muted)", 'stroke-width="2.5" opacity=".6"'),
-        _path(curve(figures.after), PALETTE[0], 'stroke-width="1.5"'),
+        _path(curve(figures.after), "var(--after)", 'stroke-width="1.5"'),
         _text(x.start, height - 6, "largest"),
         _text(x.end, height - 6, f"{figures.channels} channels", "end"),
     ]

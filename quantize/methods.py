@@ -119,6 +119,32 @@ def config_groups(plan: Plan, modules: Modules, observer: str) -> tuple[dict[str
     return made, ignore
 
 
+def quantization_config(plan: Plan, modules: Modules) -> dict[str, Any]:
+    """What an engine will read in ``config.json`` of a variant made by ``plan``."""
+    groups, ignore = config_groups(plan, modules, "memoryless_minmax")
+    for name, group in groups.items():
+        group["format"] = storage_format(scheme(name))
+    formats = {str(group["format"]) for group in groups.values()}
+    return {
+        "quant_method": "compressed-tensors",
+        "quantization_status": "compressed",
+        "format": "mixed-precision" if len(formats) > 1 else next(iter(formats), "dense"),
+        "config_groups": {f"group_{number}": group for number, group in enumerate(groups.values())},
+        "ignore": ignore,
+        "kv_cache_scheme": kv_scheme(plan.kv).arguments(),
+    }
+
+
+def storage_format(chosen: Scheme) -> str:
+    """compressed-tensors' name of how a scheme's weights are stored."""
+    weights = chosen.weights
+    assert weights is not None
+    if weights.kind == "float":
+        packed = {"tensor_group": "nvfp4-pack-quantized", "group": "mxfp4-pack-quantized"}
+        return "float-quantized" if weights.bits == 8 else packed[weights.strategy]
+    return "pack-quantized" if chosen.activations is None else "int-quantized"
+
+
 def _arguments(chosen: Scheme, observer: str) -> dict[str, Any]:
     assert chosen.weights is not None
     weighted = chosen.weights.strategy in ("channel", "group", "tensor_group")

@@ -23,6 +23,8 @@ class Plan(BaseModel):
         default_factory=dict, description="group name to method, where it is another one"
     )
 
+    tuned: bool = Field(default=False, description="scales and norms are trained afterwards (quantize.tune)")
+
     def method_of(self, group: str) -> str:
         return self.methods.get(group, self.method)
 

@@ -16,8 +16,12 @@ from quantize.compare import (
     NOTHING,
     Point,
     accuracy_text,
+    checks_of,
     kl_text,
+    mean_kl_text,
     megabytes,
+    noise_floor,
+    paired_text,
     pareto,
     points,
     state_text,
@@ -30,7 +34,8 @@ SHOWN_LAYERS = 3
 """Layers whose distributions are drawn: first, middle and last; the table has all."""
 
 STYLE = """
-:root { --hot: #d55e00; }
+:root { --hot: #d55e00; --after: #0072b2; }
+@media (prefers-color-scheme: dark) { :root { --after: #56b4e9; } }
 dd { overflow-wrap: anywhere; }
 .scroll { overflow-x: auto; }
 .narrow { display: none; }
@@ -72,19 +77,13 @@ class SensitivityRow(Protocol):
 
 @dataclass(frozen=True)
 class Report:
-    """Everything that the page shows. Only the cards are needed.
-
-    ``noise_floor`` is the mean KL of the reference against itself; ``intervals`` are 95 % confidence
-    intervals of the mean KL, by variant.
-    """
+    """Everything that the page shows. Only the cards are needed."""
 
     model: str
     cards: Sequence[Card]
     controls: Sequence[Point] = ()
     sensitivity: Sequence[SensitivityRow] = ()
     distributions: Mapping[str, Distributions] = field(default_factory=dict)
-    noise_floor: float | None = None
-    intervals: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     created: datetime = field(default_factory=lambda: datetime.now(UTC))
 
 
@@ -133,8 +132,8 @@ def _header(report: Report) -> str:
         tiles["reference"] = f"{reference.variant}, {megabytes(reference.weight_bytes)}"
     if smallest:
         tiles["smallest that passed a gate"] = f"{smallest.variant}, {megabytes(smallest.weight_bytes)}"
-    if report.noise_floor is not None:
-        tiles["noise floor, KL"] = kl_text(report.noise_floor)
+    if (floor := noise_floor(report.cards)) is not None:
+        tiles["noise floor, KL"] = kl_text(floor)
     body = "".join(
         f"<div><dt>{escape(name)}</dt><dd>{escape(text)}</dd></div>" for name, text in tiles.items()
     )
@@ -146,12 +145,12 @@ def _header(report: Report) -> str:
 
 def _front(report: Report) -> str:
     reference = _reference(report)
-    measured = points(report.cards, report.controls, report.intervals)
+    measured = points(report.cards, report.controls)
     wide, narrow = (
         loss_against_bytes(
             measured,
             (reference.variant, reference.weight_bytes) if reference else None,
-            report.noise_floor or None,
+            noise_floor(report.cards) or None,
             *size,
         )
         for size in ((760, 430), (360, 420))
@@ -161,7 +160,7 @@ def _front(report: Report) -> str:
     text = "Dots are variants. The line is the Pareto front: no measured point is better in both."
     if report.controls:
         text += " Open diamonds are controls, measured for comparison."
-    if report.intervals:
+    if any(point.low is not None for point in measured):
         text += " Bars are 95 % confidence intervals."
     body = f'<figure><div class="wide">{wide}</div><div class="narrow">{narrow}</div></figure>'
     return _section("Loss against bytes", text, body + _points(measured))
@@ -201,8 +200,6 @@ def _variants(report: Report) -> str:
     rows = [heads]
     for card in report.cards:
         text = card.evaluation.text if card.evaluation else None
-        low_high = report.intervals.get(card.variant)
-        between = f" ({kl_text(low_high[0])} to {kl_text(low_high[1])})" if low_high else ""
         made_elsewhere = ", made elsewhere" if card.origin == "registered" else ""
         rows.append(
             [
@@ -212,7 +209,7 @@ def _variants(report: Report) -> str:
                 megabytes(card.weight_bytes),
                 f"{card.bits_per_weight:.2f}" if card.bits_per_weight else str(card.weight_bits),
                 f"{card.kv_bytes_per_token:,} B",
-                kl_text(text.kl_mean) + between if text else NOTHING,
+                mean_kl_text(card),
                 kl_text(text.kl_p99) if text else NOTHING,
                 f"{text.perplexity:.4f}" if text else NOTHING,
                 state_text(card) + made_elsewhere,
@@ -222,7 +219,7 @@ def _variants(report: Report) -> str:
 
 
 def _gates(report: Report) -> str:
-    heads = ("variant", "role", "verdict", "right answers, 95 % interval", "because")
+    heads = ("variant", "role", "verdict", "right answers, 95 % interval", "other checks", "because")
     lines = [
         row(
             (
@@ -230,6 +227,10 @@ def _gates(report: Report) -> str:
                 escape(role),
                 verdict(judged.outcome),
                 escape(accuracy_text(card, role)),
+                "<br>".join(
+                    escape(f"{name}: {paired_text(found)}") for name, found in checks_of(card, role).items()
+                )
+                or NOTHING,
                 escape("; ".join(judged.reasons)),
             ),
             heads,

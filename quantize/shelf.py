@@ -92,7 +92,7 @@ class Shelf:
     def _made(self, plan: Plan, label: str) -> Path:
         decides = {
             "base": self._base,
-            "plan": plan.model_dump(mode="json"),
+            "plan": plan.model_dump(mode="json", exclude={"tuned"}),
             "calibration": self.calibration.description.sha256 if self.calibration else None,
             "versions": versions(),
         }

@@ -2,7 +2,8 @@
 
 Layouts of one (N outputs, K inputs) matrix at b bits, with 32 / b values to a word:
 
-compressed-tensors  ``weight_packed`` (N, words of K), ``weight_scale`` (N, groups); or ``weight`` (N, K)
+compressed-tensors  ``weight_packed`` (N, words of K), ``weight_scale`` (N, groups); or ``weight`` (N, K);
+                    4-bit floats stand two to a byte, with a ``weight_global_scale`` for NVFP4
 gptq                ``qweight`` (words of K, N), ``scales`` (groups, N), ``qzeros`` (groups, words of N)
 awq                 ``qweight`` (K, words of N), the rest as gptq; within a word the columns stand in the
                     order 0 2 4 6 1 3 5 7
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from torch import Tensor as TorchTensor
 
 AWQ_COLUMNS = (0, 2, 4, 6, 1, 3, 5, 7)
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+"""What the lower three bits of a 4-bit float stand for; the highest bit is the sign."""
 FLOATS = {"F32", "F16", "BF16"}
 CHUNK_BYTES = 1 << 26
 SAME_FIELDS = (
@@ -164,7 +167,8 @@ def _finite(part: Part) -> bool:
 def linear_weight(tensors: Mapping[str, Part], module: str, how: Scheme) -> TorchTensor:
     """The float32 (N, K) weight that a module stands for, in any of the layouts above."""
     if f"{module}.qweight" not in tensors:
-        return dequantized(tensors, module, how)
+        four_bit_float = how.weights is not None and how.weights.kind == "float" and how.weights.bits == 4
+        return _float_weight(tensors, module) if four_bit_float else dequantized(tensors, module, how)
     if how.weights is None:
         raise CheckpointError(f"{module} is packed, but its scheme is {how.name}")
     part = {
@@ -174,6 +178,26 @@ def linear_weight(tensors: Mapping[str, Part], module: str, how: Scheme) -> Torc
     }
     awq = part["qweight"].shape[1] < part["scales"].shape[1]
     return _integer_weight(part, how.weights, awq)
+
+
+def _float_weight(tensors: Mapping[str, Part], module: str) -> TorchTensor:
+    """4-bit floats (E2M1), two to a byte, the first in the lower half.
+
+    A block's scale is E4M3 over one scale of the whole tensor (NVFP4), or a power of two stored as its
+    exponent plus 127 (OCP Microscaling Formats 1.0, MXFP4).
+    """
+    import torch
+
+    packed = read_tensor(tensors[f"{module}.weight_packed"])
+    halves = torch.stack((packed & 15, packed >> 4), -1).reshape(len(packed), -1).long()
+    values = torch.tensor(E2M1)[halves & 7] * (1 - 2 * (halves >> 3))
+    scale = read_tensor(tensors[f"{module}.weight_scale"])
+    if scale.dtype == torch.uint8:
+        scales = torch.exp2(scale.float() - 127)
+    else:
+        scales = scale.float() / read_tensor(tensors[f"{module}.weight_global_scale"]).float()
+    weight: TorchTensor = values * scales.repeat_interleave(values.shape[1] // scales.shape[1], 1)
+    return weight
 
 
 def _integer_weight(part: Mapping[str, TorchTensor], w: Numbers, awq: bool) -> TorchTensor:

@@ -20,12 +20,14 @@ from quantize.compress import QuantizeError
 from quantize.evaluate.bench import Bench, Span
 from quantize.fake import FakeModel
 from quantize.modules import Modules, read_modules
+from quantize.plan import Plan
 from quantize.planner import Candidate, PlanError, Planner
 from quantize.schemes import kv_scheme, scheme
 from quantize.search import search
 from quantize.sensitivity import KEPT, Choice, Sensitivity, ServedKl, analyse, measure
 from quantize.shelf import Shelf
 from quantize.target import Target
+from quantize.tune import Tuned, tune, write_tuned
 
 METHODS = ("gptq", "imatrix+gptq")
 """Whose parts a plan may mix, unless told otherwise."""
@@ -161,6 +163,15 @@ class Workshop:
         raise PlanError(
             f"no plan was measured at a loss of {loss:g} or less after {LOSS_ROUNDS} attempts; raise --loss"
         )
+
+    def make(self, plan: Plan, out: Path) -> Tuned | None:
+        """Write the checkpoint of ``plan`` into ``out``; a plan that says so is tuned."""
+        self.shelf.assemble(plan, out)
+        if not plan.tuned:
+            return None
+        tuned = tune(self.fake, plan, out, self.calibration.sequences)
+        write_tuned(tuned, out)
+        return tuned
 
     def _served(self, bench: Bench) -> ServedKl:
         return ServedKl(self.fake, bench, self.choosing, self.directory / "served")

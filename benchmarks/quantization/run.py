@@ -15,7 +15,7 @@ import json
 import random
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from quantize.search import search
 from quantize.sensitivity import Choice, ServedKl, analyse, measure
 from quantize.shelf import Shelf
 from quantize.target import target
+from quantize.tune import tune, write_tuned
 from quantize.workshop import shortlist
 
 WORK = Path("var/benchmarks/quantization")
@@ -49,8 +50,11 @@ RANDOM_PLANS = 5
 class Reported:
     """Measures plans on the reporting set, and keeps per-conversation sums for paired intervals."""
 
-    def __init__(self, shelf: Shelf, bench: Bench, spans: Sequence[Span], work: Path) -> None:
-        self._shelf, self._bench, self._spans, self._work = shelf, bench, spans, work
+    def __init__(
+        self, base: Path, bench: Bench, spans: Sequence[Span], work: Path, make: Callable[[Plan, Path], None]
+    ) -> None:
+        self._base, self._bench, self._spans, self._work = base, bench, spans, work
+        self._make = make
         self._reference = work / "reported.npy"
         self._file = work / "reported.jsonl"
         self._known: dict[str, list[float]] = {}
@@ -60,12 +64,12 @@ class Reported:
 
     def sums(self, plan: Plan) -> np.ndarray[Any, Any]:
         """KL summed over each conversation's tokens, nats."""
-        key = plan.model_dump_json()
+        key = plan.model_dump_json(exclude={"tuned"}) + (" tuned" if plan.tuned else "")
         if key not in self._known:
             folder = self._work / "candidate-reported"
-            self._shelf.assemble(plan, folder)
+            self._make(plan, folder)
             if not self._reference.exists():
-                self._bench.score(self._shelf.checkpoint.path, self._spans, save=self._reference)
+                self._bench.score(self._base, self._spans, save=self._reference)
             scores: Scores = self._bench.score(folder, self._spans, kv=plan.kv, reference=self._reference)
             ends = np.cumsum(self.lengths)
             sums = np.add.reduceat(scores.kl, np.concatenate(([0], ends[:-1])))
@@ -92,16 +96,31 @@ class Reported:
         return float(a.sum() / b.sum()), float(low), float(high)
 
 
-def run(name: str, checkpoint_dir: Path, bench: Bench, quick: bool, without: Sequence[str]) -> dict[str, Any]:
+def run(
+    name: str,
+    checkpoint_dir: Path,
+    bench: Bench,
+    quick: bool,
+    without: Sequence[str],
+    budgets: Sequence[float],
+) -> dict[str, Any]:
     """Everything for one model; returns rows and comparisons."""
     work = WORK / name
     work.mkdir(parents=True, exist_ok=True)
     checkpoint = open_checkpoint(checkpoint_dir)
     modules = read_modules(checkpoint)
-    shelf = Shelf(work / "shelf", checkpoint, modules, data.calibration(checkpoint_dir))
+    calibration = data.calibration(checkpoint_dir)
+    shelf = Shelf(work / "shelf", checkpoint, modules, calibration)
     chosen = data.chosen(checkpoint_dir, *((30, 10) if quick else ()))
     reported_spans = data.reported(checkpoint_dir, *((60, 15) if quick else ()))
-    reported = Reported(shelf, bench, reported_spans, work)
+    fake = FakeModel(shelf, chosen)
+
+    def make(plan: Plan, folder: Path) -> None:
+        shelf.assemble(plan, folder)
+        if plan.tuned:
+            write_tuned(tune(fake, plan, folder, calibration.sequences), folder)
+
+    reported = Reported(checkpoint_dir, bench, reported_spans, work, make)
     where = target("vllm-cpu")
     ladder = shortlist(where, modules)
     eight = next(name for name in ladder if name.startswith("w8a8"))
@@ -139,7 +158,7 @@ def run(name: str, checkpoint_dir: Path, bench: Bench, quick: bool, without: Seq
     downs = {g.name: eight if "down" in g.kind else base for g in modules}
     report("all down_proj at 8 bits", "heuristic", Plan(groups=downs, method="imatrix+gptq"))
 
-    for bits, layers in autoscheme.assign(checkpoint_dir, modules, BUDGETS, work).items():
+    for bits, layers in autoscheme.assign(checkpoint_dir, modules, budgets, work).items():
         mixed = {name: eight if eights == 8 else base for name, eights in layers.items()}
         label = f"AutoScheme at {bits}"
         plans[label] = report(label, "heuristic", Plan(groups=mixed, method="imatrix+gptq"))
@@ -150,7 +169,6 @@ def run(name: str, checkpoint_dir: Path, bench: Bench, quick: bool, without: Seq
         ]
         for group in modules
     }
-    fake = FakeModel(shelf, chosen)
     began = time.monotonic()
     found = analyse(fake, choices, work / "rows.jsonl")
     sensitivity = measure(fake, found, bench, chosen, work / "chosen")
@@ -161,22 +179,25 @@ def run(name: str, checkpoint_dir: Path, bench: Bench, quick: bool, without: Seq
     linears = sum(group.weights for group in modules)
     rng = random.Random(0)
     comparisons = []
-    for bits in BUDGETS:
+    for bits in budgets:
         budget = modules.other_bytes + int(bits * linears / 8)
         result = search(planner, fake, served, reference, budget, tries=40 if quick else 200, finalists=4)
         best = result[0]
-        mine = report(
-            f"planned at {bits} bits",
-            "planned",
-            best.plan,
-            predicted=best.predicted_kl,
-            fake=best.fake_kl,
-            chosen=best.served_kl,
-        )
+        found_kl = {"predicted": best.predicted_kl, "fake": best.fake_kl, "chosen": best.served_kl}
+        report(f"planned at {bits} bits", "planned", best.plan, **found_kl)
+        tuned = best.plan.model_copy(update={"tuned": True})
+        mine = report(f"planned at {bits} bits and tuned", "tuned", tuned)
+        alike = Plan(groups={group.name: same_bytes(bits) for group in modules}, method="imatrix+gptq")
+        if alike.weight_bytes(modules) <= budget:
+            label = f"{same_bytes(bits)} imatrix+gptq tuned"
+            if label not in plans:
+                plans[label] = report(label, "tuned", alike.model_copy(update={"tuned": True}))
         for number in range(RANDOM_PLANS):
             plan = random_plan(planner, budget, rng)
             plans[f"random {number} at {bits}"] = report(f"random {number} at {bits}", "random", plan)
-        comparisons.append(compare(bits, budget, mine, plans, modules, reported))
+        one = compare(bits, budget, mine, plans, modules, reported)
+        one["untuned"] = compare(bits, budget, best.plan, plans, modules, reported)
+        comparisons.append(one)
     return {
         "model": name,
         "target": where.name,
@@ -189,6 +210,11 @@ def run(name: str, checkpoint_dir: Path, bench: Bench, quick: bool, without: Seq
         "comparisons": comparisons,
         "sensitivity": [row.model_dump() for row in sensitivity.rows],
     }
+
+
+def same_bytes(bits: float) -> str:
+    """The uniform scheme of at most so many bits per weight."""
+    return "w4a16-g64" if bits < 4.5 else "w4a16-g32"
 
 
 def random_plan(planner: Planner, budget: int, rng: random.Random) -> Plan:
@@ -221,7 +247,7 @@ def compare(
     return {
         "bits": bits,
         "budget": budget,
-        "uniform": best([label for label in plans if label.startswith("w4")]),
+        "uniform": best([one for one in plans if one.startswith("w4") and not one.endswith("tuned")]),
         "layer": best([label for label in plans if label.startswith("layer ") or label == "ends"]),
         "autoscheme": best([label for label in plans if label.startswith("AutoScheme")]),
         "random": best(
@@ -234,6 +260,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--models", nargs="*", default=["demo", "outliers"], choices=["demo", "outliers"])
     parser.add_argument("--quick", action="store_true", help="small sets and few tries, to see that it runs")
+    parser.add_argument("--budgets", nargs="*", type=float, default=BUDGETS, help="bits per weight")
     parser.add_argument("--without", nargs="*", default=[], help="uniform methods to leave out")
     parser.add_argument("--python", type=Path, default=Path(".venv-engine/bin/python"))
     options = parser.parse_args()
@@ -241,7 +268,7 @@ def main() -> None:
     with Bench(options.python, WORK / "engine.log", site=Path("deploy/engine_site")) as bench:
         for name in options.models:
             directory = DEMO if name == "demo" else outlier_model.make()
-            results.append(run(name, directory, bench, options.quick, options.without))
+            results.append(run(name, directory, bench, options.quick, options.without, options.budgets))
             (WORK / "results.json").write_text(json.dumps(results, indent=1))
     show.table(results, sys.stdout)
     show.figure(results, WORK / "quantization.png")

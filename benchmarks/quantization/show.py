@@ -7,7 +7,13 @@ from pathlib import Path
 from typing import Any, TextIO
 
 Results = Sequence[Mapping[str, Any]]
-COLOURS = {"uniform": "#4878a8", "heuristic": "#c58a2c", "random": "#9a9a9a", "planned": "#b5303c"}
+COLOURS = {
+    "uniform": "#4878a8",
+    "heuristic": "#c58a2c",
+    "random": "#9a9a9a",
+    "planned": "#b5303c",
+    "tuned": "#6f2f8f",
+}
 
 
 def table(results: Results, out: TextIO) -> None:
@@ -47,8 +53,8 @@ def figure(results: Results, path: Path) -> None:
                 [row["bits"] for row in rows],
                 [1000 * row["kl"] for row in rows],
                 yerr=[1000 * row["half"] for row in rows],
-                fmt="D" if kind == "planned" else "o",
-                ms=6 if kind == "planned" else 4,
+                fmt="D" if kind in ("planned", "tuned") else "o",
+                ms=6 if kind in ("planned", "tuned") else 4,
                 color=colour,
                 elinewidth=0.8,
                 label=kind,

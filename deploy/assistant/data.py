@@ -15,12 +15,15 @@ from typing import Any
 
 from agents.prompts import CORE, INTENT_CLASSIFIER, SUMMARIZER, SYSTEM_PROMPTS, with_record
 from deploy.assistant.corpus import intent_messages, own_utterances, record_conversation
-from deploy.assistant.records import HELD_OUT_SEED, make_record
+from deploy.assistant.records import HELD_OUT_SEED, NOT_STATED, make_record
 
 DATA = Path(__file__).with_name("data")
 CALIBRATION_PER_JOB = 80
 INTENTS_PER_LABEL = 3
 RECORD_ITEMS = 160
+LONG_CONTEXT_ITEMS = 40
+LONG_CONTEXT_RECORDS = 20
+"""Records of a long context; with them it has about 890 of the model's 1,024 tokens."""
 MESSAGES = 200
 _MESSAGE_SEED = HELD_OUT_SEED + 1_000_000
 
@@ -64,7 +67,7 @@ def summary_items() -> list[Row]:
             {"role": "user", "content": record.text},
         ]
         row = {"messages": messages, "expected": record.summary, "check": "contains"}
-        rows.append({**row, "facts": record.facts, "max_tokens": 96})
+        rows.append({**row, "facts": record.facts, "max_tokens": 96, "grounds": [record.text]})
     return rows
 
 
@@ -76,6 +79,35 @@ def answer_items() -> list[Row]:
         messages = [
             {"role": "system", "content": SYSTEM_PROMPTS[CORE]},
             {"role": "user", "content": with_record(record.text, question)},
+        ]
+        # Where the record does not say, nothing of it answers the question.
+        grounds = [record.text.partition("\n")[0] if answer == NOT_STATED else record.text]
+        row = {"messages": messages, "expected": answer, "check": "exact", "max_tokens": 48}
+        rows.append({**row, "grounds": grounds})
+    return rows
+
+
+def long_context_items() -> list[Row]:
+    """A question about one record among many, which the question names by its identifier.
+
+    The place of the record goes from the first to the last, item by item.
+    """
+    rows: list[Row] = []
+    seed = HELD_OUT_SEED + 300_000
+    while len(rows) < LONG_CONTEXT_ITEMS:
+        records = [make_record(seed + i) for i in range(LONG_CONTEXT_RECORDS)]
+        seed += LONG_CONTEXT_RECORDS
+        place = len(rows) % LONG_CONTEXT_RECORDS
+        record = records[place]
+        identifier = record.text.partition("\n")[0].split()[1]
+        named = [pair for pair in record.questions if identifier in pair[0] and pair[1] != NOT_STATED]
+        if not named:
+            continue
+        question, answer = named[0]
+        text = "\n\n".join(one.text for one in records)
+        messages = [
+            {"role": "system", "content": SYSTEM_PROMPTS[CORE]},
+            {"role": "user", "content": with_record(text, question)},
         ]
         rows.append({"messages": messages, "expected": answer, "check": "exact", "max_tokens": 48})
     return rows
@@ -121,6 +153,7 @@ def main() -> None:
     write(f"{INTENT_CLASSIFIER}.jsonl", intent_items())
     write(f"{SUMMARIZER}.jsonl", summary_items())
     write(f"{CORE}.jsonl", answer_items())
+    write("long_context.jsonl", long_context_items())
     write("messages.jsonl", customer_messages())
 
 

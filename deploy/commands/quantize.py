@@ -56,6 +56,7 @@ def add_quantize(parser: argparse.ArgumentParser) -> None:
     planning.add_argument("--concurrency", type=int, default=0, help="requests whose cache counts in --bytes")
     planning.add_argument("--context", type=int, default=0, help="tokens of each of those")
     planning.add_argument("--tries", type=int, default=200, help="measured changes of the plan")
+    planning.add_argument("--no-tune", dest="tune", action="store_false", help="keep scales as they come")
     planning.add_argument("--schemes", nargs="+", help="what to choose from (default: the target's usual)")
     planning.add_argument(
         "--methods", nargs="+", default=["gptq", "imatrix+gptq"], help="whose parts may be mixed"
@@ -142,6 +143,7 @@ def plan(options: argparse.Namespace) -> None:
         tries=options.tries,
         methods=options.methods,
         schemes=options.schemes,
+        tuned=options.tune,
     )
     _judge(config, [_reference(config), card], options.evaluate)
 

@@ -55,10 +55,10 @@ def keep_arrays() -> None:
 
     def keep(self: Any, tensors: Any) -> None:
         if not isinstance(self.prompt_logprobs, Rows):
-            return update(self, tensors)
+            update(self, tensors)
+            return
         token_ids, values, *_ = tensors
         self.prompt_logprobs.append((np.asarray(token_ids), np.asarray(values)))
-        return None
 
     LogprobsProcessor.from_new_request = staticmethod(from_new_request)
     LogprobsProcessor._update_prompt_logprobs = keep

@@ -12,7 +12,7 @@
 import os
 
 import vllm.plugins
-from score_route import ScoreRoute, keep_arrays
+from score_route import ScoreRoute, keep_arrays  # type: ignore[import-not-found]
 from vllm.distributed.device_communicators.shm_broadcast import SpinCondition
 from vllm.entrypoints.launchers.api_server.entry import main
 from vllm.platforms.cpu import CpuPlatform

@@ -163,6 +163,20 @@ class Bench:
             return str(error)
         return None
 
+    def parse(self, cases: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+        """Let the engine's code read quantization configurations, without weights.
+
+        A case holds ``config``, ``fused`` (fused name to members), ``modules`` (fused module to weight bits)
+        and ``constructs`` (whether the scheme must exist on this machine). Returns sentences per case.
+        """
+        with tempfile.TemporaryDirectory(prefix="tiercel-bench-") as folder:
+            configs = Path(folder) / "configs.json"
+            configs.write_text(json.dumps(list(cases)))
+            found: list[list[str]] = self._ask("parse", Path(folder), "auto", None, configs=str(configs))[
+                "found"
+            ]
+            return found
+
     def _ask(
         self, work: str, directory: Path, kv: str, env: Mapping[str, str] | None, **more: Any
     ) -> dict[str, Any]:

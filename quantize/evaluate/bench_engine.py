@@ -136,7 +136,37 @@ def answers(request: Request) -> dict[str, Any]:
     return {}
 
 
-WORK = {"score": score, "answers": answers}
+def parse(request: Request) -> dict[str, Any]:
+    """Let the engine's own code read configurations: which scheme does it find for every module?
+
+    Loads no weights. Returns, per configuration, sentences on what it cannot read or reads otherwise.
+    """
+    import torch
+    from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import (
+        CompressedTensorsConfig,
+    )
+
+    with open(request["configs"], encoding="utf-8") as file:
+        cases: list[Request] = json.load(file)
+    linear, found = torch.nn.Linear(1, 1), []
+    for case in cases:
+        wrong = []
+        try:
+            config = CompressedTensorsConfig.from_config(case["config"])
+            config.packed_modules_mapping = case["fused"]
+            for name, bits in case["modules"].items():
+                read = config.get_scheme_dict(linear, name)
+                if (read["weights"].num_bits if read else 16) != bits:
+                    wrong.append(f"{name}: read as {read}, not {bits} bits")
+                if read and case["constructs"]:
+                    config.get_scheme(linear, name)
+        except Exception as error:
+            wrong.append(f"{type(error).__name__}: {error}"[:LAST_WORDS])
+        found.append(wrong)
+    return {"found": found}
+
+
+WORK = {"score": score, "answers": answers, "parse": parse}
 
 
 def serve(answer_to: Any) -> None:

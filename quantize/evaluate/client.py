@@ -1,20 +1,30 @@
-"""The evaluator's way to an engine: vLLM's OpenAI-compatible HTTP interface, nothing else.
+"""The evaluator's way to an engine: vLLM's OpenAI-compatible HTTP interface, and one route of ours.
 
 Anything that the engine computes differently from a fake-quantized model (kernels, KV cache,
-defaults) is in these answers, which is the point of asking the engine.
+defaults) is in these answers, which is the point of asking the engine. An engine that we started has a
+route that hands out log-probabilities in binary (``score_route.py`` beside its entry); any other vLLM
+answers in JSON, which is so slow that only the likeliest tokens are asked for.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
 import aiohttp
 
-TokenScores = dict[int, float]
-"""Token id to natural-log probability, of the most likely tokens and the one that came."""
+from quantize.evaluate.scores import Scored, from_rows, from_table
+
+SCORE_ROUTE = "/tiercel/score"
+WHOLE_VOCABULARY = 1 << 15
+"""Vocabularies up to this size are kept whole: 128 KiB per scored token on disk at most."""
+TOP = 1024
+"""Likeliest tokens that are kept of a larger vocabulary, through our route."""
+TOP_IN_JSON = 64
+"""Likeliest tokens that are asked of an engine without it."""
 
 
 class EngineError(RuntimeError):
@@ -41,9 +51,22 @@ class EngineClient:
         if self._session:
             await self._session.close()
 
-    async def answer(self, messages: Sequence[dict[str, str]], max_tokens: int) -> str:
-        """The greedy answer to a conversation."""
-        body = {"messages": list(messages), "max_tokens": max_tokens, "temperature": 0, "seed": 0}
+    async def answer(
+        self,
+        messages: Sequence[dict[str, str]],
+        max_tokens: int,
+        json_schema: Mapping[str, Any] | None = None,
+    ) -> str:
+        """The greedy answer to a conversation; with ``json_schema`` the engine guides it to be valid."""
+        body: dict[str, Any] = {
+            "messages": list(messages),
+            "max_tokens": max_tokens,
+            "temperature": 0,
+            "seed": 0,
+        }
+        if json_schema is not None:
+            schema = {"name": "answer", "schema": dict(json_schema)}
+            body["response_format"] = {"type": "json_schema", "json_schema": schema}
         reply = await self._post("/v1/chat/completions", body)
         return str(reply["choices"][0]["message"]["content"] or "")
 
@@ -54,23 +77,63 @@ class EngineClient:
         body = {"messages": list(messages), "add_generation_prompt": add_generation_prompt}
         return [int(token) for token in (await self._post("/tokenize", body))["tokens"]]
 
-    async def score(self, tokens: Sequence[int], top: int) -> list[TokenScores]:
-        """For every token but the first: log-probabilities of the ``top`` likeliest and of itself."""
+    async def vocabulary(self) -> int | None:
+        """Tokens of the vocabulary, where the engine has our route; None where it has not."""
+        try:
+            return int((await self._get(SCORE_ROUTE))["vocabulary"])
+        except EngineError as error:
+            if " answered 404" in str(error):
+                return None
+            raise
+
+    async def score(self, tokens: Sequence[int], start: int, vocabulary: int | None) -> Scored:
+        """Log-probabilities of ``tokens[start:]``, each in its context; ``start`` is at least 1.
+
+        ``vocabulary`` is what :meth:`vocabulary` returned: it decides how many are asked for.
+        """
+        if vocabulary is None:
+            return await self.score_by_json(tokens, start, TOP_IN_JSON)
+        return await self.score_by_route(tokens, start, vocabulary)
+
+    async def score_by_json(self, tokens: Sequence[int], start: int, top: int) -> Scored:
+        """By ``prompt_logprobs`` of vLLM's completions, the ``top`` likeliest tokens."""
         body = {"prompt": list(tokens), "max_tokens": 1, "temperature": 0, "prompt_logprobs": top}
         rows = (await self._post("/v1/completions", body))["choices"][0]["prompt_logprobs"]
-        return [{int(token): float(entry["logprob"]) for token, entry in row.items()} for row in rows[1:]]
+        kept = [{int(token): float(entry["logprob"]) for token, entry in row.items()} for row in rows[start:]]
+        return from_rows(kept, tokens[start:])
+
+    async def score_by_route(self, tokens: Sequence[int], start: int, vocabulary: int) -> Scored:
+        """By our route: the whole vocabulary where it is small enough, else the :data:`TOP` likeliest."""
+        import numpy as np
+
+        top = 0 if vocabulary <= WHOLE_VOCABULARY else TOP
+        body = {"tokens": list(tokens), "start": start, "top": top}
+        async with self._slots:
+            raw = await self._request("POST", SCORE_ROUTE, body)
+        rows, columns = len(tokens) - start, top + 1 if top else vocabulary
+        if len(raw) != rows * columns * (8 if top else 4):
+            raise EngineError(
+                f"{self._base_url}{SCORE_ROUTE} answered {len(raw)} bytes for {rows} rows of {columns}"
+            )
+        values = np.frombuffer(raw, "<f4", rows * columns).reshape(rows, columns)
+        if not top:
+            return from_table(values, tokens[start:])
+        ids = np.frombuffer(raw, "<i4", offset=rows * columns * 4).reshape(rows, columns).copy()
+        came = values[:, 0]
+        ids[:, 0] = np.where((ids[:, 1:] == ids[:, :1]).any(axis=1), -1, ids[:, 0])  # else it is there twice
+        return Scored(came, np.where(ids < 0, -np.inf, values).astype(np.float32), ids)
 
     async def version(self) -> str:
         return str((await self._get("/version"))["version"])
 
     async def _post(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
         async with self._slots:
-            return await self._request("POST", path, {"model": self._model, **body})
+            return _json(await self._request("POST", path, {"model": self._model, **body}))
 
     async def _get(self, path: str) -> dict[str, Any]:
-        return await self._request("GET", path, None)
+        return _json(await self._request("GET", path, None))
 
-    async def _request(self, method: str, path: str, body: dict[str, Any] | None) -> dict[str, Any]:
+    async def _request(self, method: str, path: str, body: dict[str, Any] | None) -> bytes:
         if self._session is None:
             raise EngineError("EngineClient is used outside of its context")
         url = self._base_url + path
@@ -78,7 +141,11 @@ class EngineClient:
             async with self._session.request(method, url, json=body) as response:
                 if response.status != 200:
                     raise EngineError(f"{url} answered {response.status}: {(await response.text())[:300]}")
-                reply: dict[str, Any] = await response.json()
-                return reply
+                return await response.read()
         except (aiohttp.ClientError, TimeoutError) as error:
             raise EngineError(f"{url}: {type(error).__name__}: {error}") from None
+
+
+def _json(raw: bytes) -> dict[str, Any]:
+    reply: dict[str, Any] = json.loads(raw)
+    return reply

@@ -1,136 +1,188 @@
-"""Asks one engine everything a gate needs, and keeps the answers so that variants can be paired."""
+"""Asks one engine everything a gate needs, and keeps the answers so that variants can be paired.
+
+Every answer and every scored conversation goes to a journal as it comes, some at a time: a killed
+evaluation goes on where it was. What is asked depends on the items and the engine's tokenizer alone.
+"""
 
 from __future__ import annotations
 
 import asyncio
-import gzip
 import hashlib
 import json
-import os
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any, TypeVar
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
-from pydantic import BaseModel
 from tqdm import tqdm
 
-from quantize.card import Evaluation, RoleEvaluation
-from quantize.evaluate.client import EngineClient, TokenScores
-from quantize.evaluate.statistics import compare_tokens
+from quantize.evaluate.client import TOP, TOP_IN_JSON, WHOLE_VOCABULARY, EngineClient
+from quantize.evaluate.journal import Entry, Journal
+from quantize.evaluate.scores import Scored
 from quantize.evaluate.tasks import Item
-from quantize.gate import mcnemar_p
 
-SCORED_TOKENS, SCORED_CONVERSATIONS = 150, 80
-"""Per role: right answers are scored until there are so many tokens, or so many conversations."""
-TOP = 64
-"""Likeliest tokens that the KL sums over one by one; the rest of the vocabulary is one bucket."""
-
-T = TypeVar("T")
+SCORED_TOKENS, SCORED_CONVERSATIONS = 1000, 80
+"""Per role: right answers are scored until there are so many tokens, or so many conversations. All
+conversations of a long context are scored."""
+BATCH = 32
+"""Results that are written at once; so many may have to be asked again after a kill."""
 
 Tasks = Mapping[str, Sequence[Item]]
-"""Role name to its held-out items."""
+"""Role name to its held-out items, of all suites."""
+Job = Callable[[], Awaitable[Entry]]
 
 
-class Measurement(BaseModel):
-    """What one engine answered, per role: texts, and its scores of the tokens of right answers."""
+@dataclass(frozen=True)
+class ScoredAnswer:
+    """A right answer in its conversation: its tokens, and the engine's scores of them."""
 
-    answers: dict[str, list[str]]
-    tokens: dict[str, list[list[int]]]
-    scores: dict[str, list[list[TokenScores]]]
-    engine: dict[str, str]
+    tokens: tuple[int, ...]
+    prompt_tokens: int
+    """Tokens of the whole conversation."""
+    scored: Scored
+
+
+@dataclass
+class Measurement:
+    """What one engine answered in one pass. Roles to items by their place in the role's list."""
+
+    answers: dict[str, dict[int, str]] = field(default_factory=dict)
+    scored: dict[str, dict[int, ScoredAnswer]] = field(default_factory=dict)
+    engine: dict[str, str] = field(default_factory=dict)
+    done: bool = False
+
+    def add(self, entry: Entry) -> None:
+        """Take in a journal's entry. Raises KeyError or ValueError."""
+        if "engine" in entry:
+            self.engine, self.done = dict(entry["engine"]), True
+            return
+        role, index = str(entry["role"]), int(entry["index"])
+        if "answer" in entry:
+            self.answers.setdefault(role, {})[index] = str(entry["answer"])
+        else:
+            self.scored.setdefault(role, {})[index] = ScoredAnswer(
+                tuple(entry["tokens"]), int(entry["prompt_tokens"]), Scored.from_json(entry["scored"])
+            )
 
 
 def tasks_sha256(tasks: Tasks) -> str:
     """Changes whenever an item, or what is measured on it, changes."""
     listing: dict[str, Any] = {role: [item.model_dump() for item in tasks[role]] for role in sorted(tasks)}
-    listing["settings"] = [SCORED_TOKENS, SCORED_CONVERSATIONS, TOP]
+    listing["settings"] = [SCORED_TOKENS, SCORED_CONVERSATIONS, TOP, TOP_IN_JSON, WHOLE_VOCABULARY]
     return hashlib.sha256(json.dumps(listing, sort_keys=True).encode()).hexdigest()
 
 
-async def measure(client: EngineClient, tasks: Tasks, engine: dict[str, str], name: str) -> Measurement:
-    """Answer every item greedily and score right answers, with a progress bar."""
-    answers, tokens, scores = {}, {}, {}
-    total = sum(len(items) for items in tasks.values())
-    with tqdm(total=total, desc=f"evaluate {name}", unit="item", mininterval=1) as bar:
+def measurement_key(tasks: Tasks, engine: Mapping[str, str]) -> str:
+    """What a kept measurement is found by: other tasks, or another processor or setting, is another one."""
+    listing = {"tasks": tasks_sha256(tasks), "engine": dict(engine)}
+    return hashlib.sha256(json.dumps(listing, sort_keys=True).encode()).hexdigest()
 
-        async def answer(item: Item) -> str:
-            text = await client.answer(item.messages, item.max_tokens)
-            bar.update()
-            return text
 
-        for role, items in tasks.items():
-            answers[role] = list(await asyncio.gather(*(answer(item) for item in items)))
+def read_measurement(journal: Journal) -> Measurement:
+    """What the journal holds so far; ``done`` when nothing is missing."""
+    measurement = Measurement()
+    for entry in journal.read():
+        measurement.add(entry)
+    return measurement
+
+
+async def measure(
+    client: EngineClient,
+    tasks: Tasks,
+    engine: dict[str, str],
+    name: str,
+    journal: Journal,
+    backwards: bool = False,
+) -> Measurement:
+    """Answer every item greedily and score right answers, with a progress bar; what is there is kept.
+
+    ``backwards`` asks in the opposite order, so that other requests share the engine's batches.
+    """
+    measurement = read_measurement(journal)
+    if measurement.done:
+        return measurement
+    vocabulary = await client.vocabulary()
+    places = [(role, index) for role, items in tasks.items() for index in range(len(items))]
+    jobs: list[Job] = [
+        _answering(client, tasks[role][index], role, index)
+        for role, index in places
+        if index not in measurement.answers.get(role, {})
+    ]
     for role, items in tasks.items():
-        scored = await _scored_answers(client, items)
-        tokens[role] = [answer for answer, _ in scored]
-        scores[role] = [rows for _, rows in scored]
-    engine = {**engine, "vllm": await client.version()}
-    return Measurement(answers=answers, tokens=tokens, scores=scores, engine=engine)
+        for index, tokens, start in await _chosen(client, items):
+            if index not in measurement.scored.get(role, {}):
+                jobs.append(_scoring(client, role, index, tokens, start, vocabulary))
+    with tqdm(total=len(jobs), desc=f"evaluate {name}", unit="item", mininterval=1) as bar:
+        for entry in await _run(jobs[::-1] if backwards else jobs, journal, bar.update):
+            measurement.add(entry)
+    last = {"engine": {**engine, "vllm": await client.version()}}
+    journal.append([last])
+    measurement.add(last)
+    return measurement
 
 
-async def _scored_answers(
-    client: EngineClient, items: Sequence[Item]
-) -> list[tuple[list[int], list[TokenScores]]]:
-    """Tokens of right answers, each with the engine's scores for its place in the conversation."""
-    chosen: list[tuple[list[int], int]] = []
-    for item in items[:SCORED_CONVERSATIONS]:
-        whole = await client.tokenize([*item.messages, {"role": "assistant", "content": item.expected}])
-        start = len(await client.tokenize(item.messages, add_generation_prompt=True))
-        chosen.append((whole, start))
-        if sum(len(tokens) - begin for tokens, begin in chosen) >= SCORED_TOKENS:
-            break
-    rows = await asyncio.gather(*(client.score(whole, TOP) for whole, _ in chosen))
-    # Row i scores token i + 1.
-    return [(whole[start:], scored[start - 1 :]) for (whole, start), scored in zip(chosen, rows, strict=True)]
+async def _run(jobs: Sequence[Job], journal: Journal, advance: Callable[[], object]) -> list[Entry]:
+    """Results of all jobs; whatever happens, those that came are in the journal."""
+    entries: list[Entry] = []
+    written = 0
 
+    async def run(job: Job) -> None:
+        nonlocal written
+        entries.append(await job())
+        advance()
+        if len(entries) - written >= BATCH:
+            written, first = len(entries), written
+            journal.append(entries[first:])
 
-def compare(reference: Measurement, variant: Measurement, tasks: Tasks) -> Evaluation:
-    """Pair a variant's answers with the reference's, item by item and token by token."""
-    roles = {}
-    for role, items in tasks.items():
-        before = [item.is_right(text) for item, text in zip(items, reference.answers[role], strict=True)]
-        after = [item.is_right(text) for item, text in zip(items, variant.answers[role], strict=True)]
-        to_wrong = sum(a and not b for a, b in zip(before, after, strict=True))
-        to_right = sum(b and not a for a, b in zip(before, after, strict=True))
-        text = compare_tokens(reference.tokens[role], reference.scores[role], variant.scores[role], TOP)
-        roles[role] = RoleEvaluation(
-            text=text,
-            items=len(items),
-            correct=sum(after),
-            reference_correct=sum(before),
-            flips_to_wrong=to_wrong,
-            flips_to_right=to_right,
-            same_answer=sum(
-                a == b for a, b in zip(reference.answers[role], variant.answers[role], strict=True)
-            ),
-            mcnemar_p=mcnemar_p(to_wrong, to_right),
-        )
-    pooled = compare_tokens(_pool(reference.tokens), _pool(reference.scores), _pool(variant.scores), TOP)
-    return Evaluation(
-        roles=roles,
-        text=pooled,
-        tasks_sha256=tasks_sha256(tasks),
-        engine=variant.engine,
-    )
-
-
-def _pool(by_role: Mapping[str, Sequence[T]]) -> list[T]:
-    return [entry for entries in by_role.values() for entry in entries]
-
-
-def save_measurement(measurement: Measurement, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
-        file.write(gzip.compress(measurement.model_dump_json().encode(), compresslevel=3))
-        file.flush()
-        os.fsync(file.fileno())
-    partial.rename(path)
-
-
-def load_measurement(path: Path) -> Measurement | None:
-    """A saved measurement, or None if there is none that can be read."""
     try:
-        return Measurement.model_validate_json(gzip.decompress(path.read_bytes()))
-    except (FileNotFoundError, OSError, EOFError, ValueError):
-        return None
+        async with asyncio.TaskGroup() as group:
+            for job in jobs:
+                group.create_task(run(job))
+    finally:
+        journal.append(entries[written:])
+    return entries
+
+
+def _answering(client: EngineClient, item: Item, role: str, index: int) -> Job:
+    async def job() -> Entry:
+        schema = item.json_schema if item.guided else None
+        text = await client.answer(item.messages, item.max_tokens, schema)
+        return {"role": role, "index": index, "answer": text}
+
+    return job
+
+
+def _scoring(
+    client: EngineClient, role: str, index: int, tokens: list[int], start: int, vocabulary: int | None
+) -> Job:
+    async def job() -> Entry:
+        scored = await client.score(tokens, start, vocabulary)
+        return {
+            "role": role,
+            "index": index,
+            "tokens": tokens[start:],
+            "prompt_tokens": len(tokens),
+            "scored": scored.to_json(),
+        }
+
+    return job
+
+
+async def _chosen(client: EngineClient, items: Sequence[Item]) -> list[tuple[int, list[int], int]]:
+    """Items whose right answers are scored: place, tokens of the conversation, the answer's first."""
+
+    async def conversation(index: int) -> tuple[int, list[int], int]:
+        item = items[index]
+        whole = await client.tokenize([*item.messages, {"role": "assistant", "content": item.expected}])
+        return index, whole, len(await client.tokenize(item.messages, add_generation_prompt=True))
+
+    task = [index for index, item in enumerate(items) if item.suite == "task"][:SCORED_CONVERSATIONS]
+    others = [index for index, item in enumerate(items) if item.suite != "task"]
+    found = await asyncio.gather(*(conversation(index) for index in [*task, *others]))
+    kept, count = [], 0
+    for index, tokens, start in found:
+        if items[index].suite != "task":
+            kept.append((index, tokens, start))
+        elif count < SCORED_TOKENS:
+            kept.append((index, tokens, start))
+            count += len(tokens) - start
+    return kept

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from statistics import NormalDist
+
+import numpy as np
+from numpy.typing import NDArray
 
 from quantize.card import TextEvaluation
-from quantize.evaluate.client import TokenScores
+from quantize.evaluate.scores import Scored
 
 _FLOOR = 1e-12
 """Smallest probability that a leftover mass is taken for, against rounding below zero."""
 
 
-def kl_lower_bound(reference: TokenScores, variant: TokenScores) -> float:
+def kl_lower_bound(reference: Mapping[int, float], variant: Mapping[int, float]) -> float:
     """KL(reference || variant) in nats, with every token that is not in both sets as one bucket.
 
     Merging tokens can only lower a KL divergence (data-processing inequality), so this is a lower
@@ -22,15 +26,25 @@ def kl_lower_bound(reference: TokenScores, variant: TokenScores) -> float:
     divergence, rest_p, rest_q = 0.0, 1.0, 1.0
     for token in shared:
         p, q = math.exp(reference[token]), math.exp(variant[token])
-        divergence += p * (reference[token] - variant[token])
+        if p > 0:
+            divergence += p * (reference[token] - variant[token])
         rest_p -= p
         rest_q -= q
     rest_p, rest_q = max(rest_p, _FLOOR), max(rest_q, _FLOOR)
     return max(0.0, divergence + rest_p * math.log(rest_p / rest_q))
 
 
-def likeliest(scores: TokenScores) -> int:
-    return max(scores, key=lambda token: scores[token])
+def kl_per_token(reference: Scored, variant: Scored) -> NDArray[np.float64]:
+    """(n,): KL(reference || variant), nats. Exact where both know the whole vocabulary, else a bound."""
+    if reference.whole and variant.whole:
+        p, q = reference.values.astype(np.float64), variant.values.astype(np.float64)
+        # float32 rows sum to one only to 1e-6, which would be larger than a small divergence.
+        p -= np.log(np.exp(p).sum(axis=1, keepdims=True))
+        q -= np.log(np.exp(q).sum(axis=1, keepdims=True))
+        difference = np.subtract(p, q, out=np.zeros_like(p), where=np.isfinite(p))
+        kl: NDArray[np.float64] = np.maximum(0.0, (np.exp(p) * difference).sum(axis=1))
+        return kl
+    return np.array([kl_lower_bound(reference.row(i), variant.row(i)) for i in range(len(reference))])
 
 
 def percentile(values: Sequence[float], share: float) -> float:
@@ -39,41 +53,61 @@ def percentile(values: Sequence[float], share: float) -> float:
     return ordered[min(len(ordered) - 1, max(0, math.ceil(share * len(ordered)) - 1))]
 
 
-def compare_tokens(
-    sequences: Sequence[Sequence[int]],
-    reference: Sequence[Sequence[TokenScores]],
-    variant: Sequence[Sequence[TokenScores]],
-    vocabulary: int,
-) -> TextEvaluation:
-    """Perplexity, KL and top-1 agreement over all tokens of ``sequences``.
+def t_quantile(probability: float, freedom: int) -> float:
+    """Quantile of Student's t by its expansion in 1/freedom (Abramowitz and Stegun 26.7.5).
 
-    ``reference`` and ``variant`` hold, per sequence, the scores of each of its tokens in its context.
-    The standard error of the difference in log-perplexity treats sequences as independent and the
-    tokens within one as not (cluster-robust).
+    Below 0.5 % off from 4 degrees of freedom on at 97.5 %; with fewer it is too short.
     """
-    log_p, log_q, kls, same = 0.0, 0.0, [], 0
-    differences = []
-    for tokens, ours, theirs in zip(sequences, reference, variant, strict=True):
-        p = [row[token] for token, row in zip(tokens, ours, strict=True)]
-        q = [row[token] for token, row in zip(tokens, theirs, strict=True)]
-        log_p, log_q = log_p + sum(p), log_q + sum(q)
-        differences.append((sum(p) - sum(q), len(p)))
-        for before, after in zip(ours, theirs, strict=True):
-            kls.append(kl_lower_bound(before, after))
-            same += likeliest(before) == likeliest(after)
-    count = len(kls)
-    delta = (log_p - log_q) / count
-    residuals = sum((total - delta * length) ** 2 for total, length in differences)
-    clusters = len(differences)
-    spread = math.sqrt(residuals * clusters / max(1, clusters - 1)) / count
+    z, v = NormalDist().inv_cdf(probability), freedom
+    terms = (
+        (z**3 + z) / 4,
+        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
+    )
+    return z + math.fsum(term / v ** (power + 1) for power, term in enumerate(terms))
+
+
+def clustered_mean(totals: Sequence[float], lengths: Sequence[int]) -> tuple[float, float]:
+    """Mean per token and its standard error, from the sum and number of tokens of each sequence.
+
+    Sequences are independent and the tokens within one are not: the ratio estimator's linearized
+    variance with the factor c / (c - 1) for c sequences (Cochran, Sampling Techniques, 3rd ed., 6.4).
+    The standard error of a single sequence is 0, which says nothing.
+    """
+    count, clusters = sum(lengths), len(lengths)
+    mean = math.fsum(totals) / count
+    residuals = math.fsum((total - mean * length) ** 2 for total, length in zip(totals, lengths, strict=True))
+    return mean, math.sqrt(residuals * clusters / max(1, clusters - 1)) / count
+
+
+def compare_tokens(reference: Sequence[Scored], variant: Sequence[Scored]) -> TextEvaluation:
+    """Perplexity, KL and top-1 agreement over the tokens of sequences that both have scored.
+
+    Standard errors and the interval of the mean KL treat sequences as clusters of tokens.
+    """
+    lengths = [len(one) for one in reference]
+    kls = [kl_per_token(p, q) for p, q in zip(reference, variant, strict=True)]
+    log_p = [float(one.came.sum(dtype=np.float64)) for one in reference]
+    log_q = [float(one.came.sum(dtype=np.float64)) for one in variant]
+    count, clusters = sum(lengths), len(lengths)
+    delta, delta_se = clustered_mean([p - q for p, q in zip(log_p, log_q, strict=True)], lengths)
+    kl, kl_se = clustered_mean([float(one.sum()) for one in kls], lengths)
+    half = t_quantile(0.975, clusters - 1) * kl_se if clusters > 1 else math.inf
+    same = sum(int((p.top1() == q.top1()).sum()) for p, q in zip(reference, variant, strict=True))
+    both = [*reference, *variant]
     return TextEvaluation(
         tokens=count,
-        perplexity=math.exp(-log_q / count),
-        reference_perplexity=math.exp(-log_p / count),
+        sequences=clusters,
+        perplexity=math.exp(-math.fsum(log_q) / count),
+        reference_perplexity=math.exp(-math.fsum(log_p) / count),
         delta_log_perplexity=delta,
-        delta_log_perplexity_se=spread,
-        kl_mean=sum(kls) / count,
-        kl_p99=percentile(kls, 0.99),
-        kl_vocabulary=vocabulary,
+        delta_log_perplexity_se=delta_se,
+        kl_mean=kl,
+        kl_se=kl_se,
+        kl_interval=(max(0.0, kl - half), kl + half) if clusters > 1 else None,
+        kl_p99=percentile(np.concatenate(kls).tolist(), 0.99),
+        kl_vocabulary=min(one.values.shape[1] for one in both),
+        kl_exact=all(one.whole for one in both),
         top1_agreement=same / count,
     )

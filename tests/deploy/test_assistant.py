@@ -28,6 +28,7 @@ def test_shipped_files_are_what_the_code_writes() -> None:
         "intent_classifier.jsonl": data.intent_items(),
         "summarizer.jsonl": data.summary_items(),
         "core.jsonl": data.answer_items(),
+        "long_context.jsonl": data.long_context_items(),
         "messages.jsonl": data.customer_messages(),
     }
     for name, rows in made.items():

@@ -1,5 +1,6 @@
 """Bad input at the command line: one sentence with the fix, status 2, no traceback."""
 
+import json
 import socket
 import textwrap
 from collections.abc import Callable
@@ -114,3 +115,53 @@ def test_gateway_port_in_use(capsys, write_config, tmp_path: Path) -> None:
         path.write_text(path.read_text().replace("serve: [bf16, int8]", "serve: [bf16]"), encoding="utf-8")
         main(["quantize", "--config", str(path), "--no-evaluate", "bf16"])
         assert f"port {port} on 127.0.0.1 is in use" in run(capsys, "up", "--config", str(path))
+
+
+MODEL = ROOT / "deploy/assistant/model"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("make", "--scheme", "int4"), "unknown scheme 'int4'; known: bf16, w8a8"),
+        (("make", "--scheme", "w4a16-g64", "--method", "gtpq"), "unknown method 'gtpq'"),
+        (("make", "--scheme", "w4a16-g64", "--kv", "fp4"), "unknown KV-cache scheme 'fp4'"),
+        (("make", "--scheme", "w4a16-g64", "--target", "vllm-tpu"), "unknown target 'vllm-tpu'; known:"),
+        (
+            ("make", "--scheme", "nvfp4", "--target", "vllm-cpu-avx512"),
+            "nvfp4-gptq: model.layers.0.mlp.down_proj: scheme nvfp4, but vLLM 0.32 has no kernel",
+        ),
+        (("plan", "--methods", "magic"), "unknown method 'magic'"),
+        (("plan", "--schemes", "w4"), "unknown scheme 'w4'"),
+        (("register", "/nowhere", "theirs", "--no-evaluate"), "/nowhere"),
+    ],
+)
+def test_what_cannot_be_quantized_is_said_before_any_work(
+    capsys, write_config, arguments: tuple[str, ...], sentence: str
+) -> None:
+    assert sentence in run(capsys, "quantize", *arguments, "--config", str(write_config()))
+
+
+def test_check_explains_a_model_on_a_target(capsys) -> None:
+    main(["quantize", "check", str(MODEL), "--target", "vllm-cuda-hopper"])
+    text = capsys.readouterr().out
+    assert "LlamaForCausalLM, 16 module groups" in text
+    assert "fp8-dynamic" in text
+    main(["quantize", "check", str(MODEL), "--target", "vllm-cpu-avx512", "--json"])
+    report = json.loads(capsys.readouterr().out)
+    rows = {row["scheme"]: row for row in report["schemes"]}
+    assert rows["w4a16-g128"]["legal"] == 16
+    assert "w8a8-r7" in rows["w8a8"]["computes"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("variants",), "holds no variants; make them with `tiercel quantize`"),
+        (("variants", "show", "int3"), "int3"),
+        (("variants", "use", "int8", "abc"), "int8"),
+        (("variants", "delete", "int8"), "int8"),
+    ],
+)
+def test_a_variant_that_is_not_there(capsys, write_config, arguments: tuple[str, ...], sentence: str) -> None:
+    assert sentence in run(capsys, *arguments, "--config", str(write_config()))

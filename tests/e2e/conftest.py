@@ -56,6 +56,7 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     settings["calibration"] = str(ROOT / "deploy/assistant/data/calibration.jsonl")
     # Made once per checkout: a variant is kept while everything that it is made from is the same.
     settings["variants_dir"] = str(ROOT / "var/e2e-variants")
+    settings["roles"]["core"]["long_context"] = str(ROOT / "deploy/assistant/data/long_context.jsonl")
     settings["gateway"] = {"port": free_port("127.0.0.1")}
     settings["engine"]["python"] = str(ROOT / ".venv-engine/bin/python")
     settings["engine"]["base_port"] = 18101

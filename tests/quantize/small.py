@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from quantize.card import Evaluation, RoleEvaluation, TextEvaluation
+from quantize.card import Evaluation, NoiseFloor, Paired, RoleEvaluation, TextEvaluation
 
 CONFIG: dict[str, Any] = {
     "hidden_size": 64,
@@ -105,7 +105,8 @@ def make_evaluation(kl: float, roles: tuple[str, ...] = ("core",)) -> Evaluation
         delta_log_perplexity_se=0.002,
         kl_mean=kl,
         kl_p99=10 * kl,
-        kl_vocabulary=2048,
+        kl_vocabulary=64,
+        kl_interval=(0.9 * kl, 1.1 * kl),
         top1_agreement=0.97,
     )
     role = RoleEvaluation(
@@ -117,6 +118,12 @@ def make_evaluation(kl: float, roles: tuple[str, ...] = ("core",)) -> Evaluation
         same_answer=380,
         text=text,
         mcnemar_p=0.29,
+        grounded=Paired(
+            items=400, good=390, reference_good=392, flips_to_bad=3, flips_to_good=1, mcnemar_p=0.62
+        ),
     )
+    noise = NoiseFloor(items=400, flips=1, other_answers=2, kl_mean=0.0001, kl_p99=0.001)
     engine = {"vllm": "0.32.0", "instructions": "avx512f", "machine": "x86_64"}
-    return Evaluation(roles=dict.fromkeys(roles, role), text=text, tasks_sha256="0" * 64, engine=engine)
+    return Evaluation(
+        roles=dict.fromkeys(roles, role), text=text, tasks_sha256="0" * 64, engine=engine, noise=noise
+    )

@@ -1,0 +1,132 @@
+"""Pairs a variant's measurement with the reference's: item by item, token by token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+from quantize.card import Evaluation, LongContext, NoiseFloor, Paired, RoleEvaluation, TextEvaluation
+from quantize.evaluate.grounding import Grounding
+from quantize.evaluate.measure import Measurement, ScoredAnswer, Tasks, tasks_sha256
+from quantize.evaluate.statistics import compare_tokens
+from quantize.evaluate.tasks import Item, Suite, TaskError
+from quantize.gate import mcnemar_p
+
+Items = Mapping[int, Item]
+"""Items of a role by their place in its list."""
+
+
+def compare(
+    reference: Measurement, variant: Measurement, tasks: Tasks, again: Measurement | None = None
+) -> Evaluation:
+    """The figures of ``variant`` for every role, and of all roles together.
+
+    ``again`` is the reference's second pass: what it differs by from the first is the noise floor. Raises
+    TaskError when the two were not asked the same.
+    """
+    roles = {
+        role: _role(role, items, reference, variant)
+        if again is None
+        else _role(role, items, reference, variant).model_copy(
+            update={"noise": _noise([(role, items)], reference, again)}
+        )
+        for role, items in tasks.items()
+    }
+    pooled = [(role, items) for role, items in tasks.items()]
+    return Evaluation(
+        roles=roles,
+        text=_text(pooled, "task", reference, variant),
+        tasks_sha256=tasks_sha256(tasks),
+        engine=variant.engine,
+        noise=None if again is None else _noise(pooled, reference, again),
+    )
+
+
+def _role(role: str, items: Sequence[Item], reference: Measurement, variant: Measurement) -> RoleEvaluation:
+    before, after = reference.answers[role], variant.answers[role]
+    task, far = _suite(items, "task"), _suite(items, "long_context")
+    if not task:
+        raise TaskError(f"tasks of role {role}: no item outside of long_context; set roles.{role}.tasks")
+    right = _paired(task, before, after, Item.is_right)
+    grounded = {index: item for index, item in task.items() if item.grounds is not None}
+    structured = {index: item for index, item in task.items() if item.json_schema is not None}
+    grounding = Grounding(grounded.values())
+    return RoleEvaluation(
+        items=right.items,
+        correct=right.good,
+        reference_correct=right.reference_good,
+        flips_to_wrong=right.flips_to_bad,
+        flips_to_right=right.flips_to_good,
+        mcnemar_p=right.mcnemar_p,
+        same_answer=sum(before[index] == after[index] for index in task),
+        text=_text([(role, items)], "task", reference, variant),
+        grounded=_paired(grounded, before, after, lambda item, text: not grounding.invented(item, text))
+        if grounded
+        else None,
+        valid_json=_paired(structured, before, after, Item.is_valid_json) if structured else None,
+        long_context=LongContext(
+            prompt_tokens=sum(variant.scored[role][index].prompt_tokens for index in far) / len(far),
+            retrieval=_paired(far, before, after, Item.is_right),
+            text=_text([(role, items)], "long_context", reference, variant),
+        )
+        if far
+        else None,
+    )
+
+
+def _paired(
+    items: Items, before: Mapping[int, str], after: Mapping[int, str], has: Callable[[Item, str], bool]
+) -> Paired:
+    pairs = [(has(item, before[index]), has(item, after[index])) for index, item in items.items()]
+    to_bad = sum(ours and not theirs for ours, theirs in pairs)
+    to_good = sum(theirs and not ours for ours, theirs in pairs)
+    return Paired(
+        items=len(pairs),
+        good=sum(theirs for _, theirs in pairs),
+        reference_good=sum(ours for ours, _ in pairs),
+        flips_to_bad=to_bad,
+        flips_to_good=to_good,
+        mcnemar_p=mcnemar_p(to_bad, to_good),
+    )
+
+
+def _text(
+    roles: Sequence[tuple[str, Sequence[Item]]], suite: Suite, reference: Measurement, variant: Measurement
+) -> TextEvaluation:
+    """Token figures of one suite's right answers."""
+    pairs = [
+        (ours, _same_tokens(role, index, ours, variant))
+        for role, items in roles
+        for index, ours in sorted(reference.scored[role].items())
+        if items[index].suite == suite
+    ]
+    return compare_tokens([ours.scored for ours, _ in pairs], [theirs.scored for _, theirs in pairs])
+
+
+def _same_tokens(role: str, index: int, ours: ScoredAnswer, variant: Measurement) -> ScoredAnswer:
+    theirs = variant.scored.get(role, {}).get(index)
+    if theirs is None or theirs.tokens != ours.tokens:
+        raise TaskError(
+            f"tasks of role {role}, item {index + 1}: the variant's tokenizer splits the right answer in "
+            "another way than the reference's; make the variant from the reference's checkpoint"
+        )
+    return theirs
+
+
+def _noise(roles: Sequence[tuple[str, Sequence[Item]]], first: Measurement, again: Measurement) -> NoiseFloor:
+    pairs = [
+        (item, first.answers[role][index], again.answers[role][index])
+        for role, items in roles
+        for index, item in _suite(items, "task").items()
+    ]
+    text = _text(roles, "task", first, again)
+    return NoiseFloor(
+        items=len(pairs),
+        flips=sum(item.is_right(a) != item.is_right(b) for item, a, b in pairs),
+        other_answers=sum(a != b for _, a, b in pairs),
+        kl_mean=text.kl_mean,
+        kl_p99=text.kl_p99,
+    )
+
+
+def _suite(items: Sequence[Item], suite: Suite) -> Items:
+    return {index: item for index, item in enumerate(items) if item.suite == suite}
