@@ -124,6 +124,7 @@ def quantization_config(plan: Plan, modules: Modules) -> dict[str, Any]:
     groups, ignore = config_groups(plan, modules, "memoryless_minmax")
     for name, group in groups.items():
         group["format"] = storage_format(scheme(name))
+        group["weights"]["num_bits"] = scheme(name).weight_bits  # a smaller range is stored in whole bytes
     formats = {str(group["format"]) for group in groups.values()}
     return {
         "quant_method": "compressed-tensors",

@@ -66,11 +66,7 @@ def random_plan(modules: Modules, where: Target, head_dim: int, rng: random.Rand
 
 
 def case(plan: Plan, modules: Modules, here: bool) -> dict[str, Any]:
-    bits = {
-        group.name: scheme(name).range_bits or scheme(name).weight_bits
-        for group in modules
-        for name in (plan.groups[group.name],)
-    }
+    bits = {group.name: scheme(plan.groups[group.name]).weight_bits for group in modules}
     config = quantization_config(plan, modules)
     return {"config": config, "fused": FUSED, "modules": bits, "constructs": here}
 

@@ -179,14 +179,15 @@ def run(
     linears = sum(group.weights for group in modules)
     rng = random.Random(0)
     comparisons = []
-    for bits in budgets:
-        budget = modules.other_bytes + int(bits * linears / 8)
+    one_layer = plans["layer 0 at 8 bits"].bits_per_weight(modules)
+    for bits in sorted({*budgets, one_layer}):
+        budget = modules.other_bytes + round(bits * linears / 8)
         result = search(planner, fake, served, reference, budget, tries=40 if quick else 200, finalists=4)
         best = result[0]
         found_kl = {"predicted": best.predicted_kl, "fake": best.fake_kl, "chosen": best.served_kl}
-        report(f"planned at {bits} bits", "planned", best.plan, **found_kl)
+        report(f"planned at {bits:.3g} bits", "planned", best.plan, **found_kl)
         tuned = best.plan.model_copy(update={"tuned": True})
-        mine = report(f"planned at {bits} bits and tuned", "tuned", tuned)
+        mine = report(f"planned at {bits:.3g} bits and tuned", "tuned", tuned)
         alike = Plan(groups={group.name: same_bytes(bits) for group in modules}, method="imatrix+gptq")
         if alike.weight_bytes(modules) <= budget:
             label = f"{same_bytes(bits)} imatrix+gptq tuned"
@@ -194,7 +195,8 @@ def run(
                 plans[label] = report(label, "tuned", alike.model_copy(update={"tuned": True}))
         for number in range(RANDOM_PLANS):
             plan = random_plan(planner, budget, rng)
-            plans[f"random {number} at {bits}"] = report(f"random {number} at {bits}", "random", plan)
+            label = f"random {number} at {bits:.3g}"
+            plans[label] = report(label, "random", plan)
         one = compare(bits, budget, mine, plans, modules, reported)
         one["untuned"] = compare(bits, budget, best.plan, plans, modules, reported)
         comparisons.append(one)
@@ -251,7 +253,7 @@ def compare(
         "layer": best([label for label in plans if label.startswith("layer ") or label == "ends"]),
         "autoscheme": best([label for label in plans if label.startswith("AutoScheme")]),
         "random": best(
-            [label for label in plans if label.startswith("random") and label.endswith(str(bits))]
+            [label for label in plans if label.startswith("random") and label.endswith(f"{bits:.3g}")]
         ),
     }
 

@@ -71,6 +71,8 @@ class Bench:
         if not self._python.exists():
             raise BenchError(f"no engine environment at {self._python}; run `make setup`")
         self._log.parent.mkdir(parents=True, exist_ok=True)
+        # vLLM leaves sockets and rendezvous files behind where an engine ends without its server.
+        self._folder = tempfile.TemporaryDirectory(prefix="tiercel-bench-")
         kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
         added = {
             "HF_HUB_OFFLINE": "1",
@@ -80,6 +82,7 @@ class Bench:
             "VLLM_CPU_KVCACHE_SPACE": "1",
             "TORCH_COMPILE_DISABLE": "1",
             "PYTHONUNBUFFERED": "1",
+            "TMPDIR": self._folder.name,
             "PYTHONWARNINGS": "ignore",
             **({"PYTHONPATH": str(self._site)} if self._site else {}),
         }
@@ -111,6 +114,7 @@ class Bench:
         process.stdout.close()
         process.wait()
         self._stop.detach()
+        self._folder.cleanup()
 
     def score(
         self,

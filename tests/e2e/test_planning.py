@@ -16,6 +16,7 @@ from quantize.plan import Plan
 from quantize.planner import Planner
 from quantize.sensitivity import ServedKl
 from quantize.target import detect, target
+from quantize.tune import tune, write_tuned
 from quantize.workshop import Workshop
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -60,6 +61,23 @@ def test_a_planned_variant_beats_the_uniform_ones_at_its_bytes(workshop: Worksho
     workshop.shelf.assemble(best.plan, out)
     assert weight_bytes(out) == best.plan.weight_bytes(workshop.modules) == best.weight_bytes
     assert bench.load_error(out) is None
+
+
+def test_tuning_lowers_the_loss_and_adds_no_byte(workshop: Workshop, bench: Bench) -> None:
+    plan = Plan(groups={group.name: "w4a16-g128" for group in workshop.modules}, method="imatrix")
+    out = workshop.directory / "tuned"
+    workshop.shelf.assemble(plan, out)
+    served = ServedKl(workshop.fake, bench, workshop.choosing, workshop.directory / "served")
+    before = served(plan_choices(plan, workshop.modules))
+    tuned = tune(workshop.fake, plan, out, workshop.calibration.sequences, steps=40)
+    write_tuned(tuned, out)
+    assert tuned.after < tuned.before
+    assert weight_bytes(out) == plan.weight_bytes(workshop.modules)
+    reference = workshop.directory / "served" / "reference.npy"
+    after = bench.score(out, workshop.choosing, reference=reference)
+    assert float(after.kl.mean()) < before
+    # the model in torch is the reference again
+    assert workshop.fake.kl({}, workshop.fake.log_probabilities()) == 0.0
 
 
 def test_what_was_measured_is_kept(workshop: Workshop, bench: Bench) -> None:
