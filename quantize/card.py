@@ -100,6 +100,7 @@ class LongContext(_Strict):
     prompt_tokens: float = Field(ge=0, description="mean length of the scored conversations, tokens")
     retrieval: Paired = Field(description="items answered right")
     text: TextEvaluation
+    noise_kl: float | None = Field(default=None, description="mean KL of the reference against itself")
 
 
 class RoleEvaluation(_Strict):

@@ -5,10 +5,12 @@ Memory of calibration, as llm-compressor works (block by block, all other blocks
     model in bfloat16 + libraries + 2 x hidden states of all calibration tokens
     + inner states of one batch + Hessians (4 bytes x K²) of one block's modules + 3 working copies
 
-Time: arithmetic over a rate. Every token passes each block twice (4 operations per weight); a Hessian
-takes 2 K² operations per token and module, its solution about K³ + N K². The rates were measured on two
-cores of an AVX-512 CPU without bfloat16 arithmetic; other machines differ by a factor of three or more
-either way, which is the range that is given.
+Time: start + 4 operations per weight and token (two passes over each block) + for GPTQ 2 K² per token and
+module for the Hessians, and a fixed time per column, since its columns are quantized one by one. The
+rates come from one small model (12 M weights, 2,048 tokens, busy machine: 73 s of CPU, of which nearly
+all were columns) on two cores of an AVX-512 CPU without bfloat16 arithmetic. Other machines and large
+models may differ by a factor of three either way, which is the range given; AutoRound's is arithmetic
+alone and was not measured.
 """
 
 from __future__ import annotations
@@ -23,24 +25,33 @@ from pydantic import BaseModel, ConfigDict
 
 from quantize.checkpoint import Checkpoint, CheckpointError
 from quantize.legality import LADDER, Target, is_experts
-from quantize.methods import parse_method
+from quantize.methods import AUTOROUND_ITERATIONS, parse_method
 from quantize.modules import Modules, read_modules
 from quantize.plan import uniform
 from quantize.schemes import BF16_BYTES, KV_SCHEMES, scheme
 
-ARCHITECTURES: tuple[str, ...] = ("LlamaForCausalLM",)
+ARCHITECTURES: tuple[str, ...] = (
+    *("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM"),
+    *("MistralForCausalLM", "Phi3ForCausalLM", "GemmaForCausalLM", "Gemma3ForCausalLM"),
+    *("ArceeForCausalLM", "CohereForCausalLM", "Cohere2ForCausalLM", "Ernie4_5ForCausalLM"),
+    *("Exaone4ForCausalLM", "Glm4ForCausalLM"),
+)
 """Whose fused modules are those of :mod:`quantize.modules`: each was made, loaded and asked on the engine."""
 
 SHOWN = (*LADDER, "w4a16-g16", "w3a16-g128", "w2a16-g64", "w4a8-g128", "w8a8-static")
 RANKS = (1, 2, 4, 8)
 
-LIBRARIES_BYTES = 900_000_000
-"""Resident memory of torch, transformers and llm-compressor, measured."""
+LIBRARIES_BYTES = 540_000_000
+"""Resident memory of torch, transformers and llm-compressor at work on a model of no size, measured."""
 START_S = 12.0
 MODULE_S = 0.05
-OPERATIONS_PER_S = 5e10
-SOLVE_PER_S = 1e10
+COLUMN_S = 0.002
+OPERATIONS_PER_S = 4e10
+ROUND_PER_S = 1e8
+"""Weights rounded per second, scales included."""
 SPREAD = 3.0
+AUTOROUND_TOKENS = AUTOROUND_ITERATIONS * 8 * 128
+"""Tokens that AutoRound takes through a block: its batch is 8 rows of 128."""
 
 
 class _Frozen(BaseModel):
@@ -155,11 +166,14 @@ def estimate(checkpoint: Checkpoint, modules: Modules, tokens: int, longest: int
     working = 3 * 4 * biggest if hessians else 4 * widest
     memory = LIBRARIES_BYTES + model + states + working + (max(by_layer.values()) if hessians else 0)
     active = sum(group.weights * _share(checkpoint, is_experts(group)) for group in modules)
-    passes = 4.0 * active * tokens * (1 + len(chosen.transforms)) * (100 if learns else 1)
-    gram = sum(2.0 * m.in_features**2 * tokens for m in modules.linears) if hessians else 0.0
-    solve = sum(m.in_features**2 * (m.in_features + m.out_features) for m in modules.linears)
-    seconds = START_S + MODULE_S * len(modules.linears) + (passes + gram) / OPERATIONS_PER_S
-    seconds += solve / SOLVE_PER_S if hessians else weights / SOLVE_PER_S
+    operations = 4.0 * active * tokens * (1 + len(chosen.transforms))
+    if learns:
+        operations += 6.0 * active * AUTOROUND_TOKENS  # forwards, and twice that backwards
+    if hessians:
+        operations += sum(2.0 * m.in_features**2 * tokens for m in modules.linears)
+    seconds = START_S + MODULE_S * len(modules.linears) + operations / OPERATIONS_PER_S
+    seconds += weights / ROUND_PER_S
+    seconds += COLUMN_S * sum(m.in_features for m in modules.linears) if hessians else 0.0
     return Cost(
         method=method,
         tokens=tokens,

@@ -167,7 +167,10 @@ def trained(folder: Path, clinc150: Path, steps: int) -> Path:
     from deploy.assistant.train import train
 
     minutes = steps / STEPS_PER_MINUTE
-    print(f"training {LAYERS} layers, {steps} steps: about {minutes:.0f} minutes; resumable", file=sys.stderr)
+    print(
+        f"training {LAYERS} layers, {steps} steps: about {minutes:.2g} minutes and an evaluation; resumable",
+        file=sys.stderr,
+    )
     began = time.monotonic()
     train(
         argparse.Namespace(

@@ -44,7 +44,7 @@ SLOW = ("awq", "autoround")
 """Minutes each on a CPU: at the first group size alone."""
 PLANNED = ("gptq", "imatrix+gptq")
 """Methods whose parts the planner may mix."""
-RANDOM_PLANS = 5
+RANDOM_PLANS = 3
 
 
 class Reported:
@@ -103,6 +103,7 @@ def run(
     quick: bool,
     without: Sequence[str],
     budgets: Sequence[float],
+    tries: int,
 ) -> dict[str, Any]:
     """Everything for one model; returns rows and comparisons."""
     work = WORK / name
@@ -182,7 +183,7 @@ def run(
     one_layer = plans["layer 0 at 8 bits"].bits_per_weight(modules)
     for bits in sorted({*budgets, one_layer}):
         budget = modules.other_bytes + round(bits * linears / 8)
-        result = search(planner, fake, served, reference, budget, tries=40 if quick else 200, finalists=4)
+        result = search(planner, fake, served, reference, budget, tries=tries, finalists=3)
         best = result[0]
         found_kl = {"predicted": best.predicted_kl, "fake": best.fake_kl, "chosen": best.served_kl}
         report(f"planned at {bits:.3g} bits", "planned", best.plan, **found_kl)
@@ -263,15 +264,20 @@ def main() -> None:
     parser.add_argument("--models", nargs="*", default=["demo", "outliers"], choices=["demo", "outliers"])
     parser.add_argument("--quick", action="store_true", help="small sets and few tries, to see that it runs")
     parser.add_argument("--budgets", nargs="*", type=float, default=BUDGETS, help="bits per weight")
+    parser.add_argument("--tries", type=int, default=200, help="changes that the search measures in torch")
     parser.add_argument("--without", nargs="*", default=[], help="uniform methods to leave out")
     parser.add_argument("--python", type=Path, default=Path(".venv-engine/bin/python"))
     options = parser.parse_args()
     results = []
-    with Bench(options.python, WORK / "engine.log", site=Path("deploy/engine_site")) as bench:
+    with Bench(
+        options.python, WORK / f"engine-{'-'.join(options.models)}.log", site=Path("deploy/engine_site")
+    ) as bench:
         for name in options.models:
             directory = DEMO if name == "demo" else outlier_model.make()
-            results.append(run(name, directory, bench, options.quick, options.without, options.budgets))
-            (WORK / "results.json").write_text(json.dumps(results, indent=1))
+            results.append(
+                run(name, directory, bench, options.quick, options.without, options.budgets, options.tries)
+            )
+            (WORK / name / "result.json").write_text(json.dumps(results[-1], indent=1))
     show.table(results, sys.stdout)
     show.figure(results, WORK / "quantization.png")
 

@@ -23,6 +23,8 @@ from quantize.evaluate.tasks import Item
 SCORED_TOKENS, SCORED_CONVERSATIONS = 1000, 80
 """Per role: right answers are scored until there are so many tokens, or so many conversations. All
 conversations of a long context are scored."""
+QUESTIONS = 2
+"""Raised whenever the code asks something else of the same items; kept measurements are made anew."""
 BATCH = 32
 """Results that are written at once; so many may have to be asked again after a kill."""
 
@@ -67,7 +69,7 @@ class Measurement:
 def tasks_sha256(tasks: Tasks) -> str:
     """Changes whenever an item, or what is measured on it, changes."""
     listing: dict[str, Any] = {role: [item.model_dump() for item in tasks[role]] for role in sorted(tasks)}
-    listing["settings"] = [SCORED_TOKENS, SCORED_CONVERSATIONS, TOP, TOP_IN_JSON, WHOLE_VOCABULARY]
+    listing["settings"] = [QUESTIONS, SCORED_TOKENS, SCORED_CONVERSATIONS, TOP, TOP_IN_JSON, WHOLE_VOCABULARY]
     return hashlib.sha256(json.dumps(listing, sort_keys=True).encode()).hexdigest()
 
 
@@ -175,7 +177,9 @@ async def _chosen(client: EngineClient, items: Sequence[Item]) -> list[tuple[int
         whole = await client.tokenize([*item.messages, {"role": "assistant", "content": item.expected}])
         return index, whole, len(await client.tokenize(item.messages, add_generation_prompt=True))
 
-    task = [index for index, item in enumerate(items) if item.suite == "task"][:SCORED_CONVERSATIONS]
+    task = [index for index, item in enumerate(items) if item.suite == "task"]
+    step = max(1.0, len(task) / SCORED_CONVERSATIONS)  # evenly, for items are often sorted
+    task = [task[int(number * step)] for number in range(min(len(task), SCORED_CONVERSATIONS))]
     others = [index for index, item in enumerate(items) if item.suite != "task"]
     found = await asyncio.gather(*(conversation(index) for index in [*task, *others]))
     kept, count = [], 0

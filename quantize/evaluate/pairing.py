@@ -9,7 +9,7 @@ from quantize.evaluate.grounding import Grounding
 from quantize.evaluate.measure import Measurement, ScoredAnswer, Tasks, tasks_sha256
 from quantize.evaluate.statistics import compare_tokens
 from quantize.evaluate.tasks import Item, Suite, TaskError
-from quantize.gate import mcnemar_p
+from quantize.paired import mcnemar_p
 
 Items = Mapping[int, Item]
 """Items of a role by their place in its list."""
@@ -23,25 +23,24 @@ def compare(
     ``again`` is the reference's second pass: what it differs by from the first is the noise floor. Raises
     TaskError when the two were not asked the same.
     """
-    roles = {
-        role: _role(role, items, reference, variant)
-        if again is None
-        else _role(role, items, reference, variant).model_copy(
-            update={"noise": _noise([(role, items)], reference, again)}
-        )
-        for role, items in tasks.items()
-    }
+    roles = {role: _role(role, items, reference, variant, again) for role, items in tasks.items()}
     pooled = [(role, items) for role, items in tasks.items()]
     return Evaluation(
         roles=roles,
         text=_text(pooled, "task", reference, variant),
         tasks_sha256=tasks_sha256(tasks),
         engine=variant.engine,
-        noise=None if again is None else _noise(pooled, reference, again),
+        noise=_noise(pooled, reference, again) if again else None,
     )
 
 
-def _role(role: str, items: Sequence[Item], reference: Measurement, variant: Measurement) -> RoleEvaluation:
+def _role(
+    role: str,
+    items: Sequence[Item],
+    reference: Measurement,
+    variant: Measurement,
+    again: Measurement | None,
+) -> RoleEvaluation:
     before, after = reference.answers[role], variant.answers[role]
     task, far = _suite(items, "task"), _suite(items, "long_context")
     if not task:
@@ -67,9 +66,11 @@ def _role(role: str, items: Sequence[Item], reference: Measurement, variant: Mea
             prompt_tokens=sum(variant.scored[role][index].prompt_tokens for index in far) / len(far),
             retrieval=_paired(far, before, after, Item.is_right),
             text=_text([(role, items)], "long_context", reference, variant),
+            noise_kl=_text([(role, items)], "long_context", reference, again).kl_mean if again else None,
         )
         if far
         else None,
+        noise=_noise([(role, items)], reference, again) if again else None,
     )
 
 

@@ -4,8 +4,18 @@ import random
 
 import pytest
 
-from quantize.card import Card, Evaluation, Outcome, RoleEvaluation, TextEvaluation
-from quantize.gate import QualityBudget, drop_upper_bound, judge, mcnemar_p, wilson_interval
+from quantize.card import Card, Evaluation, LongContext, Outcome, Paired, RoleEvaluation, TextEvaluation
+from quantize.gate import QualityBudget, gate_p_values, judge
+from quantize.paired import (
+    ALPHA,
+    detectable_drop,
+    drop_p,
+    drop_upper_bound,
+    holm,
+    items_that_decide,
+    mcnemar_p,
+    wilson_interval,
+)
 
 TEXT = TextEvaluation(
     tokens=1000,
@@ -14,6 +24,9 @@ TEXT = TextEvaluation(
     delta_log_perplexity=0.0,
     delta_log_perplexity_se=0.001,
     kl_mean=0.01,
+    kl_se=0.001,
+    kl_interval=(0.008, 0.012),
+    sequences=80,
     kl_p99=0.1,
     kl_vocabulary=128,
     top1_agreement=0.99,
@@ -77,6 +90,155 @@ def test_every_limit_must_hold() -> None:
     assert judge(card(good), "core", QualityBudget(min_accuracy=0.99)).outcome == Outcome.FAILED
     assert judge(card(good), "core", QualityBudget(min_weight_bits=8)).outcome == Outcome.FAILED
     assert judge(card(good, bits=8), "core", QualityBudget(min_weight_bits=8)).outcome == Outcome.PASSED
+
+
+def paired(items: int, to_bad: int, to_good: int, reference_good: int) -> Paired:
+    return Paired(
+        items=items,
+        good=reference_good - to_bad + to_good,
+        reference_good=reference_good,
+        flips_to_bad=to_bad,
+        flips_to_good=to_good,
+        mcnemar_p=mcnemar_p(to_bad, to_good),
+    )
+
+
+GOOD = role_evaluation(2000, 1900, 2, 2)
+FAR = LongContext(prompt_tokens=900, retrieval=paired(40, 0, 0, 30), text=TEXT)
+
+
+@pytest.mark.parametrize(
+    ("budget", "figures", "outcome", "words"),
+    [
+        ({"max_kl": 0.011}, {}, Outcome.NOT_ENOUGH_EVIDENCE, "conversations would decide the mean KL"),
+        ({"max_kl": 0.013}, {}, Outcome.PASSED, "mean KL 0.01000 (0.00800 to 0.01200)"),
+        (
+            {"max_kl": 0.1},
+            {"text": TEXT.model_copy(update={"sequences": 3})},
+            Outcome.NOT_ENOUGH_EVIDENCE,
+            "at least 10 conversations, there are 3",
+        ),
+        ({"max_grounded_drop": 0.01}, {}, Outcome.NOT_ENOUGH_EVIDENCE, "needs items with grounds"),
+        (
+            {"max_grounded_drop": 0.01},
+            {"grounded": paired(2000, 40, 2, 1990)},
+            Outcome.FAILED,
+            "drop of grounded answers +0.0190",
+        ),
+        ({"max_grounded_drop": 0.01}, {"grounded": paired(2000, 1, 1, 1990)}, Outcome.PASSED, "+0.0000"),
+        ({"min_valid_json": 0.95}, {}, Outcome.NOT_ENOUGH_EVIDENCE, "needs items with json_schema"),
+        (
+            {"min_valid_json": 0.95},
+            {"valid_json": paired(300, 0, 0, 299)},
+            Outcome.PASSED,
+            "valid JSON 0.9967",
+        ),
+        (
+            {"min_valid_json": 0.95},
+            {"valid_json": paired(30, 0, 0, 29)},
+            Outcome.NOT_ENOUGH_EVIDENCE,
+            "items would decide the valid JSON",
+        ),
+        ({"max_long_context_loss": 0.01}, {}, Outcome.NOT_ENOUGH_EVIDENCE, "needs long_context items"),
+        ({"max_long_context_loss": 0.01}, {"long_context": FAR}, Outcome.PASSED, "at long context"),
+        (
+            {"max_long_context_loss": 0.01},
+            {
+                "long_context": FAR.model_copy(
+                    update={"text": TEXT.model_copy(update={"delta_log_perplexity": 0.1})}
+                )
+            },
+            Outcome.FAILED,
+            "lose +0.10000",
+        ),
+    ],
+)
+def test_a_limit_is_a_test_of_its_own(
+    budget: dict[str, float], figures: dict[str, object], outcome: Outcome, words: str
+) -> None:
+    verdict = judge(card(GOOD.model_copy(update=figures)), "core", QualityBudget.model_validate(budget))
+    assert verdict.outcome == outcome, verdict
+    assert words in "; ".join(verdict.reasons)
+
+
+def test_a_partial_vocabulary_is_called_a_lower_bound() -> None:
+    assert "a lower bound from 128 tokens" in " ".join(judge(card(GOOD), "core", QualityBudget()).reasons)
+    exact = GOOD.model_copy(update={"text": TEXT.model_copy(update={"kl_exact": True})})
+    assert "lower bound" not in " ".join(judge(card(exact), "core", QualityBudget()).reasons)
+
+
+def test_the_p_value_inverts_the_bound() -> None:
+    for flips in ((0, 0), (3, 2), (9, 3), (2, 9)):
+        figures = role_evaluation(400, 380, *flips)
+        assert drop_p(figures.task, drop_upper_bound(figures)) == pytest.approx(0.05)
+
+
+def test_holm_matches_a_worked_example() -> None:
+    adjusted = holm({"a": 0.01, "b": 0.04, "c": 0.03, "d": 0.005})
+    assert adjusted == pytest.approx({"d": 0.02, "a": 0.03, "c": 0.06, "b": 0.06})
+
+
+def test_many_gates_together_ask_for_more_evidence() -> None:
+    """One gate at p = 0.02 passes; the same one among five that are no better does not."""
+    close, budget = role_evaluation(400, 380, 3, 2), QualityBudget(max_accuracy_drop=0.0143)
+    alone = card(close)
+    assert judge(alone, "core", budget).outcome == Outcome.PASSED
+    cards = [card(close, variant=f"v{i}") for i in range(5)]
+    family = gate_p_values([card(close, variant="bf16"), *cards], {"core": budget})
+    assert sorted(family) == [f"v{i}/core" for i in range(5)]
+    assert 0.01 < family["v0/core"] < 0.05
+    crowd = alone.model_copy(
+        update={
+            "variant": "v0",
+            "evaluation": alone.evaluation.model_copy(update={"p_values": family})
+            if alone.evaluation
+            else None,
+        }
+    )
+    verdict = judge(crowd, "core", budget)
+    assert verdict.outcome == Outcome.NOT_ENOUGH_EVIDENCE
+    assert "after Holm's correction for 5 gates" in " ".join(verdict.reasons)
+    assert "items would decide the accuracy drop" in verdict.reasons[-1]
+    # A gateway with a wider budget judges again, the others as they were.
+    assert judge(crowd, "core", QualityBudget(max_accuracy_drop=0.03)).outcome == Outcome.PASSED
+
+
+def test_policy_alone_is_no_test() -> None:
+    cards = [card(GOOD, variant="a"), card(GOOD, variant="b", bits=8), card(None, variant="c")]
+    assert list(gate_p_values(cards, {"core": QualityBudget(min_weight_bits=8)})) == ["b/core"]
+
+
+def test_no_variant_of_many_passes_wrongly_more_often_than_stated() -> None:
+    """Simulated: eight variants, each exactly at the limit. Any pass is wrong."""
+    draw, margin, wrong = random.Random(3), 0.02, 0
+    for _ in range(300):
+        p_values = {}
+        for name in "abcdefgh":
+            flips = [draw.random() for _ in range(400)]
+            to_bad, to_good = sum(f < 0.03 for f in flips), sum(0.03 <= f < 0.04 for f in flips)
+            p_values[name] = drop_p(paired(400, to_bad, to_good, 380), margin)
+        wrong += min(holm(p_values).values()) <= ALPHA
+    assert wrong / 300 < 0.09
+
+
+def test_the_smallest_visible_drop_matches_a_published_sample_size() -> None:
+    """972 pairs show a drop of 2 points at 3 % discordance, one-sided 1 %, power 0.9."""
+    found = detectable_drop(paired(972, 25, 3, 900), alpha=0.01)
+    assert found == pytest.approx(0.02, abs=2e-4)
+    assert detectable_drop(paired(20, 0, 0, 20)) > 0.2
+
+
+def test_the_items_that_decide_would_decide_as_often_as_stated() -> None:
+    sample = paired(300, 5, 3, 280)
+    more = items_that_decide(sample, 0.02)
+    assert more is not None
+    draw, passed = random.Random(5), 0
+    for _ in range(200):
+        flips = [draw.random() for _ in range(more)]
+        to_bad, to_good = sum(f < 5 / 300 for f in flips), sum(5 / 300 <= f < 8 / 300 for f in flips)
+        passed += drop_p(paired(more, to_bad, to_good, more - more // 20), 0.02) <= ALPHA
+    assert 0.84 < passed / 200 <= 0.98
+    assert items_that_decide(paired(300, 12, 0, 280), 0.02) is None
 
 
 def test_the_reference_always_may_serve() -> None:
