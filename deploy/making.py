@@ -19,6 +19,7 @@ from deploy.engine import EngineLoadError, EngineSpec, running
 from gateway.config import Config
 from quantize.calibration import read_calibration
 from quantize.card import Card, Evaluation, Outcome
+from quantize.check import refuse_unfit
 from quantize.checkpoint import open_checkpoint
 from quantize.compress import QuantizeError
 from quantize.evaluate.client import EngineClient
@@ -75,6 +76,7 @@ def make_one(
 def make_plans(config: Config, plans: Mapping[str, Plan], where: Target, say: Say) -> list[Card]:
     """Make the reference and a variant per plan. Raises QuantizeError for a plan that would not load."""
     checkpoint = open_checkpoint(config.model.path)
+    refuse_unfit(checkpoint)
     modules = read_modules(checkpoint)
     for name, plan in plans.items():
         if problems := where.check_plan(plan, modules, checkpoint.head_dim):

@@ -62,9 +62,17 @@ class Reported:
             self._known = dict(json.loads(line) for line in self._file.read_text().splitlines())
         self.lengths = np.array([len(tokens) - start for tokens, start in spans])
 
+    @staticmethod
+    def _key(plan: Plan) -> str:
+        return plan.model_dump_json(exclude={"tuned"}) + (" tuned" if plan.tuned else "")
+
+    def knows(self, plan: Plan) -> bool:
+        """Whether the plan was measured before."""
+        return self._key(plan) in self._known
+
     def sums(self, plan: Plan) -> np.ndarray[Any, Any]:
         """KL summed over each conversation's tokens, nats."""
-        key = plan.model_dump_json(exclude={"tuned"}) + (" tuned" if plan.tuned else "")
+        key = self._key(plan)
         if key not in self._known:
             folder = self._work / "candidate-reported"
             self._make(plan, folder)
@@ -104,6 +112,7 @@ def run(
     without: Sequence[str],
     budgets: Sequence[float],
     tries: int,
+    tunes: bool,
 ) -> dict[str, Any]:
     """Everything for one model; returns rows and comparisons."""
     work = WORK / name
@@ -186,11 +195,12 @@ def run(
         result = search(planner, fake, served, reference, budget, tries=tries, finalists=3)
         best = result[0]
         found_kl = {"predicted": best.predicted_kl, "fake": best.fake_kl, "chosen": best.served_kl}
-        report(f"planned at {bits:.3g} bits", "planned", best.plan, **found_kl)
+        mine = report(f"planned at {bits:.3g} bits", "planned", best.plan, **found_kl)
         tuned = best.plan.model_copy(update={"tuned": True})
-        mine = report(f"planned at {bits:.3g} bits and tuned", "tuned", tuned)
+        if tunes or reported.knows(tuned):
+            mine = report(f"planned at {bits:.3g} bits and tuned", "tuned", tuned)
         alike = Plan(groups={group.name: same_bytes(bits) for group in modules}, method="imatrix+gptq")
-        if alike.weight_bytes(modules) <= budget:
+        if tunes and alike.weight_bytes(modules) <= budget:
             label = f"{same_bytes(bits)} imatrix+gptq tuned"
             if label not in plans:
                 plans[label] = report(label, "tuned", alike.model_copy(update={"tuned": True}))
@@ -265,6 +275,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="small sets and few tries, to see that it runs")
     parser.add_argument("--budgets", nargs="*", type=float, default=BUDGETS, help="bits per weight")
     parser.add_argument("--tries", type=int, default=200, help="changes that the search measures in torch")
+    parser.add_argument("--no-tune", dest="tune", action="store_false", help="tuning takes minutes a plan")
     parser.add_argument("--without", nargs="*", default=[], help="uniform methods to leave out")
     parser.add_argument("--python", type=Path, default=Path(".venv-engine/bin/python"))
     options = parser.parse_args()
@@ -275,7 +286,16 @@ def main() -> None:
         for name in options.models:
             directory = DEMO if name == "demo" else outlier_model.make()
             results.append(
-                run(name, directory, bench, options.quick, options.without, options.budgets, options.tries)
+                run(
+                    name,
+                    directory,
+                    bench,
+                    options.quick,
+                    options.without,
+                    options.budgets,
+                    options.tries,
+                    options.tune,
+                )
             )
             (WORK / name / "result.json").write_text(json.dumps(results[-1], indent=1))
     show.table(results, sys.stdout)
