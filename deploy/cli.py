@@ -8,7 +8,6 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import TypeVar
 
 from deploy.commands import add_command, run_engines, say
 from deploy.commands.quantize import add_quantize, with_make
@@ -27,8 +26,6 @@ from quantize.methods import MethodError
 from quantize.planner import PlanError
 from quantize.schemes import SchemeError
 from quantize.target import TargetError
-
-T = TypeVar("T")
 
 USER_ERRORS = (
     ConfigError,

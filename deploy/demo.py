@@ -21,11 +21,12 @@ from tqdm import tqdm
 
 from agents.prompts import CORE, INTENT_CLASSIFIER, SUMMARIZER, SYSTEM_PROMPTS
 from agents.team import MAX_TOKENS, ROLES, TicketResult, read_tickets, run_team, user_text
-from deploy.making import cpu_line, evaluate_variants, format_cards
+from deploy.making import cpu_line, evaluate_variants
 from deploy.report import DemoReport, Machine, RoleReport, VariantReport, format_table, write_report
 from deploy.supervisor import Stack
 from gateway.config import Config
 from quantize.card import Card
+from quantize.compare import format_variants
 from quantize.evaluate.client import EngineClient
 from quantize.evaluate.statistics import percentile
 from quantize.gate import wilson_interval
@@ -49,7 +50,7 @@ async def run_demo(
         nonlocal cards
         say("3/4 gate: measuring each variant on its own engine")
         cards = await evaluate_variants(config, cards, say, engines)
-        say(format_cards(cards))
+        say(format_variants(cards))
 
     say("2/4 serve: starting one engine per served variant")
     async with Stack(config, config_path, say, before_gateway=gate) as stack:

@@ -18,8 +18,8 @@ from typing import TypeVar
 from deploy.engine import EngineLoadError, EngineSpec, running
 from gateway.config import Config
 from quantize.calibration import read_calibration
-from quantize.card import Card, Evaluation, Outcome
-from quantize.check import refuse_unfit
+from quantize.card import Card, Evaluation
+from quantize.check import estimate, refuse_short, refuse_unfit
 from quantize.checkpoint import open_checkpoint
 from quantize.compress import QuantizeError
 from quantize.evaluate.client import EngineClient
@@ -87,6 +87,10 @@ def make_plans(config: Config, plans: Mapping[str, Plan], where: Target, say: Sa
     if plans:
         needs_data = any(parse_method(plan.method).needs_data(plan) for plan in plans.values())
         calibration = read_calibration(config.calibration, checkpoint) if needs_data else None
+        tokens = [len(sequence) for sequence in calibration.sequences] if calibration else [0]
+        for plan in plans.values():
+            cost = estimate(checkpoint, modules, sum(tokens), max(tokens), plan.method)
+            refuse_short(cost, config.variants_dir)
         for number, (name, plan) in enumerate(plans.items(), 1):
             say(f"[{number}/{len(plans)}] {name}: {plan.describe()} by {plan.method}")
             cards.append(registry.add(checkpoint, name, plan, calibration, target=where.name))
@@ -234,24 +238,3 @@ def free_port(host: str) -> int:
         probe.bind((host, 0))
         port: int = probe.getsockname()[1]
         return port
-
-
-def format_cards(cards: Sequence[Card]) -> str:
-    """The variants as a table for the terminal."""
-    marks = {Outcome.PASSED: "pass", Outcome.FAILED: "FAIL", Outcome.NOT_ENOUGH_EVIDENCE: "not enough"}
-    roles = sorted({role for card in cards for role in card.gate})
-    header = ["variant", "scheme", "weights", "KV/token", "perplexity", "mean KL", *roles]
-    rows = [header]
-    for card in cards:
-        text = card.evaluation.text if card.evaluation else None
-        row = [card.variant, card.scheme, f"{card.weight_bytes / 1e6:.2f} MB", f"{card.kv_bytes_per_token} B"]
-        row += [f"{text.perplexity:.4f}", f"{text.kl_mean:.5f}"] if text else ["-", "-"]
-        for role in roles:
-            figures = card.evaluation.roles.get(role) if card.evaluation else None
-            share = f"{100 * figures.accuracy:.1f} % " if figures else ""
-            row.append(share + (marks[card.gate[role].outcome] if role in card.gate else "-"))
-        rows.append(row)
-    widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
-    return "\n".join(
-        "  ".join(cell.ljust(w) for cell, w in zip(r, widths, strict=True)).rstrip() for r in rows
-    )

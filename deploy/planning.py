@@ -10,8 +10,11 @@ from deploy.engine import SITE
 from gateway.config import Config
 from quantize.calibration import read_calibration
 from quantize.card import Card
+from quantize.check import estimate, refuse_short, refuse_unfit
 from quantize.checkpoint import open_checkpoint
+from quantize.compare import align, kl_text, megabytes
 from quantize.evaluate.bench import Bench
+from quantize.modules import read_modules
 from quantize.plan import Plan
 from quantize.planner import Candidate, PlanError
 from quantize.registry import Registry
@@ -30,15 +33,15 @@ def open_workshop(
 ) -> Workshop:
     """The workshop for the configured model; everything it makes lies in ``variants_dir/.workshop``."""
     checkpoint = open_checkpoint(config.model.path)
+    refuse_unfit(checkpoint)
+    where = target(target_name or detect())
     calibration = read_calibration(config.calibration, checkpoint)
-    return Workshop(
-        config.variants_dir / ".workshop",
-        checkpoint,
-        calibration,
-        target(target_name or detect()),
-        methods=methods,
-        schemes=schemes,
-    )
+    tokens = [len(sequence) for sequence in calibration.sequences]
+    for method in methods:
+        cost = estimate(checkpoint, read_modules(checkpoint), sum(tokens), max(tokens), method)
+        refuse_short(cost, config.variants_dir)
+    directory = config.variants_dir / ".workshop"
+    return Workshop(directory, checkpoint, calibration, where, methods=methods, schemes=schemes)
 
 
 @contextlib.contextmanager
@@ -92,6 +95,10 @@ def plan(
     One of ``bits`` (per weight of the linear modules), ``budget`` (bytes of weights and ``kv_tokens`` tokens
     of cache) and ``loss`` (nats per token) says what is wanted. Raises PlanError.
     """
+    if loss is not None and tuple(kv) != ("auto",):
+        raise PlanError(f"--kv {' '.join(kv)} has no meaning with --loss, which is of the weights; drop one")
+    if kv_tokens and budget is None:
+        raise PlanError("--concurrency and --context count in a budget of bytes; give it with --bytes")
     workshop = open_workshop(config, target_name, methods, schemes)
     for problem in (p for one in kv for p in workshop.target.kv_problems(one, workshop.checkpoint.head_dim)):
         raise PlanError(str(problem))
@@ -126,13 +133,11 @@ def plan(
 
 def format_candidates(candidates: Sequence[Candidate]) -> str:
     """The plans that were measured on the engine, best first."""
-    lines = ["plan                        MB   predicted      torch     engine   (mean KL, nats per token)"]
+    rows = [["plan", "weights", "predicted", "in torch", "on the engine"]]
     for number, one in enumerate(candidates, 1):
-        torch = "-" if one.fake_kl is None else f"{one.fake_kl:.5f}"
-        engine = "-" if one.served_kl is None else f"{one.served_kl:.5f}"
-        mb = one.weight_bytes / 1e6
-        lines.append(f"{number:<20}{mb:>10.2f}{one.predicted_kl:>12.5f}{torch:>11}{engine:>11}")
-    return "\n".join(lines)
+        figures = (one.predicted_kl, one.fake_kl, one.served_kl)
+        rows.append([str(number), megabytes(one.weight_bytes), *map(kl_text, figures)])
+    return align(rows) + "\nMean KL, nats per token, on the conversations that plans are chosen on."
 
 
 def format_sensitivity(found: Sensitivity) -> str:
@@ -147,11 +152,7 @@ def format_sensitivity(found: Sensitivity) -> str:
         served = "" if row.kl_served is None else f"{1000 * row.kl_served:.3f}"
         figures = [f"{row.sqnr_db:.1f}", f"{1000 * row.fisher:.3f}", f"{1000 * row.kl:.3f}", served]
         table.append([row.group, row.scheme, row.method, str(row.bytes), *figures])
-    widths = [max(len(line[column]) for line in table) for column in range(len(header))]
-    text = "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-        for line in table
-    )
+    text = align(table)
     differing = [f"{name} x {ratio:.2f}" for name, ratio in found.fidelity.items() if not 0.8 < ratio < 1.25]
     note = f"\nOn the engine, uniform variants lose differently from torch: {', '.join(differing)}."
     return text + "\nFisher and KL in 1/1000 nat per token." + (note if differing else "")

@@ -294,6 +294,12 @@ def _fits(checkpoint: Checkpoint, target: Target, modules: Modules, ranks: int) 
 def _warnings(cost: Cost, memory: int, disk: int, target: Target, unsplit: str | None) -> Iterable[str]:
     if unsplit:
         yield f"tensor parallelism: {unsplit}; choose a size that fits"
+    yield from _shortages(cost, memory, disk)
+    if not target.measured:
+        yield f"the rules of {target.name} were read in {target.engine}'s sources, not run"
+
+
+def _shortages(cost: Cost, memory: int, disk: int) -> Iterable[str]:
     if cost.memory_bytes > memory:
         yield (
             f"memory: calibration needs about {_size(cost.memory_bytes)}, free are {_size(memory)}; "
@@ -303,8 +309,14 @@ def _warnings(cost: Cost, memory: int, disk: int, target: Target, unsplit: str |
         yield (
             f"disk: a variant takes up to {_size(cost.disk_bytes)}, free are {_size(disk)}; make room first"
         )
-    if not target.measured:
-        yield f"the rules of {target.name} were read in {target.engine}'s sources, not run"
+
+
+def refuse_short(cost: Cost, out: Path, memory_free: int | None = None, disk_free: int | None = None) -> None:
+    """Raise CheckpointError, before any work, when memory or the disk of ``out`` cannot hold it."""
+    memory = psutil.virtual_memory().available if memory_free is None else memory_free
+    disk = shutil.disk_usage(_existing(out)).free if disk_free is None else disk_free
+    if found := list(_shortages(cost, memory, disk)):
+        raise CheckpointError("; ".join(found))
 
 
 def _size(value: int) -> str:

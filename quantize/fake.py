@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from quantize.evaluate.bench import Span
 from quantize.modules import Group, Modules
 from quantize.plan import Plan
-from quantize.schemes import Numbers, Scheme, scheme
+from quantize.schemes import BLOCK, Numbers, Scheme, scheme
 from quantize.shelf import Part, Shelf
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def dequantized(tensors: Mapping[str, Part], module: str, how: Scheme) -> Tensor
     if zero is not None and zero.dtype == torch.int32:
         zero = unpack(zero.T, w.bits, n).T
     if w.strategy == "block":
-        scale = scale.repeat_interleave(128, 0)[:n].repeat_interleave(128, 1)[:, :k]
+        scale = scale.repeat_interleave(BLOCK, 0)[:n].repeat_interleave(BLOCK, 1)[:, :k]
     elif scale.ndim == 2 and scale.shape[1] > 1:
         repeats = -(-k // scale.shape[1])
         scale = scale.repeat_interleave(repeats, 1)[:, :k]

@@ -287,7 +287,7 @@ class ServedKl:
 
     def __call__(self, choices: Mapping[str, Choice], kv: str = "auto") -> float:
         plan = plan_of({g.name: choices.get(g.name, KEPT) for g in self._model.modules}, kv)
-        key = plan.model_dump_json()
+        key = f"{self._bench.identity} {plan.model_dump_json()}"
         if key not in self._known:
             folder = self._workdir / "candidate"
             self._model.shelf.assemble(plan, folder)

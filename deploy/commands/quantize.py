@@ -11,6 +11,8 @@ from gateway.config import Config, load_config
 from quantize.card import Card
 from quantize.checkpoint import open_checkpoint
 from quantize.methods import parse_method
+from quantize.modules import read_modules
+from quantize.plan import Plan
 from quantize.recipes import RECIPES
 from quantize.registry import Registry
 from quantize.schemes import kv_scheme, scheme
@@ -152,7 +154,14 @@ def register(options: argparse.Namespace) -> None:
     config = load_config(options.config)
     reference = _reference(config)
     registry = Registry(config.variants_dir, config.model.name, config.reference, say)
-    card = registry.register(options.directory, options.name, open_checkpoint(config.model.path))
+    checkpoint = open_checkpoint(config.model.path)
+    card = registry.register(options.directory, options.name, checkpoint)
+    if card.schemes:
+        found = target(detect()).check_plan(
+            Plan(groups=card.schemes, kv=card.kv), read_modules(checkpoint), checkpoint.head_dim
+        )
+        for problem in found:
+            say(f"{options.name} may not load here: {problem}")
     _judge(config, [reference, card], options.evaluate)
 
 

@@ -116,6 +116,11 @@ class Bench:
         self._stop.detach()
         self._folder.cleanup()
 
+    @property
+    def identity(self) -> str:
+        """What decides the numbers besides the checkpoint: the engine's version and environment."""
+        return " ".join((self.version, *(f"{name}={value}" for name, value in sorted(self._env.items()))))
+
     def score(
         self,
         directory: Path,

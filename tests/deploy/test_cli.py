@@ -133,6 +133,11 @@ MODEL = ROOT / "deploy/assistant/model"
         ),
         (("plan", "--methods", "magic"), "unknown method 'magic'"),
         (("plan", "--schemes", "w4"), "unknown scheme 'w4'"),
+        (("plan", "--loss", "0.01", "--kv", "fp8"), "--kv fp8 has no meaning with --loss"),
+        (
+            ("plan", "--bits", "4.5", "--concurrency", "8", "--context", "1024"),
+            "--concurrency and --context count in a budget of bytes",
+        ),
         (("register", "/nowhere", "theirs", "--no-evaluate"), "/nowhere"),
     ],
 )

@@ -14,6 +14,7 @@ from quantize.check import (
     estimate,
     format_check,
     largest_token,
+    refuse_short,
     refuse_unfit,
 )
 from quantize.checkpoint import Checkpoint, CheckpointError, open_checkpoint
@@ -161,3 +162,13 @@ def test_largest_token(tmp_path: Path) -> None:
         file.write_text(damaged, encoding="utf-8")
         with pytest.raises(CheckpointError, match="is no tokenizer"):
             largest_token(tmp_path)
+
+
+def test_too_little_room_is_said_before_work(tmp_path: Path) -> None:
+    checkpoint = write_model(tmp_path / "model")
+    cost = estimate(checkpoint, read_modules(checkpoint), tokens=10_000, longest=512, method="gptq")
+    refuse_short(cost, tmp_path / "not made yet", memory_free=10**12, disk_free=10**12)
+    with pytest.raises(CheckpointError, match="memory: calibration needs about"):
+        refuse_short(cost, tmp_path, memory_free=10**6)
+    with pytest.raises(CheckpointError, match="disk: a variant takes up to"):
+        refuse_short(cost, tmp_path, memory_free=10**12, disk_free=10**3)
