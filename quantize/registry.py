@@ -156,8 +156,8 @@ class Registry:
             )
         if version == current:
             raise CardError(
-                f"{variant} {version} is in use; choose another version first (`tiercel use {variant} …`), "
-                "or delete the whole variant"
+                f"{variant} {version} is in use; choose another version first "
+                f"(`tiercel variants use {variant} …`), or delete the whole variant"
             )
         self._refuse_needed(variant, gone, whole=version is None)
         with self._locked(variant):
