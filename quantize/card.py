@@ -245,8 +245,8 @@ def refuse_broken(card: Card) -> None:
     if card.state == "broken":
         raise CardError(
             f"variant {card.variant} ({card.version}) is broken: the engine could not load it "
-            f"({card.engine_words}); take it out of serve, choose another version with `tiercel variants use`, "
-            "or make it again"
+            f"({card.engine_words}); take it out of serve, choose another version with "
+            "`tiercel variants use`, or make it again"
         )
 
 
