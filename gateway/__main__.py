@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import signal
 import socket
 import sys
@@ -10,10 +11,11 @@ from pathlib import Path
 
 import uvicorn
 
-from gateway.app import create_app
+from gateway.app import Gateway
 from gateway.cards import load_cards
-from gateway.config import Config, ConfigError, Gateway, load_config
-from gateway.telemetry.logs import log_to_stderr
+from gateway.config import Config, ConfigError, load_config
+from gateway.config import Gateway as GatewaySettings
+from gateway.telemetry.logs import EVENTS, log_to_stderr
 from quantize.card import Card, CardError
 
 CANNOT_START = 2
@@ -32,11 +34,11 @@ def main(arguments: list[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return CANNOT_START
     with listening:
-        serve(config, cards, listening)
+        serve(config, cards, listening, options.config)
     return 0
 
 
-def listen(gateway: Gateway) -> socket.socket:
+def listen(gateway: GatewaySettings) -> socket.socket:
     """A listening socket. Raises ConfigError when the address cannot be had."""
     family = socket.AF_INET6 if ":" in gateway.host else socket.AF_INET
     listening = socket.socket(family, socket.SOCK_STREAM)
@@ -53,24 +55,48 @@ def listen(gateway: Gateway) -> socket.socket:
     return listening
 
 
-def serve(config: Config, cards: dict[str, Card], listening: socket.socket) -> None:
-    """Serve until a signal, then let running requests finish."""
-    server = uvicorn.Server(
-        uvicorn.Config(
-            create_app(config, cards),
-            loop="uvloop",
-            http="httptools",
-            access_log=False,
-            log_config=None,
-            server_header=False,
-            timeout_graceful_shutdown=round(config.gateway.shutdown_timeout_s),
-        )
-    )
+def serve(config: Config, cards: dict[str, Card], listening: socket.socket, path: Path) -> None:
+    """Serve until a signal, then let running requests finish. SIGHUP reads the configuration anew."""
+
+    def load() -> tuple[Config, dict[str, Card]]:
+        fresh = load_config(path)
+        return fresh, load_cards(fresh)
+
+    gateway = Gateway(config, cards, load=load)
+    server = uvicorn.Server(server_config(gateway, config))
     log_to_stderr()
     # uvicorn repeats the signal to these after its shutdown; the default ones would kill the process.
     for signal_number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signal_number, server.handle_exit)
+    signal.signal(signal.SIGHUP, lambda *_: reload(gateway))
     server.run(sockets=[listening])
+
+
+def server_config(gateway: Gateway, config: Config) -> uvicorn.Config:
+    """How uvicorn holds the sockets; the connections are the gateway's own."""
+    limits = config.gateway
+    return uvicorn.Config(
+        gateway.app,
+        loop="uvloop",
+        http=gateway.protocol,  # type: ignore[arg-type]
+        access_log=False,
+        log_config=None,
+        server_header=False,
+        timeout_graceful_shutdown=round(limits.shutdown_timeout_s),
+        ssl_certfile=limits.tls_certificate,
+        ssl_keyfile=limits.tls_key,
+    )
+
+
+def reload(gateway: Gateway) -> None:
+    """Take the file as it is now; one that cannot be used changes nothing."""
+    events = logging.getLogger(EVENTS)
+    try:
+        gateway.reload()
+    except (ConfigError, CardError) as error:
+        events.error("the configuration was not changed: %s", error)
+    else:
+        events.info("the configuration was read anew")
 
 
 if __name__ == "__main__":

@@ -1,84 +1,118 @@
-"""The gateway, put together. A request's way is the list in ``create_app``."""
+"""The gateway, put together. A request's way is the list in ``make_setup``."""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Coroutine, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
 
+import aiohttp
 from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
-from starlette.routing import Route
 
-from gateway.api.completions import Completions
-from gateway.api.operations import add_error_handlers, health_router, metrics_router, models_router
+from gateway.api.operations import Operations, add_error_handlers
 from gateway.config import Config
-from gateway.exchange import CHAT
-from gateway.hops import AnswerClient, AskUpstream, ChooseRoute, Identify, Listen
+from gateway.hops import AskUpstream, ChooseRoute, Identify
+from gateway.plane import DataPlane, Setup
 from gateway.quality.observe import Observer
 from gateway.routing.breaker import Clock
 from gateway.routing.health import probe_forever
 from gateway.routing.pools import Pools
 from gateway.routing.router import Router
 from gateway.telemetry.engines import EngineReader
-from gateway.telemetry.ledger import Ledger
+from gateway.telemetry.latencies import Latencies
 from gateway.telemetry.metrics import Metrics
 from gateway.upstream.litellm import LiteLLM
-from gateway.upstream.vllm import VLLM
+from gateway.wire.door import Door
 from quantize.card import Card
 
-COMPLETIONS = "/v1/completions"
 
+class Gateway:
+    """The application for everything that is not hot, and the data plane for what is."""
 
-def create_app(
-    config: Config,
-    cards: Mapping[str, Card],
-    registry: CollectorRegistry | None = None,
-    clock: Clock = time.monotonic,
-) -> FastAPI:
-    """The ASGI application. ``cards`` has the card of every served variant (``load_cards``)."""
-    pools = Pools(config, clock)
-    router = Router(config, cards, pools)
-    metrics = Metrics(registry or CollectorRegistry(), config.roles)
-    for variant, card in cards.items():
-        metrics.weight_bytes.labels(variant).set(card.weight_bytes)
-    observer = Observer(config, metrics)
-    engines = VLLM(config.gateway)
-    providers = LiteLLM(config.providers, config.gateway)
+    def __init__(
+        self,
+        config: Config,
+        cards: Mapping[str, Card],
+        registry: CollectorRegistry | None = None,
+        clock: Clock = time.monotonic,
+        load: Callable[[], tuple[Config, Mapping[str, Card]]] | None = None,
+    ) -> None:
+        """``cards`` has the card of every served variant (``load_cards``). ``load`` reads both anew."""
+        self._clock = clock
+        self._load = load
+        self.metrics = Metrics(registry or CollectorRegistry(), config.roles)
+        self.latencies = Latencies()
+        self.providers = LiteLLM(config.providers, config.gateway)
+        self.plane = DataPlane(self.make_setup(config, cards), self.metrics, self.latencies, clock)
+        self.app = FastAPI(title="Tiercel", lifespan=self._lifespan, docs_url=None, redoc_url=None)
+        operations = Operations(self.plane, self.metrics, created=int(time.time()), apply=self.apply)
+        self.app.include_router(operations.router())
+        add_error_handlers(self.app)
+        self.plane.app = self.app
 
-    hops = (
-        Identify(config),  # who asks: role and session
-        ChooseRoute(router),  # which precision, which replica, and why
-        AskUpstream(config, router, engines, providers),  # retries only what never reached an engine
-        Listen(observer),  # looks at an event after it was handed on
-        AnswerClient(),  # gives the client what it asked for
-    )
-    ledger = Ledger(metrics, frozenset(router.known_models()))
-    completions = Completions(hops, ledger, observer, config.gateway.max_body_bytes, clock)
+    def make_setup(self, config: Config, cards: Mapping[str, Card], before: Pools | None = None) -> Setup:
+        """What a configuration makes of a request's way."""
+        pools = Pools(config, self._clock, before)
+        router = Router(config, cards, pools, self.latencies)
+        observer = Observer(config, self.metrics)
+        for variant, card in cards.items():
+            self.metrics.weight_bytes.labels(variant).set(card.weight_bytes)
+        ask = AskUpstream(config, router, self.providers)
+        return Setup(
+            config=config,
+            cards=cards,
+            pools=pools,
+            router=router,
+            before=(
+                Identify(config),  # who asks: the key, and then the body, the role and the session
+            ),
+            onward=(
+                ChooseRoute(router),  # which precision, which replica, and why
+                ask,  # there, as bytes; retried only if it never reached an engine
+            ),
+            # then, part by part as the engine answers: a reader observes (upstream/readers.py), and the
+            # door gives the client what it asked for (wire/door.py)
+            ask=ask,
+            observer=observer,
+            known_models=frozenset(router.known_models()),
+        )
+
+    def apply(self, config: Config, cards: Mapping[str, Card]) -> None:
+        """A new configuration, for the requests that come from now on."""
+        setup = self.make_setup(config, cards, before=self.plane.setup.pools)
+        self.metrics.know_roles(config.roles)
+        self.providers.know(config.providers)
+        self.plane.setup = setup
+
+    def reload(self) -> None:
+        """Read the configuration anew. Raises ConfigError or CardError, and then nothing has changed."""
+        if self._load is not None:
+            self.apply(*self._load())
+
+    def protocol(self, *, config: Any, server_state: Any, app_state: Any, _loop: Any = None) -> Door:
+        """A connection's protocol, for uvicorn (``http=``)."""
+        return self.plane.door((_loop or asyncio.get_running_loop()).time, server_state.connections)
 
     @asynccontextmanager
-    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        limits = config.gateway
-        async with engines.connected() as session, providers.loaded():
-            reader = EngineReader(session, metrics, config.run_dir)
+    async def _lifespan(self, _: FastAPI) -> AsyncIterator[None]:
+        limits = self.plane.setup.config.gateway
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=limits.connect_timeout_s)
+        async with aiohttp.ClientSession(timeout=timeout, cookie_jar=aiohttp.DummyCookieJar()) as session:
+            await self.providers.load()
+            reader = EngineReader(session, self.metrics, self.plane.setup.config.run_dir, self._clock)
             async with _in_background(
-                probe_forever(session, pools.replicas(), limits.health_interval_s),
-                reader.read_forever(pools.replicas(), limits.scrape_interval_s),
+                probe_forever(session, self._replicas, limits.health_interval_s),
+                reader.read_forever(self._replicas, limits.scrape_interval_s),
+                self.plane.sweep_forever(),
             ):
                 yield
+                await self.plane.close()
 
-    app = FastAPI(title="Tiercel", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
-    app.router.routes += [
-        Route(CHAT, completions, methods=["POST"]),
-        Route(COMPLETIONS, completions, methods=["POST"]),
-    ]
-    app.include_router(models_router(router.known_models(), created=int(time.time())))
-    app.include_router(health_router(pools))
-    app.include_router(metrics_router(metrics.registry))
-    add_error_handlers(app)
-    return app
+    def _replicas(self) -> Any:
+        return self.plane.setup.pools.replicas()
 
 
 @asynccontextmanager

@@ -7,13 +7,25 @@ refers to nothing is a ConfigError whose text gives the key, the value and the f
 from __future__ import annotations
 
 import difflib
+from enum import StrEnum
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from quantize.gate import QualityBudget
+
+POLICIES = ("round_robin", "least_in_flight", "least_load", "session_affinity", "prefix_aware")
 
 
 class ConfigError(ValueError):
@@ -31,6 +43,23 @@ class Model(_Section):
     path: Path
 
 
+class WhenFull(StrEnum):
+    """What becomes of a request when every replica of its variant is full."""
+
+    RAISE = "raise"
+    """A more precise variant takes it."""
+    QUEUE = "queue"
+    """It waits for a replica of this variant, up to ``wait_s``."""
+    REFUSE = "refuse"
+
+
+class Canary(_Section):
+    """A share of a role's sessions that another variant serves."""
+
+    variant: str
+    percent: float = Field(ge=0, le=100)
+
+
 class Role(_Section):
     """What an agent does, and the quality it needs."""
 
@@ -41,6 +70,15 @@ class Role(_Section):
     long_context: Path | None = Field(
         default=None, description="the same with prompts that fill the context, judged apart from tasks"
     )
+
+    when_full: WhenFull = WhenFull.RAISE
+    wait_s: float = Field(
+        default=0.0, ge=0, description="how long a request may wait for a replica that starts or is full"
+    )
+    hedge: bool = Field(
+        default=False, description="ask a second replica when the first is slower than 95 % of answers"
+    )
+    canary: Canary | None = None
 
     @model_validator(mode="after")
     def _has_tasks_too(self) -> Role:
@@ -79,21 +117,60 @@ class Gateway(_Section):
         default=120.0, gt=0, description="for an answer that is not streamed this is the whole answer"
     )
     idle_timeout_s: float = Field(default=60.0, gt=0, description="longest silence within a stream")
+    total_timeout_s: float = Field(default=3600.0, gt=0, description="longest time for one answer")
+    header_timeout_s: float = Field(default=10.0, gt=0, description="for the head of a request to come")
+    body_timeout_s: float = Field(default=30.0, gt=0, description="longest silence within a request's body")
+    keep_alive_s: float = Field(default=75.0, gt=0, description="an idle client connection is closed then")
+    policy: str = Field(default="prefix_aware", description="how a replica is chosen within a pool")
+    max_in_flight: int | None = Field(default=None, ge=1, description="requests at a replica at a time")
+    workers: int = Field(default=1, ge=1, le=64, description="processes that share the port")
+    tls_certificate: Path | None = Field(default=None, description="PEM file; with tls_key: HTTPS")
+    tls_key: Path | None = None
+    access_log: bool = Field(default=True, description="a line per request; errors are logged anyway")
     scrape_interval_s: float = Field(default=2.0, gt=0, description="how often engine metrics are read")
     health_interval_s: float = Field(default=1.0, gt=0, description="how often replicas are probed")
     shutdown_timeout_s: float = Field(
         default=20.0, gt=0, description="longest wait for running requests when the gateway stops"
     )
 
-    @field_validator("host")
+    @field_validator("policy")
     @classmethod
-    def _loopback_only(cls, host: str) -> str:
-        if host not in ("127.0.0.1", "::1", "localhost"):
-            raise ValueError(
-                f"{host!r} is reachable from other machines and this version has no API keys; "
-                "use 127.0.0.1 behind a proxy that authenticates"
-            )
-        return host
+    def _known_policy(cls, policy: str) -> str:
+        if policy not in POLICIES:
+            raise ValueError(f"{policy!r} is not a policy; use one of: {', '.join(POLICIES)}")
+        return policy
+
+    @model_validator(mode="after")
+    def _both_or_none(self) -> Gateway:
+        if (self.tls_certificate is None) != (self.tls_key is None):
+            raise ValueError("tls_certificate and tls_key belong together; give both or none")
+        return self
+
+    @property
+    def loopback(self) -> bool:
+        """Whether only this machine can reach it."""
+        if self.host == "localhost":
+            return True
+        try:
+            return ip_address(self.host).is_loopback
+        except ValueError:
+            return False
+
+
+class Key(_Section):
+    """An API key: whose it is, and what it may do. Only its hash is kept here."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    sha256: str = Field(
+        pattern=r"^[0-9a-f]{64}$", description="of the key; `tiercel keys new` makes one and prints it"
+    )
+    tenant: str = Field(default="", description="whose prefix cache is kept apart; empty: everybody's")
+    roles: tuple[str, ...] = Field(default=(), description="roles it may use; empty: all")
+    models: tuple[str, ...] = Field(default=(), description="models it may use; empty: all")
+    role: str | None = Field(default=None, description="the role of all its requests")
+    default_role: str | None = Field(default=None, description="the role of requests that name none")
+    lowest: str | None = Field(default=None, description="the least precise variant it may ask for")
+    admin: bool = False
 
 
 class Provider(_Section):
@@ -109,6 +186,9 @@ class Quality(_Section):
     """Quality signals on live answers."""
 
     logprobs: bool = Field(default=True, description="ask engines for log-probabilities")
+    sample_rate: float = Field(
+        default=1.0, ge=0, le=1, description="share of answers that are listened to; the others pass as bytes"
+    )
     top_logprobs: int = Field(default=5, ge=0, le=20, description="tokens that entropy is summed over")
 
 
@@ -126,10 +206,17 @@ class Config(_Section):
         default_factory=dict, description="replica base URLs of pools that are not started here"
     )
     providers: tuple[Provider, ...] = ()
+    keys: tuple[Key, ...] = ()
     run_dir: Path = Path("var/run")
     gateway: Gateway = Gateway()
     engine: Engine = Engine()
     quality: Quality = Quality()
+    _directory: Path = PrivateAttr(default_factory=Path)
+
+    @property
+    def directory(self) -> Path:
+        """Where the file lies that this was read from."""
+        return self._directory
 
     @model_validator(mode="after")
     def _names_refer_to_something(self) -> Config:
@@ -149,6 +236,13 @@ class Config(_Section):
             for agent in role.agents:
                 if agents.setdefault(agent, name) != name:
                     raise ValueError(f"roles.{name}.agents: {agent!r} already belongs to {agents[agent]}")
+        for name, role in self.roles.items():
+            if role.canary and role.canary.variant not in self.serve:
+                raise ValueError(
+                    f"roles.{name}.canary.variant: {role.canary.variant!r} is not a served variant; "
+                    f"known: {_known(self.serve)}"
+                )
+        self._check_keys()
         if self.model.name in self.roles:
             raise ValueError(f"roles.{self.model.name}: is also the model's name; rename one")
         taken = {self.model.name, *self.roles, *(f"{self.model.name}:{name}" for name in self.serve)}
@@ -157,6 +251,28 @@ class Config(_Section):
                 raise ValueError(f"providers: {provider.model!r} is already a model or role; rename it")
             taken.add(provider.model)
         return self
+
+    def _check_keys(self) -> None:
+        if not self.keys and not self.gateway.loopback:
+            raise ValueError(
+                f"gateway.host: {self.gateway.host!r} can be reached from other machines and there are no "
+                "keys; add keys (`tiercel keys new` makes one) or listen on 127.0.0.1"
+            )
+        names = [key.name for key in self.keys]
+        hashes = [key.sha256 for key in self.keys]
+        if len(set(names)) < len(names) or len(set(hashes)) < len(hashes):
+            raise ValueError("keys: a name or a hash is listed twice; list each once")
+        for key in self.keys:
+            for role in (*key.roles, *filter(None, (key.role, key.default_role))):
+                if role not in self.roles:
+                    raise ValueError(f"keys.{key.name}: {role!r} is not a role; known: {_known(self.roles)}")
+                if key.roles and role not in key.roles:
+                    raise ValueError(f"keys.{key.name}: its role {role!r} is not among its roles; add it")
+            if key.lowest is not None and key.lowest not in self.serve:
+                raise ValueError(
+                    f"keys.{key.name}.lowest: {key.lowest!r} is not a served variant; "
+                    f"known: {_known(self.serve)}"
+                )
 
     def replicas(self, variant: str) -> tuple[str, ...]:
         """Base URLs (no trailing slash) of a variant's pool: the given ones, else the local engine."""
@@ -180,18 +296,28 @@ def _known(names: Any) -> str:
 def load_config(path: Path) -> Config:
     """Read and validate the YAML at ``path``. Raises ConfigError."""
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise ConfigError(f"{path} does not exist; give the configuration with --config FILE") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}; give a readable YAML file") from None
+    return parse_config(text, str(path), path.resolve().parent)
+
+
+def parse_config(text: str, source: str, directory: Path) -> Config:
+    """Validate YAML. ``source`` is what errors call it; relative paths are relative to ``directory``.
+    Raises ConfigError."""
+    try:
+        raw = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{source} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(raw, dict):
-        raise ConfigError(f"{path} must be a mapping of settings, got {type(raw).__name__}")
+        raise ConfigError(f"{source} must be a mapping of settings, got {type(raw).__name__}")
     try:
         config = Config.model_validate(raw)
     except ValidationError as error:
-        raise ConfigError(f"{path}: " + "; ".join(_explain(item) for item in error.errors())) from None
-    return _absolute(config, path.resolve().parent)
+        raise ConfigError(f"{source}: " + "; ".join(_explain(item) for item in error.errors())) from None
+    return _absolute(config, directory)
 
 
 def _explain(item: Any) -> str:
@@ -240,7 +366,7 @@ def _absolute(config: Config, base: Path) -> Config:
         for name, role in config.roles.items()
     }
     python = config.engine.python or Path(".venv-engine/bin/python")
-    return config.model_copy(
+    absolute = config.model_copy(
         update={
             "model": config.model.model_copy(update={"path": at(config.model.path)}),
             "variants_dir": at(config.variants_dir),
@@ -248,5 +374,13 @@ def _absolute(config: Config, base: Path) -> Config:
             "run_dir": at(config.run_dir),
             "engine": config.engine.model_copy(update={"python": at(python)}),
             "roles": roles,
+            "gateway": config.gateway.model_copy(
+                update={
+                    "tls_certificate": at(config.gateway.tls_certificate),
+                    "tls_key": at(config.gateway.tls_key),
+                }
+            ),
         }
     )
+    absolute._directory = base
+    return absolute

@@ -2,7 +2,12 @@
 
 GatewayError
 ├── BadRequestError           400  the client's input; ``param`` names the field
-│   └── BodyTooLargeError     413
+│   ├── MethodNotAllowedError 405
+│   ├── BodyTooLargeError     413
+│   ├── RequestTimeoutError   408  the request did not come in time; the connection is closed
+│   └── MalformedRequestError 400  no HTTP/1.1 that is read in one way only; the connection is closed
+├── UnauthenticatedError      401  no key, or an unknown one
+├── ForbiddenError            403  the key may not use this model or role
 ├── PrecisionTooLowError      403  an explicit variant below what the role's budget allows
 ├── UnknownModelError         404  with the known model ids
 ├── NoReplicaError            503  no replica can take it; with retry-after
@@ -45,9 +50,43 @@ class BadRequestError(GatewayError):
     type = "invalid_request_error"
 
 
+class MethodNotAllowedError(BadRequestError):
+    status = 405
+    code = "method_not_allowed"
+
+
 class BodyTooLargeError(BadRequestError):
     status = 413
     code = "body_too_large"
+
+
+class MalformedRequestError(BadRequestError):
+    """What came is not the HTTP that it must be. ``status`` is 400 unless another one says it better."""
+
+    code = "malformed_request"
+
+    def __init__(self, message: str, *, status: int = 400) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class RequestTimeoutError(BadRequestError):
+    status = 408
+    code = "request_timeout"
+
+
+class UnauthenticatedError(GatewayError):
+    status = 401
+    type = "authentication_error"
+    code = "invalid_api_key"
+
+
+class ForbiddenError(GatewayError):
+    """The key is known, and what it asks for is not among what it may use."""
+
+    status = 403
+    type = "permission_error"
+    code = "not_allowed"
 
 
 class PrecisionTooLowError(GatewayError):
@@ -69,6 +108,10 @@ class NoReplicaError(GatewayError):
     type = "service_unavailable"
     code = "no_replica"
     retry_after_s = 1
+
+    def __init__(self, message: str, *, may_wait: bool = True, internal: str | None = None) -> None:
+        super().__init__(message, internal=internal)
+        self.may_wait = may_wait
 
 
 class ShuttingDownError(GatewayError):

@@ -1,77 +1,376 @@
-"""One request on its way through the hops. Each hop reads what earlier ones found and adds its own."""
+"""One request on its way: what the hops decide, the attempts at answering it, and how it went.
+
+It is the ``Call`` of its door. The hops run one after the other without waiting; what an engine sends is
+then read and handed to the client part by part, as it comes. Where something has to be waited for (a
+connection, a replica, a provider) a task does that and goes on from there.
+"""
 
 from __future__ import annotations
 
+import asyncio
+import itertools
+import logging
+import os
 import re
-import uuid
-from collections.abc import AsyncIterator, Callable
-from contextlib import AsyncExitStack
-from typing import Any
+from collections.abc import Coroutine
+from typing import TYPE_CHECKING, Any, Protocol
 
-from starlette.types import Scope, Send
-
-from gateway.errors import GatewayError
+from gateway.api.body import EMPTY, Body
+from gateway.api.endpoints import Endpoint
+from gateway.errors import (
+    ClientGoneError,
+    GatewayError,
+    NoReplicaError,
+    ShuttingDownError,
+    UnexpectedError,
+    UpstreamError,
+    UpstreamTimeoutError,
+)
 from gateway.identity import Caller
-from gateway.quality.answer import Answer
+from gateway.routing.pools import Replica
 from gateway.routing.router import Route
-from gateway.upstream.base import Event, Reply
+from gateway.telemetry.logs import EVENTS
+from gateway.upstream.readers import Reader, TappedReader
 from gateway.upstream.wishes import Wishes
+from gateway.wire.door import STATUS_LINES, Door
+from gateway.wire.heads import RequestHead
 
-CHAT = "/v1/chat/completions"
+if TYPE_CHECKING:
+    from gateway.plane import DataPlane, Setup
+
 _SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+_ID_PREFIX = os.urandom(10).hex()
+_ids = itertools.count()
+_FIRST_WAIT_S = 0.05
+_LONGEST_WAIT_S = 1.0
+
+
+class Attempt(Protocol):
+    """One try at getting the answer, of one replica."""
+
+    replica: Replica
+
+    def cancel(self) -> None:
+        """Stop it. Safe at any time and twice."""
+
+    def pause(self) -> None: ...
+
+    def resume(self) -> None: ...
 
 
 class Exchange:
-    """A request, the decisions on it, and its answer. Times are seconds of ``clock``."""
+    """A request, the decisions on it, and its answer. Times are seconds of the plane's clock."""
 
-    def __init__(self, scope: Scope, send: Send, clock: Callable[[], float]) -> None:
-        self.clock = clock
-        self.received = clock()
-        self.send = send
-        self.path: str = scope["path"]
-        self.headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
-        self.request_id = request_id(self.headers)
-        self.body: dict[str, Any] = {}
+    __slots__ = (
+        "attempts",
+        "begun",
+        "body",
+        "caller",
+        "door",
+        "endpoint",
+        "error",
+        "finished",
+        "first_at",
+        "gaps",
+        "head",
+        "heard_at",
+        "hedged",
+        "last_at",
+        "overhead_s",
+        "path",
+        "paused_at",
+        "plane",
+        "raw",
+        "reader",
+        "received",
+        "request_id",
+        "route",
+        "setup",
+        "stale",
+        "task",
+        "tries",
+        "winner",
+        "wishes",
+    )
+
+    def __init__(
+        self, plane: DataPlane, setup: Setup, door: Door, endpoint: Endpoint, head: RequestHead, raw: bytes
+    ) -> None:
+        self.plane = plane
+        self.setup = setup
+        self.door = door
+        self.endpoint = endpoint
+        self.path = endpoint.path
+        self.head = head
+        self.raw = raw
+        self.received = plane.clock()
+        self.request_id = request_id(head.headers)
         # what the hops decide
+        self.body: Body = EMPTY
+        self.wishes = Wishes(chat=endpoint.chat, stream=False)
         self.caller: Caller | None = None
-        self.wishes = Wishes.of({}, chat=self.chat)
         self.route: Route | None = None
-        self.reply: Reply | None = None
-        self.batches: AsyncIterator[list[Event]] | None = None
-        self.answer = Answer()
-        # how it went
-        self.on_close = AsyncExitStack()
-        self.error: GatewayError | None = None
+        self.reader: Reader | None = None
+        # how it goes
+        self.attempts: list[Attempt] = []
+        self.winner: Attempt | None = None
+        """The attempt whose answer the client gets."""
+        self.hedged = False
+        self.task: asyncio.Task[None] | None = None
+        self.tries = 0
+        """Attempts that never reached an engine, and those of them over a connection that had been closed."""
+        self.stale = 0
         self.begun = False
         """Part of an answer has been sent: from here on nothing is retried and no status can change."""
-        self.complete = False
-        """The last byte of the answer has been handed to the server."""
+        self.finished = False
+        self.error: GatewayError | None = None
+        self.heard_at = self.received
+        """When the present attempt was made, or the engine was heard of last."""
+        self.paused_at: float | None = None
+        self.first_at: float | None = None
+        self.last_at = 0.0
+        self.gaps: list[float] = []
         self.overhead_s = 0.0
-        """Seconds of our own work so far, but for the decoding that ``reply`` counts."""
-        self.tapped = False
-        """The answer has been listened to without an error, so that it can be checked."""
+        """Seconds of our own work so far."""
 
     @property
-    def chat(self) -> bool:
-        return self.path == CHAT
+    def headers(self) -> dict[str, str]:
+        return self.head.headers
 
     @property
     def status(self) -> int:
         """As logged and counted: what went wrong, even when the client has seen a 200."""
         return self.error.status if self.error else 200
 
-    def answer_headers(self, content_type: str) -> list[tuple[bytes, bytes]]:
-        headers = [("content-type", content_type), ("x-request-id", self.request_id)]
-        if self.route is not None:
-            headers += [
-                ("x-tiercel-variant", self.route.variant),
-                ("x-tiercel-replica", self.route.replica.name),
-                ("x-tiercel-route-reason", self.route.reason),
-            ]
-        return [(name.encode("latin-1"), value.encode("latin-1", "replace")) for name, value in headers]
+    @property
+    def tapped(self) -> TappedReader | None:
+        return self.reader if isinstance(self.reader, TappedReader) else None
+
+    # going
+
+    def start(self) -> None:
+        """Run the hops."""
+        try:
+            for hop in self.setup.before:
+                hop(self)
+            self.go_on()
+        except GatewayError as error:
+            self.fail(error)
+        except Exception as error:
+            self._defect(error)
+        self.overhead_s += self.plane.clock() - self.received
+
+    def go_on(self) -> None:
+        """Choose a route and ask there; what provably never reached an engine comes here again."""
+        try:
+            for hop in self.setup.onward:
+                hop(self)
+        except NoReplicaError as error:
+            wait_s = self._patience()
+            if wait_s <= 0 or not error.may_wait:
+                raise
+            self.spawn(self._wait_for_replica(self.plane.clock() + wait_s))
+
+    def carry_on(self) -> None:
+        """Go on after an attempt that never reached an engine."""
+        try:
+            self.go_on()
+        except GatewayError as error:
+            self.fail(error)
+        except Exception as error:
+            self._defect(error)
+
+    def spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        """Do what has to be waited for. There is one such task at a time."""
+        self.task = asyncio.get_running_loop().create_task(self._guarded(work))
+
+    async def _guarded(self, work: Coroutine[Any, Any, None]) -> None:
+        try:
+            await work
+        except GatewayError as error:
+            self.fail(error)
+        except Exception as error:
+            self._defect(error)
+
+    async def _wait_for_replica(self, until: float) -> None:
+        """A pool that starts or is full is waited for, as long as the role allows."""
+        wait_s = _FIRST_WAIT_S
+        while True:
+            await asyncio.sleep(wait_s)
+            wait_s = min(2 * wait_s, _LONGEST_WAIT_S)
+            try:
+                for hop in self.setup.onward:
+                    hop(self)
+            except NoReplicaError:
+                if self.plane.clock() + wait_s > until:
+                    raise
+                continue
+            return
+
+    def _patience(self) -> float:
+        role = self.caller.role if self.caller else None
+        return self.setup.config.roles[role].wait_s if role else 0.0
+
+    # what attempts report
+
+    def arrived(self, attempt: Attempt, payload: bytes) -> None:
+        """A part of the answer, of whichever attempt is first; of an answer that is not streamed, all."""
+        now = self.plane.clock()
+        if self.finished:
+            attempt.cancel()
+            return
+        self.heard_at = now
+        if self.winner is not attempt:
+            self._choose(attempt)
+        try:
+            self._hand_on(payload, now)
+        except GatewayError as error:
+            self.fail(error)
+        except Exception as error:
+            self._defect(error)
+        self.overhead_s += self.plane.clock() - now
+
+    def _choose(self, attempt: Attempt) -> None:
+        self.winner = attempt
+        for other in self.attempts:
+            if other is not attempt:
+                other.cancel()
+        self.attempts = [attempt]
+        self.plane.first_answer(self, attempt)
+
+    def _hand_on(self, payload: bytes, now: float) -> None:
+        assert self.reader
+        out = self.reader.feed(payload, now)
+        if not self.wishes.stream:
+            self._send_whole(out)
+            return
+        if not out:
+            return
+        if self.first_at is None:
+            self.first_at = now
+        else:
+            self.gaps.append(now - self.last_at)
+        self.last_at = now
+        if self.begun:
+            self.door.send(out)
+        else:
+            self.begun = True
+            self.door.begin(self.plane.stream_head(self), out)
+
+    def ended(self, attempt: Attempt) -> None:
+        """The answer's last byte has come."""
+        if self.finished:
+            return
+        if not self.wishes.stream or (self.reader and self.reader.done):
+            attempt.replica.breaker.answered()
+            if self.wishes.stream:
+                if not self.begun:
+                    self.door.begin(self.plane.stream_head(self), b"")
+                self.door.end()
+            self._finish()
+        else:
+            attempt.replica.breaker.answer_broke()
+            self.fail(UpstreamError("The engine ended its answer before it was complete."))
+
+    def broke(self, attempt: Attempt, error: UpstreamError) -> None:
+        """An attempt failed: that of a hedged pair is left to the other one."""
+        if attempt in self.attempts:
+            self.attempts.remove(attempt)
+        if not self.finished and not self.attempts:
+            self.fail(error)
+
+    # what the door reports
+
+    def abandon(self) -> None:
+        self.fail(ClientGoneError("The client closed the connection."))
+
+    def pause(self) -> None:
+        self.paused_at = self.plane.clock()
+        for attempt in self.attempts:
+            attempt.pause()
+
+    def resume(self) -> None:
+        self.paused_at = None
+        self.heard_at = self.plane.clock()
+        for attempt in self.attempts:
+            attempt.resume()
+
+    def sweep(self, now: float) -> None:
+        """Called from time to time: end what takes too long."""
+        limits = self.setup.config.gateway
+        if now - self.received > limits.total_timeout_s:
+            self._time_out(f"The answer took longer than {limits.total_timeout_s:g} s.")
+        elif self.paused_at is not None:
+            if now - self.paused_at > limits.idle_timeout_s:
+                self.fail(ClientGoneError("The client does not read its answer."))
+        elif self.begun:
+            if now - self.heard_at > limits.idle_timeout_s:
+                self._time_out(f"The engine fell silent for {limits.idle_timeout_s:g} s.")
+        elif self.attempts and now - self.heard_at > limits.first_byte_timeout_s:
+            self._time_out(f"The engine gave no answer within {limits.first_byte_timeout_s:g} s.")
+
+    def _time_out(self, message: str) -> None:
+        for attempt in self.attempts:
+            attempt.replica.breaker.answer_broke()
+        names = ", ".join(f"{a.replica.name} at {a.replica.url}" for a in self.attempts)
+        self.fail(UpstreamTimeoutError(message, internal=names))
+
+    # ending
+
+    def stop(self) -> None:
+        """The gateway stops and will wait no longer."""
+        self.fail(ShuttingDownError("The gateway is shutting down; try again."))
+
+    def fail(self, error: GatewayError) -> None:
+        """Tell the client, in whatever way is still open: a status, or the last event of a stream."""
+        if self.finished:
+            return
+        self.error = error
+        gone = isinstance(error, ClientGoneError)
+        if self.begun and not gone:
+            self.door.end(self.endpoint.error_event(error))
+        elif not gone:
+            head = self.answer_head(error.status, b"application/json")
+            if error.retry_after_s is not None:
+                head += b"retry-after: %d\r\n" % error.retry_after_s
+            if error.status == 401:
+                head += b"www-authenticate: Bearer\r\n"
+            self.door.send_whole(head, self.endpoint.error_body(error))
+        elif self.paused_at is not None:
+            self.door.abort()
+        self._finish()
+
+    def answer_head(self, status: int, content_type: bytes) -> bytes:
+        placed = self.plane.placed(self.route) if self.route else b""
+        return b"%b%bcontent-type: %b\r\nx-request-id: %b\r\n%b" % (
+            STATUS_LINES.get(status) or b"HTTP/1.1 %d Error\r\n" % status,
+            self.plane.date(),
+            content_type,
+            self.request_id.encode(),
+            placed,
+        )
+
+    def _send_whole(self, payload: bytes) -> None:
+        self.begun = True
+        self.door.send_whole(self.answer_head(200, b"application/json"), payload)
+
+    def _defect(self, error: Exception) -> None:
+        fields = {"request_id": self.request_id}
+        logging.getLogger(EVENTS).error("request failed", exc_info=error, extra={"fields": fields})
+        self.fail(UnexpectedError(repr(error)))
+
+    def _finish(self) -> None:
+        self.finished = True
+        if self.task is not None and self.task is not asyncio.current_task():
+            self.task.cancel()
+        for attempt in self.attempts:
+            attempt.cancel()
+        self.plane.finished(self)
 
 
 def request_id(headers: dict[str, str]) -> str:
-    """The client's id if it is fit for a header and a log line, else a new one."""
-    given = headers.get("x-request-id", "")
-    return given if _SANE_REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+    """The client's id if it is fit for a header and a log line, else a new one of 32 characters."""
+    given = headers.get("x-request-id")
+    if given is not None and _SANE_REQUEST_ID.fullmatch(given):
+        return given
+    return f"{_ID_PREFIX}{next(_ids):012x}"

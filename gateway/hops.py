@@ -1,33 +1,54 @@
-"""The hops of a request, each one concern. Their order is in ``app.py``."""
+"""The hops of a request, each one concern. Their order is in ``app.py``. None of them waits."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from contextlib import aclosing
+import hashlib
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
+from gateway.api.body import Body
+from gateway.api.endpoints import Form
 from gateway.config import Config
-from gateway.errors import NeverReachedError, UpstreamError, UpstreamRefusedError
+from gateway.errors import BadRequestError, NeverReachedError
 from gateway.exchange import Exchange
-from gateway.identity import identify
-from gateway.quality.observe import Observer
+from gateway.identity import Identities
 from gateway.routing.pools import PROVIDER, Replica
 from gateway.routing.router import Router
-from gateway.upstream.base import Call, Event, Reply, Upstream
-from gateway.upstream.wishes import Wishes, as_wished, for_engine, with_usage
+from gateway.upstream.readers import NamedStreamReader, Reader, StreamReader, TappedReader, WholeReader
+from gateway.upstream.vllm import EngineAttempt, request_for
+from gateway.upstream.wishes import Wishes
 
-MOST_ATTEMPTS = 4
+if TYPE_CHECKING:
+    from gateway.upstream.litellm import LiteLLM
+
+MOST_TRIES = 4
 """Replicas tried for one request at most, when connecting to each fails."""
+_SHARE = 1 << 32
 
 
 class Identify:
-    """Who asks."""
+    """Who asks, and what: the key, and only then the body, the role and the session."""
 
     def __init__(self, config: Config) -> None:
-        self._config = config
+        self._identities = Identities(config)
 
-    async def __call__(self, exchange: Exchange) -> None:
-        exchange.caller = identify(self._config, exchange.headers, exchange.body)
-        exchange.wishes = Wishes.of(exchange.body, chat=exchange.chat)
+    def __call__(self, exchange: Exchange) -> None:
+        headers, endpoint = exchange.headers, exchange.endpoint
+        key = self._identities.key(headers)
+        kind = headers.get("content-type", "")
+        if kind != "application/json" and kind.partition(";")[0].strip().lower() != "application/json":
+            # Also what keeps a web page from posting here unasked: browsers send this type only after a
+            # preflight request, which the gateway does not answer.
+            raise BadRequestError(
+                "content-type: send the header `content-type: application/json`", param="content-type"
+            )
+        body = exchange.body = Body(exchange.raw)
+        endpoint.check(body)
+        if endpoint.form is Form.COMPLETIONS:
+            exchange.wishes = Wishes.of(body, chat=endpoint.chat)
+        elif endpoint.form is not Form.PLAIN:
+            exchange.wishes = Wishes(chat=False, stream=body.get("stream") is True)
+        exchange.caller = self._identities.of(headers, body, key)
 
 
 class ChooseRoute:
@@ -36,137 +57,75 @@ class ChooseRoute:
     def __init__(self, router: Router) -> None:
         self._router = router
 
-    async def __call__(self, exchange: Exchange) -> None:
+    def __call__(self, exchange: Exchange) -> None:
         assert exchange.caller
-        exchange.route = self._router.route(exchange.caller.role, exchange.body["model"])
+        exchange.route = self._router.route(exchange.caller, exchange.body, exchange.endpoint)
 
 
 class AskUpstream:
-    """Asks the chosen replica. The one place where anything is retried."""
+    """Asks the chosen replica. The one place where anything is retried, and where anything is hedged."""
 
-    def __init__(self, config: Config, router: Router, engines: Upstream, providers: Upstream) -> None:
-        self._config = config
+    def __init__(self, config: Config, router: Router, providers: LiteLLM) -> None:
         self._router = router
-        self._engines = engines
         self._providers = providers
+        share = config.quality.sample_rate if config.quality.logprobs else 0.0
+        self._tapped_below = int(share * _SHARE)
 
-    async def __call__(self, exchange: Exchange) -> None:
-        """Open the answer. What provably never reached an engine is routed anew: a connection that
-        failed (its replica is left alone from now on), and once a pooled connection that was stale."""
-        assert exchange.caller
-        stale = 0
-        for attempt in range(1, MOST_ATTEMPTS + 1):
-            try:
-                await self._open(exchange)
-                return
-            except NeverReachedError as error:
-                stale += error.stale
-                if attempt == MOST_ATTEMPTS or stale > 1:
-                    raise
-            exchange.route = self._router.route(exchange.caller.role, exchange.body["model"])
-
-    async def _open(self, exchange: Exchange) -> None:
+    def __call__(self, exchange: Exchange) -> None:
         assert exchange.route
-        replica, wishes = exchange.route.replica, exchange.wishes
-        provider = replica.variant == PROVIDER
-        if provider:
-            upstream, body = self._providers, with_usage(exchange.body, wishes)
+        replica = exchange.route.replica
+        if exchange.reader is None:
+            exchange.reader = self._reader(exchange)
+        if replica.variant == PROVIDER:
+            self._providers.ask(exchange, replica)
         else:
-            upstream = self._engines
-            body = for_engine(exchange.body, wishes, self._config.model.name, self._config.quality)
-        call = Call(exchange.path, body, wishes.stream)
-        exchange.overhead_s = exchange.overhead_s or exchange.clock() - exchange.received
-        replica.take()
-        try:
-            reply = await upstream.open(replica, call)
-        except BaseException as error:
-            replica.release()
-            if isinstance(error, UpstreamError):
-                _blame(replica, error)
-            raise
-        exchange.on_close.callback(replica.release)
-        exchange.on_close.push_async_callback(reply.close)
-        exchange.reply = reply
-        exchange.batches = _watched(reply, replica)
+            self._ask(exchange, replica)
+            if exchange.route.hedge_after_s is not None and not exchange.hedged:
+                exchange.plane.later(exchange.route.hedge_after_s, lambda: self._hedge(exchange))
+
+    def again(self, exchange: Exchange, attempt: EngineAttempt, error: NeverReachedError) -> None:
+        """An attempt did no work upstream: route anew (its replica is left alone from now on, if it could
+        not be reached), but only once for kept connections that had been closed."""
+        exchange.tries += 1
+        exchange.stale += error.stale
+        others = len(exchange.attempts) > 1
+        if others or exchange.finished or exchange.tries >= MOST_TRIES or exchange.stale > 1:
+            exchange.broke(attempt, error)
+            return
+        exchange.attempts.remove(attempt)
+        exchange.carry_on()
+
+    def _reader(self, exchange: Exchange) -> Reader:
+        wishes, endpoint = exchange.wishes, exchange.endpoint
+        if endpoint.form is not Form.COMPLETIONS:
+            return NamedStreamReader() if wishes.stream else WholeReader()
+        if self._tapped_below and sampled(exchange.request_id, self._tapped_below):
+            return TappedReader(wishes)
+        return StreamReader(wishes) if wishes.stream else WholeReader()
+
+    def _ask(self, exchange: Exchange, replica: Replica) -> None:
+        attempt = EngineAttempt(exchange, replica, request_for(exchange, replica))
+        exchange.attempts.append(attempt)
+        exchange.heard_at = exchange.plane.clock()
+        attempt.start()
+
+    def _hedge(self, exchange: Exchange) -> None:
+        """Ask a second replica when the first one is slower than nearly always; the faster one wins."""
+        route = exchange.route
+        if exchange.finished or exchange.winner or not route or len(exchange.attempts) != 1:
+            return
+        busy = exchange.attempts[0].replica
+        if (other := self._router.another(route, busy)) is not None:
+            exchange.hedged = True
+            self._ask(exchange, other)
 
 
-async def _watched(reply: Reply, replica: Replica) -> AsyncIterator[list[Event]]:
-    """The answer; its replica's breaker hears how it ended."""
-    try:
-        async for batch in reply.batches():
-            yield batch
-    except UpstreamError as error:
-        _blame(replica, error)
-        raise
-    replica.breaker.answered()
+def sampled(request_id: str, below: int) -> bool:
+    """Whether a request is in the sample: by a hash of its id, so that every part of the house agrees.
+    ``below`` of 2**32 ids are."""
+    if below >= _SHARE:
+        return True
+    return int.from_bytes(hashlib.blake2s(request_id.encode(), digest_size=4).digest(), "big") < below
 
 
-def _blame(replica: Replica, error: UpstreamError) -> None:
-    if isinstance(error, NeverReachedError):
-        if not error.stale:
-            replica.breaker.not_reached()
-    elif isinstance(error, UpstreamRefusedError):
-        replica.breaker.answered()
-    else:
-        replica.breaker.answer_broke()
-
-
-class Listen:
-    """Taps the answer: an event is handed on first and looked at afterwards."""
-
-    def __init__(self, observer: Observer) -> None:
-        self._observer = observer
-
-    async def __call__(self, exchange: Exchange) -> None:
-        assert exchange.batches
-        exchange.batches = self._tap(exchange, exchange.batches)
-
-    async def _tap(
-        self, exchange: Exchange, batches: AsyncIterator[list[Event]]
-    ) -> AsyncIterator[list[Event]]:
-        assert exchange.caller
-        assert exchange.route
-        exchange.tapped = True
-        async for batch in batches:
-            at = exchange.clock()
-            yield batch
-            begun = exchange.clock()
-            try:
-                for event in batch if exchange.tapped else ():
-                    if event.data is not None:
-                        exchange.answer.add(event.data, at)
-            except Exception:  # an engine may send what we have never seen: that breaks no request
-                exchange.tapped = False
-                self._observer.count_error("listen", exchange.caller.role, exchange.route.variant)
-            exchange.overhead_s += exchange.clock() - begun
-
-
-class AnswerClient:
-    """Sends what the client asked for, unbuffered."""
-
-    async def __call__(self, exchange: Exchange) -> None:
-        assert exchange.batches
-        wishes = exchange.wishes
-        async with aclosing(exchange.batches) as batches:  # type: ignore[type-var]
-            async for batch in batches:
-                arrived = exchange.clock()
-                payload = b"".join([as_wished(event, wishes) for event in batch])
-                last = not wishes.stream or any(event.done for event in batch)
-                exchange.overhead_s += exchange.clock() - arrived
-                if not exchange.begun:
-                    await self._begin(exchange, len(payload))
-                if payload or last:
-                    exchange.complete = last
-                    await exchange.send(
-                        {"type": "http.response.body", "body": payload, "more_body": not last}
-                    )
-
-    async def _begin(self, exchange: Exchange, size: int) -> None:
-        if exchange.wishes.stream:
-            headers = exchange.answer_headers("text/event-stream; charset=utf-8")
-            headers += [(b"cache-control", b"no-cache"), (b"x-accel-buffering", b"no")]
-        else:
-            headers = exchange.answer_headers("application/json")
-            headers.append((b"content-length", str(size).encode()))
-        exchange.begun = True
-        await exchange.send({"type": "http.response.start", "status": 200, "headers": headers})
+Hop = Callable[[Exchange], None]

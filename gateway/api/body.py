@@ -1,108 +1,183 @@
-"""The body of a completion request: read, parsed, and checked as far as the gateway depends on it.
+"""The body of a request: taken apart at its first level only, and checked as far as we depend on it.
 
-Fields that are not named here pass as they are: the engine knows its own dialect. A refusal names the
-field, the value's type and the fix.
+A field that nobody here asks for stays the bytes that the client sent, and is put together again as such:
+a prompt of 16 KB is scanned twice and never becomes Python objects. Fields that are not named here pass
+as they are: the engine knows its own dialect. A refusal names the field, the value's type and the fix.
 """
 
 from __future__ import annotations
 
-import asyncio
-import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal, get_args
 
-from starlette.types import Receive
+import msgspec
 
-from gateway.errors import BadRequestError, BodyTooLargeError, ClientGoneError
+from gateway.errors import BadRequestError
 
-_ROLES = ("assistant", "developer", "function", "system", "tool", "user")
-_DISCARD_FACTOR = 8
-_DISCARD_SECONDS = 2.0
-
-
-async def read_body(receive: Receive, headers: Mapping[str, str], limit: int) -> bytes:
-    """The whole body. Raises BodyTooLargeError beyond ``limit`` bytes, ClientGoneError."""
-    if headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
-        # Also what keeps a web page from posting here unasked: browsers send this type only after a
-        # preflight request, which the gateway does not answer.
-        raise BadRequestError(
-            "content-type: send the header `content-type: application/json`", param="content-type"
-        )
-    length = headers.get("content-length", "")
-    declared = int(length) if length.isascii() and length.isdigit() and len(length) < 19 else 0
-    chunks, size, more = [], 0, True
-    while more and max(size, declared) <= limit:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise ClientGoneError("The client left while sending its request.")
-        chunks.append(message.get("body", b""))
-        size += len(chunks[-1])
-        more = message.get("more_body", False)
-    if max(size, declared) > limit:
-        if more:
-            await _discard(receive, limit * _DISCARD_FACTOR)
-        raise BodyTooLargeError(f"The body is larger than the limit of {limit} bytes; send less context.")
-    return b"".join(chunks)
+Role = Literal["assistant", "developer", "function", "system", "tool", "user"]
+_ROLES: tuple[str, ...] = get_args(Role)
+_MESSAGES_FIX = 'send a list such as [{"role": "user", "content": "Hello"}]'
 
 
-async def _discard(receive: Receive, limit: int) -> None:
-    """Read on for a while: a client that is still sending would see a reset instead of the answer."""
-    size = 0
+class _Message(msgspec.Struct):
+    """A message as nearly all are; any other is looked at more closely."""
+
+    role: Role
+    content: str | None = None
+
+
+_FIELDS = msgspec.json.Decoder(dict[str, msgspec.Raw])
+_MESSAGES = msgspec.json.Decoder(list[_Message])
+
+
+class Body:
+    """A JSON object by its first-level fields. Raises BadRequestError for what is none."""
+
+    __slots__ = ("_fields", "_values")
+
+    def __init__(self, raw: bytes) -> None:
+        try:
+            self._fields: dict[str, msgspec.Raw] = _FIELDS.decode(raw)
+            if not raw.isascii():
+                raw.decode()
+        except msgspec.ValidationError:
+            raise BadRequestError(f"The body is {_kind_of_json(raw)}; send a JSON object.") from None
+        except RecursionError:
+            raise BadRequestError("The body is nested too deeply; send a flatter JSON object.") from None
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise BadRequestError(f"The body is not valid JSON ({error}); send a JSON object.") from None
+        self._values: dict[str, Any] = {}
+
+    def __contains__(self, field: str) -> bool:
+        return field in self._fields
+
+    def __iter__(self) -> Any:
+        return iter(self._fields)
+
+    def raw(self, field: str) -> bytes:
+        """A field's JSON; empty when it is absent."""
+        value = self._fields.get(field)
+        return b"" if value is None else bytes(value)
+
+    def get(self, field: str) -> Any:
+        """A field's value; None when it is absent."""
+        raw = self._fields.get(field)
+        if raw is None:
+            return None
+        if field not in self._values:
+            self._values[field] = _value(raw)
+        return self._values[field]
+
+    def with_(self, changes: Mapping[str, Any]) -> bytes:
+        """The body's JSON with some fields set anew."""
+        fields: dict[str, Any] = dict(self._fields)
+        fields.update(changes)
+        return msgspec.json.encode(fields)
+
+    def everything(self) -> dict[str, Any]:
+        """All values, as a copy."""
+        return {field: self.get(field) for field in self._fields}
+
+
+EMPTY = Body(b"{}")
+
+
+def _value(raw: msgspec.Raw) -> Any:
     try:
-        async with asyncio.timeout(_DISCARD_SECONDS):
-            while size <= limit:
-                message = await receive()
-                size += len(message.get("body", b""))
-                if message["type"] == "http.disconnect" or not message.get("more_body", False):
-                    return
-    except TimeoutError:
-        return
+        return msgspec.json.decode(raw)
+    except RecursionError:
+        raise BadRequestError("The body is nested too deeply; send a flatter JSON object.") from None
 
 
-def parse_body(raw: bytes, *, chat: bool) -> dict[str, Any]:
-    """The request as a mapping, checked. Raises BadRequestError."""
+def check_chat(body: Body) -> None:
+    """What every endpoint needs, and messages. Raises BadRequestError."""
+    check_common(body)
     try:
-        body = json.loads(raw, parse_constant=_no_constant)
-    except (ValueError, RecursionError) as error:
-        reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
-        raise BadRequestError(f"The body is not valid JSON ({reason}); send a JSON object.") from None
-    if not isinstance(body, dict):
-        raise BadRequestError(f"The body is {_kind(body)}; send a JSON object.")
-    _check_common(body)
-    if chat:
+        if not _MESSAGES.decode(body.raw("messages")):
+            raise _bad("messages", "is empty", _MESSAGES_FIX)
+    except msgspec.MsgspecError:
         _check_messages(body)
-        _expect(body, "logprobs", (bool,), "true or false")
-        _expect(body, "top_logprobs", (int,), "a whole number from 0 to 20")
-        if (body.get("top_logprobs") or 0) < -1:
-            raise _bad("top_logprobs", f"is {body['top_logprobs']}", "send a whole number from 0 to 20")
-    elif "prompt" not in body:
-        raise _bad("prompt", "is missing", "send the text to continue")
-    return body
+    expect(body, "logprobs", (bool,), "true or false")
+    expect(body, "top_logprobs", (int,), "a whole number from 0 to 20")
+    if (body.get("top_logprobs") or 0) < -1:
+        raise _bad("top_logprobs", f"is {body.get('top_logprobs')}", "send a whole number from 0 to 20")
 
 
-def _check_common(body: dict[str, Any]) -> None:
+def check_prompt(body: Body) -> None:
+    """A text completion."""
+    check_common(body)
+    require(body, "prompt", "send the text to continue")
+
+
+def check_responses(body: Body) -> None:
+    check_common(body)
+    require(body, "input", "send a string or a list of items")
+    expect(body, "input", (str, list), "a string or a list of items")
+    expect(body, "instructions", (str,), "a string")
+    expect(body, "max_output_tokens", (int,), "a whole number of at least 1")
+
+
+def check_anthropic(body: Body) -> None:
+    """A request in Anthropic's form."""
+    check_common(body)
+    if "max_tokens" not in body:
+        raise _bad("max_tokens", "is missing", "send a whole number of at least 1")
+    check_anthropic_prompt(body)
+
+
+def check_anthropic_prompt(body: Body) -> None:
+    """The same without the answer's length, as for counting tokens."""
+    check_common(body)
+    _check_messages(body)
+    expect(body, "system", (str, list), "a string or a list of blocks")
+
+
+def check_embeddings(body: Body) -> None:
+    check_common(body)
+    if "messages" not in body:
+        require(body, "input", "send the text, or a list of texts")
+
+
+def check_common(body: Body) -> None:
     if "model" not in body:
         raise _bad("model", "is missing", "name a model, a role or model:variant; GET /v1/models lists them")
-    if not isinstance(body["model"], str) or not body["model"]:
-        raise _bad("model", f"is {_kind(body['model'])}", "send a model id as a non-empty string")
-    _expect(body, "stream", (bool,), "true or false")
-    _expect(body, "stream_options", (dict,), 'an object such as {"include_usage": true}')
-    _expect(body, "temperature", (int, float), "a number such as 0.7")
+    model = body.get("model")
+    if not isinstance(model, str) or not model:
+        raise _bad("model", f"is {_kind(model)}", "send a model id as a non-empty string")
+    expect(body, "stream", (bool,), "true or false")
+    expect(body, "stream_options", (dict,), 'an object such as {"include_usage": true}')
+    expect(body, "temperature", (int, float), "a number such as 0.7")
     for field in ("max_tokens", "max_completion_tokens"):
-        _expect(body, field, (int,), "a whole number of at least 1")
-        if body.get(field) is not None and body[field] < 1:
-            raise _bad(field, f"is {body[field]}", "send a whole number of at least 1")
+        if field in body:
+            expect(body, field, (int,), "a whole number of at least 1")
+            value = body.get(field)
+            if value is not None and value < 1:
+                raise _bad(field, f"is {value}", "send a whole number of at least 1")
 
 
-def _check_messages(body: dict[str, Any]) -> None:
-    fix = 'send a list such as [{"role": "user", "content": "Hello"}]'
+def require(body: Body, field: str, fix: str) -> None:
+    if field not in body:
+        raise _bad(field, "is missing", fix)
+
+
+def expect(body: Body, field: str, types: tuple[type, ...], wanted: str) -> None:
+    """Refuse a value of another type. Null means absent, as OpenAI's clients send it; bool is no int."""
+    if field not in body:
+        return
+    value = body.get(field)
+    if value is None or (isinstance(value, types) and (bool in types or not isinstance(value, bool))):
+        return
+    raise _bad(field, f"is {_kind(value)}", f"send {wanted}")
+
+
+def _check_messages(body: Body) -> None:
     if "messages" not in body:
-        raise _bad("messages", "is missing", fix)
-    messages = body["messages"]
+        raise _bad("messages", "is missing", _MESSAGES_FIX)
+    messages = body.get("messages")
     if not isinstance(messages, list):
-        raise _bad("messages", f"is {_kind(messages)}", fix)
+        raise _bad("messages", f"is {_kind(messages)}", _MESSAGES_FIX)
     if not messages:
-        raise _bad("messages", "is empty", fix)
+        raise _bad("messages", "is empty", _MESSAGES_FIX)
     for index, message in enumerate(messages):
         _check_message(f"messages[{index}]", message)
 
@@ -126,14 +201,6 @@ def _check_message(where: str, message: Any) -> None:
             raise _bad(f"{where}.content[{index}]", f"is {_kind(part)}", fix)
 
 
-def _expect(body: dict[str, Any], field: str, types: tuple[type, ...], wanted: str) -> None:
-    """Refuse a value of another type. Null means absent, as OpenAI's clients send it; bool is no int."""
-    value = body.get(field)
-    if value is None or (isinstance(value, types) and (bool in types or not isinstance(value, bool))):
-        return
-    raise _bad(field, f"is {_kind(value)}", f"send {wanted}")
-
-
 def _bad(field: str, what: str, fix: str) -> BadRequestError:
     return BadRequestError(f"{field}: {what}; {fix}", param=field)
 
@@ -146,5 +213,6 @@ def _kind(value: Any) -> str:
     return names.get(type(value), "a number")
 
 
-def _no_constant(name: str) -> float:
-    raise ValueError(f"{name} is not a JSON number")
+def _kind_of_json(raw: bytes) -> str:
+    examples: dict[bytes, Any] = {b'"': "", b"[": [], b"n": None, b"t": True, b"f": False}
+    return _kind(examples.get(raw.lstrip()[:1], 0))

@@ -1,44 +1,98 @@
-"""What is not the hot path: models, health, readiness, metrics, and errors of unknown paths."""
+"""What is not the hot path: models, health, readiness, metrics, the route of a request that is not made, the
+configuration, and errors of unknown paths."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from typing import Annotated, Any
 
-from fastapi import APIRouter, FastAPI, Request, Response
+from fastapi import APIRouter, Body, Depends, FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 
-from gateway.errors import BadRequestError, GatewayError, UnexpectedError, envelope
+from gateway.cards import load_cards
+from gateway.config import Config, ConfigError, parse_config
+from gateway.errors import BadRequestError, ForbiddenError, GatewayError, UnexpectedError, envelope
 from gateway.exchange import request_id
-from gateway.routing.pools import Pools
+from gateway.identity import Identities
+from gateway.plane import DataPlane
+from gateway.telemetry.metrics import Metrics
+from quantize.card import Card, CardError
+
+Apply = Callable[[Config, Mapping[str, Card]], None]
 
 
-def models_router(models: Sequence[str], created: int) -> APIRouter:
-    """``GET /v1/models``: every id that a request may name. ``created`` is Unix time."""
-    router = APIRouter()
+class RouteQuestion(BaseModel):
+    """A request as far as its route depends on it; its headers count as those of a real one do."""
 
-    @router.get("/v1/models")
-    async def list_models() -> dict[str, Any]:
-        entries = [
-            {"id": model, "object": "model", "created": created, "owned_by": "tiercel"} for model in models
-        ]
-        return {"object": "list", "data": entries}
-
-    return router
+    model: str = Field(min_length=1)
+    metadata: dict[str, Any] | None = None
+    vllm_xargs: dict[str, Any] | None = None
+    user: str | None = None
+    prompt_cache_key: str | None = None
 
 
-def health_router(pools: Pools) -> APIRouter:
-    """``GET /health``: the process lives. ``GET /readiness``: every served variant can be reached."""
-    router = APIRouter()
+class Operations:
+    """The routes of the application."""
 
-    @router.get("/health")
-    async def health() -> dict[str, str]:
+    def __init__(self, plane: DataPlane, metrics: Metrics, created: int, apply: Apply) -> None:
+        """``created`` is Unix time, for the list of models."""
+        self._plane = plane
+        self._metrics = metrics
+        self._created = created
+        self._apply = apply
+
+    def router(self) -> APIRouter:
+        router = APIRouter()
+        known = [Depends(self._known)]
+        router.get("/v1/models", dependencies=known)(self.models)
+        router.get("/v1/models/{model:path}", dependencies=known)(self.model)
+        router.post("/v1/route", dependencies=known)(self.route)
+        router.get("/health")(self.health)
+        router.get("/readiness")(self.readiness)
+        router.get("/metrics")(self.show_metrics)
+        router.get("/admin/config", dependencies=[Depends(self._admin)])(self.config)
+        router.put("/admin/config", dependencies=[Depends(self._admin)])(self.set_config)
+        return router
+
+    async def models(self) -> dict[str, Any]:
+        """Every id that a request may name."""
+        return {"object": "list", "data": [self._entry(model) for model in self._known_models()]}
+
+    async def model(self, model: str) -> dict[str, Any]:
+        """One of them."""
+        if model not in self._known_models():
+            raise HTTPException(404, f"{model[:80]!r} does not exist; GET /v1/models lists what does")
+        return self._entry(model)
+
+    async def route(self, question: RouteQuestion, request: Request) -> dict[str, Any]:
+        """Which variant would serve a request, and why: nothing is asked of an engine."""
+        setup = self._plane.setup
+        identities = Identities(setup.config)
+        body = question.model_dump(exclude_none=True)
+        caller = identities.of(request.headers, body, identities.key(request.headers))
+        found = setup.router.explain(caller, question.model)
+        pools = setup.pools.by_variant
+        usable = [variant for variant in found.ladder if pools[variant].usable()]
+        return {
+            **asdict(found),
+            "session": caller.session,
+            "variant": usable[0] if usable else None,
+            "usable": usable,
+            "when_full": setup.config.roles[caller.role].when_full.value,
+        }
+
+    async def health(self) -> dict[str, str]:
+        """The process lives."""
         return {"status": "ok"}
 
-    @router.get("/readiness")
-    async def readiness() -> JSONResponse:
+    async def readiness(self) -> JSONResponse:
+        """Every served variant can be reached."""
+        pools = self._plane.setup.pools.by_variant
         detail = {
             variant: {
                 "reachable": pool.reachable,
@@ -52,24 +106,55 @@ def health_router(pools: Pools) -> APIRouter:
                     for replica in pool.replicas
                 },
             }
-            for variant, pool in pools.by_variant.items()
+            for variant, pool in pools.items()
         }
-        missing = [variant for variant, pool in pools.by_variant.items() if not pool.reachable]
+        missing = [variant for variant, pool in pools.items() if not pool.reachable]
         body = {"ready": not missing, "not_reachable": missing, "pools": detail}
         return JSONResponse(body, status_code=503 if missing else 200)
 
-    return router
+    async def show_metrics(self) -> Response:
+        """Prometheus text."""
+        return Response(generate_latest(self._metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
+    async def config(self) -> dict[str, Any]:
+        """The configuration that is in use; keys by name alone."""
+        shown = self._plane.setup.config.model_dump(mode="json")
+        shown["keys"] = [{**key, "sha256": "…"} for key in shown["keys"]]
+        return shown
 
-def metrics_router(registry: CollectorRegistry) -> APIRouter:
-    """``GET /metrics``: Prometheus text."""
-    router = APIRouter()
+    async def set_config(self, text: Annotated[str, Body(media_type="application/yaml")]) -> dict[str, Any]:
+        """Use another configuration from now on, until the next start or reload; the file is left alone.
 
-    @router.get("/metrics")
-    async def metrics() -> Response:
-        return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
+        It is checked whole first: one that cannot be used changes nothing.
+        """
+        old = self._plane.setup.config
+        try:
+            new = parse_config(text, "the configuration sent", old.directory)
+            cards = load_cards(new)
+        except (ConfigError, CardError) as error:
+            raise BadRequestError(str(error)) from None
+        for field in ("host", "port", "workers", "tls_certificate", "tls_key"):
+            if getattr(new.gateway, field) != getattr(old.gateway, field):
+                raise BadRequestError(
+                    f"gateway.{field}: cannot change while the gateway runs; start it anew", param=field
+                )
+        self._apply(new, cards)
+        return {"applied": True, "serve": list(new.serve), "roles": list(new.roles)}
 
-    return router
+    def _known_models(self) -> list[str]:
+        return self._plane.setup.router.known_models()
+
+    def _entry(self, model: str) -> dict[str, Any]:
+        return {"id": model, "object": "model", "created": self._created, "owned_by": "tiercel"}
+
+    def _known(self, request: Request) -> None:
+        Identities(self._plane.setup.config).key(request.headers)
+
+    def _admin(self, request: Request) -> None:
+        config = self._plane.setup.config
+        key = Identities(config).key(request.headers)
+        if key is not None and not key.admin:
+            raise ForbiddenError("authorization: this key is no admin's; use one with `admin: true`")
 
 
 def add_error_handlers(app: FastAPI) -> None:
@@ -86,8 +171,20 @@ def add_error_handlers(app: FastAPI) -> None:
         what = f"{request.method} {request.url.path}"[:200]
         return answer(request, BadRequestError(f"{what}: {error.detail}."), error.status_code, error.headers)
 
+    async def invalid(request: Request, error: Exception) -> Response:
+        assert isinstance(error, RequestValidationError)
+        first = error.errors()[0]
+        field = ".".join(str(part) for part in first["loc"] if part != "body") or "body"
+        return answer(request, BadRequestError(f"{field}: {first['msg']}", param=field), 400)
+
+    async def ours(request: Request, error: Exception) -> Response:
+        assert isinstance(error, GatewayError)
+        return answer(request, error, error.status)
+
     async def unexpected(request: Request, error: Exception) -> Response:
         return answer(request, UnexpectedError(repr(error)), 500)
 
     app.add_exception_handler(HTTPException, refused)
+    app.add_exception_handler(RequestValidationError, invalid)
+    app.add_exception_handler(GatewayError, ours)
     app.add_exception_handler(Exception, unexpected)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from enum import StrEnum
-from typing import Any
 
+from gateway.api.body import Body
 from gateway.config import Config
 from gateway.quality.answer import Answer
 from gateway.quality.grounded import Grounded, Label, check, context_of
@@ -40,7 +40,7 @@ class Observer:
         self._grounded_check = grounded_check
         self._log = logging.getLogger(EVENTS)
 
-    async def observe(self, role: str, variant: str, body: Mapping[str, Any], answer: Answer) -> None:
+    async def observe(self, role: str, variant: str, body: Body, answer: Answer) -> None:
         """Check an answer that is complete. Raises nothing; a check that fails is counted as such."""
         self._count("signals", role, variant, lambda: self._signals(role, variant, answer))
         if self._config.roles[role].grounded and "messages" in body:
@@ -71,8 +71,8 @@ class Observer:
         self._metrics.quality_score.labels(role, variant, "likely_tokens").observe(1 - signals.unlikely_share)
         return CheckOutcome.PASSED
 
-    def _grounded(self, role: str, variant: str, body: Mapping[str, Any], answer: Answer) -> CheckOutcome:
-        context, text = context_of(body["messages"]), "\n".join(answer.texts)
+    def _grounded(self, role: str, variant: str, body: Body, answer: Answer) -> CheckOutcome:
+        context, text = context_of(body.get("messages")), "\n".join(answer.texts)
         if len(context) + len(text) > LONGEST_TEXT:
             return CheckOutcome.SKIPPED
         result = self._grounded_check(text, context)

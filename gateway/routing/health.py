@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import aiohttp
 
@@ -30,13 +30,19 @@ async def probe(session: aiohttp.ClientSession, replica: Replica) -> None:
 
 
 async def probe_forever(
-    session: aiohttp.ClientSession, replicas: Iterable[Replica], interval_s: float
+    session: aiohttp.ClientSession, replicas: Callable[[], Iterable[Replica]], interval_s: float
 ) -> None:
-    """Probe every replica each ``interval_s`` seconds; one that hangs holds up no other."""
-
-    async def probe_one(replica: Replica) -> None:
+    """Probe every one of ``replicas()``, which may change, each ``interval_s`` seconds; one that hangs holds
+    up no other."""
+    running: dict[Replica, asyncio.Task[None]] = {}
+    try:
         while True:
-            await probe(session, replica)
+            for replica in replicas():
+                if replica not in running or running[replica].done():
+                    running[replica] = asyncio.create_task(probe(session, replica))
+            running = {replica: task for replica, task in running.items() if not task.done()}
             await asyncio.sleep(interval_s)
-
-    await asyncio.gather(*(probe_one(replica) for replica in replicas))
+    finally:
+        for task in running.values():
+            task.cancel()
+        await asyncio.gather(*running.values(), return_exceptions=True)

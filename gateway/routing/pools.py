@@ -1,74 +1,164 @@
-"""Pools and their replicas; the choice of a replica within a pool."""
+"""Pools and their replicas."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import asyncio
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from gateway.config import Config
 from gateway.routing.breaker import Breaker, Clock
+from gateway.wire.engines import EnginePool
+
+if TYPE_CHECKING:
+    from gateway.routing.policies import Ask, Policy
 
 PROVIDER = "provider"
 """The variant label of what LiteLLM serves, whose precision nobody here knows."""
+STALE_READING_S = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """Figures of one engine, from its ``/metrics``; None for what it does not report."""
+
+    kv_cache_usage: float | None = None
+    waiting: float | None = None
+    running: float | None = None
+    cache_tokens: int | None = None
+    """Tokens that its KV cache has room for."""
+    at: float = 0.0
 
 
 class Replica:
     """One engine process, or one provider's model (then ``url`` is empty)."""
 
-    def __init__(self, variant: str, name: str, url: str, clock: Clock) -> None:
+    def __init__(
+        self, variant: str, name: str, url: str, clock: Clock, connect_timeout_s: float = 2.0
+    ) -> None:
         self.variant = variant
         self.name = name
         self.url = url
         self.breaker = Breaker(clock)
         self.in_flight = 0
+        self.work = 0.0
+        """Blocks that are not in its cache, of requests whose first token has not come."""
         self.reachable: bool | None = None
         """What the last health probe found; None before the first."""
+        self.reading = Reading()
+        self._in_flight_at_reading = 0
+        self._clock = clock
+        self.connections = EnginePool(url, connect_timeout_s, _loop_time)
+        self._heads: dict[str, bytes] = {}
 
-    def take(self) -> None:
+    def take(self, work: float = 0.0) -> None:
         self.in_flight += 1
+        self.work += work
 
     def release(self) -> None:
         self.in_flight -= 1
 
+    def read(self, reading: Reading) -> None:
+        """The engine's own figures have come in."""
+        self.reading = reading
+        self._in_flight_at_reading = self.in_flight
+
+    def load(self) -> float | None:
+        """Requests running and waiting there; None when the engine has not said so lately."""
+        reading = self.reading
+        if reading.running is None or self._clock() - reading.at > STALE_READING_S:
+            return None
+        since = self.in_flight - self._in_flight_at_reading
+        return reading.running + (reading.waiting or 0.0) + since
+
+    def cache_blocks(self, tokens_per_block: float) -> int | None:
+        """Blocks of so many tokens that its KV cache holds; None when it has not said."""
+        tokens = self.reading.cache_tokens
+        return None if tokens is None else max(1, int(tokens / tokens_per_block))
+
+    def request_head(self, path: str) -> bytes:
+        """What every request to ``path`` begins with."""
+        head = self._heads.get(path)
+        if head is None:
+            host = self.connections.netloc
+            target = self.connections.base_path + path
+            head = self._heads[path] = (
+                f"POST {target} HTTP/1.1\r\nhost: {host}\r\ncontent-type: application/json\r\n".encode()
+            )
+        return head
+
 
 class Pool:
-    """The replicas that serve one variant."""
+    """The replicas that serve one variant. ``limit``: requests in flight at each, None for no limit."""
 
-    def __init__(self, variant: str, replicas: Iterable[Replica]) -> None:
+    def __init__(
+        self, variant: str, replicas: Iterable[Replica], policy: Policy, limit: int | None = None
+    ) -> None:
         self.variant = variant
         self.replicas = tuple(replicas)
-        self._turn = -1
+        self.policy = policy
+        self.limit = limit
 
     @property
     def reachable(self) -> bool:
         return any(replica.reachable for replica in self.replicas)
 
-    def pick(self) -> Replica | None:
-        """The usable replica with the fewest requests in flight, ties in turn; None if none is usable."""
-        self._turn = (self._turn + 1) % len(self.replicas)
-        in_turn = self.replicas[self._turn :] + self.replicas[: self._turn]
-        usable = [replica for replica in in_turn if replica.breaker.closed]
-        return min(usable, key=lambda replica: replica.in_flight, default=None)
+    def usable(self) -> Sequence[Replica]:
+        """Replicas that may be asked, full or not."""
+        return [replica for replica in self.replicas if replica.breaker.closed]
+
+    def pick(self, ask: Ask) -> tuple[Replica, float] | None:
+        """The policy's choice, and the work it adds; None if none is usable, or all of those are full."""
+        free = self.usable()
+        if (limit := self.limit) is not None:
+            free = [replica for replica in free if replica.in_flight < limit]
+        if not free:
+            return None
+        return self.policy.pick(free, ask) if len(self.replicas) > 1 else (free[0], 0.0)
 
 
 class Pools:
-    """Every pool, by variant, and the models of providers, by model id."""
+    """Every pool, by variant, and the models of providers, by model id. Replicas that ``before`` had too
+    are taken over, with their connections and what is known of them."""
 
-    def __init__(self, config: Config, clock: Clock) -> None:
+    def __init__(self, config: Config, clock: Clock, before: Pools | None = None) -> None:
+        from gateway.routing.policies import POLICIES
+
+        known = {(r.variant, r.url): r for r in before.replicas()} if before else {}
+        timeout = config.gateway.connect_timeout_s
+
+        def replica(variant: str, index: int, url: str) -> Replica:
+            name = f"{variant}-{index}"
+            old = known.get((variant, url))
+            return old if old and old.name == name else Replica(variant, name, url, clock, timeout)
+
         self.by_variant = {
             variant: Pool(
                 variant,
-                (
-                    Replica(variant, f"{variant}-{index}", url, clock)
-                    for index, url in enumerate(config.replicas(variant))
-                ),
+                [replica(variant, index, url) for index, url in enumerate(config.replicas(variant))],
+                POLICIES[config.gateway.policy](),
+                config.gateway.max_in_flight,
             )
             for variant in config.serve
         }
-        self.providers = {
-            provider.model: Replica(PROVIDER, provider.model, "", clock) for provider in config.providers
+        if before is not None:
+            for variant, pool in self.by_variant.items():
+                old_pool = before.by_variant.get(variant)
+                if old_pool is not None and type(old_pool.policy) is type(pool.policy):
+                    pool.policy = old_pool.policy
+        old_providers: Mapping[str, Replica] = before.providers if before else {}
+        self.providers: dict[str, Replica] = {
+            provider.model: old_providers.get(provider.model)
+            or Replica(PROVIDER, provider.model, "", clock, timeout)
+            for provider in config.providers
         }
 
     def replicas(self) -> Iterator[Replica]:
         """All engines of all pools."""
         for pool in self.by_variant.values():
             yield from pool.replicas
+
+
+def _loop_time() -> float:
+    return asyncio.get_running_loop().time()

@@ -1,19 +1,27 @@
 """The route of a request: role → variant → replica, with its reason.
 
 The variant is the cheapest whose gate passed for the role. A client may ask for more precision by
-``model:variant``, never for less. When the pool of the chosen variant is down the route goes up in
-precision, never down, and ends at the reference.
+``model:variant``, never for less than its role's budget or its key allows. When the pool of the chosen
+variant is down or full the route goes up in precision, waits, or is refused, as the role says; it never goes
+down.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import hashlib
+import random
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from enum import StrEnum
 
-from gateway.config import Config
+from gateway.api.body import Body
+from gateway.api.endpoints import Endpoint
+from gateway.config import Config, WhenFull
 from gateway.errors import NoReplicaError, PrecisionTooLowError, UnknownModelError
+from gateway.identity import Caller
+from gateway.routing.policies import Ask
 from gateway.routing.pools import Pools, Replica
+from gateway.telemetry.latencies import Latencies
 from quantize.card import Card, Outcome
 from quantize.gate import judge
 
@@ -25,18 +33,44 @@ class Reason(StrEnum):
     CHEAPEST_IN_BUDGET = "cheapest_in_budget"
     EXPLICIT_VARIANT = "explicit_variant"
     REFERENCE_ONLY = "reference_only"
+    CANARY = "canary"
     RAISED_POOL_DOWN = "raised_pool_down"
+    RAISED_POOL_FULL = "raised_pool_full"
     PROVIDER = "provider"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Route:
-    """The decision for one request."""
+    """The decision for one request. ``work``: blocks that it adds to the replica's queue."""
 
     role: str
     variant: str
     replica: Replica
     reason: Reason
+    work: float = 0.0
+    hedge_after_s: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One variant that was considered, for whoever asks why."""
+
+    variant: str
+    memory_bytes: int
+    verdict: str
+    why: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """Why a request goes where it goes, without sending it there."""
+
+    role: str
+    model: str
+    ladder: tuple[str, ...]
+    """Variants that may serve it, the first choice first."""
+    reason: Reason
+    considered: tuple[Step, ...] = field(default=())
 
 
 def precision(card: Card) -> tuple[bool, int, int]:
@@ -49,11 +83,17 @@ def precision(card: Card) -> tuple[bool, int, int]:
 class Router:
     """Chooses. Which variants suit a role is fixed by the cards; which replica is free is not."""
 
-    def __init__(self, config: Config, cards: Mapping[str, Card], pools: Pools) -> None:
+    def __init__(
+        self, config: Config, cards: Mapping[str, Card], pools: Pools, latencies: Latencies | None = None
+    ) -> None:
         self._config = config
         self._cards = cards
         self._pools = pools
+        self._latencies = latencies or Latencies()
+        self._cost = {variant: card.memory_bytes(KV_TOKENS) for variant, card in cards.items()}
         self._ladders = {role: self._ladder(role) for role in config.roles}
+        self._variants = {f"{config.model.name}:{variant}": variant for variant in config.serve}
+        self._needs_prompt = any(len(pool.replicas) > 1 for pool in pools.by_variant.values())
 
     def ladder(self, role: str) -> tuple[str, ...]:
         """Variants that may serve ``role``, the cheapest first, the reference last."""
@@ -61,30 +101,63 @@ class Router:
 
     def known_models(self) -> list[str]:
         """Every model id that a request may name."""
-        name = self._config.model.name
-        variants = [f"{name}:{variant}" for variant in self._config.serve]
-        return [name, *self._config.roles, *variants, *self._pools.providers]
+        return [self._config.model.name, *self._config.roles, *self._variants, *self._pools.providers]
 
-    def route(self, role: str, model: str) -> Route:
+    def route(self, caller: Caller, body: Body, endpoint: Endpoint) -> Route:
         """Decide. Raises UnknownModelError, PrecisionTooLowError or NoReplicaError."""
+        model = body.get("model")
         if provider := self._pools.providers.get(model):
-            return Route(role, provider.variant, provider, Reason.PROVIDER)
-        name, _, variant = model.partition(":")
-        if variant and name == self._config.model.name and variant in self._cards:
-            return self._climb(role, self._ladder_from(role, variant), Reason.EXPLICIT_VARIANT)
+            return Route(caller.role, provider.variant, provider, Reason.PROVIDER)
+        ladder, reason = self._choice(caller, model)
+        return self._climb(
+            caller, ladder, reason, Ask(caller.session, caller.cache_salt, _prompt(body, endpoint))
+        )
+
+    def explain(self, caller: Caller, model: str) -> Explanation:
+        """The same decision with all that was considered. Raises as ``route`` does, but NoReplicaError."""
+        if model in self._pools.providers:
+            return Explanation(caller.role, model, (), Reason.PROVIDER)
+        ladder, reason = self._choice(caller, model)
+        budget = self._config.roles[caller.role].budget
+        steps = []
+        for variant in sorted(self._cards, key=lambda variant: self._cost[variant]):
+            card = self._cards[variant]
+            if variant == card.reference:
+                steps.append(Step(variant, self._cost[variant], "reference"))
+            else:
+                verdict = judge(card, caller.role, budget)
+                steps.append(Step(variant, self._cost[variant], verdict.outcome.value, verdict.reasons))
+        return Explanation(caller.role, model, ladder, reason, tuple(steps))
+
+    def another(self, route: Route, busy: Replica) -> Replica | None:
+        """A second replica for a hedged request: of the same variant, and not full."""
+        pool = self._pools.by_variant[route.variant]
+        free = [replica for replica in pool.usable() if replica is not busy]
+        if pool.limit is not None:
+            free = [replica for replica in free if replica.in_flight < pool.limit]
+        return min(free, key=lambda replica: replica.in_flight, default=None)
+
+    def _choice(self, caller: Caller, model: str) -> tuple[tuple[str, ...], Reason]:
+        role = caller.role
+        asked = self._variants.get(model)
+        if asked is not None:
+            return self._ladder_from(caller, asked), Reason.EXPLICIT_VARIANT
         if model != self._config.model.name and model not in self._config.roles:
             known = ", ".join(self.known_models())
             raise UnknownModelError(
                 f"model: {model[:80]!r} does not exist; use one of: {known}", param="model"
             )
         ladder = self._ladders[role]
+        canary = self._config.roles[role].canary
+        if canary is not None and canary.variant != ladder[0] and _in_share(caller, canary.percent):
+            return self._above(ladder, canary.variant), Reason.CANARY
         alone = ladder == (self._config.reference,)
-        return self._climb(role, ladder, Reason.REFERENCE_ONLY if alone else Reason.CHEAPEST_IN_BUDGET)
+        return ladder, Reason.REFERENCE_ONLY if alone else Reason.CHEAPEST_IN_BUDGET
 
     def _ladder(self, role: str) -> tuple[str, ...]:
         budget = self._config.roles[role].budget
         reference = self._config.reference
-        cost = {variant: card.memory_bytes(KV_TOKENS) for variant, card in self._cards.items()}
+        cost = self._cost
         passed = [
             variant
             for variant, card in self._cards.items()
@@ -92,27 +165,58 @@ class Router:
         ]
         return (*sorted(passed, key=lambda variant: cost[variant]), reference)
 
-    def _ladder_from(self, role: str, asked: str) -> tuple[str, ...]:
+    def _ladder_from(self, caller: Caller, asked: str) -> tuple[str, ...]:
         """The ladder of an explicit variant: itself, then what is more precise and suits the role."""
-        ladder = self._ladders[role]
-        cheapest = ladder[0]
-        least = precision(self._cards[asked])
-        if least < precision(self._cards[cheapest]):
+        floor = caller.key.lowest if caller.key and caller.key.lowest else self._ladders[caller.role][0]
+        if precision(self._cards[asked]) < precision(self._cards[floor]):
             name = self._config.model.name
+            whose = f"role {caller.role}" if not (caller.key and caller.key.lowest) else "this key"
             raise PrecisionTooLowError(
-                f"model: {name}:{asked} is less precise than role {role} allows; the cheapest that it may "
-                f"use is {name}:{cheapest}",
+                f"model: {name}:{asked} is less precise than {whose} allows; the cheapest that it may "
+                f"use is {name}:{floor}",
                 param="model",
             )
-        higher = [v for v in ladder if v != asked and precision(self._cards[v]) >= least]
-        return (asked, *higher)
+        return self._above(self._ladders[caller.role], asked)
 
-    def _climb(self, role: str, ladder: tuple[str, ...], reason: Reason) -> Route:
+    def _above(self, ladder: tuple[str, ...], first: str) -> tuple[str, ...]:
+        least = precision(self._cards[first])
+        return (first, *(v for v in ladder if v != first and precision(self._cards[v]) >= least))
+
+    def _climb(self, caller: Caller, ladder: tuple[str, ...], reason: Reason, ask: Ask) -> Route:
+        role = self._config.roles[caller.role]
+        full = False
         for variant in ladder:
-            if replica := self._pools.by_variant[variant].pick():
-                raised = variant != ladder[0]
-                return Route(role, variant, replica, Reason.RAISED_POOL_DOWN if raised else reason)
+            pool = self._pools.by_variant[variant]
+            if picked := pool.pick(ask):
+                replica, work = picked
+                if variant != ladder[0]:
+                    reason = Reason.RAISED_POOL_FULL if full else Reason.RAISED_POOL_DOWN
+                hedge = self._latencies.p95(caller.role, variant) if role.hedge else None
+                return Route(caller.role, variant, replica, reason, work, hedge)
+            if pool.usable():
+                full = True
+                if role.when_full is not WhenFull.RAISE:
+                    break
+        if full and role.when_full is WhenFull.REFUSE:
+            raise NoReplicaError(
+                f"All replicas of {variant} are full; try again in a second.", may_wait=False
+            )
         raise NoReplicaError(
-            f"No replica can take a request of role {role} now; try again in a second.",
+            f"No replica can take a request of role {caller.role} now; try again in a second.",
             internal=f"tried the pools {', '.join(ladder)}",
         )
+
+
+def _prompt(body: Body, endpoint: Endpoint) -> Callable[[], bytes]:
+    def prompt() -> bytes:
+        return b"".join([body.raw(name) for name in endpoint.prompt])
+
+    return prompt
+
+
+def _in_share(caller: Caller, percent: float) -> bool:
+    """Whether a session is in the share; the same session always is, or never. Without one, by chance."""
+    if caller.session is None:
+        return random.random() * 100 < percent
+    digest = hashlib.blake2s(f"canary\0{caller.role}\0{caller.session}".encode(), digest_size=4).digest()
+    return int.from_bytes(digest, "big") < percent / 100 * (1 << 32)

@@ -3,29 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import aiohttp
 import psutil
 from prometheus_client.parser import text_string_to_metric_families
 
-from gateway.routing.pools import Replica
+from gateway.routing.breaker import Clock
+from gateway.routing.pools import Reading, Replica
 from gateway.telemetry.metrics import Metrics
 
 SCRAPE_TIMEOUT_S = 5.0
 ENGINES_FILE = "engines.json"
-
-
-@dataclass(frozen=True)
-class Reading:
-    """Figures of one engine, from its ``/metrics``; None for what it does not report."""
-
-    kv_cache_usage: float | None
-    waiting: float | None
-    running: float | None
 
 
 def parse_reading(text: str) -> Reading:
@@ -34,10 +26,13 @@ def parse_reading(text: str) -> Reading:
     Raises ValueError for what is not Prometheus text.
     """
     found: dict[str, list[float]] = {}
+    cache_tokens: int | None = None
     for family in text_string_to_metric_families(text):
         if family.name.startswith("vllm:"):
             for sample in family.samples:
                 found.setdefault(sample.name, []).append(sample.value)
+                if sample.name == "vllm:cache_config_info":
+                    cache_tokens = _cache_tokens(sample.labels)
     usage, waiting, running = (
         found.get(name)
         for name in ("vllm:kv_cache_usage_perc", "vllm:num_requests_waiting", "vllm:num_requests_running")
@@ -46,7 +41,15 @@ def parse_reading(text: str) -> Reading:
         kv_cache_usage=max(usage) if usage else None,
         waiting=sum(waiting) if waiting else None,
         running=sum(running) if running else None,
+        cache_tokens=cache_tokens,
     )
+
+
+def _cache_tokens(labels: Mapping[str, str]) -> int | None:
+    try:
+        return int(labels["num_gpu_blocks"]) * int(labels["block_size"])
+    except (KeyError, ValueError):
+        return None
 
 
 def engine_pids(run_dir: Path) -> dict[tuple[str, str], int]:
@@ -80,17 +83,19 @@ def resident_bytes(pid: int) -> int | None:
 class EngineReader:
     """Keeps the gauges of all engines up to date."""
 
-    def __init__(self, session: aiohttp.ClientSession, metrics: Metrics, run_dir: Path) -> None:
+    def __init__(self, session: aiohttp.ClientSession, metrics: Metrics, run_dir: Path, clock: Clock) -> None:
         self._session = session
         self._metrics = metrics
         self._run_dir = run_dir
+        self._clock = clock
 
-    async def read_forever(self, replicas: Iterable[Replica], interval_s: float) -> None:
-        replicas = tuple(replicas)
+    async def read_forever(self, replicas: Callable[[], Iterable[Replica]], interval_s: float) -> None:
+        """Read all of ``replicas()``, which may change, each ``interval_s`` seconds."""
         while True:
             pids = engine_pids(self._run_dir)
-            readings = (self._read(replica, pids.get((replica.variant, replica.url))) for replica in replicas)
-            await asyncio.gather(*readings)
+            await asyncio.gather(
+                *(self._read(replica, pids.get((replica.variant, replica.url))) for replica in replicas())
+            )
             await asyncio.sleep(interval_s)
 
     async def _read(self, replica: Replica, pid: int | None) -> None:
@@ -99,7 +104,8 @@ class EngineReader:
             async with self._session.get(replica.url + "/metrics", timeout=timeout) as response:
                 reading = parse_reading(await response.text() if response.status == 200 else "")
         except (aiohttp.ClientError, TimeoutError, ValueError):
-            reading = Reading(None, None, None)
+            reading = Reading()
+        replica.read(dataclasses.replace(reading, at=self._clock()))
         memory = None if pid is None else await asyncio.to_thread(resident_bytes, pid)
         for gauge, value in (
             (self._metrics.kv_cache_usage, reading.kv_cache_usage),

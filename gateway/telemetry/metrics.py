@@ -8,8 +8,11 @@ that left, and 502 or 504 also for a stream that broke off after its 200 had bee
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
+from prometheus_client import CollectorRegistry, Gauge, ProcessCollector
+
+from gateway.telemetry.tallies import Counts, Family, Spreads
 
 OTHER = "other"
 
@@ -26,17 +29,20 @@ class Metrics:
 
     def __init__(self, registry: CollectorRegistry, roles: Iterable[str]) -> None:
         self.registry = registry
+        self.families: dict[str, Family[Any]] = {}
         self._roles = frozenset(roles)
         ProcessCollector(registry=registry)
 
-        def counter(name: str, text: str, *labels: str) -> Counter:
-            return Counter(name, text, labels, registry=registry)
+        def counter(name: str, text: str, *labels: str) -> Counts:
+            family = self.families[name] = Counts(name, text, labels, registry)
+            return family
 
         def gauge(name: str, text: str, *labels: str) -> Gauge:
             return Gauge(name, text, labels, registry=registry)
 
-        def histogram(name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
-            return Histogram(name, text, labels, buckets=buckets, registry=registry)
+        def histogram(name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Spreads:
+            family = self.families[name] = Spreads(name, text, buckets, labels, registry)
+            return family
 
         asked = ("role", "variant")
         placed = ("variant", "replica")
@@ -62,6 +68,15 @@ class Metrics:
             *asked,
         )
         self.tokens = counter("tiercel_tokens_total", "Tokens, by kind: prompt, completion", *asked, "kind")
+        self.key_tokens = counter(
+            "tiercel_key_tokens_total", "Tokens, by API key", "key", "role", "variant", "kind"
+        )
+        self.hedges = counter(
+            "tiercel_hedges_total",
+            "Requests sent to a second replica, by whose answer came first",
+            *asked,
+            "winner",
+        )
         self.routes = counter("tiercel_route_total", "Routes, by reason", *asked, "reason")
         self.engine_memory = gauge(
             "tiercel_engine_memory_bytes", "Resident memory of an engine's process tree", *placed
@@ -90,3 +105,7 @@ class Metrics:
     def role(self, role: str | None) -> str:
         """The label of a role: itself if it is configured, else ``other``."""
         return role if role in self._roles else OTHER
+
+    def know_roles(self, roles: Iterable[str]) -> None:
+        """The configuration has changed; counts of roles that are gone stay."""
+        self._roles = self._roles | frozenset(roles)

@@ -14,16 +14,19 @@ import json
 import logging
 import os
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from gateway.api.endpoints import CHAT
 from gateway.config import Gateway, Provider
 from gateway.errors import BadRequestError, UpstreamError, UpstreamRefusedError, UpstreamTimeoutError
 from gateway.routing.pools import Replica
-from gateway.upstream.base import Call, Event, Reply
+from gateway.upstream.base import Event
 from gateway.upstream.sse import DONE
+from gateway.upstream.wishes import usage_wanted
 
-CHAT_PATH = "/v1/chat/completions"
+if TYPE_CHECKING:
+    from gateway.exchange import Exchange
+
 PASSED_PARAMETERS = frozenset(
     "audio frequency_penalty function_call functions logit_bias logprobs max_completion_tokens max_tokens "
     "messages modalities n parallel_tool_calls prediction presence_penalty reasoning_effort response_format "
@@ -35,27 +38,41 @@ _CLIENTS_OWN = frozenset({400, 413, 422, 429})
 
 
 class LiteLLM:
-    """The providers' upstream. It works within ``loaded()``."""
+    """The providers' upstream. It works after ``load()``."""
 
     def __init__(self, providers: Sequence[Provider], limits: Gateway) -> None:
         self._providers = {provider.model: provider for provider in providers}
         self._limits = limits
         self._litellm: Any = None
 
-    @asynccontextmanager
-    async def loaded(self) -> AsyncIterator[None]:
+    async def load(self) -> None:
         """Import LiteLLM if there are providers."""
-        if self._providers:
+        if self._providers and self._litellm is None:
             self._litellm = await asyncio.to_thread(_import_litellm)
-        yield
 
-    async def open(self, replica: Replica, call: Call) -> Reply:
-        if call.path != CHAT_PATH:
+    def know(self, providers: Sequence[Provider]) -> None:
+        """The configuration has changed."""
+        self._providers = {provider.model: provider for provider in providers}
+
+    def ask(self, exchange: Exchange, replica: Replica) -> None:
+        """Begin an attempt at a provider's model. Raises BadRequestError."""
+        if exchange.endpoint is not CHAT:
             raise BadRequestError(
-                f"model: {replica.name} serves {CHAT_PATH} only; send it there", param="model"
+                f"model: {replica.name} serves {CHAT.path} only; send it there", param="model"
             )
-        provider = self._providers[replica.name]
-        arguments = {key: value for key, value in call.body.items() if key in PASSED_PARAMETERS}
+        body = exchange.body.everything()
+        if exchange.wishes.stream:
+            body["stream_options"] = usage_wanted(exchange.body)
+        attempt = _ProviderAttempt(self, exchange, replica, body)
+        exchange.attempts.append(attempt)
+        exchange.heard_at = exchange.plane.clock()
+        exchange.spawn(attempt.run())
+
+    async def open(self, model: str, body: dict[str, Any], *, stream: bool) -> _Reply:
+        """An answer whose first event has come."""
+        await self.load()
+        provider = self._providers[model]
+        arguments = {key: value for key, value in body.items() if key in PASSED_PARAMETERS}
         try:
             async with asyncio.timeout(self._limits.first_byte_timeout_s):
                 answer = await self._litellm.acompletion(
@@ -68,7 +85,7 @@ class LiteLLM:
                     max_retries=0,
                     timeout=self._limits.first_byte_timeout_s,
                 )
-                reply = _Reply(answer, replica.name, self._limits.idle_timeout_s, stream=call.stream)
+                reply = _Reply(answer, model, self._limits.idle_timeout_s, stream=stream)
                 try:
                     await reply.begin()
                 except BaseException:
@@ -76,7 +93,56 @@ class LiteLLM:
                     raise
                 return reply
         except Exception as error:
-            raise _translated(error, replica.name) from error
+            raise _translated(error, model) from error
+
+
+class _ProviderAttempt:
+    """One request to a provider. Its task is the exchange's."""
+
+    def __init__(
+        self, providers: LiteLLM, exchange: Exchange, replica: Replica, body: dict[str, Any]
+    ) -> None:
+        self.replica = replica
+        self._providers = providers
+        self._exchange = exchange
+        self._body = body
+        self._may_send = asyncio.Event()
+        self._may_send.set()
+        self._ended = False
+        replica.take()
+
+    async def run(self) -> None:
+        exchange, reply = self._exchange, None
+        try:
+            reply = await self._providers.open(self.replica.name, self._body, stream=exchange.wishes.stream)
+            async for event in reply.events():
+                await self._may_send.wait()
+                exchange.arrived(self, event.raw)
+            self.cancel()
+            exchange.ended(self)
+        except UpstreamError as error:
+            if isinstance(error, UpstreamRefusedError):
+                self.replica.breaker.answered()
+            else:
+                self.replica.breaker.answer_broke()
+            self.cancel()
+            exchange.broke(self, error)
+        finally:
+            self.cancel()
+            if reply is not None:
+                await reply.close()
+
+    def cancel(self) -> None:
+        """Its books; the task ends with the exchange."""
+        if not self._ended:
+            self._ended = True
+            self.replica.release()
+
+    def pause(self) -> None:
+        self._may_send.clear()
+
+    def resume(self) -> None:
+        self._may_send.set()
 
 
 class _Reply:
@@ -88,7 +154,6 @@ class _Reply:
         self._idle_timeout_s = idle_timeout_s
         self._stream = stream
         self._first: Event | None = None
-        self.busy_s = 0.0
 
     async def begin(self) -> None:
         if not self._stream:
@@ -97,18 +162,18 @@ class _Reply:
         self._answer = aiter(self._answer)
         self._first = self._event(await anext(self._answer))
 
-    async def batches(self) -> AsyncIterator[list[Event]]:
+    async def events(self) -> AsyncIterator[Event]:
         assert self._first
-        yield [self._first]
+        yield self._first
         if not self._stream:
             return
         try:
             while True:
                 async with asyncio.timeout(self._idle_timeout_s):
                     chunk = await anext(self._answer)
-                yield [self._event(chunk)]
+                yield self._event(chunk)
         except StopAsyncIteration:
-            yield [Event(DONE, done=True)]
+            yield Event(DONE, done=True)
         except Exception as error:
             raise _translated(error, self._model) from error
 

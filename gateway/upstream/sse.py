@@ -17,26 +17,44 @@ DONE = b"data: [DONE]\n\n"
 class EventSplitter:
     """Cuts a byte stream into events. Keeps only what belongs to the event that is still arriving."""
 
+    __slots__ = ("_rest",)
+
     def __init__(self) -> None:
         self._rest = b""
 
-    def feed(self, data: bytes) -> list[Event]:
-        """The events that ``data`` completes. Raises UpstreamError for what is no such stream."""
-        self._rest += data
-        events, start = [], 0
-        for blank in _BLANK_LINE.finditer(self._rest):
-            events.append(_event(self._rest[start : blank.end()]))
-            start = blank.end()
-        self._rest = self._rest[start:]
+    def cut(self, data: bytes) -> bytes:
+        """The whole events that ``data`` completes, as they came. Raises UpstreamError."""
+        if self._rest:
+            data = self._rest + data
+        if data.endswith(b"\n\n"):
+            self._rest = b""
+            return data
+        end = 0
+        for blank in _BLANK_LINE.finditer(data):
+            end = blank.end()
+        self._rest = data[end:]
         if len(self._rest) > LONGEST_EVENT_BYTES:
             raise UpstreamError("The engine sent an event that never ends.")
-        return events
+        return data[:end]
+
+    def feed(self, data: bytes) -> list[Event]:
+        """The events that ``data`` completes. Raises UpstreamError for what is no such stream."""
+        return events_of(self.cut(data))
+
+
+def events_of(whole: bytes) -> list[Event]:
+    """Events from bytes that end with the last one. Raises UpstreamError."""
+    events, start = [], 0
+    for blank in _BLANK_LINE.finditer(whole):
+        events.append(_event(whole[start : blank.end()]))
+        start = blank.end()
+    return events
 
 
 def _event(raw: bytes) -> Event:
     lines = [line for line in raw.splitlines() if line]
     if not all(line.startswith(_FIELDS) for line in lines):
-        raise _garbage(raw)
+        raise garbage(raw)
     values = [line[5:].strip() for line in lines if line.startswith(b"data:")]
     if not values:
         return Event(raw)
@@ -46,11 +64,11 @@ def _event(raw: bytes) -> Event:
     try:
         data = json.loads(text)
     except ValueError:
-        raise _garbage(raw) from None
+        raise garbage(raw) from None
     if not isinstance(data, dict):
-        raise _garbage(raw)
+        raise garbage(raw)
     return Event(raw, data)
 
 
-def _garbage(raw: bytes) -> UpstreamError:
-    return UpstreamError("The engine sent something that is no answer.", internal=f"event {raw[:120]!r}")
+def garbage(raw: bytes) -> UpstreamError:
+    return UpstreamError("The engine sent something that is no answer.", internal=f"{raw[:120]!r}")

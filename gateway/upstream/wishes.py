@@ -1,7 +1,7 @@
 """What the client asked for, against what the gateway asks the engine for on top.
 
-The gateway wants the log-probabilities of every chat answer (for its quality signals) and the usage
-of every stream (for its books, on streams that a client cuts short as well). What the client did not
+The gateway wants the usage of every stream (for its books, on streams that a client cuts short as well),
+and the log-probabilities of the answers it listens to (for its quality signals). What the client did not
 ask for is taken out again before it is answered.
 """
 
@@ -11,6 +11,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+from gateway.api.body import Body
 from gateway.config import Quality
 from gateway.upstream.base import Event
 
@@ -18,17 +19,17 @@ EVERY_TOKEN = -1
 """vLLM's ``top_logprobs`` for the whole vocabulary."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Wishes:
     chat: bool
     stream: bool
-    logprobs: bool
-    top_logprobs: int
-    include_usage: bool
-    continuous_usage: bool
+    logprobs: bool = False
+    top_logprobs: int = 0
+    include_usage: bool = False
+    continuous_usage: bool = False
 
     @classmethod
-    def of(cls, body: dict[str, Any], *, chat: bool) -> Wishes:
+    def of(cls, body: Body, *, chat: bool) -> Wishes:
         options = body.get("stream_options") or {}
         return cls(
             chat=chat,
@@ -40,23 +41,21 @@ class Wishes:
         )
 
 
-def with_usage(body: dict[str, Any], wishes: Wishes) -> dict[str, Any]:
-    """The body, asking a stream for its usage."""
-    if not wishes.stream:
-        return body
-    return {**body, "stream_options": {**(body.get("stream_options") or {}), "include_usage": True}}
+def usage_wanted(body: Body) -> dict[str, Any]:
+    """Stream options that ask for the usage, whatever else they ask for."""
+    return {**(body.get("stream_options") or {}), "include_usage": True}
 
 
-def for_engine(body: dict[str, Any], wishes: Wishes, model: str, quality: Quality) -> dict[str, Any]:
-    """The body for a vLLM engine that serves ``model``."""
-    asked = {**with_usage(body, wishes), "model": model}
+def changes_for_engine(body: Body, wishes: Wishes, quality: Quality, *, tapped: bool) -> dict[str, Any]:
+    """Fields of a completion request that a vLLM engine is sent otherwise than the client sent them."""
+    changes: dict[str, Any] = {}
     if wishes.stream:
-        asked["stream_options"]["continuous_usage_stats"] = True
-    if wishes.chat and quality.logprobs:
+        changes["stream_options"] = usage_wanted(body) | {"continuous_usage_stats": True}
+    if tapped and wishes.chat and quality.logprobs:
         most = max(wishes.top_logprobs, quality.top_logprobs)
-        asked["logprobs"] = True
-        asked["top_logprobs"] = EVERY_TOKEN if wishes.top_logprobs == EVERY_TOKEN else most
-    return asked
+        changes["logprobs"] = True
+        changes["top_logprobs"] = EVERY_TOKEN if wishes.top_logprobs == EVERY_TOKEN else most
+    return changes
 
 
 def as_wished(event: Event, wishes: Wishes) -> bytes:

@@ -15,7 +15,7 @@ import aiohttp
 import uvicorn
 from prometheus_client import CollectorRegistry
 
-from gateway.app import create_app
+from gateway.app import Gateway
 from gateway.config import Config
 from gateway.upstream.fake import FakeEngine, Script
 from quantize.card import Card, Evaluation, RoleEvaluation, TextEvaluation
@@ -111,7 +111,10 @@ def free_socket() -> socket.socket:
 class Stack:
     """A running gateway with a fake engine per variant."""
 
-    def __init__(self, url: str, http: aiohttp.ClientSession, registry: CollectorRegistry) -> None:
+    def __init__(
+        self, url: str, http: aiohttp.ClientSession, registry: CollectorRegistry, gateway: Gateway
+    ) -> None:
+        self.gateway = gateway
         self.url = url
         self.http = http
         self.registry = registry
@@ -161,19 +164,20 @@ async def running_gateway(**changes: Any) -> AsyncIterator[Stack]:
         urls = {v: (await exits.enter_async_context(engine.serving()),) for v, engine in engines.items()}
         config = make_config(**{"pools": urls} | changes)
         registry = CollectorRegistry()
-        url = await exits.enter_async_context(serving(create_app(config, cards, registry)))
+        gateway = Gateway(config, cards, registry)
+        url = await exits.enter_async_context(serving(gateway.app, http=gateway.protocol))
         http = await exits.enter_async_context(aiohttp.ClientSession())
-        stack = Stack(url, http, registry)
+        stack = Stack(url, http, registry, gateway)
         stack.engines = engines
         yield stack
 
 
 @asynccontextmanager
-async def serving(app: Any) -> AsyncIterator[str]:
-    """An ASGI application on uvicorn, on a free port; gives its base URL."""
+async def serving(app: Any, http: Any = "auto") -> AsyncIterator[str]:
+    """An ASGI application on uvicorn, on a free port; gives its base URL. ``http``: the protocol."""
     listening = free_socket()
     server = uvicorn.Server(
-        uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=1)
+        uvicorn.Config(app, http=http, log_config=None, access_log=False, timeout_graceful_shutdown=1)
     )
     task = asyncio.create_task(server.serve(sockets=[listening]))
     await eventually(lambda: server.started, within_s=30)

@@ -40,9 +40,11 @@ BAD_TEXTS = [
     (b"", "not valid JSON"),
     (b"{", "not valid JSON"),
     (b"[]", "is an array; send a JSON object"),
-    (b'{"temperature": NaN}', "NaN is not a JSON number"),
+    (b'{"temperature": NaN}', "not valid JSON"),
     (b"\xff\xfe{", "not valid JSON"),
-    (b"[" * 100_000, "nested too deeply"),
+    (b'{"model": "\xff"}', "not valid JSON"),
+    (b"[" * 100_000, "is an array"),
+    (b'{"model": ' + b"[" * 100_000, "nested too deeply"),
 ]
 
 

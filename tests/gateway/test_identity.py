@@ -6,7 +6,11 @@ import pytest
 from gateway_stack import make_config
 
 from gateway.errors import BadRequestError
-from gateway.identity import identify
+from gateway.identity import Caller, Identities
+
+
+def identify(headers: dict[str, str], body: dict[str, object]) -> Caller:
+    return Identities(make_config()).of(headers, body, None)
 
 
 @pytest.mark.parametrize(
@@ -42,12 +46,12 @@ from gateway.identity import identify
 def test_first_source_that_names_a_role_wins(
     headers: dict[str, str], body: dict[str, object], role: str
 ) -> None:
-    assert identify(make_config(), headers, body).role == role
+    assert identify(headers, body).role == role
 
 
 def test_unknown_role_is_refused_with_the_known_ones() -> None:
     with pytest.raises(BadRequestError, match="core, intent_classifier, summarizer") as caught:
-        identify(make_config(), {"x-agent-role": "sumarizer"}, {})
+        identify({"x-agent-role": "sumarizer"}, {})
     assert caught.value.param == "x-agent-role"
 
 
@@ -66,4 +70,4 @@ def test_unknown_role_is_refused_with_the_known_ones() -> None:
     ],
 )
 def test_session(headers: dict[str, str], body: dict[str, object], session: str | None) -> None:
-    assert identify(make_config(), headers, body).session == session
+    assert identify(headers, body).session == session

@@ -18,6 +18,7 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 
 from gateway.__main__ import main
+from gateway.api.body import Body
 from gateway.quality.answer import Answer
 from gateway.quality.grounded import Grounded
 from gateway.quality.observe import Observer
@@ -99,7 +100,7 @@ async def test_a_check_that_raises_is_counted_and_breaks_nothing() -> None:
 
     config = make_config()
     metrics = Metrics(CollectorRegistry(), config.roles)
-    await Observer(config, metrics, broken).observe("core", "bf16", {"messages": []}, Answer())
+    await Observer(config, metrics, broken).observe("core", "bf16", Body(b'{"messages": []}'), Answer())
     labels = {"role": "core", "variant": "bf16", "check": "grounded", "outcome": "error"}
     assert metrics.registry.get_sample_value("tiercel_quality_checks_total", labels) == 1
 

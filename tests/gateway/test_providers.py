@@ -8,7 +8,7 @@ import json
 import pytest
 from gateway_stack import Stack, eventually, make_config, running_gateway
 
-from gateway.app import create_app
+from gateway.app import Gateway
 from gateway.upstream.fake import FakeEngine
 
 
@@ -111,5 +111,5 @@ def test_without_providers_litellm_is_not_imported(monkeypatch: pytest.MonkeyPat
     import sys
 
     monkeypatch.delitem(sys.modules, "litellm", raising=False)
-    create_app(make_config(), {})
+    Gateway(make_config(), {})
     assert "litellm" not in sys.modules

@@ -1,0 +1,217 @@
+"""The data plane: every connection, every request under way, and what they share.
+
+The configuration's part of it is a ``Setup``. A new one replaces the old one whole; requests under way
+keep the one that they began with.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from email.utils import formatdate
+
+from starlette.types import ASGIApp
+
+from gateway.api.endpoints import ANY, ENDPOINTS
+from gateway.config import Config
+from gateway.errors import GatewayError, MethodNotAllowedError
+from gateway.exchange import Attempt, Exchange, request_id
+from gateway.hops import AskUpstream, Hop
+from gateway.quality.observe import Observer
+from gateway.routing.breaker import Clock
+from gateway.routing.pools import Pools
+from gateway.routing.router import Route, Router
+from gateway.telemetry.latencies import Latencies
+from gateway.telemetry.ledger import Ledger
+from gateway.telemetry.logs import EVENTS, AccessLog
+from gateway.telemetry.metrics import Metrics
+from gateway.wire.asgi import AsgiCall
+from gateway.wire.door import STATUS_LINES, Call, Door
+from gateway.wire.heads import RequestHead
+from quantize.card import Card
+
+LONGEST_TICK_S = 0.25
+_STREAM = b"text/event-stream; charset=utf-8"
+_UNBUFFERED = b"cache-control: no-cache\r\nx-accel-buffering: no\r\n"
+
+
+@dataclass(frozen=True, slots=True)
+class Setup:
+    """What the configuration decides. ``before`` runs once per request, ``onward`` again when a request
+    has to go elsewhere."""
+
+    config: Config
+    cards: Mapping[str, Card]
+    pools: Pools
+    router: Router
+    before: Sequence[Hop]
+    onward: Sequence[Hop]
+    ask: AskUpstream
+    observer: Observer
+    known_models: frozenset[str]
+
+
+class DataPlane:
+    """The doorman of all doors."""
+
+    def __init__(self, setup: Setup, metrics: Metrics, latencies: Latencies, clock: Clock) -> None:
+        self.setup = setup
+        self.clock = clock
+        self.app: ASGIApp | None = None
+        """What answers everything that is not on the hot path."""
+        self.metrics = metrics
+        self.latencies = latencies
+        self.log = AccessLog()
+        self.doors: set[Door] = set()
+        self.active: set[Exchange] = set()
+        self.stopping = False
+        self.ledger = Ledger(metrics, self.log)
+        self._placed: dict[tuple[str, str, str], bytes] = {}
+        self._checks: set[asyncio.Task[None]] = set()
+        self._date = b""
+        self._date_at = -1
+
+    # the doorman
+
+    @property
+    def max_body_bytes(self) -> int:
+        return self.setup.config.gateway.max_body_bytes
+
+    @property
+    def header_timeout_s(self) -> float:
+        return self.setup.config.gateway.header_timeout_s
+
+    @property
+    def body_timeout_s(self) -> float:
+        return self.setup.config.gateway.body_timeout_s
+
+    @property
+    def keep_alive_s(self) -> float:
+        return self.setup.config.gateway.keep_alive_s
+
+    def door(self, loop_time: Callable[[], float], connections: set[Door] | None) -> Door:
+        """A door for a connection that has come in."""
+        return Door(self, loop_time, connections)
+
+    def serve(self, door: Door, head: RequestHead, body: bytes) -> Call | None:
+        endpoint = ENDPOINTS.get(head.path)
+        if endpoint is None:
+            assert self.app is not None
+            return AsgiCall(self.app, door, head, body, self.date)
+        if head.method != "POST":
+            error = MethodNotAllowedError(f"{head.method[:20]} {head.path}: this endpoint takes POST only.")
+            self.refuse(door, error, head, b"allow: POST\r\n")
+            return None
+        exchange = Exchange(self, self.setup, door, endpoint, head, body)
+        self.active.add(exchange)
+        exchange.start()
+        return None if exchange.finished else exchange
+
+    def refuse(self, door: Door, error: GatewayError, head: RequestHead | None, more: bytes = b"") -> None:
+        endpoint = ENDPOINTS.get(head.path, ANY) if head else ANY
+        self.metrics.requests.labels("other", "other", "none", str(error.status)).inc()
+        identity = request_id(head.headers if head else {}).encode()
+        status_line = STATUS_LINES.get(error.status) or b"HTTP/1.1 %d Error\r\n" % error.status
+        door.send_whole(
+            b"%b%bcontent-type: application/json\r\nx-request-id: %b\r\n%b"
+            % (status_line, self.date(), identity, more),
+            endpoint.error_body(error),
+        )
+
+    # what exchanges need
+
+    def later(self, seconds: float, call: Callable[[], None]) -> None:
+        asyncio.get_running_loop().call_later(seconds, call)
+
+    def date(self) -> bytes:
+        """The header line of the present second."""
+        now = int(time.time())
+        if now != self._date_at:
+            self._date_at = now
+            self._date = b"date: " + formatdate(now, usegmt=True).encode() + b"\r\n"
+        return self._date
+
+    def placed(self, route: Route) -> bytes:
+        """The header lines that say where a request went, and why."""
+        key = (route.variant, route.replica.name, route.reason)
+        lines = self._placed.get(key)
+        if lines is None:
+            text = (
+                f"x-tiercel-variant: {route.variant}\r\nx-tiercel-replica: {route.replica.name}\r\n"
+                f"x-tiercel-route-reason: {route.reason}\r\n"
+            )
+            lines = self._placed[key] = text.encode("latin-1", "replace")
+        return lines
+
+    def stream_head(self, exchange: Exchange) -> bytes:
+        return exchange.answer_head(200, _STREAM) + _UNBUFFERED
+
+    def first_answer(self, exchange: Exchange, attempt: Attempt) -> None:
+        """An attempt's answer has begun to come, before any other's."""
+        route = exchange.route
+        assert route is not None
+        config = exchange.setup.config
+        if config.roles[route.role].hedge:
+            self.latencies.add(route.role, route.variant, self.clock() - exchange.received)
+            if exchange.hedged:
+                winner = "first" if attempt.replica is route.replica else "second"
+                self.metrics.hedges.labels(route.role, route.variant, winner).inc()
+
+    def finished(self, exchange: Exchange) -> None:
+        """An exchange has ended, one way or the other."""
+        self.active.discard(exchange)
+        self.ledger.record(exchange)
+        tapped, route = exchange.tapped, exchange.route
+        if tapped is None or route is None or exchange.error is not None:
+            return
+        observer = exchange.setup.observer
+        if tapped.confused:
+            observer.count_error("listen", route.role, route.variant)
+            return
+        check = observer.observe(route.role, route.variant, exchange.body, tapped.answer)
+        task = asyncio.get_running_loop().create_task(check)
+        self._checks.add(task)
+        task.add_done_callback(self._checks.discard)
+
+    # from time to time
+
+    async def sweep_forever(self) -> None:
+        """End what takes too long, and write the log."""
+        while True:
+            limits = self.setup.config.gateway
+            shortest = min(
+                limits.first_byte_timeout_s,
+                limits.idle_timeout_s,
+                limits.header_timeout_s,
+                limits.body_timeout_s,
+            )
+            await asyncio.sleep(min(LONGEST_TICK_S, shortest / 4))
+            try:
+                self._sweep()
+            except Exception:
+                logging.getLogger(EVENTS).exception("the sweep failed")
+
+    def _sweep(self) -> None:
+        now = self.clock()
+        for exchange in tuple(self.active):
+            exchange.sweep(now)
+        loop_now = asyncio.get_running_loop().time()
+        for door in tuple(self.doors):
+            door.sweep(loop_now)
+        for replica in self.setup.pools.replicas():
+            replica.connections.sweep()
+        self.log.flush()
+
+    async def close(self) -> None:
+        """The server has waited for requests as long as it would."""
+        self.stopping = True
+        for exchange in tuple(self.active):
+            exchange.stop()
+        if self._checks:
+            await asyncio.wait(self._checks, timeout=1.0)
+        for replica in self.setup.pools.replicas():
+            replica.connections.close()
+        self.log.flush()

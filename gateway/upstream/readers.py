@@ -1,0 +1,297 @@
+"""What is read of an answer while it passes: its usage, whether it is whole, and what the client gets of it.
+
+An answer that nobody listens to passes as bytes: an event is looked at with ``bytes.find``, and JSON is
+decoded once per answer, for the usage. One that the quality signals are taken from is decoded as it goes.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any, Protocol
+
+import msgspec
+
+from gateway.errors import UpstreamError, UpstreamRefusedError
+from gateway.quality.answer import Answer
+from gateway.upstream.base import Event
+from gateway.upstream.sse import DONE, EventSplitter, events_of, garbage
+from gateway.upstream.wishes import Wishes, as_wished
+
+
+class Usage(msgspec.Struct):
+    """Tokens of an answer, under the names of OpenAI's completions and of its responses and Anthropic."""
+
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+    input_tokens: int | None = None
+    output_tokens: int | None = None
+
+    @property
+    def prompt(self) -> int | None:
+        return self.prompt_tokens if self.prompt_tokens is not None else self.input_tokens
+
+    @property
+    def completion(self) -> int | None:
+        return self.completion_tokens if self.completion_tokens is not None else self.output_tokens
+
+
+class _Whole(msgspec.Struct):
+    """What is read of an answer that is not streamed."""
+
+    usage: Usage | None = None
+    error: Any = None
+
+
+class _Inner(msgspec.Struct):
+    usage: Usage | None = None
+
+
+class _NamedEvent(msgspec.Struct):
+    """An event of responses (``response``) or of Anthropic's messages (``message``)."""
+
+    type: str = ""
+    usage: Usage | None = None
+    response: _Inner | None = None
+    message: _Inner | None = None
+    error: Any = None
+
+
+_WHOLE = msgspec.json.Decoder(_Whole)
+_USAGE = msgspec.json.Decoder(Usage)
+_NAMED = msgspec.json.Decoder(_NamedEvent)
+_TAIL = re.compile(rb"(\{[^{}]*(?:\{[^{}]*\}[^{}]*)*\}|null)\}")
+"""What follows ``,"usage":`` at the end of an event: one object of at most two levels, and the end."""
+_USAGE_KEY = b',"usage":'
+_NOT_AN_ANSWER = (b'data: {"error"', b"data:{", b"data: [", b"data: \n")
+
+
+class Reader(Protocol):
+    """Reads one answer. ``done``: it is whole. Tokens are None until the engine has said a number."""
+
+    done: bool
+
+    @property
+    def prompt_tokens(self) -> int | None: ...
+
+    @property
+    def completion_tokens(self) -> int: ...
+
+    def feed(self, data: bytes, at: float) -> bytes:
+        """What the client gets of ``data``, which arrived at ``at`` (seconds of the gateway's clock).
+        Raises UpstreamError for what is no answer, and for an error within it."""
+        ...
+
+
+class WholeReader:
+    """An answer that is not streamed: ``feed`` is given all of it."""
+
+    __slots__ = ("completion_tokens", "done", "prompt_tokens")
+
+    def __init__(self) -> None:
+        self.done = False
+        self.prompt_tokens: int | None = None
+        self.completion_tokens = 0
+
+    def feed(self, data: bytes, at: float) -> bytes:
+        try:
+            whole = _WHOLE.decode(data)
+        except (msgspec.MsgspecError, RecursionError):
+            raise garbage(data) from None
+        self.done = True
+        if whole.usage is not None:
+            self.prompt_tokens = whole.usage.prompt
+            self.completion_tokens = whole.usage.completion or 0
+        return data
+
+
+class StreamReader:
+    """A stream of completions: events without names, a usage with each, ``[DONE]`` at the end."""
+
+    __slots__ = ("_last_usage", "_splitter", "_wishes", "chunks", "done")
+
+    def __init__(self, wishes: Wishes) -> None:
+        self._wishes = wishes
+        self._splitter = EventSplitter()
+        self._last_usage = b""
+        self.chunks = 0
+        self.done = False
+
+    @property
+    def prompt_tokens(self) -> int | None:
+        return self._usage().prompt
+
+    @property
+    def completion_tokens(self) -> int:
+        """The engine's count; one per chunk where it gives none."""
+        counted = self._usage().completion
+        return self.chunks if counted is None else counted
+
+    def feed(self, data: bytes, at: float) -> bytes:
+        whole = self._splitter.cut(data)
+        if not whole:
+            return b""
+        if b"\r" in whole:
+            return b"".join([self._read_slowly(event) for event in events_of(whole)])
+        out = []
+        for event in whole[:-2].split(b"\n\n"):
+            cut = event.rfind(_USAGE_KEY)
+            if cut > 0 and (tail := _TAIL.fullmatch(event, cut + len(_USAGE_KEY))):
+                out.append(self._without_usage(event, cut, tail[1]))
+            elif event == b"data: [DONE]":
+                self.done = True
+                out.append(DONE)
+            elif not event.startswith(b'data: {"') or event.startswith(_NOT_AN_ANSWER) or cut > 0:
+                out.append(b"".join([self._read_slowly(one) for one in events_of(event + b"\n\n")]))
+            else:
+                self.chunks += 1
+                out.append(event + b"\n\n")
+        return out[0] if len(out) == 1 else b"".join(out)
+
+    def _without_usage(self, event: bytes, cut: int, usage: bytes) -> bytes:
+        """What the client gets of an event that ends with a usage."""
+        wishes = self._wishes
+        if usage != b"null":
+            self._last_usage = usage
+            if b'"choices":[]' in event:
+                return event + b"\n\n" if wishes.include_usage else b""
+        self.chunks += 1
+        return event + b"\n\n" if wishes.continuous_usage and wishes.include_usage else event[:cut] + b"}\n\n"
+
+    def _read_slowly(self, event: Event) -> bytes:
+        raise_if_error(event)
+        if event.done:
+            self.done = True
+        elif event.data is not None:
+            self.chunks += bool(event.data.get("choices"))
+            if event.data.get("usage"):
+                self._last_usage = msgspec.json.encode(event.data["usage"])
+        return as_wished(event, self._wishes)
+
+    def _usage(self) -> Usage:
+        if not self._last_usage:
+            return Usage()
+        try:
+            return _USAGE.decode(self._last_usage)
+        except msgspec.MsgspecError:
+            return Usage()
+
+
+class NamedStreamReader:
+    """A stream of named events: OpenAI's responses, Anthropic's messages. It passes as it is."""
+
+    __slots__ = ("_splitter", "chunks", "completion_counted", "done", "prompt_tokens")
+
+    def __init__(self) -> None:
+        self._splitter = EventSplitter()
+        self.chunks = 0
+        self.completion_counted: int | None = None
+        self.prompt_tokens: int | None = None
+        self.done = False
+
+    @property
+    def completion_tokens(self) -> int:
+        """The engine's count; until it is sent with the last events, one per event with text."""
+        return self.chunks if self.completion_counted is None else self.completion_counted
+
+    def feed(self, data: bytes, at: float) -> bytes:
+        whole = self._splitter.cut(data)
+        for event in whole.split(b"\n\n"):
+            if b"delta" in event[:80] and b'"usage"' not in event:
+                self.chunks += 1
+            elif event.strip() and event.strip() != b"data: [DONE]":
+                self._read(event)
+        return whole
+
+    def _read(self, event: bytes) -> None:
+        start = event.find(b"data:")
+        if start < 0:
+            if event.startswith((b":", b"event:", b"id:", b"retry:")):
+                return
+            raise garbage(event)
+        try:
+            named = _NAMED.decode(event[start + 5 :])
+        except (msgspec.MsgspecError, RecursionError):
+            raise garbage(event) from None
+        if named.type == "error" or (named.error is not None and not named.type):
+            raise_if_error(events_of(event + b"\n\n")[-1])
+        for usage in (
+            named.usage,
+            named.response and named.response.usage,
+            named.message and named.message.usage,
+        ):
+            if usage:
+                self.prompt_tokens = usage.prompt or self.prompt_tokens
+                self.completion_counted = usage.completion or self.completion_counted
+        if named.type in ("response.completed", "response.incomplete", "response.failed", "message_stop"):
+            self.done = True
+
+
+class TappedReader:
+    """An answer that is listened to, streamed or not: ``answer`` has all of it in the end.
+
+    What cannot be understood is passed on all the same; ``confused`` says so.
+    """
+
+    __slots__ = ("_splitter", "_wishes", "answer", "confused", "done")
+
+    def __init__(self, wishes: Wishes) -> None:
+        self._wishes = wishes
+        self._splitter = EventSplitter() if wishes.stream else None
+        self.answer = Answer()
+        self.confused = False
+        self.done = False
+
+    @property
+    def prompt_tokens(self) -> int | None:
+        return self.answer.prompt_tokens
+
+    @property
+    def completion_tokens(self) -> int:
+        return self.answer.completion_tokens
+
+    def feed(self, data: bytes, at: float) -> bytes:
+        events = self._splitter.feed(data) if self._splitter else [whole_event(data)]
+        out = []
+        for event in events:
+            if self._splitter:
+                raise_if_error(event)
+            out.append(as_wished(event, self._wishes))
+            if event.data is not None and not self.confused:
+                try:
+                    self.answer.add(event.data, at)
+                except Exception:  # an engine may send what we have never seen: that breaks no request
+                    self.confused = True
+            self.done = self.done or event.done or not self._splitter
+        return b"".join(out)
+
+
+def whole_event(raw: bytes) -> Event:
+    """The whole of an answer that is not streamed. Raises UpstreamError."""
+    try:
+        data = msgspec.json.decode(raw)
+    except (msgspec.MsgspecError, RecursionError):
+        data = None
+    if not isinstance(data, dict):
+        raise garbage(raw)
+    return Event(raw, data)
+
+
+def raise_if_error(event: Event) -> None:
+    """Raise the error that came as an event: vLLM has sent its 200 by the time it looks closely."""
+    if event.data is None or not event.data.get("error"):
+        return
+    error = event.data["error"]
+    code = error.get("code") if isinstance(error, dict) else None
+    raise refusal(code if isinstance(code, int) else 500, msgspec.json.encode(event.data))
+
+
+def refusal(status: int, raw: bytes) -> UpstreamError:
+    """An answer other than 200: the client's own mistake is passed on, anything else is a 502."""
+    if 400 <= status < 500:
+        try:
+            return UpstreamRefusedError(status, msgspec.json.decode(raw))
+        except (msgspec.MsgspecError, RecursionError):
+            return UpstreamRefusedError(status, {})
+    return UpstreamError(
+        f"The engine failed with status {status}; try again.", internal=f"it said {raw[:300]!r}"
+    )

@@ -1,0 +1,171 @@
+"""Heads of requests and answers (RFC 9112, sections 2 to 6). Strict: what two parsers might read in two
+ways is refused, since one of them would be tricked by it.
+"""
+
+from __future__ import annotations
+
+import string
+from dataclasses import dataclass
+
+from gateway.errors import MalformedRequestError
+
+LONGEST_HEAD_BYTES = 64 << 10
+MOST_HEADERS = 128
+END = b"\r\n\r\n"
+CHUNKED = -1
+"""A body's length when it comes in chunks."""
+UNTIL_CLOSE = -2
+"""An answer's length when the end of the connection ends it."""
+
+_CONTROLS = bytes(set(range(32)) - set(b"\r\n\t")) + b"\x7f"
+_TOKEN = (string.ascii_letters + string.digits + "!#$%&'*+-.^_`|~").encode()
+_ONLY_ONCE = frozenset(
+    ("authorization", "content-length", "content-type", "expect", "host", "transfer-encoding", "x-api-key")
+)
+_LONGEST_LENGTH = 18
+"""Digits of a content-length."""
+
+
+@dataclass(slots=True)
+class RequestHead:
+    """``length`` is the body's in bytes, or CHUNKED. Header names are in lower case."""
+
+    method: str
+    path: str
+    query: str
+    headers: dict[str, str]
+    length: int
+    keep_alive: bool
+    http_1_0: bool = False
+    waits_for_continue: bool = False
+
+
+@dataclass(slots=True)
+class AnswerHead:
+    """``length`` is the body's in bytes, CHUNKED, or UNTIL_CLOSE."""
+
+    status: int
+    headers: dict[str, str]
+    length: int
+    keep_alive: bool
+
+
+def parse_request(head: bytes) -> RequestHead:
+    """A request's head without the empty line at its end. Raises MalformedRequestError."""
+    first, headers = _split(head)
+    parts = first.split(" ")
+    if len(parts) != 3 or not parts[0] or not parts[1]:
+        raise MalformedRequestError(f"The request line {first[:80]!r} is not `METHOD target HTTP/1.1`.")
+    method, target, version = parts
+    if version not in ("HTTP/1.1", "HTTP/1.0"):
+        raise MalformedRequestError(f"The version {version[:20]!r} is not HTTP/1.1.", status=505)
+    if method.encode("latin-1").translate(None, _TOKEN):
+        raise MalformedRequestError(f"The method {method[:40]!r} is not a word.")
+    path, _, query = target.partition("?")
+    if not path.startswith("/"):
+        path = _path_of(path)
+    old = version == "HTTP/1.0"
+    if "host" not in headers and not old:
+        raise MalformedRequestError("host: is missing; HTTP/1.1 needs this header.")
+    length = _request_length(headers, old)
+    wishes = headers.get("connection")
+    keep_alive = not old if wishes is None else _keeps_alive(wishes, default=not old)
+    expects = headers.get("expect")
+    if expects is not None and expects.lower() != "100-continue":
+        raise MalformedRequestError(f"expect: {expects[:40]!r} is not 100-continue; leave it out", status=417)
+    return RequestHead(method, path, query, headers, length, keep_alive, old, expects is not None and not old)
+
+
+def parse_answer(head: bytes) -> AnswerHead:
+    """An answer's head without the empty line at its end. Raises ValueError."""
+    try:
+        first, headers = _split(head)
+    except MalformedRequestError as error:
+        raise ValueError(error.message) from None
+    version, _, rest = first.partition(" ")
+    code = rest[:3]
+    if version not in ("HTTP/1.1", "HTTP/1.0") or not (code.isascii() and code.isdigit() and len(code) == 3):
+        raise ValueError(f"the status line {first[:80]!r} is not HTTP/1.1")
+    status = int(code)
+    wishes = headers.get("connection")
+    current = version == "HTTP/1.1"
+    keep_alive = current if wishes is None else _keeps_alive(wishes, default=current)
+    coding, given = headers.get("transfer-encoding"), headers.get("content-length")
+    if status < 200 or status in (204, 304):
+        length = 0
+    elif coding is not None:
+        if coding.lower() != "chunked" or given is not None:
+            raise ValueError(f"the body is framed by {coding[:40]!r} and content-length {given!r}")
+        length = CHUNKED
+    elif given is not None:
+        if not _is_length(given):
+            raise ValueError(f"content-length {given[:40]!r} is no length")
+        length = int(given)
+    else:
+        length, keep_alive = UNTIL_CLOSE, False
+    return AnswerHead(status, headers, length, keep_alive)
+
+
+def _split(head: bytes) -> tuple[str, dict[str, str]]:
+    """First line and headers. Values of a header that comes twice are joined with commas."""
+    text = head.decode("latin-1")
+    first, *lines = text.split("\r\n")
+    if head.translate(None, _CONTROLS) != head or not head.count(b"\r") == head.count(b"\n") == len(lines):
+        raise MalformedRequestError("The head has control characters or bare line ends; send text and CRLF.")
+    if len(lines) > MOST_HEADERS:
+        raise MalformedRequestError(
+            f"There are {len(lines)} headers; send at most {MOST_HEADERS}.", status=431
+        )
+    headers: dict[str, str] = {}
+    for line in lines:
+        name, colon, value = line.partition(":")
+        name = name.lower()
+        value = value.strip(" \t")
+        if not colon or not name:
+            raise MalformedRequestError(f"The header line {line[:40]!r} is not `name: value`.")
+        if name in headers:
+            if name in _ONLY_ONCE:
+                raise MalformedRequestError(f"{name}: comes twice; send it once.")
+            value = f"{headers[name]}, {value}"
+        headers[name] = value
+    if "".join(headers).encode("latin-1").translate(None, _TOKEN):
+        raise MalformedRequestError("A header's name has characters that no name may have.")
+    return first, headers
+
+
+def _request_length(headers: dict[str, str], old: bool) -> int:
+    coding, given = headers.get("transfer-encoding"), headers.get("content-length")
+    if coding is not None:
+        if given is not None:
+            raise MalformedRequestError("content-length: and transfer-encoding: contradict; send one.")
+        if old:
+            raise MalformedRequestError("transfer-encoding: does not exist in HTTP/1.0; send content-length.")
+        if coding.lower() != "chunked":
+            raise MalformedRequestError(
+                f"transfer-encoding: {coding[:40]!r} is not known; send `chunked`.", status=501
+            )
+        return CHUNKED
+    if given is None:
+        return 0
+    if not _is_length(given):
+        raise MalformedRequestError(f"content-length: {given[:40]!r} is no length; send a whole number.")
+    return int(given)
+
+
+def _is_length(text: str) -> bool:
+    return text.isascii() and text.isdigit() and len(text) <= _LONGEST_LENGTH
+
+
+def _keeps_alive(connection: str, *, default: bool) -> bool:
+    words = [word.strip().lower() for word in connection.split(",")]
+    return "close" not in words and (default or "keep-alive" in words)
+
+
+def _path_of(target: str) -> str:
+    """The path of an absolute target, as proxies are sent it; ``*`` stays."""
+    scheme, found, rest = target.partition("://")
+    if found and scheme.lower() in ("http", "https"):
+        return "/" + rest.partition("/")[2]
+    if target == "*":
+        return target
+    raise MalformedRequestError(f"The target {target[:80]!r} is no path; it begins with `/`.")
