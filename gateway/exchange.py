@@ -31,7 +31,7 @@ from gateway.routing.pools import Replica
 from gateway.routing.router import Route
 from gateway.telemetry.logs import EVENTS
 from gateway.upstream.readers import Reader, TappedReader
-from gateway.upstream.wishes import Wishes
+from gateway.upstream.wishes import WHOLE, Wishes
 from gateway.wire.door import STATUS_LINES, Door
 from gateway.wire.heads import RequestHead
 
@@ -61,37 +61,32 @@ class Attempt(Protocol):
 class Exchange:
     """A request, the decisions on it, and its answer. Times are seconds of the plane's clock."""
 
-    __slots__ = (
-        "attempts",
-        "begun",
-        "body",
-        "caller",
-        "door",
-        "endpoint",
-        "error",
-        "finished",
-        "first_at",
-        "gaps",
-        "head",
-        "heard_at",
-        "hedged",
-        "last_at",
-        "overhead_s",
-        "path",
-        "paused_at",
-        "plane",
-        "raw",
-        "reader",
-        "received",
-        "request_id",
-        "route",
-        "setup",
-        "stale",
-        "task",
-        "tries",
-        "winner",
-        "wishes",
-    )
+    body: Body = EMPTY
+    model = ""
+    """As the client named it."""
+    # what the hops decide
+    wishes: Wishes = WHOLE
+    caller: Caller | None = None
+    route: Route | None = None
+    reader: Reader | None = None
+    # how it goes
+    winner: Attempt | None = None
+    """The attempt whose answer the client gets."""
+    hedged = False
+    task: asyncio.Task[None] | None = None
+    tries = 0
+    """Attempts that never reached an engine, and those of them over a connection that had been closed."""
+    stale = 0
+    begun = False
+    """Part of an answer has been sent: from here on nothing is retried and no status can change."""
+    finished = False
+    error: GatewayError | None = None
+    paused_at: float | None = None
+    first_at: float | None = None
+    last_at = 0.0
+    gaps: list[float] | None = None
+    overhead_s = 0.0
+    """Seconds of our own work so far."""
 
     def __init__(
         self, plane: DataPlane, setup: Setup, door: Door, endpoint: Endpoint, head: RequestHead, raw: bytes
@@ -100,38 +95,12 @@ class Exchange:
         self.setup = setup
         self.door = door
         self.endpoint = endpoint
-        self.path = endpoint.path
         self.head = head
         self.raw = raw
-        self.received = plane.clock()
+        self.received = self.heard_at = plane.clock()
+        """``heard_at``: when the present attempt was made, or the engine was heard of last."""
         self.request_id = request_id(head.headers)
-        # what the hops decide
-        self.body: Body = EMPTY
-        self.wishes = Wishes(chat=endpoint.chat, stream=False)
-        self.caller: Caller | None = None
-        self.route: Route | None = None
-        self.reader: Reader | None = None
-        # how it goes
         self.attempts: list[Attempt] = []
-        self.winner: Attempt | None = None
-        """The attempt whose answer the client gets."""
-        self.hedged = False
-        self.task: asyncio.Task[None] | None = None
-        self.tries = 0
-        """Attempts that never reached an engine, and those of them over a connection that had been closed."""
-        self.stale = 0
-        self.begun = False
-        """Part of an answer has been sent: from here on nothing is retried and no status can change."""
-        self.finished = False
-        self.error: GatewayError | None = None
-        self.heard_at = self.received
-        """When the present attempt was made, or the engine was heard of last."""
-        self.paused_at: float | None = None
-        self.first_at: float | None = None
-        self.last_at = 0.0
-        self.gaps: list[float] = []
-        self.overhead_s = 0.0
-        """Seconds of our own work so far."""
 
     @property
     def headers(self) -> dict[str, str]:
@@ -248,7 +217,9 @@ class Exchange:
             return
         if self.first_at is None:
             self.first_at = now
+            self.gaps = []
         else:
+            assert self.gaps is not None
             self.gaps.append(now - self.last_at)
         self.last_at = now
         if self.begun:

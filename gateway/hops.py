@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
+import zlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -16,7 +16,7 @@ from gateway.routing.pools import PROVIDER, Replica
 from gateway.routing.router import Router
 from gateway.upstream.readers import NamedStreamReader, Reader, StreamReader, TappedReader, WholeReader
 from gateway.upstream.vllm import EngineAttempt, request_for
-from gateway.upstream.wishes import Wishes
+from gateway.upstream.wishes import STREAM, Wishes
 
 if TYPE_CHECKING:
     from gateway.upstream.litellm import LiteLLM
@@ -33,22 +33,25 @@ class Identify:
         self._identities = Identities(config)
 
     def __call__(self, exchange: Exchange) -> None:
-        headers, endpoint = exchange.headers, exchange.endpoint
-        key = self._identities.key(headers)
-        kind = headers.get("content-type", "")
+        head, endpoint = exchange.head, exchange.endpoint
+        sender = head.memo
+        if sender is None or sender.identities is not self._identities:
+            sender = head.memo = self._identities.sender(head.headers)
+        kind = head.headers.get("content-type", "")
         if kind != "application/json" and kind.partition(";")[0].strip().lower() != "application/json":
             # Also what keeps a web page from posting here unasked: browsers send this type only after a
             # preflight request, which the gateway does not answer.
             raise BadRequestError(
                 "content-type: send the header `content-type: application/json`", param="content-type"
             )
-        body = exchange.body = Body(exchange.raw)
-        endpoint.check(body)
+        body = exchange.body = Body(exchange.raw, endpoint.check, endpoint.decoder)
+        asked = body.asked
+        exchange.model = asked.model
         if endpoint.form is Form.COMPLETIONS:
-            exchange.wishes = Wishes.of(body, chat=endpoint.chat)
-        elif endpoint.form is not Form.PLAIN:
-            exchange.wishes = Wishes(chat=False, stream=body.get("stream") is True)
-        exchange.caller = self._identities.of(headers, body, key)
+            exchange.wishes = Wishes.of(asked, chat=endpoint.chat)
+        elif endpoint.form is not Form.PLAIN and asked.stream:
+            exchange.wishes = STREAM
+        exchange.caller = sender.caller(asked)
 
 
 class ChooseRoute:
@@ -125,7 +128,7 @@ def sampled(request_id: str, below: int) -> bool:
     ``below`` of 2**32 ids are."""
     if below >= _SHARE:
         return True
-    return int.from_bytes(hashlib.blake2s(request_id.encode(), digest_size=4).digest(), "big") < below
+    return zlib.crc32(request_id.encode()) < below
 
 
 Hop = Callable[[Exchange], None]

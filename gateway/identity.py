@@ -6,20 +6,17 @@ import hashlib
 import hmac
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 from urllib.parse import unquote
 
+from gateway.api.body import Asked
 from gateway.config import Config, Key
 from gateway.errors import BadRequestError, ForbiddenError, UnauthenticatedError
 
 _NAMED_SESSIONS = ("x-session-id", "x-litellm-session-id", "x-claude-code-session-id")
 _SESSION_LIMIT = 128
-
-
-class Fields(Protocol):
-    """A request's body: a field's value, or None."""
-
-    def get(self, field: str) -> Any: ...
+MOST_CALLERS = 16
+"""Callers that are remembered with the headers of one connection."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +39,7 @@ class Identities:
     """Knows keys and roles."""
 
     def __init__(self, config: Config) -> None:
-        self._config = config
+        self.config = config
         self._keys = {key.sha256: key for key in config.keys}
         self._salts = {
             key.tenant: hashlib.sha256(f"tiercel:{key.tenant}:{key.sha256}".encode()).hexdigest()[:32]
@@ -52,19 +49,17 @@ class Identities:
         self._agents = {agent: name for name, role in config.roles.items() for agent in role.agents}
         self._agents |= {name: name for name in config.roles}
 
-    def of(self, headers: Mapping[str, str], body: Fields, key: Key | None) -> Caller:
-        """Who makes a request. ``headers`` have lower-case names.
+    def sender(self, headers: Mapping[str, str]) -> Sender:
+        """What the headers of a request say of who makes it; their names are in lower case.
+        Raises UnauthenticatedError."""
+        return Sender(self, headers, self.key(headers))
 
-        Raises ForbiddenError, and BadRequestError for an ``x-agent-role`` that is no
-        role: whoever sends that header means one, and serving a typo at the default precision would go
-        unnoticed for weeks.
-        """
-        role = self._role(headers, body, key)
-        model = body.get("model")
-        if key is not None:
-            _check(key, role, model, self._config)
-        salt = self._salts.get(key.tenant, "") if key else ""
-        return Caller(role, _session(headers, body), key, salt)
+    def role_of(self, agent: Any) -> str | None:
+        """The role that an agent's name stands for."""
+        return self._agents.get(agent.strip()) if isinstance(agent, str) else None
+
+    def salt(self, key: Key | None) -> str:
+        return self._salts.get(key.tenant, "") if key else ""
 
     def key(self, headers: Mapping[str, str]) -> Key | None:
         """The key of a request; None where no keys are asked for. Raises UnauthenticatedError."""
@@ -84,31 +79,72 @@ class Identities:
             raise UnauthenticatedError("authorization: this key is not known; ask for one")
         return key
 
-    def _role(self, headers: Mapping[str, str], body: Fields, key: Key | None) -> str:
+
+class Sender:
+    """What the headers of a request say of who makes it: the same for all requests with the same headers."""
+
+    __slots__ = ("_agent", "_callers", "_config", "_given", "_key", "_salt", "_session", "identities")
+
+    def __init__(self, identities: Identities, headers: Mapping[str, str], key: Key | None) -> None:
+        self.identities = identities
+        self._config = identities.config
+        self._key = key
+        self._salt = identities.salt(key)
+        self._given = headers.get("x-agent-role", "").strip()
+        agent = identities.role_of(headers.get("x-agent-name"))
+        if agent is None and (baggage := headers.get("baggage")):
+            agent = identities.role_of(_baggage(baggage).get("gen_ai.agent.name"))
+        self._agent = agent
+        self._session = _session(headers)
+        self._callers: dict[tuple[str, str], Caller] = {}
+
+    def caller(self, asked: Asked) -> Caller:
+        """Who makes a request with this body.
+
+        Raises ForbiddenError, and BadRequestError for an ``x-agent-role`` that is no role: whoever sends
+        that header means one, and serving a typo at the default precision would go unnoticed for weeks.
+        """
+        role = self._role(asked)
+        session = self._session
+        if session is None and (asked.metadata or asked.prompt_cache_key or asked.user):
+            session = _session_of(asked)
+            if session is not None:
+                return self._caller(role, asked.model, session)
+        known = self._callers.get((role, asked.model))
+        if known is None:
+            known = self._caller(role, asked.model, session)
+            if len(self._callers) < MOST_CALLERS:
+                self._callers[role, asked.model] = known
+        return known
+
+    def _caller(self, role: str, model: str, session: str | None) -> Caller:
+        if self._key is not None:
+            _check(self._key, role, model, self._config)
+        return Caller(role, session, self._key, self._salt)
+
+    def _role(self, asked: Asked) -> str:
         """The first source that names a role wins; the order is the architecture's."""
+        key, roles = self._key, self._config.roles
         if key is not None and key.role is not None:
             return key.role
-        roles, agents = self._config.roles, self._agents
-        model = body.get("model")
-        if isinstance(model, str) and model in roles:
-            return model
-        if (given := headers.get("x-agent-role")) is not None and (role := given.strip()):
-            if role not in roles:
+        if asked.model in roles:
+            return asked.model
+        if self._given:
+            if self._given not in roles:
                 known = ", ".join(sorted(roles))
                 raise BadRequestError(
-                    f"x-agent-role: {role[:80]!r} is not a role; use one of: {known}", param="x-agent-role"
+                    f"x-agent-role: {self._given[:80]!r} is not a role; use one of: {known}",
+                    param="x-agent-role",
                 )
-            return role
-        if (agent := headers.get("x-agent-name")) and (named := agents.get(agent.strip())):
-            return named
-        if baggage := headers.get("baggage"):
-            agent = _baggage(baggage).get("gen_ai.agent.name", "")
-            if named := agents.get(agent.strip()):
-                return named
-        for path in (("metadata", "agent_role"), ("vllm_xargs", "agentic_context", "agent_role")):
-            agent = _at(body, *path)
-            if isinstance(agent, str) and (named := agents.get(agent.strip())):
-                return named
+            return self._given
+        if self._agent is not None:
+            return self._agent
+        if asked.metadata is not None or asked.vllm_xargs is not None:
+            role_of = self.identities.role_of
+            if role := role_of(_at(asked.metadata, "agent_role")):
+                return role
+            if role := role_of(_at(asked.vllm_xargs, "agentic_context", "agent_role")):
+                return role
         if key is not None and key.default_role is not None:
             return key.default_role
         return self._config.default_role
@@ -119,12 +155,12 @@ def hash_of(secret: str) -> str:
     return hashlib.sha256(secret.encode("utf-8", "surrogateescape")).hexdigest()
 
 
-def _check(key: Key, role: str, model: Any, config: Config) -> None:
+def _check(key: Key, role: str, model: str, config: Config) -> None:
     if key.roles and role not in key.roles:
         raise ForbiddenError(
             f"role: this key may not use {role}; it may use: {', '.join(key.roles)}", param="model"
         )
-    if not key.models or not isinstance(model, str) or model in config.roles:
+    if not key.models or model in config.roles:
         return
     if model not in key.models and model.partition(":")[0] not in key.models:
         raise ForbiddenError(
@@ -132,15 +168,18 @@ def _check(key: Key, role: str, model: Any, config: Config) -> None:
         )
 
 
-def _session(headers: Mapping[str, str], body: Fields) -> str | None:
-    for name in _NAMED_SESSIONS:
-        if (given := headers.get(name)) and given.strip():
-            return given.strip()[:_SESSION_LIMIT]
+def _session(headers: Mapping[str, str]) -> str | None:
     vendors = [name for name in headers if name.endswith("-session-id") and name.startswith("x-")]
-    for name in sorted(vendors):
-        if given := headers[name].strip():
-            return given[:_SESSION_LIMIT]
-    for session in (_at(body, "metadata", "session_id"), body.get("prompt_cache_key"), body.get("user")):
+    if not vendors:
+        return None
+    for name in (*_NAMED_SESSIONS, *sorted(vendors)):
+        if session := headers.get(name, "").strip():
+            return session[:_SESSION_LIMIT]
+    return None
+
+
+def _session_of(asked: Asked) -> str | None:
+    for session in (_at(asked.metadata, "session_id"), asked.prompt_cache_key, asked.user):
         if isinstance(session, str) and session.strip():
             return session.strip()[:_SESSION_LIMIT]
     return None
@@ -152,10 +191,7 @@ def _baggage(header: str) -> dict[str, str]:
     return {key.strip(): unquote(value.strip()) for key, equals, value in pairs if equals}
 
 
-def _at(body: Any, *path: str) -> Any:
-    here: Any = body
+def _at(value: Any, *path: str) -> Any:
     for key in path:
-        here = here.get(key) if hasattr(here, "get") else None
-        if here is None:
-            return None
-    return here
+        value = value.get(key) if isinstance(value, dict) else None
+    return value

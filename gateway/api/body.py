@@ -7,8 +7,8 @@ as they are: the engine knows its own dialect. A refusal names the field, the va
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Literal, get_args
+from collections.abc import Callable, Iterator, Mapping
+from typing import Annotated, Any, Literal, get_args
 
 import msgspec
 
@@ -19,39 +19,91 @@ _ROLES: tuple[str, ...] = get_args(Role)
 _MESSAGES_FIX = 'send a list such as [{"role": "user", "content": "Hello"}]'
 
 
-class _Message(msgspec.Struct):
-    """A message as nearly all are; any other is looked at more closely."""
+class _Part(msgspec.Struct, gc=False):
+    """Part of a message's content; what it holds is the engine's affair."""
 
+    type: Any = None
+
+
+class _Message(msgspec.Struct, gc=False):
     role: Role
-    content: str | None = None
+    content: str | list[_Part] | None = None
 
 
-_FIELDS = msgspec.json.Decoder(dict[str, msgspec.Raw])
-_MESSAGES = msgspec.json.Decoder(list[_Message])
+class Asked(msgspec.Struct):
+    """The fields that the gateway itself depends on, found in one pass over the bytes."""
+
+    model: Annotated[str, msgspec.Meta(min_length=1)]
+    stream: bool | None = None
+    stream_options: dict[str, Any] | None = None
+    temperature: float | None = None
+    max_tokens: Annotated[int, msgspec.Meta(ge=1)] | None = None
+    max_completion_tokens: Annotated[int, msgspec.Meta(ge=1)] | None = None
+    metadata: Any = None
+    vllm_xargs: Any = None
+    prompt_cache_key: Any = None
+    user: Any = None
+    logprobs: Any = None
+    top_logprobs: Any = None
+
+
+class AskedChat(Asked, kw_only=True):
+    messages: Annotated[list[_Message], msgspec.Meta(min_length=1)]
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, msgspec.Meta(ge=-1)] | None = None
+
+
+Decoder = msgspec.json.Decoder
+_FIELDS = Decoder(dict[str, msgspec.Raw])
+CHAT_DECODER: Decoder[Asked] = Decoder(AskedChat)
+DECODER = Decoder(Asked)
 
 
 class Body:
-    """A JSON object by its first-level fields. Raises BadRequestError for what is none."""
+    """A JSON object by its first-level fields, and what is ``asked`` in those that matter here."""
 
-    __slots__ = ("_fields", "_values")
+    __slots__ = ("_all", "_raw", "_values", "asked")
 
-    def __init__(self, raw: bytes) -> None:
-        try:
-            self._fields: dict[str, msgspec.Raw] = _FIELDS.decode(raw)
-            if not raw.isascii():
-                raw.decode()
-        except msgspec.ValidationError:
-            raise BadRequestError(f"The body is {_kind_of_json(raw)}; send a JSON object.") from None
-        except RecursionError:
-            raise BadRequestError("The body is nested too deeply; send a flatter JSON object.") from None
-        except (msgspec.DecodeError, UnicodeDecodeError) as error:
-            raise BadRequestError(f"The body is not valid JSON ({error}); send a JSON object.") from None
+    def __init__(
+        self, raw: bytes, check: Callable[[Body], None] | None = None, decoder: Decoder[Asked] | None = None
+    ) -> None:
+        """``decoder`` reads ``asked`` and accepts only what is right; ``check`` is run where it does not, or
+        where there is none, and says what is wrong in words. Raises BadRequestError."""
+        self._raw = raw
+        self._all: dict[str, msgspec.Raw] | None = None
         self._values: dict[str, Any] = {}
+        if decoder is not None:
+            try:
+                self.asked = decoder.decode(raw)
+                if not raw.isascii():
+                    raw.decode()
+                return
+            except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError):
+                pass
+        if check is not None:
+            check(self)
+        self.asked = Asked(*(self.get(field) for field in Asked.__struct_fields__))
+
+    @property
+    def _fields(self) -> dict[str, msgspec.Raw]:
+        if self._all is None:
+            raw = self._raw
+            try:
+                self._all = _FIELDS.decode(raw)
+                if not raw.isascii():
+                    raw.decode()
+            except msgspec.ValidationError:
+                raise BadRequestError(f"The body is {_kind_of_json(raw)}; send a JSON object.") from None
+            except RecursionError:
+                raise BadRequestError("The body is nested too deeply; send a flatter JSON object.") from None
+            except (msgspec.DecodeError, UnicodeDecodeError) as error:
+                raise BadRequestError(f"The body is not valid JSON ({error}); send a JSON object.") from None
+        return self._all
 
     def __contains__(self, field: str) -> bool:
         return field in self._fields
 
-    def __iter__(self) -> Any:
+    def __iter__(self) -> Iterator[str]:
         return iter(self._fields)
 
     def raw(self, field: str) -> bytes:
@@ -92,11 +144,7 @@ def _value(raw: msgspec.Raw) -> Any:
 def check_chat(body: Body) -> None:
     """What every endpoint needs, and messages. Raises BadRequestError."""
     check_common(body)
-    try:
-        if not _MESSAGES.decode(body.raw("messages")):
-            raise _bad("messages", "is empty", _MESSAGES_FIX)
-    except msgspec.MsgspecError:
-        _check_messages(body)
+    _check_messages(body)
     expect(body, "logprobs", (bool,), "true or false")
     expect(body, "top_logprobs", (int,), "a whole number from 0 to 20")
     if (body.get("top_logprobs") or 0) < -1:

@@ -9,7 +9,10 @@ from enum import Enum
 from typing import Any
 
 from gateway.api.body import (
+    CHAT_DECODER,
+    Asked,
     Body,
+    Decoder,
     check_anthropic,
     check_anthropic_prompt,
     check_chat,
@@ -40,6 +43,14 @@ class Endpoint:
     form: Form
     prompt: tuple[str, ...] = ()
     chat: bool = False
+    decoder: Decoder[Asked] | None = None
+    """Reads and checks nearly all bodies at once; ``check`` those that it does not like."""
+
+    @property
+    def engine_path(self) -> str:
+        """Where an engine serves it: vLLM has some of them without the version."""
+        name = self.path.removeprefix("/v1")
+        return name if name in _UNVERSIONED else self.path
 
     def error_body(self, error: GatewayError) -> bytes:
         """The body of an answer that is an error."""
@@ -63,6 +74,7 @@ class Endpoint:
         return envelope(error)
 
 
+_UNVERSIONED = ("/score", "/classify", "/pooling", "/tokenize", "/detokenize")
 _ANTHROPIC = {
     400: "invalid_request_error",
     401: "authentication_error",
@@ -74,7 +86,9 @@ _ANTHROPIC = {
     504: "timeout_error",
 }
 
-CHAT = Endpoint("/v1/chat/completions", check_chat, Form.COMPLETIONS, ("tools", "messages"), chat=True)
+CHAT = Endpoint(
+    "/v1/chat/completions", check_chat, Form.COMPLETIONS, ("tools", "messages"), True, CHAT_DECODER
+)
 COMPLETIONS = Endpoint("/v1/completions", check_prompt, Form.COMPLETIONS, ("prompt",))
 _ALL = (
     CHAT,
@@ -92,9 +106,3 @@ _ALL = (
 ENDPOINTS = {endpoint.path: endpoint for endpoint in _ALL}
 ANY = Endpoint("", check_common, Form.PLAIN)
 """For errors of requests that name no endpoint."""
-
-
-def engine_path(endpoint: Endpoint) -> str:
-    """Where an engine serves it: vLLM has some of them without the version."""
-    name = endpoint.path.removeprefix("/v1")
-    return name if name in ("/score", "/classify", "/pooling", "/tokenize", "/detokenize") else endpoint.path

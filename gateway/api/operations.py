@@ -14,6 +14,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 
+from gateway.api.body import Asked
 from gateway.cards import load_cards
 from gateway.config import Config, ConfigError, parse_config
 from gateway.errors import BadRequestError, ForbiddenError, GatewayError, UnexpectedError, envelope
@@ -73,8 +74,8 @@ class Operations:
         """Which variant would serve a request, and why: nothing is asked of an engine."""
         setup = self._plane.setup
         identities = Identities(setup.config)
-        body = question.model_dump(exclude_none=True)
-        caller = identities.of(request.headers, body, identities.key(request.headers))
+        asked = Asked(**question.model_dump())
+        caller = identities.sender(request.headers).caller(asked)
         found = setup.router.explain(caller, question.model)
         pools = setup.pools.by_variant
         usable = [variant for variant in found.ladder if pools[variant].usable()]

@@ -17,12 +17,13 @@ Clock = Callable[[], float]
 FIRST_BACK_OFF_S = 1.0
 LONGEST_BACK_OFF_S = 30.0
 BROKEN_ANSWERS_IN_A_ROW = 3
+ALWAYS = float("-inf")
 
 
 class Breaker:
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
-        self._open_until = float("-inf")
+        self._open_until = ALWAYS
         self._back_off = FIRST_BACK_OFF_S
         self._broken = 0
         self._unreachable = False
@@ -30,11 +31,11 @@ class Breaker:
     @property
     def closed(self) -> bool:
         """Whether the replica may be tried."""
-        return self._clock() >= self._open_until
+        return self._open_until == ALWAYS or self._clock() >= self._open_until
 
     def answered(self) -> None:
         """It answered, be it with a 4xx: it works."""
-        self._open_until = float("-inf")
+        self._open_until = ALWAYS
         self._back_off = FIRST_BACK_OFF_S
         self._broken = 0
         self._unreachable = False

@@ -12,9 +12,10 @@ import hashlib
 import random
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Protocol
 from weakref import WeakKeyDictionary
+
+import msgspec
 
 from gateway.routing.pools import Replica
 
@@ -26,14 +27,13 @@ BYTES_PER_TOKEN = 4
 """Of a request's JSON, to put an engine's cache in blocks."""
 
 
-@dataclass(slots=True)
-class Ask:
+class Ask(msgspec.Struct):
     """What a policy may know of a request."""
 
     session: str | None = None
     salt: str = ""
     """Set where caches are kept apart by tenant."""
-    prompt: Callable[[], bytes] = field(default=lambda: b"")
+    prompt: Callable[[], bytes] = bytes
     """The bytes that the engine's prompt is made of, in their order."""
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from gateway.api.endpoints import Endpoint
 from gateway.config import Config
 from gateway.routing.breaker import Breaker, Clock
 from gateway.wire.engines import EnginePool
@@ -77,13 +78,13 @@ class Replica:
         tokens = self.reading.cache_tokens
         return None if tokens is None else max(1, int(tokens / tokens_per_block))
 
-    def request_head(self, path: str) -> bytes:
-        """What every request to ``path`` begins with."""
-        head = self._heads.get(path)
+    def request_head(self, endpoint: Endpoint) -> bytes:
+        """What every request to an endpoint begins with."""
+        head = self._heads.get(endpoint.path)
         if head is None:
             host = self.connections.netloc
-            target = self.connections.base_path + path
-            head = self._heads[path] = (
+            target = self.connections.base_path + endpoint.engine_path
+            head = self._heads[endpoint.path] = (
                 f"POST {target} HTTP/1.1\r\nhost: {host}\r\ncontent-type: application/json\r\n".encode()
             )
         return head
@@ -110,12 +111,16 @@ class Pool:
 
     def pick(self, ask: Ask) -> tuple[Replica, float] | None:
         """The policy's choice, and the work it adds; None if none is usable, or all of those are full."""
+        if len(self.replicas) == 1:
+            only = self.replicas[0]
+            room = self.limit is None or only.in_flight < self.limit
+            return (only, 0.0) if room and only.breaker.closed else None
         free = self.usable()
         if (limit := self.limit) is not None:
             free = [replica for replica in free if replica.in_flight < limit]
         if not free:
             return None
-        return self.policy.pick(free, ask) if len(self.replicas) > 1 else (free[0], 0.0)
+        return self.policy.pick(free, ask)
 
 
 class Pools:

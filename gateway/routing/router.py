@@ -14,6 +14,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+import msgspec
+
 from gateway.api.body import Body
 from gateway.api.endpoints import Endpoint
 from gateway.config import Config, WhenFull
@@ -39,8 +41,7 @@ class Reason(StrEnum):
     PROVIDER = "provider"
 
 
-@dataclass(frozen=True, slots=True)
-class Route:
+class Route(msgspec.Struct, frozen=True):
     """The decision for one request. ``work``: blocks that it adds to the replica's queue."""
 
     role: str
@@ -105,8 +106,8 @@ class Router:
 
     def route(self, caller: Caller, body: Body, endpoint: Endpoint) -> Route:
         """Decide. Raises UnknownModelError, PrecisionTooLowError or NoReplicaError."""
-        model = body.get("model")
-        if provider := self._pools.providers.get(model):
+        model = body.asked.model
+        if self._pools.providers and (provider := self._pools.providers.get(model)):
             return Route(caller.role, provider.variant, provider, Reason.PROVIDER)
         ladder, reason = self._choice(caller, model)
         return self._climb(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from typing import Any
 
 import msgspec
 
@@ -14,13 +13,13 @@ from gateway.telemetry.tallies import Count, Spread
 
 NO_VARIANT = "none"
 """The variant label of a request that got no route."""
-NO_KEY = "none"
 
 
-class _Line(msgspec.Struct):
+class _Line(msgspec.Struct, gc=False):
     """What the access log says of a request. Never a prompt or an answer."""
 
     time: float
+    """Unix time, seconds."""
     request_id: str
     path: str
     key: str | None
@@ -43,17 +42,39 @@ class _Line(msgspec.Struct):
 
 
 class _Books:
-    """The metrics of one role and variant, found once."""
+    """The metrics of requests of one kind: of a key, role, model, variant, reason and outcome. Found once."""
 
-    __slots__ = ("completion", "duration", "first_token", "gaps", "overhead", "prompt")
+    __slots__ = (
+        "completion",
+        "duration",
+        "first_token",
+        "gaps",
+        "key_completion",
+        "key_prompt",
+        "overhead",
+        "prompt",
+        "requests",
+        "routes",
+    )
 
-    def __init__(self, metrics: Metrics, role: str, variant: str) -> None:
+    def __init__(self, metrics: Metrics, kind: _Kind) -> None:
+        key, role, model, variant, reason, outcome = kind
+        self.requests: Count = metrics.requests.labels(role, model, variant, str(outcome))
+        self.routes: Count = metrics.routes.labels(role, variant, reason)
         self.duration: Spread = metrics.duration.labels(role, variant)
         self.overhead: Spread = metrics.overhead.labels(role, variant)
         self.first_token: Spread = metrics.first_token.labels(role, variant)
         self.gaps: Spread = metrics.token_gap.labels(role, variant)
         self.prompt: Count = metrics.tokens.labels(role, variant, "prompt")
         self.completion: Count = metrics.tokens.labels(role, variant, "completion")
+        self.key_prompt: Count | None = None
+        self.key_completion: Count | None = None
+        if key is not None:
+            self.key_prompt = metrics.key_tokens.labels(key, role, variant, "prompt")
+            self.key_completion = metrics.key_tokens.labels(key, role, variant, "completion")
+
+
+_Kind = tuple[str | None, str, str, str, str, int]
 
 
 class Ledger:
@@ -62,68 +83,67 @@ class Ledger:
     def __init__(self, metrics: Metrics, log: AccessLog) -> None:
         self._metrics = metrics
         self.log = log
-        self._books: dict[tuple[str, str], _Books] = {}
+        self._books: dict[_Kind, _Books] = {}
 
     def record(self, exchange: Exchange) -> None:
-        metrics, route, caller, reader = self._metrics, exchange.route, exchange.caller, exchange.reader
+        route, caller, reader, error = exchange.route, exchange.caller, exchange.reader, exchange.error
         setup = exchange.setup
-        role = metrics.role(caller.role) if caller else OTHER
-        variant = route.variant if route else NO_VARIANT
-        asked = exchange.body.get("model")
-        model = asked if isinstance(asked, str) and asked in setup.known_models else OTHER
+        model = exchange.model if exchange.model in setup.known_models else OTHER
         took = exchange.plane.clock() - exchange.received
-        metrics.requests.labels(role, model, variant, str(exchange.status)).inc()
-        prompt = reader.prompt_tokens if reader else None
-        completion = reader.completion_tokens if reader else 0
-        if route is not None:
-            self._enter(exchange, role, variant, took, prompt or 0, completion)
-        if setup.config.gateway.access_log or exchange.error is not None:
-            self.log.write(_line(exchange, model, took, prompt, completion))
+        prompt, completion = (reader.prompt_tokens, reader.completion_tokens) if reader else (None, 0)
+        status = 200 if error is None else error.status
+        if route is not None and caller is not None:
+            key = caller.key.name if caller.key is not None else None
+            kind = (key, caller.role, model, route.variant, route.reason, status)
+            books = self._books.get(kind)
+            if books is None:
+                books = self._books[kind] = _Books(self._metrics, kind)
+            self._enter(books, exchange, took, prompt or 0, completion)
+        else:
+            role = caller.role if caller is not None else OTHER
+            self._metrics.requests.labels(role, model, NO_VARIANT, str(status)).inc()
+        if error is not None or setup.config.gateway.access_log:
+            self.log.write(_line(exchange, model, status, took, prompt, completion))
 
-    def _enter(
-        self, exchange: Exchange, role: str, variant: str, took: float, prompt: int, completion: int
-    ) -> None:
-        books = self._books.get((role, variant))
-        if books is None:
-            books = self._books[role, variant] = _Books(self._metrics, role, variant)
-        assert exchange.route
+    def _enter(self, books: _Books, exchange: Exchange, took: float, prompt: int, completion: int) -> None:
+        books.requests.inc()
+        books.routes.inc()
         books.duration.observe(took)
         books.overhead.observe(exchange.overhead_s)
-        self._metrics.routes.labels(role, variant, exchange.route.reason).inc()
         books.prompt.inc(prompt)
         books.completion.inc(completion)
+        if books.key_prompt is not None and books.key_completion is not None:
+            books.key_prompt.inc(prompt)
+            books.key_completion.inc(completion)
         if exchange.first_at is not None:
             books.first_token.observe(exchange.first_at - exchange.received)
-            for gap in exchange.gaps:
+            for gap in exchange.gaps or ():
                 books.gaps.observe(gap)
-        caller = exchange.caller
-        if caller is not None and caller.key is not None:
-            tokens = self._metrics.key_tokens
-            tokens.labels(caller.key.name, role, variant, "prompt").inc(prompt)
-            tokens.labels(caller.key.name, role, variant, "completion").inc(completion)
 
 
-def _line(exchange: Exchange, model: str, took: float, prompt: int | None, completion: int) -> Any:
+def _line(
+    exchange: Exchange, model: str, status: int, took: float, prompt: int | None, completion: int
+) -> _Line:
     caller, route, error, first = exchange.caller, exchange.route, exchange.error, exchange.first_at
-    key = caller.key if caller else None
+    key = caller.key if caller is not None else None
     return _Line(
-        time=time.time(),
-        request_id=exchange.request_id,
-        path=exchange.path,
-        key=key.name if key else None,
-        tenant=key.tenant if key else None,
-        role=caller.role if caller else None,
-        session=caller.session if caller else None,
-        model=model,
-        variant=route.variant if route else None,
-        replica=route.replica.name if route else None,
-        reason=route.reason if route else None,
-        status=exchange.status,
-        prompt_tokens=prompt,
-        completion_tokens=completion,
-        duration_s=round(took, 5),
-        first_token_s=round(first - exchange.received, 5) if first is not None else None,
-        overhead_s=round(exchange.overhead_s, 6),
-        hedged=exchange.hedged,
-        error=(error.internal or error.message) if error else None,
+        time.time(),
+        exchange.request_id,
+        exchange.endpoint.path,
+        key.name if key is not None else None,
+        key.tenant if key is not None else None,
+        caller.role if caller is not None else None,
+        caller.session if caller is not None else None,
+        model,
+        route.variant if route is not None else None,
+        route.replica.name if route is not None else None,
+        route.reason if route is not None else None,
+        status,
+        prompt,
+        completion,
+        round(took, 5),
+        round(first - exchange.received, 5) if first is not None else None,
+        round(exchange.overhead_s, 6),
+        exchange.hedged,
+        (error.internal or error.message) if error is not None else None,
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from gateway.api.endpoints import Form, engine_path
+from gateway.api.endpoints import Form
 from gateway.errors import NeverReachedError, UpstreamError, UpstreamRefusedError
 from gateway.routing.pools import Replica
 from gateway.upstream.readers import refusal
@@ -103,8 +103,8 @@ class EngineAttempt:
             error = refusal(head.status, body)
             if isinstance(error, UpstreamRefusedError):
                 self.replica.breaker.answered()
-                if error.retry_after_s is None and head.headers.get("retry-after", "").isdigit():
-                    error.retry_after_s = int(head.headers["retry-after"][:6])
+                if error.retry_after_s is None and (wait := head.get("retry-after") or "").isdigit():
+                    error.retry_after_s = int(wait[:6])
             else:
                 self.replica.breaker.answer_broke()
             exchange.broke(self, error)
@@ -157,14 +157,18 @@ def request_for(exchange: Exchange, replica: Replica) -> bytes:
     caller = exchange.caller
     if caller is not None and caller.cache_salt:
         changes["cache_salt"] = caller.cache_salt
-    same = len(changes) == 1 and body.get("model") == changes["model"]
+    same = len(changes) == 1 and exchange.model == changes["model"]
     raw = exchange.raw if same else body.with_(changes)
     given = exchange.headers
-    more = "".join([f"{name}: {given[name]}\r\n" for name in PASSED_ON if name in given])
+    more = b""
+    if not given.keys().isdisjoint(PASSED_ON):
+        more = "".join([f"{name}: {given[name]}\r\n" for name in PASSED_ON if name in given]).encode(
+            "latin-1"
+        )
     return b"%bx-request-id: %b\r\n%bcontent-length: %d\r\n\r\n%b" % (
-        replica.request_head(engine_path(endpoint)),
+        replica.request_head(endpoint),
         exchange.request_id.encode(),
-        more.encode("latin-1"),
+        more,
         len(raw),
         raw,
     )

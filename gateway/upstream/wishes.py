@@ -11,7 +11,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from gateway.api.body import Body
+from gateway.api.body import Asked, Body
 from gateway.config import Quality
 from gateway.upstream.base import Event
 
@@ -29,21 +29,28 @@ class Wishes:
     continuous_usage: bool = False
 
     @classmethod
-    def of(cls, body: Body, *, chat: bool) -> Wishes:
-        options = body.get("stream_options") or {}
+    def of(cls, asked: Asked, *, chat: bool) -> Wishes:
+        options = asked.stream_options
+        if options is None and asked.logprobs is None and asked.top_logprobs is None:
+            return _COMMON[chat, asked.stream is True]
+        options = options or {}
         return cls(
             chat=chat,
-            stream=body.get("stream") is True,
-            logprobs=bool(body.get("logprobs")),
-            top_logprobs=(body.get("top_logprobs") or 0) if chat else 0,
+            stream=asked.stream is True,
+            logprobs=bool(asked.logprobs),
+            top_logprobs=(asked.top_logprobs or 0) if chat else 0,
             include_usage=bool(options.get("include_usage")),
             continuous_usage=bool(options.get("continuous_usage_stats")),
         )
 
 
+_COMMON = {(chat, stream): Wishes(chat, stream) for chat in (False, True) for stream in (False, True)}
+WHOLE, STREAM = _COMMON[False, False], _COMMON[False, True]
+
+
 def usage_wanted(body: Body) -> dict[str, Any]:
     """Stream options that ask for the usage, whatever else they ask for."""
-    return {**(body.get("stream_options") or {}), "include_usage": True}
+    return {**(body.asked.stream_options or {}), "include_usage": True}
 
 
 def changes_for_engine(body: Body, wishes: Wishes, quality: Quality, *, tapped: bool) -> dict[str, Any]:

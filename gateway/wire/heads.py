@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import string
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
 
 from gateway.errors import MalformedRequestError
 
@@ -38,16 +40,23 @@ class RequestHead:
     keep_alive: bool
     http_1_0: bool = False
     waits_for_continue: bool = False
+    memo: Any = None
+    """What was found out about these headers. A connection whose next request has the same ones, but for the
+    length, is given this same head again."""
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class AnswerHead:
     """``length`` is the body's in bytes, CHUNKED, or UNTIL_CLOSE."""
 
     status: int
-    headers: dict[str, str]
+    raw: bytes
     length: int
     keep_alive: bool
+
+    def get(self, name: str) -> str | None:
+        """A header's value; ``name`` is in lower case."""
+        return _header(self.raw.lower() + b"\r\n", b"\r\n%b:" % name.encode())
 
 
 def parse_request(head: bytes) -> RequestHead:
@@ -76,25 +85,24 @@ def parse_request(head: bytes) -> RequestHead:
     return RequestHead(method, path, query, headers, length, keep_alive, old, expects is not None and not old)
 
 
+@lru_cache(maxsize=256)  # within a second, an engine's answers mostly begin alike
 def parse_answer(head: bytes) -> AnswerHead:
-    """An answer's head without the empty line at its end. Raises ValueError."""
-    try:
-        first, headers = _split(head)
-    except MalformedRequestError as error:
-        raise ValueError(error.message) from None
-    version, _, rest = first.partition(" ")
-    code = rest[:3]
-    if version not in ("HTTP/1.1", "HTTP/1.0") or not (code.isascii() and code.isdigit() and len(code) == 3):
-        raise ValueError(f"the status line {first[:80]!r} is not HTTP/1.1")
-    status = int(code)
-    wishes = headers.get("connection")
-    current = version == "HTTP/1.1"
-    keep_alive = current if wishes is None else _keeps_alive(wishes, default=current)
-    coding, given = headers.get("transfer-encoding"), headers.get("content-length")
+    """An answer's head without the empty line at its end. Raises ValueError.
+
+    Of its headers only those are looked for that decide how the answer is read.
+    """
+    if not (head.startswith((b"HTTP/1.1 ", b"HTTP/1.0 ")) and head[9:12].isdigit()):
+        raise ValueError(f"the status line {head[:80]!r} is not HTTP/1.1")
+    status = int(head[9:12])
+    low = head.lower() + b"\r\n"
+    connection = _header(low, b"\r\nconnection:")
+    current = head[7:8] == b"1"
+    keep_alive = current if connection is None else _keeps_alive(connection, default=current)
+    coding, given = _header(low, b"\r\ntransfer-encoding:"), _header(low, b"\r\ncontent-length:")
     if status < 200 or status in (204, 304):
         length = 0
     elif coding is not None:
-        if coding.lower() != "chunked" or given is not None:
+        if coding != "chunked" or given is not None:
             raise ValueError(f"the body is framed by {coding[:40]!r} and content-length {given!r}")
         length = CHUNKED
     elif given is not None:
@@ -103,7 +111,18 @@ def parse_answer(head: bytes) -> AnswerHead:
         length = int(given)
     else:
         length, keep_alive = UNTIL_CLOSE, False
-    return AnswerHead(status, headers, length, keep_alive)
+    return AnswerHead(status, head, length, keep_alive)
+
+
+def _header(low: bytes, name: bytes) -> str | None:
+    """A header's value in a head in lower case. Raises ValueError when it comes twice."""
+    at = low.find(name)
+    if at < 0:
+        return None
+    at += len(name)
+    if low.find(name, at) >= 0:
+        raise ValueError(f"the header {name[2:-1].decode()} comes twice")
+    return low[at : low.find(b"\r\n", at)].strip(b" \t").decode("latin-1")
 
 
 def _split(head: bytes) -> tuple[str, dict[str, str]]:

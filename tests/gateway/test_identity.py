@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from gateway_stack import make_config
 
+from gateway.api.body import Asked
 from gateway.errors import BadRequestError
 from gateway.identity import Caller, Identities
 
 
-def identify(headers: dict[str, str], body: dict[str, object]) -> Caller:
-    return Identities(make_config()).of(headers, body, None)
+def identify(headers: dict[str, str], body: dict[str, Any]) -> Caller:
+    return Identities(make_config()).sender(headers).caller(Asked(**{"model": "assistant", **body}))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,1 @@
+"""Gateways side by side: speed, streams, memory, disconnects; and the placement of requests."""
