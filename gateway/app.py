@@ -78,6 +78,7 @@ class Gateway:
             ask=ask,
             observer=observer,
             known_models=frozenset(router.known_models()),
+            model=config.model.name,
         )
 
     def apply(self, config: Config, cards: Mapping[str, Card]) -> None:
@@ -94,7 +95,7 @@ class Gateway:
 
     def protocol(self, *, config: Any, server_state: Any, app_state: Any, _loop: Any = None) -> Door:
         """A connection's protocol, for uvicorn (``http=``)."""
-        return self.plane.door((_loop or asyncio.get_running_loop()).time, server_state.connections)
+        return Door(self.plane, server_state.connections)
 
     @asynccontextmanager
     async def _lifespan(self, _: FastAPI) -> AsyncIterator[None]:

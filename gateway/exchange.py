@@ -182,8 +182,27 @@ class Exchange:
 
     # what attempts report
 
+    def whole(self, attempt: Attempt, body: bytes) -> None:
+        """All of an answer that is not streamed, of whichever attempt is first."""
+        now = self.plane.clock()
+        if self.finished:
+            return
+        self._choose(attempt)
+        try:
+            assert self.reader
+            out = self.reader.feed(body, now)
+            attempt.replica.breaker.answered()
+            self.begun = True
+            self.overhead_s += self.plane.clock() - now
+            self.door.send_whole(self.answer_head(200, b"application/json"), out)
+            self._finish()
+        except GatewayError as error:
+            self.fail(error)
+        except Exception as error:
+            self._defect(error)
+
     def arrived(self, attempt: Attempt, payload: bytes) -> None:
-        """A part of the answer, of whichever attempt is first; of an answer that is not streamed, all."""
+        """A part of a stream, of whichever attempt is first."""
         now = self.plane.clock()
         if self.finished:
             attempt.cancel()
@@ -201,18 +220,19 @@ class Exchange:
 
     def _choose(self, attempt: Attempt) -> None:
         self.winner = attempt
-        for other in self.attempts:
-            if other is not attempt:
-                other.cancel()
-        self.attempts = [attempt]
-        self.plane.first_answer(self, attempt)
+        if self.hedged:
+            for other in self.attempts:
+                if other is not attempt:
+                    other.cancel()
+            self.attempts = [attempt]
+        route = self.route
+        assert route is not None
+        if route.watched:
+            self.plane.first_answer(self, attempt)
 
     def _hand_on(self, payload: bytes, now: float) -> None:
         assert self.reader
         out = self.reader.feed(payload, now)
-        if not self.wishes.stream:
-            self._send_whole(out)
-            return
         if not out:
             return
         if self.first_at is None:
@@ -229,15 +249,14 @@ class Exchange:
             self.door.begin(self.plane.stream_head(self), out)
 
     def ended(self, attempt: Attempt) -> None:
-        """The answer's last byte has come."""
+        """The last byte of a stream has come."""
         if self.finished:
             return
-        if not self.wishes.stream or (self.reader and self.reader.done):
+        if self.reader and self.reader.done:
             attempt.replica.breaker.answered()
-            if self.wishes.stream:
-                if not self.begun:
-                    self.door.begin(self.plane.stream_head(self), b"")
-                self.door.end()
+            if not self.begun:
+                self.door.begin(self.plane.stream_head(self), b"")
+            self.door.end()
             self._finish()
         else:
             attempt.replica.breaker.answer_broke()
@@ -320,10 +339,6 @@ class Exchange:
             self.request_id.encode(),
             placed,
         )
-
-    def _send_whole(self, payload: bytes) -> None:
-        self.begun = True
-        self.door.send_whole(self.answer_head(200, b"application/json"), payload)
 
     def _defect(self, error: Exception) -> None:
         fields = {"request_id": self.request_id}

@@ -52,6 +52,8 @@ class Setup:
     ask: AskUpstream
     observer: Observer
     known_models: frozenset[str]
+    model: str
+    """As engines know it."""
 
 
 class DataPlane:
@@ -91,10 +93,6 @@ class DataPlane:
     @property
     def keep_alive_s(self) -> float:
         return self.setup.config.gateway.keep_alive_s
-
-    def door(self, loop_time: Callable[[], float], connections: set[Door] | None) -> Door:
-        """A door for a connection that has come in."""
-        return Door(self, loop_time, connections)
 
     def serve(self, door: Door, head: RequestHead, body: bytes) -> Call | None:
         endpoint = ENDPOINTS.get(head.path)
@@ -153,12 +151,10 @@ class DataPlane:
         """An attempt's answer has begun to come, before any other's."""
         route = exchange.route
         assert route is not None
-        config = exchange.setup.config
-        if config.roles[route.role].hedge:
-            self.latencies.add(route.role, route.variant, self.clock() - exchange.received)
-            if exchange.hedged:
-                winner = "first" if attempt.replica is route.replica else "second"
-                self.metrics.hedges.labels(route.role, route.variant, winner).inc()
+        self.latencies.add(route.role, route.variant, self.clock() - exchange.received)
+        if exchange.hedged:
+            winner = "first" if attempt.replica is route.replica else "second"
+            self.metrics.hedges.labels(route.role, route.variant, winner).inc()
 
     def finished(self, exchange: Exchange) -> None:
         """An exchange has ended, one way or the other."""
@@ -198,9 +194,8 @@ class DataPlane:
         now = self.clock()
         for exchange in tuple(self.active):
             exchange.sweep(now)
-        loop_now = asyncio.get_running_loop().time()
         for door in tuple(self.doors):
-            door.sweep(loop_now)
+            door.sweep(time.monotonic())
         for replica in self.setup.pools.replicas():
             replica.connections.sweep()
         self.log.flush()

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Annotated, Any, Literal, get_args
 
 import msgspec
+from msgspec import UNSET
 
 from gateway.errors import BadRequestError
 
@@ -35,7 +36,7 @@ class Asked(msgspec.Struct):
 
     model: Annotated[str, msgspec.Meta(min_length=1)]
     stream: bool | None = None
-    stream_options: dict[str, Any] | None = None
+    stream_options: dict[str, Any] | msgspec.UnsetType | None = UNSET
     temperature: float | None = None
     max_tokens: Annotated[int, msgspec.Meta(ge=1)] | None = None
     max_completion_tokens: Annotated[int, msgspec.Meta(ge=1)] | None = None
@@ -43,14 +44,15 @@ class Asked(msgspec.Struct):
     vllm_xargs: Any = None
     prompt_cache_key: Any = None
     user: Any = None
-    logprobs: Any = None
-    top_logprobs: Any = None
+    logprobs: Any = UNSET
+    top_logprobs: Any = UNSET
+    cache_salt: Any = UNSET
 
 
 class AskedChat(Asked, kw_only=True):
     messages: Annotated[list[_Message], msgspec.Meta(min_length=1)]
-    logprobs: bool | None = None
-    top_logprobs: Annotated[int, msgspec.Meta(ge=-1)] | None = None
+    logprobs: bool | msgspec.UnsetType | None = UNSET
+    top_logprobs: Annotated[int, msgspec.Meta(ge=-1)] | msgspec.UnsetType | None = UNSET
 
 
 Decoder = msgspec.json.Decoder
@@ -82,7 +84,8 @@ class Body:
                 pass
         if check is not None:
             check(self)
-        self.asked = Asked(*(self.get(field) for field in Asked.__struct_fields__))
+        given = {field: self.get(field) for field in Asked.__struct_fields__ if field in self}
+        self.asked = Asked(**{"model": "", **given})
 
     @property
     def _fields(self) -> dict[str, msgspec.Raw]:
@@ -120,11 +123,22 @@ class Body:
             self._values[field] = _value(raw)
         return self._values[field]
 
-    def with_(self, changes: Mapping[str, Any]) -> bytes:
-        """The body's JSON with some fields set anew."""
-        fields: dict[str, Any] = dict(self._fields)
-        fields.update(changes)
-        return msgspec.json.encode(fields)
+    def with_(self, changes: Mapping[str, bytes]) -> bytes:
+        """The body's JSON with some fields set anew; ``changes`` are JSON too."""
+        raw, tail = self._raw, b""
+        for name, value in changes.items():
+            if name == "model":
+                replaced = _with_model(raw, self.asked.model, value)
+            elif getattr(self.asked, name) is UNSET and raw.endswith(b"}"):
+                tail += b',"%b":%b' % (name.encode(), value)
+                continue
+            else:
+                replaced = None
+            if replaced is None:
+                fields = dict(self._fields) | {name: msgspec.Raw(value) for name, value in changes.items()}
+                return msgspec.json.encode(fields)
+            raw = replaced
+        return b"%b%b}" % (raw[:-1], tail) if tail else raw
 
     def everything(self) -> dict[str, Any]:
         """All values, as a copy."""
@@ -132,6 +146,18 @@ class Body:
 
 
 EMPTY = Body(b"{}")
+
+
+def _with_model(raw: bytes, old: str, new: bytes) -> bytes | None:
+    """The body with another model, if there is but one place where the old one can be."""
+    before, found, after = raw.partition(b'"model"')
+    if not found or b'"model"' in after:
+        return None
+    value = after.lstrip(b" \t\r\n:")
+    quoted = b'"%b"' % old.encode()
+    if not value.startswith(quoted):
+        return None
+    return b'%b"model":%b%b' % (before, new, value[len(quoted) :])
 
 
 def _value(raw: msgspec.Raw) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -50,7 +49,7 @@ class Replica:
         self.reading = Reading()
         self._in_flight_at_reading = 0
         self._clock = clock
-        self.connections = EnginePool(url, connect_timeout_s, _loop_time)
+        self.connections = EnginePool(url, connect_timeout_s)
         self._heads: dict[str, bytes] = {}
 
     def take(self, work: float = 0.0) -> None:
@@ -105,6 +104,10 @@ class Pool:
     def reachable(self) -> bool:
         return any(replica.reachable for replica in self.replicas)
 
+    def free(self, replica: Replica) -> bool:
+        """Whether one of its replicas may be asked now."""
+        return (self.limit is None or replica.in_flight < self.limit) and replica.breaker.closed
+
     def usable(self) -> Sequence[Replica]:
         """Replicas that may be asked, full or not."""
         return [replica for replica in self.replicas if replica.breaker.closed]
@@ -112,9 +115,7 @@ class Pool:
     def pick(self, ask: Ask) -> tuple[Replica, float] | None:
         """The policy's choice, and the work it adds; None if none is usable, or all of those are full."""
         if len(self.replicas) == 1:
-            only = self.replicas[0]
-            room = self.limit is None or only.in_flight < self.limit
-            return (only, 0.0) if room and only.breaker.closed else None
+            return (self.replicas[0], 0.0) if self.free(self.replicas[0]) else None
         free = self.usable()
         if (limit := self.limit) is not None:
             free = [replica for replica in free if replica.in_flight < limit]
@@ -163,7 +164,3 @@ class Pools:
         """All engines of all pools."""
         for pool in self.by_variant.values():
             yield from pool.replicas
-
-
-def _loop_time() -> float:
-    return asyncio.get_running_loop().time()

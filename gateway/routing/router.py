@@ -18,17 +18,20 @@ import msgspec
 
 from gateway.api.body import Body
 from gateway.api.endpoints import Endpoint
-from gateway.config import Config, WhenFull
+from gateway.config import Canary, Config, WhenFull
 from gateway.errors import NoReplicaError, PrecisionTooLowError, UnknownModelError
 from gateway.identity import Caller
-from gateway.routing.policies import Ask
-from gateway.routing.pools import Pools, Replica
+from gateway.routing.policies import Ask, RoundRobin
+from gateway.routing.pools import PROVIDER, Pool, Pools, Replica
 from gateway.telemetry.latencies import Latencies
 from quantize.card import Card, Outcome
 from quantize.gate import judge
 
 KV_TOKENS = 65_536
 """Tokens in the KV cache at which the memory of variants is compared: a busy engine."""
+
+
+MOST_PLANS = 4096
 
 
 class Reason(StrEnum):
@@ -50,6 +53,19 @@ class Route(msgspec.Struct, frozen=True):
     reason: Reason
     work: float = 0.0
     hedge_after_s: float | None = None
+    watched: bool = False
+    """Its time to the first byte is kept, for the hedging of later ones."""
+
+
+class _Plan(msgspec.Struct, frozen=True):
+    """What is the same for all requests of a role for a model. ``simple``: the route of nearly all."""
+
+    pool: Pool
+    ladder: tuple[str, ...]
+    reason: Reason
+    canary: Canary | None = None
+    simple: Route | None = None
+    provider: Route | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,8 +109,8 @@ class Router:
         self._latencies = latencies or Latencies()
         self._cost = {variant: card.memory_bytes(KV_TOKENS) for variant, card in cards.items()}
         self._ladders = {role: self._ladder(role) for role in config.roles}
+        self._plans: dict[tuple[str, str, str | None], _Plan] = {}
         self._variants = {f"{config.model.name}:{variant}": variant for variant in config.serve}
-        self._needs_prompt = any(len(pool.replicas) > 1 for pool in pools.by_variant.values())
 
     def ladder(self, role: str) -> tuple[str, ...]:
         """Variants that may serve ``role``, the cheapest first, the reference last."""
@@ -107,12 +123,39 @@ class Router:
     def route(self, caller: Caller, body: Body, endpoint: Endpoint) -> Route:
         """Decide. Raises UnknownModelError, PrecisionTooLowError or NoReplicaError."""
         model = body.asked.model
-        if self._pools.providers and (provider := self._pools.providers.get(model)):
-            return Route(caller.role, provider.variant, provider, Reason.PROVIDER)
+        key = caller.key
+        asked = (caller.role, model, None if key is None else key.lowest)
+        plan = self._plans.get(asked)
+        if plan is None:
+            plan = self._plan(caller, model)
+            if len(self._plans) < MOST_PLANS:
+                self._plans[asked] = plan
+        if (simple := plan.simple) is not None and plan.pool.free(simple.replica):
+            return simple
+        if (provider := plan.provider) is not None:
+            return provider
+        ladder, reason = plan.ladder, plan.reason
+        canary = plan.canary
+        if canary is not None and _in_share(caller, canary.percent):
+            ladder, reason = self._above(ladder, canary.variant), Reason.CANARY
+        ask = Ask(caller.session, caller.cache_salt, _prompt(body, endpoint))
+        return self._climb(caller, ladder, reason, ask)
+
+    def _plan(self, caller: Caller, model: str) -> _Plan:
+        if provider := self._pools.providers.get(model):
+            route = Route(caller.role, provider.variant, provider, Reason.PROVIDER)
+            pool = Pool(PROVIDER, (provider,), RoundRobin())
+            return _Plan(pool, (), Reason.PROVIDER, provider=route)
         ladder, reason = self._choice(caller, model)
-        return self._climb(
-            caller, ladder, reason, Ask(caller.session, caller.cache_salt, _prompt(body, endpoint))
-        )
+        role = self._config.roles[caller.role]
+        pool = self._pools.by_variant[ladder[0]]
+        canary = role.canary if reason in (Reason.CHEAPEST_IN_BUDGET, Reason.REFERENCE_ONLY) else None
+        if canary is not None and canary.variant == ladder[0]:
+            canary = None
+        simple = None
+        if canary is None and len(pool.replicas) == 1 and not role.hedge:
+            simple = Route(caller.role, pool.variant, pool.replicas[0], reason)
+        return _Plan(pool, ladder, reason, canary, simple)
 
     def explain(self, caller: Caller, model: str) -> Explanation:
         """The same decision with all that was considered. Raises as ``route`` does, but NoReplicaError."""
@@ -149,9 +192,6 @@ class Router:
                 f"model: {model[:80]!r} does not exist; use one of: {known}", param="model"
             )
         ladder = self._ladders[role]
-        canary = self._config.roles[role].canary
-        if canary is not None and canary.variant != ladder[0] and _in_share(caller, canary.percent):
-            return self._above(ladder, canary.variant), Reason.CANARY
         alone = ladder == (self._config.reference,)
         return ladder, Reason.REFERENCE_ONLY if alone else Reason.CHEAPEST_IN_BUDGET
 
@@ -193,7 +233,7 @@ class Router:
                 if variant != ladder[0]:
                     reason = Reason.RAISED_POOL_FULL if full else Reason.RAISED_POOL_DOWN
                 hedge = self._latencies.p95(caller.role, variant) if role.hedge else None
-                return Route(caller.role, variant, replica, reason, work, hedge)
+                return Route(caller.role, variant, replica, reason, work, hedge, watched=role.hedge)
             if pool.usable():
                 full = True
                 if role.when_full is not WhenFull.RAISE:

@@ -141,9 +141,9 @@ def _line(
         status,
         prompt,
         completion,
-        round(took, 5),
-        round(first - exchange.received, 5) if first is not None else None,
-        round(exchange.overhead_s, 6),
+        took,
+        first - exchange.received if first is not None else None,
+        exchange.overhead_s,
         exchange.hedged,
         (error.internal or error.message) if error is not None else None,
     )

@@ -117,7 +117,10 @@ class _ProviderAttempt:
             reply = await self._providers.open(self.replica.name, self._body, stream=exchange.wishes.stream)
             async for event in reply.events():
                 await self._may_send.wait()
-                exchange.arrived(self, event.raw)
+                if exchange.wishes.stream:
+                    exchange.arrived(self, event.raw)
+                else:
+                    exchange.whole(self, event.raw)
             self.cancel()
             exchange.ended(self)
         except UpstreamError as error:

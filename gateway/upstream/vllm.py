@@ -94,24 +94,34 @@ class EngineAttempt:
 
     def ended(self) -> None:
         """The connection is the pool's again."""
-        head, exchange = self._head, self.exchange
-        assert head is not None
+        assert self._head is not None
+        if self._head.status == 200 and self.exchange.wishes.stream:
+            self._connection = None
+            self._end()
+            self.exchange.ended(self)
+        else:
+            self.whole(self._head, self._parts[0] if len(self._parts) == 1 else b"".join(self._parts))
+
+    def whole(self, head: AnswerHead, body: bytes) -> None:
         self._connection = None
         self._end()
-        body = self._parts[0] if len(self._parts) == 1 else b"".join(self._parts)
-        if head.status != 200:
-            error = refusal(head.status, body)
-            if isinstance(error, UpstreamRefusedError):
-                self.replica.breaker.answered()
-                if error.retry_after_s is None and (wait := head.get("retry-after") or "").isdigit():
-                    error.retry_after_s = int(wait[:6])
-            else:
-                self.replica.breaker.answer_broke()
-            exchange.broke(self, error)
-            return
-        if not exchange.wishes.stream:
-            exchange.arrived(self, body)
-        exchange.ended(self)
+        if head.status == 200 and self.exchange.wishes.stream:
+            self.exchange.arrived(self, body)
+            self.exchange.ended(self)
+        elif head.status == 200:
+            self.exchange.whole(self, body)
+        else:
+            self._refused(head, body)
+
+    def _refused(self, head: AnswerHead, body: bytes) -> None:
+        error = refusal(head.status, body)
+        if isinstance(error, UpstreamRefusedError):
+            self.replica.breaker.answered()
+            if error.retry_after_s is None and (wait := head.get("retry-after") or "").isdigit():
+                error.retry_after_s = int(wait[:6])
+        else:
+            self.replica.breaker.answer_broke()
+        self.exchange.broke(self, error)
 
     def lost(self, why: str, *, untouched: bool) -> None:
         self._connection = None
@@ -148,23 +158,21 @@ class EngineAttempt:
 
 def request_for(exchange: Exchange, replica: Replica) -> bytes:
     """The bytes of the request to an engine."""
-    setup, body, endpoint = exchange.setup, exchange.body, exchange.endpoint
-    changes: dict[str, object] = {"model": setup.config.model.name}
-    if endpoint.form is Form.COMPLETIONS:
-        changes |= changes_for_engine(
-            body, exchange.wishes, setup.config.quality, tapped=exchange.tapped is not None
-        )
-    caller = exchange.caller
+    setup, endpoint, caller = exchange.setup, exchange.endpoint, exchange.caller
+    changes: dict[str, bytes] = {}
+    if endpoint.form is Form.COMPLETIONS and (exchange.wishes.stream or exchange.tapped is not None):
+        tapped = exchange.tapped is not None
+        changes = changes_for_engine(exchange.body, exchange.wishes, setup.config.quality, tapped=tapped)
     if caller is not None and caller.cache_salt:
-        changes["cache_salt"] = caller.cache_salt
-    same = len(changes) == 1 and exchange.model == changes["model"]
-    raw = exchange.raw if same else body.with_(changes)
-    given = exchange.headers
+        changes["cache_salt"] = b'"%b"' % caller.cache_salt.encode()
+    if exchange.model != setup.model:
+        changes["model"] = b'"%b"' % setup.model.encode()
+    raw = exchange.body.with_(changes) if changes else exchange.raw
+    given = exchange.head.headers
     more = b""
     if not given.keys().isdisjoint(PASSED_ON):
-        more = "".join([f"{name}: {given[name]}\r\n" for name in PASSED_ON if name in given]).encode(
-            "latin-1"
-        )
+        lines = [f"{name}: {given[name]}\r\n" for name in PASSED_ON if name in given]
+        more = "".join(lines).encode("latin-1")
     return b"%bx-request-id: %b\r\n%bcontent-length: %d\r\n\r\n%b" % (
         replica.request_head(endpoint),
         exchange.request_id.encode(),

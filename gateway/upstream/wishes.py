@@ -11,10 +11,14 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
+from msgspec import UNSET
+
 from gateway.api.body import Asked, Body
 from gateway.config import Quality
 from gateway.upstream.base import Event
 
+_ALL_USAGE = b'{"include_usage":true,"continuous_usage_stats":true}'
 EVERY_TOKEN = -1
 """vLLM's ``top_logprobs`` for the whole vocabulary."""
 
@@ -30,10 +34,9 @@ class Wishes:
 
     @classmethod
     def of(cls, asked: Asked, *, chat: bool) -> Wishes:
-        options = asked.stream_options
-        if options is None and asked.logprobs is None and asked.top_logprobs is None:
+        if asked.stream_options is UNSET and asked.logprobs is UNSET and asked.top_logprobs is UNSET:
             return _COMMON[chat, asked.stream is True]
-        options = options or {}
+        options = asked.stream_options or {}
         return cls(
             chat=chat,
             stream=asked.stream is True,
@@ -53,15 +56,19 @@ def usage_wanted(body: Body) -> dict[str, Any]:
     return {**(body.asked.stream_options or {}), "include_usage": True}
 
 
-def changes_for_engine(body: Body, wishes: Wishes, quality: Quality, *, tapped: bool) -> dict[str, Any]:
-    """Fields of a completion request that a vLLM engine is sent otherwise than the client sent them."""
-    changes: dict[str, Any] = {}
+def changes_for_engine(body: Body, wishes: Wishes, quality: Quality, *, tapped: bool) -> dict[str, bytes]:
+    """Fields of a completion request that an engine is sent otherwise than the client sent them, as JSON."""
+    changes: dict[str, bytes] = {}
     if wishes.stream:
-        changes["stream_options"] = usage_wanted(body) | {"continuous_usage_stats": True}
+        if body.asked.stream_options is UNSET:
+            changes["stream_options"] = _ALL_USAGE
+        else:
+            options = usage_wanted(body) | {"continuous_usage_stats": True}
+            changes["stream_options"] = msgspec.json.encode(options)
     if tapped and wishes.chat and quality.logprobs:
         most = max(wishes.top_logprobs, quality.top_logprobs)
-        changes["logprobs"] = True
-        changes["top_logprobs"] = EVERY_TOKEN if wishes.top_logprobs == EVERY_TOKEN else most
+        changes["logprobs"] = b"true"
+        changes["top_logprobs"] = b"%d" % (EVERY_TOKEN if wishes.top_logprobs == EVERY_TOKEN else most)
     return changes
 
 

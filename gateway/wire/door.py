@@ -10,8 +10,8 @@ from __future__ import annotations
 import asyncio
 import enum
 import re
-from collections.abc import Callable
 from http import HTTPStatus
+from time import monotonic
 from typing import Protocol, cast
 
 from gateway.errors import BodyTooLargeError, GatewayError, MalformedRequestError, RequestTimeoutError
@@ -84,7 +84,6 @@ class Door(asyncio.Protocol):
         "_doorman",
         "_head",
         "_keep_alive",
-        "_loop_time",
         "_old",
         "_parts",
         "_paused_reading",
@@ -101,11 +100,8 @@ class Door(asyncio.Protocol):
     )
     transport: asyncio.Transport
 
-    def __init__(
-        self, doorman: Doorman, loop_time: Callable[[], float], connections: set[Door] | None = None
-    ) -> None:
+    def __init__(self, doorman: Doorman, connections: set[Door] | None = None) -> None:
         self._doorman = doorman
-        self._loop_time = loop_time
         self.connections = connections
         """The server's own set, by which it knows when all are gone."""
         self.state = State.HEAD
@@ -133,7 +129,7 @@ class Door(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)
-        self.since = self._loop_time()
+        self.since = monotonic()
         self._doorman.doors.add(self)
         if self.connections is not None:
             self.connections.add(self)
@@ -156,7 +152,9 @@ class Door(asyncio.Protocol):
             if self._discarded > self._doorman.max_body_bytes * DISCARD_FACTOR:
                 self.transport.abort()
             return
-        self._data = self._data + data if self._data else data
+        if self._data:
+            data = self._data + data
+        self._data = data
         if state is State.ANSWERING:
             if len(self._data) > PIPELINED_BYTES and not self._paused_reading:
                 self._paused_reading = True
@@ -269,7 +267,7 @@ class Door(asyncio.Protocol):
         self._body = body_of(head.length)
         self._parts, self._size = [], 0
         self.state = State.BODY
-        self.since = self._loop_time()
+        self.since = monotonic()
         if head.waits_for_continue and not self._data:
             self.transport.write(_CONTINUE)
 
@@ -283,7 +281,7 @@ class Door(asyncio.Protocol):
             raise MalformedRequestError(f"The body is not chunked as it should be: {error}.") from None
         self._size += len(part)
         self._parts.append(part)
-        self.since = self._loop_time()
+        self.since = monotonic()
         if self._size > self._doorman.max_body_bytes:
             raise self._too_large()
         if not self._body.done:
@@ -371,7 +369,7 @@ class Door(asyncio.Protocol):
 
     def _finish(self) -> None:
         self.call = None
-        self.since = self._loop_time()
+        self.since = monotonic()
         if not self._keep_alive:
             if self._refused:
                 self._linger()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ssl
-from collections.abc import Callable
+from time import monotonic
 from typing import Protocol, cast
 from urllib.parse import urlsplit
 
@@ -17,7 +17,10 @@ MOST_IDLE = 4096
 
 
 class Asker(Protocol):
-    """Who waits for an answer. After ``ended`` or ``lost`` nothing more is called."""
+    """Who waits for an answer. After ``whole``, ``ended`` or ``lost`` nothing more is called."""
+
+    def whole(self, head: AnswerHead, body: bytes) -> None:
+        """All of an answer at once, instead of the three below."""
 
     def began(self, head: AnswerHead) -> None: ...
 
@@ -72,27 +75,45 @@ class EngineConnection(asyncio.Protocol):
             self.transport.abort()
             return
         try:
-            if self._head is None:
-                data = self._read_head(self._data + data if self._data else data, asker)
+            head = self._head
+            if head is None:
+                if self._data:
+                    data = self._data + data
+                end = data.find(END)
+                if end < 0:
+                    self._await_head(data)
+                    return
+                head = parse_answer(data[:end])
+                size = len(data) - end - 4
+                if size == head.length and head.status >= 200 and head.keep_alive:
+                    self._data = b""  # all of it at once, as short answers come
+                    self._asker = None
+                    self._kept = True
+                    self.pool.keep(self)
+                    asker.whole(head, data[end + 4 :])
+                    return
+                data = self._begin(data, end, head, asker)
                 if self._head is None:
                     return
             self._read_body(data, asker)
         except ValueError as error:
             self._lose(f"it sent what is no HTTP answer: {error}")
 
-    def _read_head(self, data: bytes, asker: Asker) -> bytes:
-        """What follows the head, once that is whole."""
-        while True:
+    def _await_head(self, data: bytes) -> None:
+        if len(data) > LONGEST_HEAD_BYTES:
+            raise ValueError("a head that never ends")
+        self._data = data
+
+    def _begin(self, data: bytes, end: int, head: AnswerHead, asker: Asker) -> bytes:
+        """What follows the head; those of preliminary answers are read over."""
+        data = data[end + 4 :]
+        while head.status < 200:
             end = data.find(END)
             if end < 0:
-                if len(data) > LONGEST_HEAD_BYTES:
-                    raise ValueError("a head that never ends")
-                self._data = data
+                self._await_head(data)
                 return b""
             head = parse_answer(data[:end])
             data = data[end + 4 :]
-            if head.status >= 200:
-                break
         self._data = b""
         self._head = head
         self._body = body_of(head.length)
@@ -145,21 +166,20 @@ class EngineConnection(asyncio.Protocol):
 class EnginePool:
     """Connections to one engine, by its base URL."""
 
-    def __init__(self, url: str, connect_timeout_s: float, loop_time: Callable[[], float]) -> None:
+    def __init__(self, url: str, connect_timeout_s: float) -> None:
         parts = urlsplit(url)
         secure = parts.scheme == "https"
         self._host = parts.hostname or ""
         self._port = parts.port or (443 if secure else 80)
         self._ssl = ssl.create_default_context() if secure else None
         self._connect_timeout_s = connect_timeout_s
-        self._loop_time = loop_time
         self._idle: list[EngineConnection] = []
         self.netloc = parts.netloc.rpartition("@")[2]
         self.base_path = parts.path.rstrip("/")
 
     def kept(self) -> EngineConnection | None:
         """A connection that is open and fresh, the one used last; None if there is none."""
-        oldest = self._loop_time() - FRESH_S
+        oldest = monotonic() - FRESH_S
         while self._idle:
             connection = self._idle.pop()
             if connection.idle_since >= oldest and not connection.transport.is_closing():
@@ -179,7 +199,7 @@ class EnginePool:
         if len(self._idle) >= MOST_IDLE:
             connection.close()
             return
-        connection.idle_since = self._loop_time()
+        connection.idle_since = monotonic()
         self._idle.append(connection)
 
     def forget(self, connection: EngineConnection) -> None:
@@ -188,7 +208,7 @@ class EnginePool:
 
     def sweep(self) -> None:
         """Close what is no longer fresh."""
-        oldest = self._loop_time() - FRESH_S
+        oldest = monotonic() - FRESH_S
         stale = [connection for connection in self._idle if connection.idle_since < oldest]
         self._idle = [connection for connection in self._idle if connection.idle_since >= oldest]
         for connection in stale:
