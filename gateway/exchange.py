@@ -191,7 +191,8 @@ class Exchange:
         try:
             assert self.reader
             out = self.reader.feed(body, now)
-            attempt.replica.breaker.answered()
+            if attempt.replica.breaker.troubled:
+                attempt.replica.breaker.answered()
             self.begun = True
             self.overhead_s += self.plane.clock() - now
             self.door.send_whole(self.answer_head(200, b"application/json"), out)
@@ -211,7 +212,20 @@ class Exchange:
         if self.winner is not attempt:
             self._choose(attempt)
         try:
-            self._hand_on(payload, now)
+            assert self.reader
+            out = self.reader.feed(payload, now)
+            if out:
+                if self.gaps is None:
+                    self.first_at = now
+                    self.gaps = []
+                else:
+                    self.gaps.append(now - self.last_at)
+                self.last_at = now
+                if self.begun:
+                    self.door.send(out)
+                else:
+                    self.begun = True
+                    self.door.begin(self.plane.stream_head(self), out)
         except GatewayError as error:
             self.fail(error)
         except Exception as error:
@@ -229,24 +243,6 @@ class Exchange:
         assert route is not None
         if route.watched:
             self.plane.first_answer(self, attempt)
-
-    def _hand_on(self, payload: bytes, now: float) -> None:
-        assert self.reader
-        out = self.reader.feed(payload, now)
-        if not out:
-            return
-        if self.first_at is None:
-            self.first_at = now
-            self.gaps = []
-        else:
-            assert self.gaps is not None
-            self.gaps.append(now - self.last_at)
-        self.last_at = now
-        if self.begun:
-            self.door.send(out)
-        else:
-            self.begun = True
-            self.door.begin(self.plane.stream_head(self), out)
 
     def ended(self, attempt: Attempt) -> None:
         """The last byte of a stream has come."""

@@ -82,7 +82,7 @@ class AskUpstream:
         if replica.variant == PROVIDER:
             self._providers.ask(exchange, replica)
         else:
-            self._ask(exchange, replica)
+            self._ask(exchange, replica, exchange.route.work)
             if exchange.route.hedge_after_s is not None and not exchange.hedged:
                 exchange.plane.later(exchange.route.hedge_after_s, lambda: self._hedge(exchange))
 
@@ -106,8 +106,8 @@ class AskUpstream:
             return TappedReader(wishes)
         return StreamReader(wishes) if wishes.stream else WholeReader()
 
-    def _ask(self, exchange: Exchange, replica: Replica) -> None:
-        attempt = EngineAttempt(exchange, replica, request_for(exchange, replica))
+    def _ask(self, exchange: Exchange, replica: Replica, work: float = 0.0) -> None:
+        attempt = EngineAttempt(exchange, replica, request_for(exchange, replica), work)
         exchange.attempts.append(attempt)
         exchange.heard_at = exchange.plane.clock()
         attempt.start()

@@ -33,6 +33,11 @@ class Breaker:
         """Whether the replica may be tried."""
         return self._open_until == ALWAYS or self._clock() >= self._open_until
 
+    @property
+    def troubled(self) -> bool:
+        """Whether anything has gone wrong since it last answered."""
+        return self._broken > 0 or self._unreachable or self._open_until != ALWAYS
+
     def answered(self) -> None:
         """It answered, be it with a 4xx: it works."""
         self._open_until = ALWAYS

@@ -40,6 +40,8 @@ class Script:
     garbage: bool = False
     """Answer 200 with what is neither JSON nor an event."""
     healthy: bool = True
+    echo: bool = False
+    """Say the number in the last message, as ``<7>``, so that answers can be told apart."""
 
 
 class FakeEngine:
@@ -117,7 +119,10 @@ class FakeEngine:
             return self._die(request)
         if script.garbage:
             return web.Response(text="<html>not an answer</html>\n\n", content_type="text/html")
-        answer = _Answer(body, script.text, chat=request.path.startswith("/v1/chat"))
+        text = script.text
+        if script.echo:
+            text = "<" + "".join(filter(str.isdigit, body["messages"][-1]["content"])) + ">"
+        answer = _Answer(body, text, chat=request.path.startswith("/v1/chat"))
         if body.get("stream"):
             return await self._stream(request, answer)
         await asyncio.sleep(script.token_delay_s * len(answer.tokens))

@@ -107,10 +107,12 @@ class WholeReader:
 class StreamReader:
     """A stream of completions: events without names, a usage with each, ``[DONE]`` at the end."""
 
-    __slots__ = ("_last_usage", "_splitter", "_wishes", "chunks", "done")
+    __slots__ = ("_last_usage", "_plain", "_splitter", "_wishes", "chunks", "done")
 
     def __init__(self, wishes: Wishes) -> None:
         self._wishes = wishes
+        self._plain = not (wishes.continuous_usage and wishes.include_usage)
+        """No usage is shown but that at the end, if any."""
         self._splitter = EventSplitter()
         self._last_usage = b""
         self.chunks = 0
@@ -135,8 +137,14 @@ class StreamReader:
         out = []
         for event in whole[:-2].split(b"\n\n"):
             cut = event.rfind(_USAGE_KEY)
-            if cut > 0 and (tail := _TAIL.fullmatch(event, cut + len(_USAGE_KEY))):
-                out.append(self._without_usage(event, cut, tail[1]))
+            if cut > 0 and (tail := _TAIL.fullmatch(event, cut + 9)):
+                usage = tail[1]
+                if self._plain and usage != b"null" and b'"choices":[]' not in event:
+                    self._last_usage = usage
+                    self.chunks += 1
+                    out.append(event[:cut] + b"}\n\n")
+                else:
+                    out.append(self._without_usage(event, cut, usage))
             elif event == b"data: [DONE]":
                 self.done = True
                 out.append(DONE)

@@ -28,9 +28,20 @@ PASSED_ON = ("traceparent", "tracestate", "baggage")
 class EngineAttempt:
     """One request to one engine."""
 
-    __slots__ = ("_connection", "_ended", "_head", "_parts", "_request", "_size", "exchange", "replica")
+    __slots__ = (
+        "_connection",
+        "_ended",
+        "_head",
+        "_parts",
+        "_request",
+        "_size",
+        "_work",
+        "exchange",
+        "replica",
+    )
 
-    def __init__(self, exchange: Exchange, replica: Replica, request: bytes) -> None:
+    def __init__(self, exchange: Exchange, replica: Replica, request: bytes, work: float = 0.0) -> None:
+        """``work``: blocks that it adds to the replica's queue, until its first token."""
         self.exchange = exchange
         self.replica = replica
         self._request = request
@@ -39,7 +50,9 @@ class EngineAttempt:
         self._parts: list[bytes] = []
         self._size = 0
         self._ended = False
-        replica.take()
+        self._work = work
+        replica.in_flight += 1
+        replica.work += work
 
     def start(self) -> None:
         """Send it, over a kept connection or else a new one."""
@@ -83,6 +96,9 @@ class EngineAttempt:
         self._head = head
 
     def arrived(self, payload: bytes) -> None:
+        if self._work:  # its first token is here
+            self.replica.work -= self._work
+            self._work = 0.0
         if self._head is not None and self._head.status == 200 and self.exchange.wishes.stream:
             self.exchange.arrived(self, payload)
             return
@@ -152,7 +168,8 @@ class EngineAttempt:
         if self._ended:
             return False
         self._ended = True
-        self.replica.release()
+        self.replica.in_flight -= 1
+        self.replica.work -= self._work
         return True
 
 

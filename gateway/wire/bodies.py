@@ -79,6 +79,17 @@ class ChunkedBody:
         self.rest = b""
 
     def feed(self, data: bytes) -> bytes:
+        if not (self._missing or self._ended or self._pending or self._in_trailers):
+            # Nearly always: one whole chunk.
+            line_end = data.find(b"\r\n", 0, 16)
+            digits = data[:line_end]
+            if line_end > 0 and not digits.translate(None, _HEX):
+                size = int(digits, 16)
+                if size and len(data) == line_end + size + 4 and data.endswith(b"\r\n"):
+                    return data[line_end + 2 : -2]
+        return self._feed(data)
+
+    def _feed(self, data: bytes) -> bytes:
         if self._pending:
             data = self._pending + data
             self._pending = b""

@@ -84,6 +84,7 @@ class Door(asyncio.Protocol):
         "_doorman",
         "_head",
         "_keep_alive",
+        "_max_body",
         "_old",
         "_parts",
         "_paused_reading",
@@ -124,6 +125,7 @@ class Door(asyncio.Protocol):
         self._prefix = b""
         """The last request's head up to its length, and what follows that."""
         self._suffix = b""
+        self._max_body = 0
 
     # what the loop calls
 
@@ -154,6 +156,21 @@ class Door(asyncio.Protocol):
             return
         if self._data:
             data = self._data + data
+        elif state is State.HEAD and self._prefix and data.startswith(self._prefix):
+            # Nearly always: a whole request, with the same head as the last one but for its length.
+            at = len(self._prefix)
+            stop = data.find(b"\r", at, at + 20)
+            digits = data[at:stop]
+            start = stop + len(self._suffix)
+            if stop > 0 and digits.isdigit() and data.startswith(self._suffix, stop):
+                length = int(digits)
+                head = self._head
+                if len(data) == start + length and length <= self._max_body and head is not None:
+                    self.state = State.ANSWERING
+                    call = self._doorman.serve(self, head, data[start:])
+                    if self.state is State.ANSWERING:
+                        self.call = call
+                    return
         self._data = data
         if state is State.ANSWERING:
             if len(self._data) > PIPELINED_BYTES and not self._paused_reading:
@@ -206,8 +223,6 @@ class Door(asyncio.Protocol):
     def _read_head(self) -> bool:
         """Whether there is more to do."""
         data = self._data
-        if self._prefix and data.startswith(self._prefix) and self._read_same_head(data):
-            return True
         end = data.find(END, 0, LONGEST_HEAD_BYTES)
         if end < 0:
             if data.startswith(b"\r\n"):  # an empty line before a request is to be read over
@@ -234,23 +249,12 @@ class Door(asyncio.Protocol):
         return True
 
     def _remember(self, head: bytes) -> None:
-        """A client's requests mostly differ in their length alone: then the rest is not read again."""
+        """A client's requests mostly differ in their length alone: then the rest is not read again (and
+        ``content-length`` among the headers is the first one's)."""
         at = _LENGTH.search(head)
         if at is not None:
             self._prefix, self._suffix = head[: at.start(1)], head[at.end(1) :]
-
-    def _read_same_head(self, data: bytes) -> bool:
-        """Read a head that is the last one but for its length. False if it is not."""
-        head, at = self._head, len(self._prefix)
-        stop = data.find(b"\r", at, at + 20)
-        digits = data[at:stop]
-        if head is None or stop < 0 or not digits.isdigit() or not data.startswith(self._suffix, stop):
-            return False
-        head.length = int(digits)
-        head.headers["content-length"] = digits.decode()
-        self._data = data[stop + len(self._suffix) :]
-        self._take_body(head)
-        return True
+            self._max_body = self._doorman.max_body_bytes
 
     def _take_body(self, head: RequestHead) -> None:
         length = head.length
