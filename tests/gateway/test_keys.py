@@ -1,0 +1,147 @@
+"""API keys: who may do what, and whose tokens are whose."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from gateway_stack import Stack, make_config, running_gateway
+from pydantic import ValidationError
+
+from gateway.identity import hash_of
+
+
+def key(name: str, **more: Any) -> dict[str, Any]:
+    """A key whose secret is ``sk-`` and its name."""
+    return {"name": name, "sha256": hash_of(f"sk-{name}")} | more
+
+
+KEYS = (
+    key("open", tenant="acme"),
+    key("other", tenant="globex"),
+    key("bound", role="intent_classifier"),
+    key("few", roles=("summarizer",), default_role="summarizer"),
+    key("models", models=("assistant",)),
+    key("low", lowest="int8"),
+    key("admin", admin=True),
+)
+
+
+def bearer(name: str) -> dict[str, str]:
+    return {"authorization": f"Bearer sk-{name}"}
+
+
+async def status_of(stack: Stack, name: str, body: dict[str, Any] | None = None, **headers: str) -> Any:
+    async with stack.post(body, headers=bearer(name) | headers) as response:
+        answer = await response.json()
+        return response.status if response.status != 200 else response.headers["x-tiercel-variant"], answer
+
+
+async def test_keys() -> None:
+    async with running_gateway(keys=KEYS) as stack:
+        for headers in ({}, {"authorization": "Bearer sk-nobody"}, {"authorization": "Basic sk-open"}):
+            async with stack.post(headers=headers) as response:
+                assert response.status == 401
+                assert response.headers["www-authenticate"] == "Bearer"
+                assert (await response.json())["error"]["code"] == "invalid_api_key"
+        async with stack.post({"model": 7}, headers={}) as response:
+            assert response.status == 401, "strangers learn nothing about their bodies"
+        async with stack.post(headers={"x-api-key": "sk-open"}) as response:
+            assert response.status == 200, "as Anthropic's client sends it"
+        assert (await status_of(stack, "bound", {"model": "summarizer"}))[0] == "int4-kv8", (
+            "its role is bound"
+        )
+        assert (await status_of(stack, "few"))[0] == "int8"
+        refused = await status_of(stack, "few", {"model": "intent_classifier"})
+        assert refused[0] == 403
+        assert "may use: summarizer" in refused[1]["error"]["message"]
+        assert (await status_of(stack, "models", {"model": "assistant:bf16"}))[0] == "bf16"
+        assert (await status_of(stack, "low", {"model": "assistant:int8"}))[0] == "int8"
+        assert (await status_of(stack, "low", {"model": "assistant:int4-kv8"}))[0] == 403
+        assert (await status_of(stack, "open", {"model": "assistant:int8"}))[0] == 403
+        assert not any(engine.aborted for engine in stack.engines.values())
+
+
+async def test_tokens_are_counted_for_each_key_also_of_streams_that_are_cut() -> None:
+    async with running_gateway(keys=KEYS, quality={"sample_rate": 0}) as stack:
+        labels = {"role": "core", "variant": "bf16", "kind": "completion"}
+
+        def used(name: str) -> float:
+            return stack.sample("tiercel_key_tokens_total", key=name, **labels)
+
+        for name, times in (("open", 3), ("other", 2)):
+            for _ in range(times):
+                assert (await status_of(stack, name))[0] == "bf16"
+        stack.engines["bf16"].script.token_delay_s = 0.05
+        response = await stack.post({"stream": True}, headers=bearer("admin"))
+        seen = b""
+        while seen.count(b"data: ") < 2:
+            seen += await response.content.readany()
+        response.close()
+        async with stack.post({"stream": True}, headers=bearer("other")) as whole:
+            await whole.read()
+        assert (used("open"), used("other")) == (12, 12)
+        assert used("admin") == seen.count(b"data: ")
+
+
+async def test_prefix_caches_of_tenants_are_apart() -> None:
+    async with running_gateway(keys=KEYS) as stack:
+        for name in ("open", "open", "other", "bound"):
+            await status_of(stack, name, {"model": "assistant:bf16"})
+        salts = [request.get("cache_salt") for request in stack.engines["bf16"].requests]
+        assert salts[0] == salts[1]
+        assert salts[0] != salts[2]
+        assert salts[3] is None, "a key without a tenant"
+        async with stack.post({"cache_salt": salts[2]}, headers=bearer("open")) as response:
+            assert response.status == 200
+        assert stack.engines["bf16"].requests[-1]["cache_salt"] == salts[0], "nobody picks another's"
+        raw = (
+            b'{"model": "assistant", "messages": [{"role": "user", "content": "x"}], "cache\\u005fsalt": "a"}'
+        )
+        headers = bearer("open") | {"content-type": "application/json"}
+        async with stack.http.post(stack.url + "/v1/chat/completions", data=raw, headers=headers) as response:
+            assert response.status == 200
+        assert stack.engines["bf16"].requests[-1]["cache_salt"] == salts[0], "in no spelling"
+
+
+async def test_pages_ask_for_keys_too() -> None:
+    async with running_gateway(keys=KEYS) as stack:
+        for path, name, status in (
+            ("/v1/models", None, 401),
+            ("/v1/models", "open", 200),
+            ("/admin/config", "open", 403),
+            ("/admin/config", "admin", 200),
+            ("/health", None, 200),
+            ("/metrics", None, 200),
+        ):
+            headers = bearer(name) if name else {}
+            async with stack.http.get(stack.url + path, headers=headers) as response:
+                assert response.status == status, path
+                assert "sha256" not in (await response.text()) or path == "/admin/config"
+                for secret in KEYS:
+                    assert secret["sha256"] not in await response.text()
+
+
+BAD = [
+    ({"gateway": {"host": "0.0.0.0"}}, "can be reached from other machines and there are no keys"),
+    ({"keys": [key("a"), key("a")]}, "listed twice"),
+    ({"keys": [key("a", role="boss")]}, "'boss' is not a role"),
+    ({"keys": [key("a", roles=["core"], default_role="summarizer")]}, "is not among its roles"),
+    ({"keys": [key("a", lowest="int2")]}, "'int2' is not a served variant"),
+    ({"keys": [{"name": "a", "sha256": "sk-plain-text"}]}, "sha256"),
+    ({"gateway": {"policy": "fastest"}}, "is not a policy; use one of: round_robin"),
+    ({"gateway": {"tls_key": "a.pem"}}, "belong together"),
+    ({"roles": {"core": {"canary": {"variant": "w2", "percent": 5}}}, "default_role": "core"}, "'w2' is not"),
+]
+
+
+@pytest.mark.parametrize(("changes", "says"), BAD)
+def test_bad_configurations(changes: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValidationError, match=says):
+        make_config(**changes)
+
+
+def test_other_addresses_need_keys() -> None:
+    make_config(gateway={"host": "0.0.0.0"}, keys=KEYS)
+    for host in ("127.0.0.1", "::1", "localhost", "127.8.8.8"):
+        make_config(gateway={"host": host})

@@ -1,0 +1,160 @@
+"""What changes while the gateway runs: its configuration, full pools, slow replicas, replicas that start."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from pathlib import Path
+from typing import Any
+
+import yaml
+from gateway_stack import eventually, make_cards, running_gateway
+
+from quantize.card import CARD_NAME
+
+
+def write_variants(directory: Path) -> None:
+    for variant, card in make_cards().items():
+        version = directory / variant / "000000000000"
+        version.mkdir(parents=True)
+        (version / CARD_NAME).write_text(card.model_dump_json())
+        (directory / variant / "current").symlink_to(version.name)
+
+
+def settings(directory: Path, urls: dict[str, list[str]], **changes: Any) -> str:
+    return yaml.safe_dump(
+        {
+            "model": {"name": "assistant", "path": "model"},
+            "variants_dir": str(directory),
+            "serve": ["bf16", "int8", "int4-kv8"],
+            "roles": {"intent_classifier": {}, "summarizer": {}, "core": {}},
+            "default_role": "core",
+            "pools": urls,
+        }
+        | changes
+    )
+
+
+async def test_the_configuration_is_swapped_whole_or_not_at_all(tmp_path: Path) -> None:
+    write_variants(tmp_path)
+    async with running_gateway() as stack:
+        config = stack.gateway.plane.setup.config
+        urls = {variant: list(config.replicas(variant)) for variant in config.serve}
+        port = {"gateway": {"port": config.gateway.port}}
+
+        async def put(text: str) -> tuple[int, Any]:
+            headers = {"content-type": "application/yaml"}
+            async with stack.http.put(stack.url + "/admin/config", data=text, headers=headers) as response:
+                return response.status, await response.json()
+
+        stack.engines["bf16"].script.token_delay_s = 0.1
+        running = await stack.post({"stream": True})
+        await running.content.readany()
+        status, answer = await put(settings(tmp_path, urls, default_role="summarizer", **port))
+        assert (status, answer["applied"]) == (200, True)
+        assert (await running.read()).endswith(b"data: [DONE]\n\n"), "what runs goes on as it began"
+        async with stack.post() as response:
+            assert response.headers["x-tiercel-variant"] == "int8", "what comes is routed anew"
+        before = stack.gateway.plane.setup
+        for text, says in (
+            (settings(tmp_path, urls, default_role="boss", **port), "'boss' is not a role"),
+            (settings(tmp_path, urls, serve=["bf16", "int2"], pools={}, **port), "int2"),
+            (settings(tmp_path, urls, gateway={"port": 9}), "cannot change while the gateway runs"),
+            (settings(tmp_path, urls, rolls={}, **port), "unknown key; did you mean 'roles'?"),
+            ("roles: [", "is not valid YAML"),
+        ):
+            status, answer = await put(text)
+            assert status == 400, text
+            assert says in answer["error"]["message"]
+        assert stack.gateway.plane.setup is before
+        pools = {r.name: r for r in before.pools.replicas()}
+        await put(settings(tmp_path, urls, **port))
+        now = {r.name: r for r in stack.gateway.plane.setup.pools.replicas()}
+        assert all(now[name] is pools[name] for name in pools), "replicas keep their connections"
+
+
+async def test_a_full_pool_is_waited_for_or_left() -> None:
+    roles = {
+        "intent_classifier": {"when_full": "queue", "wait_s": 5},
+        "summarizer": {"when_full": "refuse"},
+        "core": {},
+    }
+    async with running_gateway(roles=roles, gateway={"max_in_flight": 1}) as stack:
+        for engine in stack.engines.values():
+            engine.script.first_token_delay_s = 0.4
+        first = asyncio.ensure_future(_variant(stack, "intent_classifier"))
+        await eventually(lambda: stack.engines["int4-kv8"].running)
+        began = time.monotonic()
+        assert await _variant(stack, "intent_classifier") == "int4-kv8", "it waited"
+        assert time.monotonic() - began > 0.5
+        assert await first == "int4-kv8"
+        busy = asyncio.ensure_future(_variant(stack, "summarizer"))
+        await eventually(lambda: stack.engines["int8"].running)
+        async with stack.post({"model": "summarizer"}) as response:
+            assert response.status == 503
+            assert response.headers["retry-after"] == "1"
+            assert "full" in (await response.json())["error"]["message"]
+        assert await busy == "int8"
+
+
+async def test_a_pool_that_starts_is_waited_for(free_port: int) -> None:
+    roles = {"core": {"wait_s": 5}, "summarizer": {}, "intent_classifier": {}}
+    pools = {"bf16": (f"http://127.0.0.1:{free_port}",)}
+    async with running_gateway(roles=roles, pools=pools) as stack:
+        asking = asyncio.ensure_future(_variant(stack, "core"))
+        await asyncio.sleep(0.4)
+        assert not asking.done()
+        async with stack.engines["bf16"].serving(port=free_port):
+            assert await asking == "bf16"
+
+
+async def test_a_slow_replica_is_hedged_and_the_loser_cancelled() -> None:
+    async with running_gateway() as spare:
+        fast = spare.engines["bf16"]
+        async with fast.serving() as url:
+            roles = {"core": {"hedge": True}, "summarizer": {}, "intent_classifier": {}}
+            async with running_gateway() as slow_one:
+                slow = slow_one.engines["bf16"]
+                async with slow.serving() as slow_url:
+                    changes = {"roles": roles, "gateway": {"policy": "round_robin"}}
+                    async with running_gateway(pools={"bf16": (slow_url, url)}, **changes) as stack:
+                        for _ in range(30):
+                            assert await _variant(stack, "core") == "bf16"
+                        slow.script.first_token_delay_s = 20
+                        began = time.monotonic()
+                        for _ in range(4):
+                            assert await _variant(stack, "core") == "bf16"
+                        assert time.monotonic() - began < 5
+                        await eventually(lambda: slow.running == 0)
+                        assert slow.aborted == 2, "every other request began there"
+                        labels = {"role": "core", "variant": "bf16"}
+                        assert stack.sample("tiercel_hedges_total", **labels, winner="second") == 2
+                        assert stack.requests("200") == 34
+                        used = stack.sample("tiercel_tokens_total", **labels, kind="completion")
+                        assert used == 34 * 4, "one answer each is on the books"
+
+
+async def test_a_route_is_explained_without_asking_an_engine() -> None:
+    async with running_gateway() as stack:
+        body = {"model": "assistant"}
+        headers = {"x-agent-role": "summarizer"}
+        async with stack.http.post(stack.url + "/v1/route", json=body, headers=headers) as response:
+            found = await response.json()
+        assert (found["role"], found["variant"], found["reason"]) == (
+            "summarizer",
+            "int8",
+            "cheapest_in_budget",
+        )
+        verdicts = {step["variant"]: step["verdict"] for step in found["considered"]}
+        assert verdicts == {"int4-kv8": "not_enough_evidence", "int8": "passed", "bf16": "reference"}
+        async with stack.http.post(stack.url + "/v1/route", json={}) as response:
+            assert response.status == 400
+            assert (await response.json())["error"]["param"] == "model"
+        assert not any(engine.requests for engine in stack.engines.values())
+
+
+async def _variant(stack: Any, role: str) -> str:
+    async with stack.post({"model": role if role != "core" else "assistant"}) as response:
+        await response.read()
+        assert response.status == 200
+        return str(response.headers["x-tiercel-variant"])
