@@ -20,7 +20,19 @@ import msgspec
 from gateway.routing.pools import Replica
 
 BLOCK_BYTES = 512
-PREFIX_WEIGHT = 4.0
+OWN_WEIGHT = 8.0
+"""What a block costs that is computed again, above its time: it drives others out, and is asked for again."""
+SHARED_WEIGHT = 1.0
+"""The same of a block that many prompts begin with: it will serve others there too."""
+RUNNING_WEIGHT = 16.0
+"""What a running request costs those beside it, in blocks."""
+HOME_WEIGHT = 16.0
+"""What a conversation will cost the replica that it begins at, in blocks: its later turns will go there."""
+FADE = 0.98
+"""By how much earlier beginnings count less with each new one."""
+FORKS = 3
+"""A block that so many different ones follow ends what prompts share."""
+_START = 0
 MOST_BLOCKS = 200_000
 """Blocks that a shadow holds when the engine does not say how large its cache is."""
 BYTES_PER_TOKEN = 4
@@ -130,26 +142,72 @@ class Shadow:
             blocks.popitem(last=False)
 
 
+class Prefixes:
+    """Which blocks are the beginning of many prompts: those up to the last that is followed by different
+    ones. A system prompt is, a conversation is not, however long it grows."""
+
+    __slots__ = ("_followers",)
+
+    def __init__(self) -> None:
+        self._followers: OrderedDict[int, int] = OrderedDict()
+
+    def shared(self, chain: Sequence[int]) -> int:
+        """How many blocks of ``chain`` are, after it has been taken in."""
+        followers = self._followers
+        before = _START
+        depth = 0
+        for index, block in enumerate(chain):
+            if block not in followers:
+                followers[block] = 0
+                followers[before] = followers.get(before, 0) + 1
+            if index and followers.get(before, 0) >= FORKS:
+                depth = index
+            before = block
+        while len(followers) > MOST_BLOCKS:
+            followers.popitem(last=False)
+        return depth
+
+
 class PrefixAware:
-    def __init__(self, weight: float = PREFIX_WEIGHT, rng: random.Random | None = None) -> None:
-        self._weight = weight
+    def __init__(
+        self,
+        own: float = OWN_WEIGHT,
+        shared: float = SHARED_WEIGHT,
+        running: float = RUNNING_WEIGHT,
+        home: float = HOME_WEIGHT,
+        rng: random.Random | None = None,
+    ) -> None:
+        self._weights = own, shared, running, home
+        self._homes: WeakKeyDictionary[Replica, float] = WeakKeyDictionary()
+        """New conversations that were given to each replica lately."""
         self._rng = rng or random.Random()
+        self._prefixes = Prefixes()
         self._shadows: WeakKeyDictionary[Replica, Shadow] = WeakKeyDictionary()
 
     def pick(self, usable: Sequence[Replica], ask: Ask) -> tuple[Replica, float]:
+        own, shared, running, home = self._weights
         chain = block_chain(ask.prompt(), ask.salt)
-        best: Replica | None = None
-        best_key: tuple[float, float, float] = (0.0, 0.0, 0.0)
-        best_missing = 0
-        for replica in usable:
-            shadow = self._shadow(replica)
-            missing = shadow.missing(chain)
-            key = (replica.work + self._weight * missing, replica.in_flight, self._rng.random())
-            if best is None or key < best_key:
-                best, best_key, best_missing = replica, key, missing
-        assert best is not None
-        self._shadow(best).add(chain, best.cache_blocks(BLOCK_BYTES / BYTES_PER_TOKEN) or MOST_BLOCKS)
-        return best, float(best_missing)
+        size, depth = len(chain), self._prefixes.shared(chain)
+        missing = [self._shadow(replica).missing(chain) for replica in usable]
+        new = min(missing) >= size - depth
+        best = 0
+        best_key: tuple[float, float] = (0.0, 0.0)
+        for index, replica in enumerate(usable):
+            missing_own = min(missing[index], size - depth)
+            cost = replica.work + own * missing_own + shared * (missing[index] - missing_own)
+            cost += running * replica.in_flight
+            if new:
+                cost += home * self._homes.get(replica, 0.0)
+            key = (cost, self._rng.random())
+            if not index or key < best_key:
+                best, best_key = index, key
+        chosen = usable[best]
+        if new:
+            for replica in usable:
+                self._homes[replica] = FADE * self._homes.get(replica, 0.0)
+            self._homes[chosen] += 1.0
+        self._shadow(chosen).add(chain, chosen.cache_blocks(BLOCK_BYTES / BYTES_PER_TOKEN) or MOST_BLOCKS)
+        return chosen, float(missing[best])
 
     def _shadow(self, replica: Replica) -> Shadow:
         shadow = self._shadows.get(replica)
