@@ -16,6 +16,7 @@ from gateway.cards import load_cards
 from gateway.config import Config, ConfigError, load_config
 from gateway.config import Gateway as GatewaySettings
 from gateway.telemetry.logs import EVENTS, log_to_stderr
+from gateway.workers import run_workers
 from quantize.card import Card, CardError
 
 CANNOT_START = 2
@@ -25,6 +26,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Exit status: 0 after a graceful stop, 2 when it cannot start (one sentence on stderr says why)."""
     parser = argparse.ArgumentParser(prog="python -m gateway", description=__doc__)
     parser.add_argument("--config", type=Path, default=Path("tiercel.yaml"), help="the configuration file")
+    parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     try:
         config = load_config(options.config)
@@ -34,7 +36,10 @@ def main(arguments: list[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return CANNOT_START
     with listening:
-        serve(config, cards, listening, options.config)
+        if config.gateway.workers > 1 and options.worker is None:
+            listening.close()  # it could be listened on
+            return run_workers(config, options.config)
+        serve(config, cards, listening, options.config, options.worker)
     return 0
 
 
@@ -43,6 +48,8 @@ def listen(gateway: GatewaySettings) -> socket.socket:
     family = socket.AF_INET6 if ":" in gateway.host else socket.AF_INET
     listening = socket.socket(family, socket.SOCK_STREAM)
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if gateway.workers > 1:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
     try:
         listening.bind((gateway.host, gateway.port))
         listening.listen(1024)
@@ -55,14 +62,16 @@ def listen(gateway: GatewaySettings) -> socket.socket:
     return listening
 
 
-def serve(config: Config, cards: dict[str, Card], listening: socket.socket, path: Path) -> None:
+def serve(
+    config: Config, cards: dict[str, Card], listening: socket.socket, path: Path, worker: int | None = None
+) -> None:
     """Serve until a signal, then let running requests finish. SIGHUP reads the configuration anew."""
 
     def load() -> tuple[Config, dict[str, Card]]:
         fresh = load_config(path)
         return fresh, load_cards(fresh)
 
-    gateway = Gateway(config, cards, load=load)
+    gateway = Gateway(config, cards, load=load, worker=worker)
     server = uvicorn.Server(server_config(gateway, config))
     log_to_stderr()
     # uvicorn repeats the signal to these after its shutdown; the default ones would kill the process.

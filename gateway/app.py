@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from typing import Any
 
 import aiohttp
@@ -26,6 +26,7 @@ from gateway.telemetry.latencies import Latencies
 from gateway.telemetry.metrics import Metrics
 from gateway.upstream.litellm import LiteLLM
 from gateway.wire.door import Door
+from gateway.workers import Board, Siblings
 from quantize.card import Card
 
 
@@ -39,23 +40,33 @@ class Gateway:
         registry: CollectorRegistry | None = None,
         clock: Clock = time.monotonic,
         load: Callable[[], tuple[Config, Mapping[str, Card]]] | None = None,
+        worker: int | None = None,
     ) -> None:
-        """``cards`` has the card of every served variant (``load_cards``). ``load`` reads both anew."""
+        """``cards`` has the card of every served variant (``load_cards``). ``load`` reads both anew.
+        ``worker``: its number, when several processes share the port."""
         self._clock = clock
         self._load = load
+        self._board: Board | None = None
         self.metrics = Metrics(registry or CollectorRegistry(), config.roles)
+        self._siblings: Siblings | None = None
+        if worker is not None:
+            directory, workers = config.run_dir / "workers", config.gateway.workers
+            self._board = Board(directory / "board", worker, workers)
+            self._siblings = Siblings(directory, worker, workers, self.metrics)
         self.latencies = Latencies()
         self.providers = LiteLLM(config.providers, config.gateway)
         self.plane = DataPlane(self.make_setup(config, cards), self.metrics, self.latencies, clock)
         self.app = FastAPI(title="Tiercel", lifespan=self._lifespan, docs_url=None, redoc_url=None)
-        operations = Operations(self.plane, self.metrics, created=int(time.time()), apply=self.apply)
+        operations = Operations(
+            self.plane, self.metrics, created=int(time.time()), apply=self.apply, siblings=self._siblings
+        )
         self.app.include_router(operations.router())
         add_error_handlers(self.app)
         self.plane.app = self.app
 
     def make_setup(self, config: Config, cards: Mapping[str, Card], before: Pools | None = None) -> Setup:
         """What a configuration makes of a request's way."""
-        pools = Pools(config, self._clock, before)
+        pools = Pools(config, self._clock, before, self._board)
         router = Router(config, cards, pools, self.latencies)
         observer = Observer(config, self.metrics)
         for variant, card in cards.items():
@@ -101,7 +112,9 @@ class Gateway:
     async def _lifespan(self, _: FastAPI) -> AsyncIterator[None]:
         limits = self.plane.setup.config.gateway
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=limits.connect_timeout_s)
-        async with aiohttp.ClientSession(timeout=timeout, cookie_jar=aiohttp.DummyCookieJar()) as session:
+        siblings = self._siblings.listening() if self._siblings else nullcontext()
+        jar = aiohttp.DummyCookieJar()
+        async with aiohttp.ClientSession(timeout=timeout, cookie_jar=jar) as session, siblings:
             await self.providers.load()
             reader = EngineReader(session, self.metrics, self.plane.setup.config.run_dir, self._clock)
             async with _in_background(

@@ -291,9 +291,7 @@ def main() -> None:
     blocks |= {b for s in sessions for t in s.turns for h in t.helpers for x in h.turns for b in x.chain}
     infinite = simulate(sessions, POLICIES["round_robin"](), 1, 10**9)["hit_rate"]
     print(f"{', '.join(names)}: working set {len(blocks):,} blocks, infinite cache hits {infinite:.3f}\n")
-    print(
-        "| policy | cache each | hits ÷ infinite | p95 TTFT ÷ sticky | makespan ÷ sticky | max/mean in flight |"
-    )
+    print("| policy | cache each | hits ÷ infinite | p95 TTFT ÷ sticky | makespan ÷ sticky | max/mean load |")
     print("|---|---|---|---|---|---|")
     for share in (1.0, 0.25, 0.08):
         capacity = max(1, int(share * len(blocks)))

@@ -22,6 +22,7 @@ from gateway.exchange import request_id
 from gateway.identity import Identities
 from gateway.plane import DataPlane
 from gateway.telemetry.metrics import Metrics
+from gateway.workers import Siblings
 from quantize.card import Card, CardError
 
 Apply = Callable[[Config, Mapping[str, Card]], None]
@@ -40,8 +41,16 @@ class RouteQuestion(BaseModel):
 class Operations:
     """The routes of the application."""
 
-    def __init__(self, plane: DataPlane, metrics: Metrics, created: int, apply: Apply) -> None:
-        """``created`` is Unix time, for the list of models."""
+    def __init__(
+        self,
+        plane: DataPlane,
+        metrics: Metrics,
+        created: int,
+        apply: Apply,
+        siblings: Siblings | None = None,
+    ) -> None:
+        """``created`` is Unix time, for the list of models. ``siblings``: the other workers, if any."""
+        self._siblings = siblings
         self._plane = plane
         self._metrics = metrics
         self._created = created
@@ -115,6 +124,8 @@ class Operations:
 
     async def show_metrics(self) -> Response:
         """Prometheus text."""
+        if self._siblings is not None:
+            return Response(await self._siblings.text(), media_type=CONTENT_TYPE_LATEST)
         return Response(generate_latest(self._metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
     async def config(self) -> dict[str, Any]:
@@ -128,6 +139,11 @@ class Operations:
 
         It is checked whole first: one that cannot be used changes nothing.
         """
+        if self._siblings is not None:
+            raise BadRequestError(
+                "workers: there are several, and this would change one; change the file and send SIGHUP to "
+                "the gateway"
+            )
         old = self._plane.setup.config
         try:
             new = parse_config(text, "the configuration sent", old.directory)

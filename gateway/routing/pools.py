@@ -13,6 +13,7 @@ from gateway.wire.engines import EnginePool
 
 if TYPE_CHECKING:
     from gateway.routing.policies import Ask, Policy
+    from gateway.workers import Board
 
 PROVIDER = "provider"
 """The variant label of what LiteLLM serves, whose precision nobody here knows."""
@@ -35,13 +36,22 @@ class Replica:
     """One engine process, or one provider's model (then ``url`` is empty)."""
 
     def __init__(
-        self, variant: str, name: str, url: str, clock: Clock, connect_timeout_s: float = 2.0
+        self,
+        variant: str,
+        name: str,
+        url: str,
+        clock: Clock,
+        connect_timeout_s: float = 2.0,
+        board: Board | None = None,
     ) -> None:
+        """``board``: where several workers tell each other of their requests in flight."""
         self.variant = variant
         self.name = name
         self.url = url
         self.breaker = Breaker(clock)
-        self.in_flight = 0
+        self._mine = 0
+        self._board = board
+        self._slot = 0 if board is None else board.slot(variant, url)
         self.work = 0.0
         """Blocks that are not in its cache, of requests whose first token has not come."""
         self.reachable: bool | None = None
@@ -52,12 +62,22 @@ class Replica:
         self.connections = EnginePool(url, connect_timeout_s)
         self._heads: dict[str, bytes] = {}
 
+    @property
+    def in_flight(self) -> int:
+        """Requests of ours, of all workers."""
+        board = self._board
+        return self._mine if board is None else self._mine + board.others(self._slot)
+
     def take(self, work: float = 0.0) -> None:
-        self.in_flight += 1
+        self._mine += 1
         self.work += work
+        if self._board is not None:
+            self._board.write(self._slot, self._mine)
 
     def release(self) -> None:
-        self.in_flight -= 1
+        self._mine -= 1
+        if self._board is not None:
+            self._board.write(self._slot, self._mine)
 
     def read(self, reading: Reading) -> None:
         """The engine's own figures have come in."""
@@ -128,7 +148,9 @@ class Pools:
     """Every pool, by variant, and the models of providers, by model id. Replicas that ``before`` had too
     are taken over, with their connections and what is known of them."""
 
-    def __init__(self, config: Config, clock: Clock, before: Pools | None = None) -> None:
+    def __init__(
+        self, config: Config, clock: Clock, before: Pools | None = None, board: Board | None = None
+    ) -> None:
         from gateway.routing.policies import POLICIES
 
         known = {(r.variant, r.url): r for r in before.replicas()} if before else {}
@@ -137,7 +159,9 @@ class Pools:
         def replica(variant: str, index: int, url: str) -> Replica:
             name = f"{variant}-{index}"
             old = known.get((variant, url))
-            return old if old and old.name == name else Replica(variant, name, url, clock, timeout)
+            if old is not None and old.name == name:
+                return old
+            return Replica(variant, name, url, clock, timeout, board)
 
         self.by_variant = {
             variant: Pool(

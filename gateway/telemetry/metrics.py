@@ -106,6 +106,10 @@ class Metrics:
         """The label of a role: itself if it is configured, else ``other``."""
         return role if role in self._roles else OTHER
 
+    def dump(self) -> dict[str, Any]:
+        """All counters and histograms, for another worker to add up."""
+        return {name: family.dump() for name, family in self.families.items()}
+
     def know_roles(self, roles: Iterable[str]) -> None:
         """The configuration has changed; counts of roles that are gone stay."""
         self._roles = self._roles | frozenset(roles)

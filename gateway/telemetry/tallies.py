@@ -7,7 +7,7 @@ prometheus_client's own take a lock per change and look through a histogram's bu
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Generic, TypeVar
 
 from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily, Metric
@@ -151,7 +151,3 @@ class Spreads(Family[Spread]):
 
 def _text(bound: float) -> str:
     return str(floatToGoString(bound))  # type: ignore[no-untyped-call]
-
-
-def dump_all(families: Mapping[str, Family[Any]]) -> dict[str, Any]:
-    return {name: family.dump() for name, family in families.items()}

@@ -51,8 +51,7 @@ class EngineAttempt:
         self._size = 0
         self._ended = False
         self._work = work
-        replica.in_flight += 1
-        replica.work += work
+        replica.take(work)
 
     def start(self) -> None:
         """Send it, over a kept connection or else a new one."""
@@ -131,6 +130,13 @@ class EngineAttempt:
 
     def _refused(self, head: AnswerHead, body: bytes) -> None:
         error = refusal(head.status, body)
+        if head.status == 404 and b'"error"' not in body:
+            path, variant = self.exchange.endpoint.path, self.replica.variant
+            said = {
+                "message": f"The engines of {variant} do not serve {path}.",
+                "type": "invalid_request_error",
+            }
+            error = UpstreamRefusedError(404, {"error": said})
         if isinstance(error, UpstreamRefusedError):
             self.replica.breaker.answered()
             if error.retry_after_s is None and (wait := head.get("retry-after") or "").isdigit():
@@ -168,7 +174,7 @@ class EngineAttempt:
         if self._ended:
             return False
         self._ended = True
-        self.replica.in_flight -= 1
+        self.replica.release()
         self.replica.work -= self._work
         return True
 

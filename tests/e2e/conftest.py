@@ -60,6 +60,7 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     settings["gateway"] = {"port": free_port("127.0.0.1")}
     settings["engine"]["python"] = str(ROOT / ".venv-engine/bin/python")
     settings["engine"]["base_port"] = 18101
+    settings["engine"]["extra_args"] += ["--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
     for role in ("intent_classifier", "summarizer", "core"):
         source = ROOT / f"deploy/assistant/data/{role}.jsonl"
         lines = source.read_text(encoding="utf-8").splitlines()[:RECORD_ITEMS]

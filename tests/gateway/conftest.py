@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import AsyncIterator
 
+import gateway_stack
 import pytest
 from gateway_stack import Stack, running_gateway
 
@@ -18,6 +18,4 @@ async def stack() -> AsyncIterator[Stack]:
 
 @pytest.fixture
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    return gateway_stack.free_port()

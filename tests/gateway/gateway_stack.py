@@ -13,12 +13,14 @@ from typing import Any
 
 import aiohttp
 import uvicorn
+import yaml
 from prometheus_client import CollectorRegistry
 
 from gateway.app import Gateway
 from gateway.config import Config
 from gateway.upstream.fake import FakeEngine, Script
-from quantize.card import Card, Evaluation, RoleEvaluation, TextEvaluation
+from quantize.card import Card, Evaluation, RoleEvaluation, TextEvaluation, write_card
+from quantize.files import point
 
 CHAT = "/v1/chat/completions"
 RECORD = "Order C2390\ncustomer: Greta Vidal\ntotal: $277\n\nhow much does order C2390 cost"
@@ -99,6 +101,34 @@ def make_config(**changes: Any) -> Config:
         "gateway": gateway,
     }
     return Config.model_validate(fields | changes)
+
+
+def write_variants(directory: Path) -> None:
+    """The cards on disk, as variants without weights."""
+    for variant, card in make_cards().items():
+        place = directory / variant / card.version
+        place.mkdir(parents=True, exist_ok=True)
+        write_card(card, place)
+        point(place.parent / "current", card.version)
+
+
+def settings(directory: Path, urls: dict[str, list[str]], **changes: Any) -> str:
+    return yaml.safe_dump(
+        {
+            "model": {"name": "assistant", "path": "model"},
+            "variants_dir": str(directory),
+            "serve": ["bf16", "int8", "int4-kv8"],
+            "roles": {"intent_classifier": {}, "summarizer": {}, "core": {}},
+            "default_role": "core",
+            "pools": urls,
+        }
+        | changes
+    )
+
+
+def free_port() -> int:
+    with free_socket() as probe:
+        return int(probe.getsockname()[1])
 
 
 def free_socket() -> socket.socket:

@@ -7,32 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-import yaml
-from gateway_stack import eventually, make_cards, running_gateway
-
-from quantize.card import CARD_NAME
-
-
-def write_variants(directory: Path) -> None:
-    for variant, card in make_cards().items():
-        version = directory / variant / "000000000000"
-        version.mkdir(parents=True)
-        (version / CARD_NAME).write_text(card.model_dump_json())
-        (directory / variant / "current").symlink_to(version.name)
-
-
-def settings(directory: Path, urls: dict[str, list[str]], **changes: Any) -> str:
-    return yaml.safe_dump(
-        {
-            "model": {"name": "assistant", "path": "model"},
-            "variants_dir": str(directory),
-            "serve": ["bf16", "int8", "int4-kv8"],
-            "roles": {"intent_classifier": {}, "summarizer": {}, "core": {}},
-            "default_role": "core",
-            "pools": urls,
-        }
-        | changes
-    )
+from gateway_stack import eventually, running_gateway, settings, write_variants
 
 
 async def test_the_configuration_is_swapped_whole_or_not_at_all(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from gateway_stack import Stack, eventually, make_cards, make_config, running_gateway
+from gateway_stack import Stack, eventually, free_port, make_config, running_gateway, write_variants
 from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -24,8 +24,6 @@ from gateway.quality.grounded import Grounded
 from gateway.quality.observe import Observer
 from gateway.telemetry.engines import engine_pids, parse_reading, resident_bytes
 from gateway.telemetry.metrics import Metrics
-from quantize.card import write_card
-from quantize.files import point
 
 
 async def get(stack: Stack, path: str) -> tuple[int, str]:
@@ -131,11 +129,7 @@ def test_engine_readings(tmp_path: Path) -> None:
 
 def write_setup(directory: Path, port: int, **changes: object) -> Path:
     """A configuration and its cards on disk."""
-    for variant, card in make_cards().items():
-        place = directory / "variants" / variant / card.version
-        place.mkdir(parents=True, exist_ok=True)
-        write_card(card, place)
-        point(place.parent / "current", card.version)
+    write_variants(directory / "variants")
     config = {
         "model": {"name": "assistant", "path": "model"},
         "variants_dir": "variants",
@@ -147,12 +141,6 @@ def write_setup(directory: Path, port: int, **changes: object) -> Path:
     path = directory / "tiercel.yaml"
     path.write_text(yaml.safe_dump(config | changes))
     return path
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def gateway_process(config: Path) -> subprocess.Popen[str]:
