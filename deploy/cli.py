@@ -10,11 +10,13 @@ from importlib.metadata import version
 from pathlib import Path
 
 from deploy.commands import add_command, run_engines, say
+from deploy.commands.gateway import add_gateway
 from deploy.commands.quantize import add_quantize, with_make
 from deploy.commands.variants import add_variants, with_list
 from deploy.engine import EngineStartError
 from deploy.supervisor import UpError, run_until_stopped
 from gateway.config import ConfigError, load_config
+from gateway.errors import GatewayError
 from quantize.calibration import CalibrationError
 from quantize.card import CardError
 from quantize.checkpoint import CheckpointError
@@ -41,6 +43,7 @@ USER_ERRORS = (
     TaskError,
     EngineStartError,
     EngineError,
+    GatewayError,
     UpError,
 )
 
@@ -68,6 +71,7 @@ def parser() -> argparse.ArgumentParser:
     add_quantize(commands.add_parser("quantize", help=text, description=text))
     text = "list, show, compare, choose, delete and report what was made"
     add_variants(commands.add_parser("variants", help=text, description=text))
+    add_gateway(commands)
     add_command(commands, "up", up, "start one engine per served variant and the gateway, until Ctrl-C")
     showing = add_command(commands, "demo", demo, "quantize, serve, and run the demo team; writes a report")
     showing.add_argument("--out", type=Path, default=Path("var/demo"), help="where the report goes")

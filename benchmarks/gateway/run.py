@@ -136,6 +136,8 @@ def run(peers: list[str], tests: list[str], rounds: int, seconds: float) -> list
         for round_number in range(rounds):
             for test in tqdm(tests, desc=f"round {round_number + 1} of {rounds}"):
                 for name in peers:
+                    if test in PEERS[name].without:
+                        continue
                     found = measure(test, running[name], upstream_port, seconds)
                     rows.append({"peer": name, "test": test, "round": round_number, **found})
     finally:
@@ -172,6 +174,9 @@ def format_rows(rows: list[dict[str, Any]], peers: list[str], tests: list[str]) 
         cells = []
         for _, test, get, form in shown:
             values = [get(row) for row in rows if row["peer"] == peer and row["test"] == test]
+            if not values:
+                cells.append("–")
+                continue
             middle = form.format(statistics.median(values))
             cells.append(f"{middle} ({form.format(min(values))}–{form.format(max(values))})")
         lines.append(f"| {peer} | " + " | ".join(cells) + " |")

@@ -90,13 +90,14 @@ CHAT = Endpoint(
     "/v1/chat/completions", check_chat, Form.COMPLETIONS, ("tools", "messages"), True, CHAT_DECODER
 )
 COMPLETIONS = Endpoint("/v1/completions", check_prompt, Form.COMPLETIONS, ("prompt",))
+EMBEDDINGS = Endpoint("/v1/embeddings", check_embeddings, Form.PLAIN, ("input",))
 _ALL = (
     CHAT,
     COMPLETIONS,
+    EMBEDDINGS,
     Endpoint("/v1/responses", check_responses, Form.RESPONSES, ("instructions", "tools", "input")),
     Endpoint("/v1/messages", check_anthropic, Form.ANTHROPIC, ("tools", "system", "messages")),
     Endpoint("/v1/messages/count_tokens", check_anthropic_prompt, Form.ANTHROPIC),
-    Endpoint("/v1/embeddings", check_embeddings, Form.PLAIN, ("input",)),
     *(
         Endpoint(path, check_common, Form.PLAIN)
         for name in ("rerank", "score", "classify", "pooling", "tokenize", "detokenize")

@@ -61,6 +61,7 @@ class FakeEngine:
         app = web.Application(client_max_size=64 << 20)
         app.router.add_post("/v1/chat/completions", self._complete)
         app.router.add_post("/v1/completions", self._complete)
+        app.router.add_post("/v1/embeddings", self._embed)
         app.router.add_get("/health", self._health)
         app.router.add_get("/metrics", self._metrics)
         return app
@@ -91,6 +92,17 @@ class FakeEngine:
             lines.append(f"# HELP vllm:{name} {name}\n# TYPE vllm:{name} gauge")
             lines.append(f'vllm:{name}{{engine="0",model_name="fake"}} {float(value)}')
         return web.Response(text="\n".join(lines) + "\n")
+
+    async def _embed(self, request: web.Request) -> web.Response:
+        body = await request.json()
+        self.requests.append(body)
+        texts = body["input"] if isinstance(body["input"], list) else [body["input"]]
+        data = [
+            {"object": "embedding", "index": index, "embedding": [0.5, 0.5, 0.5, float(len(text))]}
+            for index, text in enumerate(texts)
+        ]
+        usage = {"prompt_tokens": len(texts), "total_tokens": len(texts)}
+        return web.json_response({"object": "list", "model": "fake", "data": data, "usage": usage})
 
     async def _complete(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()

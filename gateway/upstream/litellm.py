@@ -16,7 +16,7 @@ import os
 from collections.abc import AsyncIterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from gateway.api.endpoints import CHAT
+from gateway.api.endpoints import CHAT, EMBEDDINGS
 from gateway.config import Gateway, Provider
 from gateway.errors import BadRequestError, UpstreamError, UpstreamRefusedError, UpstreamTimeoutError
 from gateway.routing.pools import Replica
@@ -33,6 +33,7 @@ PASSED_PARAMETERS = frozenset(
     "seed service_tier stop store stream stream_options temperature tool_choice tools top_logprobs top_p "
     "user verbosity".split()
 )
+PASSED_TO_EMBEDDINGS = frozenset(("dimensions", "encoding_format", "input", "user"))
 _CLIENTS_OWN = frozenset({400, 413, 422, 429})
 """Statuses of a provider that are the client's to see. A 401 or 404 is about our configuration."""
 
@@ -56,9 +57,10 @@ class LiteLLM:
 
     def ask(self, exchange: Exchange, replica: Replica) -> None:
         """Begin an attempt at a provider's model. Raises BadRequestError."""
-        if exchange.endpoint is not CHAT:
+        if exchange.endpoint not in (CHAT, EMBEDDINGS):
             raise BadRequestError(
-                f"model: {replica.name} serves {CHAT.path} only; send it there", param="model"
+                f"model: {replica.name} serves {CHAT.path} and {EMBEDDINGS.path} only; send it there",
+                param="model",
             )
         body = exchange.body.everything()
         if exchange.wishes.stream:
@@ -68,14 +70,16 @@ class LiteLLM:
         exchange.heard_at = exchange.plane.clock()
         exchange.spawn(attempt.run())
 
-    async def open(self, model: str, body: dict[str, Any], *, stream: bool) -> _Reply:
+    async def open(self, model: str, body: dict[str, Any], *, chat: bool, stream: bool) -> _Reply:
         """An answer whose first event has come."""
         await self.load()
         provider = self._providers[model]
-        arguments = {key: value for key, value in body.items() if key in PASSED_PARAMETERS}
+        passed = PASSED_PARAMETERS if chat else PASSED_TO_EMBEDDINGS
+        arguments = {key: value for key, value in body.items() if key in passed}
+        complete = self._litellm.acompletion if chat else self._litellm.aembedding
         try:
             async with asyncio.timeout(self._limits.first_byte_timeout_s):
-                answer = await self._litellm.acompletion(
+                answer = await complete(
                     **arguments,
                     model=provider.litellm_model,
                     api_base=provider.api_base,
@@ -114,7 +118,12 @@ class _ProviderAttempt:
     async def run(self) -> None:
         exchange, reply = self._exchange, None
         try:
-            reply = await self._providers.open(self.replica.name, self._body, stream=exchange.wishes.stream)
+            reply = await self._providers.open(
+                self.replica.name,
+                self._body,
+                chat=exchange.endpoint is CHAT,
+                stream=exchange.wishes.stream,
+            )
             async for event in reply.events():
                 await self._may_send.wait()
                 if exchange.wishes.stream:

@@ -24,8 +24,14 @@ OPENAPI = ROOT.parent / "shared/data/openai_openapi.json.gz"
 
 def tool(name: str) -> dict[str, Any]:
     identity = {"type": "string", "enum": ["a", "b"]}
-    parameters = {"type": "object", "properties": {"id": identity}, "required": ["id"]}
-    return {"type": "function", "function": {"name": name, "parameters": parameters}}
+    parameters = {
+        "type": "object",
+        "properties": {"id": identity},
+        "required": ["id"],
+        "additionalProperties": False,
+    }
+    # Strict, since the small model has never seen a tool: only a grammar makes it call one.
+    return {"type": "function", "function": {"name": name, "parameters": parameters, "strict": True}}
 
 
 TOOLS: Any = [tool("get_order"), tool("get_customer")]
@@ -59,7 +65,13 @@ async def claude(stack: Stack) -> AsyncIterator[anthropic.AsyncAnthropic]:
 async def test_a_named_tool(client: openai.AsyncOpenAI) -> None:
     choice: Any = {"type": "function", "function": {"name": "get_customer"}}
     answer = await client.chat.completions.create(
-        model="assistant", messages=MESSAGES, tools=TOOLS, tool_choice=choice, max_tokens=40
+        model="assistant",
+        messages=MESSAGES,
+        tools=TOOLS,
+        tool_choice=choice,
+        max_tokens=400,
+        temperature=1.0,
+        seed=4,
     )
     (call,) = answer.choices[0].message.tool_calls or []
     assert call.type == "function"
@@ -69,7 +81,7 @@ async def test_a_named_tool(client: openai.AsyncOpenAI) -> None:
 @pytest.mark.parametrize("stream", [False, True])
 async def test_tools_that_are_required(client: openai.AsyncOpenAI, stream: bool) -> None:
     """One call or several, as the engine's grammar allows; deltas are put together by their index."""
-    asked: Any = {"tools": TOOLS, "tool_choice": "required", "max_tokens": 120, "temperature": 1.0, "seed": 4}
+    asked: Any = {"tools": TOOLS, "tool_choice": "required", "max_tokens": 400, "temperature": 1.0, "seed": 4}
     calls: dict[int, list[str]] = {}
     if stream:
         chunks = await client.chat.completions.create(
@@ -94,7 +106,7 @@ async def test_tools_that_are_required(client: openai.AsyncOpenAI, stream: bool)
 
 async def test_an_answer_in_a_schema(client: openai.AsyncOpenAI) -> None:
     answer = await client.chat.completions.create(
-        model="intent_classifier", messages=MESSAGES, response_format=SCHEMA, max_tokens=40
+        model="intent_classifier", messages=MESSAGES, response_format=SCHEMA, max_tokens=400
     )
     found = json.loads(answer.choices[0].message.content or "")
     assert set(found) == {"count", "sure"}
@@ -213,7 +225,7 @@ async def test_tokens_of_responses_and_messages_are_counted(
 
 @pytest.mark.skipif(not OPENAPI.exists(), reason=f"OpenAI's document is not at {OPENAPI}")
 async def test_answers_are_what_openais_document_says(stack: Stack, http: aiohttp.ClientSession) -> None:
-    """vLLM writes null for what it leaves out, where the document has nothing: nulls are dropped first."""
+    """But for nulls: vLLM writes them for what it leaves out, where the document wants nothing."""
     from jsonschema import Draft202012Validator
     from referencing import Registry, Resource
     from referencing.jsonschema import DRAFT202012
@@ -224,8 +236,12 @@ async def test_answers_are_what_openais_document_says(stack: Stack, http: aiohtt
 
     def problems(schema: str, answer: Any) -> list[str]:
         where = {"$ref": f"urn:openai#/components/schemas/{schema}"}
-        found = Draft202012Validator(where, registry=registry).iter_errors(_without_nulls(answer))
-        return [f"{list(error.absolute_path)}: {error.message[:200]}" for error in found]
+        found = Draft202012Validator(where, registry=registry).iter_errors(answer)
+        return [
+            f"{list(error.absolute_path)}: {error.message[:200]}"
+            for error in found
+            if error.instance is not None
+        ]
 
     async def post(path: str, **body: Any) -> str:
         async with http.post(stack.url + path, json={"model": "assistant", **body}) as response:
@@ -233,32 +249,12 @@ async def test_answers_are_what_openais_document_says(stack: Stack, http: aiohtt
 
     chat = {"messages": MESSAGES, "max_tokens": 4}
     whole = json.loads(await post("/v1/chat/completions", **chat))
-    whole["choices"][0].setdefault("logprobs", None)
-    assert [p for p in problems("CreateChatCompletionResponse", whole) if "logprobs" not in p] == []
+    assert problems("CreateChatCompletionResponse", whole) == []
     for line in (await post("/v1/chat/completions", **chat, stream=True)).splitlines():
         if line.startswith("data: {"):
-            found = problems("CreateChatCompletionStreamResponse", json.loads(line[6:]))
-            assert [p for p in found if "finish_reason" not in p] == [], line
+            assert problems("CreateChatCompletionStreamResponse", json.loads(line[6:])) == [], line
     text = json.loads(await post("/v1/completions", prompt="a", max_tokens=4))
-    assert [p for p in problems("CreateCompletionResponse", text) if "logprobs" not in p] == []
+    assert problems("CreateCompletionResponse", text) == []
     async with http.get(stack.url + "/v1/models") as response:
         assert problems("ListModelsResponse", await response.json()) == []
-    assert problems("ErrorResponse", _with_nulls(json.loads(await post("/v1/chat/completions")))) == []
-
-
-def _without_nulls(value: Any) -> Any:
-    if isinstance(value, _Kept):
-        return value.value
-    if isinstance(value, dict):
-        return {key: _without_nulls(one) for key, one in value.items() if one is not None}
-    return [_without_nulls(one) for one in value] if isinstance(value, list) else value
-
-
-class _Kept:
-    def __init__(self, value: Any) -> None:
-        self.value = value
-
-
-def _with_nulls(value: Any) -> _Kept:
-    """An answer of ours: what is null in it is meant to be."""
-    return _Kept(value)
+    assert problems("ErrorResponse", json.loads(await post("/v1/chat/completions"))) == []

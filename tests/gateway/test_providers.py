@@ -29,6 +29,7 @@ async def test_provider(monkeypatch: pytest.MonkeyPatch) -> None:
             await clients_cannot_redirect(stack, hosted)
             await failures(stack, hosted)
             await leaving(stack, hosted)
+            await embeddings(stack, hosted)
 
 
 async def whole(stack: Stack, hosted: FakeEngine) -> None:
@@ -87,6 +88,20 @@ async def failures(stack: Stack, hosted: FakeEngine) -> None:
     hosted.script.token_delay_s, hosted.script.die_after = 0, None
     async with stack.post({"model": "hosted", "prompt": "hi"}, path="/v1/completions") as response:
         assert response.status == 400
+
+
+async def embeddings(stack: Stack, hosted: FakeEngine) -> None:
+    hosted.script.first_token_delay_s = 0
+    body = {"model": "hosted", "input": ["a", "b"], "api_base": "http://127.0.0.1:1/v1"}
+    async with stack.post(body, path="/v1/embeddings") as response:
+        assert response.status == 200
+        answer = await response.json()
+    assert [one["index"] for one in answer["data"]] == [0, 1]
+    assert len(answer["data"][0]["embedding"]) == 4
+    assert hosted.requests[-1]["input"] == ["a", "b"]
+    async with stack.post({"model": "hosted", "input": "a"}, path="/v1/responses") as response:
+        assert response.status == 400
+        assert "serves /v1/chat/completions and /v1/embeddings only" in await response.text()
 
 
 async def leaving(stack: Stack, hosted: FakeEngine) -> None:
