@@ -221,7 +221,9 @@ class Exchange:
                 else:
                     self.gaps.append(now - self.last_at)
                 self.last_at = now
-                if self.begun:
+                if self.begun and not self.door.old:
+                    self.door.transport.write(b"%x\r\n%b\r\n" % (len(out), out))
+                elif self.begun:
                     self.door.send(out)
                 else:
                     self.begun = True

@@ -106,15 +106,15 @@ class Ledger:
             self.log.write(_line(exchange, model, status, took, prompt, completion))
 
     def _enter(self, books: _Books, exchange: Exchange, took: float, prompt: int, completion: int) -> None:
-        books.requests.inc()
-        books.routes.inc()
+        books.requests.value += 1
+        books.routes.value += 1
         books.duration.observe(took)
         books.overhead.observe(exchange.overhead_s)
-        books.prompt.inc(prompt)
-        books.completion.inc(completion)
+        books.prompt.value += prompt
+        books.completion.value += completion
         if books.key_prompt is not None and books.key_completion is not None:
-            books.key_prompt.inc(prompt)
-            books.key_completion.inc(completion)
+            books.key_prompt.value += prompt
+            books.key_completion.value += completion
         if exchange.first_at is not None:
             books.first_token.observe(exchange.first_at - exchange.received)
             for gap in exchange.gaps or ():

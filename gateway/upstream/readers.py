@@ -129,6 +129,25 @@ class StreamReader:
         return self.chunks if counted is None else counted
 
     def feed(self, data: bytes, at: float) -> bytes:
+        end = len(data) - 2
+        if (
+            self._plain
+            and data.startswith(b'data: {"')
+            and data.find(b"\n\n") == end
+            and not self._splitter.rest
+        ):
+            # Nearly always: one event, and its usage at the end of it.
+            cut = data.rfind(_USAGE_KEY)
+            usage = data[cut + 9 : end - 1]
+            flat = usage.startswith(b"{") and usage.endswith(b"}") and data.endswith(b"}}\n\n")
+            # An object without another in it, after choices that are not none.
+            if flat and usage.count(b"{") == usage.count(b"}") == 1 and not data.startswith(b"[]", cut - 2):
+                self._last_usage = usage
+                self.chunks += 1
+                return data[:cut] + b"}\n\n"
+        return self._feed(data)
+
+    def _feed(self, data: bytes) -> bytes:
         whole = self._splitter.cut(data)
         if not whole:
             return b""
@@ -138,13 +157,7 @@ class StreamReader:
         for event in whole[:-2].split(b"\n\n"):
             cut = event.rfind(_USAGE_KEY)
             if cut > 0 and (tail := _TAIL.fullmatch(event, cut + 9)):
-                usage = tail[1]
-                if self._plain and usage != b"null" and b'"choices":[]' not in event:
-                    self._last_usage = usage
-                    self.chunks += 1
-                    out.append(event[:cut] + b"}\n\n")
-                else:
-                    out.append(self._without_usage(event, cut, usage))
+                out.append(self._without_usage(event, cut, tail[1]))
             elif event == b"data: [DONE]":
                 self.done = True
                 out.append(DONE)
@@ -176,7 +189,7 @@ class StreamReader:
         return as_wished(event, self._wishes)
 
     def _usage(self) -> Usage:
-        if not self._last_usage:
+        if not self._last_usage or self._last_usage == b"null":
             return Usage()
         try:
             return _USAGE.decode(self._last_usage)

@@ -17,23 +17,23 @@ DONE = b"data: [DONE]\n\n"
 class EventSplitter:
     """Cuts a byte stream into events. Keeps only what belongs to the event that is still arriving."""
 
-    __slots__ = ("_rest",)
+    __slots__ = ("rest",)
 
     def __init__(self) -> None:
-        self._rest = b""
+        self.rest = b""
 
     def cut(self, data: bytes) -> bytes:
         """The whole events that ``data`` completes, as they came. Raises UpstreamError."""
-        if self._rest:
-            data = self._rest + data
+        if self.rest:
+            data = self.rest + data
         if data.endswith(b"\n\n"):
-            self._rest = b""
+            self.rest = b""
             return data
         end = 0
         for blank in _BLANK_LINE.finditer(data):
             end = blank.end()
-        self._rest = data[end:]
-        if len(self._rest) > LONGEST_EVENT_BYTES:
+        self.rest = data[end:]
+        if len(self.rest) > LONGEST_EVENT_BYTES:
             raise UpstreamError("The engine sent an event that never ends.")
         return data[:end]
 

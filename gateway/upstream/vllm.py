@@ -93,13 +93,19 @@ class EngineAttempt:
 
     def began(self, head: AnswerHead) -> None:
         self._head = head
+        if head.status == 200 and self.exchange.wishes.stream and self._connection is not None:
+            self._connection.stream = self.part
 
-    def arrived(self, payload: bytes) -> None:
+    def part(self, payload: bytes) -> None:
+        """A part of a stream, never empty."""
         if self._work:  # its first token is here
             self.replica.work -= self._work
             self._work = 0.0
+        self.exchange.arrived(self, payload)
+
+    def arrived(self, payload: bytes) -> None:
         if self._head is not None and self._head.status == 200 and self.exchange.wishes.stream:
-            self.exchange.arrived(self, payload)
+            self.part(payload)
             return
         self._size += len(payload)
         if self._size > LARGEST_ANSWER_BYTES:

@@ -15,6 +15,12 @@ _HEX = b"0123456789abcdefABCDEF"
 class Body(Protocol):
     done: bool
     """The whole body has come."""
+
+    @property
+    def between(self) -> bool:
+        """What comes next is a chunk's beginning."""
+        ...
+
     rest: bytes
     """What came after it."""
 
@@ -32,6 +38,7 @@ def body_of(length: int) -> Body:
 
 class LengthBody:
     __slots__ = ("_missing", "done", "rest")
+    between = False
 
     def __init__(self, length: int) -> None:
         self._missing = length
@@ -55,6 +62,7 @@ class EndlessBody:
     """It ends with the connection, which its owner sees."""
 
     __slots__ = ("done", "rest")
+    between = False
 
     def __init__(self) -> None:
         self.done = False
@@ -78,18 +86,11 @@ class ChunkedBody:
         self.done = False
         self.rest = b""
 
-    def feed(self, data: bytes) -> bytes:
-        if not (self._missing or self._ended or self._pending or self._in_trailers):
-            # Nearly always: one whole chunk.
-            line_end = data.find(b"\r\n", 0, 16)
-            digits = data[:line_end]
-            if line_end > 0 and not digits.translate(None, _HEX):
-                size = int(digits, 16)
-                if size and len(data) == line_end + size + 4 and data.endswith(b"\r\n"):
-                    return data[line_end + 2 : -2]
-        return self._feed(data)
+    @property
+    def between(self) -> bool:
+        return not (self._missing or self._ended or self._pending or self._in_trailers or self.done)
 
-    def _feed(self, data: bytes) -> bytes:
+    def feed(self, data: bytes) -> bytes:
         if self._pending:
             data = self._pending + data
             self._pending = b""

@@ -85,7 +85,6 @@ class Door(asyncio.Protocol):
         "_head",
         "_keep_alive",
         "_max_body",
-        "_old",
         "_parts",
         "_paused_reading",
         "_prefix",
@@ -94,6 +93,7 @@ class Door(asyncio.Protocol):
         "_suffix",
         "call",
         "connections",
+        "old",
         "paused",
         "since",
         "state",
@@ -117,7 +117,7 @@ class Door(asyncio.Protocol):
         self._size = 0
         self._discarded = 0
         self._keep_alive = True
-        self._old = False
+        self.old = False
         self._advancing = False
         self._paused_reading = False
         self._refused = False
@@ -243,7 +243,7 @@ class Door(asyncio.Protocol):
         if head.length > 0 and not head.waits_for_continue:
             self._remember(data[: end + 4])
         self._keep_alive = head.keep_alive and not self._doorman.stopping
-        self._old = head.http_1_0
+        self.old = head.http_1_0
         self._data = data[end + 4 :]
         self._take_body(head)
         return True
@@ -344,7 +344,7 @@ class Door(asyncio.Protocol):
     def begin(self, head: bytes, payload: bytes) -> None:
         """The head of an answer that comes in parts, and its first part. To HTTP/1.0, the end of the
         connection ends it."""
-        if self._old:
+        if self.old:
             self._keep_alive = False
             self.transport.write(b"%bconnection: close\r\n\r\n%b" % (head, payload))
             return
@@ -354,13 +354,13 @@ class Door(asyncio.Protocol):
 
     def send(self, payload: bytes) -> None:
         """A further part; it must not be empty."""
-        self.transport.write(payload if self._old else b"%x\r\n%b\r\n" % (len(payload), payload))
+        self.transport.write(payload if self.old else b"%x\r\n%b\r\n" % (len(payload), payload))
 
     def end(self, payload: bytes = b"") -> None:
         """The end of an answer that comes in parts."""
         if self._closing:
             return
-        if self._old:
+        if self.old:
             self.transport.write(payload)
         else:
             self.transport.write((chunk(payload) if payload else b"") + LAST_CHUNK)

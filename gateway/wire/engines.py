@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ssl
+from collections.abc import Callable
 from time import monotonic
 from typing import Protocol, cast
 from urllib.parse import urlsplit
@@ -36,12 +37,14 @@ class Asker(Protocol):
 
 
 class EngineConnection(asyncio.Protocol):
-    __slots__ = ("_asker", "_body", "_data", "_head", "_kept", "idle_since", "pool", "transport")
+    __slots__ = ("_asker", "_body", "_data", "_head", "_kept", "idle_since", "pool", "stream", "transport")
     transport: asyncio.Transport
 
     def __init__(self, pool: EnginePool) -> None:
         self.pool = pool
         self.idle_since = 0.0
+        self.stream: Callable[[bytes], None] | None = None
+        """Who takes the parts of a stream, once that has begun; set by the asker."""
         self._asker: Asker | None = None
         self._head: AnswerHead | None = None
         self._body: Body | None = None
@@ -55,11 +58,12 @@ class EngineConnection(asyncio.Protocol):
         """Send a request; ``asker`` hears of the answer."""
         self._asker = asker
         self._head = None
+        self.stream = None
         self.transport.write(request)
 
     def close(self) -> None:
         """Close at once, upon which vLLM aborts the request. Nobody is told."""
-        self._asker = None
+        self._asker = self.stream = None
         self.transport.abort()
 
     def pause(self) -> None:
@@ -70,6 +74,18 @@ class EngineConnection(asyncio.Protocol):
             self.transport.resume_reading()
 
     def data_received(self, data: bytes) -> None:
+        if (stream := self.stream) is not None and data.endswith(b"\r\n"):
+            # Nearly always: one whole chunk of a stream.
+            line_end = data.find(b"\r\n", 0, 16)
+            digits = data[:line_end]
+            if line_end > 0 and digits.isalnum() and self._body is not None and self._body.between:
+                try:
+                    size = int(digits, 16)
+                except ValueError:
+                    size = 0
+                if size and len(data) == line_end + size + 4 and b"x" not in digits:
+                    stream(data[line_end + 2 : -2])
+                    return
         asker = self._asker
         if asker is None:  # an engine that speaks unasked, or after its answer
             self.transport.abort()
@@ -134,7 +150,7 @@ class EngineConnection(asyncio.Protocol):
     def _end(self, asker: Asker, more: bool) -> None:
         """``more``: bytes have come that no request asked for, which makes the connection unusable."""
         assert self._head is not None
-        self._asker = None
+        self._asker = self.stream = None
         if self._head.keep_alive and not more:
             self._kept = True
             self.pool.keep(self)
@@ -147,6 +163,7 @@ class EngineConnection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.pool.forget(self)
+        self.stream = None
         asker = self._asker
         if asker is None:
             return
@@ -157,7 +174,7 @@ class EngineConnection(asyncio.Protocol):
         self._lose(repr(exc) if exc else "it closed the connection")
 
     def _lose(self, why: str) -> None:
-        asker, self._asker = self._asker, None
+        asker, self._asker, self.stream = self._asker, None, None
         self.transport.abort()
         if asker is not None:
             asker.lost(why, untouched=self._kept and self._head is None and not self._data)

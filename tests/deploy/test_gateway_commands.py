@@ -15,7 +15,7 @@ from gateway.identity import hash_of
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "gateway"))
 
-from gateway_stack import settings, write_variants  # noqa: E402
+from gateway_stack import settings, write_variants
 
 
 def test_a_new_key_fits_the_file(capsys: pytest.CaptureFixture[str]) -> None:

@@ -54,7 +54,9 @@ class Raw:
 
 
 @asynccontextmanager
-async def raw_engine(answer: bytes, *, close: bool = True, **limits: float) -> AsyncIterator[tuple[Stack, Raw]]:
+async def raw_engine(
+    answer: bytes, *, close: bool = True, **limits: float
+) -> AsyncIterator[tuple[Stack, Raw]]:
     """A gateway whose bf16 engine answers so. Its own probes and scrapes are answered too."""
     engine = Raw(answer, close=close)
     server = await asyncio.start_server(engine.serve, "127.0.0.1", 0)
@@ -163,7 +165,9 @@ def test_usage_is_cut_out_of_events_and_nothing_else_is() -> None:
 
 def test_events_in_other_spellings_are_read_too() -> None:
     reader = StreamReader(Wishes(chat=True, stream=True))
-    odd = b': ping\r\n\r\ndata: {"usage": {"completion_tokens": 2}, "choices": [{"index": 0}], "z": 1}\r\n\r\n'
+    odd = (
+        b': ping\r\n\r\ndata: {"usage": {"completion_tokens": 2}, "choices": [{"index": 0}], "z": 1}\r\n\r\n'
+    )
     assert json.loads(reader.feed(odd, 0.0).splitlines()[-2][6:]) == {"choices": [{"index": 0}], "z": 1}
     assert reader.completion_tokens == 2
 
