@@ -46,6 +46,6 @@ def test_prefix_aware_hits_like_sessions_that_stay() -> None:
 @pytest.mark.parametrize("apart_s", [0.0, 0.05, 1.0])
 def test_new_sessions_with_a_common_prompt_spread(apart_s: float) -> None:
     found = [spread(PrefixAware(rng=random.Random(seed)), seed, apart_s) for seed in range(9)]
-    assert all(2 <= least and most <= 6 for least, *_, most in found), found
-    even = sum(3 <= least and most <= 5 for least, *_, most in found)
+    assert all(least >= 2 and most <= 6 for least, *_, most in found), found
+    even = sum(least >= 3 and most <= 5 for least, *_, most in found)
     assert even >= 6, found
