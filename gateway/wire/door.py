@@ -171,6 +171,8 @@ class Door(asyncio.Protocol):
                     if self.state is State.ANSWERING:
                         self.call = call
                     return
+        if state is State.HEAD and not self._data:
+            self.since = monotonic()  # a head begins to come
         self._data = data
         if state is State.ANSWERING:
             if len(self._data) > PIPELINED_BYTES and not self._paused_reading:

@@ -166,6 +166,17 @@ async def test_slow_clients_are_not_waited_for() -> None:
         await eventually(lambda: not stack.gateway.plane.doors)
 
 
+async def test_a_connection_that_was_idle_has_its_time_for_a_head() -> None:
+    async with running_gateway(gateway={"header_timeout_s": 0.3}) as stack, connected(stack) as client:
+        await client.send(request())
+        assert (await client.answer())[0] == 200
+        await asyncio.sleep(0.5)
+        await client.send(request()[:20])
+        await asyncio.sleep(0.15)
+        await client.send(request()[20:])
+        assert (await client.answer())[0] == 200
+
+
 async def test_random_bytes_break_nothing(stack: Stack) -> None:
     rng = random.Random(7)
     good = request()
