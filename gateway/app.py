@@ -12,7 +12,7 @@ import aiohttp
 from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
 
-from gateway.api.operations import Operations, add_error_handlers
+from gateway.api.operations import REFUSALS, Operations, add_error_handlers
 from gateway.config import Config
 from gateway.hops import AskUpstream, ChooseRoute, Identify
 from gateway.plane import DataPlane, Setup
@@ -56,11 +56,13 @@ class Gateway:
         self.latencies = Latencies()
         self.providers = LiteLLM(config.providers, config.gateway)
         self.plane = DataPlane(self.make_setup(config, cards), self.metrics, self.latencies, clock)
-        self.app = FastAPI(title="Tiercel", lifespan=self._lifespan, docs_url=None, redoc_url=None)
+        self.app = FastAPI(
+            title="Tiercel", lifespan=self._lifespan, docs_url=None, redoc_url=None, responses=REFUSALS
+        )
         operations = Operations(
             self.plane, self.metrics, created=int(time.time()), apply=self.apply, siblings=self._siblings
         )
-        self.app.include_router(operations.router())
+        operations.add_to(self.app)
         add_error_handlers(self.app)
         self.plane.app = self.app
 

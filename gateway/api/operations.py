@@ -7,12 +7,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Body, Depends, FastAPI, Request, Response
+from fastapi import Body, Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
+from starlette.routing import Route
 
 from gateway.api.body import Asked
 from gateway.cards import load_cards
@@ -38,6 +39,29 @@ class RouteQuestion(BaseModel):
     prompt_cache_key: str | None = None
 
 
+class ErrorBody(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str | int | None
+
+
+class ErrorEnvelope(BaseModel):
+    """OpenAI's."""
+
+    error: ErrorBody
+
+
+REFUSALS: dict[int | str, dict[str, Any]] = {
+    400: {"model": ErrorEnvelope, "description": "The request cannot be used; the message says why."},
+    401: {"model": ErrorEnvelope, "description": "No key, or an unknown one."},
+    403: {"model": ErrorEnvelope, "description": "The key may not do this."},
+    404: {"model": ErrorEnvelope, "description": "There is no such thing."},
+}
+_PROMETHEUS: dict[int | str, dict[str, Any]] = {200: {"content": {"text/plain": {}}}}
+_UNREADY: dict[int | str, dict[str, Any]] = {503: {"description": "Not every served variant can be reached."}}
+
+
 class Operations:
     """The routes of the application."""
 
@@ -56,18 +80,16 @@ class Operations:
         self._created = created
         self._apply = apply
 
-    def router(self) -> APIRouter:
-        router = APIRouter()
-        known = [Depends(self._known)]
-        router.get("/v1/models", dependencies=known)(self.models)
-        router.get("/v1/models/{model:path}", dependencies=known)(self.model)
-        router.post("/v1/route", dependencies=known)(self.route)
-        router.get("/health")(self.health)
-        router.get("/readiness")(self.readiness)
-        router.get("/metrics")(self.show_metrics)
-        router.get("/admin/config", dependencies=[Depends(self._admin)])(self.config)
-        router.put("/admin/config", dependencies=[Depends(self._admin)])(self.set_config)
-        return router
+    def add_to(self, app: FastAPI) -> None:
+        known, admin = [Depends(self._known)], [Depends(self._admin)]
+        app.get("/v1/models", dependencies=known)(self.models)
+        app.get("/v1/models/{model:path}", dependencies=known)(self.model)
+        app.post("/v1/route", dependencies=known)(self.route)
+        app.get("/health")(self.health)
+        app.get("/readiness", responses=_UNREADY)(self.readiness)
+        app.get("/metrics", responses=_PROMETHEUS, response_class=PlainTextResponse)(self.show_metrics)
+        app.get("/admin/config", dependencies=admin)(self.config)
+        app.put("/admin/config", dependencies=admin)(self.set_config)
 
     async def models(self) -> dict[str, Any]:
         """Every id that a request may name."""
@@ -186,7 +208,10 @@ def add_error_handlers(app: FastAPI) -> None:
     async def refused(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         what = f"{request.method} {request.url.path}"[:200]
-        return answer(request, BadRequestError(f"{what}: {error.detail}."), error.status_code, error.headers)
+        headers = {name.lower(): value for name, value in (error.headers or {}).items()}
+        if error.status_code == 405:
+            headers["allow"] = ", ".join(_methods(app, request.url.path))
+        return answer(request, BadRequestError(f"{what}: {error.detail}."), error.status_code, headers)
 
     async def invalid(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
@@ -205,3 +230,9 @@ def add_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(RequestValidationError, invalid)
     app.add_exception_handler(GatewayError, ours)
     app.add_exception_handler(Exception, unexpected)
+
+
+def _methods(app: FastAPI, path: str) -> list[str]:
+    """What can be done with a path: each of its routes knows its own methods only."""
+    routes = [route for route in app.routes if isinstance(route, Route) and route.path_regex.match(path)]
+    return sorted({method for route in routes for method in route.methods or ()})

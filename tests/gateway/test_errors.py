@@ -83,6 +83,10 @@ async def test_bad_headers_and_paths(stack: Stack) -> None:
     async with stack.http.get(stack.url + CHAT) as response:
         assert response.status == 405
         await envelope(response)
+    async with stack.http.delete(stack.url + "/admin/config") as response:
+        assert response.status == 405
+        assert response.headers["allow"] == "GET, PUT"
+        await envelope(response)
     async with stack.http.get(stack.url + "/v1/nothing") as response:
         assert response.status == 404
         await envelope(response)
