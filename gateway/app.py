@@ -18,6 +18,7 @@ from gateway.hops import AskUpstream, ChooseRoute, Identify
 from gateway.plane import DataPlane, Setup
 from gateway.quality.observe import Observer
 from gateway.routing.breaker import Clock
+from gateway.routing.discovery import INTERVAL_S, Discovery
 from gateway.routing.health import probe_forever
 from gateway.routing.pools import Pools
 from gateway.routing.router import Router
@@ -41,9 +42,11 @@ class Gateway:
         clock: Clock = time.monotonic,
         load: Callable[[], tuple[Config, Mapping[str, Card]]] | None = None,
         worker: int | None = None,
+        discovery: Discovery | None = None,
     ) -> None:
         """``cards`` has the card of every served variant (``load_cards``). ``load`` reads both anew.
         ``worker``: its number, when several processes share the port."""
+        self._discovery = discovery or Discovery()
         self._clock = clock
         self._load = load
         self._board: Board | None = None
@@ -68,7 +71,13 @@ class Gateway:
 
     def make_setup(self, config: Config, cards: Mapping[str, Card], before: Pools | None = None) -> Setup:
         """What a configuration makes of a request's way."""
-        pools = Pools(config, self._clock, before, self._board)
+        pools = Pools(
+            config,
+            self._clock,
+            before,
+            self._board,
+            lambda variant: self._discovery.replicas(config, variant),
+        )
         router = Router(config, cards, pools, self.latencies)
         observer = Observer(config, self.metrics)
         for variant, card in cards.items():
@@ -123,9 +132,20 @@ class Gateway:
                 probe_forever(session, self._replicas, limits.health_interval_s),
                 reader.read_forever(self._replicas, limits.scrape_interval_s),
                 self.plane.sweep_forever(),
+                self._discover_forever(),
             ):
                 yield
                 await self.plane.close()
+
+    async def _discover_forever(self) -> None:
+        """Look replicas up that are known by name; requests that come use what was found."""
+        while True:
+            setup = self.plane.setup
+            if await self._discovery.look(setup.config) and self.plane.setup is setup:
+                self.apply(setup.config, setup.cards)
+                left = set(setup.pools.replicas()) - set(self._replicas())
+                self.metrics.forget((replica.variant, replica.name) for replica in left)
+            await asyncio.sleep(INTERVAL_S)
 
     def _replicas(self) -> Any:
         return self.plane.setup.pools.replicas()

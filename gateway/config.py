@@ -231,6 +231,13 @@ class Config(_Section):
         for variant in self.pools:
             if variant not in self.serve:
                 raise ValueError(f"pools.{variant}: not a served variant; known: {_known(self.serve)}")
+        for variant, urls in self.pools.items():
+            for url in urls:
+                if not url.removeprefix("dns+").startswith(("http://", "https://")):
+                    raise ValueError(
+                        f"pools.{variant}: {url!r} is no URL of an engine; give http://HOST:PORT, or "
+                        "dns+http://NAME:PORT for every address of a name"
+                    )
         agents: dict[str, str] = {}
         for name, role in self.roles.items():
             for agent in role.agents:

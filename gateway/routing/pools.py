@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -149,24 +150,33 @@ class Pools:
     are taken over, with their connections and what is known of them."""
 
     def __init__(
-        self, config: Config, clock: Clock, before: Pools | None = None, board: Board | None = None
+        self,
+        config: Config,
+        clock: Clock,
+        before: Pools | None = None,
+        board: Board | None = None,
+        urls: Callable[[str], Sequence[str]] | None = None,
     ) -> None:
+        """``urls``: the present replicas of a variant, where they are found by name."""
         from gateway.routing.policies import POLICIES
 
         known = {(r.variant, r.url): r for r in before.replicas()} if before else {}
         timeout = config.gateway.connect_timeout_s
 
-        def replica(variant: str, index: int, url: str) -> Replica:
-            name = f"{variant}-{index}"
-            old = known.get((variant, url))
-            if old is not None and old.name == name:
-                return old
-            return Replica(variant, name, url, clock, timeout, board)
+        def replicas(variant: str) -> list[Replica]:
+            """Those that were known keep their names; new ones take the lowest that are free."""
+            present = (urls or config.replicas)(variant)
+            taken = {old.name for url in present if (old := known.get((variant, url)))}
+            free = (f"{variant}-{n}" for n in itertools.count() if f"{variant}-{n}" not in taken)
+            return [
+                known.get((variant, url)) or Replica(variant, next(free), url, clock, timeout, board)
+                for url in present
+            ]
 
         self.by_variant = {
             variant: Pool(
                 variant,
-                [replica(variant, index, url) for index, url in enumerate(config.replicas(variant))],
+                replicas(variant),
                 POLICIES[config.gateway.policy](),
                 config.gateway.max_in_flight,
             )

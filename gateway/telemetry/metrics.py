@@ -7,6 +7,7 @@ that left, and 502 or 504 also for a stream that broke off after its 200 had bee
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable
 from typing import Any
 
@@ -109,6 +110,13 @@ class Metrics:
     def dump(self) -> dict[str, Any]:
         """All counters and histograms, for another worker to add up."""
         return {name: family.dump() for name, family in self.families.items()}
+
+    def forget(self, replicas: Iterable[tuple[str, str]]) -> None:
+        """Replicas that are gone: an old figure would pass for a present one."""
+        for labels in replicas:
+            for gauge in (self.engine_memory, self.kv_cache_usage, self.queue_depth):
+                with contextlib.suppress(KeyError):
+                    gauge.remove(*labels)
 
     def know_roles(self, roles: Iterable[str]) -> None:
         """The configuration has changed; counts of roles that are gone stay."""

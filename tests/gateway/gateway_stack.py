@@ -189,12 +189,13 @@ async def running_gateway(**changes: Any) -> AsyncIterator[Stack]:
     """A gateway on uvicorn over a fake engine per variant. ``changes`` are to its configuration;
     ``cards`` replaces the cards, ``pools`` what they point to."""
     cards = changes.pop("cards", None) or make_cards()
+    discovery = changes.pop("discovery", None)
     async with AsyncExitStack() as exits:
         engines = {variant: FakeEngine(Script()) for variant in cards}
         urls = {v: (await exits.enter_async_context(engine.serving()),) for v, engine in engines.items()}
         config = make_config(**{"pools": urls} | changes)
         registry = CollectorRegistry()
-        gateway = Gateway(config, cards, registry)
+        gateway = Gateway(config, cards, registry, discovery=discovery)
         url = await exits.enter_async_context(serving(gateway.app, http=gateway.protocol))
         http = await exits.enter_async_context(aiohttp.ClientSession())
         stack = Stack(url, http, registry, gateway)

@@ -129,6 +129,7 @@ BAD = [
     ({"keys": [key("a", roles=["core"], default_role="summarizer")]}, "is not among its roles"),
     ({"keys": [key("a", lowest="int2")]}, "'int2' is not a served variant"),
     ({"keys": [{"name": "a", "sha256": "sk-plain-text"}]}, "sha256"),
+    ({"pools": {"int8": ["10.0.0.1:8000"]}}, "is no URL of an engine; give http://HOST:PORT"),
     ({"gateway": {"policy": "fastest"}}, "is not a policy; use one of: round_robin"),
     ({"gateway": {"tls_key": "a.pem"}}, "belong together"),
     ({"roles": {"core": {"canary": {"variant": "w2", "percent": 5}}}, "default_role": "core"}, "'w2' is not"),

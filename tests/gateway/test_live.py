@@ -7,7 +7,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+import pytest
 from gateway_stack import eventually, running_gateway, settings, write_variants
+
+from gateway.routing.discovery import Discovery
 
 
 async def test_the_configuration_is_swapped_whole_or_not_at_all(tmp_path: Path) -> None:
@@ -81,6 +84,43 @@ async def test_a_pool_that_starts_is_waited_for(free_port: int) -> None:
         assert not asking.done()
         async with stack.engines["bf16"].serving(port=free_port):
             assert await asking == "bf16"
+
+
+async def test_replicas_are_found_by_name_and_come_and_go(
+    free_port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gateway.app.INTERVAL_S", 0.05)
+    addresses: list[str] = []
+
+    async def resolver(host: str, port: int) -> list[str]:
+        assert (host, port) == ("engines.test", free_port)
+        if not addresses:
+            raise OSError("no such name")
+        return list(addresses)
+
+    pools = {"bf16": (f"dns+http://engines.test:{free_port}",)}
+    async with running_gateway(pools=pools, discovery=Discovery(resolver)) as stack:
+        bf16 = stack.engines["bf16"]
+
+        def names() -> list[str]:
+            return [replica.name for replica in stack.gateway.plane.setup.pools.by_variant["bf16"].replicas]
+
+        async with stack.post() as response:
+            assert response.status == 503, "nothing is known yet"
+        async with bf16.serving(free_port, "127.0.0.2"), bf16.serving(free_port, "127.0.0.3"):
+            addresses[:] = ["127.0.0.2", "127.0.0.3"]
+            await eventually(lambda: names() == ["bf16-0", "bf16-1"])
+            kept = stack.gateway.plane.setup.pools.by_variant["bf16"].replicas[1]
+            assert await _variant(stack, "core") == "bf16"
+            addresses[:] = ["127.0.0.3"]
+            await eventually(lambda: names() == ["bf16-1"])
+            assert stack.gateway.plane.setup.pools.by_variant["bf16"].replicas[0] is kept
+            assert await _variant(stack, "core") == "bf16"
+            addresses[:] = ["127.0.0.3", "127.0.0.4"]
+            await eventually(lambda: names() == ["bf16-1", "bf16-0"])
+            addresses.clear()
+            await asyncio.sleep(0.2)
+            assert len(names()) == 2, "a resolver that fails takes nothing away"
 
 
 async def test_a_slow_replica_is_hedged_and_the_loser_cancelled() -> None:
