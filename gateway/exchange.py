@@ -8,6 +8,7 @@ connection, a replica, a provider) a task does that and goes on from there.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import logging
 import os
@@ -41,8 +42,8 @@ if TYPE_CHECKING:
 _SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _ID_PREFIX = os.urandom(10).hex()
 _ids = itertools.count()
-_FIRST_WAIT_S = 0.05
-_LONGEST_WAIT_S = 1.0
+_LOOK_AGAIN_S = 0.25
+"""How often a waiting request looks for a replica that nobody told it of: one that has started."""
 
 
 class Attempt(Protocol):
@@ -132,8 +133,7 @@ class Exchange:
     def go_on(self) -> None:
         """Choose a route and ask there; what provably never reached an engine comes here again."""
         try:
-            for hop in self.setup.onward:
-                hop(self)
+            self._onward()
         except NoReplicaError as error:
             wait_s = self._patience()
             if wait_s <= 0 or not error.may_wait:
@@ -162,19 +162,25 @@ class Exchange:
             self._defect(error)
 
     async def _wait_for_replica(self, until: float) -> None:
-        """A pool that starts or is full is waited for, as long as the role allows."""
-        wait_s = _FIRST_WAIT_S
-        while True:
-            await asyncio.sleep(wait_s)
-            wait_s = min(2 * wait_s, _LONGEST_WAIT_S)
-            try:
-                for hop in self.setup.onward:
-                    hop(self)
-            except NoReplicaError:
-                if self.plane.clock() + wait_s > until:
-                    raise
-                continue
-            return
+        """A pool that starts or is full is waited for, as long as the role allows: whoever came first is
+        tried first when a request ends, and everybody from time to time."""
+        woken = self.plane.waiting[self] = asyncio.Event()
+        try:
+            while (left := until - self.plane.clock()) > 0:
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(min(left, _LOOK_AGAIN_S)):
+                        await woken.wait()
+                woken.clear()
+                with contextlib.suppress(NoReplicaError):
+                    self._onward()
+                    return
+            self._onward()
+        finally:
+            self.plane.waiting.pop(self, None)
+
+    def _onward(self) -> None:
+        for hop in self.setup.onward:
+            hop(self)
 
     def _patience(self) -> float:
         role = self.caller.role if self.caller else None

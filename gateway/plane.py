@@ -7,6 +7,7 @@ keep the one that they began with.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -34,6 +35,8 @@ from gateway.wire.heads import RequestHead
 from quantize.card import Card
 
 LONGEST_TICK_S = 0.25
+WOKEN = 4
+"""Waiting requests that try again when one ends: more than one, since it may be of another pool."""
 _STREAM = b"text/event-stream; charset=utf-8"
 _UNBUFFERED = b"cache-control: no-cache\r\nx-accel-buffering: no\r\n"
 
@@ -69,6 +72,8 @@ class DataPlane:
         self.log = AccessLog()
         self.doors: set[Door] = set()
         self.active: set[Exchange] = set()
+        self.waiting: dict[Exchange, asyncio.Event] = {}
+        """Requests that wait for a replica, the first that came first."""
         self.stopping = False
         self.ledger = Ledger(metrics, self.log)
         self._placed: dict[tuple[str, str, str], bytes] = {}
@@ -159,6 +164,9 @@ class DataPlane:
     def finished(self, exchange: Exchange) -> None:
         """An exchange has ended, one way or the other."""
         self.active.discard(exchange)
+        if self.waiting:
+            for woken in itertools.islice(self.waiting.values(), WOKEN):
+                woken.set()
         self.ledger.record(exchange)
         tapped, route = exchange.tapped, exchange.route
         if tapped is None or route is None or exchange.error is not None:
