@@ -64,7 +64,7 @@ async def metric(url: str, beginning: str) -> float:
 
 
 async def test_workers(tmp_path: Path, free_port: int) -> None:
-    engine = FakeEngine(Script(first_token_delay_s=0.2))
+    engine = FakeEngine(Script(first_token_delay_s=1.5))
     roles = {"intent_classifier": {}, "summarizer": {}, "core": {"when_full": "refuse"}}
     async with engine.serving() as engine_url:
         limits = {"gateway": {"max_in_flight": 3}, "roles": roles}
