@@ -289,12 +289,6 @@ class Config(_Section):
         port = self.engine.base_port + self.serve.index(variant)
         return (f"http://{self.engine.host}:{port}",)
 
-    def role_of_agent(self, agent: str) -> str | None:
-        """The role that an agent's name stands for: a role's own name, or one of its ``agents``."""
-        if agent in self.roles:
-            return agent
-        return next((name for name, role in self.roles.items() if agent in role.agents), None)
-
 
 def _known(names: Any) -> str:
     return ", ".join(sorted(names))

@@ -104,15 +104,6 @@ class Exchange:
         self.attempts: list[Attempt] = []
 
     @property
-    def headers(self) -> dict[str, str]:
-        return self.head.headers
-
-    @property
-    def status(self) -> int:
-        """As logged and counted: what went wrong, even when the client has seen a 200."""
-        return self.error.status if self.error else 200
-
-    @property
     def tapped(self) -> TappedReader | None:
         return self.reader if isinstance(self.reader, TappedReader) else None
 

@@ -86,6 +86,7 @@ class Door(asyncio.Protocol):
         "_keep_alive",
         "_max_body",
         "_parts",
+        "_paused",
         "_paused_reading",
         "_prefix",
         "_refused",
@@ -94,7 +95,6 @@ class Door(asyncio.Protocol):
         "call",
         "connections",
         "old",
-        "paused",
         "since",
         "state",
         "transport",
@@ -109,7 +109,7 @@ class Door(asyncio.Protocol):
         self.since = 0.0
         """When the present state began or, while a body is read, when data came last."""
         self.call: Call | None = None
-        self.paused = False
+        self._paused = False
         self._data = b""
         self._head: RequestHead | None = None
         self._body: Body | None = None
@@ -166,10 +166,7 @@ class Door(asyncio.Protocol):
                 length = int(digits)
                 head = self._head
                 if len(data) == start + length and length <= self._max_body and head is not None:
-                    self.state = State.ANSWERING
-                    call = self._doorman.serve(self, head, data[start:])
-                    if self.state is State.ANSWERING:
-                        self.call = call
+                    self._begin(head, data[start:])
                     return
         if state is State.HEAD and not self._data:
             self.since = monotonic()  # a head begins to come
@@ -185,12 +182,12 @@ class Door(asyncio.Protocol):
         return False  # whoever stops listening for the answer has left
 
     def pause_writing(self) -> None:
-        self.paused = True
+        self._paused = True
         if self.call is not None:
             self.call.pause()
 
     def resume_writing(self) -> None:
-        self.paused = False
+        self._paused = False
         if self.call is not None:
             self.call.resume()
 
@@ -308,6 +305,8 @@ class Door(asyncio.Protocol):
         call = self._doorman.serve(self, head, body)
         if self.state is State.ANSWERING:
             self.call = call
+            if self._paused and call is not None:  # it has not read the answer before this one yet
+                call.pause()
 
     def refuse(self, error: GatewayError) -> None:
         """Answer what cannot be read, and close: where the next request would begin is unknown."""
