@@ -7,6 +7,7 @@ import json
 import socket
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +136,7 @@ def stay_on_this_machine() -> Iterator[None]:
     outside: list[Any] = []
 
     def watched(self: socket.socket, address: Any) -> None:
-        if self.family != socket.AF_UNIX and address[0] not in ("127.0.0.1", "::1"):
+        if self.family != socket.AF_UNIX and not ip_address(address[0]).is_loopback:
             outside.append(address)
         connect(self, address)
 
