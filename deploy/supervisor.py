@@ -71,7 +71,8 @@ class Stack:
 
     @property
     def url(self) -> str:
-        return f"http://{self.config.gateway.host}:{self.config.gateway.port}"
+        scheme = "https" if self.config.gateway.tls_certificate else "http"
+        return f"{scheme}://{self.config.gateway.host}:{self.config.gateway.port}"
 
     @property
     def gateway_log(self) -> Path:
@@ -130,7 +131,10 @@ class Stack:
                 start_new_session=True,
             )
         deadline = time.monotonic() + 60
-        async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=5)) as session:
+        # The certificate is of the name that clients use, which is not that of this probe.
+        unchecked = aiohttp.TCPConnector(ssl=False)
+        timeout = aiohttp.ClientTimeout(total=5)
+        async with aiohttp.ClientSession(timeout=timeout, connector=unchecked) as session:
             while not await _is_ready(session, self.url + "/readiness"):
                 if self._gateway.returncode is not None or time.monotonic() > deadline:
                     words = self.gateway_log.read_text(encoding="utf-8", errors="replace").splitlines()[-8:]

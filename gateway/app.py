@@ -13,7 +13,7 @@ from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
 
 from gateway.api.operations import REFUSALS, Operations, add_error_handlers
-from gateway.config import Config
+from gateway.config import Config, ConfigError
 from gateway.hops import AskUpstream, ChooseRoute, Identify
 from gateway.plane import DataPlane, Setup
 from gateway.quality.observe import Observer
@@ -104,7 +104,12 @@ class Gateway:
         )
 
     def apply(self, config: Config, cards: Mapping[str, Card]) -> None:
-        """A new configuration, for the requests that come from now on."""
+        """A new configuration, for the requests that come from now on. Raises ConfigError for one that
+        needs a new start, and then nothing has changed."""
+        old = self.plane.setup.config.gateway
+        for field in ("host", "port", "workers", "tls_certificate", "tls_key"):
+            if getattr(config.gateway, field) != getattr(old, field):
+                raise ConfigError(f"gateway.{field}: cannot change while the gateway runs; start it anew")
         setup = self.make_setup(config, cards, before=self.plane.setup.pools)
         self.metrics.know_roles(config.roles)
         self.providers.know(config.providers)

@@ -170,14 +170,9 @@ class Operations:
         try:
             new = parse_config(text, "the configuration sent", old.directory)
             cards = load_cards(new)
+            self._apply(new, cards)
         except (ConfigError, CardError) as error:
             raise BadRequestError(str(error)) from None
-        for field in ("host", "port", "workers", "tls_certificate", "tls_key"):
-            if getattr(new.gateway, field) != getattr(old.gateway, field):
-                raise BadRequestError(
-                    f"gateway.{field}: cannot change while the gateway runs; start it anew", param=field
-                )
-        self._apply(new, cards)
         return {"applied": True, "serve": list(new.serve), "roles": list(new.roles)}
 
     def _known_models(self) -> list[str]:
