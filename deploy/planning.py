@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from deploy.engine import SITE
+from deploy.making import role_tasks
 from gateway.config import Config
-from quantize.calibration import read_calibration
+from quantize import controls
+from quantize.calibration import load_tokenizer, read_calibration
 from quantize.card import Card
 from quantize.check import estimate, refuse_short, refuse_unfit
 from quantize.checkpoint import open_checkpoint
 from quantize.compare import align, kl_text, megabytes
-from quantize.evaluate.bench import Bench
+from quantize.controls import Controls, Kind
+from quantize.evaluate.bench import Bench, Span
 from quantize.modules import read_modules
+from quantize.paired_kl import PairedKl
 from quantize.plan import Plan
 from quantize.planner import Candidate, PlanError
 from quantize.registry import Registry
@@ -23,6 +30,9 @@ from quantize.target import detect, target
 from quantize.workshop import METHODS, Workshop
 
 Say = Callable[[str], None]
+
+REPORTED_CONVERSATIONS = 240
+"""Held-out conversations, of all roles together, on which a plan is compared with its controls."""
 
 
 def open_workshop(
@@ -69,8 +79,7 @@ def sensitivity(config: Config, target_name: str | None) -> tuple[Sensitivity, P
 
 def known_sensitivity(config: Config) -> Sensitivity | None:
     """The newest finished analysis of the configured model, if there is one."""
-    paths = (config.variants_dir / ".workshop").glob("*/sensitivity.json")
-    newest = max(paths, key=lambda path: path.stat().st_mtime, default=None)
+    newest = _newest(config, "sensitivity.json")
     return Sensitivity.model_validate_json(newest.read_text(encoding="utf-8")) if newest else None
 
 
@@ -89,11 +98,13 @@ def plan(
     methods: Sequence[str] = METHODS,
     schemes: Sequence[str] | None = None,
     tuned: bool = True,
+    compare_with: Sequence[Kind] = (),
 ) -> tuple[Card, list[Candidate]]:
     """Find the best plan, make it, and register it as variant ``name``; evaluation comes after.
 
     One of ``bits`` (per weight of the linear modules), ``budget`` (bytes of weights and ``kv_tokens`` tokens
-    of cache) and ``loss`` (nats per token) says what is wanted. Raises PlanError.
+    of cache) and ``loss`` (nats per token) says what is wanted. ``compare_with`` names kinds of controls,
+    which are measured on held-out conversations beside the variant. Raises PlanError.
     """
     if loss is not None and tuple(kv) != ("auto",):
         raise PlanError(f"--kv {' '.join(kv)} has no meaning with --loss, which is of the weights; drop one")
@@ -128,7 +139,91 @@ def plan(
         target=workshop.target.name,
         predicted_kl=best.predicted_kl,
     )
+    if compare_with:
+        compared = compare(config, workshop, card, wanted, registry.path(name), compare_with, say)
+        say(format_controls(compared))
+        say(f"written to {compared.write(workshop.directory)}; `tiercel variants report` draws it")
     return card, candidates
+
+
+def compare(
+    config: Config,
+    workshop: Workshop,
+    card: Card,
+    plan: Plan,
+    directory: Path,
+    kinds: Sequence[Kind],
+    say: Say,
+) -> Controls:
+    """The variant that was made of ``plan`` beside controls of at most its bytes, on the roles' held-out
+    conversations; without tasks, on those that plans are chosen on."""
+    spans: Sequence[Span]
+    spans, what = held_out(config), "held-out conversations of the roles"
+    if not spans:
+        spans, what = workshop.choosing, "the conversations that the plan was chosen on, which favours it"
+    with open_bench(config) as bench:
+        key = hashlib.sha256(repr((bench.identity, spans)).encode()).hexdigest()[:12]
+        work = workshop.directory / f"compared-{key}"
+        paired = PairedKl(workshop.checkpoint.path, bench, spans, work, workshop.make)
+        paired.take(plan, directory)
+        budget = plan.weight_bytes(workshop.modules)
+        rivals = list(controls.plans(workshop, workshop.planner(bench), budget, kinds, say))
+        rows = controls.measure(workshop, paired, card.variant, plan, rivals)
+    return Controls(
+        variant=card.variant,
+        version=card.version,
+        measured_on=what,
+        conversations=len(spans),
+        tokens=int(paired.lengths.sum()),
+        rows=rows,
+    )
+
+
+def held_out(config: Config) -> list[Span]:
+    """The roles' items with their right answers as token ids, as many of each role; all but the first token
+    is scored. Those that an engine's context does not hold are left out."""
+    if not any(role.tasks for role in config.roles.values()):
+        return []
+    tokenizer: Any = load_tokenizer(config.model.path)
+    taken = itertools.zip_longest(
+        *([item for item in items if item.suite == "task"] for items in role_tasks(config).values())
+    )
+    spans: list[Span] = []
+    for item in itertools.chain.from_iterable(taken):
+        if item is not None and len(spans) < REPORTED_CONVERSATIONS:
+            messages = [*item.messages, {"role": "assistant", "content": item.expected}]
+            encoded = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)
+            if 1 < len(encoded["input_ids"]) < config.engine.max_model_len:
+                spans.append((list(encoded["input_ids"]), 1))
+    return spans
+
+
+def known_controls(config: Config, cards: Sequence[Card]) -> Controls | None:
+    """The newest comparison, if it is of one of ``cards``."""
+    path = _newest(config, controls.FILE)
+    if path is None:
+        return None
+    found = Controls.model_validate_json(path.read_text(encoding="utf-8"))
+    return found if any((c.variant, c.version) == (found.variant, found.version) for c in cards) else None
+
+
+def _newest(config: Config, name: str) -> Path | None:
+    paths = (config.variants_dir / ".workshop").glob(f"*/{name}")
+    return max(paths, key=lambda path: path.stat().st_mtime, default=None)
+
+
+def format_controls(found: Controls) -> str:
+    """The variant and its controls by bytes."""
+    rows = [["plan", "kind", "bits", "weights", "KL", f"{found.variant} / it"]]
+    for one in found.rows:
+        ratio = "" if one.ratio is None else f"{one.ratio:.2f} ({one.low:.2f} to {one.high:.2f})"
+        kl = f"{kl_text(one.kl)} ± {kl_text(one.half)}"
+        rows.append([one.label, one.kind, f"{one.bits:.3f}", megabytes(one.bytes), kl, ratio])
+    return (
+        align(rows)
+        + f"\nMean KL, nats per token, on {found.conversations} {found.measured_on} ({found.tokens} tokens); "
+        "95 % intervals, of ratios on the same conversations."
+    )
 
 
 def format_candidates(candidates: Sequence[Candidate]) -> str:

@@ -27,9 +27,9 @@ class Point:
     control: bool = False
 
 
-def points(cards: Sequence[Card], controls: Sequence[Point] = ()) -> tuple[Point, ...]:
-    """A point per measured variant that is not the reference, and the controls."""
-    made = tuple(
+def points(cards: Sequence[Card]) -> tuple[Point, ...]:
+    """A point per measured variant that is not the reference."""
+    return tuple(
         Point(
             card.variant,
             card.weight_bytes,
@@ -39,7 +39,6 @@ def points(cards: Sequence[Card], controls: Sequence[Point] = ()) -> tuple[Point
         for card in cards
         if card.evaluation is not None and card.variant != card.reference
     )
-    return made + tuple(controls)
 
 
 def noise_floor(cards: Sequence[Card]) -> float | None:

@@ -37,6 +37,16 @@ def locked(path: Path, what: str, say: Say) -> Iterator[None]:
         yield
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Write a file on the disk for good; a reader sees the old one or the new one."""
+    partial = path.with_name(f".partial-{path.name}")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
 def link_or_copy(source: Path, target: Path) -> None:
     """A second name for the same bytes where the disk allows it, else a copy."""
     try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -28,6 +27,7 @@ from quantize.compare import (
 )
 from quantize.distributions import OUTLIER, Distributions, GroupFigures
 from quantize.figures import activations_before_and_after, loss_against_bytes, weights_before_and_after
+from quantize.files import write_whole
 from quantize.page import document, framed, row, table, verdict
 
 SHOWN_LAYERS = 3
@@ -75,13 +75,47 @@ class SensitivityRow(Protocol):
     def fisher(self) -> float | None: ...
 
 
+class ComparedRow(Protocol):
+    """A planned variant, or a plan made without a planner; :class:`quantize.controls.Compared` is one."""
+
+    @property
+    def label(self) -> str: ...
+    @property
+    def kind(self) -> str: ...
+    @property
+    def bytes(self) -> int: ...
+    @property
+    def kl(self) -> float: ...
+    @property
+    def half(self) -> float: ...
+    @property
+    def ratio(self) -> float | None: ...
+    @property
+    def low(self) -> float | None: ...
+    @property
+    def high(self) -> float | None: ...
+
+
+class Comparison(Protocol):
+    """A planned variant beside its controls; :class:`quantize.controls.Controls` is one."""
+
+    @property
+    def variant(self) -> str: ...
+    @property
+    def measured_on(self) -> str: ...
+    @property
+    def conversations(self) -> int: ...
+    @property
+    def rows(self) -> Sequence[ComparedRow]: ...
+
+
 @dataclass(frozen=True)
 class Report:
     """Everything that the page shows. Only the cards are needed."""
 
     model: str
     cards: Sequence[Card]
-    controls: Sequence[Point] = ()
+    controls: Comparison | None = None
     sensitivity: Sequence[SensitivityRow] = ()
     distributions: Mapping[str, Distributions] = field(default_factory=dict)
     created: datetime = field(default_factory=lambda: datetime.now(UTC))
@@ -90,9 +124,7 @@ class Report:
 def write_report(report: Report, path: Path) -> None:
     """Write the page; a reader sees the old one or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    partial.write_text(render_report(report), encoding="utf-8")
-    partial.replace(path)
+    write_whole(path, render_report(report))
 
 
 def render_report(report: Report) -> str:
@@ -102,6 +134,7 @@ def render_report(report: Report) -> str:
     sections = [
         _header(report),
         _front(report),
+        _controls(report),
         _variants(report),
         _gates(report),
         _plans(report),
@@ -145,31 +178,63 @@ def _header(report: Report) -> str:
 
 def _front(report: Report) -> str:
     reference = _reference(report)
-    measured = points(report.cards, report.controls)
+    measured = points(report.cards)
+    drawn = _loss_figure(
+        measured,
+        (reference.variant, reference.weight_bytes) if reference else None,
+        noise_floor(report.cards) or None,
+    )
+    if not drawn:
+        return ""
+    text = "Dots are variants. The line is the Pareto front: no measured point is better in both."
+    if any(point.low is not None for point in measured):
+        text += " Bars are 95 % confidence intervals."
+    return _section("Loss against bytes", text, drawn + _points(measured))
+
+
+def _loss_figure(
+    measured: Sequence[Point], reference: tuple[str, int] | None = None, noise: float | None = None
+) -> str:
+    """The picture in two widths, of which a page shows the one that fits; empty without points."""
     wide, narrow = (
-        loss_against_bytes(
-            measured,
-            (reference.variant, reference.weight_bytes) if reference else None,
-            noise_floor(report.cards) or None,
-            *size,
-        )
-        for size in ((760, 430), (360, 420))
+        loss_against_bytes(measured, reference, noise, *size) for size in ((760, 430), (360, 420))
     )
     if not wide:
         return ""
-    text = "Dots are variants. The line is the Pareto front: no measured point is better in both."
-    if report.controls:
-        text += " Open diamonds are controls, measured for comparison."
-    if any(point.low is not None for point in measured):
-        text += " Bars are 95 % confidence intervals."
-    body = f'<figure><div class="wide">{wide}</div><div class="narrow">{narrow}</div></figure>'
-    return _section("Loss against bytes", text, body + _points(measured))
+    return f'<figure><div class="wide">{wide}</div><div class="narrow">{narrow}</div></figure>'
+
+
+def _controls(report: Report) -> str:
+    """The planned variant beside plans that were made without a planner, all on the same conversations."""
+    found = report.controls
+    if found is None:
+        return ""
+    measured = [
+        Point(one.label, one.bytes, one.kl, one.kl - one.half, one.kl + one.half, one.kind != "planned")
+        for one in found.rows
+    ]
+    rows = [["plan", "kind", "weights", "KL", f"KL of {found.variant} over it, 95 % interval"]]
+    rows += [
+        [
+            one.label,
+            one.kind,
+            megabytes(one.bytes),
+            f"{kl_text(one.kl)} ± {kl_text(one.half)}",
+            NOTHING if one.ratio is None else f"{one.ratio:.2f} ({one.low:.2f} to {one.high:.2f})",
+        ]
+        for one in found.rows
+    ]
+    text = (
+        f"Open diamonds are plans of at most the same bytes that were made without a planner. Measured on "
+        f"{found.conversations} {escape(found.measured_on)}; other figures on this page are of other tokens."
+    )
+    return _section(f"{found.variant} and its controls", text, _loss_figure(measured) + table(rows))
 
 
 def _points(measured: Sequence[Point]) -> str:
     """The picture as a table, by bytes: every label has a place there."""
     best = {point.name for point in pareto(measured)}
-    rows = [["plan", "weights", "KL", "95 % interval", "Pareto front", "kind"]]
+    rows = [["plan", "weights", "KL", "95 % interval", "Pareto front"]]
     rows += [
         [
             point.name,
@@ -177,7 +242,6 @@ def _points(measured: Sequence[Point]) -> str:
             kl_text(point.kl),
             NOTHING if point.low is None else f"{kl_text(point.low)} to {kl_text(point.high)}",
             "yes" if point.name in best else "no",
-            "control" if point.control else "variant",
         ]
         for point in sorted(measured, key=lambda point: point.bytes)
     ]

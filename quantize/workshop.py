@@ -10,7 +10,6 @@ workshop_dir/<key>/    the key is of the checkpoint, the calibration data and th
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from quantize.checkpoint import Checkpoint, base_sha256
 from quantize.compress import QuantizeError
 from quantize.evaluate.bench import Bench, Span
 from quantize.fake import FakeModel
+from quantize.files import write_whole
 from quantize.modules import Modules, read_modules
 from quantize.plan import Plan
 from quantize.planner import Candidate, PlanError, Planner
@@ -101,13 +101,12 @@ class Workshop:
         """The whole analysis; what was finished before is kept."""
         rows = analyse(self.fake, self.choices(), self.directory / "rows.jsonl")
         found = measure(self.fake, rows, bench, self.choosing, self.directory / "served")
-        partial = self.directory / "sensitivity.json.partial"
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(found.model_dump_json(indent=1))
-            file.flush()
-            os.fsync(file.fileno())
-        partial.rename(self.directory / "sensitivity.json")
+        write_whole(self.directory / "sensitivity.json", found.model_dump_json(indent=1))
         return found
+
+    def planner(self, bench: Bench) -> Planner:
+        """The planner over that analysis."""
+        return Planner(self.modules, self.sensitivity(bench))
 
     def within(
         self,
@@ -122,7 +121,7 @@ class Workshop:
 
         Raises PlanError with the least possible budget when it is below that.
         """
-        planner = Planner(self.modules, self.sensitivity(bench))
+        planner = self.planner(bench)
         served = self._served(bench)
         losses = {name: self._kv_loss(served, name) for name in kv}
         per_token = {name: self._kv_bytes(name) for name in kv}
@@ -144,7 +143,7 @@ class Workshop:
 
     def for_loss(self, bench: Bench, loss: float) -> Candidate:
         """The fewest bytes whose KL, measured on the engine, is at most ``loss`` nats per token."""
-        planner = Planner(self.modules, self.sensitivity(bench))
+        planner = self.planner(bench)
         served = self._served(bench)
         reference = self.fake.log_probabilities()
         wanted = loss

@@ -15,17 +15,19 @@ import json
 import random
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from benchmarks.quantization import autoscheme, data, outlier_model, show
+from benchmarks.quantization import data, outlier_model, show
+from quantize import autoscheme
 from quantize.checkpoint import open_checkpoint
-from quantize.evaluate.bench import Bench, Scores, Span
+from quantize.controls import RANDOM_PLANS, random_plan
+from quantize.evaluate.bench import Bench
 from quantize.fake import FakeModel
 from quantize.modules import read_modules
+from quantize.paired_kl import PairedKl
 from quantize.plan import Plan
 from quantize.planner import Planner
 from quantize.search import search
@@ -44,64 +46,6 @@ SLOW = ("awq", "autoround")
 """Minutes each on a CPU: at the first group size alone."""
 PLANNED = ("gptq", "imatrix+gptq")
 """Methods whose parts the planner may mix."""
-RANDOM_PLANS = 3
-
-
-class Reported:
-    """Measures plans on the reporting set, and keeps per-conversation sums for paired intervals."""
-
-    def __init__(
-        self, base: Path, bench: Bench, spans: Sequence[Span], work: Path, make: Callable[[Plan, Path], None]
-    ) -> None:
-        self._base, self._bench, self._spans, self._work = base, bench, spans, work
-        self._make = make
-        self._reference = work / "reported.npy"
-        self._file = work / "reported.jsonl"
-        self._known: dict[str, list[float]] = {}
-        if self._file.exists():
-            self._known = dict(json.loads(line) for line in self._file.read_text().splitlines())
-        self.lengths = np.array([len(tokens) - start for tokens, start in spans])
-
-    @staticmethod
-    def _key(plan: Plan) -> str:
-        return plan.model_dump_json(exclude={"tuned"}) + (" tuned" if plan.tuned else "")
-
-    def knows(self, plan: Plan) -> bool:
-        """Whether the plan was measured before."""
-        return self._key(plan) in self._known
-
-    def sums(self, plan: Plan) -> np.ndarray[Any, Any]:
-        """KL summed over each conversation's tokens, nats."""
-        key = self._key(plan)
-        if key not in self._known:
-            folder = self._work / "candidate-reported"
-            self._make(plan, folder)
-            if not self._reference.exists():
-                self._bench.score(self._base, self._spans, save=self._reference)
-            scores: Scores = self._bench.score(folder, self._spans, kv=plan.kv, reference=self._reference)
-            ends = np.cumsum(self.lengths)
-            sums = np.add.reduceat(scores.kl, np.concatenate(([0], ends[:-1])))
-            self._known[key] = [float(value) for value in sums]
-            with self._file.open("a") as file:
-                file.write(json.dumps([key, self._known[key]]) + "\n")
-        return np.array(self._known[key])
-
-    def interval(self, plan: Plan) -> tuple[float, float]:
-        """Mean KL per token, and half of its 95 % interval (ratio estimator over conversations)."""
-        sums = self.sums(plan)
-        mean = sums.sum() / self.lengths.sum()
-        residuals = sums - mean * self.lengths
-        error = np.sqrt(residuals.var(ddof=1) / len(sums)) / self.lengths.mean()
-        return float(mean), float(1.96 * error)
-
-    def ratio(self, plan: Plan, other: Plan, seed: int = 0) -> tuple[float, float, float]:
-        """KL(plan) / KL(other) with a paired 95 % bootstrap interval over conversations."""
-        a, b = self.sums(plan), self.sums(other)
-        rng = np.random.default_rng(seed)
-        picks = rng.integers(0, len(a), size=(2000, len(a)))
-        ratios = a[picks].sum(1) / b[picks].sum(1)
-        low, high = np.quantile(ratios, (0.025, 0.975))
-        return float(a.sum() / b.sum()), float(low), float(high)
 
 
 def run(
@@ -130,7 +74,7 @@ def run(
         if plan.tuned:
             write_tuned(tune(fake, plan, folder, calibration.sequences), folder)
 
-    reported = Reported(checkpoint_dir, bench, reported_spans, work, make)
+    reported = PairedKl(checkpoint_dir, bench, reported_spans, work, make)
     where = target("vllm-cpu")
     ladder = shortlist(where, modules)
     eight = next(name for name in ladder if name.startswith("w8a8"))
@@ -168,7 +112,9 @@ def run(
     downs = {g.name: eight if "down" in g.kind else base for g in modules}
     report("all down_proj at 8 bits", "heuristic", Plan(groups=downs, method="imatrix+gptq"))
 
-    for bits, layers in autoscheme.assign(checkpoint_dir, modules, budgets, work).items():
+    for bits, layers in autoscheme.assign(
+        checkpoint_dir, modules, budgets, work, calibration.sequences
+    ).items():
         mixed = {name: eight if eights == 8 else base for name, eights in layers.items()}
         label = f"AutoScheme at {bits}"
         plans[label] = report(label, "heuristic", Plan(groups=mixed, method="imatrix+gptq"))
@@ -230,22 +176,8 @@ def same_bytes(bits: float) -> str:
     return "w4a16-g64" if bits < 4.5 else "w4a16-g32"
 
 
-def random_plan(planner: Planner, budget: int, rng: random.Random) -> Plan:
-    """Groups get random choices, then as much as fits of the budget, in random order."""
-    names = [group.name for group in planner.modules]
-    smallest = planner.smallest()
-    while True:
-        picked = dict(smallest)
-        for name in rng.sample(names, len(names)):
-            trial = picked | {name: rng.choice(planner.choices_of(name))}
-            if planner.weight_bytes(trial) <= budget:
-                picked = trial
-        if planner.weight_bytes(picked) > 0.97 * budget:
-            return planner.plan(picked)
-
-
 def compare(
-    bits: float, budget: int, mine: Plan, plans: Mapping[str, Plan], modules: Any, reported: Reported
+    bits: float, budget: int, mine: Plan, plans: Mapping[str, Plan], modules: Any, reported: PairedKl
 ) -> dict[str, Any]:
     """The planner against the best of each kind that takes no more bytes."""
 
@@ -254,8 +186,7 @@ def compare(
         if not fitting:
             return None
         label = min(fitting, key=lambda one: reported.interval(plans[one])[0])
-        ratio, low, high = reported.ratio(mine, plans[label])
-        return {"label": label, "ratio": ratio, "low": low, "high": high}
+        return {"label": label, **asdict(reported.ratio(mine, plans[label]))}
 
     return {
         "bits": bits,

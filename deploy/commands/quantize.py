@@ -10,6 +10,7 @@ from deploy.commands import add_command, run_engines, say
 from gateway.config import Config, load_config
 from quantize.card import Card
 from quantize.checkpoint import open_checkpoint
+from quantize.controls import KINDS
 from quantize.methods import parse_method
 from quantize.modules import read_modules
 from quantize.plan import Plan
@@ -62,6 +63,12 @@ def add_quantize(parser: argparse.ArgumentParser) -> None:
     planning.add_argument("--schemes", nargs="+", help="what to choose from (default: the target's usual)")
     planning.add_argument(
         "--methods", nargs="+", default=["gptq", "imatrix+gptq"], help="whose parts may be mixed"
+    )
+    planning.add_argument(
+        "--controls",
+        nargs="*",
+        choices=KINDS,
+        help="measure plans made without a planner beside it, on held-out conversations (default: all kinds)",
     )
     _unmeasured(planning)
 
@@ -146,6 +153,7 @@ def plan(options: argparse.Namespace) -> None:
         methods=options.methods,
         schemes=options.schemes,
         tuned=options.tune,
+        compare_with=KINDS if options.controls == [] else options.controls or (),
     )
     _judge(config, [_reference(config), card], options.evaluate)
 

@@ -96,7 +96,7 @@ def delete(options: argparse.Namespace) -> None:
 
 
 def report(options: argparse.Namespace) -> None:
-    from deploy.planning import known_sensitivity
+    from deploy.planning import known_controls, known_sensitivity
     from quantize.report import Report, write_report
 
     config = load_config(options.config)
@@ -106,6 +106,7 @@ def report(options: argparse.Namespace) -> None:
     page = Report(
         model=config.model.name,
         cards=cards,
+        controls=known_controls(config, cards),
         sensitivity=found.rows if found else (),
         distributions=_distributions(config, registry, cards) if options.distributions else {},
     )

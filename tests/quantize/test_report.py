@@ -9,7 +9,8 @@ import pytest
 
 from quantize.card import Card, Outcome, Verdict
 from quantize.checkpoint import open_checkpoint
-from quantize.compare import Point, format_card, format_comparison, format_variants
+from quantize.compare import format_card, format_comparison, format_variants
+from quantize.controls import Compared, Controls
 from quantize.distributions import compute_distributions
 from quantize.modules import read_modules
 from quantize.report import Report, render_report, write_report
@@ -75,6 +76,27 @@ class Row:
     fisher: float | None
 
 
+CONTROLS = Controls(
+    variant="int4",
+    version="0" * 12,
+    measured_on="held-out conversations of the roles",
+    conversations=10,
+    tokens=900,
+    rows=(
+        Compared(label="int4", kind="planned", bytes=3_780_000, bits=4.25, kl=0.006, half=0.001),
+        Compared(
+            label="random plan",
+            kind="random",
+            bytes=3_770_000,
+            bits=4.24,
+            kl=0.01,
+            half=0.002,
+            ratio=0.6,
+            low=0.5,
+            high=0.7,
+        ),
+    ),
+)
 ROWS = tuple(
     Row(f"model.layers.{layer}.{kind}", kind, layer, scheme, kl / (layer + 1), None)
     for layer in (0, 1)
@@ -120,7 +142,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Page:
     report = Report(
         "assistant",
         CARDS,
-        controls=(Point("random plan", 4_000_000, 0.009, control=True),),
+        controls=CONTROLS,
         sensitivity=ROWS,
         distributions={"int4": figures},
     )
@@ -130,7 +152,9 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Page:
 def test_the_page_is_whole_and_needs_nothing_else(page: Page) -> None:
     assert page.open == []
     assert page.addresses == []
-    assert page.pictures == 2 + 2 * 4  # the front wide and narrow, four kinds of module in two layers
+    assert (
+        page.pictures == 2 + 2 + 2 * 4
+    )  # front, controls; wide, narrow; modules
     assert (page.unscoped, page.wordless) == (0, 0)
 
 
@@ -143,7 +167,9 @@ def test_the_page_says_what_the_cards_say(page: Page) -> None:
         "✕ failed",
         "broken: <ValueError> size 48",
         "noise floor",
+        "int4 and its controls",
         "random plan",
+        "0.60 (0.50 to 0.70)",
         "vllm 0.32.0, instructions avx512f, machine x86_64",
     ):
         assert words in page.text

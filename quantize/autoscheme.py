@@ -1,4 +1,4 @@
-"""AutoRound's AutoScheme as a control: which layers it gives 8 bits at an average of so many bits."""
+"""AutoRound's AutoScheme: which modules it gives 8 bits at an average of so many bits."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.quantization.data import calibration_conversations
+from quantize.calibration import load_tokenizer
 from quantize.compress import quiet
+from quantize.files import write_whole
 from quantize.modules import Modules
 
 OPTIONS = ("W4A16", "INT8_W8A8")
@@ -16,32 +17,48 @@ SAMPLES, LENGTH = 32, 64
 
 
 def assign(
-    model_dir: Path, modules: Modules, averages: Sequence[float], work: Path
+    model_dir: Path,
+    modules: Modules,
+    averages: Sequence[float],
+    work: Path,
+    sequences: Sequence[Sequence[int]],
 ) -> dict[float, dict[str, int]]:
-    """Bits (4 or 8) of every module group, by average bits; fused groups are given as its shared layers."""
+    """Bits (4 or 8) of every module group, by average bits; fused groups are given as its shared layers.
+
+    ``sequences`` are the token ids that it measures on; what it found is kept in ``work``.
+    """
     kept = work / "autoscheme.json"
     known: dict[float, dict[str, int]] = {}
     if kept.exists():
-        known = {float(bits): found for bits, found in json.loads(kept.read_text()).items()}
+        known = {float(bits): found for bits, found in json.loads(kept.read_text(encoding="utf-8")).items()}
     missing = [bits for bits in averages if bits not in known]
     if missing:
+        work.mkdir(parents=True, exist_ok=True)
         with quiet(work / "autoscheme.log"):
-            known |= _assign(model_dir, modules, missing, work)
-        kept.write_text(json.dumps(known))
+            known |= _assign(model_dir, modules, missing, work, sequences)
+        write_whole(kept, json.dumps(known))
     return known
 
 
 def _assign(
-    model_dir: Path, modules: Modules, averages: Sequence[float], work: Path
+    model_dir: Path,
+    modules: Modules,
+    averages: Sequence[float],
+    work: Path,
+    sequences: Sequence[Sequence[int]],
 ) -> dict[float, dict[str, int]]:
     import torch
-    from auto_round.auto_scheme.gen_auto_scheme import AutoScheme, GenScheme
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from auto_round.auto_scheme.gen_auto_scheme import (  # type: ignore[import-untyped]
+        AutoScheme,
+        GenScheme,
+    )
+    from transformers import AutoModelForCausalLM
 
-    tokenizer: Any = AutoTokenizer.from_pretrained(model_dir)
+    tokenizer: Any = load_tokenizer(model_dir)
     data = work / "autoscheme-data.json"
-    texts = [tokenizer.apply_chat_template(one, tokenize=False) for one in calibration_conversations()]
-    data.write_text(json.dumps([{"text": text} for text in texts]))
+    data.write_text(
+        json.dumps([{"text": tokenizer.decode(list(one))} for one in sequences]), encoding="utf-8"
+    )
     found = {}
     for average in averages:
         model: Any = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.bfloat16)
