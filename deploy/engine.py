@@ -70,6 +70,7 @@ def command(spec: EngineSpec, settings: EngineSettings) -> list[str]:
         *("--max-model-len", str(min(settings.max_model_len, spec.card.max_model_len))),
         *("--max-num-seqs", str(settings.max_num_seqs)),
         *("--max-logprobs", "-1"),
+        *("--scheduling-policy", "priority"),  # what the gateway's watch asks comes after users' requests
         *("--kv-cache-dtype", spec.card.kv),
         *("--uvicorn-log-level", "warning"),
     ]

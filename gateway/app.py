@@ -13,10 +13,13 @@ from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
 
 from gateway.api.operations import REFUSALS, Operations, add_error_handlers
+from gateway.api.watching import Watching
 from gateway.config import Config, ConfigError
 from gateway.hops import AskUpstream, ChooseRoute, Identify
 from gateway.plane import DataPlane, Setup
+from gateway.quality.inquiry import Inquiry
 from gateway.quality.observe import Observer
+from gateway.quality.watch import Watch
 from gateway.routing.breaker import Clock
 from gateway.routing.discovery import INTERVAL_S, Discovery
 from gateway.routing.health import probe_forever
@@ -57,6 +60,8 @@ class Gateway:
             self._board = Board(directory / "board", worker, workers)
             self._siblings = Siblings(directory, worker, workers, self.metrics)
         self.latencies = Latencies()
+        self.watch = Watch(config, cards, self.metrics, self._avoid) if config.watch.enabled else None
+        self._inquiry = Inquiry(config.watch, config.model.name, lambda: self.plane.setup.pools)
         self.providers = LiteLLM(config.providers, config.gateway)
         self.plane = DataPlane(self.make_setup(config, cards), self.metrics, self.latencies, clock)
         self.app = FastAPI(
@@ -66,6 +71,8 @@ class Gateway:
             self.plane, self.metrics, created=int(time.time()), apply=self.apply, siblings=self._siblings
         )
         operations.add_to(self.app)
+        if self.watch is not None:
+            Watching(self.watch, operations.admin).add_to(self.app)
         add_error_handlers(self.app)
         self.plane.app = self.app
 
@@ -79,7 +86,9 @@ class Gateway:
             lambda variant: self._discovery.replicas(config, variant),
         )
         router = Router(config, cards, pools, self.latencies)
-        observer = Observer(config, self.metrics)
+        if self.watch is not None:
+            router.avoid(self.watch.demoted())
+        observer = Observer(config, self.metrics, self.watch, self._inquiry)
         for variant, card in cards.items():
             self.metrics.weight_bytes.labels(variant).set(card.weight_bytes)
         ask = AskUpstream(config, router, self.providers)
@@ -110,6 +119,13 @@ class Gateway:
         for field in ("host", "port", "workers", "tls_certificate", "tls_key"):
             if getattr(config.gateway, field) != getattr(old, field):
                 raise ConfigError(f"gateway.{field}: cannot change while the gateway runs; start it anew")
+        watched = self.plane.setup.config.watch
+        for field in ("enabled", "store", "in_flight"):
+            if getattr(config.watch, field) != getattr(watched, field):
+                raise ConfigError(f"watch.{field}: cannot change while the gateway runs; start it anew")
+        if self.watch is not None:
+            self.watch.know(config, cards)
+        self._inquiry.settings = config.watch
         setup = self.make_setup(config, cards, before=self.plane.setup.pools)
         self.metrics.know_roles(config.roles)
         self.providers.know(config.providers)
@@ -137,10 +153,14 @@ class Gateway:
                 probe_forever(session, self._replicas, limits.health_interval_s),
                 reader.read_forever(self._replicas, limits.scrape_interval_s),
                 self.plane.sweep_forever(),
+                *((self.watch.run(session), self._inquiry.run(session)) if self.watch else ()),
                 self._discover_forever(),
             ):
                 yield
                 await self.plane.close()
+
+    def _avoid(self, demoted: Mapping[tuple[str, str], str]) -> None:
+        self.plane.setup.router.avoid(demoted)
 
     async def _discover_forever(self) -> None:
         """Look replicas up that are known by name; requests that come use what was found."""

@@ -28,6 +28,10 @@ from quantize.gate import QualityBudget
 POLICIES = ("round_robin", "least_in_flight", "least_load", "session_affinity", "prefix_aware")
 
 
+WATCHED = ("shadow", "regenerated", "signals", "rules", "grounded", "judge")
+"""Checks by which the watch acts."""
+
+
 class ConfigError(ValueError):
     """The configuration cannot be used. The text names the file, the key, the value and the fix."""
 
@@ -79,6 +83,26 @@ class Role(_Section):
         default=False, description="ask a second replica when the first is slower than 95 % of answers"
     )
     canary: Canary | None = None
+    escalate: bool = Field(
+        default=False,
+        description="an answer that is not streamed and fails a check is asked of the next higher precision",
+    )
+    rates: dict[str, tuple[float, float]] = Field(
+        default_factory=dict,
+        description="check of the watch to the share of bad answers that is tolerated, and that alarms",
+    )
+
+    @field_validator("rates")
+    @classmethod
+    def _are_rates(cls, rates: dict[str, tuple[float, float]]) -> dict[str, tuple[float, float]]:
+        for check, (tolerated, alarming) in rates.items():
+            if check not in WATCHED:
+                raise ValueError(f"{check!r} is not a check; known: {', '.join(WATCHED)}")
+            if not 0 < tolerated < alarming < 1:
+                raise ValueError(
+                    f"{check}: [{tolerated}, {alarming}] must be two shares, the lower one first"
+                )
+        return rates
 
     @model_validator(mode="after")
     def _has_tasks_too(self) -> Role:
@@ -192,6 +216,52 @@ class Quality(_Section):
     top_logprobs: int = Field(default=5, ge=0, le=20, description="tokens that entropy is summed over")
 
 
+class Judge(_Section):
+    """Who judges whether an answer is grounded, beside the rules that need no model."""
+
+    model: str = Field(description="as a client would name it: model:variant, a role, or a provider's model")
+    rate: float = Field(default=0.02, ge=0, le=1, description="share of answers of grounded roles")
+    max_tokens: int = Field(default=512, ge=16)
+    timeout_s: float = Field(default=60.0, gt=0)
+    labelled: Path | None = Field(
+        default=None, description="JSON Lines of known answers, from which its errors are measured"
+    )
+
+
+class Watch(_Section):
+    """Quantized answers compared with the reference's while they are served, and what follows from it."""
+
+    enabled: bool = True
+    store: str | None = Field(
+        default=None, description="SQLAlchemy URL of what all gateways share; default: SQLite in run_dir"
+    )
+    rate: float = Field(
+        default=0.1, ge=0, le=1, description="share of quantized answers that the reference is asked about"
+    )
+    in_flight: int = Field(default=2, ge=1, description="requests of the watch under way at a time")
+    queue: int = Field(default=64, ge=1, description="answers that wait for it; the oldest is given up first")
+    busy_at: int = Field(
+        default=32, ge=1, description="requests at a replica from which on the watch leaves it alone"
+    )
+    priority: int = Field(
+        default=1000, ge=0, description="vLLM's: higher comes later; users' requests have 0"
+    )
+    timeout_s: float = Field(default=60.0, gt=0)
+    answers_per_false_alarm: float = Field(
+        default=1e6, ge=100, description="looked at, on average, until a healthy variant alarms"
+    )
+    agree: int = Field(default=2, ge=1, description="checks that must agree before a variant is demoted")
+    demotions_per_hour: int = Field(default=6, ge=0)
+    probation_after_s: float = Field(
+        default=300.0, gt=0, description="from a demotion to its first probation; doubled after each failure"
+    )
+    probation_rate: float = Field(
+        default=0.1, gt=0, le=1, description="share of the role's requests that it gets copies of"
+    )
+    webhook: str | None = Field(default=None, description="URL that every event is posted to as JSON")
+    judge: Judge | None = None
+
+
 class Config(_Section):
     """The whole file."""
 
@@ -211,6 +281,7 @@ class Config(_Section):
     gateway: Gateway = Gateway()
     engine: Engine = Engine()
     quality: Quality = Quality()
+    watch: Watch = Watch()
     _directory: Path = PrivateAttr(default_factory=Path)
 
     @property
@@ -250,6 +321,8 @@ class Config(_Section):
                     f"known: {_known(self.serve)}"
                 )
         self._check_keys()
+        if self.watch.store is not None:
+            _check_url(self.watch.store)
         if self.model.name in self.roles:
             raise ValueError(f"roles.{self.model.name}: is also the model's name; rename one")
         taken = {self.model.name, *self.roles, *(f"{self.model.name}:{name}" for name in self.serve)}
@@ -288,6 +361,18 @@ class Config(_Section):
             return tuple(url.rstrip("/") for url in given)
         port = self.engine.base_port + self.serve.index(variant)
         return (f"http://{self.engine.host}:{port}",)
+
+
+def _check_url(url: str) -> None:
+    from sqlalchemy.engine import make_url
+    from sqlalchemy.exc import ArgumentError
+
+    try:
+        make_url(url)
+    except ArgumentError:
+        raise ValueError(
+            "watch.store: is no database URL; give one such as postgresql+psycopg://USER:PASSWORD@HOST/NAME"
+        ) from None
 
 
 def _known(names: Any) -> str:
@@ -372,6 +457,12 @@ def _absolute(config: Config, base: Path) -> Config:
             "model": config.model.model_copy(update={"path": at(config.model.path)}),
             "variants_dir": at(config.variants_dir),
             "calibration": at(config.calibration),
+            "watch": config.watch.model_copy(
+                update={
+                    "judge": config.watch.judge
+                    and config.watch.judge.model_copy(update={"labelled": at(config.watch.judge.labelled)})
+                }
+            ),
             "run_dir": at(config.run_dir),
             "engine": config.engine.model_copy(update={"python": at(python)}),
             "roles": roles,

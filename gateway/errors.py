@@ -12,6 +12,7 @@ GatewayError
 ├── UnknownModelError         404  with the known model ids
 ├── NoReplicaError            503  no replica can take it; with retry-after
 ├── ShuttingDownError         503  the gateway stops; with retry-after
+├── StoreDownError            503  what the gateways share cannot be read or written now
 ├── UpstreamError             502  the upstream failed
 │   ├── UpstreamRefusedError  4xx  the upstream's own answer, its status and envelope kept
 │   ├── UpstreamTimeoutError  504
@@ -119,6 +120,13 @@ class ShuttingDownError(GatewayError):
     type = "service_unavailable"
     code = "shutting_down"
     retry_after_s = 5
+
+
+class StoreDownError(GatewayError):
+    status = 503
+    type = "service_unavailable"
+    code = "store_down"
+    retry_after_s = 1
 
 
 class UpstreamError(GatewayError):

@@ -21,7 +21,7 @@ from gateway.config import Config
 from gateway.errors import GatewayError, MethodNotAllowedError
 from gateway.exchange import Attempt, Exchange, request_id
 from gateway.hops import AskUpstream, Hop
-from gateway.quality.observe import Observer
+from gateway.quality.observe import Observed, Observer
 from gateway.routing.breaker import Clock
 from gateway.routing.pools import Pools
 from gateway.routing.router import Route, Router
@@ -175,7 +175,8 @@ class DataPlane:
         if tapped.confused:
             observer.count_error("listen", route.role, route.variant)
             return
-        check = observer.observe(route.role, route.variant, exchange.body, tapped.answer)
+        seen = Observed(route.role, route.variant, exchange.request_id, exchange.body, tapped.answer)
+        check = observer.observe(seen)
         task = asyncio.get_running_loop().create_task(check)
         self._checks.add(task)
         task.add_done_callback(self._checks.discard)

@@ -81,7 +81,7 @@ class Operations:
         self._apply = apply
 
     def add_to(self, app: FastAPI) -> None:
-        known, admin = [Depends(self._known)], [Depends(self._admin)]
+        known, admin = [Depends(self._known)], [Depends(self.admin)]
         app.get("/v1/models", dependencies=known)(self.models)
         app.get("/v1/models/{model:path}", dependencies=known)(self.model)
         app.post("/v1/route", dependencies=known)(self.route)
@@ -184,7 +184,8 @@ class Operations:
     def _known(self, request: Request) -> None:
         Identities(self._plane.setup.config).key(request.headers)
 
-    def _admin(self, request: Request) -> None:
+    def admin(self, request: Request) -> None:
+        """Refuses who may not change anything. Raises ForbiddenError or UnauthorizedError."""
         config = self._plane.setup.config
         key = Identities(config).key(request.headers)
         if key is not None and not key.admin:

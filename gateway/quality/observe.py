@@ -1,21 +1,40 @@
-"""Quality checks on a finished answer. Nothing here can delay a byte or break a request."""
+"""What is done with a finished answer. Nothing here can delay a byte or break a request.
+
+The signals and the rules are looked at at once. A share of the answers, chosen by a hash of the request's
+id, is put before the reference, and copies of a share of the requests go to variants on probation; both when
+there is time (:mod:`gateway.quality.inquiry`).
+"""
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
+from typing import Any
 
 from gateway.api.body import Body
 from gateway.config import Config
+from gateway.errors import BadRequestError
 from gateway.quality.answer import Answer
+from gateway.quality.cells import Key
+from gateway.quality.checks import HARD, failures
 from gateway.quality.grounded import Grounded, Label, check, context_of
+from gateway.quality.inquiry import Examiner, Inquiry, UnansweredError
+from gateway.quality.shadow import Result, compare, same_meaning
+from gateway.quality.watch import Watch
 from gateway.telemetry.logs import EVENTS
 from gateway.telemetry.metrics import Metrics
 
 LONGEST_TEXT = 400_000
 """Characters of context and answer beyond which the grounded check is skipped."""
+LONGEST_SHADOW = 200_000
+"""Bytes of a request beyond which the reference is not asked about its answer."""
+_SHARE = 1 << 32
+_TOP = 5
 
 
 class CheckOutcome(StrEnum):
@@ -26,53 +45,106 @@ class CheckOutcome(StrEnum):
     ERROR = "error"
 
 
+@dataclass(frozen=True, slots=True)
+class Observed:
+    """A finished answer, and what it is the answer to."""
+
+    role: str
+    variant: str
+    request_id: str
+    body: Body
+    answer: Answer
+
+
 class Observer:
-    """Runs the checks that a role wants and counts what they find."""
+    """Runs the checks that a role wants, counts what they find, and tells the watch."""
 
     def __init__(
         self,
         config: Config,
         metrics: Metrics,
+        watch: Watch | None = None,
+        inquiry: Inquiry | None = None,
         grounded_check: Callable[[str, str], Grounded] = check,
     ) -> None:
         self._config = config
         self._metrics = metrics
+        self._watch = watch
+        self._inquiry = inquiry
+        self._examiner = Examiner(inquiry, config.reference) if inquiry else None
         self._grounded_check = grounded_check
         self._log = logging.getLogger(EVENTS)
+        self._shadowed = int(config.watch.rate * _SHARE)
+        self._copied = int(config.watch.probation_rate * _SHARE)
 
-    async def observe(self, role: str, variant: str, body: Body, answer: Answer) -> None:
+    async def observe(self, seen: Observed) -> None:
         """Check an answer that is complete. Raises nothing; a check that fails is counted as such."""
-        self._count("signals", role, variant, lambda: self._signals(role, variant, answer))
-        if self._config.roles[role].grounded and "messages" in body:
+        role, variant = seen.role, seen.variant
+        key = self._watch.key(variant, role) if self._watch else None
+        self._count("signals", role, variant, lambda: self._signals(seen, key))
+        self._rules(seen, key)
+        if self._config.roles[role].grounded and "messages" in seen.body:
             # In a thread: a long context takes a while, and other requests should not wait for it.
-            await asyncio.to_thread(
-                self._count, "grounded", role, variant, lambda: self._grounded(role, variant, body, answer)
+            found = await asyncio.to_thread(
+                self._try, "grounded", role, variant, lambda: self._grounded(seen)
             )
+            if found is not None:
+                self._metrics.quality_checks.labels(role, variant, "grounded", found).inc()
+                if key and self._watch and found is not CheckOutcome.SKIPPED:
+                    self._watch.note(key, "grounded", found is CheckOutcome.FAILED)
+        if self._watch and self._inquiry:
+            self._try("shadow", role, variant, lambda: self._inquire(seen, key))
+
+    def insufficient(self, body: Body, answer: Answer) -> str | None:
+        """The check that an answer fails so plainly that a more precise variant should be asked; or None."""
+        try:
+            found = failures(body, answer)
+        except Exception:
+            self._log.warning("a check before an escalation failed", exc_info=True)
+            return None
+        return next((name for name in HARD if found.get(name)), None)
 
     def count_error(self, check_name: str, role: str, variant: str) -> None:
         self._metrics.quality_checks.labels(role, variant, check_name, CheckOutcome.ERROR).inc()
         self._log.warning("check %s failed", check_name, exc_info=True, extra={"fields": {"role": role}})
 
-    def _count(self, name: str, role: str, variant: str, run: Callable[[], CheckOutcome]) -> None:
+    def _try(self, name: str, role: str, variant: str, run: Callable[[], Any]) -> Any:
         try:
-            outcome = run()
+            return run()
         except Exception:
             self.count_error(name, role, variant)
-        else:
+            return None
+
+    def _count(self, name: str, role: str, variant: str, run: Callable[[], CheckOutcome]) -> None:
+        if (outcome := self._try(name, role, variant, run)) is not None:
             self._metrics.quality_checks.labels(role, variant, name, outcome).inc()
 
-    def _signals(self, role: str, variant: str, answer: Answer) -> CheckOutcome:
+    def _signals(self, seen: Observed, key: Key | None) -> CheckOutcome:
         """Never failed: they are sensors, not verdicts."""
-        signals = answer.meter.result()
+        signals = seen.answer.meter.result()
         if signals is None:
             return CheckOutcome.SKIPPED
+        role, variant = seen.role, seen.variant
         self._metrics.nll_mean.labels(role, variant).observe(signals.nll_mean)
         self._metrics.entropy_max.labels(role, variant).observe(signals.entropy_max)
         self._metrics.quality_score.labels(role, variant, "likely_tokens").observe(1 - signals.unlikely_share)
+        if key and self._watch:
+            self._watch.note(key, "signals", False, signals.nll_mean)
         return CheckOutcome.PASSED
 
-    def _grounded(self, role: str, variant: str, body: Body, answer: Answer) -> CheckOutcome:
-        context, text = context_of(body.get("messages")), "\n".join(answer.texts)
+    def _rules(self, seen: Observed, key: Key | None, *, probation: bool = False) -> None:
+        found: Mapping[str, bool] | None = self._try(
+            "rules", seen.role, seen.variant, lambda: failures(seen.body, seen.answer)
+        )
+        for name, bad in (found or {}).items():
+            outcome = CheckOutcome.FAILED if bad else CheckOutcome.PASSED
+            self._metrics.quality_checks.labels(seen.role, seen.variant, name, outcome).inc()
+        if found and key and self._watch:
+            self._watch.note(key, "rules", any(found.get(name) for name in HARD), probation=probation)
+
+    def _grounded(self, seen: Observed) -> CheckOutcome:
+        role, variant = seen.role, seen.variant
+        context, text = context_of(seen.body.get("messages")), "\n".join(seen.answer.texts)
         if len(context) + len(text) > LONGEST_TEXT:
             return CheckOutcome.SKIPPED
         result = self._grounded_check(text, context)
@@ -84,3 +156,118 @@ class Observer:
         if (strict := result.strict_score) is not None:
             self._metrics.quality_score.labels(role, variant, "grounded_strict").observe(strict)
         return CheckOutcome.FAILED if result.counts[Label.UNSUPPORTED] else CheckOutcome.PASSED
+
+    # what engines are asked, later
+
+    def _inquire(self, seen: Observed, key: Key | None) -> None:
+        assert self._watch
+        assert self._inquiry
+        candidates = [
+            other
+            for other in self._watch.on_probation(seen.role)
+            if other != key and _in(seen.request_id, "probation", self._copied)
+        ]
+        shadowed = key is not None and _in(seen.request_id, "shadow", self._shadowed)
+        if not shadowed and not candidates:
+            return
+        request = _asked(seen.body)
+        if request is None:
+            self._compared(seen, Result.INCOMPARABLE)
+            return
+        if key is not None and shadowed:
+            if len(seen.answer.texts) != 1:
+                self._compared(seen, Result.INCOMPARABLE)
+            elif not seen.answer.tokens:
+                self._compared(seen, Result.NO_LOGPROBS)
+            else:
+                shed = partial(self._compared, seen, Result.SHED)
+                self._inquiry.offer(partial(self._shadow, seen, key, request), shed)
+        for other in candidates:
+            self._inquiry.offer(partial(self._copy, seen, other, request), lambda: None)
+
+    async def _shadow(
+        self, seen: Observed, key: Key, request: Mapping[str, Any], *, probation: bool = False
+    ) -> None:
+        """Let the reference score the answer; where there is suspicion, let it answer too."""
+        assert self._examiner
+        assert self._watch
+        try:
+            rows = await self._examiner.rows(request, seen.answer.texts[0])
+            scored = compare(seen.answer.tokens, rows)
+        except UnansweredError as error:
+            self._compared(seen, Result.ERROR)
+            self._log.warning("shadow: %s", error, extra={"fields": {"request_id": seen.request_id}})
+            return
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError):
+            self._compared(seen, Result.ERROR)
+            self._log.warning("shadow: the reference's answer cannot be read", exc_info=True)
+            return
+        if scored is None:
+            self._compared(seen, Result.INCOMPARABLE)
+            return
+        self._compared(seen, scored.result)
+        labels = (seen.role, seen.variant)
+        self._metrics.disagreement.labels(*labels).observe(scored.disagreement)
+        self._metrics.divergence.labels(*labels).observe(scored.divergence)
+        self._watch.note(key, "shadow", scored.result is Result.DISPUTED, probation=probation)
+        if not probation:
+            self._watch.note(key, "divergence", False, scored.divergence)
+            if self._watch.suspected(key):
+                await self._regenerate(seen, key, request)
+
+    async def _regenerate(self, seen: Observed, key: Key, request: Mapping[str, Any]) -> None:
+        """Compare with the reference's own answer; where that differs from time to time by itself, only if
+        two of the reference's agree."""
+        assert self._examiner
+        assert self._watch
+        calls = [{"function": {"name": name, "arguments": said}} for name, said in seen.answer.tool_calls]
+        mine = {"content": seen.answer.texts[0], "tool_calls": calls}
+        try:
+            theirs = await self._examiner.message(request)
+            if request.get("temperature", 1) and not same_meaning(
+                theirs, await self._examiner.message(request)
+            ):
+                return
+            bad = not same_meaning(mine, theirs)
+        except UnansweredError as error:
+            self._log.warning("regenerate: %s", error, extra={"fields": {"request_id": seen.request_id}})
+            return
+        outcome = CheckOutcome.FAILED if bad else CheckOutcome.PASSED
+        self._metrics.quality_checks.labels(seen.role, seen.variant, "regenerated", outcome).inc()
+        self._watch.note(key, "regenerated", bad)
+
+    async def _copy(self, seen: Observed, key: Key, request: Mapping[str, Any]) -> None:
+        """Let a variant on probation answer a request that another has answered, and judge that."""
+        assert self._examiner
+        try:
+            reply = await self._examiner.answer(key.variant, request, logprobs=True, top_logprobs=_TOP)
+            answer = Answer()
+            answer.add(reply, 0.0)
+        except (UnansweredError, KeyError, TypeError, ValueError, AttributeError) as error:
+            self._log.warning("probation: %s", error, extra={"fields": {"variant": key.variant}})
+            return
+        copy = Observed(seen.role, key.variant, seen.request_id, seen.body, answer)
+        self._rules(copy, key, probation=True)
+        if answer.texts and answer.tokens:
+            await self._shadow(copy, key, request, probation=True)
+
+    def _compared(self, seen: Observed, result: Result) -> None:
+        self._metrics.shadow.labels(seen.role, seen.variant, result.value).inc()
+
+
+def _asked(body: Body) -> dict[str, Any] | None:
+    """The request as an engine would be asked it again; None where that cannot be compared."""
+    if len(body.raw("messages")) + len(body.raw("prompt")) > LONGEST_SHADOW:
+        return None
+    try:
+        request = body.everything()
+    except BadRequestError:
+        return None
+    if isinstance(request.get("messages"), list) or isinstance(request.get("prompt"), str):
+        return request
+    return None
+
+
+def _in(request_id: str, what: str, below: int) -> bool:
+    """Whether a request is in a sample: by a hash of its id, so that it does not depend on load or time."""
+    return below >= _SHARE or zlib.crc32(f"{what}\0{request_id}".encode()) < below

@@ -41,6 +41,10 @@ class Reason(StrEnum):
     CANARY = "canary"
     RAISED_POOL_DOWN = "raised_pool_down"
     RAISED_POOL_FULL = "raised_pool_full"
+    RAISED_DEMOTED = "raised_demoted"
+    """The watch, or a person, has taken the cheaper variant out of the role's choice."""
+    ESCALATED = "escalated"
+    """A cheaper variant's answer failed a check; nobody got it."""
     PROVIDER = "provider"
 
 
@@ -108,6 +112,7 @@ class Router:
         self._pools = pools
         self._latencies = latencies or Latencies()
         self._cost = {variant: card.memory_bytes(KV_TOKENS) for variant, card in cards.items()}
+        self._demoted: Mapping[tuple[str, str], str] = {}
         self._ladders = {role: self._ladder(role) for role in config.roles}
         self._plans: dict[tuple[str, str, str | None], _Plan] = {}
         self._variants = {f"{config.model.name}:{variant}": variant for variant in config.serve}
@@ -115,6 +120,28 @@ class Router:
     def ladder(self, role: str) -> tuple[str, ...]:
         """Variants that may serve ``role``, the cheapest first, the reference last."""
         return self._ladders[role]
+
+    def avoid(self, demoted: Mapping[tuple[str, str], str]) -> None:
+        """Choose no variant for a role in whose service it has been found harmed: (variant, role) to why."""
+        known = {key: why for key, why in demoted.items() if key[0] in self._cards}
+        if known == self._demoted:
+            return
+        self._demoted = known
+        self._ladders = {role: self._ladder(role) for role in self._config.roles}
+        self._plans.clear()
+
+    def higher(self, route: Route) -> Route | None:
+        """The same request at the next more precise variant of its role; None when there is none to be
+        had."""
+        least = precision(self._cards[route.variant]) if route.variant in self._cards else None
+        for variant in self._ladders[route.role]:
+            if least is None or precision(self._cards[variant]) <= least:
+                continue
+            usable = self._pools.by_variant[variant].usable()
+            if usable:
+                replica = min(usable, key=lambda one: one.in_flight)
+                return Route(route.role, variant, replica, Reason.ESCALATED)
+        return None
 
     def known_models(self) -> list[str]:
         """Every model id that a request may name."""
@@ -150,7 +177,9 @@ class Router:
         role = self._config.roles[caller.role]
         pool = self._pools.by_variant[ladder[0]]
         canary = role.canary if reason in (Reason.CHEAPEST_IN_BUDGET, Reason.REFERENCE_ONLY) else None
-        if canary is not None and canary.variant == ladder[0]:
+        if canary is not None and (
+            canary.variant == ladder[0] or (canary.variant, caller.role) in self._demoted
+        ):
             canary = None
         simple = None
         if canary is None and len(pool.replicas) == 1 and not role.hedge:
@@ -170,7 +199,10 @@ class Router:
                 steps.append(Step(variant, self._cost[variant], "reference"))
             else:
                 verdict = judge(card, caller.role, budget)
-                steps.append(Step(variant, self._cost[variant], verdict.outcome.value, verdict.reasons))
+                said, why = verdict.outcome.value, verdict.reasons
+                if (demoted := self._demoted.get((variant, caller.role))) is not None:
+                    said, why = "demoted", (demoted,)
+                steps.append(Step(variant, self._cost[variant], said, why))
         return Explanation(caller.role, model, ladder, reason, tuple(steps))
 
     def another(self, route: Route, busy: Replica) -> Replica | None:
@@ -184,6 +216,10 @@ class Router:
     def _choice(self, caller: Caller, model: str) -> tuple[tuple[str, ...], Reason]:
         role = caller.role
         asked = self._variants.get(model)
+        if asked is not None and (asked, role) in self._demoted:
+            least = precision(self._cards[asked])
+            higher = tuple(v for v in self._ladders[role] if precision(self._cards[v]) >= least)
+            return higher, Reason.RAISED_DEMOTED
         if asked is not None:
             return self._ladder_from(caller, asked), Reason.EXPLICIT_VARIANT
         if model != self._config.model.name and model not in self._config.roles:
@@ -192,17 +228,25 @@ class Router:
                 f"model: {model[:80]!r} does not exist; use one of: {known}", param="model"
             )
         ladder = self._ladders[role]
+        cheaper = [v for v, of in self._demoted if of == role and self._cost[v] < self._cost[ladder[0]]]
+        if cheaper and any(self._passes(variant, role) for variant in cheaper):
+            return ladder, Reason.RAISED_DEMOTED
         alone = ladder == (self._config.reference,)
         return ladder, Reason.REFERENCE_ONLY if alone else Reason.CHEAPEST_IN_BUDGET
 
-    def _ladder(self, role: str) -> tuple[str, ...]:
+    def _passes(self, variant: str, role: str) -> bool:
         budget = self._config.roles[role].budget
+        return judge(self._cards[variant], role, budget).outcome is Outcome.PASSED
+
+    def _ladder(self, role: str) -> tuple[str, ...]:
         reference = self._config.reference
         cost = self._cost
         passed = [
             variant
-            for variant, card in self._cards.items()
-            if cost[variant] < cost[reference] and judge(card, role, budget).outcome is Outcome.PASSED
+            for variant in self._cards
+            if cost[variant] < cost[reference]
+            and (variant, role) not in self._demoted
+            and self._passes(variant, role)
         ]
         return (*sorted(passed, key=lambda variant: cost[variant]), reference)
 

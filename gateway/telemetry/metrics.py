@@ -22,6 +22,8 @@ _TOKEN_GAP_S = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64, 
 _OVERHEAD_S = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1)
 _NLL_NATS = (0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.45, 0.65, 0.9, 1.25, 1.75, 2.5, 4, 8)
 _ENTROPY_NATS = (0.05, 0.1, 0.25, 0.5, 0.75, 1, 1.25, 1.5, 1.75, 2, 2.5, 3, 4, 6)
+_SHARE = (0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.75, 1)
+_DIVERGENCE_NATS = (-0.1, -0.01, 0, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
 _SCORE = (0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1)
 
 
@@ -101,6 +103,39 @@ class Metrics:
         )
         self.quality_checks = counter(
             "tiercel_quality_checks_total", "Checks made on answers", *asked, "check", "outcome"
+        )
+        self.shadow = counter(
+            "tiercel_shadow_compared_total", "Quantized answers put before the reference", *asked, "result"
+        )
+        self.disagreement = histogram(
+            "tiercel_shadow_token_disagreement_ratio",
+            "Share of an answer's tokens that are not the reference's favourite",
+            _SHARE,
+            *asked,
+        )
+        self.divergence = histogram(
+            "tiercel_shadow_divergence_nats",
+            "Mean log-ratio of a quantized answer's tokens to the reference",
+            _DIVERGENCE_NATS,
+            *asked,
+        )
+        self.cusum = gauge(
+            "tiercel_quality_cusum", "Evidence that a check has changed for the worse, nats", *asked, "check"
+        )
+        self.demoted = gauge(
+            "tiercel_variant_demoted", "1 while a variant is out of a role's choice", "variant", "role"
+        )
+        self.watch_events = counter(
+            "tiercel_watch_events_total", "What the watch did and said", *asked, "kind"
+        )
+        self.watch_dropped = counter(
+            "tiercel_watch_outcomes_dropped_total", "Outcomes lost while the watch's store did not answer"
+        )
+        self.escalations = counter(
+            "tiercel_escalations_total",
+            "Answers asked again of a higher precision before the client saw them",
+            *asked,
+            "check",
         )
 
     def role(self, role: str | None) -> str:

@@ -42,6 +42,11 @@ class Script:
     healthy: bool = True
     echo: bool = False
     """Say the number in the last message, as ``<7>``, so that answers can be told apart."""
+    disputes: str = ""
+    """As a reference: hold every word with one of these letters unlikely when it is asked to score an
+    answer."""
+    knows_priority: bool = True
+    """Whether it was started with priority scheduling; if not, it refuses requests that have one."""
 
 
 class FakeEngine:
@@ -62,6 +67,7 @@ class FakeEngine:
         app.router.add_post("/v1/chat/completions", self._complete)
         app.router.add_post("/v1/completions", self._complete)
         app.router.add_post("/v1/embeddings", self._embed)
+        app.router.add_post("/tokenize", self._tokenize)
         app.router.add_get("/health", self._health)
         app.router.add_get("/metrics", self._metrics)
         return app
@@ -104,6 +110,24 @@ class FakeEngine:
         usage = {"prompt_tokens": len(texts), "total_tokens": len(texts)}
         return web.json_response({"object": "list", "model": "fake", "data": data, "usage": usage})
 
+    async def _tokenize(self, request: web.Request) -> web.Response:
+        return web.json_response({"count": len(_prompt_tokens(await request.json()))})
+
+    def _score(self, body: dict[str, Any]) -> web.Response:
+        """As vLLM answers a request with ``prompt_logprobs``: the prompt's tokens, then those of the
+        answer."""
+        messages = body["messages"]
+        prompt = _prompt_tokens({**body, "messages": messages[:-1]})
+        said = _pieces(messages[-1]["content"])
+        rows = [None, *({"1": _row(token, False)} for token in prompt[1:])]
+        for number, token in enumerate(said):
+            unlikely = any(letter in token for letter in self.script.disputes)
+            row = {str(number + 2): _row(token, unlikely)}
+            rows.append(
+                {**row, "1": {"logprob": -0.01, "rank": 1, "decoded_token": "x"}} if unlikely else row
+            )
+        return web.json_response({"choices": [], "prompt_logprobs": rows})
+
     async def _complete(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()
         self.requests.append(body)
@@ -127,10 +151,15 @@ class FakeEngine:
                 "code": script.status,
             }
             return web.json_response({"error": error}, status=script.status)
+        if body.get("priority") and not script.knows_priority:
+            error = {"message": "Got priority 1000 but Priority scheduling is not enabled.", "code": 400}
+            return web.json_response({"error": error}, status=400)
         if script.die_after == 0:
             return self._die(request)
         if script.garbage:
             return web.Response(text="<html>not an answer</html>\n\n", content_type="text/html")
+        if body.get("prompt_logprobs") is not None:
+            return self._score(body)
         text = script.text
         if script.echo:
             text = "<" + "".join(filter(str.isdigit, body["messages"][-1]["content"])) + ">"
@@ -169,8 +198,7 @@ class _Answer:
     def __init__(self, body: dict[str, Any], text: str, *, chat: bool) -> None:
         self._body = body
         self._chat = chat
-        words = text.split(" ")
-        pieces = [word if index == 0 else " " + word for index, word in enumerate(words)]
+        pieces = _pieces(text)
         limit = body.get("max_completion_tokens") or body.get("max_tokens") or len(pieces)
         self.tokens = pieces[:limit]
         self._finish = "stop" if len(self.tokens) == len(pieces) else "length"
@@ -213,7 +241,7 @@ class _Answer:
         return {"id": "fake-1", "object": kind, "created": 1, "model": self._body.get("model")}
 
     def _usage(self, tokens: int) -> dict[str, int]:
-        prompt = len(json.dumps(self._body.get("messages") or self._body.get("prompt")).split())
+        prompt = len(_prompt_tokens(self._body))
         return {"prompt_tokens": prompt, "completion_tokens": tokens, "total_tokens": prompt + tokens}
 
     def _logprobs(self, tokens: list[str]) -> dict[str, Any] | None:
@@ -221,6 +249,19 @@ class _Answer:
             return None
         k = self._body.get("top_logprobs") or 0
         return {"content": [_logprob(token, k) for token in tokens]}
+
+
+def _pieces(text: str) -> list[str]:
+    return [word if index == 0 else " " + word for index, word in enumerate(text.split(" "))]
+
+
+def _prompt_tokens(body: dict[str, Any]) -> list[str]:
+    return json.dumps(body.get("messages") or body.get("prompt")).split()
+
+
+def _row(token: str, unlikely: bool) -> dict[str, Any]:
+    logprob, rank = (-12.0, 900) if unlikely else (math.log(TOKEN_P), 1)
+    return {"logprob": logprob, "rank": rank, "decoded_token": token}
 
 
 def _logprob(token: str, k: int) -> dict[str, Any]:

@@ -99,6 +99,7 @@ def make_config(**changes: Any) -> Config:
         },
         "default_role": "core",
         "gateway": gateway,
+        "watch": {"store": "sqlite://"} | changes.pop("watch", {}),
     }
     return Config.model_validate(fields | changes)
 
@@ -121,6 +122,7 @@ def settings(directory: Path, urls: dict[str, list[str]], **changes: Any) -> str
             "roles": {"intent_classifier": {}, "summarizer": {}, "core": {}},
             "default_role": "core",
             "pools": urls,
+            "watch": {"store": "sqlite://"},
         }
         | changes
     )

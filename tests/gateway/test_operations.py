@@ -21,7 +21,7 @@ from gateway.__main__ import main
 from gateway.api.body import Body
 from gateway.quality.answer import Answer
 from gateway.quality.grounded import Grounded
-from gateway.quality.observe import Observer
+from gateway.quality.observe import Observed, Observer
 from gateway.telemetry.engines import engine_pids, parse_reading, resident_bytes
 from gateway.telemetry.metrics import Metrics
 
@@ -98,7 +98,8 @@ async def test_a_check_that_raises_is_counted_and_breaks_nothing() -> None:
 
     config = make_config()
     metrics = Metrics(CollectorRegistry(), config.roles)
-    await Observer(config, metrics, broken).observe("core", "bf16", Body(b'{"messages": []}'), Answer())
+    seen = Observed("core", "bf16", "r-1", Body(b'{"messages": []}'), Answer())
+    await Observer(config, metrics, grounded_check=broken).observe(seen)
     labels = {"role": "core", "variant": "bf16", "check": "grounded", "outcome": "error"}
     assert metrics.registry.get_sample_value("tiercel_quality_checks_total", labels) == 1
 

@@ -152,9 +152,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Page:
 def test_the_page_is_whole_and_needs_nothing_else(page: Page) -> None:
     assert page.open == []
     assert page.addresses == []
-    assert (
-        page.pictures == 2 + 2 + 2 * 4
-    )  # front, controls; wide, narrow; modules
+    assert page.pictures == 2 + 2 + 2 * 4  # front, controls; wide, narrow; modules
     assert (page.unscoped, page.wordless) == (0, 0)
 
 

@@ -1,0 +1,169 @@
+"""Checks of an answer that need no model and cannot be wrong about what they say.
+
+Each looks at one property and is silent where the property has no meaning: an answer is not asked for its
+JSON unless the request wanted JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from gateway.api.body import Body
+from gateway.quality.answer import Answer
+from gateway.quality.claims import extract
+from gateway.quality.grounded import context_of
+
+LONGEST_PERIOD = 40
+"""Words of the longest passage whose repetition is looked for."""
+LOOKED_AT = 1500
+"""Words at the end of an answer in which loops are looked for."""
+_REFUSAL = re.compile(
+    r"^\W*(?:(?:i['\u2019]?m|i am) (?:sorry|unable|not able)|sorry,|"
+    r"i (?:cannot|can['\u2019]?t|won['\u2019]?t) (?:help|assist|answer|do|provide|comply)|as an ai\b|"
+    r"unfortunately,? i (?:cannot|can['\u2019]?t))",
+    re.IGNORECASE,
+)
+_URL = re.compile(r"\bhttps?://[^\s<>\"')\]]+", re.IGNORECASE)
+
+Check = Callable[[Body, Answer], bool | None]
+"""True: the answer fails. None: it has no meaning here."""
+
+
+def bad_json(body: Body, answer: Answer) -> bool | None:
+    """The request wanted JSON, by a schema or without: every choice must be such."""
+    wanted = body.get("response_format")
+    kind = wanted.get("type") if isinstance(wanted, dict) else None
+    if kind not in ("json_object", "json_schema") or not answer.texts or answer.cut_short:
+        return None
+    given = wanted.get("json_schema")
+    schema = given.get("schema") if kind == "json_schema" and isinstance(given, dict) else {"type": "object"}
+    return not all(_matches(text, schema) for text in answer.texts)
+
+
+def unknown_tool(body: Body, answer: Answer) -> bool | None:
+    """A tool is called that the request does not have."""
+    if not answer.tool_calls:
+        return None
+    return any(name not in _tools(body) for name, _ in answer.tool_calls)
+
+
+def bad_arguments(body: Body, answer: Answer) -> bool | None:
+    """A tool is called with arguments that are no JSON, or that its schema does not allow."""
+    if not answer.tool_calls or answer.cut_short:
+        return None
+    tools = _tools(body)
+    return any(
+        not _matches(arguments or "{}", tools[name]) for name, arguments in answer.tool_calls if name in tools
+    )
+
+
+def repetition(_: Body, answer: Answer) -> bool | None:
+    """The answer goes round in circles: a passage comes four times in a row, one of up to three words eight
+    times."""
+    return any(map(_loops, answer.texts)) if answer.texts else None
+
+
+def truncation(_: Body, answer: Answer) -> bool | None:
+    """It was cut off by the limit on its length. That may be what the client wanted."""
+    return answer.cut_short if answer.finish_reasons else None
+
+
+def empty(_: Body, answer: Answer) -> bool | None:
+    """It says nothing at all, and calls nothing."""
+    if not answer.finish_reasons:
+        return None
+    return not answer.tool_calls and not answer.reasoned and not any(text.strip() for text in answer.texts)
+
+
+def refusal(_: Body, answer: Answer) -> bool | None:
+    """It declines to answer."""
+    return any(_REFUSAL.match(text) for text in answer.texts) if answer.texts else None
+
+
+def invented_value(body: Body, answer: Answer) -> bool | None:
+    """A web address, or a number or identifier of three digits or more, that nobody gave to the model.
+
+    Only where the conversation itself has such values: otherwise the model is asked for what it knows.
+    """
+    messages = body.get("messages")
+    if not isinstance(messages, list) or not answer.texts:
+        return None
+    context = context_of(messages)
+    known, said = _values(context), set().union(*map(_values, answer.texts))
+    if not known or not said:
+        return None
+    return any(value not in known and value not in context for value in said)
+
+
+CHECKS: Mapping[str, Check] = {
+    "json": bad_json,
+    "tool": unknown_tool,
+    "arguments": bad_arguments,
+    "repetition": repetition,
+    "truncation": truncation,
+    "empty": empty,
+    "refusal": refusal,
+    "invented": invented_value,
+}
+"""By the names under which they are counted."""
+HARD = ("json", "tool", "arguments", "repetition", "empty")
+"""Those that an answer to anybody's question should pass. The others have a rate of their own in every role,
+and say something by its change alone."""
+
+
+def failures(body: Body, answer: Answer) -> dict[str, bool]:
+    """Every check that has a meaning here, and whether the answer fails it."""
+    found = {name: check(body, answer) for name, check in CHECKS.items()}
+    return {name: bad for name, bad in found.items() if bad is not None}
+
+
+def _loops(text: str) -> bool:
+    words = text.split()[-LOOKED_AT:]
+    for period in range(1, LONGEST_PERIOD + 1):
+        needed = (7 if period < 4 else 3) * period
+        run = 0
+        for before, after in zip(words, words[period:], strict=False):
+            run = run + 1 if before == after else 0
+            if run >= needed:
+                return True
+    return False
+
+
+def _tools(body: Body) -> dict[str, Any]:
+    """Schema of each tool's arguments, by name."""
+    found = {}
+    given = body.get("tools")
+    for tool in given if isinstance(given, list) else ():
+        function = tool.get("function") if isinstance(tool, dict) else None
+        if isinstance(function, dict) and isinstance(function.get("name"), str):
+            found[function["name"]] = function.get("parameters") or {}
+    return found
+
+
+def _matches(text: str, schema: Any) -> bool:
+    from jsonschema import Draft202012Validator, SchemaError  # type: ignore[import-untyped]
+
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return False
+    if not isinstance(schema, dict):
+        return True
+    try:
+        Draft202012Validator.check_schema(schema)
+    except SchemaError:
+        return True  # the client's own mistake says nothing about the answer
+    return bool(Draft202012Validator(schema).is_valid(value))
+
+
+def _values(text: str) -> set[str]:
+    """Web addresses, and what has three digits or more, in its common form."""
+    claims, _ = extract(text)
+    found = {url.rstrip(".,;:!?").lower() for url in _URL.findall(text)}
+    for claim in claims:
+        if claim.kind in ("number", "money", "identifier") and sum(c.isdigit() for c in claim.value[0]) >= 3:
+            found.add(claim.value[0])
+    return found

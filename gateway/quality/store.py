@@ -1,0 +1,385 @@
+"""Where outcomes, cells and events are kept: SQLite beside the gateway, or any database by its URL.
+
+Every gateway appends outcomes. One at a time folds them into cells, in the order in which they came, and
+writes the cells together with the place that it has reached: whatever is killed, no outcome is lost or
+counted twice. All gateways read which cells serve. Functions block; the watch calls them in a thread of its
+own.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import (
+    Boolean,
+    Column,
+    Connection,
+    Float,
+    Index,
+    Integer,
+    MetaData,
+    String,
+    Table,
+    Text,
+    create_engine,
+    delete,
+    event,
+    func,
+    insert,
+    select,
+    update,
+)
+from sqlalchemy.engine import make_url
+from sqlalchemy.exc import NoSuchModuleError, SQLAlchemyError
+from sqlalchemy.pool import StaticPool
+
+from gateway.quality.cells import Cell, Event, EventKind, Key, Outcome
+
+FORMAT = "1"
+"""Of the tables. A database of another format is refused."""
+BUCKET_S = 10
+"""Seconds that are added up for the charts."""
+KEPT_BUCKETS_S = 14 * 86_400
+KEPT_EVENTS = 10_000
+
+_META = MetaData()
+_KEY = ("variant", "version", "role")
+
+
+def _key_columns(primary: bool = False) -> list[Column[Any]]:
+    return [Column(name, String(200), primary_key=primary, nullable=False) for name in _KEY]
+
+
+OUTCOMES = Table(
+    "watch_outcomes",
+    _META,
+    Column("id", Integer, primary_key=True, autoincrement=True),
+    *_key_columns(),
+    Column("check_name", String(40), nullable=False),
+    Column("bad", Boolean, nullable=False),
+    Column("value", Float),
+    Column("probation", Boolean, nullable=False),
+    Column("at", Float, nullable=False),
+)
+CELLS = Table("watch_cells", _META, *_key_columns(primary=True), Column("state", Text, nullable=False))
+EVENTS = Table(
+    "watch_events",
+    _META,
+    Column("id", Integer, primary_key=True, autoincrement=True),
+    Column("kind", String(40), nullable=False),
+    *_key_columns(),
+    Column("at", Float, nullable=False),
+    Column("why", Text, nullable=False),
+    Column("evidence", Text, nullable=False),
+    Index("watch_events_at", "at"),
+)
+BUCKETS = Table(
+    "watch_buckets",
+    _META,
+    Column("start", Integer, primary_key=True),
+    *_key_columns(primary=True),
+    Column("check_name", String(40), primary_key=True),
+    Column("answers", Integer, nullable=False),
+    Column("bad", Integer, nullable=False),
+    Column("total", Float, nullable=False),
+)
+FACTS = Table(
+    "watch_facts", _META, Column("name", String(40), primary_key=True), Column("value", Text, nullable=False)
+)
+
+
+class StoreError(RuntimeError):
+    """The database cannot be used. The text names it, the reason and the fix."""
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """Outcomes of one check within ``BUCKET_S`` seconds. ``total``: of their values."""
+
+    start: int
+    key: Key
+    check: str
+    answers: int
+    bad: int
+    total: float
+
+
+class Store:
+    """One gateway's connection. Raises StoreError where the database does not do what it is asked."""
+
+    def __init__(self, url: str, holder: str) -> None:
+        """``holder``: this process, as no other is called."""
+        self._holder = holder
+        self._shown = make_url(url).render_as_string(hide_password=True)
+        memory = url in ("sqlite://", "sqlite:///:memory:")
+        more: dict[str, Any] = (
+            {"poolclass": StaticPool, "connect_args": {"check_same_thread": False}} if memory else {}
+        )
+        try:
+            self._engine = create_engine(url, **more)
+        except (ImportError, NoSuchModuleError) as error:
+            raise StoreError(f"watch.store: {self._shown}: {error}; install its driver with pip") from None
+        if self._engine.dialect.name == "sqlite":
+            event.listen(self._engine, "connect", _patient)
+        with self._begin() as connection:
+            try:
+                _META.create_all(connection)
+            except SQLAlchemyError as error:
+                raise self._error(error) from None
+            found = _fact(connection, "format")
+            if found is None:
+                _set_fact(connection, "format", FORMAT)
+            elif found != FORMAT:
+                raise StoreError(
+                    f"watch.store: {self._shown} has tables of format {found}, not {FORMAT}; "
+                    "give another database"
+                )
+
+    def close(self) -> None:
+        self._engine.dispose()
+
+    def append(self, outcomes: Sequence[Outcome]) -> None:
+        """Add to what is to be folded, and to the charts."""
+        rows = [
+            {
+                **outcome.key.model_dump(),
+                "check_name": outcome.check,
+                "bad": outcome.bad,
+                "value": outcome.value,
+                "probation": outcome.probation,
+                "at": outcome.at,
+            }
+            for outcome in outcomes
+        ]
+        if rows:
+            with self._begin() as connection:
+                connection.execute(insert(OUTCOMES), rows)
+
+    def lead(self, beats_seen: int, lost: bool) -> tuple[bool, int]:
+        """Whether this process is the one that folds, and how often the one that does has said so.
+
+        ``lost``: the leader has not been heard of for too long, by this process's own clock, while it had
+        said so ``beats_seen`` times; clocks of two machines are never compared.
+        """
+        with self._begin() as connection:
+            raw = _fact(connection, "leader")
+            holder, beats = json.loads(raw) if raw else (None, 0)
+            if holder == self._holder or holder is None or (lost and beats == beats_seen):
+                if raw is None:
+                    _set_fact(connection, "leader", json.dumps([self._holder, beats + 1]))
+                    return True, beats + 1
+                changed = connection.execute(
+                    update(FACTS)
+                    .where(FACTS.c.name == "leader", FACTS.c.value == raw)
+                    .values(value=json.dumps([self._holder, beats + 1]))
+                )
+                return changed.rowcount == 1, beats + 1
+            return False, beats
+
+    def resign(self) -> None:
+        """Let another process fold at once."""
+        with self._begin() as connection:
+            raw = _fact(connection, "leader")
+            if raw and json.loads(raw)[0] == self._holder:
+                _set_fact(connection, "leader", json.dumps([None, json.loads(raw)[1]]))
+
+    def unfolded(self, most: int = 5000) -> tuple[list[tuple[int, Outcome]], dict[Key, Cell]]:
+        """Outcomes that are in no cell yet, in order, and all cells as they are."""
+        with self._begin() as connection:
+            rows = connection.execute(select(OUTCOMES).order_by(OUTCOMES.c.id).limit(most)).all()
+            cells = self._cells(connection)
+        found = [
+            (
+                row.id,
+                Outcome(
+                    Key(variant=row.variant, version=row.version, role=row.role),
+                    row.check_name,
+                    row.bad,
+                    row.at,
+                    row.value,
+                    row.probation,
+                ),
+            )
+            for row in rows
+        ]
+        return found, cells
+
+    def folded(
+        self, ids: Iterable[int], outcomes: Sequence[Outcome], cells: Iterable[Cell], events: Sequence[Event]
+    ) -> None:
+        """Write what has come of outcomes, and forget them: all of it or nothing."""
+        ids = list(ids)
+        with self._begin() as connection:
+            if ids:
+                gone = connection.execute(delete(OUTCOMES).where(OUTCOMES.c.id.in_(ids)))
+                if gone.rowcount != len(ids):
+                    raise StoreError("another process has folded the same outcomes; this one gives way")
+            self._write_cells(connection, cells)
+            self._write_events(connection, events)
+            self._add_to_buckets(connection, outcomes)
+
+    def change(self, cells: Iterable[Cell], events: Sequence[Event]) -> None:
+        """Cells changed by a person."""
+        self.folded((), (), cells, events)
+
+    def cells(self) -> dict[Key, Cell]:
+        with self._begin() as connection:
+            return self._cells(connection)
+
+    def decisions(self) -> int:
+        """A number that grows whenever a cell begins or ceases to serve, so that looking is cheap."""
+        with self._begin() as connection:
+            return int(_fact(connection, "decisions") or 0)
+
+    def events(self, most: int = 100, since: float = 0.0, kind: EventKind | None = None) -> list[Event]:
+        """The newest first."""
+        wanted = select(EVENTS).where(EVENTS.c.at >= since).order_by(EVENTS.c.id.desc()).limit(most)
+        if kind is not None:
+            wanted = wanted.where(EVENTS.c.kind == kind.value)
+        with self._begin() as connection:
+            rows = connection.execute(wanted).all()
+        return [
+            Event(
+                EventKind(row.kind),
+                Key(variant=row.variant, version=row.version, role=row.role),
+                row.at,
+                row.why,
+                json.loads(row.evidence),
+            )
+            for row in rows
+        ]
+
+    def buckets(self, since: float) -> list[Bucket]:
+        """For charts, by time."""
+        wanted = select(BUCKETS).where(BUCKETS.c.start >= since - BUCKET_S).order_by(BUCKETS.c.start)
+        with self._begin() as connection:
+            rows = connection.execute(wanted).all()
+        return [
+            Bucket(
+                row.start,
+                Key(variant=row.variant, version=row.version, role=row.role),
+                row.check_name,
+                row.answers,
+                row.bad,
+                row.total,
+            )
+            for row in rows
+        ]
+
+    def prune(self, now: float) -> None:
+        """Forget what is too old for a chart, and all but the newest events."""
+        with self._begin() as connection:
+            connection.execute(delete(BUCKETS).where(BUCKETS.c.start < now - KEPT_BUCKETS_S))
+            newest = connection.execute(select(func.max(EVENTS.c.id))).scalar() or 0
+            connection.execute(delete(EVENTS).where(EVENTS.c.id <= newest - KEPT_EVENTS))
+
+    def _begin(self) -> _Transaction:
+        return _Transaction(self)
+
+    def _error(self, error: SQLAlchemyError) -> StoreError:
+        reason = str(getattr(error, "orig", None) or error).splitlines()[0]
+        return StoreError(f"watch.store: {self._shown}: {reason}; give a database that can be written")
+
+    def _cells(self, connection: Connection) -> dict[Key, Cell]:
+        rows = connection.execute(select(CELLS.c.state)).scalars()
+        cells = [Cell.model_validate_json(state) for state in rows]
+        return {cell.key: cell for cell in cells}
+
+    def _write_cells(self, connection: Connection, cells: Iterable[Cell]) -> None:
+        known = self._cells(connection)
+        decided = False
+        for cell in cells:
+            before = known.get(cell.key)
+            where = [CELLS.c[name] == value for name, value in cell.key.model_dump().items()]
+            state = cell.model_dump_json()
+            if before is None:
+                connection.execute(insert(CELLS).values(**cell.key.model_dump(), state=state))
+            else:
+                connection.execute(update(CELLS).where(*where).values(state=state))
+            was = (before.serves, before.status) if before else (True, None)
+            decided = decided or was != (cell.serves, cell.status)
+        if decided:
+            _set_fact(connection, "decisions", str(int(_fact(connection, "decisions") or 0) + 1))
+
+    def _write_events(self, connection: Connection, events: Sequence[Event]) -> None:
+        if events:
+            rows = [
+                {
+                    "kind": one.kind.value,
+                    **one.key.model_dump(),
+                    "at": one.at,
+                    "why": one.why,
+                    "evidence": json.dumps(dict(one.evidence)),
+                }
+                for one in events
+            ]
+            connection.execute(insert(EVENTS), rows)
+
+    def _add_to_buckets(self, connection: Connection, outcomes: Sequence[Outcome]) -> None:
+        added: dict[tuple[int, Key, str], list[float]] = {}
+        for one in outcomes:
+            check = f"{one.check} (probation)" if one.probation else one.check
+            sums = added.setdefault((int(one.at // BUCKET_S * BUCKET_S), one.key, check), [0, 0, 0.0])
+            sums[0] += 1
+            sums[1] += one.bad
+            sums[2] += one.value or 0.0
+        for (start, key, check), (answers, bad, total) in added.items():
+            values = {"start": start, **key.model_dump(), "check_name": check}
+            changed = connection.execute(
+                update(BUCKETS)
+                .where(*(BUCKETS.c[name] == value for name, value in values.items()))
+                .values(
+                    answers=BUCKETS.c.answers + answers,
+                    bad=BUCKETS.c.bad + bad,
+                    total=BUCKETS.c.total + total,
+                )
+            )
+            if not changed.rowcount:
+                connection.execute(insert(BUCKETS).values(**values, answers=answers, bad=bad, total=total))
+
+
+class _Transaction:
+    """``with store._begin() as connection``: all of it or nothing, and errors in our own words."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._context: Any = None
+
+    def __enter__(self) -> Connection:
+        try:
+            self._context = self._store._engine.begin()
+            connection: Connection = self._context.__enter__()
+        except SQLAlchemyError as error:
+            raise self._store._error(error) from None
+        return connection
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        try:
+            self._context.__exit__(kind, error, trace)
+        except SQLAlchemyError as failed:
+            raise self._store._error(failed) from None
+        if isinstance(error, SQLAlchemyError):
+            raise self._store._error(error) from None
+
+
+def _patient(connection: Any, _: Any) -> None:
+    """Several processes share the file: wait for each other, and let readers go on meanwhile."""
+    cursor = connection.cursor()
+    cursor.execute("PRAGMA busy_timeout=5000")
+    cursor.execute("PRAGMA journal_mode=WAL")
+    cursor.execute("PRAGMA synchronous=NORMAL")
+    cursor.close()
+
+
+def _fact(connection: Connection, name: str) -> str | None:
+    found: str | None = connection.execute(select(FACTS.c.value).where(FACTS.c.name == name)).scalar()
+    return found
+
+
+def _set_fact(connection: Connection, name: str, value: str) -> None:
+    changed = connection.execute(update(FACTS).where(FACTS.c.name == name).values(value=value))
+    if not changed.rowcount:
+        connection.execute(insert(FACTS).values(name=name, value=value))

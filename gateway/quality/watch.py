@@ -1,0 +1,466 @@
+"""The watch: outcomes of checks go into the store, one gateway folds them, and all of them obey.
+
+What a request costs here is an append to a list. Everything else happens from time to time, in a thread
+where it blocks, or at the engines' lowest priority. A store that fails is said in the log and tried again;
+requests go on as they went.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import logging
+import os
+import socket
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Literal, TypeVar
+
+import aiohttp
+
+from gateway.config import Config
+from gateway.errors import BadRequestError
+from gateway.quality.cells import Cell, Event, EventKind, Key, Outcome, Policy, Status
+from gateway.quality.sequential import confidence_sequence, threshold
+from gateway.quality.store import Store, StoreError
+from gateway.telemetry.logs import EVENTS
+from gateway.telemetry.metrics import Metrics
+from quantize.card import Card
+
+ROUND_S = 0.25
+"""Between two rounds: outcomes are written, folded and read this often."""
+LEADER_SILENT_S = 5.0
+PRUNE_S = 600.0
+MOST_WAITING = 50_000
+"""Outcomes that wait for a store that does not answer; beyond, the newest are dropped and counted."""
+WEBHOOK_TRIES, WEBHOOK_TIMEOUT_S = 4, 5.0
+
+DEFAULT_RATES: Mapping[str, tuple[float, float]] = {
+    "shadow": (0.05, 0.2),
+    "regenerated": (0.1, 0.3),
+    "signals": (0.06, 0.25),
+    "rules": (0.02, 0.12),
+    "judge": (0.1, 0.3),
+}
+"""Check to the tolerated and the alarming share, where neither the role nor the card says another one. The
+rules for grounded answers have none: how often they are wrong depends on the role, which its card knows."""
+
+T = TypeVar("T")
+Action = Literal["demote", "restore", "pin_serving", "pin_demoted", "unpin"]
+
+
+class Watch:
+    """One gateway's part of it. ``changed`` is called with what routing must avoid, (variant, role) to
+    why."""
+
+    def __init__(
+        self,
+        config: Config,
+        cards: Mapping[str, Card],
+        metrics: Metrics,
+        changed: Callable[[Mapping[tuple[str, str], str]], None],
+        clock: Callable[[], float] = time.time,
+        store: Store | None = None,
+    ) -> None:
+        """``clock``: Unix time."""
+        self._metrics = metrics
+        self._changed = changed
+        self._clock = clock
+        self._holder = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
+        self._url = config.watch.store or f"sqlite:///{config.run_dir / 'watch.db'}"
+        self._store = store
+        self._thread = ThreadPoolExecutor(1, "watch")
+        self._waiting: list[Outcome] = []
+        self._to_post: asyncio.Queue[Event] = asyncio.Queue(1000)
+        self._events = logging.getLogger(EVENTS)
+        self._decisions = -1
+        self._beats, self._beats_at = -1, 0.0
+        self._pruned = 0.0
+        self._failing = False
+        self.leading = False
+        self.cells: dict[Key, Cell] = {}
+        """As they were read last."""
+        self.know(config, cards)
+
+    def know(self, config: Config, cards: Mapping[str, Card]) -> None:
+        """The configuration in use. The store stays what it was at the start."""
+        self._config, self._cards = config, cards
+        self._keys = {
+            (variant, role): Key(variant=variant, version=card.version, role=role)
+            for variant, card in cards.items()
+            for role in config.roles
+            if variant != config.reference
+        }
+        self._policies = {
+            key: policy_of(config, cards[variant], role) for (variant, role), key in self._keys.items()
+        }
+        self._gates = {variant: gate_of(card) for variant, card in cards.items()}
+
+    # what others ask of it
+
+    def key(self, variant: str, role: str) -> Key | None:
+        """None for what is not watched: the reference, and providers."""
+        return self._keys.get((variant, role))
+
+    def note(
+        self, key: Key, check: str, bad: bool, value: float | None = None, *, probation: bool = False
+    ) -> None:
+        """One check of one answer."""
+        if len(self._waiting) >= MOST_WAITING:
+            self._metrics.watch_dropped.labels().inc()
+            return
+        self._waiting.append(Outcome(key, check, bad, self._clock(), value, probation))
+
+    def suspected(self, key: Key) -> bool:
+        """Whether a check has seen enough to ask for another one's opinion."""
+        cell, policy = self.cells.get(key), self._policies.get(key)
+        return bool(cell and policy and cell.warned(policy))
+
+    def on_probation(self, role: str) -> list[Key]:
+        """Variants whose answers to the role's requests are to be judged before anybody gets them."""
+        return [
+            key
+            for (_, of), key in self._keys.items()
+            if of == role
+            and (cell := self.cells.get(key))
+            and cell.status is Status.PROBATION
+            and not cell.pinned
+        ]
+
+    def demoted(self) -> dict[tuple[str, str], str]:
+        """What routing must avoid, and why."""
+        return {
+            pair: cell.why
+            for pair, key in self._keys.items()
+            if (cell := self.cells.get(key)) is not None and not cell.serves
+        }
+
+    async def act(self, action: Action, variant: str, role: str, why: str) -> Event:
+        """A person's word, which is obeyed at once. Raises BadRequestError or StoreError."""
+        key = self._keys.get((variant, role))
+        if key is None:
+            known = ", ".join(sorted({variant for variant, _ in self._keys})) or "none"
+            roles = ", ".join(sorted(self._config.roles))
+            raise BadRequestError(
+                f"variant: no quantized variant {variant[:80]!r} serves a role {role[:80]!r}; "
+                f"variants: {known}; roles: {roles}",
+                param="variant",
+            )
+        event = await self._in_thread(lambda: self._act(action, key, why))
+        await self._refresh()
+        self._announce([event])
+        return event
+
+    async def report(self, since_s: float = 3600.0, events: int = 100) -> dict[str, Any]:
+        """All that is known: cells with their checks, events, and sums over time for charts."""
+        since = self._clock() - since_s
+
+        def read() -> tuple[dict[Key, Cell], list[Event], Sequence[Any]]:
+            store = self._open()
+            return store.cells(), store.events(events), store.buckets(since)
+
+        cells, happened, buckets = await self._in_thread(read)
+        self.cells = cells
+        current = set(self._keys.values())
+        many = max(1, len(current))
+        return {
+            "time": self._clock(),
+            "leading": self.leading,
+            "agree": self._config.watch.agree,
+            "cells": [
+                self._shown(cells.get(key) or Cell(key=key), many)
+                for key in sorted(current, key=lambda key: (key.role, key.variant))
+            ],
+            "events": [event_as_json(event) for event in happened],
+            "buckets": [
+                {
+                    "start": one.start,
+                    **one.key.model_dump(),
+                    "check": one.check,
+                    "answers": one.answers,
+                    "bad": one.bad,
+                    "total": one.total,
+                }
+                for one in buckets
+                if one.key in current
+            ],
+        }
+
+    # going
+
+    async def run(self, session: aiohttp.ClientSession) -> None:
+        """Until cancelled; then what is left is written."""
+        posting = asyncio.create_task(self._post_forever(session))
+        try:
+            while True:
+                await self._round()
+                await asyncio.sleep(ROUND_S)
+        finally:
+            posting.cancel()
+            with contextlib.suppress(Exception):
+                await asyncio.shield(self._in_thread(self._leave))
+            self._thread.shutdown(wait=False)
+
+    async def _round(self) -> None:
+        outcomes, self._waiting = self._waiting, []
+        try:
+            events = await self._in_thread(lambda: self._write_and_fold(outcomes))
+            outcomes = []
+            self._announce(events)
+            await self._refresh()
+            self._failing = False
+        except StoreError as error:
+            if not self._failing:
+                self._events.error("the watch's store fails; it is tried again: %s", error)
+            self._failing = True
+            self._waiting = (outcomes + self._waiting)[:MOST_WAITING]
+        except Exception:
+            self._events.exception("a round of the watch failed")
+
+    def _write_and_fold(self, outcomes: Sequence[Outcome]) -> list[Event]:
+        store = self._open()
+        store.append(outcomes)
+        now = time.monotonic()
+        lost = now - self._beats_at > LEADER_SILENT_S
+        leading, beats = store.lead(self._beats, lost and self._beats >= 0)
+        if beats != self._beats:
+            self._beats, self._beats_at = beats, now
+        self.leading = leading
+        if not leading:
+            return []
+        if now - self._pruned > PRUNE_S:
+            self._pruned = now
+            store.prune(self._clock())
+        return self._fold(store)
+
+    def _fold(self, store: Store) -> list[Event]:
+        """Take all outcomes in, and do what is due."""
+        rows, cells = store.unfolded()
+        now = self._clock()
+        changed: dict[Key, Cell] = {}
+        events: list[Event] = []
+        allowed: int | None = None
+
+        def cell_of(key: Key) -> Cell:
+            cell = changed.get(key) or cells.get(key) or Cell(key=key, gate=self._gates.get(key.variant, ""))
+            changed[key] = cell
+            return cell
+
+        for key in self._keys.values():
+            known = cells.get(key)
+            if known is None or known.status is Status.SERVING:
+                continue
+            if known.gate != self._gates[key.variant]:
+                cell = cell_of(key)
+                cell.gate = self._gates[key.variant]
+                events.append(cell.restore("it has passed a new gate", now))
+            elif (begun := known.begin_probation(self._policies[key], now)) is not None:
+                cell_of(key)
+                events.append(begun)
+        for _, outcome in rows:
+            policy = self._policies.get(outcome.key)
+            if policy is None:
+                continue  # of a version or a role that is no longer served
+            if allowed is None:
+                lately = store.events(10_000, now - 3600, EventKind.DEMOTED)
+                allowed = self._config.watch.demotions_per_hour - len(lately)
+            for event in cell_of(outcome.key).fold(outcome, policy, may_demote=allowed > 0):
+                events.append(event)
+                allowed -= event.kind is EventKind.DEMOTED
+        if rows or changed:
+            store.folded([number for number, _ in rows], [one for _, one in rows], changed.values(), events)
+        return events
+
+    def _act(self, action: Action, key: Key, why: str) -> Event:
+        store, now = self._open(), self._clock()
+        cell = store.cells().get(key) or Cell(key=key)
+        cell.gate = self._gates[key.variant]
+        match action:
+            case "demote":
+                cell.pinned = None
+                event = cell.demote(why, now)
+            case "restore":
+                cell.pinned = None
+                event = cell.restore(why, now)
+            case "pin_serving":
+                event = cell.pin("serving", why, now)
+            case "pin_demoted":
+                event = cell.pin("demoted", why, now)
+            case "unpin":
+                event = cell.pin(None, why, now)
+        store.change([cell], [event])
+        return event
+
+    async def _refresh(self) -> None:
+        """Read what all gateways are to obey, if it has changed."""
+
+        def read() -> tuple[int, dict[Key, Cell] | None]:
+            store = self._open()
+            decisions = store.decisions()
+            stale = decisions != self._decisions or self.leading
+            return decisions, store.cells() if stale or self._suspicious() else None
+
+        decisions, cells = await self._in_thread(read)
+        if cells is not None:
+            self.cells = cells
+            self._show()
+        if decisions != self._decisions:
+            self._decisions = decisions
+            self._changed(self.demoted())
+
+    def _suspicious(self) -> bool:
+        """Whether cells are to be read although nothing was decided: from time to time."""
+        return int(time.monotonic() / ROUND_S) % 4 == 0
+
+    def _show(self) -> None:
+        for (variant, role), key in self._keys.items():
+            cell = self.cells.get(key)
+            self._metrics.demoted.labels(variant, role).set(cell is not None and not cell.serves)
+            for check, track in cell.tracks.items() if cell else ():
+                self._metrics.cusum.labels(role, variant, check).set(track.evidence)
+
+    def _shown(self, cell: Cell, many: int) -> dict[str, Any]:
+        """A cell for people. Intervals hold at all times, for all cells together, with 95 %."""
+        policy = self._policies.get(cell.key)
+        checks = {}
+        for name, track in sorted(cell.tracks.items()):
+            rates = policy.rates.get(name) if policy else None
+            low, high = confidence_sequence(track.bad, track.answers, 0.05 / many)
+            checks[name] = {
+                "answers": track.answers,
+                "bad": track.bad,
+                "share": track.bad / track.answers if track.answers else None,
+                "low": low,
+                "high": high,
+                "tolerated": rates[0] if rates else None,
+                "alarming": rates[1] if rates else None,
+                "evidence": track.evidence,
+                "alarm": policy.alarm if policy and rates else None,
+                "learning": len(track.learned) if track.usual is None and track.learned else None,
+                "usual": track.usual,
+            }
+        return {
+            **cell.key.model_dump(),
+            "status": cell.status.value,
+            "serves": cell.serves,
+            "pinned": cell.pinned,
+            "why": cell.why,
+            "since": cell.since or None,
+            "verdict": _verdict(cell, policy),
+            "probation_answers": cell.probation_answers,
+            "checks": checks,
+        }
+
+    def _announce(self, events: Sequence[Event]) -> None:
+        for event in events:
+            serious = event.kind in (EventKind.DEMOTED, EventKind.HELD_BACK, EventKind.FAILED_PROBATION)
+            self._events.log(
+                logging.WARNING if serious else logging.INFO,
+                "watch: %s %s for %s: %s",
+                event.key.variant,
+                event.kind.value,
+                event.key.role,
+                event.why,
+                extra={"fields": event_as_json(event)},
+            )
+            self._metrics.watch_events.labels(event.key.role, event.key.variant, event.kind.value).inc()
+            if self._config.watch.webhook:
+                with contextlib.suppress(asyncio.QueueFull):
+                    self._to_post.put_nowait(event)
+
+    async def _post_forever(self, session: aiohttp.ClientSession) -> None:
+        """Events to the webhook, in order, each a few times at most."""
+        while True:
+            event = await self._to_post.get()
+            url = self._config.watch.webhook
+            for number in range(WEBHOOK_TRIES if url else 0):
+                try:
+                    timeout = aiohttp.ClientTimeout(total=WEBHOOK_TIMEOUT_S)
+                    async with session.post(str(url), json=event_as_json(event), timeout=timeout) as answer:
+                        if answer.status < 500:
+                            break
+                except (aiohttp.ClientError, TimeoutError, ValueError) as error:
+                    if number == WEBHOOK_TRIES - 1:
+                        self._events.error("watch.webhook: %s: %r; the event is in the store", url, error)
+                await asyncio.sleep(0.25 * 2**number)
+
+    def _leave(self) -> None:
+        store = self._open()
+        store.append(self._waiting)
+        self._waiting = []
+        store.resign()
+        store.close()
+
+    def _open(self) -> Store:
+        if self._store is None:
+            if self._url.startswith("sqlite:///"):
+                self._config.run_dir.mkdir(parents=True, exist_ok=True)
+            self._store = Store(self._url, self._holder)
+        return self._store
+
+    async def _in_thread(self, work: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+
+
+def _verdict(cell: Cell, policy: Policy | None) -> str:
+    """What a person is told at a glance."""
+    if not cell.serves:
+        return "demoted"
+    if policy is None or not any(t.answers for name, t in cell.tracks.items() if name in policy.rates):
+        return "no evidence"
+    alarms = [name for name, track in cell.tracks.items() if track.evidence >= policy.alarm]
+    if alarms:
+        return "not enough evidence"  # one check alone, or the limit on demotions
+    return "suspected" if cell.warned(policy) else "healthy"
+
+
+def event_as_json(event: Event) -> dict[str, Any]:
+    return {
+        "kind": event.kind.value,
+        **event.key.model_dump(),
+        "time": event.at,
+        "why": event.why,
+        "evidence": dict(event.evidence),
+    }
+
+
+def gate_of(card: Card) -> str:
+    """Changes whenever a card has been evaluated and judged anew."""
+    if card.evaluation is None:
+        return ""
+    return hashlib.sha256(card.evaluation.model_dump_json().encode()).hexdigest()[:16]
+
+
+def policy_of(config: Config, card: Card, role: str) -> Policy:
+    """What is tolerated of a variant in a role: what the role says, else what the gate accepted, else a
+    default.
+
+    The gate has counted how many of the variant's answers differ from the reference's on held-out items. The
+    watch asks less of an answer than to be the same, so that share is tolerated, and 15 points more alarms.
+    """
+    settings = config.watch
+    rates = dict(DEFAULT_RATES)
+    figures = card.evaluation.roles.get(role) if card.evaluation else None
+    if figures is not None:
+        for check in ("shadow", "regenerated"):
+            rates[check] = _wider(rates[check], 1 - figures.agreement)
+        if figures.grounded is not None:
+            lowest = (0.05, 0.2)
+            rates["grounded"] = _wider(lowest, 1 - figures.grounded.good / figures.grounded.items)
+    rates.update(config.roles[role].rates)
+    return Policy(
+        alarm=threshold(settings.answers_per_false_alarm, len(rates)),
+        agree=settings.agree,
+        rates=rates,
+        probation_after_s=settings.probation_after_s,
+        alpha=0.05,
+        beta=0.01,
+    )
+
+
+def _wider(least: tuple[float, float], accepted: float) -> tuple[float, float]:
+    tolerated = min(0.5, max(least[0], accepted))
+    return tolerated, max(least[1], min(0.9, tolerated + 0.15))

@@ -1,0 +1,298 @@
+"""The watch in a running gateway: harm is noticed, acted upon, and undone; requests never notice."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from aiohttp import web
+from gateway_stack import Stack, eventually, make_config, running_gateway
+
+from gateway.identity import hash_of
+from gateway.quality.store import Store
+
+ROLE = {"x-agent-role": "intent_classifier"}
+EAGER = {"rate": 1.0, "probation_rate": 1.0, "probation_after_s": 3600.0}
+
+
+@contextlib.asynccontextmanager
+async def watching(**changes: Any) -> AsyncIterator[Stack]:
+    watch = EAGER | changes.pop("watch", {})
+    async with running_gateway(watch=watch, **changes) as stack:
+        yield stack
+
+
+async def ask(stack: Stack, times: int = 1, **body: Any) -> list[str]:
+    """Variants that answered."""
+
+    async def one() -> str:
+        async with stack.post(body, headers=ROLE) as response:
+            assert response.status == 200, await response.text()
+            await response.read()
+            return str(response.headers["x-tiercel-variant"])
+
+    return list(await asyncio.gather(*(one() for _ in range(times))))
+
+
+async def report(stack: Stack) -> dict[str, Any]:
+    async with stack.http.get(stack.url + "/admin/watch") as response:
+        assert response.status == 200, await response.text()
+        return dict(await response.json())
+
+
+async def cell(stack: Stack, variant: str = "int4-kv8") -> dict[str, Any]:
+    cells = (await report(stack))["cells"]
+    return dict(next(c for c in cells if (c["variant"], c["role"]) == (variant, "intent_classifier")))
+
+
+async def kinds(stack: Stack) -> list[str]:
+    return [event["kind"] for event in (await report(stack))["events"]]
+
+
+async def order(stack: Stack, action: str, variant: str = "int4-kv8", **more: str) -> tuple[int, Any]:
+    body = {"action": action, "variant": variant, "role": "intent_classifier", **more}
+    async with stack.http.post(stack.url + "/admin/watch", json=body) as response:
+        return response.status, await response.json()
+
+
+def harm(stack: Stack) -> None:
+    """The variant begins to say what the reference would not, over and over."""
+    stack.engines["int4-kv8"].script.text = "zebra " * 12 + "zebra"
+    stack.engines["bf16"].script.disputes = "z"
+
+
+async def test_harm_is_noticed_and_routed_around() -> None:
+    async with watching() as stack:
+        assert set(await ask(stack, 5)) == {"int4-kv8"}
+        await eventually(lambda: stack.gateway._inquiry.idle)
+        await eventually(lambda: healthy(stack))
+        harm(stack)
+        for _ in range(30):
+            if "int8" in await ask(stack, 2):
+                break
+            await asyncio.sleep(0.1)
+        assert set(await ask(stack, 3)) == {"int8"}
+        found = await cell(stack)
+        assert (found["status"], found["serves"], found["verdict"]) == ("demoted", False, "demoted")
+        assert "shadow" in found["why"]
+        assert "demoted" in await kinds(stack)
+        assert stack.sample("tiercel_variant_demoted", variant="int4-kv8", role="intent_classifier") == 1
+        async with stack.http.post(stack.url + "/v1/route", json={"model": "intent_classifier"}) as response:
+            route = await response.json()
+        assert route["reason"] == "raised_demoted"
+        (step,) = [step for step in route["considered"] if step["variant"] == "int4-kv8"]
+        assert step["verdict"] == "demoted"
+        # Who names it outright goes up too.
+        async with stack.post({"model": "assistant:int4-kv8"}, headers=ROLE) as response:
+            assert response.headers["x-tiercel-variant"] == "int8"
+            assert response.headers["x-tiercel-route-reason"] == "raised_demoted"
+
+
+async def healthy(stack: Stack) -> bool:
+    return bool((await cell(stack))["verdict"] == "healthy")
+
+
+async def test_one_check_alone_is_not_enough_evidence() -> None:
+    async with watching() as stack:
+        stack.engines["bf16"].script.disputes = "T"  # the reference disputes what is not wrong otherwise
+        stack.engines["bf16"].script.text = stack.engines["int4-kv8"].script.text
+        for _ in range(8):
+            await ask(stack, 4)
+            await eventually(lambda: stack.gateway._inquiry.idle, within_s=5)
+            await asyncio.sleep(0.1)
+        await eventually(lambda: alarmed(stack), within_s=5)
+        assert (await cell(stack))["verdict"] == "not enough evidence"
+        assert set(await ask(stack, 3)) == {"int4-kv8"}
+        # The reference was asked to answer itself, and said the same.
+        checks = (await cell(stack))["checks"]
+        assert checks["regenerated"]["answers"] > 0
+        assert checks["regenerated"]["bad"] == 0
+
+
+async def alarmed(stack: Stack) -> bool:
+    return "alarm" in await kinds(stack)
+
+
+async def test_a_person_demotes_pins_and_restores() -> None:
+    async with watching() as stack:
+        status, event = await order(stack, "demote", why="looks odd")
+        assert (status, event["kind"], event["why"]) == (200, "demoted", "looks odd")
+        assert await ask(stack) == ["int8"]
+        assert (await order(stack, "pin_serving"))[0] == 200
+        assert await ask(stack) == ["int4-kv8"]
+        assert (await order(stack, "unpin"))[0] == 200
+        assert await ask(stack) == ["int8"]
+        assert (await order(stack, "restore"))[0] == 200
+        assert await ask(stack) == ["int4-kv8"]
+        assert await kinds(stack) == ["restored", "unpinned", "pinned", "demoted"]
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ({"action": "demote", "variant": "bf16", "role": "core"}, "no quantized variant 'bf16'"),
+        ({"action": "demote", "variant": "int9", "role": "core"}, "variants: int4-kv8, int8"),
+        ({"action": "demote", "variant": "int8", "role": "cook"}, "roles: core, intent_classifier"),
+        ({"action": "explode", "variant": "int8", "role": "core"}, "action"),
+        ({"action": "demote", "role": "core"}, "variant"),
+    ],
+)
+async def test_an_order_that_means_nothing_is_refused(body: dict[str, str], words: str) -> None:
+    async with watching() as stack, stack.http.post(stack.url + "/admin/watch", json=body) as response:
+        assert response.status == 400
+        assert words in (await response.json())["error"]["message"]
+
+
+async def test_probation_judges_copies_that_no_client_gets() -> None:
+    async with watching(watch={"probation_after_s": 0.1}) as stack:
+        harm(stack)
+        await order(stack, "demote")
+        await eventually(lambda: on_probation(stack), within_s=5)
+        assert set(await ask(stack, 6)) == {"int8"}
+        await eventually(lambda: failed(stack), within_s=10)
+        stack.engines["int4-kv8"].script.text = "The total is $277."
+        for _ in range(200):
+            if (await ask(stack, 4))[0] == "int4-kv8":
+                break
+            await asyncio.sleep(0.05)
+        assert (await kinds(stack))[0] == "restored"
+        assert (await cell(stack))["verdict"] in ("healthy", "no evidence")
+
+
+async def on_probation(stack: Stack) -> bool:
+    return bool((await cell(stack))["status"] == "probation")
+
+
+async def failed(stack: Stack) -> bool:
+    return "failed_probation" in await kinds(stack)
+
+
+async def test_two_gateways_obey_one_store_and_a_restart_forgets_nothing(tmp_path: Path) -> None:
+    shared = {"store": f"sqlite:///{tmp_path / 'watch.db'}"}
+    async with watching(watch=shared) as one:
+        async with watching(watch=shared) as other:
+            await order(one, "demote")
+            await eventually(lambda: moved(other))
+            harm(other)
+        assert await ask(one) == ["int8"]
+    async with watching(watch=shared) as again:
+        await eventually(lambda: moved(again))
+
+
+async def moved(stack: Stack) -> bool:
+    return await ask(stack) == ["int8"]
+
+
+async def test_a_reference_that_is_down_or_talks_nonsense_harms_nobody() -> None:
+    async with watching() as stack:
+        for trouble in ({"status": 500}, {"garbage": True}, {"status": 400}):
+            for name, value in trouble.items():
+                setattr(stack.engines["bf16"].script, name, value)
+            assert set(await ask(stack, 3)) == {"int4-kv8"}
+            await eventually(lambda: stack.gateway._inquiry.idle)
+            stack.engines["bf16"].script.status, stack.engines["bf16"].script.garbage = 200, False
+        labels = {"role": "intent_classifier", "variant": "int4-kv8"}
+        assert stack.sample("tiercel_shadow_compared_total", result="error", **labels) == 9
+        assert (await cell(stack))["checks"].get("shadow") is None
+
+
+async def test_an_engine_that_knows_no_priorities_is_asked_without() -> None:
+    async with watching() as stack:
+        stack.engines["bf16"].script.knows_priority = False
+        await ask(stack, 3)
+        labels = {"role": "intent_classifier", "variant": "int4-kv8", "result": "agreed"}
+        await eventually(lambda: stack.sample("tiercel_shadow_compared_total", **labels) == 3)
+
+
+async def test_the_watch_gives_way_to_users() -> None:
+    async with watching(watch={"busy_at": 1, "queue": 2}) as stack:
+        reference = stack.engines["bf16"]
+        reference.script.token_delay_s = 0.2
+        async with stack.post({"stream": True}, headers={"x-agent-role": "core"}):
+            await eventually(lambda: reference.running == 1)
+            await ask(stack, 5)
+            labels = {"role": "intent_classifier", "variant": "int4-kv8", "result": "shed"}
+            await eventually(lambda: stack.sample("tiercel_shadow_compared_total", **labels) == 5)
+        assert all("prompt_logprobs" not in body for body in reference.requests)
+
+
+async def test_without_log_probabilities_there_is_nothing_to_compare() -> None:
+    async with watching(quality={"logprobs": False}) as stack:
+        await ask(stack, 2)
+        assert (await cell(stack))["verdict"] == "no evidence"
+
+
+async def test_a_store_that_fails_is_said_and_requests_go_on(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "watch.db").mkdir()
+    async with watching(watch={"store": f"sqlite:///{tmp_path / 'watch.db'}"}) as stack:
+        assert await ask(stack) == ["int4-kv8"]
+        await eventually(lambda: "watch.store" in caplog.text)
+        status, answer = await order(stack, "demote")
+        assert (status, answer["error"]["code"]) == (503, "store_down")
+        assert await ask(stack) == ["int4-kv8"]
+
+
+async def test_events_are_posted() -> None:
+    posted: list[Any] = []
+
+    async def take(request: web.Request) -> web.Response:
+        posted.append(await request.json())
+        return web.Response(status=500 if len(posted) == 1 else 200)
+
+    app = web.Application()
+    app.router.add_post("/hook", take)
+    runner = web.AppRunner(app)
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", 0)
+    await site.start()
+    try:
+        url = f"http://127.0.0.1:{runner.addresses[0][1]}/hook"
+        async with watching(watch={"webhook": url}) as stack:
+            await order(stack, "demote", why="for the hook")
+            await eventually(lambda: len(posted) == 2, within_s=5)
+    finally:
+        await runner.cleanup()
+    assert posted[0] == posted[1]
+    assert (posted[1]["kind"], posted[1]["variant"], posted[1]["why"]) == (
+        "demoted",
+        "int4-kv8",
+        "for the hook",
+    )
+
+
+async def test_only_an_admin_may_look_and_act() -> None:
+    keys = [{"name": "plain", "sha256": hash_of("sk-plain")}]
+    async with watching(keys=keys) as stack:
+        for headers, status in (({}, 401), ({"authorization": "Bearer sk-plain"}, 403)):
+            async with stack.http.get(stack.url + "/admin/watch", headers=headers) as response:
+                assert response.status == status
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"watch": {"store": "no url"}}, "watch.store: is no database URL"),
+        ({"watch": {"rate": 2}}, "less than or equal to 1"),
+        (
+            {"roles": {"core": {"rates": {"mood": [0.1, 0.2]}}}, "default_role": "core"},
+            "'mood' is not a check; known: shadow",
+        ),
+        (
+            {"roles": {"core": {"rates": {"shadow": [0.3, 0.2]}}}, "default_role": "core"},
+            "two shares, the lower one first",
+        ),
+    ],
+)
+def test_a_configuration_that_cannot_be_used_says_why(changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        make_config(**changes)
+
+
+def test_the_store_is_sqlite_unless_another_is_given() -> None:
+    assert Store("sqlite://", "one").decisions() == 0
