@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import json
 import os
 import signal
@@ -22,6 +23,7 @@ from quantize.registry import Registry
 
 Say = Callable[[str], None]
 
+_GATEWAY = "gateway "
 FIRST_BACK_OFF_S, LONGEST_BACK_OFF_S = 1.0, 60.0
 STEADY_S = 120.0
 """A process that ran this long starts again without delay when it ends."""
@@ -67,7 +69,8 @@ class Stack:
         self._specs = engine_specs(config)
         self.engines = {spec.card.variant: EngineProcess(spec, config.engine) for spec in self._specs}
         self._gateway: asyncio.subprocess.Process | None = None
-        self._watchers: list[asyncio.Task[None]] = []
+        self._watchers: dict[str, asyncio.Task[None]] = {}
+        """By variant, and ``_GATEWAY``, which is no variant's name."""
 
     @property
     def url(self) -> str:
@@ -118,8 +121,9 @@ class Stack:
         if self._before_gateway is not None:
             await self._before_gateway({name: e.spec.url for name, e in self.engines.items()})
         await self._start_gateway()
-        self._watchers = [asyncio.create_task(self._watch_engine(e)) for e in self.engines.values()]
-        self._watchers.append(asyncio.create_task(self._watch_gateway()))
+        for name, engine in self.engines.items():
+            self._watchers[name] = asyncio.create_task(self._watch_engine(engine))
+        self._watchers[_GATEWAY] = asyncio.create_task(self._watch_gateway())
 
     async def _start_gateway(self) -> None:
         with self.gateway_log.open("ab") as log:
@@ -162,6 +166,20 @@ class Stack:
                 self._say(str(error))
                 await engine.stop()
 
+    async def swap(self, variant: str, directory: Path) -> None:
+        """Serve other files under a variant's name: at the same address, and unknown to the gateway."""
+        old = self.engines[variant]
+        watcher = self._watchers.pop(variant)
+        watcher.cancel()
+        await asyncio.gather(watcher, return_exceptions=True)
+        await old.stop()
+        spec = dataclasses.replace(old.spec, directory=directory)
+        engine = self.engines[variant] = EngineProcess(spec, self.config.engine)
+        await engine.start()
+        self._write_state()
+        await engine.wait_ready()
+        self._watchers[variant] = asyncio.create_task(self._watch_engine(engine))
+
     async def _watch_gateway(self) -> None:
         delay = FIRST_BACK_OFF_S
         while self._gateway is not None:
@@ -188,9 +206,9 @@ class Stack:
 
     async def stop(self) -> None:
         """Gateway first (it drains), then the engines, all at once."""
-        for watcher in self._watchers:
+        for watcher in self._watchers.values():
             watcher.cancel()
-        await asyncio.gather(*self._watchers, return_exceptions=True)
+        await asyncio.gather(*self._watchers.values(), return_exceptions=True)
         if self._gateway is not None and self._gateway.returncode is None:
             for sent, patience in ((signal.SIGTERM, 15.0), (signal.SIGKILL, 5.0)):
                 with contextlib.suppress(ProcessLookupError):

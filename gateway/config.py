@@ -87,6 +87,12 @@ class Role(_Section):
         default=False,
         description="an answer that is not streamed and fails a check is asked of the next higher precision",
     )
+    confidence: float | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description="with escalate: also when the tokens' geometric mean probability is below this",
+    )
     rates: dict[str, tuple[float, float]] = Field(
         default_factory=dict,
         description="check of the watch to the share of bad answers that is tolerated, and that alarms",
@@ -257,6 +263,9 @@ class Watch(_Section):
     )
     probation_rate: float = Field(
         default=0.1, gt=0, le=1, description="share of the role's requests that it gets copies of"
+    )
+    escalated_share: float = Field(
+        default=0.2, ge=0, le=1, description="of a role's answers, that may be asked again at most"
     )
     webhook: str | None = Field(default=None, description="URL that every event is posted to as JSON")
     judge: Judge | None = None

@@ -13,7 +13,7 @@ import itertools
 import logging
 import os
 import re
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from gateway.api.body import EMPTY, Body
@@ -74,6 +74,10 @@ class Exchange:
     winner: Attempt | None = None
     """The attempt whose answer the client gets."""
     hedged = False
+    escalated: str | None = None
+    """The check that a cheaper variant's answer failed, which nobody got."""
+    spent: Sequence[tuple[Route, int, int]] = ()
+    """Routes of answers that nobody got, with their prompt and completion tokens."""
     task: asyncio.Task[None] | None = None
     tries = 0
     """Attempts that never reached an engine, and those of them over a connection that had been closed."""
@@ -190,6 +194,9 @@ class Exchange:
             out = self.reader.feed(body, now)
             if attempt.replica.breaker.troubled:
                 attempt.replica.breaker.answered()
+            if self.setup.ask.escalates and self.setup.ask.escalate(self, attempt):
+                self.overhead_s += self.plane.clock() - now
+                return
             self.begun = True
             self.overhead_s += self.plane.clock() - now
             self.door.send_whole(self.answer_head(200, b"application/json"), out)

@@ -10,10 +10,10 @@ from gateway.api.body import Body
 from gateway.api.endpoints import Form
 from gateway.config import Config
 from gateway.errors import BadRequestError, NeverReachedError
-from gateway.exchange import Exchange
+from gateway.exchange import Attempt, Exchange
 from gateway.identity import Identities
 from gateway.routing.pools import PROVIDER, Replica
-from gateway.routing.router import Router
+from gateway.routing.router import Reason, Router
 from gateway.upstream.readers import NamedStreamReader, Reader, StreamReader, TappedReader, WholeReader
 from gateway.upstream.vllm import EngineAttempt, request_for
 from gateway.upstream.wishes import STREAM, Wishes
@@ -73,6 +73,9 @@ class AskUpstream:
         self._providers = providers
         share = config.quality.sample_rate if config.quality.logprobs else 0.0
         self._tapped_below = int(share * _SHARE)
+        self.escalates = {name for name, role in config.roles.items() if role.escalate}
+        """Roles whose answers are looked at before the client gets them."""
+        self._escalations = Escalations(config.watch.escalated_share)
 
     def __call__(self, exchange: Exchange) -> None:
         assert exchange.route
@@ -98,10 +101,35 @@ class AskUpstream:
         exchange.attempts.remove(attempt)
         exchange.carry_on()
 
+    def escalate(self, exchange: Exchange, attempt: Attempt) -> bool:
+        """Ask the next more precise variant instead, if the answer that has come whole fails a check. Once
+        per request, for a share of a role's answers, and never where the client has named the variant."""
+        route, tapped, caller = exchange.route, exchange.tapped, exchange.caller
+        if route is None or tapped is None or caller is None or route.role not in self.escalates:
+            return False
+        if exchange.escalated or route.reason is Reason.EXPLICIT_VARIANT:
+            return False
+        why = exchange.setup.observer.insufficient(route.role, exchange.body, tapped.answer)
+        if not self._escalations.allows(route.role, why is not None) or why is None:
+            return False
+        higher = self._router.higher(route)
+        if higher is None:
+            return False
+        exchange.plane.metrics.escalations.labels(route.role, route.variant, why).inc()
+        exchange.plane.observe(exchange)
+        exchange.spent = (*exchange.spent, (route, tapped.prompt_tokens or 0, tapped.completion_tokens))
+        exchange.escalated, exchange.route = why, higher
+        exchange.attempts.remove(attempt)
+        exchange.reader = exchange.winner = None
+        self(exchange)
+        return True
+
     def _reader(self, exchange: Exchange) -> Reader:
         wishes, endpoint = exchange.wishes, exchange.endpoint
         if endpoint.form is not Form.COMPLETIONS:
             return NamedStreamReader() if wishes.stream else WholeReader()
+        if not wishes.stream and exchange.caller and exchange.caller.role in self.escalates:
+            return TappedReader(wishes)
         if self._tapped_below and sampled(exchange.request_id, self._tapped_below):
             return TappedReader(wishes)
         return StreamReader(wishes) if wishes.stream else WholeReader()
@@ -121,6 +149,27 @@ class AskUpstream:
         if (other := self._router.another(route, busy)) is not None:
             exchange.hedged = True
             self._ask(exchange, other)
+
+
+class Escalations:
+    """Bounds the share of a role's answers that are asked again, so that a harmed variant does not double the
+    load on the next one: the watch is there to demote it."""
+
+    _GRACE, _MEMORY = 20, 2000
+
+    def __init__(self, share: float) -> None:
+        self._share = share
+        self._counts: dict[str, list[float]] = {}
+
+    def allows(self, role: str, wanted: bool) -> bool:
+        """Count an answer; whether it may be asked again, if that is ``wanted``."""
+        counts = self._counts.setdefault(role, [0.0, 0.0])
+        counts[0] += 1
+        if counts[0] > self._MEMORY:
+            counts[:] = [count / 2 for count in counts]
+        allowed = wanted and counts[1] + 1 <= self._share * (counts[0] + self._GRACE)
+        counts[1] += allowed
+        return allowed
 
 
 def sampled(request_id: str, below: int) -> bool:

@@ -168,16 +168,20 @@ class DataPlane:
             for woken in itertools.islice(self.waiting.values(), WOKEN):
                 woken.set()
         self.ledger.record(exchange)
+        if exchange.error is None:
+            self.observe(exchange)
+
+    def observe(self, exchange: Exchange) -> None:
+        """Have an answer checked that was listened to."""
         tapped, route = exchange.tapped, exchange.route
-        if tapped is None or route is None or exchange.error is not None:
+        if tapped is None or route is None:
             return
         observer = exchange.setup.observer
         if tapped.confused:
             observer.count_error("listen", route.role, route.variant)
             return
         seen = Observed(route.role, route.variant, exchange.request_id, exchange.body, tapped.answer)
-        check = observer.observe(seen)
-        task = asyncio.get_running_loop().create_task(check)
+        task = asyncio.get_running_loop().create_task(observer.observe(seen))
         self._checks.add(task)
         task.add_done_callback(self._checks.discard)
 

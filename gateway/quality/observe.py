@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -95,13 +96,17 @@ class Observer:
         if self._watch and self._inquiry:
             self._try("shadow", role, variant, lambda: self._inquire(seen, key))
 
-    def insufficient(self, body: Body, answer: Answer) -> str | None:
+    def insufficient(self, role: str, body: Body, answer: Answer) -> str | None:
         """The check that an answer fails so plainly that a more precise variant should be asked; or None."""
         try:
             found = failures(body, answer)
+            signals = answer.meter.result()
         except Exception:
             self._log.warning("a check before an escalation failed", exc_info=True)
             return None
+        floor = self._config.roles[role].confidence
+        if floor is not None and signals is not None and math.exp(-signals.nll_mean) < floor:
+            return "confidence"
         return next((name for name in HARD if found.get(name)), None)
 
     def count_error(self, check_name: str, role: str, variant: str) -> None:

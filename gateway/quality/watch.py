@@ -41,7 +41,7 @@ WEBHOOK_TRIES, WEBHOOK_TIMEOUT_S = 4, 5.0
 DEFAULT_RATES: Mapping[str, tuple[float, float]] = {
     "shadow": (0.05, 0.2),
     "regenerated": (0.1, 0.3),
-    "signals": (0.06, 0.25),
+    "signals": (0.1, 0.35),
     "rules": (0.02, 0.12),
     "judge": (0.1, 0.3),
 }

@@ -7,6 +7,7 @@ import time
 import msgspec
 
 from gateway.exchange import Exchange
+from gateway.routing.router import Route
 from gateway.telemetry.logs import AccessLog
 from gateway.telemetry.metrics import OTHER, Metrics
 from gateway.telemetry.tallies import Count, Spread
@@ -99,11 +100,20 @@ class Ledger:
             if books is None:
                 books = self._books[kind] = _Books(self._metrics, kind)
             self._enter(books, exchange, took, prompt or 0, completion)
+            for spent in exchange.spent:
+                self._enter_spent(key, *spent)
         else:
             role = caller.role if caller is not None else OTHER
             self._metrics.requests.labels(role, model, NO_VARIANT, str(status)).inc()
         if error is not None or setup.config.gateway.access_log:
             self.log.write(_line(exchange, model, status, took, prompt, completion))
+
+    def _enter_spent(self, key: str | None, route: Route, prompt: int, completion: int) -> None:
+        """Tokens of an answer that nobody got."""
+        for kind, tokens in (("prompt", prompt), ("completion", completion)):
+            self._metrics.tokens.labels(route.role, route.variant, kind).inc(tokens)
+            if key is not None:
+                self._metrics.key_tokens.labels(key, route.role, route.variant, kind).inc(tokens)
 
     def _enter(self, books: _Books, exchange: Exchange, took: float, prompt: int, completion: int) -> None:
         books.requests.value += 1

@@ -20,7 +20,7 @@ def policy(**changes: Any) -> Policy:
         "rates": {
             "shadow": (0.05, 0.2),
             "regenerated": (0.1, 0.3),
-            "signals": (0.06, 0.25),
+            "signals": (0.1, 0.35),
             "rules": (0.02, 0.12),
         },
         "probation_after_s": 60.0,

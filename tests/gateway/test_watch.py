@@ -296,3 +296,64 @@ def test_a_configuration_that_cannot_be_used_says_why(changes: dict[str, Any], w
 
 def test_the_store_is_sqlite_unless_another_is_given() -> None:
     assert Store("sqlite://", "one").decisions() == 0
+
+
+JSON = {"response_format": {"type": "json_object"}}
+
+
+def escalating(**role: Any) -> dict[str, Any]:
+    return {"roles": {"intent_classifier": {"escalate": True, **role}, "summarizer": {}, "core": {}}}
+
+
+async def test_an_answer_that_fails_a_check_is_asked_of_a_higher_precision() -> None:
+    async with watching(**escalating()) as stack:
+        stack.engines["int4-kv8"].script.text = "no json"
+        stack.engines["int8"].script.text = '{"intent": "pay"}'
+        async with stack.post(JSON, headers=ROLE) as response:
+            answer = await response.json()
+            assert response.headers["x-tiercel-variant"] == "int8"
+            assert response.headers["x-tiercel-route-reason"] == "escalated"
+        assert answer["choices"][0]["message"]["content"] == '{"intent": "pay"}'
+        labels = {"role": "intent_classifier", "variant": "int4-kv8"}
+        assert stack.sample("tiercel_escalations_total", check="json", **labels) == 1
+        # Both answers are in the books, and the worse one is evidence.
+        tokens = stack.sample("tiercel_tokens_total", kind="completion", **labels)
+        assert tokens == 2
+        await eventually(lambda: rules_seen(stack))
+
+
+async def rules_seen(stack: Stack) -> bool:
+    found = (await cell(stack))["checks"].get("rules")
+    return found is not None and (found["answers"], found["bad"]) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    ("body", "role", "texts"),
+    [
+        ({**JSON, "model": "assistant:int4-kv8"}, {}, ("no json", "{}")),  # the client has chosen
+        ({**JSON, "stream": True}, {}, ("no json", "{}")),  # it has gone out already
+        (JSON, {}, ('{"a": 1}', "{}")),  # it is good
+        ({}, {"confidence": 0.5}, ("sure", "surer")),
+    ],
+)
+async def test_what_is_not_asked_again(
+    body: dict[str, Any], role: dict[str, Any], texts: tuple[str, str]
+) -> None:
+    async with watching(**escalating(**role)) as stack:
+        stack.engines["int4-kv8"].script.text, stack.engines["int8"].script.text = texts
+        assert await ask(stack, **body) == ["int4-kv8"]
+        assert stack.engines["int8"].requests == []
+
+
+async def test_an_unsure_answer_is_asked_again() -> None:
+    async with watching(**escalating(confidence=0.95)) as stack:  # a fake's tokens have 0.9
+        assert await ask(stack) == ["int8"]
+
+
+async def test_escalation_is_bounded_and_happens_once() -> None:
+    async with watching(watch={"escalated_share": 0.1}, **escalating()) as stack:
+        for engine in stack.engines.values():
+            engine.script.text = "no json"
+        variants = [(await ask(stack, **JSON))[0] for _ in range(40)]
+        assert 2 <= variants.count("int8") <= 8
+        assert "bf16" not in variants
