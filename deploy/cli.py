@@ -13,6 +13,7 @@ from deploy.commands import add_command, run_engines, say
 from deploy.commands.gateway import add_gateway
 from deploy.commands.quantize import add_quantize, with_make
 from deploy.commands.variants import add_variants, with_list
+from deploy.commands.watch import add_watch, with_show
 from deploy.engine import EngineStartError
 from deploy.supervisor import UpError, run_until_stopped
 from gateway.config import ConfigError, load_config
@@ -57,7 +58,7 @@ def demo(options: argparse.Namespace) -> None:
     from deploy.making import make_variants
 
     config = load_config(options.config)
-    say("1/4 quantize: making the variants")
+    say("1/5 quantize: making the variants")
     cards = make_variants(config, config.serve, say)
     run_engines(run_demo(config, options.config, cards, options.out, options.messages, say))
 
@@ -72,6 +73,8 @@ def parser() -> argparse.ArgumentParser:
     text = "list, show, compare, choose, delete and report what was made"
     add_variants(commands.add_parser("variants", help=text, description=text))
     add_gateway(commands)
+    text = "do the quantized agents still tell the truth? what is known, and a person's word"
+    add_watch(commands.add_parser("watch", help=text, description=text))
     add_command(commands, "up", up, "start one engine per served variant and the gateway, until Ctrl-C")
     showing = add_command(commands, "demo", demo, "quantize, serve, and run the demo team; writes a report")
     showing.add_argument("--out", type=Path, default=Path("var/demo"), help="where the report goes")
@@ -80,7 +83,9 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    options = parser().parse_args(with_list(with_make(sys.argv[1:] if arguments is None else arguments)))
+    options = parser().parse_args(
+        with_show(with_list(with_make(sys.argv[1:] if arguments is None else arguments)))
+    )
     try:
         options.run(options)
     except KeyboardInterrupt:

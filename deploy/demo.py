@@ -23,6 +23,7 @@ from agents.prompts import CORE, INTENT_CLASSIFIER, SUMMARIZER, SYSTEM_PROMPTS
 from agents.team import MAX_TOKENS, ROLES, TicketResult, read_tickets, run_team, user_text
 from deploy.making import cpu_line, evaluate_variants
 from deploy.report import DemoReport, Machine, RoleReport, VariantReport, format_table, write_report
+from deploy.second_act import Clock, second_act
 from deploy.supervisor import Stack
 from gateway.config import Config
 from quantize.card import Card
@@ -48,17 +49,18 @@ async def run_demo(
 
     async def gate(engines: dict[str, str]) -> None:
         nonlocal cards
-        say("3/4 gate: measuring each variant on its own engine")
+        say("3/5 gate: measuring each variant on its own engine")
         cards = await evaluate_variants(config, cards, say, engines)
         say(format_variants(cards))
 
-    say("2/4 serve: starting one engine per served variant")
+    say("2/5 serve: starting one engine per served variant")
     async with Stack(config, config_path, say, before_gateway=gate) as stack:
-        say(f"4/4 run: {len(tickets)} customer messages through the ADK team")
-        sent = time.monotonic()
+        say(f"4/5 run: {len(tickets)} customer messages through the ADK team")
+        sent, clock = time.monotonic(), Clock(is_right)
         with tqdm(total=len(tickets), desc="messages", unit="message", mininterval=1) as bar:
 
-            def advance(_: TicketResult) -> None:
+            def advance(result: TicketResult) -> None:
+                clock.take(result)
                 bar.update()
 
             results = await run_team(
@@ -72,6 +74,8 @@ async def run_demo(
         await asyncio.sleep(1.0)  # the last answers are being checked
         metrics = await read_metrics(stack.url)  # before the reference is asked, which would count too
         agreement = await agreement_with_reference(config, stack.url, results)
+        say("5/5 watch: a quantized variant is harmed while it serves")
+        incident = await second_act(stack, clock, tickets, CONCURRENCY, say)
     for result in results:
         for line in result.errors:
             say(f"error: {line}")
@@ -82,6 +86,7 @@ async def run_demo(
         wall_seconds=wall,
         roles={role: role_report(role, results, wall, agreement, metrics) for role in ROLES},
         variants={card.variant: variant_report(card, metrics) for card in cards},
+        incident=incident,
     )
     write_report(report, out)
     print(format_table(report))

@@ -6,6 +6,7 @@ asks for nothing outside itself, ``report.png`` the picture for a chat or a slid
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from datetime import datetime
@@ -68,6 +69,45 @@ class VariantReport(_Section):
     accuracy: dict[str, float] = Field(default_factory=dict, description="role to held-out accuracy")
 
 
+class Answer(_Section):
+    """One agent's answer; ``at``: seconds from the beginning of the run."""
+
+    role: str
+    variant: str | None
+    right: bool
+    at: float
+
+
+class Demotion(_Section):
+    """When the watch acted: answers of the harmed variant that clients got, and seconds, from the harm on."""
+
+    role: str
+    answers: int
+    seconds: float
+    why: str
+
+
+class Incident(_Section):
+    """The act, as it went."""
+
+    variant: str
+    fault: str
+    harmed_at: float
+    answers: tuple[Answer, ...]
+    demotions: tuple[Demotion, ...]
+
+    def accuracy(
+        self, role: str, variant: str | None = None, since: float = 0.0, until: float = math.inf
+    ) -> float | None:
+        """Share of right answers of a role, of all variants or of one, within a stretch of time."""
+        found = [
+            answer.right
+            for answer in self.answers
+            if answer.role == role and since <= answer.at <= until and variant in (None, answer.variant)
+        ]
+        return sum(found) / len(found) if found else None
+
+
 class DemoReport(_Section):
     """The whole report."""
 
@@ -77,6 +117,7 @@ class DemoReport(_Section):
     wall_seconds: float = Field(ge=0)
     roles: dict[str, RoleReport] = Field(min_length=1)
     variants: dict[str, VariantReport] = Field(min_length=1, description="the order is kept in tables")
+    incident: Incident | None = Field(default=None, description="the second act")
 
     @model_validator(mode="after")
     def _served_variants_are_described(self) -> DemoReport:
@@ -179,8 +220,27 @@ def format_table(report: DemoReport) -> str:
         _align(role_rows(report)),
         _align([row[:width] for row in variant_rows(report)]),
         "\n  ".join(gates) if len(gates) > 1 else "",
+        "\n  ".join(["watch", *incident_lines(report.incident)]) if report.incident else "",
     ]
     return "\n\n".join(block for block in blocks if block)
+
+
+def incident_lines(incident: Incident) -> list[str]:
+    """The second act in sentences."""
+    lines = [f"the engine of {incident.variant} was replaced by one with harmed weights ({incident.fault})"]
+    for one in incident.demotions:
+        before = incident.accuracy(one.role, until=incident.harmed_at)
+        harmed = incident.accuracy(one.role, incident.variant, incident.harmed_at)
+        after = incident.accuracy(one.role, None, incident.harmed_at + one.seconds)
+        lines.append(
+            f"{one.role}: demoted after {one.answers} answers, {one.seconds:.0f} s, because {one.why}; "
+            f"right: {percent(before)} before, {percent(harmed)} harmed, {percent(after)} afterwards"
+        )
+    missed = {a.role for a in incident.answers if a.variant == incident.variant} - {
+        one.role for one in incident.demotions
+    }
+    lines += [f"{role}: not demoted" for role in sorted(missed)]
+    return lines
 
 
 def _align(rows: Sequence[Sequence[str]]) -> str:

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 from html import escape
 
-from deploy.report import DemoReport, percent, role_rows, variant_rows
+from deploy.report import DemoReport, incident_lines, percent, role_rows, variant_rows
 from deploy.report_figure import PANELS, render_svg
+from deploy.watch_page import Mark, Share, over_time
 from quantize.page import document, framed, row, table, verdict
+
+STYLE = """
+.time { overflow-x: auto; } .time svg { min-width: 34rem; }
+ul { padding-left: 1.2rem; }
+"""
 
 
 def render_html(report: DemoReport) -> str:
@@ -37,9 +43,31 @@ def render_html(report: DemoReport) -> str:
 <h2>Gates: which role a variant may serve</h2>
 {_gates(report)}
 </section>
+{_incident(report)}
 <footer>Latency is measured at the client. Accuracy in the table of roles is on the demo's messages, in the
 gates on held-out items. The same figures are in report.json.</footer>"""
-    return document(f"Tiercel: {report.headline}", body)
+    return document(f"Tiercel: {report.headline}", body, STYLE)
+
+
+def _incident(report: DemoReport) -> str:
+    """The second act: right answers of every role over time, before and after the harm."""
+    incident = report.incident
+    if incident is None:
+        return ""
+    lines = {
+        role: [Share(a.at, int(a.right), 1) for a in incident.answers if a.role == role]
+        for role in report.roles
+    }
+    marks = [Mark(incident.harmed_at, f"{incident.variant} harmed", "var(--bad)")]
+    for one in incident.demotions:
+        marks.append(Mark(incident.harmed_at + one.seconds, f"demoted for {one.role}", "var(--good)"))
+    title = "Right answers over time, by role"
+    said = "".join(f"<li>{escape(line)}</li>" for line in incident_lines(incident))
+    return f"""<section>
+<h2>The second act: a variant is harmed under live traffic</h2>
+<ul>{said}</ul>
+<figure class="time"><h3>{title}</h3>{over_time(lines, marks, title, "seconds")}</figure>
+</section>"""
 
 
 def _tiles(report: DemoReport) -> str:

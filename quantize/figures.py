@@ -57,7 +57,7 @@ def svg(width: int, height: int, title: str, parts: Sequence[str]) -> str:
     )
 
 
-def _text(x: float, y: float, words: str, anchor: str = "start", colour: str = "--muted") -> str:
+def draw_text(x: float, y: float, words: str, anchor: str = "start", colour: str = "--muted") -> str:
     """With a seam of the background's colour, so that lines do not cross it."""
     return (
         f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" fill="var({colour})" paint-order="stroke" '
@@ -65,11 +65,11 @@ def _text(x: float, y: float, words: str, anchor: str = "start", colour: str = "
     )
 
 
-def _line(x1: float, y1: float, x2: float, y2: float, colour: str = "var(--grid)", more: str = "") -> str:
+def draw_line(x1: float, y1: float, x2: float, y2: float, colour: str = "var(--grid)", more: str = "") -> str:
     return f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" stroke="{colour}" {more}/>'
 
 
-def _path(places: Sequence[tuple[float, float]], colour: str, more: str = "") -> str:
+def draw_path(places: Sequence[tuple[float, float]], colour: str, more: str = "") -> str:
     d = "M" + " L".join(f"{x:.1f} {y:.1f}" for x, y in places)
     return f'<path d="{d}" fill="none" stroke="{colour}" {more}/>'
 
@@ -98,17 +98,17 @@ def loss_against_bytes(
     parts = _axes(x, y, width, height)
     if reference:
         at = x(reference[1] / 1e6)
-        parts.append(_line(at, 28, at, y.start, "var(--muted)", 'stroke-dasharray="3 4"'))
-        parts.append(_text(at - 5, y.end + 12, f"{reference[0]}, loss 0", "end"))
+        parts.append(draw_line(at, 28, at, y.start, "var(--muted)", 'stroke-dasharray="3 4"'))
+        parts.append(draw_text(at - 5, y.end + 12, f"{reference[0]}, loss 0", "end"))
     if noise_floor:
         at = y(noise_floor)
-        parts.append(_line(x.start, at, x.end, at, "var(--muted)", 'stroke-dasharray="6 4"'))
-        parts.append(_text(x.start + 4, at - 5, "noise floor: the reference against itself"))
+        parts.append(draw_line(x.start, at, x.end, at, "var(--muted)", 'stroke-dasharray="6 4"'))
+        parts.append(draw_text(x.start + 4, at - 5, "noise floor: the reference against itself"))
     front = [(x(p.bytes / 1e6), y(p.kl)) for p in pareto(shown)]
     steps = [front[0]]
     for place in front[1:]:
         steps += [(place[0], steps[-1][1]), place]
-    parts.append(_path(steps, "var(--muted)", 'stroke-width="1.5" opacity=".7"'))
+    parts.append(draw_path(steps, "var(--muted)", 'stroke-width="1.5" opacity=".7"'))
     return svg(width, height, _front_title(shown), parts + _marks(shown, x, y))
 
 
@@ -121,16 +121,16 @@ def _axes(x: Scale, y: Scale, width: int, height: int) -> list[str]:
     parts = []
     for tick in y.ticks():
         parts += [
-            _line(x.start, y(tick), x.end, y(tick)),
-            _text(x.start - 8, y(tick) + 4, f"{tick:g}", "end"),
+            draw_line(x.start, y(tick), x.end, y(tick)),
+            draw_text(x.start - 8, y(tick) + 4, f"{tick:g}", "end"),
         ]
     for tick in x.ticks():
         parts += [
-            _line(x(tick), y.start, x(tick), y.start + 4),
-            _text(x(tick), y.start + 18, f"{tick:g}", "middle"),
+            draw_line(x(tick), y.start, x(tick), y.start + 4),
+            draw_text(x(tick), y.start + 18, f"{tick:g}", "middle"),
         ]
-    parts.append(_text((x.start + x.end) / 2, height - 6, "weights, MB", "middle"))
-    parts.append(_text(4, 14, "mean KL, nats per token (logarithmic)"))
+    parts.append(draw_text((x.start + x.end) / 2, height - 6, "weights, MB", "middle"))
+    parts.append(draw_text(4, 14, "mean KL, nats per token (logarithmic)"))
     return parts
 
 
@@ -145,7 +145,7 @@ def _marks(shown: Sequence[Point], x: Scale, y: Scale) -> list[str]:
         colour = "var(--muted)" if point.control else PALETTE[variants.index(point.name) % len(PALETTE)]
         if point.low is not None and point.high is not None:
             low, high = y(max(point.low, y.low)), y(point.high)
-            parts.append(_line(px, low, px, high, colour, 'stroke-width="2"'))
+            parts.append(draw_line(px, low, px, high, colour, 'stroke-width="2"'))
         if point.control:
             parts.append(
                 f'<path d="M{px:.1f} {py - 6:.1f}l6 6-6 6-6-6z" fill="var(--card)" stroke="{colour}" '
@@ -163,7 +163,7 @@ def _marks(shown: Sequence[Point], x: Scale, y: Scale) -> list[str]:
         if box is not None:
             taken.append(box)
             parts.append(
-                _text(box[0], box[3] - 4, point.name, colour="--muted" if point.control else "--ink")
+                draw_text(box[0], box[3] - 4, point.name, colour="--muted" if point.control else "--ink")
             )
     return parts
 
@@ -218,11 +218,11 @@ def weights_before_and_after(figures: WeightFigures, title: str, width: int = 26
         words,
         [
             f'<path d="{d}" fill="var(--muted)" opacity=".35"/>',
-            _path(outline(figures.after), "var(--after)", 'stroke-width="1.3"'),
-            _line(x.start, y.start, x.end, y.start),
-            _text(x.start, height - 6, f"{-figures.largest:.3g}"),
-            _text((x.start + x.end) / 2, height - 6, "0", "middle"),
-            _text(x.end, height - 6, f"{figures.largest:.3g}", "end"),
+            draw_path(outline(figures.after), "var(--after)", 'stroke-width="1.3"'),
+            draw_line(x.start, y.start, x.end, y.start),
+            draw_text(x.start, height - 6, f"{-figures.largest:.3g}"),
+            draw_text((x.start + x.end) / 2, height - 6, "0", "middle"),
+            draw_text(x.end, height - 6, f"{figures.largest:.3g}", "end"),
         ],
     )
 
@@ -248,13 +248,13 @@ def activations_before_and_after(
     parts = []
     for tick in y.ticks()[:: max(1, len(y.ticks()) // 4)]:
         parts += [
-            _line(x.start, y(tick), x.end, y(tick)),
-            _text(x.start - 6, y(tick) + 4, f"{tick:g}", "end"),
+            draw_line(x.start, y(tick), x.end, y(tick)),
+            draw_text(x.start - 6, y(tick) + 4, f"{tick:g}", "end"),
         ]
     parts += [
-        _path(curve(figures.before), "var(--muted)", 'stroke-width="2.5" opacity=".6"'),
-        _path(curve(figures.after), "var(--after)", 'stroke-width="1.5"'),
-        _text(x.start, height - 6, "largest"),
-        _text(x.end, height - 6, f"{figures.channels} channels", "end"),
+        draw_path(curve(figures.before), "var(--muted)", 'stroke-width="2.5" opacity=".6"'),
+        draw_path(curve(figures.after), "var(--after)", 'stroke-width="1.5"'),
+        draw_text(x.start, height - 6, "largest"),
+        draw_text(x.end, height - 6, f"{figures.channels} channels", "end"),
     ]
     return svg(width, height, words, parts)

@@ -29,6 +29,7 @@ import yaml
 from tqdm import tqdm
 
 from benchmarks.watch.traffic import Answered, questions, send
+from deploy.commands import run_engines
 from deploy.damage import DAMAGES, damaged
 from deploy.making import free_port
 from deploy.supervisor import Stack
@@ -78,12 +79,19 @@ class Run:
         self._next = itertools.count(0, 2000)
         self._stop = asyncio.Event()
         self.began = time.monotonic()
+        self.ended = asyncio.Event()
         self.marks: list[tuple[float, str]] = []
 
     def mark(self, what: str) -> None:
         self.marks.append((time.monotonic() - self.began, what))
 
     async def traffic(self, concurrency: int) -> None:
+        try:
+            await self._traffic(concurrency)
+        finally:
+            self.ended.set()
+
+    async def _traffic(self, concurrency: int) -> None:
         for first in self._next:
             asked = questions(ROLES, 2000, first)
             begun = time.monotonic() - self.began
@@ -139,6 +147,8 @@ async def inject(run: Run, config: Config, fault: str) -> list[dict[str, Any]]:
     rows = []
     waiting = set(ROLES)
     while waiting:
+        if run.ended.is_set():
+            raise RuntimeError("the traffic has ended")
         report = await run.watch()
         for role in sorted(waiting):
             now = cell(report, role)
@@ -229,7 +239,7 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=1.0, help="share that the reference is asked about")
     parser.add_argument("--concurrency", type=int, default=6)
     options = parser.parse_args()
-    result = asyncio.run(
+    result = run_engines(
         benchmark(options.faults, options.repeats, options.healthy, options.rate, options.concurrency)
     )
     (WORK / "inject.json").write_text(json.dumps(result, indent=1))

@@ -40,7 +40,8 @@ class Question:
 
 @dataclass(frozen=True)
 class Answered:
-    """How it was answered: by which variant, why there, in how many seconds, at what time of the run."""
+    """How it was answered: by which variant, why there (of an error: its status), in how many seconds, at
+    what time of the run."""
 
     role: str
     variant: str
@@ -101,15 +102,14 @@ async def send(
             headers = {"x-agent-role": question.role}
             async with session.post(url + "/v1/chat/completions", json=body, headers=headers) as response:
                 reply = await response.json()
-                if response.status != 200:
-                    raise RuntimeError(f"{response.status}: {reply}")
-                text = reply["choices"][0]["message"]["content"] or ""
                 now = time.monotonic()
+                good = response.status == 200
+                text = reply["choices"][0]["message"]["content"] or "" if good else ""
                 await done.put(
                     Answered(
                         question.role,
-                        response.headers["x-tiercel-variant"],
-                        response.headers["x-tiercel-route-reason"],
+                        response.headers.get("x-tiercel-variant", ""),
+                        response.headers["x-tiercel-route-reason"] if good else str(response.status),
                         question.right(text),
                         now - sent,
                         now - began,

@@ -19,7 +19,8 @@ from gateway.quality.grounded import context_of
 LONGEST_PERIOD = 40
 """Words of the longest passage whose repetition is looked for."""
 LOOKED_AT = 1500
-"""Words at the end of an answer in which loops are looked for."""
+"""Words, and letters, at the end of an answer in which loops are looked for."""
+_SAME_LETTERS = re.compile(r"([^\W\d_]{1,8}?)\1{15,}")
 _REFUSAL = re.compile(
     r"^\W*(?:(?:i['\u2019]?m|i am) (?:sorry|unable|not able)|sorry,|"
     r"i (?:cannot|can['\u2019]?t|won['\u2019]?t) (?:help|assist|answer|do|provide|comply)|as an ai\b|"
@@ -62,7 +63,7 @@ def bad_arguments(body: Body, answer: Answer) -> bool | None:
 
 def repetition(_: Body, answer: Answer) -> bool | None:
     """The answer goes round in circles: a passage comes four times in a row, one of up to three words eight
-    times."""
+    times, one of up to eight letters sixteen times."""
     return any(map(_loops, answer.texts)) if answer.texts else None
 
 
@@ -121,6 +122,8 @@ def failures(body: Body, answer: Answer) -> dict[str, bool]:
 
 
 def _loops(text: str) -> bool:
+    if _SAME_LETTERS.search(text[-LOOKED_AT:]):
+        return True
     words = text.split()[-LOOKED_AT:]
     for period in range(1, LONGEST_PERIOD + 1):
         needed = (7 if period < 4 else 3) * period

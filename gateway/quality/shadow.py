@@ -29,6 +29,9 @@ DISPUTED_SHARE = 0.02
 """Share of an answer's tokens that must be disputed, and at least one."""
 LEAST_ALIKE = 0.5
 """Share of words (F1) that two texts have in common when they say about the same."""
+APART = 0.5
+"""Nats per token by which the variant must hold its text likelier than the reference does, where the two cut
+it into other tokens, so that only whole texts can be compared: what nobody would write is cut in odd ways."""
 LABEL_WORDS = 6
 """An answer of so many words or fewer is a label, which is right or wrong as a whole."""
 _WORD = re.compile(r"\w+")
@@ -40,7 +43,7 @@ class Result(StrEnum):
     AGREED = "agreed"
     DISPUTED = "disputed"
     INCOMPARABLE = "incomparable"
-    """The reference cuts the answer into other tokens, or there is none to compare."""
+    """There is no text, or more than one, or too much of it."""
     NO_LOGPROBS = "no_logprobs"
     SHED = "shed"
     """Given up before it was asked, for users' requests."""
@@ -74,19 +77,25 @@ def compare(said: Sequence[tuple[str, float]], rows: Sequence[Row | None]) -> Sc
     same. An end token that only the variant names is left out. None when they cannot be put side by side."""
     if len(said) == len(rows) + 1:
         said = said[:-1]
-    if not rows or len(said) != len(rows):
+    if not said or not rows:
         return None
-    disputed, divergence, other = 0, 0.0, 0
-    for (_, mine), row in zip(said, rows, strict=True):
+    theirs: list[tuple[float, float, bool]] = []
+    for row in rows:
         if not row:
             return None
         entries = sorted(row.values(), key=lambda entry: int(entry["rank"]))
-        favourite, theirs = float(entries[0]["logprob"]), float(entries[-1]["logprob"])
-        other += int(entries[-1]["rank"]) > 1
-        ratio = mine - theirs
-        divergence += max(-50.0, min(50.0, ratio))
-        disputed += theirs - favourite < UNLIKELY and ratio > MORE_LIKELY
-    return Scored(len(said), disputed, divergence / len(said), other / len(said))
+        token, favourite = float(entries[-1]["logprob"]), float(entries[0]["logprob"])
+        theirs.append((max(-50.0, token), favourite, int(entries[-1]["rank"]) > 1))
+    mine = [max(-50.0, logprob) for _, logprob in said]
+    divergence = (sum(mine) - sum(token for token, _, _ in theirs)) / len(theirs)
+    other = sum(differs for _, _, differs in theirs) / len(theirs)
+    if len(mine) != len(theirs):
+        return Scored(len(theirs), len(theirs) if divergence > APART else 0, divergence, other)
+    disputed = sum(
+        token - favourite < UNLIKELY and ours - token > MORE_LIKELY
+        for ours, (token, favourite, _) in zip(mine, theirs, strict=True)
+    )
+    return Scored(len(theirs), disputed, divergence, other)
 
 
 def same_meaning(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> bool:

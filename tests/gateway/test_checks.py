@@ -64,6 +64,8 @@ def call(name: str, arguments: str) -> Answer:
         ("repetition", {}, answer("I see a cat. " * 5), True),
         ("repetition", {}, answer("very " * 9), True),
         ("repetition", {}, answer("ha ha ha"), False),
+        ("repetition", {}, answer("Vidalo" + "o" * 16), True),
+        ("repetition", {}, answer("| a | b |\n|" + "-" * 40 + "|"), False),
         ("repetition", {}, answer("one two three four five six seven eight nine ten " * 2), False),
         ("truncation", {}, answer("and then", "length"), True),
         ("truncation", {}, answer("The end."), False),
