@@ -17,6 +17,7 @@ from gateway.api.watching import Watching
 from gateway.config import Config, ConfigError
 from gateway.hops import AskUpstream, ChooseRoute, Identify
 from gateway.plane import DataPlane, Setup
+from gateway.quality.detectors import detector
 from gateway.quality.inquiry import Inquiry
 from gateway.quality.observe import Observer
 from gateway.quality.watch import Watch
@@ -88,7 +89,12 @@ class Gateway:
         router = Router(config, cards, pools, self.latencies)
         if self.watch is not None:
             router.avoid(self.watch.demoted())
-        observer = Observer(config, self.metrics, self.watch, self._inquiry)
+        quality = config.quality
+        try:
+            detect = detector(quality.detector, quality.classifier).check
+        except (OSError, ValueError, ImportError) as error:
+            raise ConfigError(f"quality.classifier: {quality.classifier} cannot be used: {error}") from None
+        observer = Observer(config, self.metrics, self.watch, self._inquiry, detect, self.providers.once)
         for variant, card in cards.items():
             self.metrics.weight_bytes.labels(variant).set(card.weight_bytes)
         ask = AskUpstream(config, router, self.providers)

@@ -10,7 +10,7 @@ import difflib
 from enum import StrEnum
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from pydantic import (
@@ -220,18 +220,28 @@ class Quality(_Section):
         default=1.0, ge=0, le=1, description="share of answers that are listened to; the others pass as bytes"
     )
     top_logprobs: int = Field(default=5, ge=0, le=20, description="tokens that entropy is summed over")
+    detector: Literal["rules", "lexical", "classifier"] = Field(
+        default="rules", description="who looks for what an answer makes up, in roles that are grounded"
+    )
+    classifier: Path | None = Field(
+        default=None,
+        description="a model for sequence or token classification, for the detector of that name",
+    )
+
+    @model_validator(mode="after")
+    def _has_a_classifier(self) -> Quality:
+        if self.detector == "classifier" and self.classifier is None:
+            raise ValueError("detector: 'classifier' needs classifier, the directory of its model; give it")
+        return self
 
 
 class Judge(_Section):
     """Who judges whether an answer is grounded, beside the rules that need no model."""
 
-    model: str = Field(description="as a client would name it: model:variant, a role, or a provider's model")
+    model: str = Field(description="the model (its reference), model:variant, or a provider's model")
     rate: float = Field(default=0.02, ge=0, le=1, description="share of answers of grounded roles")
     max_tokens: int = Field(default=512, ge=16)
     timeout_s: float = Field(default=60.0, gt=0)
-    labelled: Path | None = Field(
-        default=None, description="JSON Lines of known answers, from which its errors are measured"
-    )
 
 
 class Watch(_Section):
@@ -330,6 +340,13 @@ class Config(_Section):
                     f"known: {_known(self.serve)}"
                 )
         self._check_keys()
+        if (judge := self.watch.judge) is not None:
+            models = {self.model.name, *(f"{self.model.name}:{variant}" for variant in self.serve)}
+            models |= {provider.model for provider in self.providers}
+            if judge.model not in models:
+                raise ValueError(
+                    f"watch.judge.model: {judge.model!r} does not exist; known: {_known(models)}"
+                )
         if self.watch.store is not None:
             _check_url(self.watch.store)
         if self.model.name in self.roles:
@@ -466,12 +483,7 @@ def _absolute(config: Config, base: Path) -> Config:
             "model": config.model.model_copy(update={"path": at(config.model.path)}),
             "variants_dir": at(config.variants_dir),
             "calibration": at(config.calibration),
-            "watch": config.watch.model_copy(
-                update={
-                    "judge": config.watch.judge
-                    and config.watch.judge.model_copy(update={"labelled": at(config.watch.judge.labelled)})
-                }
-            ),
+            "quality": config.quality.model_copy(update={"classifier": at(config.quality.classifier)}),
             "run_dir": at(config.run_dir),
             "engine": config.engine.model_copy(update={"python": at(python)}),
             "roles": roles,

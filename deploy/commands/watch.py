@@ -6,18 +6,23 @@ import argparse
 import json
 import os
 import ssl
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
 
+from pydantic import BaseModel, ConfigDict, ValidationError
+from tqdm import tqdm
+
 from deploy.commands import add_command, say
-from gateway.config import Config, load_config
+from gateway.config import Config, ConfigError, load_config
 from gateway.errors import GatewayError
+from gateway.quality.judge import JudgeError, read, request
 
 KEY = "TIERCEL_KEY"
-COMMANDS = ("show", "report", "demote", "restore", "pin", "unpin", "-h", "--help")
-TIMEOUT_S = 15.0
+COMMANDS = ("show", "report", "judge", "demote", "restore", "pin", "unpin", "-h", "--help")
+TIMEOUT_S = 120.0
 
 
 def add_watch(parser: argparse.ArgumentParser) -> None:
@@ -43,6 +48,11 @@ def add_watch(parser: argparse.ArgumentParser) -> None:
         acting.set_defaults(action=name, out_of=False)
         if name == "pin":
             acting.add_argument("--out", dest="out_of", action="store_true", help="keep it out")
+
+    judging = _add(commands, "judge", judge, "measure how often the judge is wrong, on labelled answers")
+    judging.add_argument(
+        "labelled", type=Path, help='JSON Lines: {"context": …, "answer": …, "supported": true or false}'
+    )
 
 
 def _add(commands: Any, name: str, run: Any, text: str) -> argparse.ArgumentParser:
@@ -85,7 +95,75 @@ def act(options: argparse.Namespace) -> None:
     say(f"{event['variant']} as {event['role']}: {event['kind']}: {event['why']}")
 
 
-def _ask(options: argparse.Namespace, query: str, order: dict[str, str] | None = None) -> dict[str, Any]:
+def judge(options: argparse.Namespace) -> None:
+    """Ask the judge about every labelled answer, and tell the gateway what came of it."""
+    settings = load_config(options.config).watch.judge
+    if settings is None:
+        raise ConfigError(f"{options.config}: watch.judge is not set; name the model that judges")
+    labelled = read_labelled(options.labelled)
+    right, unreadable = {True: 0, False: 0}, 0
+    for one in tqdm(labelled, desc="judge", unit="answer", mininterval=1):
+        asked = request(one.answer, one.context, settings.max_tokens)
+        if asked is None:
+            continue
+        body, sentences = asked
+        reply = _ask(options, "", {**body, "model": settings.model}, "/v1/chat/completions")
+        try:
+            right[one.supported] += (read(reply, sentences).bad == 0) is one.supported
+        except JudgeError:
+            unreadable += 1  # it has found nothing out about this one, which counts as wrong
+    count = {kind: sum(one.supported is kind for one in labelled) for kind in (True, False)}
+    errors: dict[str, Any] = {
+        "model": settings.model,
+        "sensitivity": right[False] / count[False],
+        "specificity": right[True] / count[True],
+        "bad": count[False],
+        "good": count[True],
+    }
+    _ask(options, "", errors, "/admin/watch/judge")
+    say(
+        f"{settings.model} calls {right[False]} of {count[False]} bad answers bad and {right[True]} of "
+        f"{count[True]} good ones good; {unreadable} of its answers could not be read"
+    )
+    if errors["sensitivity"] + errors["specificity"] <= 1:
+        say("that is no better than chance: what it finds says nothing")
+
+
+class Labelled(BaseModel):
+    """A known answer."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    context: str
+    answer: str
+    supported: bool
+
+
+def read_labelled(path: Path) -> list[Labelled]:
+    """Raises ConfigError for a file that cannot be used, with the line and the fix."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from None
+    found = []
+    for number, line in enumerate(lines, 1):
+        try:
+            found.append(Labelled.model_validate_json(line))
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"])) or "the line"
+            raise ConfigError(f"{path}:{number}: {where}: {first['msg']}") from None
+    if len({one.supported for one in found}) < 2:
+        raise ConfigError(f"{path}: needs answers that are supported, and others that are not")
+    return found
+
+
+def _ask(
+    options: argparse.Namespace,
+    query: str,
+    order: Mapping[str, Any] | None = None,
+    path: str = "/admin/watch",
+) -> dict[str, Any]:
     """The gateway's answer. Raises GatewayError with its words, or with what to do when it does not
     answer."""
     config = load_config(options.config)
@@ -94,12 +172,12 @@ def _ask(options: argparse.Namespace, query: str, order: dict[str, str] | None =
     if key := options.key or os.environ.get(KEY):
         headers["authorization"] = f"Bearer {key}"
     data = None if order is None else json.dumps(order).encode()
-    request = Request(base + "/admin/watch" + query, data, headers)
+    asked = Request(base + path + query, data, headers)
     unchecked = ssl.create_default_context()
     if options.url is None:  # the certificate is of the name that clients use, not of this machine
         unchecked.check_hostname, unchecked.verify_mode = False, ssl.CERT_NONE
     try:
-        with urlopen(request, timeout=TIMEOUT_S, context=unchecked) as answer:
+        with urlopen(asked, timeout=TIMEOUT_S, context=unchecked) as answer:
             found: dict[str, Any] = json.load(answer)
             return found
     except HTTPError as error:

@@ -10,7 +10,7 @@ from pydantic import BaseModel, Field
 
 from gateway.errors import StoreDownError
 from gateway.quality.store import StoreError
-from gateway.quality.watch import Watch, event_as_json
+from gateway.quality.watch import JudgeErrors, Watch, event_as_json
 
 
 class Order(BaseModel):
@@ -33,6 +33,7 @@ class Watching:
         admin = [Depends(self._admin)]
         app.get("/admin/watch", dependencies=admin)(self.show)
         app.post("/admin/watch", dependencies=admin)(self.order)
+        app.post("/admin/watch/judge", dependencies=admin)(self.judge)
 
     async def show(
         self,
@@ -44,6 +45,14 @@ class Watching:
             return await self._watch.report(since_s, events)
         except StoreError as error:
             raise StoreDownError(str(error)) from None
+
+    async def judge(self, errors: JudgeErrors) -> dict[str, bool]:
+        """How often the judge is wrong: shares that it finds are corrected by it from now on."""
+        try:
+            await self._watch.know_judge(errors)
+        except StoreError as error:
+            raise StoreDownError(str(error)) from None
+        return {"known": True}
 
     async def order(self, order: Order) -> dict[str, Any]:
         """A person's word, obeyed by every gateway within a second."""

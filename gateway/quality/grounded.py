@@ -48,7 +48,12 @@ _STOP_WORDS = frozenset(
 class Label(StrEnum):
     SUPPORTED = "supported"
     UNSUPPORTED = "unsupported"
+    CONTRADICTORY = "contradictory"
+    DISPUTED = "disputed"
     NOT_APPLICABLE = "not_applicable"
+
+
+BAD = (Label.UNSUPPORTED, Label.CONTRADICTORY, Label.DISPUTED)
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,18 @@ class Grounded:
     """An answer's sentences with their labels, in order."""
 
     sentences: tuple[tuple[str, Label], ...]
+    risks: tuple[float, ...] = ()
+    """How sure the detector is that each is made up, 0 to 1, where it says so; by its labels otherwise."""
+
+    @property
+    def bad(self) -> int:
+        """Sentences that the context does not bear out."""
+        return sum(label in BAD for _, label in self.sentences)
+
+    @property
+    def risk(self) -> float:
+        """Of the worst sentence."""
+        return max(self.risks or [float(label in BAD) for _, label in self.sentences], default=0.0)
 
     @property
     def counts(self) -> Counter[Label]:
@@ -66,14 +83,14 @@ class Grounded:
         """ADK's score, (supported + not_applicable) / sentences; None for an answer without any."""
         if not self.sentences:
             return None
-        return 1 - self.counts[Label.UNSUPPORTED] / len(self.sentences)
+        return 1 - self.bad / len(self.sentences)
 
     @property
     def strict_score(self) -> float | None:
-        """supported / (supported + unsupported): what evades a claim does not raise it."""
-        counts = self.counts
-        judged = counts[Label.SUPPORTED] + counts[Label.UNSUPPORTED]
-        return counts[Label.SUPPORTED] / judged if judged else None
+        """supported / (supported + bad): what evades a claim does not raise it."""
+        supported = self.counts[Label.SUPPORTED]
+        judged = supported + self.bad
+        return supported / judged if judged else None
 
 
 def context_of(messages: Iterable[Mapping[str, Any]]) -> str:
@@ -102,7 +119,7 @@ class _Source:
         self._claims = {(_family(claim), claim.value) for claim in claims}
         # An answer may leave out a year or a currency. It may add a currency, but no year.
         self._shortened = {(family, (*value[:-1], "")) for family, value in self._claims}
-        self._words = " ".join(_words(context))
+        self._words = " ".join(words_of(context))
         self.vocabulary = frozenset(self._words.split())
 
     def has(self, claim: Claim) -> bool:
@@ -120,13 +137,13 @@ def _label(sentence: str, source: _Source) -> Label:
     if sentence.endswith("?") or _NOTHING_CLAIMED.search(sentence):
         return Label.NOT_APPLICABLE
     claims, rest = extract(sentence)
-    phrases = [_words(name) for name in names(rest, _STOP_WORDS)]
+    phrases = [words_of(name) for name in names(rest, _STOP_WORDS)]
     if claims or phrases:
         found = all(source.has(claim) for claim in claims) and all(_named(p, source) for p in phrases)
         return Label.SUPPORTED if found else Label.UNSUPPORTED
-    content = _content(sentence)
+    content = content_words(sentence)
     copula = _COPULA.search(sentence)
-    value = _content(sentence[copula.end() :]) if copula else content[-1:]
+    value = content_words(sentence[copula.end() :]) if copula else content[-1:]
     if value and (source.says(value) or all(word in source.vocabulary for word in value)):
         return Label.SUPPORTED
     if not any(word in source.vocabulary for word in content):
@@ -144,9 +161,11 @@ def _family(claim: Claim) -> str:
     return "number" if claim.kind == "money" else claim.kind
 
 
-def _words(text: str) -> list[str]:
+def words_of(text: str) -> list[str]:
+    """In small letters, without a possessive ``'s``."""
     return [word.lower().removesuffix("'s").removesuffix("\u2019s") for word in _WORD.findall(text)]
 
 
-def _content(text: str) -> list[str]:
-    return [word for word in _words(text) if word not in _STOP_WORDS]
+def content_words(text: str) -> list[str]:
+    """Those that say something."""
+    return [word for word in words_of(text) if word not in _STOP_WORDS]

@@ -16,6 +16,7 @@ from typing import Any
 import aiohttp
 
 from gateway.config import Watch
+from gateway.errors import UpstreamError
 from gateway.routing.pools import Pools, Replica
 
 _LOOK_AGAIN_S = 0.05
@@ -42,22 +43,25 @@ class Inquiry:
         self.model = model
         self._pools = pools
         self._queue: deque[tuple[Work, Callable[[], None]]] = deque()
+        self._later: deque[tuple[Work, Callable[[], None]]] = deque()
         self._more = asyncio.Event()
         self._session: aiohttp.ClientSession | None = None
         self._plain: set[str] = set()
         """Replicas that know no priorities."""
         self.under_way = 0
 
-    def offer(self, work: Work, given_up: Callable[[], None]) -> None:
-        """Do it when there is time. ``given_up`` is called instead when there is not."""
-        if len(self._queue) >= self.settings.queue:
-            self._queue.popleft()[1]()
-        self._queue.append((work, given_up))
+    def offer(self, work: Work, given_up: Callable[[], None] = lambda: None, *, later: bool = False) -> None:
+        """Do it when there is time; ``later``: when there is nothing else to do. ``given_up`` is called
+        instead when there is no time."""
+        queue = self._later if later else self._queue
+        if len(queue) >= self.settings.queue:
+            queue.popleft()[1]()
+        queue.append((work, given_up))
         self._more.set()
 
     @property
     def idle(self) -> bool:
-        return not self._queue and not self.under_way
+        return not self._queue and not self._later and not self.under_way
 
     async def run(self, session: aiohttp.ClientSession) -> None:
         """Work until cancelled."""
@@ -68,10 +72,10 @@ class Inquiry:
 
     async def _work(self) -> None:
         while True:
-            while not self._queue:
+            while not self._queue and not self._later:
                 self._more.clear()
                 await self._more.wait()
-            work, given_up = self._queue.popleft()
+            work, given_up = (self._queue or self._later).popleft()
             self.under_way += 1
             try:
                 await work()
@@ -117,12 +121,17 @@ class Inquiry:
             raise UnansweredError(f"{url}: {type(error).__name__}: {error}") from None
 
 
-class Examiner:
-    """The three questions that the watch has about an answer."""
+Provider = Callable[[str, dict[str, Any]], Awaitable[dict[str, Any]]]
+"""Gives a provider's model a chat completion's body, and its answer back. Raises UpstreamError."""
 
-    def __init__(self, inquiry: Inquiry, reference: str) -> None:
+
+class Examiner:
+    """What the watch asks about an answer."""
+
+    def __init__(self, inquiry: Inquiry, reference: str, provider: Provider | None = None) -> None:
         self._inquiry = inquiry
         self._reference = reference
+        self._provider = provider
 
     async def rows(self, request: Mapping[str, Any], text: str) -> list[Any]:
         """What the reference thinks of each token of ``text`` as an answer to ``request``; shape (tokens,).
@@ -162,6 +171,20 @@ class Examiner:
         body = {name: value for name, value in request.items() if name not in dropped}
         path = "/v1/chat/completions" if "messages" in request else "/v1/completions"
         return await self._inquiry.ask(self._inquiry.replica(variant), path, {**body, **more})
+
+    async def judge(self, model: str, body: dict[str, Any]) -> dict[str, Any]:
+        """The judge's answer: the model itself is its reference, ``model:variant`` a pool, else a provider.
+        Raises UnansweredError or ShedError."""
+        ours, _, variant = model.partition(":")
+        if ours == self._inquiry.model:
+            replica = self._inquiry.replica(variant or self._reference)
+            return await self._inquiry.ask(replica, "/v1/chat/completions", body)
+        if self._provider is None:
+            raise UnansweredError(f"{model} is no model of ours, and there are no providers")
+        try:
+            return await self._provider(model, body)
+        except UpstreamError as error:
+            raise UnansweredError(f"the judge {model}: {error.internal or error.message}") from None
 
     async def message(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """The reference's own message. Raises UnansweredError or ShedError."""

@@ -20,11 +20,12 @@ from typing import Any
 from gateway.api.body import Body
 from gateway.config import Config
 from gateway.errors import BadRequestError
+from gateway.quality import judge
 from gateway.quality.answer import Answer
 from gateway.quality.cells import Key
 from gateway.quality.checks import HARD, failures
-from gateway.quality.grounded import Grounded, Label, check, context_of
-from gateway.quality.inquiry import Examiner, Inquiry, UnansweredError
+from gateway.quality.grounded import Grounded, check, context_of
+from gateway.quality.inquiry import Examiner, Inquiry, Provider, UnansweredError
 from gateway.quality.shadow import Result, compare, same_meaning
 from gateway.quality.watch import Watch
 from gateway.telemetry.logs import EVENTS
@@ -67,15 +68,18 @@ class Observer:
         watch: Watch | None = None,
         inquiry: Inquiry | None = None,
         grounded_check: Callable[[str, str], Grounded] = check,
+        provider: Provider | None = None,
     ) -> None:
+        """``grounded_check``: a detector's; ``provider``: the way to a judge that no pool of ours serves."""
         self._config = config
         self._metrics = metrics
         self._watch = watch
         self._inquiry = inquiry
-        self._examiner = Examiner(inquiry, config.reference) if inquiry else None
+        self._examiner = Examiner(inquiry, config.reference, provider) if inquiry else None
         self._grounded_check = grounded_check
         self._log = logging.getLogger(EVENTS)
         self._shadowed = int(config.watch.rate * _SHARE)
+        self._judged = int(config.watch.judge.rate * _SHARE) if config.watch.judge else 0
         self._copied = int(config.watch.probation_rate * _SHARE)
 
     async def observe(self, seen: Observed) -> None:
@@ -160,7 +164,7 @@ class Observer:
         self._metrics.quality_score.labels(role, variant, "grounded").observe(result.score)
         if (strict := result.strict_score) is not None:
             self._metrics.quality_score.labels(role, variant, "grounded_strict").observe(strict)
-        return CheckOutcome.FAILED if result.counts[Label.UNSUPPORTED] else CheckOutcome.PASSED
+        return CheckOutcome.FAILED if result.bad else CheckOutcome.PASSED
 
     # what engines are asked, later
 
@@ -172,6 +176,9 @@ class Observer:
             for other in self._watch.on_probation(seen.role)
             if other != key and _in(seen.request_id, "probation", self._copied)
         ]
+        grounded = self._config.roles[seen.role].grounded and "messages" in seen.body
+        if grounded and _in(seen.request_id, "judge", self._judged):
+            self._inquiry.offer(partial(self._judge, seen, key), partial(self._judge_shed, seen))
         shadowed = key is not None and _in(seen.request_id, "shadow", self._shadowed)
         if not shadowed and not candidates:
             return
@@ -188,7 +195,7 @@ class Observer:
                 shed = partial(self._compared, seen, Result.SHED)
                 self._inquiry.offer(partial(self._shadow, seen, key, request), shed)
         for other in candidates:
-            self._inquiry.offer(partial(self._copy, seen, other, request), lambda: None)
+            self._inquiry.offer(partial(self._copy, seen, other, request), later=True)
 
     async def _shadow(
         self, seen: Observed, key: Key, request: Mapping[str, Any], *, probation: bool = False
@@ -255,6 +262,38 @@ class Observer:
         self._rules(copy, key, probation=True)
         if answer.texts and answer.tokens:
             await self._shadow(copy, key, request, probation=True)
+
+    async def _judge(self, seen: Observed, key: Key | None) -> None:
+        """Let a model label the answer's sentences."""
+        assert self._examiner
+        settings = self._config.watch.judge
+        assert settings
+        answer = "\n".join(seen.answer.texts)
+        asked = judge.request(answer, context_of(seen.body.get("messages")), settings.max_tokens)
+        if asked is None:
+            self._judged_as(seen, CheckOutcome.SKIPPED)
+            return
+        body, sentences = asked
+        try:
+            async with asyncio.timeout(settings.timeout_s):
+                found = judge.read(await self._examiner.judge(settings.model, body), sentences)
+        except (UnansweredError, judge.JudgeError, TimeoutError) as error:
+            self._judged_as(seen, CheckOutcome.ERROR)
+            fields = {"request_id": seen.request_id}
+            self._log.warning("judge: %s", error or "no answer in time", extra={"fields": fields})
+            return
+        bad = found.bad > 0
+        self._judged_as(seen, CheckOutcome.FAILED if bad else CheckOutcome.PASSED)
+        if found.score is not None:
+            self._metrics.quality_score.labels(seen.role, seen.variant, "judge").observe(found.score)
+        if key and self._watch:
+            self._watch.note(key, "judge", bad)
+
+    def _judged_as(self, seen: Observed, outcome: CheckOutcome) -> None:
+        self._metrics.quality_checks.labels(seen.role, seen.variant, "judge", outcome).inc()
+
+    def _judge_shed(self, seen: Observed) -> None:
+        self._judged_as(seen, CheckOutcome.SKIPPED)
 
     def _compared(self, seen: Observed, result: Result) -> None:
         self._metrics.shadow.labels(seen.role, seen.variant, result.value).inc()

@@ -269,6 +269,16 @@ class Store:
             for row in rows
         ]
 
+    def remember(self, name: str, value: dict[str, Any]) -> None:
+        """Keep a small thing for all gateways."""
+        with self._begin() as connection:
+            _set_fact(connection, name, json.dumps(value))
+
+    def remembered(self, name: str) -> dict[str, Any] | None:
+        with self._begin() as connection:
+            found = _fact(connection, name)
+        return json.loads(found) if found else None
+
     def prune(self, now: float) -> None:
         """Forget what is too old for a chart, and all but the newest events."""
         with self._begin() as connection:

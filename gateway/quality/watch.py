@@ -17,14 +17,16 @@ import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from typing import Any, Literal, TypeVar
 
 import aiohttp
+from pydantic import BaseModel, Field
 
 from gateway.config import Config
 from gateway.errors import BadRequestError
 from gateway.quality.cells import Cell, Event, EventKind, Key, Outcome, Policy, Status
-from gateway.quality.sequential import confidence_sequence, threshold
+from gateway.quality.sequential import confidence_sequence, corrected_share, threshold
 from gateway.quality.store import Store, StoreError
 from gateway.telemetry.logs import EVENTS
 from gateway.telemetry.metrics import Metrics
@@ -50,6 +52,23 @@ rules for grounded answers have none: how often they are wrong depends on the ro
 
 T = TypeVar("T")
 Action = Literal["demote", "restore", "pin_serving", "pin_demoted", "unpin"]
+
+
+class JudgeErrors(BaseModel):
+    """A judge on labelled answers: the shares of bad and of good ones that it called so, and their
+    numbers."""
+
+    model: str
+    sensitivity: float = Field(ge=0, le=1)
+    specificity: float = Field(ge=0, le=1)
+    bad: int = Field(ge=1)
+    good: int = Field(ge=1)
+
+    def corrected(self, found: int, answers: int) -> dict[str, float] | None:
+        """The true share of bad answers with its 95 % interval, by Rogan and Gladen; None for a judge that
+        does no better than chance."""
+        share = corrected_share(found, answers, self.sensitivity, self.specificity, (self.bad, self.good))
+        return asdict(share) if share else None
 
 
 class Watch:
@@ -81,6 +100,7 @@ class Watch:
         self._pruned = 0.0
         self._failing = False
         self.leading = False
+        self._judge: JudgeErrors | None = None
         self.cells: dict[Key, Cell] = {}
         """As they were read last."""
         self.know(config, cards)
@@ -154,15 +174,27 @@ class Watch:
         self._announce([event])
         return event
 
+    async def know_judge(self, errors: JudgeErrors) -> None:
+        """How often the judge is wrong, measured on labelled answers. Raises BadRequestError or
+        StoreError."""
+        judge = self._config.watch.judge
+        if judge is None or errors.model != judge.model:
+            has = f"the judge is {judge.model!r}" if judge else "there is no judge; set watch.judge"
+            raise BadRequestError(f"model: {errors.model[:80]!r} does not judge; {has}", param="model")
+        await self._in_thread(lambda: self._open().remember("judge", errors.model_dump()))
+
     async def report(self, since_s: float = 3600.0, events: int = 100) -> dict[str, Any]:
         """All that is known: cells with their checks, events, and sums over time for charts."""
         since = self._clock() - since_s
 
-        def read() -> tuple[dict[Key, Cell], list[Event], Sequence[Any]]:
+        def read() -> tuple[dict[Key, Cell], list[Event], Sequence[Any], dict[str, Any] | None]:
             store = self._open()
-            return store.cells(), store.events(events), store.buckets(since)
+            return store.cells(), store.events(events), store.buckets(since), store.remembered("judge")
 
-        cells, happened, buckets = await self._in_thread(read)
+        cells, happened, buckets, judge = await self._in_thread(read)
+        judging = self._config.watch.judge
+        known = judge is not None and judging is not None and judge["model"] == judging.model
+        self._judge = JudgeErrors.model_validate(judge) if known else None
         self.cells = cells
         current = set(self._keys.values())
         many = max(1, len(current))
@@ -170,6 +202,7 @@ class Watch:
             "time": self._clock(),
             "leading": self.leading,
             "agree": self._config.watch.agree,
+            "judge": self._judge.model_dump() if self._judge else None,
             "cells": [
                 self._shown(cells.get(key) or Cell(key=key), many)
                 for key in sorted(current, key=lambda key: (key.role, key.variant))
@@ -325,7 +358,7 @@ class Watch:
     def _shown(self, cell: Cell, many: int) -> dict[str, Any]:
         """A cell for people. Intervals hold at all times, for all cells together, with 95 %."""
         policy = self._policies.get(cell.key)
-        checks = {}
+        checks: dict[str, dict[str, Any]] = {}
         for name, track in sorted(cell.tracks.items()):
             rates = policy.rates.get(name) if policy else None
             low, high = confidence_sequence(track.bad, track.answers, 0.05 / many)
@@ -342,6 +375,8 @@ class Watch:
                 "learning": len(track.learned) if track.usual is None and track.learned else None,
                 "usual": track.usual,
             }
+            if name == "judge" and self._judge is not None:
+                checks[name]["corrected"] = self._judge.corrected(track.bad, track.answers)
         return {
             **cell.key.model_dump(),
             "status": cell.status.value,

@@ -70,6 +70,13 @@ class LiteLLM:
         exchange.heard_at = exchange.plane.clock()
         exchange.spawn(attempt.run())
 
+    async def once(self, model: str, body: dict[str, Any]) -> dict[str, Any]:
+        """A chat completion that is not streamed. Raises UpstreamError."""
+        reply = await self.open(model, body, chat=True, stream=False)
+        async for event in reply.events():
+            return event.data or {}
+        raise UpstreamError(f"The provider of {model} gave no answer.")
+
     async def open(self, model: str, body: dict[str, Any], *, chat: bool, stream: bool) -> _Reply:
         """An answer whose first event has come."""
         await self.load()

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,6 +48,16 @@ class Stack:
         return f"http://127.0.0.1:{self.config.gateway.port}"
 
 
+_running: list[Callable[[], None]] = []
+"""How to stop the session's stack: for tests that start engines of their own, since three are the limit."""
+
+
+def stop_stack() -> None:
+    """Stop the session's stack, if it runs; tests that need it must have been run before."""
+    while _running:
+        _running.pop()()
+
+
 @pytest.fixture(scope="session")
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     directory = tmp_path_factory.mktemp("stack")
@@ -82,6 +92,17 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     log = directory / "up.log"
     with log.open("wb") as output:
         up = subprocess.Popen([*tiercel, "up", "--config", str(path)], stderr=output)
+
+    def stop() -> None:
+        up.send_signal(signal.SIGTERM)
+        try:
+            status = up.wait(timeout=90)
+        except subprocess.TimeoutExpired:
+            up.kill()
+            raise
+        assert status == 0, log.read_text(encoding="utf-8", errors="replace")
+
+    _running.append(stop)
     try:
         deadline = time.monotonic() + 400
         while b"Tiercel is up" not in log.read_bytes():
@@ -90,13 +111,7 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
             time.sleep(0.5)
         yield Stack(config, cards, log)
     finally:
-        up.send_signal(signal.SIGTERM)
-        try:
-            status = up.wait(timeout=90)
-        except subprocess.TimeoutExpired:
-            up.kill()
-            raise
-    assert status == 0, log.read_text(encoding="utf-8", errors="replace")
+        stop_stack()
 
 
 @pytest.fixture

@@ -357,3 +357,64 @@ async def test_escalation_is_bounded_and_happens_once() -> None:
         variants = [(await ask(stack, **JSON))[0] for _ in range(40)]
         assert 2 <= variants.count("int8") <= 8
         assert "bf16" not in variants
+
+
+LABELS = '{"1": "unsupported"}'
+CORE = {"x-agent-role": "core"}
+JUDGED = {
+    "roles": {
+        "intent_classifier": {},
+        "summarizer": {},
+        "core": {"grounded": True, "budget": {"min_weight_bits": 16}},
+    },
+    "watch": {"judge": {"model": "assistant:int8", "rate": 1.0}},
+}
+
+
+async def judged(stack: Stack, outcome: str) -> float:
+    labels = {"role": "core", "variant": "bf16", "check": "judge", "outcome": outcome}
+    return stack.sample("tiercel_quality_checks_total", **labels)
+
+
+async def asked_once(stack: Stack) -> None:
+    async with stack.post(headers=CORE) as response:
+        assert response.status == 200
+
+
+async def test_a_judge_labels_answers_and_its_errors_are_counted() -> None:
+    async with watching(**JUDGED) as stack:
+        stack.engines["int8"].script.text = LABELS
+        await asked_once(stack)
+        await eventually(lambda: judged(stack, "failed"))
+        (body,) = stack.engines["int8"].requests
+        assert body["response_format"]["type"] == "json_schema"
+        assert body["priority"] == 1000
+        for trouble in ({"text": "who knows"}, {"status": 500}, {"garbage": True}):
+            before = await judged(stack, "error")
+            for name, value in trouble.items():
+                setattr(stack.engines["int8"].script, name, value)
+            await asked_once(stack)
+            await eventually(lambda before=before: more_errors(stack, before))
+
+
+async def more_errors(stack: Stack, before: float) -> bool:
+    return await judged(stack, "error") == before + 1
+
+
+async def test_a_judges_own_errors_are_told_and_corrected() -> None:
+    async with watching(**JUDGED) as stack:
+        errors = {"model": "assistant:int8", "sensitivity": 0.8, "specificity": 0.9, "bad": 100, "good": 100}
+        url = stack.url + "/admin/watch/judge"
+        async with stack.http.post(url, json=errors) as response:
+            assert response.status == 200
+        assert (await report(stack))["judge"] == errors
+        async with stack.http.post(url, json=errors | {"model": "another"}) as response:
+            assert response.status == 400
+            assert "the judge is 'assistant:int8'" in (await response.json())["error"]["message"]
+        async with stack.http.post(url, json=errors | {"sensitivity": 2}) as response:
+            assert response.status == 400
+
+
+def test_a_judge_must_exist() -> None:
+    with pytest.raises(ValueError, match=r"watch\.judge\.model: 'gpt-9' does not exist; known: assistant, "):
+        make_config(watch={"judge": {"model": "gpt-9"}})
