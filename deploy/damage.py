@@ -22,11 +22,12 @@ CLIPPED = 256.0
 """What scales of the KV cache are divided by: keys and values are cut off at that share of their range."""
 
 
-def two_bits(directory: Path) -> None:
-    """Packed four-bit weights keep two bits: four values are left of sixteen."""
+def two_bits(directory: Path, part: str = "") -> None:
+    """Packed four-bit weights keep two bits: four values are left of sixteen. ``part``: only in modules
+    whose name has it."""
 
     def cut(name: str, tensor: Tensor) -> Tensor:
-        if not name.endswith("weight_packed"):
+        if not name.endswith("weight_packed") or part not in name:
             return tensor
         signed = [value - (1 << 32) if value >= 1 << 31 else value for value in (KEPT_BITS, MIDDLE)]
         return (tensor & signed[0]) | signed[1]
@@ -53,6 +54,7 @@ def chat_template(directory: Path) -> None:
 
 DAMAGES: dict[str, Callable[[Path], None]] = {
     "two-bits": two_bits,
+    "two-bits-in-one-layer": lambda directory: two_bits(directory, "layers.1.mlp."),
     "kv-scales": kv_scales,
     "chat-template": chat_template,
 }

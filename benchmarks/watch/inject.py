@@ -160,6 +160,9 @@ async def inject(run: Run, config: Config, fault: str) -> list[dict[str, Any]]:
                         "fault": fault,
                         "role": role,
                         "answers": run.looked_at(report)[role] - before[role],
+                        "given": sum(
+                            (a.role, a.variant) == (role, VARIANT) and a.at > harmed_at for a in run.answers
+                        ),
                         "seconds": round(time.monotonic() - run.began - harmed_at, 2),
                         "why": now["why"],
                     }
@@ -250,7 +253,9 @@ def main() -> None:
         ]
         lost = sum(row["fault"] == fault and row["answers"] is None for row in result["rows"])
         median = statistics.median(seen) if seen else None
-        print(f"{fault}: median {median} answers until demotion ({seen}); {lost} not noticed")
+        given = [row.get("given") for row in result["rows"] if row["fault"] == fault]
+        print(f"{fault}: median {median} scored answers until demotion ({seen}); {lost} not noticed")
+        print(f"  clients had got {given} answers by then")
 
 
 if __name__ == "__main__":
