@@ -9,12 +9,15 @@ from datetime import UTC, datetime
 from html import escape
 from typing import Any
 
+from gateway.quality.watch import ENGINE
 from quantize.compare import align
 from quantize.figures import Scale, draw_line, draw_path, draw_text, svg
 from quantize.gate import wilson_interval
 from quantize.page import PALETTE, document, table
 
 MOST_POINTS = 60
+VALUES = ("signals", "divergence")
+"""Checks that have values instead of failures."""
 WIDTH, HEIGHT = 760, 260
 EVENT_COLOURS = {"demoted": "var(--bad)", "restored": "var(--good)", "failed_probation": "var(--bad)"}
 
@@ -108,8 +111,10 @@ def charts(report: Mapping[str, Any]) -> list[tuple[str, str]]:
             continue
         now = report["time"]
         lines: dict[str, list[Share]] = {}
+        if cell["role"] == ENGINE:
+            continue
         for bucket in mine:
-            if bucket["check"] not in ("signals", "divergence"):
+            if bucket["check"] not in VALUES:
                 minutes = (bucket["start"] - now) / 60
                 lines.setdefault(bucket["check"], []).append(Share(minutes, bucket["bad"], bucket["answers"]))
         marks = [

@@ -154,7 +154,9 @@ class Gateway:
         jar = aiohttp.DummyCookieJar()
         async with aiohttp.ClientSession(timeout=timeout, cookie_jar=jar) as session, siblings:
             await self.providers.load()
-            reader = EngineReader(session, self.metrics, self.plane.setup.config.run_dir, self._clock)
+            run_dir = self.plane.setup.config.run_dir
+            note = self.watch.note_engine if self.watch else None
+            reader = EngineReader(session, self.metrics, run_dir, self._clock, note)
             async with _in_background(
                 probe_forever(session, self._replicas, limits.health_interval_s),
                 reader.read_forever(self._replicas, limits.scrape_interval_s),

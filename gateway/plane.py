@@ -180,7 +180,16 @@ class DataPlane:
         if tapped.confused:
             observer.count_error("listen", route.role, route.variant)
             return
-        seen = Observed(route.role, route.variant, exchange.request_id, exchange.body, tapped.answer)
+        first, gaps = exchange.first_at, exchange.gaps
+        seen = Observed(
+            route.role,
+            route.variant,
+            exchange.request_id,
+            exchange.body,
+            tapped.answer,
+            None if first is None else first - exchange.received,
+            sum(gaps) / len(gaps) if gaps else None,
+        )
         task = asyncio.get_running_loop().create_task(observer.observe(seen))
         self._checks.add(task)
         task.add_done_callback(self._checks.discard)

@@ -92,6 +92,8 @@ class Policy(BaseModel):
     agree: int = Field(description="checks that have to agree before a variant is demoted")
     rates: Mapping[str, tuple[float, float]]
     """Check to the tolerated and the alarming share of bad answers."""
+    said: frozenset[str] = frozenset()
+    """Checks whose change is said and not acted upon; only what is above their usual range counts."""
     probation_after_s: float
     alpha: float = Field(description="of probation: a healthy variant that is called harmed")
     beta: float = Field(description="of probation: a harmed variant that is called healthy")
@@ -116,8 +118,8 @@ class Track(BaseModel):
     """Values from which the usual range is still being learned."""
     usual: tuple[float, float] | None = None
 
-    def judge(self, value: float) -> bool | None:
-        """Whether a signal is out of its usual range; None while that is being learned."""
+    def judge(self, value: float, above: bool = False) -> bool | None:
+        """Whether a signal is out of its usual range, or ``above`` it; None while that is being learned."""
         if self.usual is None:
             self.learned.append(value)
             if len(self.learned) >= LEARNED:
@@ -125,7 +127,8 @@ class Track(BaseModel):
                 cut = int(USUAL * len(ordered))
                 self.usual, self.learned = (ordered[cut], ordered[-1 - cut]), []
             return None
-        return not self.usual[0] <= value <= self.usual[1]
+        low, high = self.usual
+        return value > high or (value < low and not above)
 
     def add(self, bad: bool, rates: Rates | None) -> None:
         self.answers += 1
@@ -161,7 +164,10 @@ class Cell(BaseModel):
 
     def warned(self, policy: Policy) -> list[str]:
         """Checks whose evidence would support an alarm of another."""
-        return [name for name, track in self.tracks.items() if track.evidence >= WARN_SHARE * policy.alarm]
+        enough = WARN_SHARE * policy.alarm
+        return [
+            name for name, one in self.tracks.items() if one.evidence >= enough and name not in policy.said
+        ]
 
     def fold(self, outcome: Outcome, policy: Policy, may_demote: bool = True) -> Iterator[Event]:
         """Take in an outcome. ``may_demote``: the limit on demotions allows one more."""
@@ -171,15 +177,30 @@ class Cell(BaseModel):
         track = self.tracks.setdefault(outcome.check, Track())
         bad: bool | None = outcome.bad
         if outcome.value is not None:
-            bad = track.judge(outcome.value)
+            bad = track.judge(outcome.value, above=outcome.check in policy.said)
         if bad is None:
             return
         track.add(bad, policy.rates_of(outcome.check))
+        if outcome.check in policy.said:
+            if track.evidence >= policy.alarm:
+                usual, track.evidence, track.usual = (
+                    track.usual,
+                    0.0,
+                    None,
+                )  # what is usual now is learned anew
+                why = f"{outcome.check} is higher than usual"
+                seen = {"value": outcome.value, "usual": usual}
+                yield Event(EventKind.DRIFT, self.key, outcome.at, why, seen)
+            return
         if self.status is Status.SERVING:
             yield from self._watch(outcome, track, policy, may_demote)
 
     def _watch(self, outcome: Outcome, track: Track, policy: Policy, may_demote: bool) -> Iterator[Event]:
-        alarms = [name for name, one in self.tracks.items() if one.evidence >= policy.alarm]
+        alarms = [
+            name
+            for name, one in self.tracks.items()
+            if one.evidence >= policy.alarm and name not in policy.said
+        ]
         if not alarms:
             return
         agreeing = self.warned(policy)

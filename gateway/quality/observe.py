@@ -28,6 +28,7 @@ from gateway.quality.grounded import Grounded, check, context_of
 from gateway.quality.inquiry import Examiner, Inquiry, Provider, UnansweredError
 from gateway.quality.shadow import Result, compare, same_meaning
 from gateway.quality.watch import Watch
+from gateway.telemetry.evaluations import emit
 from gateway.telemetry.logs import EVENTS
 from gateway.telemetry.metrics import Metrics
 
@@ -56,6 +57,9 @@ class Observed:
     request_id: str
     body: Body
     answer: Answer
+    first_token_s: float | None = None
+    gap_s: float | None = None
+    """Mean seconds between the parts of a stream."""
 
 
 class Observer:
@@ -88,6 +92,8 @@ class Observer:
         key = self._watch.key(variant, role) if self._watch else None
         self._count("signals", role, variant, lambda: self._signals(seen, key))
         self._rules(seen, key)
+        if self._watch:
+            self._watch.note_latency(variant, seen.first_token_s, seen.gap_s)
         if self._config.roles[role].grounded and "messages" in seen.body:
             # In a thread: a long context takes a while, and other requests should not wait for it.
             found = await asyncio.to_thread(
@@ -164,7 +170,9 @@ class Observer:
         self._metrics.quality_score.labels(role, variant, "grounded").observe(result.score)
         if (strict := result.strict_score) is not None:
             self._metrics.quality_score.labels(role, variant, "grounded_strict").observe(strict)
-        return CheckOutcome.FAILED if result.bad else CheckOutcome.PASSED
+        outcome = CheckOutcome.FAILED if result.bad else CheckOutcome.PASSED
+        self._emit("grounded", outcome.value, result.score, seen)
+        return outcome
 
     # what engines are asked, later
 
@@ -218,6 +226,7 @@ class Observer:
             self._compared(seen, Result.INCOMPARABLE)
             return
         self._compared(seen, scored.result)
+        self._emit("shadow", scored.result.value, 1 - scored.disputed / scored.tokens, seen)
         labels = (seen.role, seen.variant)
         self._metrics.disagreement.labels(*labels).observe(scored.disagreement)
         self._metrics.divergence.labels(*labels).observe(scored.divergence)
@@ -283,6 +292,7 @@ class Observer:
             self._log.warning("judge: %s", error or "no answer in time", extra={"fields": fields})
             return
         bad = found.bad > 0
+        self._emit("judge", "failed" if bad else "passed", found.score, seen)
         self._judged_as(seen, CheckOutcome.FAILED if bad else CheckOutcome.PASSED)
         if found.score is not None:
             self._metrics.quality_score.labels(seen.role, seen.variant, "judge").observe(found.score)
@@ -294,6 +304,17 @@ class Observer:
 
     def _judge_shed(self, seen: Observed) -> None:
         self._judged_as(seen, CheckOutcome.SKIPPED)
+
+    def _emit(self, name: str, label: str, score: float | None, seen: Observed) -> None:
+        emit(
+            name,
+            label,
+            score,
+            role=seen.role,
+            variant=seen.variant,
+            model=self._config.model.name,
+            request_id=seen.request_id,
+        )
 
     def _compared(self, seen: Observed, result: Result) -> None:
         self._metrics.shadow.labels(seen.role, seen.variant, result.value).inc()

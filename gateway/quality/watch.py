@@ -50,6 +50,17 @@ DEFAULT_RATES: Mapping[str, tuple[float, float]] = {
 """Check to the tolerated and the alarming share, where neither the role nor the card says another one. The
 rules for grounded answers have none: how often they are wrong depends on the role, which its card knows."""
 
+ENGINE = "(engine)"
+"""What stands for the role in the cells of engines themselves."""
+SAID: Mapping[str, tuple[float, float]] = {
+    "first_token": (0.1, 0.5),
+    "token_gap": (0.1, 0.5),
+    "memory": (0.1, 0.5),
+    "kv_cache": (0.1, 0.5),
+}
+"""Seconds to the first token and between tokens, bytes of an engine's processes, share of its KV cache: a
+change for the worse is said, and nobody is demoted for it."""
+
 T = TypeVar("T")
 Action = Literal["demote", "restore", "pin_serving", "pin_demoted", "unpin"]
 
@@ -114,9 +125,23 @@ class Watch:
             for role in config.roles
             if variant != config.reference
         }
+        self._engines = {
+            variant: Key(variant=variant, version=card.version, role=ENGINE)
+            for variant, card in cards.items()
+        }
         self._policies = {
             key: policy_of(config, cards[variant], role) for (variant, role), key in self._keys.items()
         }
+        engines = Policy(
+            alarm=threshold(config.watch.answers_per_false_alarm, len(SAID)),
+            agree=config.watch.agree,
+            rates=SAID,
+            said=frozenset(SAID),
+            probation_after_s=config.watch.probation_after_s,
+            alpha=0.05,
+            beta=0.01,
+        )
+        self._policies |= dict.fromkeys(self._engines.values(), engines)
         self._gates = {variant: gate_of(card) for variant, card in cards.items()}
 
     # what others ask of it
@@ -133,6 +158,20 @@ class Watch:
             self._metrics.watch_dropped.labels().inc()
             return
         self._waiting.append(Outcome(key, check, bad, self._clock(), value, probation))
+
+    def note_engine(self, variant: str, memory: float | None, kv_cache: float | None) -> None:
+        """What an engine has said of itself: bytes, and the share of its KV cache in use."""
+        key = self._engines.get(variant)
+        for check, value in (("memory", memory), ("kv_cache", kv_cache)):
+            if key is not None and value is not None:
+                self.note(key, check, False, value)
+
+    def note_latency(self, variant: str, first_token_s: float | None, gap_s: float | None) -> None:
+        """Of one streamed answer: seconds to its first token, and the mean between its chunks."""
+        key = self._engines.get(variant)
+        for check, value in (("first_token", first_token_s), ("token_gap", gap_s)):
+            if key is not None and value is not None:
+                self.note(key, check, False, value)
 
     def suspected(self, key: Key) -> bool:
         """Whether a check has seen enough to ask for another one's opinion."""
@@ -196,8 +235,8 @@ class Watch:
         known = judge is not None and judging is not None and judge["model"] == judging.model
         self._judge = JudgeErrors.model_validate(judge) if known else None
         self.cells = cells
-        current = set(self._keys.values())
-        many = max(1, len(current))
+        current = {*self._keys.values(), *self._engines.values()}
+        many = max(1, len(self._keys))
         return {
             "time": self._clock(),
             "leading": self.leading,
@@ -206,6 +245,7 @@ class Watch:
             "cells": [
                 self._shown(cells.get(key) or Cell(key=key), many)
                 for key in sorted(current, key=lambda key: (key.role, key.variant))
+                if key.role != ENGINE or key in cells
             ],
             "events": [event_as_json(event) for event in happened],
             "buckets": [

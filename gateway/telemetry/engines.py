@@ -83,7 +83,16 @@ def resident_bytes(pid: int) -> int | None:
 class EngineReader:
     """Keeps the gauges of all engines up to date."""
 
-    def __init__(self, session: aiohttp.ClientSession, metrics: Metrics, run_dir: Path, clock: Clock) -> None:
+    def __init__(
+        self,
+        session: aiohttp.ClientSession,
+        metrics: Metrics,
+        run_dir: Path,
+        clock: Clock,
+        seen: Callable[[str, float | None, float | None], None] | None = None,
+    ) -> None:
+        """``seen`` is told every engine's variant, memory (bytes) and share of the KV cache in use."""
+        self._seen = seen
         self._session = session
         self._metrics = metrics
         self._run_dir = run_dir
@@ -107,6 +116,8 @@ class EngineReader:
             reading = Reading()
         replica.read(dataclasses.replace(reading, at=self._clock()))
         memory = None if pid is None else await asyncio.to_thread(resident_bytes, pid)
+        if self._seen is not None:
+            self._seen(replica.variant, memory, reading.kv_cache_usage)
         for gauge, value in (
             (self._metrics.kv_cache_usage, reading.kv_cache_usage),
             (self._metrics.queue_depth, reading.waiting),

@@ -94,6 +94,26 @@ def test_a_signal_learns_what_is_usual_first() -> None:
     assert cell.tracks["signals"].evidence > policy().alarm
 
 
+def test_a_slower_engine_is_said_and_not_demoted() -> None:
+    rules = policy(rates={"memory": (0.1, 0.5)}, said=frozenset({"memory"}))
+    cell = Cell(key=KEY)
+
+    def read(value: float, times: int) -> list[Event]:
+        events: list[Event] = []
+        for number in range(times):
+            outcome = Outcome(KEY, "memory", False, 0.0, value + number % 10)
+            events += cell.fold(outcome, rules)
+        return events
+
+    assert read(100.0, LEARNED) == []
+    assert read(100.0, 300) == []
+    assert read(20.0, 300) == []  # less than usual is no drift
+    (drift, *_) = read(200.0, 40)
+    assert drift.kind is EventKind.DRIFT
+    assert drift.why == "memory is higher than usual"
+    assert cell.serves
+
+
 def test_a_pinned_variant_stays_and_says_so() -> None:
     cell = Cell(key=KEY)
     assert cell.pin("serving", "we know", 1.0).kind is EventKind.PINNED

@@ -418,3 +418,23 @@ async def test_a_judges_own_errors_are_told_and_corrected() -> None:
 def test_a_judge_must_exist() -> None:
     with pytest.raises(ValueError, match=r"watch\.judge\.model: 'gpt-9' does not exist; known: assistant, "):
         make_config(watch={"judge": {"model": "gpt-9"}})
+
+
+async def test_evaluations_are_events_of_opentelemetry(monkeypatch: pytest.MonkeyPatch) -> None:
+    from opentelemetry.sdk._logs import LoggerProvider
+    from opentelemetry.sdk._logs.export import InMemoryLogRecordExporter, SimpleLogRecordProcessor
+
+    exporter, provider = InMemoryLogRecordExporter(), LoggerProvider(shutdown_on_exit=False)
+    provider.add_log_record_processor(SimpleLogRecordProcessor(exporter))
+    monkeypatch.setattr("gateway.telemetry.evaluations.get_logger", provider.get_logger)
+    async with watching() as stack:
+        await ask(stack)
+        await eventually(exporter.get_finished_logs)
+    (found,) = exporter.get_finished_logs()
+    assert found.log_record.event_name == "gen_ai.evaluation.result"
+    attributes = dict(found.log_record.attributes or {})
+    assert attributes["gen_ai.evaluation.name"] == "shadow"
+    assert attributes["gen_ai.evaluation.score.label"] == "agreed"
+    assert attributes["gen_ai.evaluation.score.value"] == 1.0
+    assert attributes["gen_ai.agent.name"] == "intent_classifier"
+    assert attributes["tiercel.variant"] == "int4-kv8"
