@@ -128,15 +128,18 @@ async def benchmark(config: Config, count: int, repeats: int) -> dict[str, Any]:
     pools = Pools(config, time.monotonic)
     inquiry = Inquiry(config.watch, config.model.name, lambda: pools)
     first, second = specs
-    async with running(first, config.engine, say), running(second, config.engine, say):
-        async with aiohttp.ClientSession() as session:
-            working = asyncio.create_task(inquiry.run(session))
-            await asyncio.sleep(0.1)
-            examiner = Examiner(inquiry, config.reference)
-            await scoring(examiner, 3)  # warm
-            scored = await scoring(examiner, count)
-            asked = await log_probabilities(second.url, config.model.name, repeats)
-            working.cancel()
+    async with (
+        running(first, config.engine, say),
+        running(second, config.engine, say),
+        aiohttp.ClientSession() as session,
+    ):
+        working = asyncio.create_task(inquiry.run(session))
+        await asyncio.sleep(0.1)
+        examiner = Examiner(inquiry, config.reference)
+        await scoring(examiner, 3)  # warm
+        scored = await scoring(examiner, count)
+        asked = await log_probabilities(second.url, config.model.name, repeats)
+        working.cancel()
     return {"scoring": scored, "log_probabilities": asked}
 
 

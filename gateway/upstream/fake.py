@@ -14,7 +14,7 @@ import json
 import math
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from aiohttp import web
@@ -28,6 +28,8 @@ class Script:
     """How a fake engine behaves; change it at any time."""
 
     text: str = "The total is $277."
+    replies: list[str] = field(default_factory=list)
+    """What it says instead, one after the other, as long as there are any."""
     first_token_delay_s: float = 0.0
     token_delay_s: float = 0.0
     status: int = 200
@@ -160,7 +162,7 @@ class FakeEngine:
             return web.Response(text="<html>not an answer</html>\n\n", content_type="text/html")
         if body.get("prompt_logprobs") is not None:
             return self._score(body)
-        text = script.text
+        text = script.replies.pop(0) if script.replies else script.text
         if script.echo:
             text = "<" + "".join(filter(str.isdigit, body["messages"][-1]["content"])) + ">"
         answer = _Answer(body, text, chat=request.path.startswith("/v1/chat"))
