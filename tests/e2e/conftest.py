@@ -35,6 +35,31 @@ def clinc150_items() -> list[dict[str, object]]:
     ]
 
 
+def extraction_items() -> list[dict[str, object]]:
+    """Answers in JSON, half of them guided by the engine: the model has never seen any, so the others are
+    none."""
+    schema = {
+        "type": "object",
+        "properties": {"intent": {"enum": ["bill_due", "balance", "weather"]}, "sure": {"type": "boolean"}},
+        "required": ["intent", "sure"],
+        "additionalProperties": False,
+    }
+    system = {"role": "system", "content": SYSTEM_PROMPTS["intent_classifier"]}
+    texts = ("when is my bill due", "what is my balance", "will it rain in oslo", "how much do i have left")
+    return [
+        {
+            "messages": [system, {"role": "user", "content": text}],
+            "expected": '{"intent": "bill_due", "sure": true}',
+            "check": "json",
+            "json_schema": schema,
+            "guided": guided,
+            "max_tokens": 48,
+        }
+        for guided in (True, False)
+        for text in texts
+    ]
+
+
 @dataclass(frozen=True)
 class Stack:
     """A running stack and what its cards say."""
@@ -80,6 +105,9 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
         settings["roles"][role]["tasks"] = source.name
         if role != "core":  # wide, so that every variant may be asked for by name
             settings["roles"][role]["budget"] = {"max_accuracy_drop": 0.2, "max_kl": 0.1}
+    items = [json.dumps(item) for item in extraction_items()]
+    (directory / "extractor.jsonl").write_text("\n".join(items) + "\n", encoding="utf-8")
+    settings["roles"]["extractor"] = {"tasks": "extractor.jsonl"}
     path = directory / "tiercel.yaml"
     path.write_text(yaml.safe_dump(settings), encoding="utf-8")
     tiercel = [sys.executable, "-m", "deploy.cli"]

@@ -66,6 +66,17 @@ def test_cards_say_what_each_variant_lost(stack: Stack) -> None:
     assert cards["bf16"].gate["core"].outcome == Outcome.PASSED
 
 
+def test_cards_say_how_many_answers_are_valid_json(stack: Stack) -> None:
+    """Half of the role's items are guided by the engine, and valid by construction; the model knows no
+    JSON."""
+    for name, card in stack.cards.items():
+        assert card.evaluation is not None
+        figures = card.evaluation.roles["extractor"]
+        assert figures.valid_json is not None, name
+        assert (figures.valid_json.items, figures.valid_json.good) == (8, 4), name
+        assert figures.valid_json.reference_good == 4
+
+
 @pytest.mark.parametrize("stream", [False, True])
 async def test_roles_land_on_their_precision(stack: Stack, http: aiohttp.ClientSession, stream: bool) -> None:
     record = make_record(HELD_OUT_SEED + 7)
