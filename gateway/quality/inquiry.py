@@ -20,6 +20,7 @@ from gateway.errors import UpstreamError
 from gateway.routing.pools import Pools, Replica
 
 _LOOK_AGAIN_S = 0.05
+LATER = 3
 _NO_PRIORITY = "priority"
 """What vLLM's refusal says when it was started without ``--scheduling-policy priority``."""
 
@@ -44,6 +45,7 @@ class Inquiry:
         self._pools = pools
         self._queue: deque[tuple[Work, Callable[[], None]]] = deque()
         self._later: deque[tuple[Work, Callable[[], None]]] = deque()
+        self._taken = 0
         self._more = asyncio.Event()
         self._session: aiohttp.ClientSession | None = None
         self._plain: set[str] = set()
@@ -51,7 +53,7 @@ class Inquiry:
         self.under_way = 0
 
     def offer(self, work: Work, given_up: Callable[[], None] = lambda: None, *, later: bool = False) -> None:
-        """Do it when there is time; ``later``: when there is nothing else to do. ``given_up`` is called
+        """Do it when there is time; ``later``: mostly after everything else. ``given_up`` is called
         instead when there is no time."""
         queue = self._later if later else self._queue
         if len(queue) >= self.settings.queue:
@@ -75,7 +77,7 @@ class Inquiry:
             while not self._queue and not self._later:
                 self._more.clear()
                 await self._more.wait()
-            work, given_up = (self._queue or self._later).popleft()
+            work, given_up = self._next()
             self.under_way += 1
             try:
                 await work()
@@ -84,6 +86,12 @@ class Inquiry:
                 await asyncio.sleep(_LOOK_AGAIN_S)
             finally:
                 self.under_way -= 1
+
+    def _next(self) -> tuple[Work, Callable[[], None]]:
+        """The first that came; of what may come later, one in ``LATER`` even when there is other work."""
+        self._taken += 1
+        late = self._later and (not self._queue or self._taken % LATER == 0)
+        return (self._later if late else self._queue).popleft()
 
     def replica(self, variant: str) -> Replica:
         """The least busy one of a variant. Raises ShedError when users need them all."""

@@ -235,3 +235,47 @@ def test_memory_has_a_unit(count: int | None, text: str) -> None:
 )
 def test_durations_have_a_unit(seconds: float | None, text: str) -> None:
     assert milliseconds(seconds) == text
+
+
+INCIDENT = {
+    "variant": "int4-kv8",
+    "fault": "two-bits",
+    "harmed_at": 60.0,
+    "answers": [
+        {"role": "intent_classifier", "variant": variant, "right": right, "at": float(at)}
+        for at, variant, right in (
+            *((second, "int4-kv8", second % 10 != 0) for second in range(60)),
+            *((second, "int4-kv8", False) for second in range(61, 71)),
+            *((second, "bf16", True) for second in range(71, 101)),
+        )
+    ],
+    "demotions": [
+        {
+            "role": "intent_classifier",
+            "answers": 10,
+            "seconds": 10.5,
+            "why": "signals and shadow have changed",
+        }
+    ],
+}
+
+
+def test_the_second_act_is_told_and_drawn(tmp_path: Path) -> None:
+    told = report(incident=INCIDENT)
+    table = format_table(told)
+    assert (
+        "intent_classifier: demoted after 10 answers, 10 s, because signals and shadow have changed" in table
+    )
+    assert "right: 90.0 % before, 0.0 % harmed, 100.0 % afterwards" in table
+    write_report(told, tmp_path)
+    html = (tmp_path / "report.html").read_text(encoding="utf-8")
+    page = Page(html)
+    assert page.open == []
+    assert "int4-kv8 harmed" in page.text
+    assert "demoted for intent_classifier" in page.text
+    assert DemoReport.model_validate_json((tmp_path / "report.json").read_text()) == told
+
+
+def test_a_role_that_was_not_demoted_is_said() -> None:
+    told = report(incident=INCIDENT | {"demotions": []})
+    assert "intent_classifier: not demoted" in format_table(told)
