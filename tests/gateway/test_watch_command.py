@@ -78,14 +78,14 @@ async def test_what_cannot_be_done_is_said(
 
 
 async def test_a_judge_is_measured(path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    judging: dict[str, Any] = {"judge": {"model": "assistant:int8"}}
-    keyless = settings(tmp_path / "variants", {}, watch={"store": "sqlite://", **judging})
-    path.write_text(keyless)
+    judging: dict[str, Any] = {"judge": {"model": "assistant:bf16"}}
+    text = settings(tmp_path / "variants", {}, watch={"store": "sqlite://", **judging})
     labelled = tmp_path / "labelled.jsonl"
     rows = [
         {"context": "The sky is blue.", "answer": f"It is so {n}.", "supported": n % 2 == 0} for n in range(4)
     ]
-    labelled.write_text("\n".join(map(json.dumps, rows)))
+    for place, content in ((path, text), (labelled, "\n".join(map(json.dumps, rows)))):
+        await asyncio.to_thread(place.write_text, content)
     async with running_gateway(watch=judging) as stack:
         stack.engines["bf16"].script.replies = [
             '{"1": "supported"}',
