@@ -1,5 +1,5 @@
 # The two commands are `make demo` and `make test`; everything else is for daily work.
-.PHONY: setup demo test quick check up train clean
+.PHONY: setup demo test quick check servers up train clean
 .DEFAULT_GOAL := help
 
 help:
@@ -28,7 +28,10 @@ check: setup
 quick: setup
 	.venv/bin/pytest -m "not engine" -n 2 --dist loadfile
 
-test: check quick
+servers:
+	@tests/servers.sh
+
+test: servers check quick
 	.venv/bin/pytest -m engine
 
 # Trains the shipped demo model again: make train CLINC150=/path/to/clinc150.json

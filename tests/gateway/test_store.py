@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import sqlite3
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from sqlalchemy import create_engine, text
 
 from gateway.quality.cells import Cell, Event, EventKind, Key, Outcome
 from gateway.quality.store import BUCKET_S, Store, StoreError
@@ -13,16 +15,43 @@ from gateway.quality.store import BUCKET_S, Store, StoreError
 KEY = Key(variant="int4", version="0" * 12, role="classifier")
 
 
-def url(tmp_path: Path) -> str:
-    return f"sqlite:///{tmp_path / 'watch.db'}"
+@pytest.fixture(params=["sqlite", "postgresql"])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """A database without anything in it."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path / 'watch.db'}"
+    server: str = request.getfixturevalue("postgresql")
+    engine = create_engine(server)
+    with engine.begin() as connection:
+        connection.execute(text("drop schema public cascade"))
+        connection.execute(text("create schema public"))
+    engine.dispose()
+    return server
+
+
+Open = Callable[[str], Store]
+
+
+@pytest.fixture
+def opened(url: str) -> Iterator[Open]:
+    """Opens the database under a holder's name, and closes it in the end."""
+    stores: list[Store] = []
+
+    def open_store(holder: str) -> Store:
+        stores.append(Store(url, holder))
+        return stores[-1]
+
+    yield open_store
+    for store in stores:
+        store.close()
 
 
 def outcomes(count: int, at: float = 0.0) -> list[Outcome]:
     return [Outcome(KEY, "shadow", number % 4 == 0, at + number, 0.5) for number in range(count)]
 
 
-def test_outcomes_come_in_order_and_go_when_they_are_folded(tmp_path: Path) -> None:
-    one, other = Store(url(tmp_path), "one"), Store(url(tmp_path), "other")
+def test_outcomes_come_in_order_and_go_when_they_are_folded(opened: Open) -> None:
+    one, other = opened("one"), opened("other")
     given = outcomes(25)
     one.append(given[:10])
     other.append(given[10:])
@@ -43,8 +72,8 @@ def test_outcomes_come_in_order_and_go_when_they_are_folded(tmp_path: Path) -> N
     assert sum(bucket.total for bucket in buckets) == pytest.approx(12.5)
 
 
-def test_the_second_who_folds_the_same_gives_way_and_writes_nothing(tmp_path: Path) -> None:
-    one, other = Store(url(tmp_path), "one"), Store(url(tmp_path), "other")
+def test_the_second_who_folds_the_same_gives_way_and_writes_nothing(opened: Open) -> None:
+    one, other = opened("one"), opened("other")
     one.append(outcomes(3))
     rows, _ = one.unfolded()
     ids = [number for number, _ in rows]
@@ -57,8 +86,8 @@ def test_the_second_who_folds_the_same_gives_way_and_writes_nothing(tmp_path: Pa
     assert one.buckets(0) == []
 
 
-def test_a_decision_is_noticed(tmp_path: Path) -> None:
-    store = Store(url(tmp_path), "one")
+def test_a_decision_is_noticed(opened: Open) -> None:
+    store = opened("one")
     before = store.decisions()
     cell = Cell(key=KEY)
     store.change([cell], [])
@@ -70,8 +99,8 @@ def test_a_decision_is_noticed(tmp_path: Path) -> None:
     assert store.decisions() > undecided >= before
 
 
-def test_one_leads_until_it_is_silent_or_resigns(tmp_path: Path) -> None:
-    one, other = Store(url(tmp_path), "one"), Store(url(tmp_path), "other")
+def test_one_leads_until_it_is_silent_or_resigns(opened: Open) -> None:
+    one, other = opened("one"), opened("other")
     leads, beats = one.lead(-1, lost=False)
     assert leads
     assert other.lead(-1, lost=False) == (False, beats)
@@ -87,20 +116,20 @@ def test_one_leads_until_it_is_silent_or_resigns(tmp_path: Path) -> None:
     assert one.lead(more, lost=False)[0]
 
 
-def test_state_survives_a_restart(tmp_path: Path) -> None:
-    store = Store(url(tmp_path), "one")
+def test_state_survives_a_restart(opened: Open) -> None:
+    store = opened("one")
     cell = Cell(key=KEY)
     cell.demote("harm", 1.0)
     store.change([cell], [])
     store.append(outcomes(2))
     store.close()
-    again = Store(url(tmp_path), "two")
+    again = opened("two")
     assert again.cells() == {KEY: cell}
     assert len(again.unfolded()[0]) == 2
 
 
-def test_old_sums_and_events_are_forgotten(tmp_path: Path) -> None:
-    store = Store(url(tmp_path), "one")
+def test_old_sums_and_events_are_forgotten(opened: Open) -> None:
+    store = opened("one")
     store.folded([], outcomes(1, at=1000.0) + outcomes(1, at=2e6), [], [])
     store.prune(2e6)
     assert [bucket.start for bucket in store.buckets(0)] == [2_000_000]
@@ -124,10 +153,10 @@ def test_a_database_that_cannot_be_used_is_named(tmp_path: Path, make: object, w
     assert callable(make)
     make(tmp_path / "watch.db")
     with pytest.raises(StoreError, match=rf"watch\.db.*{words}"):
-        Store(url(tmp_path), "one")
+        Store(f"sqlite:///{tmp_path / 'watch.db'}", "one")
 
 
-def test_a_password_is_not_said(tmp_path: Path) -> None:
+def test_a_password_is_not_said() -> None:
     with pytest.raises(StoreError) as caught:
         Store("nosuchdatabase://user:secret@host/name", "one")
     assert "user:***@host/name" in str(caught.value)
