@@ -38,6 +38,8 @@ LONGEST_SHADOW = 200_000
 """Bytes of a request beyond which the reference is not asked about its answer."""
 _SHARE = 1 << 32
 _TOP = 5
+SAMPLES = 3
+"""Second answers that an unusual one is compared with."""
 
 
 class CheckOutcome(StrEnum):
@@ -188,7 +190,9 @@ class Observer:
         if grounded and _in(seen.request_id, "judge", self._judged):
             self._inquiry.offer(partial(self._judge, seen, key), partial(self._judge_shed, seen))
         shadowed = key is not None and _in(seen.request_id, "shadow", self._shadowed)
-        if not shadowed and not candidates:
+        signals = seen.answer.meter.result()
+        unusual = key is not None and signals is not None and self._watch.unusual(key, signals.nll_mean)
+        if not shadowed and not candidates and not unusual:
             return
         request = _asked(seen.body)
         if request is None:
@@ -202,6 +206,8 @@ class Observer:
             else:
                 shed = partial(self._compared, seen, Result.SHED)
                 self._inquiry.offer(partial(self._shadow, seen, key, request), shed)
+        if key is not None and unusual and len(seen.answer.texts) == 1:
+            self._inquiry.offer(partial(self._resample, seen, key, request), later=True)
         for other in candidates:
             self._inquiry.offer(partial(self._copy, seen, other, request), later=True)
 
@@ -241,8 +247,7 @@ class Observer:
         two of the reference's agree."""
         assert self._examiner
         assert self._watch
-        calls = [{"function": {"name": name, "arguments": said}} for name, said in seen.answer.tool_calls]
-        mine = {"content": seen.answer.texts[0], "tool_calls": calls}
+        mine = _message(seen.answer)
         try:
             theirs = await self._examiner.message(request)
             if request.get("temperature", 1) and not same_meaning(
@@ -256,6 +261,24 @@ class Observer:
         outcome = CheckOutcome.FAILED if bad else CheckOutcome.PASSED
         self._metrics.quality_checks.labels(seen.role, seen.variant, "regenerated", outcome).inc()
         self._watch.note(key, "regenerated", bad)
+
+    async def _resample(self, seen: Observed, key: Key, request: Mapping[str, Any]) -> None:
+        """Where an answer was unusually sure or unsure: does the variant say the same again, when it is
+        asked at a temperature? (The idea is SelfCheckGPT's, arXiv:2303.08896.)"""
+        assert self._examiner
+        assert self._watch
+        mine, same = _message(seen.answer), 0
+        try:
+            for number in range(SAMPLES):
+                more = {"temperature": 1.0, "seed": number}
+                choices = (await self._examiner.answer(key.variant, request, **more))["choices"]
+                same += same_meaning(mine, choices[0].get("message") or {"content": choices[0]["text"]})
+        except (UnansweredError, KeyError, TypeError, IndexError, AttributeError) as error:
+            self._log.warning("resample: %s", error, extra={"fields": {"request_id": seen.request_id}})
+            return
+        labels = (seen.role, seen.variant, "consistency")
+        self._metrics.quality_score.labels(*labels).observe(same / SAMPLES)
+        self._watch.note(key, "consistency", same * 2 < SAMPLES)
 
     async def _copy(self, seen: Observed, key: Key, request: Mapping[str, Any]) -> None:
         """Let a variant on probation answer a request that another has answered, and judge that."""
@@ -318,6 +341,12 @@ class Observer:
 
     def _compared(self, seen: Observed, result: Result) -> None:
         self._metrics.shadow.labels(seen.role, seen.variant, result.value).inc()
+
+
+def _message(answer: Answer) -> dict[str, Any]:
+    """Its first choice, as an engine would have sent it whole."""
+    calls = [{"function": {"name": name, "arguments": said}} for name, said in answer.tool_calls]
+    return {"content": answer.texts[0] if answer.texts else "", "tool_calls": calls}
 
 
 def _asked(body: Body) -> dict[str, Any] | None:

@@ -178,6 +178,12 @@ class Watch:
         cell, policy = self.cells.get(key), self._policies.get(key)
         return bool(cell and policy and cell.warned(policy))
 
+    def unusual(self, key: Key, nll_mean: float) -> bool:
+        """Whether an answer's mean -log p is out of the range that has been learned."""
+        cell = self.cells.get(key)
+        usual = cell.tracks["signals"].usual if cell and "signals" in cell.tracks else None
+        return usual is not None and not usual[0] <= nll_mean <= usual[1]
+
     def on_probation(self, role: str) -> list[Key]:
         """Variants whose answers to the role's requests are to be judged before anybody gets them."""
         return [

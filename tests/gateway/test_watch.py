@@ -13,6 +13,7 @@ from aiohttp import web
 from gateway_stack import Stack, eventually, make_config, running_gateway
 
 from gateway.identity import hash_of
+from gateway.quality.cells import Cell, Track
 from gateway.quality.store import Store
 
 ROLE = {"x-agent-role": "intent_classifier"}
@@ -418,6 +419,29 @@ async def test_a_judges_own_errors_are_told_and_corrected() -> None:
 def test_a_judge_must_exist() -> None:
     with pytest.raises(ValueError, match=r"watch\.judge\.model: 'gpt-9' does not exist; known: assistant, "):
         make_config(watch={"judge": {"model": "gpt-9"}})
+
+
+async def test_an_unusual_answer_is_asked_for_again() -> None:
+    async with watching(watch={"rate": 0.0}) as stack:
+        engine = stack.engines["int4-kv8"]
+        await ask(stack)
+        await eventually(lambda: signals_seen(stack))
+        watch = stack.gateway.watch
+        assert watch is not None
+        key = watch.key("int4-kv8", "intent_classifier")
+        assert key is not None
+        taught = Cell(key=key, tracks={"signals": Track(usual=(0.5, 0.6))})  # a fake's answers are at 0.105
+        await watch._in_thread(lambda: watch._open().change([taught], []))
+        await eventually(lambda: watch.unusual(key, 0.105))
+        await ask(stack)
+        await eventually(lambda: len(engine.requests) == 5, within_s=5)
+        assert [body["temperature"] for body in engine.requests[2:]] == [1.0] * 3
+        labels = {"role": "intent_classifier", "variant": "int4-kv8", "check": "consistency"}
+        await eventually(lambda: stack.sample("tiercel_quality_score_sum", **labels) == 1.0)
+
+
+async def signals_seen(stack: Stack) -> bool:
+    return "signals" in (await cell(stack))["checks"]
 
 
 async def test_evaluations_are_events_of_opentelemetry(monkeypatch: pytest.MonkeyPatch) -> None:
