@@ -425,19 +425,19 @@ async def test_an_unusual_answer_is_asked_for_again() -> None:
     async with watching(watch={"rate": 0.0}) as stack:
         engine = stack.engines["int4-kv8"]
         await ask(stack)
-        await eventually(lambda: signals_seen(stack))
+        await eventually(lambda: signals_seen(stack), within_s=5)
         watch = stack.gateway.watch
         assert watch is not None
         key = watch.key("int4-kv8", "intent_classifier")
         assert key is not None
         taught = Cell(key=key, tracks={"signals": Track(usual=(0.5, 0.6))})  # a fake's answers are at 0.105
         await watch._in_thread(lambda: watch._open().change([taught], []))
-        await eventually(lambda: watch.unusual(key, 0.105))
+        await eventually(lambda: watch.unusual(key, 0.105), within_s=5)
         await ask(stack)
         await eventually(lambda: len(engine.requests) == 5, within_s=5)
         assert [body["temperature"] for body in engine.requests[2:]] == [1.0] * 3
         labels = {"role": "intent_classifier", "variant": "int4-kv8", "check": "consistency"}
-        await eventually(lambda: stack.sample("tiercel_quality_score_sum", **labels) == 1.0)
+        await eventually(lambda: stack.sample("tiercel_quality_score_sum", **labels) == 1.0, within_s=5)
 
 
 async def signals_seen(stack: Stack) -> bool:
