@@ -3,6 +3,7 @@ figures."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -23,6 +24,7 @@ EVENT_COLOURS = {"demoted": "var(--bad)", "restored": "var(--good)", "failed_pro
 
 STYLE = """
 .wide { overflow-x: auto; } .wide svg { min-width: 34rem; }
+figure { margin-bottom: .8rem; }
 section > p { margin: 0 0 .8rem; max-width: 60rem; }
 """
 
@@ -86,19 +88,37 @@ def over_time(
         left = at < width * 0.7  # words on the side where there is room
         height = y.end + 12 + 14 * (number % 4)
         parts.append(draw_text(at + 4 if left else at - 4, height, mark.what, "start" if left else "end"))
+    step = (width - 70) / max(4, len(lines))
     for number, (name, points) in enumerate(lines.items()):
         colour = PALETTE[number % len(PALETTE)]
-        bands = [wilson_interval(point.part, point.whole) for point in points]
-        edge = [(x(p.at), y(high)) for p, (_, high) in zip(points, bands, strict=True)]
-        edge += [(x(p.at), y(low)) for p, (low, _) in reversed(list(zip(points, bands, strict=True)))]
-        d = "M" + " L".join(f"{px:.1f} {py:.1f}" for px, py in edge) + "z"
-        parts.append(f'<path d="{d}" fill="{colour}" opacity=".18"/>')
-        parts.append(draw_path([(x(p.at), y(p.value)) for p in points], colour, 'stroke-width="2"'))
+        for run in _runs(points):
+            bands = [wilson_interval(point.part, point.whole) for point in run]
+            edge = [(x(p.at), y(high)) for p, (_, high) in zip(run, bands, strict=True)]
+            edge += [(x(p.at), y(low)) for p, (low, _) in reversed(list(zip(run, bands, strict=True)))]
+            d = "M" + " L".join(f"{px:.1f} {py:.1f}" for px, py in edge) + "z"
+            parts.append(f'<path d="{d}" fill="{colour}" stroke="{colour}" opacity=".18"/>')
+            parts.append(draw_path([(x(p.at), y(p.value)) for p in run], colour, 'stroke-width="2"'))
+            if len(run) == 1:
+                parts.append(
+                    f'<circle cx="{x(run[0].at):.1f}" cy="{y(run[0].value):.1f}" r="3" fill="{colour}"/>'
+                )
         parts.append(
-            f'<rect x="{60 + 190 * number}" y="6" width="12" height="12" rx="2" fill="{colour}"/>'
-            + draw_text(77 + 190 * number, 16, name, colour="--ink")
+            f'<rect x="{60 + step * number:.0f}" y="6" width="12" height="12" rx="2" fill="{colour}"/>'
+            + draw_text(77 + step * number, 16, name, colour="--ink")
         )
     return svg(width, HEIGHT, title, parts)
+
+
+def _runs(points: Sequence[Share]) -> list[list[Share]]:
+    """Stretches without a gap of more than four times what is common between neighbours."""
+    gaps = sorted(b.at - a.at for a, b in itertools.pairwise(points))
+    common = gaps[len(gaps) // 2] if gaps else 0.0
+    runs = [[points[0]]]
+    for before, point in itertools.pairwise(points):
+        if point.at - before.at > 4 * common:
+            runs.append([])
+        runs[-1].append(point)
+    return runs
 
 
 def charts(report: Mapping[str, Any]) -> list[tuple[str, str]]:
