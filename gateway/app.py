@@ -126,7 +126,7 @@ class Gateway:
             if getattr(config.gateway, field) != getattr(old, field):
                 raise ConfigError(f"gateway.{field}: cannot change while the gateway runs; start it anew")
         watched = self.plane.setup.config.watch
-        for field in ("enabled", "store", "in_flight"):
+        for field in ("enabled", "store", "store_env", "in_flight"):
             if getattr(config.watch, field) != getattr(watched, field):
                 raise ConfigError(f"watch.{field}: cannot change while the gateway runs; start it anew")
         if self.watch is not None:

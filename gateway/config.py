@@ -251,6 +251,9 @@ class Watch(_Section):
     store: str | None = Field(
         default=None, description="SQLAlchemy URL of what all gateways share; default: SQLite in run_dir"
     )
+    store_env: str | None = Field(
+        default=None, description="environment variable that holds that URL, where it has a password"
+    )
     rate: float = Field(
         default=0.1, ge=0, le=1, description="share of quantized answers that the reference is asked about"
     )
@@ -279,6 +282,12 @@ class Watch(_Section):
     )
     webhook: str | None = Field(default=None, description="URL that every event is posted to as JSON")
     judge: Judge | None = None
+
+    @model_validator(mode="after")
+    def _one_store(self) -> Watch:
+        if self.store is not None and self.store_env is not None:
+            raise ValueError("store and store_env both say where the store is; give one")
+        return self
 
 
 class Config(_Section):

@@ -23,7 +23,7 @@ from typing import Any, Literal, TypeVar
 import aiohttp
 from pydantic import BaseModel, Field
 
-from gateway.config import Config
+from gateway.config import Config, ConfigError
 from gateway.errors import BadRequestError
 from gateway.quality.cells import Cell, Event, EventKind, Key, Outcome, Policy, Status
 from gateway.quality.sequential import confidence_sequence, corrected_share, threshold
@@ -100,7 +100,7 @@ class Watch:
         self._changed = changed
         self._clock = clock
         self._holder = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:8]}"
-        self._url = config.watch.store or f"sqlite:///{config.run_dir / 'watch.db'}"
+        self._url = store_url(config)
         self._store = store
         self._thread = ThreadPoolExecutor(1, "watch")
         self._waiting: list[Outcome] = []
@@ -506,6 +506,18 @@ def event_as_json(event: Event) -> dict[str, Any]:
         "why": event.why,
         "evidence": dict(event.evidence),
     }
+
+
+def store_url(config: Config) -> str:
+    """Where the watch keeps what it knows. Raises ConfigError for a variable that is not set."""
+    settings = config.watch
+    if settings.store_env is not None:
+        if not (url := os.environ.get(settings.store_env)):
+            raise ConfigError(
+                f"watch.store_env: the environment has no {settings.store_env!r}; set it to a database's URL"
+            )
+        return url
+    return settings.store or f"sqlite:///{config.run_dir / 'watch.db'}"
 
 
 def gate_of(card: Card) -> str:

@@ -12,9 +12,11 @@ import pytest
 from aiohttp import web
 from gateway_stack import Stack, eventually, make_config, running_gateway
 
+from gateway.config import ConfigError
 from gateway.identity import hash_of
 from gateway.quality.cells import Cell, Track
 from gateway.quality.store import Store
+from gateway.quality.watch import store_url
 
 ROLE = {"x-agent-role": "intent_classifier"}
 EAGER = {"rate": 1.0, "probation_rate": 1.0, "probation_after_s": 3600.0}
@@ -293,6 +295,16 @@ async def test_only_an_admin_may_look_and_act() -> None:
 def test_a_configuration_that_cannot_be_used_says_why(changes: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         make_config(**changes)
+
+
+def test_the_store_may_be_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = make_config(watch={"store": None, "store_env": "THE_STORE"})
+    with pytest.raises(ConfigError, match="the environment has no 'THE_STORE'"):
+        store_url(config)
+    monkeypatch.setenv("THE_STORE", "sqlite://")
+    assert store_url(config) == "sqlite://"
+    with pytest.raises(ValueError, match="both say where"):
+        make_config(watch={"store": "sqlite://", "store_env": "THE_STORE"})
 
 
 def test_the_store_is_sqlite_unless_another_is_given() -> None:
