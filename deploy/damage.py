@@ -54,7 +54,7 @@ def chat_template(directory: Path) -> None:
 
 DAMAGES: dict[str, Callable[[Path], None]] = {
     "two-bits": two_bits,
-    "two-bits-in-one-layer": lambda directory: two_bits(directory, "layers.1.mlp."),
+    "two-bits-in-one-layer": lambda directory: two_bits(directory, "layers.0."),
     "kv-scales": kv_scales,
     "chat-template": chat_template,
 }

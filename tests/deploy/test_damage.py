@@ -48,7 +48,7 @@ def test_one_layer_alone(variant: Path, tmp_path: Path) -> None:
     harmed = load_file(damaged(variant, tmp_path / "out", "two-bits-in-one-layer") / "model.safetensors")
     before = load_file(variant / "model.safetensors")
     same = {name for name in before if torch.equal(before[name], harmed[name])}
-    assert set(before) - same == {"model.layers.1.mlp.up_proj.weight_packed"}
+    assert set(before) - same == {"model.layers.0.mlp.up_proj.weight_packed"}
 
 
 def test_scales_and_template(variant: Path, tmp_path: Path) -> None:

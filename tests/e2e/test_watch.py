@@ -131,8 +131,8 @@ async def test_a_harmed_variant_is_demoted_and_a_healed_one_comes_back(stack: St
         healthy = variant_directory(stack.config.variants_dir, VARIANT, spec.card.version)
         await stack.swap(VARIANT, damaged(healthy, tmp_path / "harmed", "two-bits"))
         report = await traffic.until(serves=False, most=1200)
-        for cell in cells(report).values():
-            assert " and " in cell["why"], cell["why"]
+        for event in report["events"]:
+            assert event["kind"] != "demoted" or " and " in event["why"], event  # two checks agreed
         given = await traffic.send(24)
         assert set(given) == {(role, "bf16") for role in ROLES}
 
