@@ -53,6 +53,7 @@ async def run_demo(
         cards = await evaluate_variants(config, cards, say, engines)
         say(format_variants(cards))
 
+    forget_watch(config)  # what an earlier run was shown does not count in this one
     say("2/5 serve: starting one engine per served variant")
     async with Stack(config, config_path, say, before_gateway=gate) as stack:
         say(f"4/5 run: {len(tickets)} customer messages through the ADK team")
@@ -76,6 +77,7 @@ async def run_demo(
         agreement = await agreement_with_reference(config, stack.url, results)
         say("5/5 watch: a quantized variant is harmed while it serves")
         incident = await second_act(stack, clock, tickets, CONCURRENCY, say)
+    forget_watch(config)
     for result in results:
         for line in result.errors:
             say(f"error: {line}")
@@ -93,6 +95,12 @@ async def run_demo(
     say(
         f"report: {out / 'report.html'}, report.png and report.json ({time.monotonic() - began:.0f} s in all)"
     )
+
+
+def forget_watch(config: Config) -> None:
+    """Remove the local store of the watch: a demo's harm is no finding about the variants."""
+    for path in config.run_dir.glob("watch.db*"):
+        path.unlink()
 
 
 async def agreement_with_reference(

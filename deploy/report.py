@@ -231,7 +231,12 @@ def incident_lines(incident: Incident) -> list[str]:
     for one in incident.demotions:
         before = incident.accuracy(one.role, until=incident.harmed_at)
         harmed = incident.accuracy(one.role, incident.variant, incident.harmed_at)
-        after = incident.accuracy(one.role, None, incident.harmed_at + one.seconds)
+        # Answers that were under way at the demotion were finished by the harmed variant.
+        later = [
+            a for a in incident.answers if a.role == one.role and a.at > incident.harmed_at + one.seconds
+        ]
+        healthy = [a.right for a in later if a.variant != incident.variant]
+        after = sum(healthy) / len(healthy) if healthy else None
         lines.append(
             f"{one.role}: demoted after {one.answers} answers, {one.seconds:.0f} s, because {one.why}; "
             f"right: {percent(before)} before, {percent(harmed)} harmed, {percent(after)} afterwards"

@@ -5,13 +5,17 @@
    default, but its CPU platform asks for ``spawn``; nothing of torch has run before the fork here,
    which is what ``spawn`` protects from.
 2. An engine's processes wait for each other asleep. By default a reader of vLLM's shared-memory queue
-   spins for a second after every message, which takes two cores from the other engines.
+   spins for a second after every message, which takes two cores from the other engines. A reader that
+   sleeps must be woken by every message, and vLLM's writer may lose a wake-up that follows another one
+   within a millisecond: its socket takes one message at a time, and ZeroMQ looks only so often whether
+   that has gone. The reader would notice 5 s later. So the writer's socket takes all of them.
 3. One more route hands out log-probabilities in binary: :mod:`score_route`.
 """
 
 import os
 
 import vllm.plugins
+import zmq  # type: ignore[import-not-found]
 from score_route import ScoreRoute, keep_arrays  # type: ignore[import-not-found]
 from vllm.distributed.device_communicators.shm_broadcast import SpinCondition
 from vllm.entrypoints.launchers.api_server.entry import main
@@ -30,7 +34,28 @@ def _check_and_keep_forking(vllm_config: object) -> None:
 
 CpuPlatform.check_and_update_config = staticmethod(_check_and_keep_forking)
 
-SpinCondition.__init__.__defaults__ = (SPIN_S,)  # busy_loop_s, its only default
+_init = SpinCondition.__init__
+
+
+def _init_that_wakes(
+    self: SpinCondition,
+    is_reader: bool,
+    context: zmq.Context,
+    notify_address: str,
+    busy_loop_s: float = SPIN_S,
+) -> None:
+    if is_reader:
+        _init(self, is_reader, context, notify_address, busy_loop_s)
+        return
+    self.is_reader = False
+    self.last_read = self.busy_loop_s = 0
+    self.read_cancel_socket = self.write_cancel_socket = self.poller = None
+    self.local_notify_socket = context.socket(zmq.PUB)
+    self.local_notify_socket.setsockopt(zmq.SNDHWM, 0)  # a reader keeps the last one only: nothing piles up
+    self.local_notify_socket.bind(notify_address)
+
+
+SpinCondition.__init__ = _init_that_wakes
 
 _load_endpoint_plugins = vllm.plugins.load_endpoint_plugins
 

@@ -99,6 +99,20 @@ async def test_roles_land_on_their_precision(stack: Stack, http: aiohttp.ClientS
         assert "logprobs" not in text or '"logprobs":null' in text.replace(" ", "")
 
 
+async def test_an_engine_wakes_up_for_every_message(stack: Stack, http: aiohttp.ClientSession) -> None:
+    """A wake-up that is lost costs 5 s (``deploy/engine_site/serve_vllm.py``); answers without
+    log-probabilities come so fast that it was lost often."""
+    (engine,) = stack.config.replicas("int8")
+    record = make_record(HELD_OUT_SEED + 9)
+    for _ in range(30):
+        began = time.monotonic()
+        body = ask("summarizer", record.text, max_tokens=40)
+        async with http.post(engine + "/v1/chat/completions", json=body) as response:
+            assert response.status == 200, await response.text()
+            await response.read()
+        assert time.monotonic() - began < 4.5
+
+
 async def test_openai_client(stack: Stack) -> None:
     async with openai.AsyncOpenAI(base_url=stack.url + "/v1", api_key="unused") as client:
         models = [model.id async for model in client.models.list()]
