@@ -23,7 +23,6 @@ from google.genai import types
 import agents.judge  # noqa: F401  # registers the name
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*experimental:UserWarning"),
     pytest.mark.filterwarnings("ignore:.*using the `ReadOnly` qualifier:UserWarning"),
     pytest.mark.filterwarnings("ignore:Accessing the .* attribute on the instance:DeprecationWarning"),
 ]
