@@ -223,7 +223,7 @@ class Stack:
 async def _is_ready(session: aiohttp.ClientSession, url: str) -> bool:
     try:
         async with session.get(url) as response:
-            return response.status == 200
+            return not (await response.json())["not_reachable"]
     except (aiohttp.ClientError, TimeoutError):
         return False
 

@@ -86,7 +86,9 @@ class Gateway:
             self._board,
             lambda variant: self._discovery.replicas(config, variant),
         )
-        router = Router(config, cards, pools, self.latencies)
+        router = Router(
+            config, cards, pools, self.latencies, lambda *asked: self.metrics.missed.labels(*asked).inc()
+        )
         if self.watch is not None:
             router.avoid(self.watch.demoted())
         quality = config.quality

@@ -59,7 +59,7 @@ REFUSALS: dict[int | str, dict[str, Any]] = {
     404: {"model": ErrorEnvelope, "description": "There is no such thing."},
 }
 _PROMETHEUS: dict[int | str, dict[str, Any]] = {200: {"content": {"text/plain": {}}}}
-_UNREADY: dict[int | str, dict[str, Any]] = {503: {"description": "Not every served variant can be reached."}}
+_UNREADY: dict[int | str, dict[str, Any]] = {503: {"description": "There is a role that no pool could serve."}}
 
 
 class Operations:
@@ -123,8 +123,9 @@ class Operations:
         return {"status": "ok"}
 
     async def readiness(self) -> JSONResponse:
-        """Every served variant can be reached."""
-        pools = self._plane.setup.pools.by_variant
+        """Every role can be served, at its own precision or a higher one; what is missing for more."""
+        setup = self._plane.setup
+        pools = setup.pools.by_variant
         detail = {
             variant: {
                 "reachable": pool.reachable,
@@ -141,8 +142,13 @@ class Operations:
             for variant, pool in pools.items()
         }
         missing = [variant for variant, pool in pools.items() if not pool.reachable]
-        body = {"ready": not missing, "not_reachable": missing, "pools": detail}
-        return JSONResponse(body, status_code=503 if missing else 200)
+        unserved = [
+            role
+            for role in setup.config.roles
+            if not any(pools[variant].reachable for variant in setup.router.ladder(role))
+        ]
+        body = {"ready": not unserved, "unserved": unserved, "not_reachable": missing, "pools": detail}
+        return JSONResponse(body, status_code=503 if unserved else 200)
 
     async def show_metrics(self) -> Response:
         """Prometheus text."""

@@ -105,8 +105,15 @@ class Router:
     """Chooses. Which variants suit a role is fixed by the cards; which replica is free is not."""
 
     def __init__(
-        self, config: Config, cards: Mapping[str, Card], pools: Pools, latencies: Latencies | None = None
+        self,
+        config: Config,
+        cards: Mapping[str, Card],
+        pools: Pools,
+        latencies: Latencies | None = None,
+        missed: Callable[[str, str], None] = lambda role, variant: None,
     ) -> None:
+        """``missed`` is told the role and the variant of a request whose pool could not take it."""
+        self._missed = missed
         self._config = config
         self._cards = cards
         self._pools = pools
@@ -275,6 +282,7 @@ class Router:
             if picked := pool.pick(ask):
                 replica, work = picked
                 if variant != ladder[0]:
+                    self._missed(caller.role, ladder[0])
                     reason = Reason.RAISED_POOL_FULL if full else Reason.RAISED_POOL_DOWN
                 hedge = self._latencies.p95(caller.role, variant) if role.hedge else None
                 return Route(caller.role, variant, replica, reason, work, hedge, watched=role.hedge)
@@ -282,6 +290,7 @@ class Router:
                 full = True
                 if role.when_full is not WhenFull.RAISE:
                     break
+        self._missed(caller.role, ladder[0])
         if full and role.when_full is WhenFull.REFUSE:
             raise NoReplicaError(
                 f"All replicas of {variant} are full; try again in a second.", may_wait=False

@@ -81,6 +81,11 @@ class Metrics:
             "winner",
         )
         self.routes = counter("tiercel_route_total", "Routes, by reason", *asked, "reason")
+        self.missed = counter(
+            "tiercel_pool_missed_total",
+            "Looks for a replica of the variant that a request should have had, and none could take it",
+            *asked,
+        )
         self.engine_memory = gauge(
             "tiercel_engine_memory_bytes", "Resident memory of an engine's process tree", *placed
         )

@@ -37,16 +37,21 @@ async def test_models(stack: Stack) -> None:
     assert ids == ["assistant", *roles, "assistant:bf16", "assistant:int8", "assistant:int4-kv8"]
 
 
-async def test_readiness_names_the_pools_that_are_missing(stack: Stack) -> None:
-    async def readiness_is(status: int) -> bool:
-        return (await get(stack, "/readiness"))[0] == status
+async def test_it_is_ready_while_every_role_can_be_served(stack: Stack) -> None:
+    async def readiness_is(status: int, *missing: str) -> bool:
+        found, text = await get(stack, "/readiness")
+        return found == status and json.loads(text)["not_reachable"] == list(missing)
 
     await eventually(lambda: readiness_is(200))
     stack.engines["int8"].script.healthy = False
-    await eventually(lambda: readiness_is(503))
+    await eventually(lambda: readiness_is(200, "int8"))
     detail = json.loads((await get(stack, "/readiness"))[1])
-    assert detail["not_reachable"] == ["int8"]
+    assert (detail["ready"], detail["unserved"]) == (True, [])
     assert detail["pools"]["bf16"]["replicas"]["bf16-0"]["reachable"] is True
+
+    stack.engines["bf16"].script.healthy = False
+    await eventually(lambda: readiness_is(503, "bf16", "int8"))
+    assert json.loads((await get(stack, "/readiness"))[1])["unserved"] == ["summarizer", "core"]
     assert (await get(stack, "/health"))[0] == 200
 
 

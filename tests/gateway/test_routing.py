@@ -51,7 +51,10 @@ class Routing:
             for replica in self.pools.by_variant[variant].replicas:
                 replica.breaker.not_reached()
         self.latencies = Latencies()
-        self.router = Router(config, make_cards(), self.pools, self.latencies)
+        self.missed: list[tuple[str, str]] = []
+        self.router = Router(
+            config, make_cards(), self.pools, self.latencies, lambda *asked: self.missed.append(asked)
+        )
 
     def route(
         self, role: str, model: str = "assistant", *, session: str | None = None, key: Key | None = None
@@ -104,6 +107,18 @@ def test_no_replica_anywhere() -> None:
     with pytest.raises(NoReplicaError) as caught:
         make_router(("bf16", "int8", "int4-kv8")).route("intent_classifier", "assistant")
     assert caught.value.retry_after_s == 1
+
+
+def test_what_a_pool_missed_is_counted() -> None:
+    """Whether somebody answered instead or nobody: a pool that is scaled to zero is woken by this."""
+    routing = make_router(("int4-kv8",))
+    routing.route("summarizer")
+    routing.route("intent_classifier")
+    for replica in [*routing.pools.by_variant["int8"].replicas, *routing.pools.by_variant["bf16"].replicas]:
+        replica.breaker.not_reached()
+    with pytest.raises(NoReplicaError):
+        routing.route("summarizer")
+    assert routing.missed == [("intent_classifier", "int4-kv8"), ("summarizer", "int8")]
 
 
 def test_provider_model() -> None:
