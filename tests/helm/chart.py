@@ -1,0 +1,103 @@
+"""The chart, rendered by Helm itself without a cluster."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+from helm_python import Chart, HelmRenderError, HelmValuesError
+
+CHART = Path(__file__).parents[2] / "helm" / "tiercel"
+SCENARIOS = tuple(sorted(path.name.removesuffix("-values.yaml") for path in (CHART / "ci").iterdir()))
+RELEASE, NAMESPACE = "prod", "agents"
+
+Object = dict[str, Any]
+
+
+def scenario(name: str) -> dict[str, Any]:
+    """A scenario's values, anew each time."""
+    found: dict[str, Any] = yaml.safe_load((CHART / "ci" / f"{name}-values.yaml").read_text(encoding="utf-8"))
+    return found
+
+
+def changed(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Values with others laid over them, as Helm does; None removes."""
+    found = dict(values)
+    for name, value in changes.items():
+        if value is None:
+            found.pop(name, None)
+        elif isinstance(value, Mapping) and isinstance(found.get(name), Mapping):
+            found[name] = changed(found[name], value)
+        else:
+            found[name] = value
+    return found
+
+
+@cache
+def chart() -> Chart:
+    return Chart.load(str(CHART))
+
+
+def render(values: Mapping[str, Any]) -> list[Object]:
+    """Every object that would be applied. Raises HelmRenderError (templates), HelmValuesError (schema)."""
+    return _rendered(json.dumps(values))
+
+
+@cache
+def _rendered(values: str) -> list[Object]:
+    texts = chart().render(json.loads(values), name=RELEASE, namespace=NAMESPACE)
+    return [
+        found
+        for path, text in texts.items()
+        if not path.endswith("NOTES.txt")
+        for found in yaml.load_all(text, yaml.CSafeLoader)
+        if found
+    ]
+
+
+def notes(values: Mapping[str, Any]) -> str:
+    texts = chart().render(dict(values), name=RELEASE, namespace=NAMESPACE)
+    return next(text for path, text in texts.items() if path.endswith("NOTES.txt"))
+
+
+def refusal(values: Mapping[str, Any]) -> str:
+    """What Helm says of values that cannot be used."""
+    try:
+        render(values)
+    except (HelmRenderError, HelmValuesError) as error:
+        return str(error)
+    return "accepted"
+
+
+def of_kind(objects: Iterable[Object], kind: str) -> list[Object]:
+    return [found for found in objects if found["kind"] == kind]
+
+
+def pods(objects: Iterable[Object]) -> Iterator[tuple[Object, Object]]:
+    """Every pod template, with its labels and its spec, beside the object that it is of."""
+    for found in objects:
+        spec = found.get("spec", {})
+        if found["kind"] == "Pod":
+            yield found, found
+        elif found["kind"] in ("Deployment", "Job"):
+            yield found, spec["template"]
+        elif found["kind"] == "LeaderWorkerSet":
+            yield found, spec["leaderWorkerTemplate"]["leaderTemplate"]
+            yield found, spec["leaderWorkerTemplate"]["workerTemplate"]
+
+
+def containers(pod: Object) -> list[Object]:
+    return [*pod["spec"].get("initContainers", ()), *pod["spec"]["containers"]]
+
+
+def labels(pod: Object) -> dict[str, str]:
+    found: dict[str, str] = pod["metadata"]["labels"]
+    return found
+
+
+def selects(selector: Mapping[str, str], pod: Object) -> bool:
+    return selector.items() <= labels(pod).items()
