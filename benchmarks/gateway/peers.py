@@ -115,8 +115,9 @@ def environment(name: str, requirements: tuple[str, ...]) -> Path:
     return path
 
 
-def _tiercel(port: int, upstream: int) -> tuple[list[str], str]:
-    """All switched on: keys, routing by quality budget, usage, metrics, log, quality signals on a sample."""
+def tiercel(port: int, upstream: int, **changes: object) -> tuple[list[str], str]:
+    """All switched on: keys, routing by quality budget, usage, metrics, log, quality signals on a sample.
+    ``changes`` are laid over the configuration."""
     from quantize.card import Card
 
     variants = WORK / "variants"
@@ -143,6 +144,7 @@ def _tiercel(port: int, upstream: int) -> tuple[list[str], str]:
         "keys": [{"name": "bench", "sha256": hashlib.sha256(KEY.encode()).hexdigest(), "tenant": "bench"}],
         "gateway": {"port": port},
         "quality": {"sample_rate": 0.01},
+        **changes,
     }
     path = WORK / f"tiercel-{port}.yaml"
     path.write_text(yaml.safe_dump(config))
@@ -217,7 +219,7 @@ def _litellm(port: int, upstream: int) -> tuple[list[str], str]:
 PEERS = {
     peer.name: peer
     for peer in (
-        Peer("tiercel", _tiercel),
+        Peer("tiercel", tiercel),
         Peer("nginx", _nginx),
         Peer("vllm-router", _vllm_router),
         Peer("smg", _smg),
