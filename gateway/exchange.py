@@ -37,6 +37,8 @@ from gateway.wire.door import STATUS_LINES, Door
 from gateway.wire.heads import RequestHead
 
 if TYPE_CHECKING:
+    from opentelemetry.trace import Span
+
     from gateway.plane import DataPlane, Setup
 
 _SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
@@ -79,6 +81,8 @@ class Exchange:
     spent: Sequence[tuple[Route, int, int]] = ()
     """Routes of answers that nobody got, with their prompt and completion tokens."""
     task: asyncio.Task[None] | None = None
+    span: Span | None = None
+    """Where the process has a tracer provider."""
     tries = 0
     """Attempts that never reached an engine, and those of them over a connection that had been closed."""
     stale = 0

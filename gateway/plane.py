@@ -29,6 +29,7 @@ from gateway.telemetry.latencies import Latencies
 from gateway.telemetry.ledger import Ledger
 from gateway.telemetry.logs import EVENTS, AccessLog
 from gateway.telemetry.metrics import Metrics
+from gateway.telemetry.traces import traces
 from gateway.wire.asgi import AsgiCall
 from gateway.wire.door import STATUS_LINES, Call, Door
 from gateway.wire.heads import RequestHead
@@ -76,6 +77,7 @@ class DataPlane:
         """Requests that wait for a replica, the first that came first."""
         self.stopping = False
         self.ledger = Ledger(metrics, self.log)
+        self._traces = traces()
         self._placed: dict[tuple[str, str, str], bytes] = {}
         self._checks: set[asyncio.Task[None]] = set()
         self._date = b""
@@ -110,6 +112,8 @@ class DataPlane:
             return None
         exchange = Exchange(self, self.setup, door, endpoint, head, body)
         self.active.add(exchange)
+        if self._traces is not None:
+            exchange.span = self._traces.begin(head.path, head.headers)
         exchange.start()
         return None if exchange.finished else exchange
 
@@ -168,6 +172,8 @@ class DataPlane:
             for woken in itertools.islice(self.waiting.values(), WOKEN):
                 woken.set()
         self.ledger.record(exchange)
+        if exchange.span is not None and self._traces is not None:
+            self._traces.end(exchange.span, exchange)
         if exchange.error is None:
             self.observe(exchange)
 

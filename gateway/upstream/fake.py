@@ -12,7 +12,7 @@ import argparse
 import asyncio
 import json
 import math
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -58,6 +58,8 @@ class FakeEngine:
         self.script = script or Script()
         self.requests: list[dict[str, Any]] = []
         """Body of every completion request, in order."""
+        self.headers: list[Mapping[str, str]] = []
+        """Its headers."""
         self.running = 0
         self.aborted = 0
         self.waiting = 0
@@ -133,6 +135,7 @@ class FakeEngine:
     async def _complete(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()
         self.requests.append(body)
+        self.headers.append(request.headers)
         self.running += 1
         try:
             return await self._answer(request, body)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from gateway.api.endpoints import Form
 from gateway.errors import NeverReachedError, UpstreamError, UpstreamRefusedError
 from gateway.routing.pools import Replica
+from gateway.telemetry.traces import carried
 from gateway.upstream.readers import refusal
 from gateway.upstream.wishes import changes_for_engine
 from gateway.wire.engines import EngineConnection
@@ -198,6 +199,8 @@ def request_for(exchange: Exchange, replica: Replica) -> bytes:
         changes["model"] = b'"%b"' % setup.model.encode()
     raw = exchange.body.with_(changes) if changes else exchange.raw
     given = exchange.head.headers
+    if exchange.span is not None:
+        given = {**given, **carried(exchange.span)}
     more = b""
     if not given.keys().isdisjoint(PASSED_ON):
         lines = [f"{name}: {given[name]}\r\n" for name in PASSED_ON if name in given]
