@@ -7,10 +7,12 @@ import json
 import os
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 from pathlib import Path
 
+import aiohttp
 import pytest
 import yaml
 from gateway_stack import Stack, eventually, free_port, make_config, running_gateway, write_variants
@@ -187,3 +189,95 @@ async def test_process_serves_and_stops_gracefully(tmp_path: Path) -> None:
     _, rest = await asyncio.to_thread(process.communicate, timeout=10)
     assert process.returncode == 0, rest
     assert all(json.loads(line)["level"] == "info" for line in (*lines[1:], *rest.splitlines()))
+
+
+async def started(config: Path) -> subprocess.Popen[str]:
+    """A gateway process that listens."""
+    process = gateway_process(config)
+    assert process.stderr is not None
+    said = ""
+    while "startup complete" not in said:
+        said = await asyncio.to_thread(process.stderr.readline)
+        assert said, process.poll()
+    return process
+
+
+async def test_sighup_takes_the_file_as_it_is_now(tmp_path: Path) -> None:
+    """A good one is used; a bad one changes nothing and says why, and so does another address."""
+    port = free_port()
+    path = write_setup(tmp_path, port)
+    process = await started(path)
+    log: list[str] = []
+    assert process.stderr is not None
+    stderr = process.stderr
+    reading = asyncio.create_task(asyncio.to_thread(lambda: log.extend(iter(stderr.readline, ""))))
+
+    async def models() -> list[str]:
+        async with aiohttp.ClientSession() as http, http.get(f"http://127.0.0.1:{port}/v1/models") as answer:
+            return [entry["id"] for entry in (await answer.json())["data"]]
+
+    async def has(model: str) -> bool:
+        return model in await models()
+
+    try:
+        assert await models() == [
+            "assistant",
+            "core",
+            "assistant:bf16",
+            "assistant:int8",
+            "assistant:int4-kv8",
+        ]
+        write_setup(tmp_path, port, roles={"core": {}, "helper": {}})
+        process.send_signal(signal.SIGHUP)
+        await eventually(lambda: has("helper"), within_s=10)
+        path.write_text(path.read_text() + "servs: 1\n")
+        process.send_signal(signal.SIGHUP)
+        await eventually(lambda: any("servs" in line and "did you mean" in line for line in log), within_s=10)
+        write_setup(tmp_path, free_port(), roles={"core": {}, "other": {}})
+        process.send_signal(signal.SIGHUP)
+        await eventually(lambda: any("gateway.port" in line for line in log), within_s=10)
+        assert await has("helper")
+        assert not await has("other")
+    finally:
+        process.send_signal(signal.SIGTERM)
+        assert await asyncio.to_thread(process.wait, 20) == 0
+        await reading
+        stderr.close()
+
+
+def make_certificate(directory: Path) -> tuple[Path, Path]:
+    certificate, key = directory / "tls.crt", directory / "tls.key"
+    names = ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"]
+    made = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", *names]
+    subprocess.run([*made, "-keyout", key, "-out", certificate], check=True, capture_output=True)
+    return certificate, key
+
+
+async def test_https(tmp_path: Path) -> None:
+    """The listener itself speaks TLS: whole answers, streams, and what FastAPI serves."""
+    certificate, key = make_certificate(tmp_path)
+    port = free_port()
+    async with running_gateway() as fake, fake.engines["bf16"].serving() as url:
+        settings = {"port": port, "tls_certificate": str(certificate), "tls_key": str(key)}
+        urls = {variant: [url] for variant in ("bf16", "int8", "int4-kv8")}
+        process = await started(write_setup(tmp_path, port, gateway=settings, pools=urls))
+        trusted = ssl.create_default_context(cafile=str(certificate))
+        base = f"https://127.0.0.1:{port}"
+        question = {"model": "assistant", "messages": [{"role": "user", "content": "hello"}]}
+        try:
+            async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(ssl=trusted)) as http:
+                async with http.get(base + "/v1/models") as answer:
+                    assert answer.status == 200
+                for stream in (False, True):
+                    body = question | {"stream": stream}
+                    async with http.post(base + "/v1/chat/completions", json=body) as answer:
+                        assert answer.status == 200
+                        assert ("[DONE]" in await answer.text()) is stream
+            async with aiohttp.ClientSession() as http:
+                with pytest.raises(aiohttp.ClientError):
+                    await http.get(base.replace("https", "http") + "/v1/models")
+        finally:
+            process.send_signal(signal.SIGTERM)
+            assert await asyncio.to_thread(process.wait, 20) == 0
+            assert process.stderr is not None
+            process.stderr.close()
