@@ -1,4 +1,5 @@
-"""The command line. Errors that a person can mend are one sentence on standard error and status 2."""
+"""The command line. Errors that a person can mend are one sentence on standard error and status 2; what is
+found to be unwell is status 1 (docs/commands.md)."""
 
 from __future__ import annotations
 
@@ -10,8 +11,12 @@ from importlib.metadata import version
 from pathlib import Path
 
 from deploy.commands import add_command, run_engines, say
+from deploy.commands.completion import add_completion
+from deploy.commands.doctor import add_doctor
 from deploy.commands.gateway import add_gateway
 from deploy.commands.quantize import add_quantize, with_make
+from deploy.commands.status import add_status
+from deploy.commands.top import add_top
 from deploy.commands.variants import add_variants, with_list
 from deploy.commands.watch import add_watch, with_show
 from deploy.engine import EngineStartError
@@ -75,10 +80,14 @@ def parser() -> argparse.ArgumentParser:
     add_gateway(commands)
     text = "do the quantized agents still tell the truth? what is known, and a person's word"
     add_watch(commands.add_parser("watch", help=text, description=text))
+    add_status(commands)
+    add_top(commands)
+    add_doctor(commands)
     add_command(commands, "up", up, "start one engine per served variant and the gateway, until Ctrl-C")
     showing = add_command(commands, "demo", demo, "quantize, serve, and run the demo team; writes a report")
     showing.add_argument("--out", type=Path, default=Path("var/demo"), help="where the report goes")
     showing.add_argument("--messages", type=int, default=200, help="customer messages to send")
+    add_completion(commands, parser)
     return top
 
 

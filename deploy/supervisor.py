@@ -210,7 +210,8 @@ class Stack:
             watcher.cancel()
         await asyncio.gather(*self._watchers.values(), return_exceptions=True)
         if self._gateway is not None and self._gateway.returncode is None:
-            for sent, patience in ((signal.SIGTERM, 15.0), (signal.SIGKILL, 5.0)):
+            drained = self.config.gateway.shutdown_timeout_s + 5.0
+            for sent, patience in ((signal.SIGTERM, drained), (signal.SIGKILL, 5.0)):
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(self._gateway.pid, sent)
                 with contextlib.suppress(TimeoutError):

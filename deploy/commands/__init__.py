@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import json
 import signal
 import sys
 from collections.abc import Callable, Coroutine
@@ -13,6 +14,9 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 Run = Callable[[argparse.Namespace], None]
+
+NOT_WELL = 1
+"""Exit status of a command that looked and found that something is not well."""
 
 
 def say(text: str) -> None:
@@ -26,6 +30,20 @@ def add_command(commands: Any, name: str, run: Run, text: str) -> argparse.Argum
     command.add_argument("--config", type=Path, default=Path("tiercel.yaml"), help="the YAML file")
     command.set_defaults(run=run)
     return command
+
+
+def add_json(command: argparse.ArgumentParser) -> None:
+    """Let a command give its result as JSON as well."""
+    command.add_argument("--json", action="store_true", help="machine-readable")
+
+
+def print_json(found: Any) -> None:
+    """One document on standard output, and nothing else there. Pydantic models are shown by their fields."""
+
+    def shown(value: Any) -> Any:
+        return value.model_dump(mode="json")
+
+    print(json.dumps(found, indent=1, default=shown))
 
 
 def run_engines(work: Coroutine[Any, Any, T]) -> T:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import json
 import secrets
 from typing import Any
 
 import yaml
 
-from deploy.commands import add_command
+from deploy.commands import add_command, add_json, print_json
 from gateway.api.body import Asked
 from gateway.cards import load_cards
 from gateway.config import Config, ConfigError, Key, load_config
@@ -33,7 +32,7 @@ def add_gateway(commands: Any) -> None:
     routing = add_command(commands, "route", route, "say which variant would serve a request, and why")
     routing.add_argument("--role", help="as a request's x-agent-role (default: the default role)")
     routing.add_argument("--model", help="as in a request (default: the model's name)")
-    routing.add_argument("--json", action="store_true", help="machine-readable")
+    add_json(routing)
 
 
 def new_key(options: argparse.Namespace) -> None:
@@ -63,7 +62,7 @@ def route(options: argparse.Namespace) -> None:
             "ladder": found.ladder,
             "reason": found.reason.value,
         }
-        print(json.dumps(said | {"considered": steps}, indent=1))
+        print_json(said | {"considered": steps})
         return
     print(f"role {found.role}, model {found.model}: {' → '.join(found.ladder)} ({found.reason.value})")
     for step in found.considered:

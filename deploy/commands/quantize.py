@@ -6,7 +6,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from deploy.commands import add_command, run_engines, say
+from deploy.commands import add_command, add_json, print_json, run_engines, say
+from deploy.commands.variants import card_as_json
 from gateway.config import Config, load_config
 from quantize.card import Card
 from quantize.checkpoint import open_checkpoint
@@ -26,13 +27,14 @@ TARGET_HELP = "where it is to be loaded (default: this machine)"
 def add_quantize(parser: argparse.ArgumentParser) -> None:
     """The commands of ``tiercel quantize``; ``make`` is the one when none is named."""
     commands = parser.add_subparsers(required=True, metavar="command")
-    checking = commands.add_parser("check", help="what a model can be on a target, before any work")
+    text = "what a model can be on a target, before any work"
+    checking = commands.add_parser("check", help=text, description=text)
     checking.add_argument("model", type=Path, help="a checkpoint directory")
     checking.add_argument("--target", help=TARGET_HELP)
     checking.add_argument("--tensor-parallel", type=int, default=1, help="ranks of each matrix")
     checking.add_argument("--tokens", type=int, default=65_536, help="calibration tokens, for the estimate")
     checking.add_argument("--method", default="gptq", help="for the estimate")
-    checking.add_argument("--json", action="store_true", help="machine-readable")
+    add_json(checking)
     checking.set_defaults(run=check)
 
     making = add_command(commands, "make", make, "make variants, measure and judge them")
@@ -46,7 +48,7 @@ def add_quantize(parser: argparse.ArgumentParser) -> None:
 
     looking = add_command(commands, "sensitivity", sensitivity, "what each group loses at each scheme")
     looking.add_argument("--target", help=TARGET_HELP)
-    looking.add_argument("--json", action="store_true", help="machine-readable")
+    add_json(looking)
 
     planning = add_command(commands, "plan", plan, "find and make the best mixture within a budget")
     wanted = planning.add_mutually_exclusive_group()
@@ -84,6 +86,7 @@ def _unmeasured(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--no-evaluate", dest="evaluate", action="store_false", help="only make it, without a gate"
     )
+    add_json(command)
 
 
 def with_make(arguments: Sequence[str]) -> list[str]:
@@ -104,7 +107,10 @@ def check(options: argparse.Namespace) -> None:
         calibration_tokens=options.tokens,
         method=options.method,
     )
-    print(report.model_dump_json(indent=1) if options.json else format_check(report))
+    if options.json:
+        print_json(report)
+    else:
+        print(format_check(report))
 
 
 def make(options: argparse.Namespace) -> None:
@@ -120,14 +126,17 @@ def make(options: argparse.Namespace) -> None:
         )
     else:
         cards = make_variants(config, options.variants or list(RECIPES), say, options.target)
-    _judge(config, cards, options.evaluate)
+    _judge(config, cards, options)
 
 
 def sensitivity(options: argparse.Namespace) -> None:
     from deploy.planning import format_sensitivity, sensitivity
 
     found, path = sensitivity(load_config(options.config), options.target)
-    print(found.model_dump_json(indent=1) if options.json else format_sensitivity(found))
+    if options.json:
+        print_json(found)
+    else:
+        print(format_sensitivity(found))
     say(f"written to {path}")
 
 
@@ -155,7 +164,7 @@ def plan(options: argparse.Namespace) -> None:
         tuned=options.tune,
         compare_with=KINDS if options.controls == [] else options.controls or (),
     )
-    _judge(config, [_reference(config), card], options.evaluate)
+    _judge(config, [_reference(config), card], options)
 
 
 def register(options: argparse.Namespace) -> None:
@@ -170,7 +179,7 @@ def register(options: argparse.Namespace) -> None:
         )
         for problem in found:
             say(f"{options.name} may not load here: {problem}")
-    _judge(config, [reference, card], options.evaluate)
+    _judge(config, [reference, card], options)
 
 
 def _reference(config: Config) -> Card:
@@ -178,10 +187,13 @@ def _reference(config: Config) -> Card:
     return registry.add_reference(open_checkpoint(config.model.path))
 
 
-def _judge(config: Config, cards: Sequence[Card], evaluate: bool) -> None:
+def _judge(config: Config, cards: Sequence[Card], options: argparse.Namespace) -> None:
     from deploy.making import evaluate_variants
     from quantize.compare import format_variants
 
-    if evaluate:
+    if options.evaluate:
         cards = run_engines(evaluate_variants(config, cards, say))
-    print(format_variants(cards))
+    if options.json:
+        print_json([card_as_json(card) for card in cards])
+    else:
+        print(format_variants(cards))

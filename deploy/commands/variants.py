@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
+from typing import Any
 
-from deploy.commands import add_command, say
+from deploy.commands import add_command, add_json, print_json, say
 from gateway.config import Config, load_config
 from quantize.card import Card, CardError
 from quantize.distributions import Distributions
@@ -21,12 +21,13 @@ def add_variants(parser: argparse.ArgumentParser) -> None:
     """The commands of ``tiercel variants``; ``list`` is the one when none is named."""
     commands = parser.add_subparsers(required=True, metavar="command")
     listing = add_command(commands, "list", list_variants, "every variant with its figures and verdicts")
-    listing.add_argument("--json", action="store_true", help="machine-readable")
+    add_json(listing)
     showing = add_command(commands, "show", show, "one variant: what it is, what it lost, its versions")
     showing.add_argument("variant")
-    showing.add_argument("--json", action="store_true", help="machine-readable")
+    add_json(showing)
     comparing = add_command(commands, "compare", compare, "variants side by side")
     comparing.add_argument("variants", nargs="+")
+    add_json(comparing)
     using = add_command(commands, "use", use, "choose a version: roll back, or forward again")
     using.add_argument("variant")
     using.add_argument("version", help="twelve hex digits, as `show` lists them")
@@ -56,6 +57,11 @@ def _cards(config: Config, registry: Registry) -> tuple[Card, ...]:
     return cards
 
 
+def card_as_json(card: Card) -> dict[str, Any]:
+    """The card with its version, which follows from its files."""
+    return {"version": card.version, **card.model_dump(mode="json")}
+
+
 def list_variants(options: argparse.Namespace) -> None:
     from quantize.compare import format_variants
 
@@ -63,7 +69,7 @@ def list_variants(options: argparse.Namespace) -> None:
     registry = _registry(config)
     cards = _cards(config, registry)
     if options.json:
-        print(json.dumps([card.model_dump(mode="json") for card in cards], indent=1))
+        print_json([card_as_json(card) for card in cards])
         return
     print(format_variants(cards, {card.variant: len(registry.versions(card.variant)) for card in cards}))
 
@@ -74,7 +80,7 @@ def show(options: argparse.Namespace) -> None:
     registry = _registry(load_config(options.config))
     card = registry.card(options.variant)
     if options.json:
-        print(card.model_dump_json(indent=1))
+        print_json(card_as_json(card) | {"all_versions": registry.versions(options.variant)})
     else:
         print(format_card(card, registry.versions(options.variant)))
 
@@ -83,7 +89,11 @@ def compare(options: argparse.Namespace) -> None:
     from quantize.compare import format_comparison
 
     registry = _registry(load_config(options.config))
-    print(format_comparison([registry.card(name) for name in options.variants]))
+    cards = [registry.card(name) for name in options.variants]
+    if options.json:
+        print_json([card_as_json(card) for card in cards])
+    else:
+        print(format_comparison(cards))
 
 
 def use(options: argparse.Namespace) -> None:

@@ -3,35 +3,28 @@
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import ssl
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
-from urllib.error import HTTPError, URLError
-from urllib.request import Request, urlopen
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from tqdm import tqdm
 
-from deploy.commands import add_command, say
-from gateway.config import Config, ConfigError, load_config
-from gateway.errors import GatewayError
+from deploy.commands import add_json, print_json, say
+from deploy.commands.asking import add_asking, client
+from gateway.config import ConfigError, load_config
 from gateway.quality.judge import JudgeError, read, request
 
-KEY = "TIERCEL_KEY"
 COMMANDS = ("show", "report", "judge", "demote", "restore", "pin", "unpin", "-h", "--help")
-TIMEOUT_S = 120.0
+PATH = "/admin/watch"
 
 
 def add_watch(parser: argparse.ArgumentParser) -> None:
     """The commands of ``tiercel watch``; ``show`` is the one when none is named."""
     commands = parser.add_subparsers(required=True, metavar="command")
-    showing = _add(commands, "show", show, "every variant in every role: its checks, and what happened")
-    showing.add_argument("--json", action="store_true", help="machine-readable")
+    showing = add_asking(commands, "show", show, "every variant in every role: its checks, and what happened")
+    add_json(showing)
     showing.add_argument("--hours", type=float, default=1.0, help="for the sums over time in the JSON")
-    writing = _add(commands, "report", report, "write one HTML file with charts over time")
+    writing = add_asking(commands, "report", report, "write one HTML file with charts over time")
     writing.add_argument("--out", type=Path, default=Path("var/watch.html"))
     writing.add_argument("--hours", type=float, default=24.0)
     texts = {
@@ -41,7 +34,7 @@ def add_watch(parser: argparse.ArgumentParser) -> None:
         "unpin": "let the checks decide again",
     }
     for name, text in texts.items():
-        acting = _add(commands, name, act, text)
+        acting = add_asking(commands, name, act, text)
         acting.add_argument("variant")
         acting.add_argument("role")
         acting.add_argument("--why", default="by hand", help="for whoever reads the events")
@@ -49,17 +42,12 @@ def add_watch(parser: argparse.ArgumentParser) -> None:
         if name == "pin":
             acting.add_argument("--out", dest="out_of", action="store_true", help="keep it out")
 
-    judging = _add(commands, "judge", judge, "measure how often the judge is wrong, on labelled answers")
+    judging = add_asking(
+        commands, "judge", judge, "measure how often the judge is wrong, on labelled answers"
+    )
     judging.add_argument(
         "labelled", type=Path, help='JSON Lines: {"context": …, "answer": …, "supported": true or false}'
     )
-
-
-def _add(commands: Any, name: str, run: Any, text: str) -> argparse.ArgumentParser:
-    command = add_command(commands, name, run, text)
-    command.add_argument("--url", help="the gateway (default: where the YAML file says that it listens)")
-    command.add_argument("--key", help=f"an admin's key (default: the environment variable {KEY})")
-    return command
 
 
 def with_show(arguments: list[str]) -> list[str]:
@@ -72,15 +60,18 @@ def with_show(arguments: list[str]) -> list[str]:
 def show(options: argparse.Namespace) -> None:
     from deploy.watch_page import format_watch
 
-    found = _ask(options, f"?since_s={3600 * options.hours}")
-    print(json.dumps(found, indent=1) if options.json else format_watch(found))
+    found = client(options).ask(f"{PATH}?since_s={3600 * options.hours}")
+    if options.json:
+        print_json(found)
+    else:
+        print(format_watch(found))
 
 
 def report(options: argparse.Namespace) -> None:
     from deploy.watch_page import render_watch
     from quantize.files import write_whole
 
-    found = _ask(options, f"?since_s={3600 * options.hours}&events=1000")
+    found = client(options).ask(f"{PATH}?since_s={3600 * options.hours}&events=1000")
     options.out.parent.mkdir(parents=True, exist_ok=True)
     write_whole(options.out, render_watch(found))
     say(f"written to {options.out}")
@@ -91,7 +82,7 @@ def act(options: argparse.Namespace) -> None:
     if action == "pin":
         action = "pin_demoted" if options.out_of else "pin_serving"
     order = {"action": action, "variant": options.variant, "role": options.role, "why": options.why}
-    event = _ask(options, "", order)
+    event = client(options).ask(PATH, order)
     say(f"{event['variant']} as {event['role']}: {event['kind']}: {event['why']}")
 
 
@@ -100,14 +91,14 @@ def judge(options: argparse.Namespace) -> None:
     settings = load_config(options.config).watch.judge
     if settings is None:
         raise ConfigError(f"{options.config}: watch.judge is not set; name the model that judges")
-    labelled = read_labelled(options.labelled)
+    labelled, gateway = read_labelled(options.labelled), client(options)
     right, unreadable = {True: 0, False: 0}, 0
     for one in tqdm(labelled, desc="judge", unit="answer", mininterval=1):
         asked = request(one.answer, one.context, settings.max_tokens)
         if asked is None:
             continue
         body, sentences = asked
-        reply = _ask(options, "", {**body, "model": settings.model}, "/v1/chat/completions")
+        reply = gateway.ask("/v1/chat/completions", {**body, "model": settings.model})
         try:
             right[one.supported] += (read(reply, sentences).bad == 0) is one.supported
         except JudgeError:
@@ -120,7 +111,7 @@ def judge(options: argparse.Namespace) -> None:
         "bad": count[False],
         "good": count[True],
     }
-    _ask(options, "", errors, "/admin/watch/judge")
+    gateway.ask(f"{PATH}/judge", errors)
     say(
         f"{settings.model} calls {right[False]} of {count[False]} bad answers bad and {right[True]} of "
         f"{count[True]} good ones good; {unreadable} of its answers could not be read"
@@ -156,44 +147,3 @@ def read_labelled(path: Path) -> list[Labelled]:
     if len({one.supported for one in found}) < 2:
         raise ConfigError(f"{path}: needs answers that are supported, and others that are not")
     return found
-
-
-def _ask(
-    options: argparse.Namespace,
-    query: str,
-    order: Mapping[str, Any] | None = None,
-    path: str = "/admin/watch",
-) -> dict[str, Any]:
-    """The gateway's answer. Raises GatewayError with its words, or with what to do when it does not
-    answer."""
-    config = load_config(options.config)
-    base = (options.url or _address(config)).rstrip("/")
-    headers = {"content-type": "application/json"}
-    if key := options.key or os.environ.get(KEY):
-        headers["authorization"] = f"Bearer {key}"
-    data = None if order is None else json.dumps(order).encode()
-    asked = Request(base + path + query, data, headers)
-    unchecked = ssl.create_default_context()
-    if options.url is None:  # the certificate is of the name that clients use, not of this machine
-        unchecked.check_hostname, unchecked.verify_mode = False, ssl.CERT_NONE
-    try:
-        with urlopen(asked, timeout=TIMEOUT_S, context=unchecked) as answer:
-            found: dict[str, Any] = json.load(answer)
-            return found
-    except HTTPError as error:
-        try:
-            words = json.load(error)["error"]["message"]
-        except (ValueError, KeyError, TypeError):
-            words = f"{base} answered {error.code}"
-        hint = f"; give an admin's key with --key or {KEY}" if error.code in (401, 403) else ""
-        raise GatewayError(words + hint) from None
-    except (URLError, TimeoutError, ValueError) as error:
-        reason = getattr(error, "reason", error)
-        raise GatewayError(f"{base} does not answer ({reason}); start it with `tiercel up`") from None
-
-
-def _address(config: Config) -> str:
-    gateway = config.gateway
-    scheme = "https" if gateway.tls_certificate else "http"
-    host = "127.0.0.1" if gateway.host in ("0.0.0.0", "::") else gateway.host
-    return f"{scheme}://{f'[{host}]' if ':' in host else host}:{gateway.port}"
