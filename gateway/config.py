@@ -203,6 +203,14 @@ class Key(_Section):
     admin: bool = False
 
 
+class Adapter(_Section):
+    """A LoRA adapter that engines know by this name (vLLM's ``--lora-modules``)."""
+
+    variants: tuple[str, ...] = Field(
+        default=(), description="whose engines have it; empty: all that are served"
+    )
+
+
 class Provider(_Section):
     """A model that does not run on a pool of ours; LiteLLM reaches it."""
 
@@ -304,6 +312,9 @@ class Config(_Section):
         default_factory=dict, description="replica base URLs of pools that are not started here"
     )
     providers: tuple[Provider, ...] = ()
+    adapters: dict[str, Adapter] = Field(
+        default_factory=dict, description="LoRA adapters, by the model id that clients and engines use"
+    )
     keys: tuple[Key, ...] = ()
     run_dir: Path = Path("var/run")
     gateway: Gateway = Gateway()
@@ -361,6 +372,21 @@ class Config(_Section):
         if self.model.name in self.roles:
             raise ValueError(f"roles.{self.model.name}: is also the model's name; rename one")
         taken = {self.model.name, *self.roles, *(f"{self.model.name}:{name}" for name in self.serve)}
+        for name, adapter in self.adapters.items():
+            if name in taken:
+                raise ValueError(f"adapters.{name}: is already a model or role; rename it")
+            taken.add(name)
+            for variant in adapter.variants:
+                if variant not in self.serve:
+                    raise ValueError(
+                        f"adapters.{name}.variants: {variant!r} is not a served variant; "
+                        f"known: {_known(self.serve)}"
+                    )
+            if adapter.variants and self.reference not in adapter.variants:
+                raise ValueError(
+                    f"adapters.{name}.variants: must contain the reference {self.reference!r}, to which "
+                    "requests go up; add it"
+                )
         for provider in self.providers:
             if provider.model in taken:
                 raise ValueError(f"providers: {provider.model!r} is already a model or role; rename it")

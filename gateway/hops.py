@@ -76,6 +76,8 @@ class AskUpstream:
         self.escalates = {name for name, role in config.roles.items() if role.escalate}
         """Roles whose answers are looked at before the client gets them."""
         self._escalations = Escalations(config.watch.escalated_share)
+        self._adapters = frozenset(config.adapters)
+        """Their answers are not listened to: the reference without the adapter would say something else."""
 
     def __call__(self, exchange: Exchange) -> None:
         assert exchange.route
@@ -128,6 +130,8 @@ class AskUpstream:
         wishes, endpoint = exchange.wishes, exchange.endpoint
         if endpoint.form is not Form.COMPLETIONS:
             return NamedStreamReader() if wishes.stream else WholeReader()
+        if exchange.model in self._adapters:
+            return StreamReader(wishes) if wishes.stream else WholeReader()
         if not wishes.stream and exchange.caller and exchange.caller.role in self.escalates:
             return TappedReader(wishes)
         if self._tapped_below and sampled(exchange.request_id, self._tapped_below):

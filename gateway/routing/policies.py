@@ -3,7 +3,8 @@
 ``prefix_aware`` keeps a shadow of what each replica's prefix cache holds, over blocks of the request's own
 text, and chooses the replica with the least work: blocks that are queued there and not cached, plus
 ``PREFIX_WEIGHT`` times the blocks of this request that are not. It needs neither a session id nor the
-engine's tokenizer. The shadow is a tenant's own, as the engines' caches are.
+engine's tokenizer. The shadow is a tenant's and a LoRA adapter's own, as the engines' caches are, and a
+replica that probably holds the adapter already is preferred.
 """
 
 from __future__ import annotations
@@ -28,6 +29,11 @@ RUNNING_WEIGHT = 16.0
 """What a running request costs those beside it, in blocks."""
 HOME_WEIGHT = 16.0
 """What a conversation will cost the replica that it begins at, in blocks: its later turns will go there."""
+ADAPTER_WEIGHT = 32.0
+"""What it costs to load a LoRA adapter where there is room for it, in blocks; twice that where another has to
+leave."""
+ADAPTERS = 1
+"""LoRA adapters that an engine holds at a time when it does not say: vLLM's own default."""
 FADE = 0.98
 """By how much earlier beginnings count less with each new one."""
 FORKS = 3
@@ -47,6 +53,8 @@ class Ask(msgspec.Struct):
     """Set where caches are kept apart by tenant."""
     prompt: Callable[[], bytes] = bytes
     """The bytes that the engine's prompt is made of, in their order."""
+    adapter: str = ""
+    """The LoRA adapter that is asked for, if one is."""
 
 
 class Policy(Protocol):
@@ -183,10 +191,13 @@ class PrefixAware:
         self._rng = rng or random.Random()
         self._prefixes = Prefixes()
         self._shadows: WeakKeyDictionary[Replica, Shadow] = WeakKeyDictionary()
+        self._adapters: WeakKeyDictionary[Replica, OrderedDict[str, None]] = WeakKeyDictionary()
+        """Those that each replica was sent lately, as many as it holds; the last one last."""
 
     def pick(self, usable: Sequence[Replica], ask: Ask) -> tuple[Replica, float]:
         own, shared, running, home = self._weights
-        chain = block_chain(ask.prompt(), ask.salt)
+        adapter = ask.adapter
+        chain = block_chain(ask.prompt(), f"{ask.salt}\0{adapter}" if adapter else ask.salt)
         size, depth = len(chain), self._prefixes.shared(chain)
         missing = [self._shadow(replica).missing(chain) for replica in usable]
         new = min(missing) >= size - depth
@@ -196,6 +207,8 @@ class PrefixAware:
             missing_own = min(missing[index], size - depth)
             cost = replica.work + own * missing_own + shared * (missing[index] - missing_own)
             cost += running * replica.in_flight
+            if adapter:
+                cost += self._loading(replica, adapter)
             if new:
                 cost += home * self._homes.get(replica, 0.0)
             key = (cost, self._rng.random())
@@ -206,8 +219,24 @@ class PrefixAware:
             for replica in usable:
                 self._homes[replica] = FADE * self._homes.get(replica, 0.0)
             self._homes[chosen] += 1.0
+        if adapter:
+            self._loaded(chosen, adapter)
         self._shadow(chosen).add(chain, chosen.cache_blocks(BLOCK_BYTES / BYTES_PER_TOKEN) or MOST_BLOCKS)
         return chosen, float(missing[best])
+
+    def _loading(self, replica: Replica, adapter: str) -> float:
+        """What it costs a replica to have an adapter, in blocks."""
+        held = self._adapters.get(replica, ())
+        if adapter in held:
+            return 0.0
+        return ADAPTER_WEIGHT * (1 + (len(held) >= (replica.reading.adapters or ADAPTERS)))
+
+    def _loaded(self, replica: Replica, adapter: str) -> None:
+        held = self._adapters.setdefault(replica, OrderedDict())
+        held[adapter] = None
+        held.move_to_end(adapter)
+        while len(held) > (replica.reading.adapters or ADAPTERS):
+            held.popitem(last=False)
 
     def _shadow(self, replica: Replica) -> Shadow:
         shadow = self._shadows.get(replica)

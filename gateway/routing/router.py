@@ -152,7 +152,14 @@ class Router:
 
     def known_models(self) -> list[str]:
         """Every model id that a request may name."""
-        return [self._config.model.name, *self._config.roles, *self._variants, *self._pools.providers]
+        config = self._config
+        return [
+            config.model.name,
+            *config.roles,
+            *self._variants,
+            *config.adapters,
+            *self._pools.providers,
+        ]
 
     def route(self, caller: Caller, body: Body, endpoint: Endpoint) -> Route:
         """Decide. Raises UnknownModelError, PrecisionTooLowError or NoReplicaError."""
@@ -172,7 +179,8 @@ class Router:
         canary = plan.canary
         if canary is not None and _in_share(caller, canary.percent):
             ladder, reason = self._above(ladder, canary.variant), Reason.CANARY
-        ask = Ask(caller.session, caller.cache_salt, _prompt(body, endpoint))
+        adapter = model if model in self._config.adapters else ""
+        ask = Ask(caller.session, caller.cache_salt, _prompt(body, endpoint), adapter)
         return self._climb(caller, ladder, reason, ask)
 
     def _plan(self, caller: Caller, model: str) -> _Plan:
@@ -185,7 +193,9 @@ class Router:
         pool = self._pools.by_variant[ladder[0]]
         canary = role.canary if reason in (Reason.CHEAPEST_IN_BUDGET, Reason.REFERENCE_ONLY) else None
         if canary is not None and (
-            canary.variant == ladder[0] or (canary.variant, caller.role) in self._demoted
+            canary.variant == ladder[0]
+            or (canary.variant, caller.role) in self._demoted
+            or not self._has(canary.variant, model)
         ):
             canary = None
         simple = None
@@ -229,17 +239,23 @@ class Router:
             return higher, Reason.RAISED_DEMOTED
         if asked is not None:
             return self._ladder_from(caller, asked), Reason.EXPLICIT_VARIANT
-        if model != self._config.model.name and model not in self._config.roles:
+        config = self._config
+        if model != config.model.name and model not in config.roles and model not in config.adapters:
             known = ", ".join(self.known_models())
             raise UnknownModelError(
                 f"model: {model[:80]!r} does not exist; use one of: {known}", param="model"
             )
-        ladder = self._ladders[role]
+        ladder = tuple(variant for variant in self._ladders[role] if self._has(variant, model))
         cheaper = [v for v, of in self._demoted if of == role and self._cost[v] < self._cost[ladder[0]]]
         if cheaper and any(self._passes(variant, role) for variant in cheaper):
             return ladder, Reason.RAISED_DEMOTED
-        alone = ladder == (self._config.reference,)
+        alone = ladder == (config.reference,)
         return ladder, Reason.REFERENCE_ONLY if alone else Reason.CHEAPEST_IN_BUDGET
+
+    def _has(self, variant: str, model: str) -> bool:
+        """Whether its engines know the model: only of an adapter there is a doubt."""
+        adapter = self._config.adapters.get(model)
+        return adapter is None or not adapter.variants or variant in adapter.variants
 
     def _passes(self, variant: str, role: str) -> bool:
         budget = self._config.roles[role].budget

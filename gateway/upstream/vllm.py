@@ -195,7 +195,7 @@ def request_for(exchange: Exchange, replica: Replica) -> bytes:
         changes = changes_for_engine(exchange.body, exchange.wishes, setup.config.quality, tapped=tapped)
     if caller is not None and caller.cache_salt:
         changes["cache_salt"] = b'"%b"' % caller.cache_salt.encode()
-    if exchange.model != setup.model:
+    if exchange.model != setup.model and exchange.model not in setup.config.adapters:
         changes["model"] = b'"%b"' % setup.model.encode()
     raw = exchange.body.with_(changes) if changes else exchange.raw
     given = exchange.head.headers
