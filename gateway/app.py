@@ -13,8 +13,10 @@ from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
 
 from gateway.api.operations import REFUSALS, Operations, add_error_handlers
+from gateway.api.overview import Overview
 from gateway.api.watching import Watching
 from gateway.config import Config, ConfigError
+from gateway.console.files import Files
 from gateway.hops import AskUpstream, ChooseRoute, Identify
 from gateway.plane import DataPlane, Setup
 from gateway.quality.detectors import detector
@@ -74,6 +76,11 @@ class Gateway:
         operations.add_to(self.app)
         if self.watch is not None:
             Watching(self.watch, operations.admin).add_to(self.app)
+        self.overview = Overview(
+            self.plane, self.metrics, operations.admin, watch=self.watch, siblings=self._siblings
+        )
+        self.overview.add_to(self.app)
+        Files().add_to(self.app)
         add_error_handlers(self.app)
         self.plane.app = self.app
 
@@ -136,6 +143,7 @@ class Gateway:
         self._inquiry.settings = config.watch
         setup = self.make_setup(config, cards, before=self.plane.setup.pools)
         self.metrics.know_roles(config.roles)
+        self.metrics.forget_variants(config.serve, self.plane.setup.config.roles.keys() - config.roles.keys())
         self.providers.know(config.providers)
         self.plane.setup = setup
 
@@ -163,6 +171,7 @@ class Gateway:
                 probe_forever(session, self._replicas, limits.health_interval_s),
                 reader.read_forever(self._replicas, limits.scrape_interval_s),
                 self.plane.sweep_forever(),
+                self.overview.sample_forever(),
                 *((self.watch.run(session), self._inquiry.run(session)) if self.watch else ()),
                 self._discover_forever(),
             ):

@@ -136,6 +136,16 @@ class Engine(_Section):
     env: dict[str, str] = Field(default_factory=dict)
 
 
+def is_loopback(host: str) -> bool:
+    """Whether a name or an address is this machine's own."""
+    if host == "localhost":
+        return True
+    try:
+        return ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
 class Gateway(_Section):
     """Where the gateway listens, and its limits."""
 
@@ -179,12 +189,7 @@ class Gateway(_Section):
     @property
     def loopback(self) -> bool:
         """Whether only this machine can reach it."""
-        if self.host == "localhost":
-            return True
-        try:
-            return ip_address(self.host).is_loopback
-        except ValueError:
-            return False
+        return is_loopback(self.host)
 
 
 class Key(_Section):

@@ -91,9 +91,12 @@ class Siblings:
 
     async def text(self) -> bytes:
         """The metrics of all workers together, as Prometheus text. One that does not answer is left out."""
-        dumps = await asyncio.gather(*(self._ask(number) for number in self._others))
-        view: Any = _Sum(self._metrics, [dump for dump in dumps if dump is not None])
+        view: Any = _Sum(self._metrics, [dump for dump in await self.dumps() if dump is not None])
         return generate_latest(view)
+
+    async def dumps(self) -> list[dict[str, Any] | None]:
+        """What ``Metrics.dump`` gives of each of the others; None of one that does not answer."""
+        return await asyncio.gather(*(self._ask(number) for number in self._others))
 
     def _socket(self, worker: int) -> Path:
         return self._directory / f"worker-{worker}.sock"

@@ -1,20 +1,26 @@
 #!/usr/bin/env bash
-# Installs, from Debian's packages, the real servers that tests start: PostgreSQL. Says what it does; where it may
-# not (no root, no apt) the tests that need them are skipped and say so.
+# Installs, from Debian's packages, the real programs that tests start: PostgreSQL, Prometheus with promtool, and
+# Chromium. Says what it does; where it may not (no root, no apt) the tests that need them are skipped and say so.
 set -euo pipefail
 
 have_postgresql() { compgen -G "/usr/lib/postgresql/*/bin/initdb" >/dev/null || command -v initdb >/dev/null; }
+have_prometheus() { command -v prometheus >/dev/null && command -v promtool >/dev/null; }
+have_chromium() { command -v chromium >/dev/null || command -v google-chrome >/dev/null; }
 
-have_postgresql && exit 0
+missing=()
+have_postgresql || missing+=(postgresql)
+have_prometheus || missing+=(prometheus)
+have_chromium || missing+=(chromium)
+[ ${#missing[@]} -gt 0 ] || exit 0
 if [ "$(id -u)" -ne 0 ] || ! command -v apt-get >/dev/null; then
-  echo "servers: PostgreSQL is not installed and cannot be installed here; its tests are skipped" >&2
+  echo "servers: ${missing[*]} cannot be installed here; the tests that need it are skipped" >&2
   exit 0
 fi
-echo "servers: installing PostgreSQL from Debian's packages, for the tests of the watch's store"
+echo "servers: installing ${missing[*]} from Debian's packages, for tests"
 export DEBIAN_FRONTEND=noninteractive
-# The tests start a server of their own; the package's needs not run.
+# The tests start servers of their own; the packages' need not run.
 mkdir -p /etc/postgresql-common
 [ -e /etc/postgresql-common/createcluster.conf ] ||
   echo "create_main_cluster = false" >/etc/postgresql-common/createcluster.conf
-{ apt-get update -qq && apt-get install -y -qq --no-install-recommends postgresql; } >/dev/null 2>&1 ||
-  echo "servers: that did not work; the tests that need PostgreSQL are skipped" >&2
+{ apt-get update -qq && RUNLEVEL=1 apt-get install -y -qq --no-install-recommends "${missing[@]}"; } >/dev/null 2>&1 ||
+  echo "servers: that did not work; the tests that need ${missing[*]} are skipped" >&2

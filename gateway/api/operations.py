@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Annotated, Any
 
+import yaml
 from fastapi import Body, Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse
@@ -17,7 +18,7 @@ from starlette.routing import Route
 
 from gateway.api.body import Asked
 from gateway.cards import load_cards
-from gateway.config import Config, ConfigError, parse_config
+from gateway.config import Config, ConfigError, is_loopback, parse_config
 from gateway.errors import BadRequestError, ForbiddenError, GatewayError, UnexpectedError, envelope
 from gateway.exchange import request_id
 from gateway.identity import Identities
@@ -26,6 +27,8 @@ from gateway.telemetry.metrics import Metrics
 from gateway.workers import Siblings
 from quantize.card import Card, CardError
 
+HIDDEN = "…"
+"""What is shown of a key's hash."""
 Apply = Callable[[Config, Mapping[str, Card]], None]
 
 
@@ -59,7 +62,9 @@ REFUSALS: dict[int | str, dict[str, Any]] = {
     404: {"model": ErrorEnvelope, "description": "There is no such thing."},
 }
 _PROMETHEUS: dict[int | str, dict[str, Any]] = {200: {"content": {"text/plain": {}}}}
-_UNREADY: dict[int | str, dict[str, Any]] = {503: {"description": "There is a role that no pool could serve."}}
+_UNREADY: dict[int | str, dict[str, Any]] = {
+    503: {"description": "There is a role that no pool could serve."}
+}
 
 
 class Operations:
@@ -159,13 +164,14 @@ class Operations:
     async def config(self) -> dict[str, Any]:
         """The configuration that is in use; keys by name alone."""
         shown = self._plane.setup.config.model_dump(mode="json")
-        shown["keys"] = [{**key, "sha256": "…"} for key in shown["keys"]]
+        shown["keys"] = [{**key, "sha256": HIDDEN} for key in shown["keys"]]
         return shown
 
     async def set_config(self, text: Annotated[str, Body(media_type="application/yaml")]) -> dict[str, Any]:
         """Use another configuration from now on, until the next start or reload; the file is left alone.
 
-        It is checked whole first: one that cannot be used changes nothing.
+        It is checked whole first: one that cannot be used changes nothing. What ``GET`` shows can be sent
+        back: a key whose hash is hidden keeps the one that it has.
         """
         if self._siblings is not None:
             raise BadRequestError(
@@ -174,7 +180,7 @@ class Operations:
             )
         old = self._plane.setup.config
         try:
-            new = parse_config(text, "the configuration sent", old.directory)
+            new = parse_config(_with_hashes(text, old), "the configuration sent", old.directory)
             cards = load_cards(new)
             self._apply(new, cards)
         except (ConfigError, CardError) as error:
@@ -194,8 +200,30 @@ class Operations:
         """Refuses who may not change anything. Raises ForbiddenError or UnauthorizedError."""
         config = self._plane.setup.config
         key = Identities(config).key(request.headers)
+        if not config.keys and not is_loopback(request.url.hostname or ""):
+            # A web page can give its own name this machine's address, and would then be let in.
+            raise ForbiddenError(
+                f"host: {request.url.hostname!r} is not this machine, and there are no keys; add keys "
+                "(`tiercel keys new` makes one), or ask 127.0.0.1"
+            )
         if key is not None and not key.admin:
             raise ForbiddenError("authorization: this key is no admin's; use one with `admin: true`")
+
+
+def _with_hashes(text: str, config: Config) -> str:
+    """YAML in which keys that are known by name have their hashes again, where those were hidden."""
+    try:
+        raw = yaml.safe_load(text) if HIDDEN in text or ascii(HIDDEN)[1:-1] in text else None
+    except yaml.YAMLError:
+        return text  # whoever reads it next says what is wrong with it
+    keys = raw.get("keys") if isinstance(raw, dict) else None
+    if not isinstance(keys, list):
+        return text
+    hashes = {key.name: key.sha256 for key in config.keys}
+    for key in keys:
+        if isinstance(key, dict) and key.get("sha256") == HIDDEN:
+            key["sha256"] = hashes.get(str(key.get("name")), HIDDEN)
+    return yaml.safe_dump(raw, allow_unicode=True)
 
 
 def add_error_handlers(app: FastAPI) -> None:

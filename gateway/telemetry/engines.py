@@ -18,6 +18,9 @@ from gateway.telemetry.metrics import Metrics
 
 SCRAPE_TIMEOUT_S = 5.0
 ENGINES_FILE = "engines.json"
+_CACHE = "vllm:cache_config_info"
+_LORA = "vllm:lora_requests_info"
+_READ = ("vllm:kv_cache_usage_perc", "vllm:num_requests_waiting", "vllm:num_requests_running", _CACHE, _LORA)
 
 
 def parse_reading(text: str) -> Reading:
@@ -25,23 +28,25 @@ def parse_reading(text: str) -> Reading:
 
     Raises ValueError for what is not Prometheus text.
     """
+    # An engine says hundreds of lines, and five are read: parsing all was most of an idle gateway's work.
+    lines = text.splitlines()
+    lines = [line for line in lines if line.startswith(_READ)] or lines
     found: dict[str, list[float]] = {}
-    cache_tokens: int | None = None
-    for family in text_string_to_metric_families(text):
-        if family.name.startswith("vllm:"):
-            for sample in family.samples:
-                found.setdefault(sample.name, []).append(sample.value)
-                if sample.name == "vllm:cache_config_info":
-                    cache_tokens = _cache_tokens(sample.labels)
-    usage, waiting, running = (
-        found.get(name)
-        for name in ("vllm:kv_cache_usage_perc", "vllm:num_requests_waiting", "vllm:num_requests_running")
-    )
+    cache_tokens = adapters = None
+    for family in text_string_to_metric_families("\n".join(lines) + "\n"):
+        for sample in family.samples:
+            found.setdefault(sample.name, []).append(sample.value)
+            if sample.name == _CACHE:
+                cache_tokens = _cache_tokens(sample.labels)
+            if sample.name == _LORA and sample.labels.get("max_lora", "").isdigit():
+                adapters = int(sample.labels["max_lora"])
+    usage, waiting, running = (found.get(name) for name in _READ[:3])
     return Reading(
         kv_cache_usage=max(usage) if usage else None,
         waiting=sum(waiting) if waiting else None,
         running=sum(running) if running else None,
         cache_tokens=cache_tokens,
+        adapters=adapters,
     )
 
 
@@ -102,9 +107,12 @@ class EngineReader:
         """Read all of ``replicas()``, which may change, each ``interval_s`` seconds."""
         while True:
             pids = engine_pids(self._run_dir)
+            asked = list(replicas())
             await asyncio.gather(
-                *(self._read(replica, pids.get((replica.variant, replica.url))) for replica in replicas())
+                *(self._read(replica, pids.get((replica.variant, replica.url))) for replica in asked)
             )
+            left = set(asked) - set(replicas())  # a replica may go while it is being asked
+            self._metrics.forget((replica.variant, replica.name) for replica in left)
             await asyncio.sleep(interval_s)
 
     async def _read(self, replica: Replica, pid: int | None) -> None:
@@ -118,7 +126,9 @@ class EngineReader:
         memory = None if pid is None else await asyncio.to_thread(resident_bytes, pid)
         if self._seen is not None:
             self._seen(replica.variant, memory, reading.kv_cache_usage)
+        self._metrics.engine_read.labels(replica.variant, replica.name).set(reading.waiting is not None)
         for gauge, value in (
+            (self._metrics.reachable, replica.reachable),
             (self._metrics.kv_cache_usage, reading.kv_cache_usage),
             (self._metrics.queue_depth, reading.waiting),
             (self._metrics.engine_memory, memory),

@@ -8,7 +8,7 @@ that left, and 502 or 504 also for a stream that broke off after its 200 had bee
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Gauge, ProcessCollector
@@ -93,6 +93,12 @@ class Metrics:
             "tiercel_kv_cache_usage_ratio", "Share of an engine's KV cache in use", *placed
         )
         self.queue_depth = gauge("tiercel_queue_depth", "Requests waiting within an engine", *placed)
+        self.reachable = gauge(
+            "tiercel_replica_reachable", "1 if a replica's last health probe found it well", *placed
+        )
+        self.engine_read = gauge(
+            "tiercel_engine_metrics_read", "1 if an engine's own metrics could be read the last time", *placed
+        )
         self.weight_bytes = gauge("tiercel_variant_weight_bytes", "Bytes of a variant's weights", "variant")
         self.nll_mean = histogram(
             "tiercel_token_nll_mean", "Mean -log p of an answer's tokens, nats", _NLL_NATS, *asked
@@ -154,9 +160,23 @@ class Metrics:
     def forget(self, replicas: Iterable[tuple[str, str]]) -> None:
         """Replicas that are gone: an old figure would pass for a present one."""
         for labels in replicas:
-            for gauge in (self.engine_memory, self.kv_cache_usage, self.queue_depth):
+            for gauge in (
+                self.engine_memory,
+                self.kv_cache_usage,
+                self.queue_depth,
+                self.reachable,
+                self.engine_read,
+            ):
                 with contextlib.suppress(KeyError):
                     gauge.remove(*labels)
+
+    def forget_variants(self, serve: Container[str], gone_roles: Container[str]) -> None:
+        """What is served no more, and roles that are gone: figures that nobody writes would stay for ever."""
+        for gauge in (self.weight_bytes, self.cusum, self.demoted):
+            for sample in [sample for family in gauge.collect() for sample in family.samples]:
+                labels = sample.labels
+                if labels["variant"] not in serve or labels.get("role") in gone_roles:
+                    gauge.remove(*labels.values())
 
     def know_roles(self, roles: Iterable[str]) -> None:
         """The configuration has changed; counts of roles that are gone stay."""

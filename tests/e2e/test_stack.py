@@ -278,17 +278,20 @@ async def test_a_dead_engine_raises_precision_until_it_is_back(
         {"x-agent-role": "intent_classifier"},
     )
 
-    async def variant() -> tuple[str, str]:
+    async def variant(*also: int) -> tuple[str, str]:
         async with http.post(stack.url + "/v1/chat/completions", json=body, headers=headers) as response:
-            assert response.status == 200, await response.text()
+            assert response.status in (200, *also), await response.text()
             return response.headers["x-tiercel-variant"], response.headers["x-tiercel-route-reason"]
 
     usual, _ = await variant()
     os.kill(state["engines"][usual]["pid"], signal.SIGKILL)
     await asyncio.sleep(1.0)
-    raised, reason = await variant()
-    assert raised != usual
-    assert reason == "raised_pool_down"
+    # Its own children may hold the port for a moment more: whoever is let in there is told that it broke off.
+    async with asyncio.timeout(20):
+        while (answer := await variant(502))[0] == usual:
+            await asyncio.sleep(0.5)
+    assert answer[0] != usual
+    assert answer[1] == "raised_pool_down"
     deadline = time.monotonic() + 180
     while (await variant())[0] != usual:
         assert time.monotonic() < deadline

@@ -50,6 +50,29 @@ async def test_the_configuration_is_swapped_whole_or_not_at_all(tmp_path: Path) 
         now = {r.name: r for r in stack.gateway.plane.setup.pools.replicas()}
         assert all(now[name] is pools[name] for name in pools), "replicas keep their connections"
 
+        stack.gateway.metrics.demoted.labels("int8", "summarizer").set(1)
+        stack.gateway.metrics.demoted.labels("bf16", "core").set(0)
+        assert stack.sample("tiercel_variant_weight_bytes", variant="int8") == 5_000_000
+        without = {variant: url for variant, url in urls.items() if variant != "int8"}
+        assert (await put(settings(tmp_path, without, serve=["bf16", "int4-kv8"], **port)))[0] == 200
+        left = {
+            sample.labels["variant"]
+            for family in stack.registry.collect()
+            for sample in family.samples
+            if sample.name in ("tiercel_variant_demoted", "tiercel_variant_weight_bytes")
+        }
+        assert left == {"bf16", "int4-kv8"}, "nobody is told that what is gone is demoted"
+
+
+async def test_without_keys_the_admin_is_for_this_machine_alone() -> None:
+    """A page whose name means this machine's address comes with its own name in the header."""
+    async with running_gateway() as stack:
+        for host, status in (("evil.example", 403), ("localhost", 200), ("127.0.0.1:1", 200), ("[::1]", 200)):
+            async with stack.http.get(stack.url + "/admin/config", headers={"host": host}) as response:
+                assert response.status == status, host
+                if status == 403:
+                    assert "'evil.example' is not this machine" in (await response.json())["error"]["message"]
+
 
 async def test_a_full_pool_is_waited_for_or_left() -> None:
     roles = {

@@ -1,4 +1,4 @@
-"""The application's own OpenAPI document is true: schemathesis asks every operation things nobody thought of."""
+"""The application's OpenAPI document is true: schemathesis asks every operation things nobody thought of."""
 
 from __future__ import annotations
 

@@ -1,0 +1,131 @@
+"""The dashboards: what is checked in is what the script writes, and a Grafana could show it."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from typing import Any
+
+import pytest
+from grafana_foundation_sdk.cog.encoder import JSONEncoder
+from grafana_foundation_sdk.cog.plugins import register_default_plugins
+from grafana_foundation_sdk.models.dashboard import Dashboard as GrafanaDashboard
+
+from deploy.dashboards import COLUMNS, DASHBOARDS, DIRECTORY, Dashboard, render, text_of
+from tests.helm.metric_names import filled, selectors
+from tests.helm.test_rules import check_names
+
+EACH = pytest.mark.parametrize("dashboard", DASHBOARDS, ids=lambda dashboard: dashboard.name)
+UNITS = {"short", "s", "percentunit", "reqps", "ops", "bytes"}
+"""Grafana's ids of units, as far as they are used here."""
+
+
+def panels(dashboard: Dashboard) -> list[dict[str, Any]]:
+    return [panel for panel in render(dashboard)["panels"] if panel["type"] != "row"]
+
+
+@EACH
+def test_the_file_is_what_the_script_writes(dashboard: Dashboard) -> None:
+    text = (DIRECTORY / f"{dashboard.name}.json").read_text(encoding="utf-8")
+    assert text == text_of(dashboard), "run: python -m deploy.dashboards"
+
+
+@EACH
+def test_grafanas_own_types_know_every_field(dashboard: Dashboard) -> None:
+    """They leave out what they do not know: a field that is misspelt, or in the wrong place."""
+    register_default_plugins()
+    made = render(dashboard)
+    read = json.loads(json.dumps(GrafanaDashboard.from_json(made), cls=JSONEncoder))
+    assert lost(made, read) == []
+
+
+def lost(made: Any, read: Any, place: str = "") -> list[str]:
+    """Where ``read`` lacks something of ``made``, or has it otherwise."""
+    if isinstance(made, dict) and isinstance(read, dict):
+        return [name for key in made for name in lost(made[key], read.get(key), f"{place}.{key}")]
+    if isinstance(made, list) and isinstance(read, list) and len(made) == len(read):
+        pairs = enumerate(zip(made, read, strict=True))
+        return [name for index, pair in pairs for name in lost(*pair, f"{place}[{index}]")]
+    return [] if made == read else [place]
+
+
+def test_there_is_no_file_that_the_script_does_not_write() -> None:
+    assert {path.stem for path in DIRECTORY.iterdir()} == {dashboard.name for dashboard in DASHBOARDS}
+
+
+def test_dashboards_do_not_take_each_others_place() -> None:
+    made = [render(dashboard) for dashboard in DASHBOARDS]
+    for field in ("uid", "title"):
+        assert len({one[field] for one in made}) == len(made)
+    for one in made:
+        assert len(one["uid"]) <= 40
+        assert "tiercel" in one["tags"]
+        assert isinstance(one["schemaVersion"], int)
+
+
+@EACH
+def test_panels_have_ids_of_their_own_and_do_not_overlap(dashboard: Dashboard) -> None:
+    every = render(dashboard)["panels"]
+    assert len({panel["id"] for panel in every}) == len(every)
+    for panel in every:
+        place = panel["gridPos"]
+        assert place["x"] >= 0
+        assert place["y"] >= 0
+        assert place["x"] + place["w"] <= COLUMNS
+    for one, other in itertools.combinations((panel["gridPos"] for panel in every), 2):
+        beside = one["x"] + one["w"] <= other["x"] or other["x"] + other["w"] <= one["x"]
+        above = one["y"] + one["h"] <= other["y"] or other["y"] + other["h"] <= one["y"]
+        assert beside or above, (one, other)
+
+
+@EACH
+def test_every_panel_says_what_it_shows(dashboard: Dashboard) -> None:
+    for panel in panels(dashboard):
+        title = panel["title"]
+        assert panel["description"].endswith("."), title
+        defaults = panel["fieldConfig"]["defaults"]
+        assert defaults["unit"] in UNITS, title
+        steps = defaults["thresholds"]["steps"]
+        values = [step["value"] for step in steps]
+        assert values[0] is None, title
+        assert values[1:] == sorted(set(values[1:])), title
+        assert len({target["refId"] for target in panel["targets"]}) == len(panel["targets"]) > 0, title
+        for target in panel["targets"]:
+            assert target["instant"] is not target["range"], title
+            if panel["type"] != "stat":
+                assert target["legendFormat"] != "__auto", title
+
+
+@EACH
+def test_every_query_reads_metrics_that_exist_of_the_chosen_source(dashboard: Dashboard) -> None:
+    for panel in panels(dashboard):
+        for target in panel["targets"]:
+            assert target["datasource"]["uid"] == "${datasource}"
+            check_names(filled(target["expr"]))
+
+
+@EACH
+def test_variables_are_declared_before_they_are_used(dashboard: Dashboard) -> None:
+    made = render(dashboard)
+    declared = [variable["name"] for variable in made["templating"]["list"]]
+    assert declared[:3] == ["datasource", "role", "variant"]
+    for variable in made["templating"]["list"]:
+        if variable["type"] == "query":
+            query = variable["query"]["query"]
+            metric, label = query.removeprefix("label_values(").removesuffix(")").split(", ")
+            check_names(f'{metric}{{{label}=~".*"}}')
+    for name in declared[1:]:
+        assert f"${name}" in json.dumps(made["panels"]), f"{name} is chosen, and changes nothing"
+
+
+@EACH
+def test_a_choice_of_roles_and_variants_narrows_every_query_that_has_them(dashboard: Dashboard) -> None:
+    """A panel that leaves the choice out would show others' figures under a chosen name."""
+    whole = ("tiercel_gateway", "tiercel_watch_outcomes_dropped_total", "tiercel_variant_weight_bytes")
+    for panel in panels(dashboard):
+        for target in panel["targets"]:
+            for selector in selectors(filled(target["expr"])):
+                name = selector.name or ""
+                if "tiercel" in name and not name.startswith(whole) and panel["title"] != "Gateways":
+                    chosen = {matcher.name for matcher in selector.matchers.matchers}
+                    assert chosen & {"role", "variant"}, (panel["title"], name)
