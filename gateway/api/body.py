@@ -88,6 +88,11 @@ class Body:
         self.asked = Asked(**{"model": "", **given})
 
     @property
+    def size(self) -> int:
+        """Bytes."""
+        return len(self._raw)
+
+    @property
     def _fields(self) -> dict[str, msgspec.Raw]:
         if self._all is None:
             raw = self._raw

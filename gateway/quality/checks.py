@@ -27,6 +27,7 @@ _REFUSAL = re.compile(
     r"unfortunately,? i (?:cannot|can['\u2019]?t))",
     re.IGNORECASE,
 )
+_DIGIT = re.compile(r"\d")
 _URL = re.compile(r"\bhttps?://[^\s<>\"')\]]+", re.IGNORECASE)
 
 Check = Callable[[Body, Answer], bool | None]
@@ -92,9 +93,12 @@ def invented_value(body: Body, answer: Answer) -> bool | None:
     messages = body.get("messages")
     if not isinstance(messages, list) or not answer.texts:
         return None
+    said = set().union(*map(_values, answer.texts))
+    if not said:
+        return None  # most answers: then the context, which may be long, need not be read
     context = context_of(messages)
-    known, said = _values(context), set().union(*map(_values, answer.texts))
-    if not known or not said:
+    known = _values(context)
+    if not known:
         return None
     return any(value not in known and value not in context for value in said)
 
@@ -164,6 +168,8 @@ def _matches(text: str, schema: Any) -> bool:
 
 def _values(text: str) -> set[str]:
     """Web addresses, and what has three digits or more, in its common form."""
+    if len(_DIGIT.findall(text)) < 3 and _URL.search(text) is None:
+        return set()
     claims, _ = extract(text)
     found = {url.rstrip(".,;:!?").lower() for url in _URL.findall(text)}
     for claim in claims:

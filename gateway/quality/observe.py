@@ -32,6 +32,8 @@ from gateway.telemetry.evaluations import emit
 from gateway.telemetry.logs import EVENTS
 from gateway.telemetry.metrics import Metrics
 
+LONG_BODY = 8_000
+"""Bytes of a request from which on an answer's rules are checked beside the loop."""
 LONGEST_TEXT = 400_000
 """Characters of context and answer beyond which the grounded check is skipped."""
 LONGEST_SHADOW = 200_000
@@ -93,7 +95,10 @@ class Observer:
         role, variant = seen.role, seen.variant
         key = self._watch.key(variant, role) if self._watch else None
         self._count("signals", role, variant, lambda: self._signals(seen, key))
-        self._rules(seen, key)
+        if seen.body.size < LONG_BODY:
+            self._rules(seen, key, self._failures(seen))
+        else:
+            self._rules(seen, key, await asyncio.to_thread(self._failures, seen))
         if self._watch:
             self._watch.note_latency(variant, seen.first_token_s, seen.gap_s)
         if self._config.roles[role].grounded and "messages" in seen.body:
@@ -149,11 +154,14 @@ class Observer:
             self._watch.note(key, "signals", False, signals.nll_mean)
         return CheckOutcome.PASSED
 
-    def _rules(self, seen: Observed, key: Key | None, *, probation: bool = False) -> None:
-        found: Mapping[str, bool] | None = self._try(
-            "rules", seen.role, seen.variant, lambda: failures(seen.body, seen.answer)
-        )
-        for name, bad in (found or {}).items():
+    def _failures(self, seen: Observed) -> Mapping[str, bool]:
+        found = self._try("rules", seen.role, seen.variant, lambda: failures(seen.body, seen.answer))
+        return found or {}
+
+    def _rules(
+        self, seen: Observed, key: Key | None, found: Mapping[str, bool], *, probation: bool = False
+    ) -> None:
+        for name, bad in found.items():
             outcome = CheckOutcome.FAILED if bad else CheckOutcome.PASSED
             self._metrics.quality_checks.labels(seen.role, seen.variant, name, outcome).inc()
         if found and key and self._watch:
@@ -291,7 +299,7 @@ class Observer:
             self._log.warning("probation: %s", error, extra={"fields": {"variant": key.variant}})
             return
         copy = Observed(seen.role, key.variant, seen.request_id, seen.body, answer)
-        self._rules(copy, key, probation=True)
+        self._rules(copy, key, self._failures(copy), probation=True)
         if answer.texts and answer.tokens:
             await self._shadow(copy, key, request, probation=True)
 

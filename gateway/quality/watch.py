@@ -301,7 +301,6 @@ class Watch:
 
     def _write_and_fold(self, outcomes: Sequence[Outcome]) -> list[Event]:
         store = self._open()
-        store.append(outcomes)
         now = time.monotonic()
         lost = now - self._beats_at > LEADER_SILENT_S
         leading, beats = store.lead(self._beats, lost and self._beats >= 0)
@@ -309,15 +308,17 @@ class Watch:
             self._beats, self._beats_at = beats, now
         self.leading = leading
         if not leading:
+            store.append(outcomes)
             return []
         if now - self._pruned > PRUNE_S:
             self._pruned = now
             store.prune(self._clock())
-        return self._fold(store)
+        return self._fold(store, outcomes)
 
-    def _fold(self, store: Store) -> list[Event]:
-        """Take all outcomes in, and do what is due."""
+    def _fold(self, store: Store, mine: Sequence[Outcome]) -> list[Event]:
+        """Take all outcomes in, this process's own and what others have written, and do what is due."""
         rows, cells = store.unfolded()
+        outcomes = [*(outcome for _, outcome in rows), *mine]
         now = self._clock()
         changed: dict[Key, Cell] = {}
         events: list[Event] = []
@@ -339,7 +340,7 @@ class Watch:
             elif (begun := known.begin_probation(self._policies[key], now)) is not None:
                 cell_of(key)
                 events.append(begun)
-        for _, outcome in rows:
+        for outcome in outcomes:
             policy = self._policies.get(outcome.key)
             if policy is None:
                 continue  # of a version or a role that is no longer served
@@ -349,8 +350,8 @@ class Watch:
             for event in cell_of(outcome.key).fold(outcome, policy, may_demote=allowed > 0):
                 events.append(event)
                 allowed -= event.kind is EventKind.DEMOTED
-        if rows or changed:
-            store.folded([number for number, _ in rows], [one for _, one in rows], changed.values(), events)
+        if outcomes or changed:
+            store.folded([number for number, _ in rows], outcomes, changed.values(), events)
         return events
 
     def _act(self, action: Action, key: Key, why: str) -> Event:

@@ -99,6 +99,7 @@ def make_config(**changes: Any) -> Config:
         },
         "default_role": "core",
         "gateway": gateway,
+        "quality": {"sample_rate": 1.0} | changes.pop("quality", {}),
         "watch": {"store": "sqlite://"} | changes.pop("watch", {}),
     }
     return Config.model_validate(fields | changes)
@@ -122,6 +123,7 @@ def settings(directory: Path, urls: dict[str, list[str]], **changes: Any) -> str
             "roles": {"intent_classifier": {}, "summarizer": {}, "core": {}},
             "default_role": "core",
             "pools": urls,
+            "quality": {"sample_rate": 1.0},
             "watch": {"store": "sqlite://"},
         }
         | changes
