@@ -302,13 +302,12 @@ def test_a_frame_fits_a_small_terminal() -> None:
 
 async def test_top_prints_one_frame(stack: Stack, capsys: pytest.CaptureFixture[str]) -> None:
     showing = asyncio.create_task(tiercel("top", "--once", "--every", "1.5", "--url", stack.url))
-    until = time.monotonic() + 1.4
-    while time.monotonic() < until:
+    while not showing.done():
         await ask(stack, "intent_classifier", stream=True)
         await asyncio.sleep(0.05)
     assert await showing == 0
     text = capsys.readouterr().out
-    assert re.search(r"intent_classifier int4-kv8 +[1-9]\d*\.\d +0.0 +0.0 +\S+ms/\S+ms", text)
+    assert re.search(r"intent_classifier int4-kv8 +(?!0\.0)\d+\.\d +0.0 +0.0 +[\d.]+m?s/[\d.]+m?s", text)
     assert "int4-kv8-0 ok" in text
     assert await tiercel("top", "--url", stack.url) == 2
     assert "print one frame with `tiercel top --once`" in capsys.readouterr().err

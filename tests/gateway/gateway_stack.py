@@ -178,7 +178,7 @@ class Stack:
         )
 
 
-async def eventually(true: Callable[[], Any], within_s: float = 1.0) -> None:
+async def eventually(true: Callable[[], Any], within_s: float = 5.0) -> None:
     """Wait until ``true()``, which may be a coroutine; fail after ``within_s``."""
     async with asyncio.timeout(within_s):
         while True:
