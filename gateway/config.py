@@ -233,8 +233,8 @@ class Quality(_Section):
         default=0.25,
         ge=0,
         le=1,
-        description="share of answers that are listened to; the others pass as bytes. Log-probabilities of all "
-        "cost an engine an eighth of its rate (measured on a CPU), of a quarter 3 %",
+        description="share of answers that are listened to; the others pass as bytes. Log-probabilities of "
+        "all cost an engine an eighth of its rate (measured on a CPU), of a quarter 3 %",
     )
     top_logprobs: int = Field(default=5, ge=0, le=20, description="tokens that entropy is summed over")
     detector: Literal["rules", "lexical", "classifier"] = Field(
