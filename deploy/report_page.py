@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from html import escape
+from itertools import pairwise
+from math import inf
 
-from deploy.report import DemoReport, incident_lines, percent, role_rows, variant_rows
+from deploy.report import DemoReport, Incident, incident_lines, percent, role_rows, variant_rows
 from deploy.report_figure import PANELS, render_svg
-from deploy.watch_page import Mark, Share, over_time
+from deploy.watch_page import Mark, Share, gathered, over_time
 from quantize.page import document, framed, row, table, verdict
 
 STYLE = """
@@ -49,15 +51,28 @@ gates on held-out items. The same figures are in report.json.</footer>"""
     return document(f"Tiercel: {report.headline}", body, STYLE)
 
 
+_A_POINT = 12
+"""Answers, at least, that a point of the second act's chart is of."""
+
+
+def _phases(incident: Incident, role: str) -> list[Share]:
+    """Right answers of a role, added up within what came before the harm, until its demotion, and after."""
+    answers = [Share(answer.at, int(answer.right), 1) for answer in incident.answers if answer.role == role]
+    ends = [incident.harmed_at]
+    ends += [incident.harmed_at + one.seconds for one in incident.demotions if one.role == role]
+    points: list[Share] = []
+    for begin, end in pairwise([-inf, *ends, inf]):
+        phase = [answer for answer in answers if begin < answer.at <= end]
+        points += gathered(phase, max(1, len(phase) // _A_POINT))
+    return points
+
+
 def _incident(report: DemoReport) -> str:
     """The second act: right answers of every role over time, before and after the harm."""
     incident = report.incident
     if incident is None:
         return ""
-    lines = {
-        role: [Share(a.at, int(a.right), 1) for a in incident.answers if a.role == role]
-        for role in report.roles
-    }
+    lines = {role: _phases(incident, role) for role in report.roles}
     marks = [Mark(incident.harmed_at, f"{incident.variant} harmed", "var(--bad)")]
     for one in incident.demotions:
         marks.append(Mark(incident.harmed_at + one.seconds, f"demoted for {one.role}", "var(--good)"))
