@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from pathlib import Path
@@ -184,11 +185,24 @@ def test_a_variant_that_serves_no_role(write: Callable[..., Path]) -> None:
     assert "serves no role: core (failed)" in found.found
 
 
+def listening_before_free_ports(socket_: socket.socket, free: int) -> int:
+    """Listen on a port that so many free ones follow."""
+    for port in range(20_000, 30_000, 10):
+        with ExitStack() as after:
+            try:
+                for number in range(1, free + 1):
+                    after.enter_context(socket.socket()).bind(("127.0.0.1", port + number))
+                socket_.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+        socket_.listen()
+        return port
+    raise AssertionError("no such ports")
+
+
 def test_ports_that_are_taken(write: Callable[..., Path]) -> None:
     with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        port = taken.getsockname()[1]
+        port = listening_before_free_ports(taken, 2)
         found = worst(look(check_serving.check_ports, write(gateway={"port": port})))
         assert found.level is Level.FAILURE
         assert f"gateway.port {port} is taken by process {os.getpid()}" in found.found

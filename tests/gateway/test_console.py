@@ -190,7 +190,8 @@ async def test_the_keyboard_is_enough(chromium: Chromium) -> None:
         await page.says("int8 is pinned: demoted for summarizer.")
         await page.until("document.activeElement.matches('button.cell')")
         assert await ask(stack, "summarizer") == "bf16"
-        await page.press("Enter")
+        await page.says("on holiday", ".map")
+        await page.press("Enter")  # the cell has changed, and is still the one
         await page.until("document.querySelector('dialog').open")
         await page.press("Escape")
         await page.until("!document.querySelector('dialog')")

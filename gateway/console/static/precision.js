@@ -109,7 +109,7 @@ export class PrecisionView {
     }
     const went = this.wentByRole();
     this.table.update(state.setup.roles.filter((role) => state.wanted(role.name, state.serving(role) ?? "")).map((role) => ({
-      key: `${state.setup.id}\u0000${role.name}`, role, now: state.serving(role), why: reason(state, role), went: went.get(role.name) ?? "no requests",
+      key: role.name, role, now: state.serving(role), why: reason(state, role), went: went.get(role.name) ?? "no requests",
     })));
   }
 
