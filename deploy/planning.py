@@ -113,13 +113,19 @@ def plan(
     workshop = open_workshop(config, target_name, methods, schemes)
     for problem in (p for one in kv for p in workshop.target.kv_problems(one, workshop.checkpoint.head_dim)):
         raise PlanError(str(problem))
+    weights, other = sum(group.weights for group in workshop.modules), workshop.modules.other_bytes
+    if budget is None:
+        budget = other + int((bits or 4.5) * weights / 8)
+    if loss is None and budget < (least := workshop.least_bytes(kv_tokens, kv)):
+        raise PlanError(
+            f"a budget of {budget} bytes is below the least possible, {least} bytes "
+            f"({8 * (least - other) / weights:.3f} bits per weight beside {other} bytes of embeddings, head "
+            "and norms); raise it"
+        )
     with open_bench(config) as bench:
         if loss is not None:
             candidates = [workshop.for_loss(bench, loss)]
         else:
-            if budget is None:
-                weights = sum(group.weights for group in workshop.modules)
-                budget = workshop.modules.other_bytes + int((bits or 4.5) * weights / 8)
             candidates = workshop.within(bench, budget, kv_tokens, kv, tries)
     best = candidates[0]
     wanted = best.plan.model_copy(update={"tuned": tuned})

@@ -22,7 +22,7 @@ from quantize.files import write_whole
 from quantize.modules import Modules, read_modules
 from quantize.plan import Plan
 from quantize.planner import Candidate, PlanError, Planner
-from quantize.schemes import kv_scheme, scheme
+from quantize.schemes import BF16_BYTES, kv_scheme, scheme
 from quantize.search import search
 from quantize.sensitivity import KEPT, Choice, Sensitivity, ServedKl, analyse, measure
 from quantize.shelf import Shelf
@@ -96,6 +96,15 @@ class Workshop:
         if not any(found.values()):
             raise PlanError(f"{self.target.name} loads no quantized scheme for any module of this model")
         return found
+
+    def least_bytes(self, kv_tokens: int = 0, kv: Sequence[str] = ("auto",)) -> int:
+        """The smallest budget that a plan can be found for; known before any work."""
+        sizes = {group.name: group.weights * BF16_BYTES for group in self.modules}
+        for group in self.modules:
+            for name, _ in self.choices()[group.name]:
+                sizes[group.name] = min(sizes[group.name], group.stored_bytes(scheme(name)))
+        cache = min(kv_tokens * self._kv_bytes(name) + self._kv_scale_bytes(name) for name in kv)
+        return self.modules.other_bytes + sum(sizes.values()) + cache
 
     def sensitivity(self, bench: Bench) -> Sensitivity:
         """The whole analysis; what was finished before is kept."""
