@@ -57,9 +57,10 @@ SAID: Mapping[str, tuple[float, float]] = {
     "token_gap": (0.1, 0.5),
     "memory": (0.1, 0.5),
     "kv_cache": (0.1, 0.5),
+    "preemptions": (0.1, 0.5),
 }
-"""Seconds to the first token and between tokens, bytes of an engine's processes, share of its KV cache: a
-change for the worse is said, and nobody is demoted for it."""
+"""Seconds to the first token and between tokens, bytes of an engine's processes, share of its KV cache, and
+requests thrown out of it: a change for the worse is said, and nobody is demoted for it."""
 
 T = TypeVar("T")
 Action = Literal["demote", "restore", "pin_serving", "pin_demoted", "unpin"]
@@ -159,10 +160,13 @@ class Watch:
             return
         self._waiting.append(Outcome(key, check, bad, self._clock(), value, probation))
 
-    def note_engine(self, variant: str, memory: float | None, kv_cache: float | None) -> None:
-        """What an engine has said of itself: bytes, and the share of its KV cache in use."""
+    def note_engine(
+        self, variant: str, memory: float | None, kv_cache: float | None, preempted: float | None
+    ) -> None:
+        """What an engine has said of itself: bytes, the share of its KV cache in use, and requests that were
+        thrown out of it since it was asked last."""
         key = self._engines.get(variant)
-        for check, value in (("memory", memory), ("kv_cache", kv_cache)):
+        for check, value in (("memory", memory), ("kv_cache", kv_cache), ("preemptions", preempted)):
             if key is not None and value is not None:
                 self.note(key, check, False, value)
 

@@ -30,6 +30,8 @@ class Reading:
     running: float | None = None
     cache_tokens: int | None = None
     """Tokens that its KV cache has room for."""
+    preemptions: float | None = None
+    """Requests that it has thrown out of its KV cache since its start, to begin them again."""
     adapters: int | None = None
     """LoRA adapters that it holds at a time."""
     at: float = 0.0

@@ -20,7 +20,13 @@ SCRAPE_TIMEOUT_S = 5.0
 ENGINES_FILE = "engines.json"
 _CACHE = "vllm:cache_config_info"
 _LORA = "vllm:lora_requests_info"
-_READ = ("vllm:kv_cache_usage_perc", "vllm:num_requests_waiting", "vllm:num_requests_running", _CACHE, _LORA)
+_FIGURES = (
+    "vllm:kv_cache_usage_perc",
+    "vllm:num_requests_waiting",
+    "vllm:num_requests_running",
+    "vllm:num_preemptions_total",
+)
+_READ = (*_FIGURES, _CACHE, _LORA)
 
 
 def parse_reading(text: str) -> Reading:
@@ -28,7 +34,7 @@ def parse_reading(text: str) -> Reading:
 
     Raises ValueError for what is not Prometheus text.
     """
-    # An engine says hundreds of lines, and five are read: parsing all was most of an idle gateway's work.
+    # An engine says hundreds of lines, and six are read: parsing all was most of an idle gateway's work.
     lines = text.splitlines()
     lines = [line for line in lines if line.startswith(_READ)] or lines
     found: dict[str, list[float]] = {}
@@ -40,11 +46,12 @@ def parse_reading(text: str) -> Reading:
                 cache_tokens = _cache_tokens(sample.labels)
             if sample.name == _LORA and sample.labels.get("max_lora", "").isdigit():
                 adapters = int(sample.labels["max_lora"])
-    usage, waiting, running = (found.get(name) for name in _READ[:3])
+    usage, waiting, running, preempted = map(found.get, _FIGURES)
     return Reading(
         kv_cache_usage=max(usage) if usage else None,
         waiting=sum(waiting) if waiting else None,
         running=sum(running) if running else None,
+        preemptions=sum(preempted) if preempted else None,
         cache_tokens=cache_tokens,
         adapters=adapters,
     )
@@ -94,9 +101,10 @@ class EngineReader:
         metrics: Metrics,
         run_dir: Path,
         clock: Clock,
-        seen: Callable[[str, float | None, float | None], None] | None = None,
+        seen: Callable[[str, float | None, float | None, float | None], None] | None = None,
     ) -> None:
-        """``seen`` is told every engine's variant, memory (bytes) and share of the KV cache in use."""
+        """``seen`` is told every engine's variant, memory (bytes), share of the KV cache in use, and requests
+        that were thrown out of it since the reading before."""
         self._seen = seen
         self._session = session
         self._metrics = metrics
@@ -122,10 +130,12 @@ class EngineReader:
                 reading = parse_reading(await response.text() if response.status == 200 else "")
         except (aiohttp.ClientError, TimeoutError, ValueError):
             reading = Reading()
+        before, now = replica.reading.preemptions, reading.preemptions
+        preempted = None if before is None or now is None else max(0.0, now - before)
         replica.read(dataclasses.replace(reading, at=self._clock()))
         memory = None if pid is None else await asyncio.to_thread(resident_bytes, pid)
         if self._seen is not None:
-            self._seen(replica.variant, memory, reading.kv_cache_usage)
+            self._seen(replica.variant, memory, reading.kv_cache_usage, preempted)
         self._metrics.engine_read.labels(replica.variant, replica.name).set(reading.waiting is not None)
         for gauge, value in (
             (self._metrics.reachable, replica.reachable),

@@ -65,6 +65,7 @@ class FakeEngine:
         self.waiting = 0
         """What ``/metrics`` reports as waiting."""
         self.kv_cache_usage = 0.0
+        self.preemptions = 0
 
     def app(self) -> web.Application:
         app = web.Application(client_max_size=64 << 20)
@@ -96,6 +97,7 @@ class FakeEngine:
             "num_requests_running": self.running,
             "num_requests_waiting": self.waiting,
             "kv_cache_usage_perc": self.kv_cache_usage,
+            "num_preemptions_total": self.preemptions,
         }
         lines = []
         for name, value in figures.items():

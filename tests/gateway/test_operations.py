@@ -22,6 +22,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from gateway.__main__ import main
 from gateway.api.body import Body
 from gateway.quality.answer import Answer
+from gateway.quality.cells import Key
 from gateway.quality.grounded import Grounded
 from gateway.quality.observe import Observed, Observer
 from gateway.telemetry.engines import engine_pids, parse_reading, resident_bytes
@@ -115,6 +116,28 @@ async def test_a_check_that_raises_is_counted_and_breaks_nothing() -> None:
     assert metrics.registry.get_sample_value("tiercel_quality_checks_total", labels) == 1
 
 
+async def test_what_an_engine_throws_out_of_its_cache_is_watched() -> None:
+    async with running_gateway() as stack:
+        told: list[tuple[str, float | None]] = []
+        assert stack.gateway.watch is not None
+        noted = stack.gateway.watch.note
+
+        def note(key: Key, check: str, bad: bool, value: float | None = None, **more: bool) -> None:
+            if check == "preemptions":
+                told.append((key.variant, value))
+            noted(key, check, bad, value, **more)
+
+        stack.gateway.watch.note = note  # type: ignore[method-assign]
+        await eventually(lambda: ("int8", 0.0) in told)
+        stack.engines["int8"].preemptions = 3
+        await eventually(lambda: ("int8", 3.0) in told)
+        told.clear()
+        await eventually(lambda: ("int8", 0.0) in told)
+        stack.engines["int8"].preemptions = 0  # started anew
+        await asyncio.sleep(0.3)
+        assert {value for _, value in told} == {0.0}
+
+
 async def test_engine_metrics_are_read_and_forgotten_when_stale(tmp_path: Path) -> None:
     async with running_gateway(run_dir=tmp_path) as stack:
         engine = stack.engines["int8"]
@@ -128,7 +151,9 @@ async def test_engine_metrics_are_read_and_forgotten_when_stale(tmp_path: Path) 
 def test_engine_readings(tmp_path: Path) -> None:
     two_ranks = 'vllm:num_requests_waiting{engine="0"} 2\nvllm:num_requests_waiting{engine="1"} 3\n'
     reading = parse_reading(two_ranks)
-    assert (reading.waiting, reading.kv_cache_usage) == (5, None)
+    assert (reading.waiting, reading.kv_cache_usage, reading.preemptions) == (5, None, None)
+    thrown_out = "# TYPE vllm:num_preemptions_total counter\nvllm:num_preemptions_total 7.0\n"
+    assert parse_reading(thrown_out).preemptions == 7
     assert engine_pids(tmp_path) == {}
     engines = {"int8": {"url": "http://127.0.0.1:8102/", "pid": os.getpid()}}
     (tmp_path / "engines.json").write_text(json.dumps({"engines": engines}))

@@ -9,7 +9,7 @@ const RANGES = [["15 minutes", 900], ["1 hour", 3600], ["6 hours", 21_600], ["24
 /** Seconds that are shown at first. */
 export const LONG_S = 3600;
 const MOST_POINTS = 60, ENGINE = "(engine)", BUCKET_S = 10;
-const VALUES = ["signals", "divergence", "first_token", "token_gap", "memory", "kv_cache"];
+const VALUES = ["signals", "divergence", "first_token", "token_gap", "memory", "kv_cache", "preemptions"];
 const TONES = { demoted: "bad", failed_probation: "bad", held_back: "warn", alarm: "warn", restored: "good" };
 const ORDER = { demoted: 0, suspected: 1, "not enough evidence": 2, healthy: 3, "no evidence": 4 };
 
