@@ -208,11 +208,27 @@ class Store:
         return found, cells
 
     def folded(
-        self, ids: Iterable[int], outcomes: Sequence[Outcome], cells: Iterable[Cell], events: Sequence[Event]
+        self,
+        ids: Iterable[int],
+        outcomes: Sequence[Outcome],
+        cells: Iterable[Cell],
+        events: Sequence[Event],
+        beats: int | None = None,
     ) -> None:
-        """Write what has come of outcomes, and forget them: all of it or nothing."""
+        """Write what has come of outcomes, and forget them: all of it or nothing.
+
+        ``beats``: what ``lead`` has said to this process. Where another one leads by now, it is nothing, and
+        a StoreError: outcomes that were never written are not among the ``ids`` that would tell.
+        """
         ids = list(ids)
         with self._begin() as connection:
+            if beats is not None:
+                mine = json.dumps([self._holder, beats])
+                leads = connection.execute(
+                    update(FACTS).where(FACTS.c.name == "leader", FACTS.c.value == mine).values(value=mine)
+                )
+                if leads.rowcount != 1:
+                    raise StoreError("another process folds outcomes by now; this one gives way")
             if ids:
                 gone = connection.execute(delete(OUTCOMES).where(OUTCOMES.c.id.in_(ids)))
                 if gone.rowcount != len(ids):

@@ -355,7 +355,8 @@ class Watch:
                 events.append(event)
                 allowed -= event.kind is EventKind.DEMOTED
         if outcomes or changed:
-            store.folded([number for number, _ in rows], outcomes, changed.values(), events)
+            numbers = [number for number, _ in rows]
+            store.folded(numbers, outcomes, changed.values(), events, self._beats)
         return events
 
     def _act(self, action: Action, key: Key, why: str) -> Event:

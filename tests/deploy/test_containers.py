@@ -26,7 +26,7 @@ from packaging.requirements import Requirement
 
 from gateway.config import Config, load_config
 from gateway.upstream.fake import FakeEngine
-from tests.helm.chart import containers, of_kind, pods, render, scenario
+from tests.helm.chart import containers, of_kind, parsed_by_vllm, pods, render, scenario
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "gateway"))
 
@@ -37,7 +37,6 @@ CONTAINERS = ROOT / "deploy" / "containers"
 COMPOSE = ROOT / "deploy" / "compose"
 IMAGES = sorted(CONTAINERS.glob("*.Dockerfile"))
 STACKS = [COMPOSE / "compose.cpu.yaml", COMPOSE / "compose.gpu.yaml"]
-ENGINE_PYTHON = ROOT / ".venv-engine" / "bin" / "python"
 EACH_IMAGE = pytest.mark.parametrize("image", IMAGES, ids=lambda path: path.stem)
 EACH_STACK = pytest.mark.parametrize("stack", STACKS, ids=lambda path: path.stem)
 HEAVY = {"torch", "transformers", "llmcompressor", "compressed_tensors", "datasets"}
@@ -424,17 +423,7 @@ def test_vllm_understands_the_engines_arguments() -> None:
         for stack in STACKS
         for name, service in engines(stack).items()
     }
-    run = subprocess.run(
-        [str(ENGINE_PYTHON), str(ROOT / "tests" / "helm" / "parse_serve.py")],
-        input=json.dumps(lines),
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONWARNINGS": "ignore", "VLLM_LOGGING_LEVEL": "ERROR"},
-        timeout=300,
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
-    parsed = json.loads(run.stdout.splitlines()[-1])
-    assert set(parsed) == set(lines)
+    parsed = parsed_by_vllm(lines)
     for name, found in parsed.items():
         assert found["scheduling_policy"] == "priority", name
         assert found["kv_cache_dtype"] == ("fp8" if name.endswith("kv8") else "auto"), name

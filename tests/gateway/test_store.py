@@ -86,6 +86,19 @@ def test_the_second_who_folds_the_same_gives_way_and_writes_nothing(opened: Open
     assert one.buckets(0) == []
 
 
+def test_who_was_taken_for_dead_gives_way_with_what_it_has_in_memory(opened: Open) -> None:
+    """A leader folds its own outcomes without writing them first: no row tells it of another leader."""
+    one, other = opened("one"), opened("other")
+    leads, beats = one.lead(-1, False)
+    assert leads
+    one.folded([], outcomes(1), [Cell(key=KEY, why="mine")], [], beats)
+    assert other.lead(beats, True)[0], "one has been silent for too long"
+    with pytest.raises(StoreError, match="gives way"):
+        one.folded([], outcomes(3), [Cell(key=KEY, why="late")], [], beats)
+    assert other.cells()[KEY].why == "mine"
+    assert sum(bucket.answers for bucket in other.buckets(0)) == 1
+
+
 def test_a_decision_is_noticed(opened: Open) -> None:
     store = opened("one")
     before = store.decisions()

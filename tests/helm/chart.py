@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from pathlib import Path
@@ -12,6 +14,7 @@ import yaml
 from helm_python import Chart, HelmRenderError, HelmValuesError
 
 CHART = Path(__file__).parents[2] / "helm" / "tiercel"
+ENGINE_PYTHON = Path(__file__).parents[2] / ".venv-engine" / "bin" / "python"
 SCENARIOS = tuple(sorted(path.name.removesuffix("-values.yaml") for path in (CHART / "ci").iterdir()))
 RELEASE, NAMESPACE = "prod", "agents"
 
@@ -71,6 +74,22 @@ def refusal(values: Mapping[str, Any]) -> str:
     except (HelmRenderError, HelmValuesError) as error:
         return str(error)
     return "accepted"
+
+
+def parsed_by_vllm(lines: Mapping[str, list[str]]) -> dict[str, dict[str, Any]]:
+    """What vLLM's own parser makes of arguments of ``vllm serve``, by name."""
+    run = subprocess.run(
+        [str(ENGINE_PYTHON), str(Path(__file__).with_name("parse_serve.py"))],
+        input=json.dumps(lines),
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONWARNINGS": "ignore", "VLLM_LOGGING_LEVEL": "ERROR"},
+        timeout=300,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    found: dict[str, dict[str, Any]] = json.loads(run.stdout.splitlines()[-1])
+    assert set(found) == set(lines)
+    return found
 
 
 def of_kind(objects: Iterable[Object], kind: str) -> list[Object]:

@@ -33,6 +33,7 @@ from tests.helm.chart import (
     labels,
     notes,
     of_kind,
+    parsed_by_vllm,
     pods,
     refusal,
     render,
@@ -308,24 +309,12 @@ def test_ranks() -> None:
 
 @pytest.mark.engine
 def test_vllm_understands_the_arguments() -> None:
-    engine_python = Path(__file__).parents[2] / ".venv-engine" / "bin" / "python"
     lines = {
         f"{name} {variant}": arguments
         for name in SCENARIOS
         for variant, arguments in engine_arguments(render(scenario(name))).items()
     }
-    code = Path(__file__).with_name("parse_serve.py")
-    run = subprocess.run(
-        [str(engine_python), str(code)],
-        input=json.dumps(lines),
-        capture_output=True,
-        text=True,
-        env={**os.environ, "PYTHONWARNINGS": "ignore", "VLLM_LOGGING_LEVEL": "ERROR"},
-        timeout=300,
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
-    parsed = json.loads(run.stdout.splitlines()[-1])
-    assert set(parsed) == set(lines)
+    parsed = parsed_by_vllm(lines)
     assert parsed["two-precisions int4-kv8"]["max_num_seqs"] == 1_000_000
     assert parsed["two-precisions int4-kv8"]["kv_cache_dtype"] == "fp8_e4m3"
     assert parsed["multi-node fp8 worker"]["headless"] is True
