@@ -15,12 +15,17 @@ import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import yaml
+
+if TYPE_CHECKING:
+    from quantize.card import Card
 
 ROOT = Path(__file__).resolve().parents[2]
 WORK = ROOT / "var/benchmarks/gateway"
 KEY = "tk-benchmark"
+VARIANTS = WORK / "variants"
 GATEWAY_CORE, OTHER_CORE = 0, 1
 
 
@@ -115,27 +120,33 @@ def environment(name: str, requirements: tuple[str, ...]) -> Path:
     return path
 
 
-def tiercel(port: int, upstream: int, **changes: object) -> tuple[list[str], str]:
-    """All switched on: keys, routing by quality budget, usage, metrics, log, quality signals on a sample.
-    ``changes`` are laid over the configuration."""
+def variants() -> dict[str, Card]:
+    """The cards of variants that nobody made, in the folder where a gateway looks for them."""
     from quantize.card import Card
 
-    variants = WORK / "variants"
+    cards = {}
     for name, bits, size in (("bf16", 16, 8_000_000), ("int8", 8, 5_000_000)):
-        card = Card(
+        card = cards[name] = Card(
             model="assistant", variant=name, reference="bf16", scheme="benchmark", method="none",
             weight_bits=bits, module_bits={}, weight_bytes=size, kv_bytes_per_token=1024, max_model_len=1024,
             versions={}, created="2026-11-21", files={}, evaluation=None,
         )  # fmt: skip
-        directory = variants / name / "000000000000"
+        directory = VARIANTS / name / "000000000000"
         directory.mkdir(parents=True, exist_ok=True)
         (directory / "card.json").write_text(card.model_dump_json())
-        current = variants / name / "current"
+        current = VARIANTS / name / "current"
         if not current.is_symlink():
             current.symlink_to(directory.name)
+    return cards
+
+
+def tiercel(port: int, upstream: int, **changes: object) -> tuple[list[str], str]:
+    """All switched on: keys, routing by quality budget, usage, metrics, log, quality signals on a sample.
+    ``changes`` are laid over the configuration."""
+    variants()
     config = {
         "model": {"name": "assistant", "path": str(ROOT / "deploy/assistant/model")},
-        "variants_dir": str(variants),
+        "variants_dir": str(VARIANTS),
         "run_dir": str(WORK / "run"),
         "serve": ["bf16", "int8"],
         "roles": {"core": {}, "summarizer": {}},

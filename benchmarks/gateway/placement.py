@@ -89,7 +89,7 @@ class Engine:
 
 
 def load(
-    folder: Path, names: Sequence[str] | None, sessions: int, turns: int, shared: bool = True
+    folder: Path, names: Sequence[str] | None, sessions: int, turns: int, scale: int = SCALE
 ) -> list[Session]:
     """``sessions`` sessions of at most ``turns`` turns, from the traces in turn."""
     traces = [
@@ -98,21 +98,21 @@ def load(
         if names is None or path.name.split(".")[0] in names
     ]
     return [
-        session(traces[n % len(traces)], f"{n}", n // len(traces), n % len(traces), turns, shared)
+        session(traces[n % len(traces)], f"{n}", n // len(traces), n % len(traces), turns, scale)
         for n in range(sessions)
     ]
 
 
-def session(trace: dict[str, Any], name: str, copy: int, number: int, turns: int, shared: bool) -> Session:
-    common = (trace["tool_tokens"] + trace["system_tokens"]) // (TOKENS_PER_BLOCK * SCALE) if shared else 0
+def session(trace: dict[str, Any], name: str, copy: int, number: int, turns: int, scale: int) -> Session:
+    common = (trace["tool_tokens"] + trace["system_tokens"]) // (TOKENS_PER_BLOCK * scale)
 
     def chain(hashes: Sequence[int]) -> tuple[int, ...]:
-        blocks = hashes[SCALE - 1 :: SCALE] or hashes[:1]
+        blocks = hashes[scale - 1 :: scale] or hashes[:1]
         return tuple(hash((number, block, None if n < common else copy)) for n, block in enumerate(blocks))
 
     def turn(request: dict[str, Any]) -> Turn:
         think = min(float(request.get("think_time") or 0.0), LONGEST_THOUGHT_S)
-        return Turn(chain(request["hash_ids"]), max(1, min(request["out"] // SCALE, LONGEST_ANSWER)), think)
+        return Turn(chain(request["hash_ids"]), max(1, min(request["out"] // scale, LONGEST_ANSWER)), think)
 
     made: list[Turn] = []
     for index, request in enumerate(trace["requests"]):
@@ -125,6 +125,13 @@ def session(trace: dict[str, Any], name: str, copy: int, number: int, turns: int
         elif request.get("hash_ids"):
             made.append(turn(request))
     return Session(name, made)
+
+
+def working_set(sessions: Sequence[Session]) -> set[int]:
+    """All blocks of all prompts, those of sub-agents too."""
+    turns = [turn for one in sessions for turn in one.turns]
+    turns += [turn for one in tuple(turns) for helper in one.helpers for turn in helper.turns]
+    return {block for turn in turns for block in turn.chain}
 
 
 def prompt_of(chain: Sequence[int]) -> bytes:
@@ -287,8 +294,7 @@ def main() -> None:
     every = [path.name.split(".")[0] for path in sorted(options.traces.glob("*.json.gz"))]
     names = TUNED_ON if options.tune else tuple(name for name in every if name not in TUNED_ON)
     sessions = load(options.traces, names, options.sessions, options.turns)
-    blocks = {b for s in sessions for t in s.turns for b in t.chain}
-    blocks |= {b for s in sessions for t in s.turns for h in t.helpers for x in h.turns for b in x.chain}
+    blocks = working_set(sessions)
     infinite = simulate(sessions, POLICIES["round_robin"](), 1, 10**9)["hit_rate"]
     print(f"{', '.join(names)}: working set {len(blocks):,} blocks, infinite cache hits {infinite:.3f}\n")
     print("| policy | cache each | hits ÷ infinite | p95 TTFT ÷ sticky | makespan ÷ sticky | max/mean load |")

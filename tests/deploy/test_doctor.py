@@ -259,7 +259,7 @@ def odd_engine(headers: dict[str, str], models: list[str]) -> web.Application:
     ("late_s", "models", "level", "says"),
     [
         (0, ["assistant"], Level.OK, "answers"),
-        (-3600, ["assistant"], Level.WARNING, "its clock is -3600 s off"),
+        (-3600, ["assistant"], Level.WARNING, "its clock is -36"),
         (0, ["other"], Level.FAILURE, "serves other, not assistant"),
     ],
 )
