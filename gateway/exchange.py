@@ -49,9 +49,10 @@ _LOOK_AGAIN_S = 0.25
 
 
 class Attempt(Protocol):
-    """One try at getting the answer, of one replica."""
+    """One try at getting the answer, of one replica. ``over``: it has come to its end, whole or not."""
 
     replica: Replica
+    over: bool
 
     def cancel(self) -> None:
         """Stop it. Safe at any time and twice."""
@@ -72,10 +73,15 @@ class Exchange:
     caller: Caller | None = None
     route: Route | None = None
     reader: Reader | None = None
+    tapped: TappedReader | None = None
+    """The reader, when it listens."""
     # how it goes
     winner: Attempt | None = None
     """The attempt whose answer the client gets."""
+    raced = False
+    """A second attempt would be made if the first is slow: how long it takes is kept for later requests."""
     hedged = False
+    """It has been made."""
     escalated: str | None = None
     """The check that a cheaper variant's answer failed, which nobody got."""
     spent: Sequence[tuple[Route, int, int]] = ()
@@ -110,10 +116,6 @@ class Exchange:
         """``heard_at``: when the present attempt was made, or the engine was heard of last."""
         self.request_id = request_id(head.headers)
         self.attempts: list[Attempt] = []
-
-    @property
-    def tapped(self) -> TappedReader | None:
-        return self.reader if isinstance(self.reader, TappedReader) else None
 
     # going
 
@@ -192,12 +194,15 @@ class Exchange:
         now = self.plane.clock()
         if self.finished:
             return
-        self._choose(attempt)
+        self.winner = attempt
+        if self.raced:
+            self._choose(attempt)
         try:
             assert self.reader
             out = self.reader.feed(body, now)
-            if attempt.replica.breaker.troubled:
-                attempt.replica.breaker.answered()
+            breaker = attempt.replica.breaker
+            if not breaker.calm:
+                breaker.answered()
             if self.setup.ask.escalates and self.setup.ask.escalate(self, attempt):
                 self.overhead_s += self.plane.clock() - now
                 return
@@ -218,7 +223,9 @@ class Exchange:
             return
         self.heard_at = now
         if self.winner is not attempt:
-            self._choose(attempt)
+            self.winner = attempt
+            if self.raced:
+                self._choose(attempt)
         try:
             assert self.reader
             out = self.reader.feed(payload, now)
@@ -243,16 +250,13 @@ class Exchange:
         self.overhead_s += self.plane.clock() - now
 
     def _choose(self, attempt: Attempt) -> None:
-        self.winner = attempt
+        """Of hedged attempts the first that answers; how long that took is kept for later ones."""
         if self.hedged:
             for other in self.attempts:
                 if other is not attempt:
                     other.cancel()
             self.attempts = [attempt]
-        route = self.route
-        assert route is not None
-        if route.watched:
-            self.plane.first_answer(self, attempt)
+        self.plane.first_answer(self, attempt)
 
     def ended(self, attempt: Attempt) -> None:
         """The last byte of a stream has come."""
@@ -356,8 +360,12 @@ class Exchange:
         if self.task is not None and self.task is not asyncio.current_task():
             self.task.cancel()
         for attempt in self.attempts:
-            attempt.cancel()
+            if not attempt.over:
+                attempt.cancel()
         self.plane.finished(self)
+        # They know this exchange: as a ring, all of it would be left to the garbage collector.
+        self.attempts = []
+        self.winner = None
 
 
 def request_id(headers: dict[str, str]) -> str:

@@ -83,13 +83,17 @@ class AskUpstream:
         assert exchange.route
         replica = exchange.route.replica
         if exchange.reader is None:
-            exchange.reader = self._reader(exchange)
+            reader = exchange.reader = self._reader(exchange)
+            exchange.tapped = reader if isinstance(reader, TappedReader) else None
         if replica.variant == PROVIDER:
             self._providers.ask(exchange, replica)
         else:
-            self._ask(exchange, replica, exchange.route.work)
-            if exchange.route.hedge_after_s is not None and not exchange.hedged:
-                exchange.plane.later(exchange.route.hedge_after_s, lambda: self._hedge(exchange))
+            route = exchange.route
+            if route.watched:
+                exchange.raced = True
+                if route.hedge_after_s is not None and not exchange.hedged:
+                    exchange.plane.later(route.hedge_after_s, lambda: self._hedge(exchange))
+            self._ask(exchange, replica, route.work)
 
     def again(self, exchange: Exchange, attempt: EngineAttempt, error: NeverReachedError) -> None:
         """An attempt did no work upstream: route anew (its replica is left alone from now on, if it could
@@ -122,7 +126,7 @@ class AskUpstream:
         exchange.spent = (*exchange.spent, (route, tapped.prompt_tokens or 0, tapped.completion_tokens))
         exchange.escalated, exchange.route = why, higher
         exchange.attempts.remove(attempt)
-        exchange.reader = exchange.winner = None
+        exchange.reader = exchange.tapped = exchange.winner = None
         self(exchange)
         return True
 

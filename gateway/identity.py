@@ -96,7 +96,7 @@ class Sender:
             agent = identities.role_of(_baggage(baggage).get("gen_ai.agent.name"))
         self._agent = agent
         self._session = _session(headers)
-        self._callers: dict[tuple[str, str], Caller] = {}
+        self._callers: dict[str, Caller] = {}
 
     def caller(self, asked: Asked) -> Caller:
         """Who makes a request with this body.
@@ -104,22 +104,24 @@ class Sender:
         Raises ForbiddenError, and BadRequestError for an ``x-agent-role`` that is no role: whoever sends
         that header means one, and serving a typo at the default precision would go unnoticed for weeks.
         """
-        role = self._role(asked)
-        session = self._session
-        if session is None and (asked.metadata or asked.prompt_cache_key or asked.user):
-            session = _session_of(asked)
-            if session is not None:
-                return self._caller(role, asked.model, session)
-        known = self._callers.get((role, asked.model))
-        if known is None:
-            known = self._caller(role, asked.model, session)
-            if len(self._callers) < MOST_CALLERS:
-                self._callers[role, asked.model] = known
-        return known
+        if (
+            asked.metadata is None
+            and asked.vllm_xargs is None
+            and asked.prompt_cache_key is None
+            and asked.user is None
+        ):  # nearly always: nothing but the model can differ from the sender's last request
+            known = self._callers.get(asked.model)
+            if known is None:
+                known = self._caller(asked, self._session)
+                if len(self._callers) < MOST_CALLERS:
+                    self._callers[asked.model] = known
+            return known
+        return self._caller(asked, self._session or _session_of(asked))
 
-    def _caller(self, role: str, model: str, session: str | None) -> Caller:
+    def _caller(self, asked: Asked, session: str | None) -> Caller:
+        role = self._role(asked)
         if self._key is not None:
-            _check(self._key, role, model, self._config)
+            _check(self._key, role, asked.model, self._config)
         return Caller(role, session, self._key, self._salt)
 
     def _role(self, asked: Asked) -> str:

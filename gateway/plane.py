@@ -174,7 +174,7 @@ class DataPlane:
         self.ledger.record(exchange)
         if exchange.span is not None and self._traces is not None:
             self._traces.end(exchange.span, exchange)
-        if exchange.error is None:
+        if exchange.tapped is not None and exchange.error is None:
             self.observe(exchange)
 
     def observe(self, exchange: Exchange) -> None:

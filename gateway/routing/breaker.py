@@ -27,19 +27,17 @@ class Breaker:
         self._back_off = FIRST_BACK_OFF_S
         self._broken = 0
         self._unreachable = False
+        self.calm = True
+        """Nothing has gone wrong since the replica last answered."""
 
     @property
     def closed(self) -> bool:
         """Whether the replica may be tried."""
         return self._open_until == ALWAYS or self._clock() >= self._open_until
 
-    @property
-    def troubled(self) -> bool:
-        """Whether anything has gone wrong since it last answered."""
-        return self._broken > 0 or self._unreachable or self._open_until != ALWAYS
-
     def answered(self) -> None:
         """It answered, be it with a 4xx: it works."""
+        self.calm = True
         self._open_until = ALWAYS
         self._back_off = FIRST_BACK_OFF_S
         self._broken = 0
@@ -48,10 +46,12 @@ class Breaker:
     def not_reached(self) -> None:
         """No connection could be made, or it reports that its engine is dead."""
         self._unreachable = True
+        self.calm = False
         self._open()
 
     def answer_broke(self) -> None:
         self._broken += 1
+        self.calm = False
         if self._broken >= BROKEN_ANSWERS_IN_A_ROW:
             self._open()
 

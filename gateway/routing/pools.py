@@ -131,7 +131,8 @@ class Pool:
 
     def free(self, replica: Replica) -> bool:
         """Whether one of its replicas may be asked now."""
-        return (self.limit is None or replica.in_flight < self.limit) and replica.breaker.closed
+        breaker = replica.breaker
+        return (self.limit is None or replica.in_flight < self.limit) and (breaker.calm or breaker.closed)
 
     def usable(self) -> Sequence[Replica]:
         """Replicas that may be asked, full or not."""

@@ -119,7 +119,7 @@ class _ProviderAttempt:
         self._body = body
         self._may_send = asyncio.Event()
         self._may_send.set()
-        self._ended = False
+        self.over = False
         replica.take()
 
     async def run(self) -> None:
@@ -153,8 +153,8 @@ class _ProviderAttempt:
 
     def cancel(self) -> None:
         """Its books; the task ends with the exchange."""
-        if not self._ended:
-            self._ended = True
+        if not self.over:
+            self.over = True
             self.replica.release()
 
     def pause(self) -> None:

@@ -98,9 +98,12 @@ class WholeReader:
         except (msgspec.MsgspecError, RecursionError):
             raise garbage(data) from None
         self.done = True
-        if whole.usage is not None:
-            self.prompt_tokens = whole.usage.prompt
-            self.completion_tokens = whole.usage.completion or 0
+        if (usage := whole.usage) is not None:
+            self.prompt_tokens = usage.prompt_tokens
+            self.completion_tokens = usage.completion_tokens or 0
+            if usage.prompt_tokens is None:  # not OpenAI's names
+                self.prompt_tokens = usage.prompt
+                self.completion_tokens = usage.completion or 0
         return data
 
 

@@ -7,6 +7,7 @@ still a clean 502 for the client.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 from gateway.api.endpoints import Form
@@ -31,13 +32,13 @@ class EngineAttempt:
 
     __slots__ = (
         "_connection",
-        "_ended",
         "_head",
         "_parts",
         "_request",
         "_size",
         "_work",
         "exchange",
+        "over",
         "replica",
     )
 
@@ -50,7 +51,7 @@ class EngineAttempt:
         self._head: AnswerHead | None = None
         self._parts: list[bytes] = []
         self._size = 0
-        self._ended = False
+        self.over = False
         self._work = work
         replica.take(work)
 
@@ -69,7 +70,7 @@ class EngineAttempt:
             self._end()
             self._never_reached(f"{error!r}", stale=False)
             return
-        if self._ended:
+        if self.over:
             connection.close()
             return
         self._connection = connection
@@ -98,10 +99,12 @@ class EngineAttempt:
             self._connection.stream = self.part
 
     def part(self, payload: bytes) -> None:
-        """A part of a stream, never empty."""
+        """The first part of a stream, never empty. The others go to the exchange at once."""
         if self._work:  # its first token is here
             self.replica.work -= self._work
             self._work = 0.0
+        if (connection := self._connection) is not None and connection.stream is not None:
+            connection.stream = partial(self.exchange.arrived, self)
         self.exchange.arrived(self, payload)
 
     def arrived(self, payload: bytes) -> None:
@@ -178,9 +181,9 @@ class EngineAttempt:
 
     def _end(self) -> bool:
         """Whether it had not ended before."""
-        if self._ended:
+        if self.over:
             return False
-        self._ended = True
+        self.over = True
         self.replica.release()
         self.replica.work -= self._work
         return True

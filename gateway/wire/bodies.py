@@ -16,11 +16,8 @@ class Body(Protocol):
     done: bool
     """The whole body has come."""
 
-    @property
-    def between(self) -> bool:
-        """What comes next is a chunk's beginning."""
-        ...
-
+    between: bool
+    """What comes next is a chunk's beginning."""
     rest: bytes
     """What came after it."""
 
@@ -37,10 +34,10 @@ def body_of(length: int) -> Body:
 
 
 class LengthBody:
-    __slots__ = ("_missing", "done", "rest")
-    between = False
+    __slots__ = ("_missing", "between", "done", "rest")
 
     def __init__(self, length: int) -> None:
+        self.between = False
         self._missing = length
         self.done = not length
         self.rest = b""
@@ -61,10 +58,10 @@ class LengthBody:
 class EndlessBody:
     """It ends with the connection, which its owner sees."""
 
-    __slots__ = ("done", "rest")
-    between = False
+    __slots__ = ("between", "done", "rest")
 
     def __init__(self) -> None:
+        self.between = False
         self.done = False
         self.rest = b""
 
@@ -73,7 +70,7 @@ class EndlessBody:
 
 
 class ChunkedBody:
-    __slots__ = ("_ended", "_in_trailers", "_missing", "_pending", "done", "rest")
+    __slots__ = ("_ended", "_in_trailers", "_missing", "_pending", "between", "done", "rest")
 
     def __init__(self) -> None:
         self._missing = 0
@@ -83,12 +80,9 @@ class ChunkedBody:
         self._pending = b""
         """The beginning of a size line, of a line end, or of the trailers."""
         self._in_trailers = False
+        self.between = True
         self.done = False
         self.rest = b""
-
-    @property
-    def between(self) -> bool:
-        return not (self._missing or self._ended or self._pending or self._in_trailers or self.done)
 
     def feed(self, data: bytes) -> bytes:
         if self._pending:
@@ -111,6 +105,7 @@ class ChunkedBody:
                 at = self._read_size(data, at)
         if self.done:
             self.rest = data[at:]
+        self.between = not (self._missing or self._ended or self._pending or self._in_trailers or self.done)
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
     def _end_chunk(self, data: bytes, at: int) -> int:

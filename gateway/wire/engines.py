@@ -15,6 +15,8 @@ from gateway.wire.heads import END, LONGEST_HEAD_BYTES, UNTIL_CLOSE, AnswerHead,
 FRESH_S = 4.0
 """Below the 5 s after which vLLM closes an idle connection, so that few kept ones are stale."""
 MOST_IDLE = 4096
+_SIZES = {b"%x" % size: size for size in range(1, 4096)}
+"""The usual sizes of a stream's chunks, by how they are written."""
 
 
 class Asker(Protocol):
@@ -77,15 +79,11 @@ class EngineConnection(asyncio.Protocol):
         if (stream := self.stream) is not None and data.endswith(b"\r\n"):
             # Nearly always: one whole chunk of a stream.
             line_end = data.find(b"\r\n", 0, 16)
-            digits = data[:line_end]
-            if line_end > 0 and digits.isalnum() and self._body is not None and self._body.between:
-                try:
-                    size = int(digits, 16)
-                except ValueError:
-                    size = 0
-                if size and len(data) == line_end + size + 4 and b"x" not in digits:
-                    stream(data[line_end + 2 : -2])
-                    return
+            size = _SIZES.get(data[:line_end])
+            body = self._body
+            if size is not None and len(data) == line_end + size + 4 and body is not None and body.between:
+                stream(data[line_end + 2 : -2])
+                return
         asker = self._asker
         if asker is None:  # an engine that speaks unasked, or after its answer
             self.transport.abort()
