@@ -62,7 +62,9 @@ _NAMED = msgspec.json.Decoder(_NamedEvent)
 _TAIL = re.compile(rb"(\{[^{}]*(?:\{[^{}]*\}[^{}]*)*\}|null)\}")
 """What follows ``,"usage":`` at the end of an event: one object of at most two levels, and the end."""
 _USAGE_KEY = b',"usage":'
-_NOT_AN_ANSWER = (b'data: {"error"', b"data:{", b"data: [", b"data: \n")
+_FLAT_USAGE, _USAGE_END = b',"usage":{', b"}}\n\n"
+_ERROR = b'data: {"error"'
+_NOT_AN_ANSWER = (_ERROR, b"data:{", b"data: [", b"data: \n")
 
 
 class Reader(Protocol):
@@ -137,6 +139,7 @@ class StreamReader:
             self._plain
             and data.startswith(b'data: {"')
             and data.find(b"\n\n") == end
+            and b"\r" not in data
             and not self._splitter.rest
         ):
             # Nearly always: one event, and its usage at the end of it.
@@ -157,6 +160,13 @@ class StreamReader:
         if b"\r" in whole:
             return b"".join([self._read_slowly(event) for event in events_of(whole)])
         out = []
+        if self._plain and (usual := _usual(whole)) is not None:
+            self._last_usage, events, passed, length = usual
+            self.chunks += events
+            if length == len(whole):
+                return passed
+            out.append(passed)
+            whole = whole[length:]
         for event in whole[:-2].split(b"\n\n"):
             cut = event.rfind(_USAGE_KEY)
             if cut > 0 and (tail := _TAIL.fullmatch(event, cut + 9)):
@@ -198,6 +208,28 @@ class StreamReader:
             return _USAGE.decode(self._last_usage)
         except msgspec.MsgspecError:
             return Usage()
+
+
+def _usual(events: bytes) -> tuple[bytes, int, bytes, int] | None:
+    """The beginning of ``events``, up to those of a stream's end, if all in it are as they are nearly always:
+    each with a flat usage at its end. The last usage, how many events, they without it, and their length."""
+    last = events.find(b'"choices":[]')
+    if last < 0:
+        last = events.find(b"data: [DONE]")
+    if last >= 0:
+        events = events[: events.rfind(b"\n\n", 0, last) + 2]
+    first, *others = events.split(_FLAT_USAGE)
+    if not first.startswith(b'data: {"') or len(others) != events.count(b"\n\n") or _ERROR in events:
+        return None
+    parts, end = [first], 0
+    for part in others:
+        end = part.find(b"}")
+        if not part.startswith(_USAGE_END, end) or b"{" in part[:end]:
+            return None
+        parts.append(part[end + 1 :])
+    if events.count(b'\n\ndata: {"') != len(others) - 1:
+        return None
+    return b"{" + others[-1][: end + 1], len(others), b"".join(parts), len(events)
 
 
 class NamedStreamReader:

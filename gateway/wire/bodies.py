@@ -10,6 +10,8 @@ LAST_CHUNK = b"0\r\n\r\n"
 _LONGEST_SIZE_LINE = 256
 _LONGEST_TRAILERS = 8192
 _HEX = b"0123456789abcdefABCDEF"
+SIZES = {b"%x" % size: size for size in range(1, 4096)}
+"""The usual sizes of a stream's chunks, by how they are written."""
 
 
 class Body(Protocol):
@@ -73,6 +75,7 @@ class ChunkedBody:
     __slots__ = ("_ended", "_in_trailers", "_missing", "_pending", "between", "done", "rest")
 
     def __init__(self) -> None:
+        self.between = True
         self._missing = 0
         """Bytes of the present chunk that are still to come."""
         self._ended = False
@@ -80,7 +83,6 @@ class ChunkedBody:
         self._pending = b""
         """The beginning of a size line, of a line end, or of the trailers."""
         self._in_trailers = False
-        self.between = True
         self.done = False
         self.rest = b""
 
@@ -90,6 +92,14 @@ class ChunkedBody:
             self._pending = b""
         parts = []
         at, end = 0, len(data)
+        while self.between and at < end:
+            # Nearly always: whole chunks.
+            line_end = data.find(b"\r\n", at, at + 16)
+            size = SIZES.get(data[at:line_end])
+            if line_end < 0 or size is None or not data.startswith(b"\r\n", line_end + 2 + size):
+                break
+            at = line_end + 4 + size
+            parts.append(data[line_end + 2 : at - 2])
         while at < end and not self.done:
             if missing := self._missing:
                 part = data[at : at + missing]

@@ -9,14 +9,12 @@ from time import monotonic
 from typing import Protocol, cast
 from urllib.parse import urlsplit
 
-from gateway.wire.bodies import Body, body_of
+from gateway.wire.bodies import SIZES, Body, body_of
 from gateway.wire.heads import END, LONGEST_HEAD_BYTES, UNTIL_CLOSE, AnswerHead, parse_answer
 
 FRESH_S = 4.0
 """Below the 5 s after which vLLM closes an idle connection, so that few kept ones are stale."""
 MOST_IDLE = 4096
-_SIZES = {b"%x" % size: size for size in range(1, 4096)}
-"""The usual sizes of a stream's chunks, by how they are written."""
 
 
 class Asker(Protocol):
@@ -79,7 +77,7 @@ class EngineConnection(asyncio.Protocol):
         if (stream := self.stream) is not None and data.endswith(b"\r\n"):
             # Nearly always: one whole chunk of a stream.
             line_end = data.find(b"\r\n", 0, 16)
-            size = _SIZES.get(data[:line_end])
+            size = SIZES.get(data[:line_end])
             body = self._body
             if size is not None and len(data) == line_end + size + 4 and body is not None and body.between:
                 stream(data[line_end + 2 : -2])

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 
 import pytest
 from gateway_stack import Stack, running_gateway
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from gateway.api.body import CHAT_DECODER, Body, check_chat
 from gateway.upstream.readers import NamedStreamReader, StreamReader
@@ -161,6 +164,48 @@ def test_usage_is_cut_out_of_events_and_nothing_else_is() -> None:
     assert reader.feed(wire + last, 0.0) == (shown + b"}\n\n") * 3 + last
     reader = StreamReader(Wishes(chat=True, stream=True, include_usage=True, continuous_usage=True))
     assert reader.feed(wire, 0.0) == wire
+
+
+def _shown(text: str) -> bytes:
+    choice = {"index": 0, "delta": {"content": text}}
+    return b'data: {"id":"1","choices":' + json.dumps([choice], separators=(",", ":")).encode()
+
+
+EVENTS = st.one_of(
+    st.builds(
+        lambda text, usage: _shown(text) + usage + b"}\n\n",
+        st.sampled_from(["a", "}}\n\n", ',"usage":{}', '"choices":[]', "data: [DONE]", 'data: {"error"']),
+        st.sampled_from([
+            b"",
+            b',"usage":null',
+            b',"usage":{"prompt_tokens":5,"completion_tokens":%d}' % 7,
+            b',"usage":{"prompt_tokens":5,"completion_tokens":8,"prompt_tokens_details":{"cached_tokens":1}}',
+        ]),
+    ),
+    st.sampled_from([
+        b'data: {"id":"1","choices":[],"usage":{"prompt_tokens":5,"completion_tokens":9}}\n\n',
+        b"data: [DONE]\n\n",
+        b": still here\n\n",
+        b'data: {"id":"2","usage":{"prompt_tokens":6,"completion_tokens":1},"choices":[{"index":0}]}\n\n',
+        b'data: {"id":"1","choices":[{"index":0}],"usage":{"prompt_tokens":5,"completion_tokens":3}}\r\n\r\n',
+    ]),
+)  # fmt: skip
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(EVENTS, max_size=8), st.lists(st.integers(0, 1000), max_size=3), st.booleans())
+def test_a_stream_is_read_alike_however_it_arrives(
+    events: list[bytes], cuts: list[int], include_usage: bool
+) -> None:
+    def read(parts: Iterable[bytes]) -> tuple[bytes, object]:
+        reader = StreamReader(Wishes(chat=True, stream=True, include_usage=include_usage))
+        out = b"".join([reader.feed(part, 0.0) for part in parts])
+        return out, (reader.prompt_tokens, reader.completion_tokens, reader.chunks, reader.done)
+
+    wire = b"".join(events)
+    edges = [0, *sorted(cut % (len(wire) + 1) for cut in cuts), len(wire)]
+    parts = [wire[start:end] for start, end in itertools.pairwise(edges)]
+    assert read(parts) == read(events)
 
 
 def test_events_in_other_spellings_are_read_too() -> None:
