@@ -10,15 +10,15 @@ import asyncio
 import os
 import platform
 import socket
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import TypeVar
 
 from deploy.engine import EngineLoadError, EngineSpec, running
 from gateway.config import Config
 from quantize.calibration import read_calibration
-from quantize.card import Card, Evaluation
+from quantize.card import Card, Evaluation, Speed
 from quantize.check import estimate, refuse_short, refuse_unfit
 from quantize.checkpoint import open_checkpoint
 from quantize.compress import QuantizeError
@@ -26,6 +26,7 @@ from quantize.evaluate.client import EngineClient
 from quantize.evaluate.journal import Journal
 from quantize.evaluate.measure import Measurement, measure, measurement_key, read_measurement
 from quantize.evaluate.pairing import compare
+from quantize.evaluate.speed import measure_speed
 from quantize.evaluate.tasks import Item, read_items
 from quantize.gate import QualityBudget, gate_p_values, judge
 from quantize.methods import parse_method
@@ -123,7 +124,8 @@ async def evaluate_variants(
     key = measurement_key(tasks, engine)
     registry = Registry(config.variants_dir, config.model.name, config.reference)
     slots = asyncio.Semaphore(ENGINES_AT_ONCE)
-    answering = asyncio.Semaphore(answering_at_once(config))
+    answering = Turns(answering_at_once(config))
+    speeds: dict[str, Speed] = {}
 
     async def measured(card: Card) -> list[Measurement]:
         path = registry.measurement_path(card, key)
@@ -133,7 +135,7 @@ async def evaluate_variants(
                 path.with_name(f"{path.name.split('.json')[0]}-2.json.gz")
             )
         known = [read_measurement(journal) for journal in journals.values()]
-        if all(one.done for one in known):
+        if card.speed is not None and all(one.done for one in known):
             return known
         async with AsyncExitStack() as stack:
             if (url := (engines or {}).get(card.variant)) is None:
@@ -148,11 +150,14 @@ async def evaluate_variants(
                 await stack.enter_async_context(running(spec, config.engine, say))
                 url = spec.url
             client = await stack.enter_async_context(EngineClient(url, card.model))
-            async with answering:
-                return [
+            async with answering.one():
+                passes = [
                     await measure(client, tasks, engine, name, journal, backwards=number > 0)
                     for number, (name, journal) in enumerate(journals.items())
                 ]
+            async with answering.alone():
+                speeds[card.variant] = await measure_speed(client)
+            return passes
 
     async with asyncio.TaskGroup() as group:
         running_measurements = [
@@ -165,7 +170,38 @@ async def evaluate_variants(
     }
     first, again = results[config.reference]
     evaluations = {name: compare(first, passes[-1], tasks, again) for name, passes in results.items()}
-    return judged(registry, cards, evaluations, {name: role.budget for name, role in config.roles.items()})
+    budgets = {name: role.budget for name, role in config.roles.items()}
+    timed = [card.model_copy(update={"speed": speeds.get(card.variant, card.speed)}) for card in cards]
+    return judged(registry, timed, evaluations, budgets)
+
+
+class Turns:
+    """Lets so many engines answer side by side, or one alone."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._free = asyncio.Semaphore(most)
+        self._first = asyncio.Lock()
+
+    @asynccontextmanager
+    async def one(self) -> AsyncIterator[None]:
+        """A turn beside others."""
+        async with self._free:
+            yield
+
+    @asynccontextmanager
+    async def alone(self) -> AsyncIterator[None]:
+        """A turn while no other engine answers. It is not to be taken within another turn."""
+        taken = 0
+        async with self._first:
+            try:
+                for _ in range(self._most):
+                    await self._free.acquire()
+                    taken += 1
+                yield
+            finally:
+                for _ in range(taken):
+                    self._free.release()
 
 
 def judged(

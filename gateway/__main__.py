@@ -39,7 +39,12 @@ def main(arguments: list[str] | None = None) -> int:
         if config.gateway.workers > 1 and options.worker is None:
             listening.close()  # it could be listened on
             return run_workers(config, options.config)
-        serve(config, cards, listening, options.config, options.worker)
+        try:
+            gateway = make_gateway(config, cards, options.config, options.worker)
+        except ConfigError as error:
+            print(error, file=sys.stderr)
+            return CANNOT_START
+        serve(gateway, config, listening)
     return 0
 
 
@@ -62,16 +67,18 @@ def listen(gateway: GatewaySettings) -> socket.socket:
     return listening
 
 
-def serve(
-    config: Config, cards: dict[str, Card], listening: socket.socket, path: Path, worker: int | None = None
-) -> None:
-    """Serve until a signal, then let running requests finish. SIGHUP reads the configuration anew."""
+def make_gateway(config: Config, cards: dict[str, Card], path: Path, worker: int | None = None) -> Gateway:
+    """Raises ConfigError for what shows only when the parts are put together."""
 
     def load() -> tuple[Config, dict[str, Card]]:
         fresh = load_config(path)
         return fresh, load_cards(fresh)
 
-    gateway = Gateway(config, cards, load=load, worker=worker)
+    return Gateway(config, cards, load=load, worker=worker)
+
+
+def serve(gateway: Gateway, config: Config, listening: socket.socket) -> None:
+    """Serve until a signal, then let running requests finish. SIGHUP reads the configuration anew."""
     server = uvicorn.Server(server_config(gateway, config))
     log_to_stderr()
     # uvicorn repeats the signal to these after its shutdown; the default ones would kill the process.

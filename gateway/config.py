@@ -146,6 +146,13 @@ def is_loopback(host: str) -> bool:
         return False
 
 
+class Cost(StrEnum):
+    """What makes a variant cheap."""
+
+    MEMORY = "memory"
+    MEMORY_TIME = "memory_time"
+
+
 class Gateway(_Section):
     """Where the gateway listens, and its limits."""
 
@@ -162,6 +169,11 @@ class Gateway(_Section):
     body_timeout_s: float = Field(default=30.0, gt=0, description="longest silence within a request's body")
     keep_alive_s: float = Field(default=75.0, gt=0, description="an idle client connection is closed then")
     policy: str = Field(default="prefix_aware", description="how a replica is chosen within a pool")
+    cost: Cost = Field(
+        default=Cost.MEMORY,
+        description="by what the cheapest variant is chosen: memory (bytes with a busy KV cache), or "
+        "memory_time (those bytes times the seconds that its engine took for a token, by its card)",
+    )
     max_in_flight: int | None = Field(default=None, ge=1, description="requests at a replica at a time")
     workers: int = Field(default=1, ge=1, le=64, description="processes that share the port")
     tls_certificate: Path | None = Field(default=None, description="PEM file; with tls_key: HTTPS")

@@ -156,6 +156,17 @@ class Evaluation(_Strict):
     )
 
 
+class Speed(_Strict):
+    """How fast the serving engine wrote, prompts included, with so many requests at a time."""
+
+    tokens_per_s: float = Field(gt=0, description="tokens written per second, the median of some passes")
+    slowest: float = Field(gt=0, description="of the passes")
+    fastest: float = Field(gt=0)
+    together: int = Field(ge=1, description="requests at a time")
+    prompt_tokens: int = Field(ge=1, description="of each")
+    answer_tokens: int = Field(ge=1, description="of each")
+
+
 class Calibration(_Strict):
     source: str
     sha256: str
@@ -205,6 +216,7 @@ class Card(_Strict):
     inputs_sha256: str = Field(default="", description="of everything that decides the weights")
     files: dict[str, str] = Field(description="file name to SHA-256, all files but the card")
     evaluation: Evaluation | None = None
+    speed: Speed | None = Field(default=None, description="on the engine that the evaluation names")
     gate: dict[str, Verdict] = Field(default_factory=dict)
 
     @property

@@ -2,7 +2,7 @@
 
     python -m benchmarks.gateway.placement_engines --traces path/to/agent_traces      # about 20 minutes
 
-Sessions are cut from the traces as in ``placement.py``, at a 32nd of their length and with 16 tokens for a
+Sessions are cut from the traces as in ``placement.py``, at a 64th of their length and with 32 tokens for a
 block, so that they fit into the demo model. Two vLLM engines on the CPU serve it, once with room for all of
 their prompts and once for a quarter of them each. Gateways take turns within each round, and every one of
 them finds empty caches. Only ``session_affinity`` is sent session ids. Hits are the engines' own count.
@@ -35,8 +35,8 @@ from deploy.engine import EngineProcess, EngineSpec
 from gateway.config import Engine as EngineSettings
 from gateway.routing.policies import RoundRobin
 
-SCALE = 32
-TOKENS_PER_BLOCK = 16
+SCALE = 64
+TOKENS_PER_BLOCK = 32
 ROOM = 1024
 """Tokens of the longest prompt and its answer."""
 VOCABULARY = range(300, 2000)

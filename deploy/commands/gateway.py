@@ -53,7 +53,13 @@ def route(options: argparse.Namespace) -> None:
     found = explain(config, options.role, options.model or config.model.name)
     if options.json:
         steps = [
-            {"variant": s.variant, "memory_bytes": s.memory_bytes, "verdict": s.verdict, "why": list(s.why)}
+            {
+                "variant": s.variant,
+                "memory_bytes": s.memory_bytes,
+                "tokens_per_s": s.tokens_per_s,
+                "verdict": s.verdict,
+                "why": list(s.why),
+            }
             for s in found.considered
         ]
         said = {
@@ -66,7 +72,8 @@ def route(options: argparse.Namespace) -> None:
         return
     print(f"role {found.role}, model {found.model}: {' → '.join(found.ladder)} ({found.reason.value})")
     for step in found.considered:
-        print(f"  {step.variant:12} {step.memory_bytes / 1e6:9.1f} MB  {step.verdict}")
+        speed = f"{step.tokens_per_s:8.0f} tokens/s" if step.tokens_per_s else f"{'–':>8}         "
+        print(f"  {step.variant:12} {step.memory_bytes / 1e6:9.1f} MB {speed}  {step.verdict}")
         for why in step.why:
             print(f"      {why}")
 

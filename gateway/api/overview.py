@@ -196,6 +196,7 @@ def _role(setup: Setup, name: str) -> dict[str, Any]:
             {
                 "variant": step.variant,
                 "memory_bytes": step.memory_bytes,
+                "tokens_per_s": step.tokens_per_s,
                 "verdict": step.verdict,
                 "why": step.why,
             }

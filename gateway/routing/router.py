@@ -18,7 +18,7 @@ import msgspec
 
 from gateway.api.body import Body
 from gateway.api.endpoints import Endpoint
-from gateway.config import Canary, Config, WhenFull
+from gateway.config import Canary, Config, ConfigError, Cost, WhenFull
 from gateway.errors import NoReplicaError, PrecisionTooLowError, UnknownModelError
 from gateway.identity import Caller
 from gateway.routing.policies import Ask, RoundRobin
@@ -78,6 +78,8 @@ class Step:
 
     variant: str
     memory_bytes: int
+    tokens_per_s: float | None
+    """Written by its engine when it was measured; None when it never was."""
     verdict: str
     why: tuple[str, ...] = ()
 
@@ -101,6 +103,20 @@ def precision(card: Card) -> tuple[bool, int, int]:
     return card.variant == card.reference, card.weight_bits, kv_bits
 
 
+def _costs(cards: Mapping[str, Card], by: Cost) -> dict[str, float]:
+    """What serving with each variant costs: bytes, or bytes times seconds per token. Raises ConfigError when
+    the speed of one is not known: those of the others would say nothing beside it."""
+    memory = {variant: float(card.memory_bytes(KV_TOKENS)) for variant, card in cards.items()}
+    if by is Cost.MEMORY:
+        return memory
+    if unknown := sorted(variant for variant, card in cards.items() if card.speed is None):
+        raise ConfigError(
+            f"gateway.cost: memory_time needs the speed of every variant, and nobody has measured that of "
+            f"{', '.join(unknown)}; run `tiercel quantize`, or set it to memory"
+        )
+    return {v: memory[v] / card.speed.tokens_per_s for v, card in cards.items() if card.speed}
+
+
 class Router:
     """Chooses. Which variants suit a role is fixed by the cards; which replica is free is not."""
 
@@ -118,7 +134,7 @@ class Router:
         self._cards = cards
         self._pools = pools
         self._latencies = latencies or Latencies()
-        self._cost = {variant: card.memory_bytes(KV_TOKENS) for variant, card in cards.items()}
+        self._cost = _costs(cards, config.gateway.cost)
         self._demoted: Mapping[tuple[str, str], str] = {}
         self._ladders = {role: self._ladder(role) for role in config.roles}
         self._plans: dict[tuple[str, str, str | None], _Plan] = {}
@@ -212,14 +228,16 @@ class Router:
         steps = []
         for variant in sorted(self._cards, key=lambda variant: self._cost[variant]):
             card = self._cards[variant]
+            memory = card.memory_bytes(KV_TOKENS)
+            speed = card.speed.tokens_per_s if card.speed else None
             if variant == card.reference:
-                steps.append(Step(variant, self._cost[variant], "reference"))
+                steps.append(Step(variant, memory, speed, "reference"))
             else:
                 verdict = judge(card, caller.role, budget)
                 said, why = verdict.outcome.value, verdict.reasons
                 if (demoted := self._demoted.get((variant, caller.role))) is not None:
                     said, why = "demoted", (demoted,)
-                steps.append(Step(variant, self._cost[variant], said, why))
+                steps.append(Step(variant, memory, speed, said, why))
         return Explanation(caller.role, model, ladder, reason, tuple(steps))
 
     def another(self, route: Route, busy: Replica) -> Replica | None:

@@ -70,6 +70,11 @@ class EngineClient:
         reply = await self._post("/v1/chat/completions", body)
         return str(reply["choices"][0]["message"]["content"] or "")
 
+    async def write(self, tokens: Sequence[int], count: int) -> int:
+        """Have ``count`` tokens written after a prompt of token ids, whatever they are; how many were."""
+        body = {"prompt": list(tokens), "max_tokens": count, "ignore_eos": True, "temperature": 0}
+        return int((await self._post("/v1/completions", body))["usage"]["completion_tokens"])
+
     async def tokenize(
         self, messages: Sequence[dict[str, str]], add_generation_prompt: bool = False
     ) -> list[int]:

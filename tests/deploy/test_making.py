@@ -1,10 +1,11 @@
 """What `tiercel quantize` decides before it starts engines."""
 
+import asyncio
 import os
 
 import pytest
 
-from deploy.making import answering_at_once
+from deploy.making import Turns, answering_at_once
 from gateway.config import load_config
 from tests.deploy.test_supervisor import ROOT
 
@@ -21,3 +22,45 @@ def test_engines_answer_side_by_side_only_with_threads_of_their_own(
     config = config.model_copy(update={"engine": config.engine.model_copy(update={"env": env})})
     monkeypatch.setattr(os, "cpu_count", lambda: cores)
     assert answering_at_once(config) == at_once
+
+
+async def test_an_engine_is_timed_while_no_other_answers() -> None:
+    turns = Turns(2)
+    now = {"beside": 0, "alone": 0}
+    most = 0
+
+    async def engine() -> None:
+        nonlocal most
+        async with turns.one():
+            now["beside"] += 1
+            most = max(most, now["beside"])
+            assert not now["alone"]
+            await asyncio.sleep(0.01)
+            now["beside"] -= 1
+        async with turns.alone():
+            now["alone"] += 1
+            assert now == {"beside": 0, "alone": 1}
+            await asyncio.sleep(0.01)
+            now["alone"] -= 1
+
+    async with asyncio.timeout(10):
+        await asyncio.gather(*(engine() for _ in range(6)))
+    assert most == 2
+
+
+async def test_who_gives_up_waiting_to_be_alone_blocks_nobody() -> None:
+    turns = Turns(2)
+
+    async def alone() -> None:
+        async with turns.alone():
+            pass
+
+    async with asyncio.timeout(10):
+        async with turns.one():
+            waiting = asyncio.create_task(alone())
+            await asyncio.sleep(0.01)
+            waiting.cancel()
+        await asyncio.gather(waiting, return_exceptions=True)
+        await alone()
+        async with turns.one(), turns.one():
+            pass

@@ -207,6 +207,15 @@ def test_what_stops_a_start_is_said_in_one_sentence(
     assert error.count("\n") == 1
 
 
+def test_a_cost_without_figures_stops_a_start(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = write_setup(tmp_path, free_port())
+    text = yaml.safe_load(config.read_text())
+    text["gateway"]["cost"] = "memory_time"
+    config.write_text(yaml.safe_dump(text))
+    assert main(["--config", str(config)]) == 2
+    assert "gateway.cost: memory_time needs the speed of every variant" in capsys.readouterr().err
+
+
 async def test_process_serves_and_stops_gracefully(tmp_path: Path) -> None:
     process = gateway_process(write_setup(tmp_path, free_port()))
     assert process.stderr is not None

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from gateway.api.body import Body
 from gateway.api.endpoints import CHAT
 from gateway.config import POLICIES as POLICY_NAMES
-from gateway.config import Key
+from gateway.config import ConfigError, Key
 from gateway.errors import NoReplicaError, PrecisionTooLowError, UnknownModelError
 from gateway.identity import Caller
 from gateway.routing.breaker import Breaker
@@ -32,6 +32,7 @@ from gateway.routing.policies import (
 from gateway.routing.pools import Pools, Reading, Replica
 from gateway.routing.router import Reason, Route, Router, precision
 from gateway.telemetry.latencies import Latencies
+from quantize.card import Card, Speed
 
 
 class Clock:
@@ -44,7 +45,9 @@ class Clock:
 class Routing:
     """A router, and its pools with some of them down."""
 
-    def __init__(self, down: tuple[str, ...] = (), **changes: object) -> None:
+    def __init__(
+        self, down: tuple[str, ...] = (), cards: dict[str, Card] | None = None, **changes: object
+    ) -> None:
         config = make_config(**changes)
         self.pools = Pools(config, Clock())
         for variant in down:
@@ -53,7 +56,11 @@ class Routing:
         self.latencies = Latencies()
         self.missed: list[tuple[str, str]] = []
         self.router = Router(
-            config, make_cards(), self.pools, self.latencies, lambda *asked: self.missed.append(asked)
+            config,
+            cards or make_cards(),
+            self.pools,
+            self.latencies,
+            lambda *asked: self.missed.append(asked),
         )
 
     def route(
@@ -178,6 +185,34 @@ def test_a_canary_gets_its_share_and_sessions_stay() -> None:
     assert {route.reason for route in served.values() if route.variant == "int8"} == {Reason.CANARY}
     again = {n: routing.route("core", session=f"session-{n}").variant for n in served}
     assert again == {n: route.variant for n, route in served.items()}
+
+
+def timed(**tokens_per_s: float) -> dict[str, Card]:
+    cards = make_cards()
+    for name, rate in tokens_per_s.items():
+        variant = name.replace("_", "-")
+        speed = Speed(
+            tokens_per_s=rate, slowest=rate, fastest=rate, together=8, prompt_tokens=128, answer_tokens=48
+        )
+        cards[variant] = cards[variant].model_copy(update={"speed": speed})
+    return cards
+
+
+def test_the_cheapest_by_memory_and_time() -> None:
+    cards = timed(bf16=100, int8=150, int4_kv8=20)
+    by_memory = make_router(cards=cards)
+    assert by_memory.route("intent_classifier").variant == "int4-kv8"
+    by_both = make_router(cards=cards, gateway={"cost": "memory_time"})
+    assert by_both.route("intent_classifier").variant == "int8", "four bits are slow here"
+    found = by_both.router.explain(Caller("intent_classifier", None), "assistant")
+    assert next((step.variant, step.tokens_per_s) for step in found.considered) == ("int8", 150)
+    slow = make_router(cards=timed(bf16=1000, int8=10, int4_kv8=10), gateway={"cost": "memory_time"})
+    assert slow.route("intent_classifier").variant == "bf16"
+
+
+def test_a_cost_that_nobody_has_measured_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"gateway.cost: memory_time needs .* that of int8; run"):
+        make_router(cards=timed(bf16=100, int4_kv8=20), gateway={"cost": "memory_time"})
 
 
 def test_a_decision_is_explained() -> None:

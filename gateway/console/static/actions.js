@@ -80,6 +80,7 @@ export function showCell(console, state, name, variant) {
     ["Now", [words, ...tags].join(", ")],
     ...(step.verdict === "demoted" ? [] : [["Gate", VERDICTS[step.verdict]]]),
     ["Memory with a busy KV cache", bytes(step.memory_bytes)],
+    ...(step.tokens_per_s ? [["Speed when it was measured", `${Math.round(step.tokens_per_s)} tokens/s`]] : []),
   ];
   if (measured) {
     facts.push(["Accuracy", `${percent(measured.accuracy)} (reference ${percent(measured.reference_accuracy)}, ${measured.items} items)`]);
