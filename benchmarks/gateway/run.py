@@ -2,6 +2,7 @@
 
     python -m benchmarks.gateway.run                      # all peers, three rounds, about 20 minutes
     python -m benchmarks.gateway.run --peers tiercel nginx --rounds 1 --seconds 3
+    python -m benchmarks.gateway.run --python ../other/.venv/bin/python      # Tiercel with that one too
 
 Needs ``wrk`` and ``nginx`` (Debian's packages). Results: ``var/benchmarks/gateway/result.json``, and the
 table of ``docs/benchmarks/gateway.md`` on standard output.
@@ -19,14 +20,27 @@ import subprocess
 import sys
 import urllib.request
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from benchmarks.gateway.load import disconnects, open_streams, paced
-from benchmarks.gateway.peers import KEY, OTHER_CORE, PEERS, ROOT, WORK, Running, free_port, wait_for
+from benchmarks.gateway.peers import (
+    KEY,
+    OTHER_CORE,
+    PEERS,
+    ROOT,
+    WORK,
+    Peer,
+    Running,
+    free_port,
+    tiercel,
+    wait_for,
+)
 
+OTHER_PYTHON = "tiercel, other Python"
 TESTS = ("small", "large", "streams", "one", "paced", "open", "disconnects")
 SMALL, LARGE = 1_000, 16_000
 CONNECTIONS = 32
@@ -109,6 +123,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--peers", nargs="+", default=list(PEERS), choices=list(PEERS))
     parser.add_argument("--tests", nargs="+", default=list(TESTS), choices=list(TESTS))
+    parser.add_argument("--python", help="of another environment with Tiercel's packages: one more peer")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=5.0)
     options = parser.parse_args()
@@ -116,9 +131,18 @@ def main() -> None:
         if shutil.which(tool) is None:
             raise SystemExit(f"{tool} is missing; install it (apt install wrk nginx-light util-linux)")
     WORK.mkdir(parents=True, exist_ok=True)
+    if options.python:
+        other = PEERS[OTHER_PYTHON] = Peer(OTHER_PYTHON, partial(tiercel_with, options.python))
+        options.peers.insert(1, other.name)
     rows = run(options.peers, options.tests, options.rounds, options.seconds)
     (WORK / "result.json").write_text(json.dumps(rows, indent=1))
     print(format_rows(rows, options.peers, options.tests))
+
+
+def tiercel_with(python: str, port: int, upstream: int) -> tuple[list[str], str]:
+    """Tiercel with another interpreter."""
+    (_, *command), ready = tiercel(port, upstream)
+    return [python, *command], ready
 
 
 def run(peers: list[str], tests: list[str], rounds: int, seconds: float) -> list[dict[str, Any]]:
@@ -154,6 +178,7 @@ COLUMNS: tuple[tuple[str, str, Get, str], ...] = (
     ("µs CPU", "small", lambda row: row["cpu_us"], "{:.1f}"),
     ("16 KB req/s", "large", lambda row: row["rate"], "{:,.0f}"),
     ("streams/s", "streams", lambda row: row["rate"], "{:,.0f}"),
+    ("µs CPU per stream", "streams", lambda row: row["cpu_us"], "{:.0f}"),
     ("p50 at 1, ms", "one", lambda row: row["p50_ms"], "{:.3f}"),
     ("µs CPU per chunk", "paced", lambda row: row["cpu_us_per_chunk"], "{:.1f}"),
     ("p99 chunk delay, ms", "paced", lambda row: row["p99_ms"], "{:.1f}"),
