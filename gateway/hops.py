@@ -80,20 +80,19 @@ class AskUpstream:
         """Their answers are not listened to: the reference without the adapter would say something else."""
 
     def __call__(self, exchange: Exchange) -> None:
-        assert exchange.route
-        replica = exchange.route.replica
+        route = exchange.route
+        assert route
+        replica = route.replica
+        exchange.raced = route.watched
         if exchange.reader is None:
             reader = exchange.reader = self._reader(exchange)
             exchange.tapped = reader if isinstance(reader, TappedReader) else None
         if replica.variant == PROVIDER:
             self._providers.ask(exchange, replica)
         else:
-            route = exchange.route
-            if route.watched:
-                exchange.raced = True
-                if route.hedge_after_s is not None and not exchange.hedged:
-                    exchange.plane.later(route.hedge_after_s, lambda: self._hedge(exchange))
             self._ask(exchange, replica, route.work)
+            if route.hedge_after_s is not None and not exchange.hedged:
+                exchange.plane.later(route.hedge_after_s, lambda: self._hedge(exchange))
 
     def again(self, exchange: Exchange, attempt: EngineAttempt, error: NeverReachedError) -> None:
         """An attempt did no work upstream: route anew (its replica is left alone from now on, if it could
