@@ -2,7 +2,7 @@
 
 ``prefix_aware`` keeps a shadow of what each replica's prefix cache holds, over blocks of the request's own
 text, and chooses the replica with the least work: blocks that are queued there and not cached, plus
-``PREFIX_WEIGHT`` times the blocks of this request that are not. It needs neither a session id nor the
+``OWN_WEIGHT`` times the blocks of this request that are not. It needs neither a session id nor the
 engine's tokenizer. The shadow is a tenant's and a LoRA adapter's own, as the engines' caches are, and a
 replica that probably holds the adapter already is preferred.
 """
@@ -25,9 +25,9 @@ OWN_WEIGHT = 8.0
 """What a block costs that is computed again, above its time: it drives others out, and is asked for again."""
 SHARED_WEIGHT = 1.0
 """The same of a block that many prompts begin with: it will serve others there too."""
-RUNNING_WEIGHT = 16.0
+RUNNING_WEIGHT = 4.0
 """What a running request costs those beside it, in blocks."""
-HOME_WEIGHT = 16.0
+HOME_WEIGHT = 4.0
 """What a conversation will cost the replica that it begins at, in blocks: its later turns will go there."""
 ADAPTER_WEIGHT = 32.0
 """What it costs to load a LoRA adapter where there is room for it, in blocks; twice that where another has to
