@@ -22,7 +22,7 @@ from quantize.card import Card, Evaluation, Speed
 from quantize.check import estimate, refuse_short, refuse_unfit
 from quantize.checkpoint import open_checkpoint
 from quantize.compress import QuantizeError
-from quantize.evaluate.client import EngineClient
+from quantize.evaluate.client import EngineClient, EngineError
 from quantize.evaluate.journal import Journal
 from quantize.evaluate.measure import Measurement, measure, measurement_key, read_measurement
 from quantize.evaluate.pairing import compare
@@ -156,7 +156,8 @@ async def evaluate_variants(
                     for number, (name, journal) in enumerate(journals.items())
                 ]
             async with answering.alone():
-                speeds[card.variant] = await measure_speed(client)
+                if (speed := await speed_or_none(client, card.variant, say)) is not None:
+                    speeds[card.variant] = speed
             return passes
 
     async with asyncio.TaskGroup() as group:
@@ -173,6 +174,16 @@ async def evaluate_variants(
     budgets = {name: role.budget for name, role in config.roles.items()}
     timed = [card.model_copy(update={"speed": speeds.get(card.variant, card.speed)}) for card in cards]
     return judged(registry, timed, evaluations, budgets)
+
+
+async def speed_or_none(client: EngineClient, variant: str, say: Say) -> Speed | None:
+    """A variant's speed. An engine that cannot write what it is measured by (its context may be shorter) has
+    none, which is said: what was found out about quality stands without it."""
+    try:
+        return await measure_speed(client)
+    except EngineError as error:
+        say(f"{variant}: its speed was not measured: {error}")
+        return None
 
 
 class Turns:

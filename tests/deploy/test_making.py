@@ -4,9 +4,12 @@ import asyncio
 import os
 
 import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestServer
 
-from deploy.making import Turns, answering_at_once
+from deploy.making import Turns, answering_at_once, speed_or_none
 from gateway.config import load_config
+from quantize.evaluate.client import EngineClient
 from tests.deploy.test_supervisor import ROOT
 
 
@@ -46,6 +49,17 @@ async def test_an_engine_is_timed_while_no_other_answers() -> None:
     async with asyncio.timeout(10):
         await asyncio.gather(*(engine() for _ in range(6)))
     assert most == 2
+
+
+async def test_an_engine_that_cannot_be_timed_stops_nothing() -> None:
+    said: list[str] = []
+    async with (
+        TestServer(web.Application()) as server,
+        EngineClient(str(server.make_url("")).rstrip("/"), "m") as client,
+    ):
+        assert await speed_or_none(client, "int8", said.append) is None
+    assert "int8: its speed was not measured" in said[0]
+    assert "answered 404" in said[0]
 
 
 async def test_who_gives_up_waiting_to_be_alone_blocks_nobody() -> None:
