@@ -13,8 +13,7 @@ import uvicorn
 
 from gateway.app import Gateway
 from gateway.cards import load_cards
-from gateway.config import Config, ConfigError, load_config
-from gateway.config import Gateway as GatewaySettings
+from gateway.config import Config, ConfigError, GatewaySettings, load_config
 from gateway.telemetry.logs import EVENTS, log_to_stderr
 from gateway.workers import run_workers
 from quantize.card import Card, CardError

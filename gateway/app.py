@@ -1,4 +1,4 @@
-"""The gateway, put together. A request's way is the list in ``make_setup``."""
+"""The gateway, put together. A request's way is the list in ``make_snapshot``."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from gateway.api.overview import Overview
 from gateway.api.watching import Watching
 from gateway.config import Config, ConfigError
 from gateway.console.files import Files
-from gateway.hops import AskUpstream, ChooseRoute, Identify
-from gateway.plane import DataPlane, Setup
+from gateway.proxy.hops import AskUpstream, ChooseRoute, Identify
+from gateway.proxy.plane import DataPlane, Snapshot
 from gateway.quality.detectors import detector
 from gateway.quality.inquiry import Inquiry
 from gateway.quality.observe import Observer
@@ -32,7 +32,7 @@ from gateway.telemetry.engines import EngineReader
 from gateway.telemetry.latencies import Latencies
 from gateway.telemetry.metrics import Metrics
 from gateway.upstream.litellm import LiteLLM
-from gateway.wire.door import Door
+from gateway.wire.client import ClientConnection
 from gateway.workers import Board, Siblings
 from quantize.card import Card
 
@@ -64,9 +64,9 @@ class Gateway:
             self._siblings = Siblings(directory, worker, workers, self.metrics)
         self.latencies = Latencies()
         self.watch = Watch(config, cards, self.metrics, self._avoid) if config.watch.enabled else None
-        self._inquiry = Inquiry(config.watch, config.model.name, lambda: self.plane.setup.pools)
+        self._inquiry = Inquiry(config.watch, config.model.name, lambda: self.plane.snapshot.pools)
         self.providers = LiteLLM(config.providers, config.gateway)
-        self.plane = DataPlane(self.make_setup(config, cards), self.metrics, self.latencies, clock)
+        self.plane = DataPlane(self.make_snapshot(config, cards), self.metrics, self.latencies, clock)
         self.app = FastAPI(
             title="Tiercel", lifespan=self._lifespan, docs_url=None, redoc_url=None, responses=REFUSALS
         )
@@ -84,7 +84,9 @@ class Gateway:
         add_error_handlers(self.app)
         self.plane.app = self.app
 
-    def make_setup(self, config: Config, cards: Mapping[str, Card], before: Pools | None = None) -> Setup:
+    def make_snapshot(
+        self, config: Config, cards: Mapping[str, Card], before: Pools | None = None
+    ) -> Snapshot:
         """What a configuration makes of a request's way."""
         pools = Pools(
             config,
@@ -107,7 +109,7 @@ class Gateway:
         for variant, card in cards.items():
             self.metrics.weight_bytes.labels(variant).set(card.weight_bytes)
         ask = AskUpstream(config, router, self.providers)
-        return Setup(
+        return Snapshot(
             config=config,
             cards=cards,
             pools=pools,
@@ -120,7 +122,7 @@ class Gateway:
                 ask,  # there, as bytes; retried only if it never reached an engine
             ),
             # then, part by part as the engine answers: a reader observes (upstream/readers.py), and the
-            # door gives the client what it asked for (wire/door.py)
+            # client gives the client what it asked for (wire/client.py)
             ask=ask,
             observer=observer,
             known_models=frozenset(router.known_models()),
@@ -130,41 +132,45 @@ class Gateway:
     def apply(self, config: Config, cards: Mapping[str, Card]) -> None:
         """A new configuration, for the requests that come from now on. Raises ConfigError for one that
         needs a new start, and then nothing has changed."""
-        old = self.plane.setup.config.gateway
+        old = self.plane.snapshot.config.gateway
         for field in ("host", "port", "workers", "tls_certificate", "tls_key"):
             if getattr(config.gateway, field) != getattr(old, field):
                 raise ConfigError(f"gateway.{field}: cannot change while the gateway runs; start it anew")
-        watched = self.plane.setup.config.watch
+        watched = self.plane.snapshot.config.watch
         for field in ("enabled", "store", "store_env", "in_flight"):
             if getattr(config.watch, field) != getattr(watched, field):
                 raise ConfigError(f"watch.{field}: cannot change while the gateway runs; start it anew")
         if self.watch is not None:
             self.watch.know(config, cards)
         self._inquiry.settings = config.watch
-        setup = self.make_setup(config, cards, before=self.plane.setup.pools)
+        snapshot = self.make_snapshot(config, cards, before=self.plane.snapshot.pools)
         self.metrics.know_roles(config.roles)
-        self.metrics.forget_variants(config.serve, self.plane.setup.config.roles.keys() - config.roles.keys())
+        self.metrics.forget_variants(
+            config.serve, self.plane.snapshot.config.roles.keys() - config.roles.keys()
+        )
         self.providers.know(config.providers)
-        self.plane.setup = setup
+        self.plane.snapshot = snapshot
 
     def reload(self) -> None:
         """Read the configuration anew. Raises ConfigError or CardError, and then nothing has changed."""
         if self._load is not None:
             self.apply(*self._load())
 
-    def protocol(self, *, config: Any, server_state: Any, app_state: Any, _loop: Any = None) -> Door:
+    def protocol(
+        self, *, config: Any, server_state: Any, app_state: Any, _loop: Any = None
+    ) -> ClientConnection:
         """A connection's protocol, for uvicorn (``http=``)."""
-        return Door(self.plane, server_state.connections)
+        return ClientConnection(self.plane, server_state.connections)
 
     @asynccontextmanager
     async def _lifespan(self, _: FastAPI) -> AsyncIterator[None]:
-        limits = self.plane.setup.config.gateway
+        limits = self.plane.snapshot.config.gateway
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=limits.connect_timeout_s)
         siblings = self._siblings.listening() if self._siblings else nullcontext()
         jar = aiohttp.DummyCookieJar()
         async with aiohttp.ClientSession(timeout=timeout, cookie_jar=jar) as session, siblings:
             await self.providers.load()
-            run_dir = self.plane.setup.config.run_dir
+            run_dir = self.plane.snapshot.config.run_dir
             note = self.watch.note_engine if self.watch else None
             reader = EngineReader(session, self.metrics, run_dir, self._clock, note)
             async with _in_background(
@@ -179,20 +185,20 @@ class Gateway:
                 await self.plane.close()
 
     def _avoid(self, demoted: Mapping[tuple[str, str], str]) -> None:
-        self.plane.setup.router.avoid(demoted)
+        self.plane.snapshot.router.avoid(demoted)
 
     async def _discover_forever(self) -> None:
         """Look replicas up that are known by name; requests that come use what was found."""
         while True:
-            setup = self.plane.setup
-            if await self._discovery.look(setup.config) and self.plane.setup is setup:
-                self.apply(setup.config, setup.cards)
-                left = set(setup.pools.replicas()) - set(self._replicas())
+            snapshot = self.plane.snapshot
+            if await self._discovery.look(snapshot.config) and self.plane.snapshot is snapshot:
+                self.apply(snapshot.config, snapshot.cards)
+                left = set(snapshot.pools.replicas()) - set(self._replicas())
                 self.metrics.forget((replica.variant, replica.name) for replica in left)
             await asyncio.sleep(INTERVAL_S)
 
     def _replicas(self) -> Any:
-        return self.plane.setup.pools.replicas()
+        return self.plane.snapshot.pools.replicas()
 
 
 @asynccontextmanager

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import unquote
 
-from gateway.api.body import Asked
-from gateway.config import Config, Key
+from gateway.config import ApiKey, Config
 from gateway.errors import BadRequestError, ForbiddenError, UnauthenticatedError
+from gateway.proxy.body import RequestFields
 
 _NAMED_SESSIONS = ("x-session-id", "x-litellm-session-id", "x-claude-code-session-id")
 _SESSION_LIMIT = 128
@@ -26,7 +26,7 @@ class Caller:
 
     role: str
     session: str | None
-    key: Key | None = None
+    key: ApiKey | None = None
     cache_salt: str = ""
     """Given to engines, so that the time a prefix takes tells one tenant nothing of another's."""
 
@@ -58,10 +58,10 @@ class Identities:
         """The role that an agent's name stands for."""
         return self._agents.get(agent.strip()) if isinstance(agent, str) else None
 
-    def salt(self, key: Key | None) -> str:
+    def salt(self, key: ApiKey | None) -> str:
         return self._salts.get(key.tenant, "") if key else ""
 
-    def key(self, headers: Mapping[str, str]) -> Key | None:
+    def key(self, headers: Mapping[str, str]) -> ApiKey | None:
         """The key of a request; None where no keys are asked for. Raises UnauthenticatedError."""
         if not self._keys:
             return None
@@ -85,7 +85,7 @@ class Sender:
 
     __slots__ = ("_agent", "_callers", "_config", "_given", "_key", "_salt", "_session", "identities")
 
-    def __init__(self, identities: Identities, headers: Mapping[str, str], key: Key | None) -> None:
+    def __init__(self, identities: Identities, headers: Mapping[str, str], key: ApiKey | None) -> None:
         self.identities = identities
         self._config = identities.config
         self._key = key
@@ -98,7 +98,7 @@ class Sender:
         self._session = _session(headers)
         self._callers: dict[str, Caller] = {}
 
-    def caller(self, asked: Asked) -> Caller:
+    def caller(self, asked: RequestFields) -> Caller:
         """Who makes a request with this body.
 
         Raises ForbiddenError, and BadRequestError for an ``x-agent-role`` that is no role: whoever sends
@@ -118,13 +118,13 @@ class Sender:
             return known
         return self._caller(asked, self._session or _session_of(asked))
 
-    def _caller(self, asked: Asked, session: str | None) -> Caller:
+    def _caller(self, asked: RequestFields, session: str | None) -> Caller:
         role = self._role(asked)
         if self._key is not None:
             _check(self._key, role, asked.model, self._config)
         return Caller(role, session, self._key, self._salt)
 
-    def _role(self, asked: Asked) -> str:
+    def _role(self, asked: RequestFields) -> str:
         """The first source that names a role wins; the order is the architecture's."""
         key, roles = self._key, self._config.roles
         if key is not None and key.role is not None:
@@ -157,7 +157,7 @@ def hash_of(secret: str) -> str:
     return hashlib.sha256(secret.encode("utf-8", "surrogateescape")).hexdigest()
 
 
-def _check(key: Key, role: str, model: str, config: Config) -> None:
+def _check(key: ApiKey, role: str, model: str, config: Config) -> None:
     if key.roles and role not in key.roles:
         raise ForbiddenError(
             f"role: this key may not use {role}; it may use: {', '.join(key.roles)}", param="model"
@@ -180,7 +180,7 @@ def _session(headers: Mapping[str, str]) -> str | None:
     return None
 
 
-def _session_of(asked: Asked) -> str | None:
+def _session_of(asked: RequestFields) -> str | None:
     for session in (_at(asked.metadata, "session_id"), asked.prompt_cache_key, asked.user):
         if isinstance(session, str) and session.strip():
             return session.strip()[:_SESSION_LIMIT]

@@ -26,8 +26,8 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import Metric
 
 from gateway.config import Config
+from gateway.telemetry.counters import Family
 from gateway.telemetry.metrics import Metrics
-from gateway.telemetry.tallies import Family
 
 SLOTS = 1 << 14
 """Replicas that the board has room for; a replica's place follows from its name and address."""

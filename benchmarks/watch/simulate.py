@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from gateway.config import Watch
+from gateway.config import WatchSettings
 from gateway.quality.cells import WARN_SHARE
 from gateway.quality.sequential import Rates, confidence_sequence, threshold
 from gateway.quality.watch import DEFAULT_RATES
@@ -28,7 +28,7 @@ FAULTS = 2_000
 
 
 def main() -> None:
-    settings = Watch()
+    settings = WatchSettings()
     rates = {name: Rates(*DEFAULT_RATES[name]) for name in CHECKS}
     alarm = threshold(settings.answers_per_false_alarm, len(DEFAULT_RATES))
     rng = np.random.default_rng(0)

@@ -9,10 +9,10 @@ from typing import Any
 import yaml
 
 from deploy.commands import add_command, add_json, print_json
-from gateway.api.body import Asked
 from gateway.cards import load_cards
-from gateway.config import Config, ConfigError, Key, load_config
+from gateway.config import ApiKey, Config, ConfigError, load_config
 from gateway.identity import Identities, hash_of
+from gateway.proxy.body import RequestFields
 from gateway.routing.pools import Pools
 from gateway.routing.router import Explanation, Router
 
@@ -40,7 +40,7 @@ def new_key(options: argparse.Namespace) -> None:
     entry: dict[str, Any] = {"name": options.name, "sha256": hash_of(secret)}
     entry |= {name: value for name in ("tenant", "role", "admin") if (value := getattr(options, name))}
     try:
-        Key.model_validate(entry)
+        ApiKey.model_validate(entry)
     except ValueError:
         fix = "take letters, digits, '.', '_' and '-'"
         raise ConfigError(f"name: {options.name!r} cannot be used; {fix}") from None
@@ -83,5 +83,5 @@ def explain(config: Config, role: str | None, model: str) -> Explanation:
     router = Router(config, load_cards(config), Pools(config, lambda: 0.0))
     headers = {} if role is None else {"x-agent-role": role}
     open_config = config.model_copy(update={"keys": ()})
-    caller = Identities(open_config).sender(headers).caller(Asked(model))
+    caller = Identities(open_config).sender(headers).caller(RequestFields(model))
     return router.explain(caller, model)

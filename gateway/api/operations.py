@@ -16,13 +16,13 @@ from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 from starlette.routing import Route
 
-from gateway.api.body import Asked
 from gateway.cards import load_cards
 from gateway.config import Config, ConfigError, is_loopback, parse_config
 from gateway.errors import BadRequestError, ForbiddenError, GatewayError, UnexpectedError, envelope
-from gateway.exchange import request_id
 from gateway.identity import Identities
-from gateway.plane import DataPlane
+from gateway.proxy.body import RequestFields
+from gateway.proxy.exchange import request_id
+from gateway.proxy.plane import DataPlane
 from gateway.telemetry.metrics import Metrics
 from gateway.workers import Siblings
 from quantize.card import Card, CardError
@@ -108,19 +108,19 @@ class Operations:
 
     async def route(self, question: RouteQuestion, request: Request) -> dict[str, Any]:
         """Which variant would serve a request, and why: nothing is asked of an engine."""
-        setup = self._plane.setup
-        identities = Identities(setup.config)
-        asked = Asked(**question.model_dump())
+        snapshot = self._plane.snapshot
+        identities = Identities(snapshot.config)
+        asked = RequestFields(**question.model_dump())
         caller = identities.sender(request.headers).caller(asked)
-        found = setup.router.explain(caller, question.model)
-        pools = setup.pools.by_variant
+        found = snapshot.router.explain(caller, question.model)
+        pools = snapshot.pools.by_variant
         usable = [variant for variant in found.ladder if pools[variant].usable()]
         return {
             **asdict(found),
             "session": caller.session,
             "variant": usable[0] if usable else None,
             "usable": usable,
-            "when_full": setup.config.roles[caller.role].when_full.value,
+            "when_full": snapshot.config.roles[caller.role].when_full.value,
         }
 
     async def health(self) -> dict[str, str]:
@@ -129,8 +129,8 @@ class Operations:
 
     async def readiness(self) -> JSONResponse:
         """Every role can be served, at its own precision or a higher one; what is missing for more."""
-        setup = self._plane.setup
-        pools = setup.pools.by_variant
+        snapshot = self._plane.snapshot
+        pools = snapshot.pools.by_variant
         detail = {
             variant: {
                 "reachable": pool.reachable,
@@ -149,8 +149,8 @@ class Operations:
         missing = [variant for variant, pool in pools.items() if not pool.reachable]
         unserved = [
             role
-            for role in setup.config.roles
-            if not any(pools[variant].reachable for variant in setup.router.ladder(role))
+            for role in snapshot.config.roles
+            if not any(pools[variant].reachable for variant in snapshot.router.ladder(role))
         ]
         body = {"ready": not unserved, "unserved": unserved, "not_reachable": missing, "pools": detail}
         return JSONResponse(body, status_code=503 if unserved else 200)
@@ -163,7 +163,7 @@ class Operations:
 
     async def config(self) -> dict[str, Any]:
         """The configuration that is in use; keys by name alone."""
-        shown = self._plane.setup.config.model_dump(mode="json")
+        shown = self._plane.snapshot.config.model_dump(mode="json")
         shown["keys"] = [{**key, "sha256": HIDDEN} for key in shown["keys"]]
         return shown
 
@@ -178,7 +178,7 @@ class Operations:
                 "workers: there are several, and this would change one; change the file and send SIGHUP to "
                 "the gateway"
             )
-        old = self._plane.setup.config
+        old = self._plane.snapshot.config
         try:
             new = parse_config(_with_hashes(text, old), "the configuration sent", old.directory)
             cards = load_cards(new)
@@ -188,17 +188,17 @@ class Operations:
         return {"applied": True, "serve": list(new.serve), "roles": list(new.roles)}
 
     def _known_models(self) -> list[str]:
-        return self._plane.setup.router.known_models()
+        return self._plane.snapshot.router.known_models()
 
     def _entry(self, model: str) -> dict[str, Any]:
         return {"id": model, "object": "model", "created": self._created, "owned_by": "tiercel"}
 
     def _known(self, request: Request) -> None:
-        Identities(self._plane.setup.config).key(request.headers)
+        Identities(self._plane.snapshot.config).key(request.headers)
 
     def admin(self, request: Request) -> None:
         """Refuses who may not change anything. Raises ForbiddenError or UnauthorizedError."""
-        config = self._plane.setup.config
+        config = self._plane.snapshot.config
         key = Identities(config).key(request.headers)
         if not config.keys and not is_loopback(request.url.hostname or ""):
             # A web page can give its own name this machine's address, and would then be let in.

@@ -16,7 +16,7 @@ from prometheus_client import Gauge
 
 from gateway.console.history import INTERVAL_S, KEPT, History, Totals, add_totals, read_totals, rows
 from gateway.identity import Caller
-from gateway.plane import DataPlane, Setup
+from gateway.proxy.plane import DataPlane, Snapshot
 from gateway.quality.watch import Watch
 from gateway.routing.pools import STALE_READING_S, Replica
 from gateway.telemetry.logs import EVENTS
@@ -62,7 +62,7 @@ class Overview:
         self._sampled = 0
         self._totals = Totals()
         self._missing = False
-        self._shown: tuple[Setup, Mapping[tuple[str, str], str]] | None = None
+        self._shown: tuple[Snapshot, Mapping[tuple[str, str], str]] | None = None
         self._setup: dict[str, Any] = {}
 
     def add_to(self, app: FastAPI) -> None:
@@ -108,7 +108,7 @@ class Overview:
             totals = self._totals
         else:
             totals = read_totals(self._metrics)
-        setup = await self._describe()
+        snapshot = await self._describe()
         seconds, figures, routes = self._history.last_minute()
         answer = {
             "time": self._clock(),
@@ -116,8 +116,8 @@ class Overview:
             "interval_s": INTERVAL_S,
             "kept": KEPT,
             "lacks": [*([SEVERAL] if self._siblings else []), *([MISSING] if self._missing else [])],
-            "setup_id": setup["id"],
-            "setup": None if known == setup["id"] else setup,
+            "setup_id": snapshot["id"],
+            "setup": None if known == snapshot["id"] else snapshot,
             "replicas": self._replicas(),
             "last_minute": {
                 "seconds": seconds,
@@ -150,12 +150,12 @@ class Overview:
 
     async def _describe(self) -> dict[str, Any]:
         """What changes with the configuration and with demotions only."""
-        setup, demoted = self._plane.setup, self._watch.demoted() if self._watch else {}
-        if self._shown is None or self._shown[0] is not setup or self._shown[1] != demoted:
+        snapshot, demoted = self._plane.snapshot, self._watch.demoted() if self._watch else {}
+        if self._shown is None or self._shown[0] is not snapshot or self._shown[1] != demoted:
             # Hundreds of roles are judged in a tenth of a second, in which requests must go on.
-            shown = await asyncio.to_thread(describe, setup, self._watch is not None)
+            shown = await asyncio.to_thread(describe, snapshot, self._watch is not None)
             shown["id"] = hashlib.sha256(msgspec.json.encode(shown)).hexdigest()[:16]
-            self._setup, self._shown = shown, (setup, demoted)
+            self._setup, self._shown = shown, (snapshot, demoted)
         return self._setup
 
     def _replicas(self) -> list[dict[str, Any]]:
@@ -163,13 +163,13 @@ class Overview:
         now = self._plane.clock()
         return [
             _replica(replica, memory.get((replica.variant, replica.name)), now)
-            for replica in self._plane.setup.pools.replicas()
+            for replica in self._plane.snapshot.pools.replicas()
         ]
 
 
-def describe(setup: Setup, watched: bool) -> dict[str, Any]:
+def describe(snapshot: Snapshot, watched: bool) -> dict[str, Any]:
     """Roles with their choice and its reasons, and the cards."""
-    config = setup.config
+    config = snapshot.config
     return {
         "model": config.model.name,
         "reference": config.reference,
@@ -178,16 +178,16 @@ def describe(setup: Setup, watched: bool) -> dict[str, Any]:
         "workers": config.gateway.workers,
         "watch": watched,
         "max_in_flight": config.gateway.max_in_flight,
-        "roles": [_role(setup, name) for name in config.roles],
-        "variants": [_variant(card) for card in setup.cards.values()],
+        "roles": [_role(snapshot, name) for name in config.roles],
+        "variants": [_variant(card) for card in snapshot.cards.values()],
         "providers": [provider.model for provider in config.providers],
     }
 
 
-def _role(setup: Setup, name: str) -> dict[str, Any]:
-    config = setup.config
+def _role(snapshot: Snapshot, name: str) -> dict[str, Any]:
+    config = snapshot.config
     role = config.roles[name]
-    found = setup.router.explain(Caller(name, None), config.model.name)
+    found = snapshot.router.explain(Caller(name, None), config.model.name)
     return {
         "name": name,
         "ladder": found.ladder,

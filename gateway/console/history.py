@@ -15,8 +15,8 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry
 
+from gateway.telemetry.counters import Counter, Labels
 from gateway.telemetry.metrics import Metrics
-from gateway.telemetry.tallies import Count, Labels
 
 INTERVAL_S = 5
 KEPT = 180
@@ -229,7 +229,7 @@ def _with_all(series: dict[Series, Sums]) -> dict[Series, Sums]:
     return {**series, ALL: [sum(column) for column in zip(*series.values(), strict=True)]}
 
 
-def _values(children: Mapping[Labels, Count]) -> dict[Labels, float]:
+def _values(children: Mapping[Labels, Counter]) -> dict[Labels, float]:
     return {labels: count.value for labels, count in children.items()}
 
 

@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from gateway.api.body import Body
+from gateway.proxy.body import Body
 from gateway.quality.answer import Answer
 from gateway.quality.claims import extract
 from gateway.quality.grounded import context_of

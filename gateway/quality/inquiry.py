@@ -15,7 +15,7 @@ from typing import Any
 
 import aiohttp
 
-from gateway.config import Watch
+from gateway.config import WatchSettings
 from gateway.errors import UpstreamError
 from gateway.routing.pools import Pools, Replica
 
@@ -39,7 +39,7 @@ Work = Callable[[], Awaitable[None]]
 class Inquiry:
     """The queue, and the way to the engines. ``pools`` gives the present ones."""
 
-    def __init__(self, settings: Watch, model: str, pools: Callable[[], Pools]) -> None:
+    def __init__(self, settings: WatchSettings, model: str, pools: Callable[[], Pools]) -> None:
         self.settings = settings
         self.model = model
         self._pools = pools

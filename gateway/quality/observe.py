@@ -17,9 +17,9 @@ from enum import StrEnum
 from functools import partial
 from typing import Any
 
-from gateway.api.body import Body
 from gateway.config import Config
 from gateway.errors import BadRequestError
+from gateway.proxy.body import Body
 from gateway.quality import judge
 from gateway.quality.answer import Answer
 from gateway.quality.cells import Key

@@ -27,7 +27,7 @@ class Breaker:
         self._back_off = FIRST_BACK_OFF_S
         self._broken = 0
         self._unreachable = False
-        self.calm = True
+        self.no_failures = True
         """Nothing has gone wrong since the replica last answered."""
 
     @property
@@ -37,7 +37,7 @@ class Breaker:
 
     def answered(self) -> None:
         """It answered, be it with a 4xx: it works."""
-        self.calm = True
+        self.no_failures = True
         self._open_until = ALWAYS
         self._back_off = FIRST_BACK_OFF_S
         self._broken = 0
@@ -46,12 +46,12 @@ class Breaker:
     def not_reached(self) -> None:
         """No connection could be made, or it reports that its engine is dead."""
         self._unreachable = True
-        self.calm = False
+        self.no_failures = False
         self._open()
 
     def answer_broke(self) -> None:
         self._broken += 1
-        self.calm = False
+        self.no_failures = False
         if self._broken >= BROKEN_ANSWERS_IN_A_ROW:
             self._open()
 

@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from gateway.api.endpoints import Endpoint
 from gateway.config import Config
+from gateway.proxy.endpoints import Endpoint
 from gateway.routing.breaker import Breaker, Clock
-from gateway.wire.engines import EnginePool
+from gateway.wire.engine import ConnectionPool
 
 if TYPE_CHECKING:
     from gateway.routing.policies import Ask, Policy
@@ -64,7 +64,7 @@ class Replica:
         self.reading = Reading()
         self._in_flight_at_reading = 0
         self._clock = clock
-        self.connections = EnginePool(url, connect_timeout_s)
+        self.connections = ConnectionPool(url, connect_timeout_s)
         self._heads: dict[str, bytes] = {}
 
     @property
@@ -132,7 +132,9 @@ class Pool:
     def free(self, replica: Replica) -> bool:
         """Whether one of its replicas may be asked now."""
         breaker = replica.breaker
-        return (self.limit is None or replica.in_flight < self.limit) and (breaker.calm or breaker.closed)
+        return (self.limit is None or replica.in_flight < self.limit) and (
+            breaker.no_failures or breaker.closed
+        )
 
     def usable(self) -> Sequence[Replica]:
         """Replicas that may be asked, full or not."""

@@ -16,11 +16,11 @@ from enum import StrEnum
 
 import msgspec
 
-from gateway.api.body import Body
-from gateway.api.endpoints import Endpoint
 from gateway.config import Canary, Config, ConfigError, Cost, WhenFull
 from gateway.errors import NoReplicaError, PrecisionTooLowError, UnknownModelError
 from gateway.identity import Caller
+from gateway.proxy.body import Body
+from gateway.proxy.endpoints import Endpoint
 from gateway.routing.policies import Ask, RoundRobin
 from gateway.routing.pools import PROVIDER, Pool, Pools, Replica
 from gateway.telemetry.latencies import Latencies
@@ -179,7 +179,7 @@ class Router:
 
     def route(self, caller: Caller, body: Body, endpoint: Endpoint) -> Route:
         """Decide. Raises UnknownModelError, PrecisionTooLowError or NoReplicaError."""
-        model = body.asked.model
+        model = body.fields.model
         key = caller.key
         asked = (caller.role, model, None if key is None else key.lowest)
         plan = self._plans.get(asked)

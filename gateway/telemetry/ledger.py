@@ -6,11 +6,11 @@ import time
 
 import msgspec
 
-from gateway.exchange import Exchange
+from gateway.proxy.exchange import Exchange
 from gateway.routing.router import Route
+from gateway.telemetry.counters import Counter, Histogram
 from gateway.telemetry.logs import AccessLog
 from gateway.telemetry.metrics import OTHER, Metrics
-from gateway.telemetry.tallies import Count, Spread
 
 NO_VARIANT = "none"
 """The variant label of a request that got no route."""
@@ -60,16 +60,16 @@ class _Books:
 
     def __init__(self, metrics: Metrics, kind: _Kind) -> None:
         key, role, model, variant, reason, outcome = kind
-        self.requests: Count = metrics.requests.labels(role, model, variant, str(outcome))
-        self.routes: Count = metrics.routes.labels(role, variant, reason)
-        self.duration: Spread = metrics.duration.labels(role, variant)
-        self.overhead: Spread = metrics.overhead.labels(role, variant)
-        self.first_token: Spread = metrics.first_token.labels(role, variant)
-        self.gaps: Spread = metrics.token_gap.labels(role, variant)
-        self.prompt: Count = metrics.tokens.labels(role, variant, "prompt")
-        self.completion: Count = metrics.tokens.labels(role, variant, "completion")
-        self.key_prompt: Count | None = None
-        self.key_completion: Count | None = None
+        self.requests: Counter = metrics.requests.labels(role, model, variant, str(outcome))
+        self.routes: Counter = metrics.routes.labels(role, variant, reason)
+        self.duration: Histogram = metrics.duration.labels(role, variant)
+        self.overhead: Histogram = metrics.overhead.labels(role, variant)
+        self.first_token: Histogram = metrics.first_token.labels(role, variant)
+        self.gaps: Histogram = metrics.token_gap.labels(role, variant)
+        self.prompt: Counter = metrics.tokens.labels(role, variant, "prompt")
+        self.completion: Counter = metrics.tokens.labels(role, variant, "completion")
+        self.key_prompt: Counter | None = None
+        self.key_completion: Counter | None = None
         if key is not None:
             self.key_prompt = metrics.key_tokens.labels(key, role, variant, "prompt")
             self.key_completion = metrics.key_tokens.labels(key, role, variant, "completion")
@@ -88,8 +88,8 @@ class Ledger:
 
     def record(self, exchange: Exchange) -> None:
         route, caller, reader, error = exchange.route, exchange.caller, exchange.reader, exchange.error
-        setup = exchange.setup
-        model = exchange.model if exchange.model in setup.known_models else OTHER
+        snapshot = exchange.snapshot
+        model = exchange.model if exchange.model in snapshot.known_models else OTHER
         took = exchange.plane.clock() - exchange.received
         prompt, completion = (reader.prompt_tokens, reader.completion_tokens) if reader else (None, 0)
         status = 200 if error is None else error.status
@@ -105,7 +105,7 @@ class Ledger:
         else:
             role = caller.role if caller is not None else OTHER
             self._metrics.requests.labels(role, model, NO_VARIANT, str(status)).inc()
-        if error is not None or setup.config.gateway.access_log:
+        if error is not None or snapshot.config.gateway.access_log:
             self.log.write(_line(exchange, model, status, took, prompt, completion))
 
     def _enter_spent(self, key: str | None, route: Route, prompt: int, completion: int) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry, Gauge, ProcessCollector
 
-from gateway.telemetry.tallies import Counts, Family, Spreads
+from gateway.telemetry.counters import CounterFamily, Family, HistogramFamily
 
 OTHER = "other"
 
@@ -36,15 +36,15 @@ class Metrics:
         self._roles = frozenset(roles)
         ProcessCollector(registry=registry)
 
-        def counter(name: str, text: str, *labels: str) -> Counts:
-            family = self.families[name] = Counts(name, text, labels, registry)
+        def counter(name: str, text: str, *labels: str) -> CounterFamily:
+            family = self.families[name] = CounterFamily(name, text, labels, registry)
             return family
 
         def gauge(name: str, text: str, *labels: str) -> Gauge:
             return Gauge(name, text, labels, registry=registry)
 
-        def histogram(name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Spreads:
-            family = self.families[name] = Spreads(name, text, buckets, labels, registry)
+        def histogram(name: str, text: str, buckets: tuple[float, ...], *labels: str) -> HistogramFamily:
+            family = self.families[name] = HistogramFamily(name, text, buckets, labels, registry)
             return family
 
         asked = ("role", "variant")

@@ -23,7 +23,7 @@ from opentelemetry.trace import (
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 if TYPE_CHECKING:
-    from gateway.exchange import Exchange
+    from gateway.proxy.exchange import Exchange
 
 _OPERATIONS = {
     "/v1/chat/completions": "chat",
@@ -78,7 +78,7 @@ def _said(exchange: Exchange, operation: str, path: str, status: int) -> dict[st
             found["gen_ai.conversation.id"] = caller.session
     if route is not None:
         found |= {
-            "gen_ai.response.model": f"{exchange.setup.model}:{route.variant}",
+            "gen_ai.response.model": f"{exchange.snapshot.model}:{route.variant}",
             "tiercel.variant": route.variant,
             "tiercel.replica": route.replica.name,
             "tiercel.route_reason": route.reason.value,

@@ -16,16 +16,15 @@ import os
 from collections.abc import AsyncIterator, Sequence
 from typing import TYPE_CHECKING, Any
 
-from gateway.api.endpoints import CHAT, EMBEDDINGS
-from gateway.config import Gateway, Provider
+from gateway.config import GatewaySettings, Provider
 from gateway.errors import BadRequestError, UpstreamError, UpstreamRefusedError, UpstreamTimeoutError
+from gateway.proxy.endpoints import CHAT, EMBEDDINGS
 from gateway.routing.pools import Replica
-from gateway.upstream.base import Event
-from gateway.upstream.sse import DONE
-from gateway.upstream.wishes import usage_wanted
+from gateway.upstream.options import usage_wanted
+from gateway.upstream.sse import DONE, ServerEvent
 
 if TYPE_CHECKING:
-    from gateway.exchange import Exchange
+    from gateway.proxy.exchange import Exchange
 
 PASSED_PARAMETERS = frozenset(
     "audio frequency_penalty function_call functions logit_bias logprobs max_completion_tokens max_tokens "
@@ -41,7 +40,7 @@ _CLIENTS_OWN = frozenset({400, 413, 422, 429})
 class LiteLLM:
     """The providers' upstream. It works after ``load()``."""
 
-    def __init__(self, providers: Sequence[Provider], limits: Gateway) -> None:
+    def __init__(self, providers: Sequence[Provider], limits: GatewaySettings) -> None:
         self._providers = {provider.model: provider for provider in providers}
         self._limits = limits
         self._litellm: Any = None
@@ -63,7 +62,7 @@ class LiteLLM:
                 param="model",
             )
         body = exchange.body.everything()
-        if exchange.wishes.stream:
+        if exchange.options.stream:
             body["stream_options"] = usage_wanted(exchange.body)
         attempt = _ProviderAttempt(self, exchange, replica, body)
         exchange.attempts.append(attempt)
@@ -129,11 +128,11 @@ class _ProviderAttempt:
                 self.replica.name,
                 self._body,
                 chat=exchange.endpoint is CHAT,
-                stream=exchange.wishes.stream,
+                stream=exchange.options.stream,
             )
             async for event in reply.events():
                 await self._may_send.wait()
-                if exchange.wishes.stream:
+                if exchange.options.stream:
                     exchange.arrived(self, event.raw)
                 else:
                     exchange.whole(self, event.raw)
@@ -172,7 +171,7 @@ class _Reply:
         self._model = model
         self._idle_timeout_s = idle_timeout_s
         self._stream = stream
-        self._first: Event | None = None
+        self._first: ServerEvent | None = None
 
     async def begin(self) -> None:
         if not self._stream:
@@ -181,7 +180,7 @@ class _Reply:
         self._answer = aiter(self._answer)
         self._first = self._event(await anext(self._answer))
 
-    async def events(self) -> AsyncIterator[Event]:
+    async def events(self) -> AsyncIterator[ServerEvent]:
         assert self._first
         yield self._first
         if not self._stream:
@@ -192,7 +191,7 @@ class _Reply:
                     chunk = await anext(self._answer)
                 yield self._event(chunk)
         except StopAsyncIteration:
-            yield Event(DONE, done=True)
+            yield ServerEvent(DONE, done=True)
         except Exception as error:
             raise _translated(error, self._model) from error
 
@@ -207,7 +206,7 @@ class _Reply:
                         await result
                     break
 
-    def _event(self, answer: Any) -> Event:
+    def _event(self, answer: Any) -> ServerEvent:
         data = answer.model_dump(exclude_none=True)
         data["model"] = self._model
         if self._stream:
@@ -216,7 +215,7 @@ class _Reply:
             if data.get("usage") and not any(_says_something(choice) for choice in data["choices"]):
                 data["choices"] = []  # OpenAI's usage chunk; LiteLLM's has an empty choice
         text = json.dumps(data, default=str).encode()
-        return Event(b"data: " + text + b"\n\n" if self._stream else text, data)
+        return ServerEvent(b"data: " + text + b"\n\n" if self._stream else text, data)
 
 
 def _says_something(choice: dict[str, Any]) -> bool:

@@ -13,9 +13,8 @@ import msgspec
 
 from gateway.errors import UpstreamError, UpstreamRefusedError
 from gateway.quality.answer import Answer
-from gateway.upstream.base import Event
-from gateway.upstream.sse import DONE, EventSplitter, events_of, garbage
-from gateway.upstream.wishes import Wishes, as_wished
+from gateway.upstream.options import OutputOptions, as_wished
+from gateway.upstream.sse import DONE, EventSplitter, ServerEvent, events_of, garbage
 
 
 class Usage(msgspec.Struct):
@@ -112,11 +111,11 @@ class WholeReader:
 class StreamReader:
     """A stream of completions: events without names, a usage with each, ``[DONE]`` at the end."""
 
-    __slots__ = ("_last_usage", "_plain", "_splitter", "_wishes", "chunks", "done")
+    __slots__ = ("_last_usage", "_options", "_plain", "_splitter", "chunks", "done")
 
-    def __init__(self, wishes: Wishes) -> None:
-        self._wishes = wishes
-        self._plain = not (wishes.continuous_usage and wishes.include_usage)
+    def __init__(self, options: OutputOptions) -> None:
+        self._options = options
+        self._plain = not (options.continuous_usage and options.include_usage)
         """No usage is shown but that at the end, if any."""
         self._splitter = EventSplitter()
         self._last_usage = b""
@@ -183,15 +182,17 @@ class StreamReader:
 
     def _without_usage(self, event: bytes, cut: int, usage: bytes) -> bytes:
         """What the client gets of an event that ends with a usage."""
-        wishes = self._wishes
+        options = self._options
         if usage != b"null":
             self._last_usage = usage
             if b'"choices":[]' in event:
-                return event + b"\n\n" if wishes.include_usage else b""
+                return event + b"\n\n" if options.include_usage else b""
         self.chunks += 1
-        return event + b"\n\n" if wishes.continuous_usage and wishes.include_usage else event[:cut] + b"}\n\n"
+        return (
+            event + b"\n\n" if options.continuous_usage and options.include_usage else event[:cut] + b"}\n\n"
+        )
 
-    def _read_slowly(self, event: Event) -> bytes:
+    def _read_slowly(self, event: ServerEvent) -> bytes:
         raise_if_error(event)
         if event.done:
             self.done = True
@@ -199,7 +200,7 @@ class StreamReader:
             self.chunks += bool(event.data.get("choices"))
             if event.data.get("usage"):
                 self._last_usage = msgspec.json.encode(event.data["usage"])
-        return as_wished(event, self._wishes)
+        return as_wished(event, self._options)
 
     def _usage(self) -> Usage:
         if not self._last_usage or self._last_usage == b"null":
@@ -288,11 +289,11 @@ class TappedReader:
     What cannot be understood is passed on all the same; ``confused`` says so.
     """
 
-    __slots__ = ("_splitter", "_wishes", "answer", "confused", "done")
+    __slots__ = ("_options", "_splitter", "answer", "confused", "done")
 
-    def __init__(self, wishes: Wishes) -> None:
-        self._wishes = wishes
-        self._splitter = EventSplitter() if wishes.stream else None
+    def __init__(self, options: OutputOptions) -> None:
+        self._options = options
+        self._splitter = EventSplitter() if options.stream else None
         self.answer = Answer()
         self.confused = False
         self.done = False
@@ -311,7 +312,7 @@ class TappedReader:
         for event in events:
             if self._splitter:
                 raise_if_error(event)
-            out.append(as_wished(event, self._wishes))
+            out.append(as_wished(event, self._options))
             if event.data is not None and not self.confused:
                 try:
                     self.answer.add(event.data, at)
@@ -321,7 +322,7 @@ class TappedReader:
         return b"".join(out)
 
 
-def whole_event(raw: bytes) -> Event:
+def whole_event(raw: bytes) -> ServerEvent:
     """The whole of an answer that is not streamed. Raises UpstreamError."""
     try:
         data = msgspec.json.decode(raw)
@@ -329,10 +330,10 @@ def whole_event(raw: bytes) -> Event:
         data = None
     if not isinstance(data, dict):
         raise garbage(raw)
-    return Event(raw, data)
+    return ServerEvent(raw, data)
 
 
-def raise_if_error(event: Event) -> None:
+def raise_if_error(event: ServerEvent) -> None:
     """Raise the error that came as an event: vLLM has sent its 200 by the time it looks closely."""
     if event.data is None or not event.data.get("error"):
         return

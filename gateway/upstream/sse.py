@@ -4,14 +4,27 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import dataclass
+from typing import Any
 
 from gateway.errors import UpstreamError
-from gateway.upstream.base import Event
 
 LONGEST_EVENT_BYTES = 16 << 20
 _BLANK_LINE = re.compile(rb"\r?\n\r?\n")
 _FIELDS = (b"data:", b":", b"event:", b"id:", b"retry:")
 DONE = b"data: [DONE]\n\n"
+
+
+@dataclass(slots=True)
+class ServerEvent:
+    """One server-sent event, or the whole of an answer that is not streamed.
+
+    ``data`` is None for what is no JSON: ``[DONE]`` (then ``done``) and comments.
+    """
+
+    raw: bytes
+    data: dict[str, Any] | None = None
+    done: bool = False
 
 
 class EventSplitter:
@@ -37,12 +50,12 @@ class EventSplitter:
             raise UpstreamError("The engine sent an event that never ends.")
         return data[:end]
 
-    def feed(self, data: bytes) -> list[Event]:
+    def feed(self, data: bytes) -> list[ServerEvent]:
         """The events that ``data`` completes. Raises UpstreamError for what is no such stream."""
         return events_of(self.cut(data))
 
 
-def events_of(whole: bytes) -> list[Event]:
+def events_of(whole: bytes) -> list[ServerEvent]:
     """Events from bytes that end with the last one. Raises UpstreamError."""
     events, start = [], 0
     for blank in _BLANK_LINE.finditer(whole):
@@ -51,23 +64,23 @@ def events_of(whole: bytes) -> list[Event]:
     return events
 
 
-def _event(raw: bytes) -> Event:
+def _event(raw: bytes) -> ServerEvent:
     lines = [line for line in raw.splitlines() if line]
     if not all(line.startswith(_FIELDS) for line in lines):
         raise garbage(raw)
     values = [line[5:].strip() for line in lines if line.startswith(b"data:")]
     if not values:
-        return Event(raw)
+        return ServerEvent(raw)
     text = b"\n".join(values)
     if text == b"[DONE]":
-        return Event(raw, done=True)
+        return ServerEvent(raw, done=True)
     try:
         data = json.loads(text)
     except ValueError:
         raise garbage(raw) from None
     if not isinstance(data, dict):
         raise garbage(raw)
-    return Event(raw, data)
+    return ServerEvent(raw, data)
 
 
 def garbage(raw: bytes) -> UpstreamError:

@@ -10,17 +10,17 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING
 
-from gateway.api.endpoints import Form
 from gateway.errors import NeverReachedError, UpstreamError, UpstreamRefusedError
+from gateway.proxy.endpoints import Form
 from gateway.routing.pools import Replica
 from gateway.telemetry.traces import carried
+from gateway.upstream.options import changes_for_engine
 from gateway.upstream.readers import refusal
-from gateway.upstream.wishes import changes_for_engine
-from gateway.wire.engines import EngineConnection
+from gateway.wire.engine import EngineConnection
 from gateway.wire.heads import AnswerHead
 
 if TYPE_CHECKING:
-    from gateway.exchange import Exchange
+    from gateway.proxy.exchange import Exchange
 
 LARGEST_ANSWER_BYTES = 256 << 20
 PASSED_ON = ("traceparent", "tracestate", "baggage")
@@ -95,7 +95,7 @@ class EngineAttempt:
 
     def began(self, head: AnswerHead) -> None:
         self._head = head
-        if head.status == 200 and self.exchange.wishes.stream and self._connection is not None:
+        if head.status == 200 and self.exchange.options.stream and self._connection is not None:
             self._connection.stream = self.part
 
     def part(self, payload: bytes) -> None:
@@ -108,7 +108,7 @@ class EngineAttempt:
         self.exchange.arrived(self, payload)
 
     def arrived(self, payload: bytes) -> None:
-        if self._head is not None and self._head.status == 200 and self.exchange.wishes.stream:
+        if self._head is not None and self._head.status == 200 and self.exchange.options.stream:
             self.part(payload)
             return
         self._size += len(payload)
@@ -120,7 +120,7 @@ class EngineAttempt:
     def ended(self) -> None:
         """The connection is the pool's again."""
         assert self._head is not None
-        if self._head.status == 200 and self.exchange.wishes.stream:
+        if self._head.status == 200 and self.exchange.options.stream:
             self._connection = None
             self._end()
             self.exchange.ended(self)
@@ -130,7 +130,7 @@ class EngineAttempt:
     def whole(self, head: AnswerHead, body: bytes) -> None:
         self._connection = None
         self._end()
-        if head.status == 200 and self.exchange.wishes.stream:
+        if head.status == 200 and self.exchange.options.stream:
             self.exchange.arrived(self, body)
             self.exchange.ended(self)
         elif head.status == 200:
@@ -170,7 +170,7 @@ class EngineAttempt:
             self.replica.breaker.not_reached()
         said = "closed the connection" if stale else "cannot be reached"
         error = NeverReachedError(f"The engine {said}.", stale=stale, internal=self._where(why))
-        self.exchange.setup.ask.again(self.exchange, self, error)
+        self.exchange.snapshot.ask.again(self.exchange, self, error)
 
     def _fail(self, error: UpstreamError) -> None:
         self.cancel()
@@ -191,15 +191,15 @@ class EngineAttempt:
 
 def request_for(exchange: Exchange, replica: Replica) -> bytes:
     """The bytes of the request to an engine."""
-    setup, endpoint, caller = exchange.setup, exchange.endpoint, exchange.caller
+    snapshot, endpoint, caller = exchange.snapshot, exchange.endpoint, exchange.caller
     changes: dict[str, bytes] = {}
-    if endpoint.form is Form.COMPLETIONS and (exchange.wishes.stream or exchange.tapped is not None):
+    if endpoint.form is Form.COMPLETIONS and (exchange.options.stream or exchange.tapped is not None):
         tapped = exchange.tapped is not None
-        changes = changes_for_engine(exchange.body, exchange.wishes, setup.config.quality, tapped=tapped)
+        changes = changes_for_engine(exchange.body, exchange.options, snapshot.config.quality, tapped=tapped)
     if caller is not None and caller.cache_salt:
         changes["cache_salt"] = b'"%b"' % caller.cache_salt.encode()
-    if exchange.model != setup.model and exchange.model not in setup.config.adapters:
-        changes["model"] = b'"%b"' % setup.model.encode()
+    if exchange.model != snapshot.model and exchange.model not in snapshot.config.adapters:
+        changes["model"] = b'"%b"' % snapshot.model.encode()
     raw = exchange.body.with_(changes) if changes else exchange.raw
     given = exchange.head.headers
     if exchange.span is not None:

@@ -1,1 +1,1 @@
-"""HTTP/1.1 as bytes: heads, bodies, the door to clients and the connections to engines (RFC 9112)."""
+"""HTTP/1.1 as bytes: heads, bodies, the client to clients and the connections to engines (RFC 9112)."""

@@ -11,19 +11,26 @@ from urllib.parse import unquote
 from starlette.types import ASGIApp
 
 from gateway.telemetry.logs import EVENTS
-from gateway.wire.door import STATUS_LINES, Door
+from gateway.wire.client import STATUS_LINES, ClientConnection
 from gateway.wire.heads import RequestHead
 
 _OURS = frozenset((b"content-length", b"transfer-encoding", b"connection"))
-"""Headers of an answer that the door writes itself."""
+"""Headers of an answer that the client writes itself."""
 
 
 class AsgiCall:
     """One request in the application's hands. Answers are collected and sent whole: pages and figures,
     never a stream of tokens."""
 
-    def __init__(self, app: ASGIApp, door: Door, head: RequestHead, body: bytes, date: Callable[[], bytes]):
-        self._door = door
+    def __init__(
+        self,
+        app: ASGIApp,
+        client: ClientConnection,
+        head: RequestHead,
+        body: bytes,
+        date: Callable[[], bytes],
+    ):
+        self._door = client
         self._no_body = head.method == "HEAD"
         self._body: bytes | None = body
         self._date = date
@@ -32,7 +39,7 @@ class AsgiCall:
         self._headers: list[tuple[bytes, bytes]] = []
         self._parts: list[bytes] = []
         self._sent = False
-        self.task = asyncio.get_running_loop().create_task(self._run(app, _scope(door, head)))
+        self.task = asyncio.get_running_loop().create_task(self._run(app, _scope(client, head)))
 
     def abandon(self) -> None:
         self._gone.set()
@@ -79,8 +86,8 @@ class AsgiCall:
         self._door.send_whole(b"".join(lines), b"".join(self._parts), no_body=self._no_body)
 
 
-def _scope(door: Door, head: RequestHead) -> dict[str, Any]:
-    transport = door.transport
+def _scope(client: ClientConnection, head: RequestHead) -> dict[str, Any]:
+    transport = client.transport
     client, server = transport.get_extra_info("peername"), transport.get_extra_info("sockname")
     return {
         "type": "http",

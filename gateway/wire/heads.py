@@ -77,8 +77,8 @@ def parse_request(head: bytes) -> RequestHead:
     if "host" not in headers and not old:
         raise MalformedRequestError("host: is missing; HTTP/1.1 needs this header.")
     length = _request_length(headers, old)
-    wishes = headers.get("connection")
-    keep_alive = not old if wishes is None else _keeps_alive(wishes, default=not old)
+    tokens = headers.get("connection")
+    keep_alive = not old if tokens is None else _keeps_alive(tokens, default=not old)
     expects = headers.get("expect")
     if expects is not None and expects.lower() != "100-continue":
         raise MalformedRequestError(f"expect: {expects[:40]!r} is not 100-continue; leave it out", status=417)

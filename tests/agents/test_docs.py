@@ -12,7 +12,7 @@ from google.adk.apps import App
 from google.adk.runners import InMemoryRunner
 from google.genai import types
 
-from gateway.config import Role
+from gateway.config import RoleSettings
 
 PAGE = (Path(__file__).parents[2] / "docs" / "agents.md").read_text(encoding="utf-8")
 
@@ -39,5 +39,5 @@ async def test_the_code_runs(gateway: Any) -> None:
 
 def test_the_roles_are_valid() -> None:
     (block,) = blocks("yaml")
-    roles = {name: Role.model_validate(role) for name, role in yaml.safe_load(block)["roles"].items()}
+    roles = {name: RoleSettings.model_validate(role) for name, role in yaml.safe_load(block)["roles"].items()}
     assert roles["intent_classifier"].agents == ("triage", "router")

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from deploy.cli import main
-from gateway.config import Key
+from gateway.config import ApiKey
 from gateway.identity import hash_of
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "gateway"))
@@ -23,7 +23,7 @@ def test_a_new_key_fits_the_file(capsys: pytest.CaptureFixture[str]) -> None:
     text = capsys.readouterr().out
     secret = text.splitlines()[0].removeprefix("# ")
     (entry,) = yaml.safe_load(text)
-    key = Key.model_validate(entry)
+    key = ApiKey.model_validate(entry)
     assert key.sha256 == hash_of(secret)
     assert (key.name, key.tenant, key.role, key.admin) == ("team-a", "acme", "core", True)
     assert len(secret) > 40

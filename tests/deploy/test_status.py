@@ -57,7 +57,7 @@ async def stack() -> AsyncIterator[Stack]:
 
 async def reached(stack: Stack) -> None:
     """Wait until the gateway has probed and read all of its engines."""
-    replicas = list(stack.gateway.plane.setup.pools.replicas())
+    replicas = list(stack.gateway.plane.snapshot.pools.replicas())
     await eventually(lambda: all(one.reachable and one.reading.at for one in replicas), within_s=10)
 
 
@@ -112,7 +112,7 @@ async def test_what_is_not_well_is_said_with_what_to_do(
     order = {"action": "demote", "variant": "int4-kv8", "role": "intent_classifier", "why": "looks odd"}
     async with stack.http.post(stack.url + "/admin/watch", json=order) as response:
         assert response.status == 200
-    pools = stack.gateway.plane.setup.pools.by_variant
+    pools = stack.gateway.plane.snapshot.pools.by_variant
     await eventually(lambda: not pools["int8"].reachable, within_s=10)
     await eventually(
         lambda: stack.sample("tiercel_queue_depth", variant="int4-kv8", replica="int4-kv8-0") == 40
@@ -122,7 +122,7 @@ async def test_what_is_not_well_is_said_with_what_to_do(
     assert await tiercel("status", "--json", "--url", stack.url, "--over", "0.2") == 1
     found = json.loads(capsys.readouterr().out)
     said = {one["what"]: one["fix"] for one in found["not_well"]}
-    url = stack.gateway.plane.setup.config.pools["int8"][0]
+    url = stack.gateway.plane.snapshot.config.pools["int8"][0]
     assert said.keys() == {
         f"int8-0 at {url} cannot be reached",
         "the KV cache of bf16-0 is 99 % full",
@@ -225,7 +225,7 @@ async def test_no_proxy_leads_to_the_address_of_the_file(
 
 
 async def test_what_is_no_gateway_is_said(capsys: pytest.CaptureFixture[str], stack: Stack) -> None:
-    engine = stack.gateway.plane.setup.config.pools["bf16"][0]
+    engine = stack.gateway.plane.snapshot.config.pools["bf16"][0]
     for command in ("status", "top"):
         assert await tiercel(command, "--url", engine, *(["--once"] if command == "top" else [])) == 2
         assert "give --url" in capsys.readouterr().err

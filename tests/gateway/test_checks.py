@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.api.body import Body
+from gateway.proxy.body import Body
 from gateway.quality.answer import Answer
 from gateway.quality.checks import failures
 

@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 from gateway_stack import make_config
 
-from gateway.api.body import Asked
 from gateway.errors import BadRequestError
 from gateway.identity import Caller, Identities
+from gateway.proxy.body import RequestFields
 
 
 def identify(headers: dict[str, str], body: dict[str, Any]) -> Caller:
-    return Identities(make_config()).sender(headers).caller(Asked(**{"model": "assistant", **body}))
+    return Identities(make_config()).sender(headers).caller(RequestFields(**{"model": "assistant", **body}))
 
 
 @pytest.mark.parametrize(

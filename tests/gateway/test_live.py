@@ -16,7 +16,7 @@ from gateway.routing.discovery import Discovery
 async def test_the_configuration_is_swapped_whole_or_not_at_all(tmp_path: Path) -> None:
     write_variants(tmp_path)
     async with running_gateway() as stack:
-        config = stack.gateway.plane.setup.config
+        config = stack.gateway.plane.snapshot.config
         urls = {variant: list(config.replicas(variant)) for variant in config.serve}
         port = {"gateway": {"port": config.gateway.port}}
 
@@ -33,7 +33,7 @@ async def test_the_configuration_is_swapped_whole_or_not_at_all(tmp_path: Path) 
         assert (await running.read()).endswith(b"data: [DONE]\n\n"), "what runs goes on as it began"
         async with stack.post() as response:
             assert response.headers["x-tiercel-variant"] == "int8", "what comes is routed anew"
-        before = stack.gateway.plane.setup
+        before = stack.gateway.plane.snapshot
         for text, says in (
             (settings(tmp_path, urls, default_role="boss", **port), "'boss' is not a role"),
             (settings(tmp_path, urls, serve=["bf16", "int2"], pools={}, **port), "int2"),
@@ -44,10 +44,10 @@ async def test_the_configuration_is_swapped_whole_or_not_at_all(tmp_path: Path) 
             status, answer = await put(text)
             assert status == 400, text
             assert says in answer["error"]["message"]
-        assert stack.gateway.plane.setup is before
+        assert stack.gateway.plane.snapshot is before
         pools = {r.name: r for r in before.pools.replicas()}
         await put(settings(tmp_path, urls, **port))
-        now = {r.name: r for r in stack.gateway.plane.setup.pools.replicas()}
+        now = {r.name: r for r in stack.gateway.plane.snapshot.pools.replicas()}
         assert all(now[name] is pools[name] for name in pools), "replicas keep their connections"
 
         stack.gateway.metrics.demoted.labels("int8", "summarizer").set(1)
@@ -148,18 +148,20 @@ async def test_replicas_are_found_by_name_and_come_and_go(
         bf16 = stack.engines["bf16"]
 
         def names() -> list[str]:
-            return [replica.name for replica in stack.gateway.plane.setup.pools.by_variant["bf16"].replicas]
+            return [
+                replica.name for replica in stack.gateway.plane.snapshot.pools.by_variant["bf16"].replicas
+            ]
 
         async with stack.post() as response:
             assert response.status == 503, "nothing is known yet"
         async with bf16.serving(free_port, "127.0.0.2"), bf16.serving(free_port, "127.0.0.3"):
             addresses[:] = ["127.0.0.2", "127.0.0.3"]
             await eventually(lambda: names() == ["bf16-0", "bf16-1"])
-            kept = stack.gateway.plane.setup.pools.by_variant["bf16"].replicas[1]
+            kept = stack.gateway.plane.snapshot.pools.by_variant["bf16"].replicas[1]
             assert await _variant(stack, "core") == "bf16"
             addresses[:] = ["127.0.0.3"]
             await eventually(lambda: names() == ["bf16-1"])
-            assert stack.gateway.plane.setup.pools.by_variant["bf16"].replicas[0] is kept
+            assert stack.gateway.plane.snapshot.pools.by_variant["bf16"].replicas[0] is kept
             assert await _variant(stack, "core") == "bf16"
             addresses[:] = ["127.0.0.3", "127.0.0.4"]
             await eventually(lambda: names() == ["bf16-1", "bf16-0"])

@@ -20,7 +20,7 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 
 from gateway.__main__ import main
-from gateway.api.body import Body
+from gateway.proxy.body import Body
 from gateway.quality.answer import Answer
 from gateway.quality.cells import Key
 from gateway.quality.grounded import Grounded

@@ -53,7 +53,7 @@ async def test_it_says_what_every_role_runs_on_and_why() -> None:
         "core": {"budget": {"min_weight_bits": 16}},
     }
     async with running_gateway(roles=roles) as stack:
-        await eventually(lambda: stack.gateway.plane.setup.pools.by_variant["int8"].reachable)
+        await eventually(lambda: stack.gateway.plane.snapshot.pools.by_variant["int8"].reachable)
         setup = (await overview(stack))["setup"]
         classifier, core = setup["roles"]
         assert classifier["ladder"] == ["int4-kv8", "int8", "bf16"]

@@ -10,12 +10,12 @@ from gateway_stack import make_card, make_cards, make_config
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.api.body import Body
-from gateway.api.endpoints import CHAT
 from gateway.config import POLICIES as POLICY_NAMES
-from gateway.config import ConfigError, Key
+from gateway.config import ApiKey, ConfigError
 from gateway.errors import NoReplicaError, PrecisionTooLowError, UnknownModelError
 from gateway.identity import Caller
+from gateway.proxy.body import Body
+from gateway.proxy.endpoints import CHAT
 from gateway.routing.breaker import Breaker
 from gateway.routing.policies import (
     BLOCK_BYTES,
@@ -64,7 +64,7 @@ class Routing:
         )
 
     def route(
-        self, role: str, model: str = "assistant", *, session: str | None = None, key: Key | None = None
+        self, role: str, model: str = "assistant", *, session: str | None = None, key: ApiKey | None = None
     ) -> Route:
         body = Body(b'{"model": "%b", "messages": []}' % model.encode())
         return self.router.route(Caller(role, session, key), body, CHAT)
@@ -148,7 +148,7 @@ def test_precision_order() -> None:
 
 
 def test_an_explicit_variant_goes_down_to_what_the_key_allows() -> None:
-    key = Key(name="k", sha256="0" * 64, lowest="int8")
+    key = ApiKey(name="k", sha256="0" * 64, lowest="int8")
     assert make_router().route("core", "assistant:int8", key=key).variant == "int8"
     with pytest.raises(PrecisionTooLowError, match=r"than this key allows.*assistant:int8"):
         make_router().route("core", "assistant:int4-kv8", key=key)

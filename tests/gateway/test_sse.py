@@ -5,15 +5,14 @@ from __future__ import annotations
 import pytest
 
 from gateway.errors import UpstreamError
-from gateway.upstream.base import Event
-from gateway.upstream.sse import EventSplitter
+from gateway.upstream.sse import EventSplitter, ServerEvent
 
 STREAM = b': ping\n\ndata: {"a":1}\n\nevent: x\r\ndata: {"b":"\xc3\xa9"}\r\n\r\ndata:[DONE]\n\n'
 EVENTS = [
-    Event(b": ping\n\n"),
-    Event(b'data: {"a":1}\n\n', {"a": 1}),
-    Event(b'event: x\r\ndata: {"b":"\xc3\xa9"}\r\n\r\n', {"b": "é"}),
-    Event(b"data:[DONE]\n\n", done=True),
+    ServerEvent(b": ping\n\n"),
+    ServerEvent(b'data: {"a":1}\n\n', {"a": 1}),
+    ServerEvent(b'event: x\r\ndata: {"b":"\xc3\xa9"}\r\n\r\n', {"b": "é"}),
+    ServerEvent(b"data:[DONE]\n\n", done=True),
 ]
 
 

@@ -14,9 +14,9 @@ from gateway_stack import Stack, running_gateway
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gateway.api.body import CHAT_DECODER, Body, check_chat
+from gateway.proxy.body import CHAT_DECODER, Body, check_chat
+from gateway.upstream.options import OutputOptions
 from gateway.upstream.readers import NamedStreamReader, StreamReader
-from gateway.upstream.wishes import Wishes
 
 OK = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\n"
 ANSWER = json.dumps({"choices": [{"message": {"content": "hi"}}], "usage": {"completion_tokens": 1}}).encode()
@@ -100,7 +100,7 @@ async def test_whole_answers(name: str, answer: bytes, status: int) -> None:
             if status == 429:
                 assert response.headers["retry-after"] == "7"
         assert engine.requests == 1, "asked once"
-        assert all(replica.in_flight == 0 for replica in stack.gateway.plane.setup.pools.replicas())
+        assert all(replica.in_flight == 0 for replica in stack.gateway.plane.snapshot.pools.replicas())
 
 
 async def test_bytes_after_an_answer_are_nobodys() -> None:
@@ -127,7 +127,7 @@ STREAM_FAULTS = [
 @pytest.mark.parametrize(("name", "answer", "said"), STREAM_FAULTS, ids=[fault[0] for fault in STREAM_FAULTS])
 async def test_streams(name: str, answer: bytes, said: list[str], sampled: int) -> None:
     async with raw_engine(answer) as (stack, engine):
-        object.__setattr__(stack.gateway.plane.setup.ask, "_tapped_below", sampled << 32)
+        object.__setattr__(stack.gateway.plane.snapshot.ask, "_tapped_below", sampled << 32)
         async with stack.post({"stream": True}) as response:
             events = await stack.events(response)
         if response.status == 200:
@@ -156,13 +156,13 @@ def test_usage_is_cut_out_of_events_and_nothing_else_is() -> None:
     wire = b"".join(shown + usage % n + b"}\n\n" for n in (1, 2, 3))
     last = b'data: {"id":"1","choices":[]' + usage % 3 + b"}\n\n"
     for cut in range(1, len(wire), 7):
-        reader = StreamReader(Wishes(chat=True, stream=True))
+        reader = StreamReader(OutputOptions(chat=True, stream=True))
         out = reader.feed(wire[:cut], 0.0) + reader.feed(wire[cut:] + last + b"data: [DONE]\n\n", 0.0)
         assert out == (shown + b"}\n\n") * 3 + b"data: [DONE]\n\n"
         assert (reader.prompt_tokens, reader.completion_tokens, reader.done) == (5, 3, True)
-    reader = StreamReader(Wishes(chat=True, stream=True, include_usage=True))
+    reader = StreamReader(OutputOptions(chat=True, stream=True, include_usage=True))
     assert reader.feed(wire + last, 0.0) == (shown + b"}\n\n") * 3 + last
-    reader = StreamReader(Wishes(chat=True, stream=True, include_usage=True, continuous_usage=True))
+    reader = StreamReader(OutputOptions(chat=True, stream=True, include_usage=True, continuous_usage=True))
     assert reader.feed(wire, 0.0) == wire
 
 
@@ -198,7 +198,7 @@ def test_a_stream_is_read_alike_however_it_arrives(
     events: list[bytes], cuts: list[int], include_usage: bool
 ) -> None:
     def read(parts: Iterable[bytes]) -> tuple[bytes, object]:
-        reader = StreamReader(Wishes(chat=True, stream=True, include_usage=include_usage))
+        reader = StreamReader(OutputOptions(chat=True, stream=True, include_usage=include_usage))
         out = b"".join([reader.feed(part, 0.0) for part in parts])
         return out, (reader.prompt_tokens, reader.completion_tokens, reader.chunks, reader.done)
 
@@ -209,7 +209,7 @@ def test_a_stream_is_read_alike_however_it_arrives(
 
 
 def test_events_in_other_spellings_are_read_too() -> None:
-    reader = StreamReader(Wishes(chat=True, stream=True))
+    reader = StreamReader(OutputOptions(chat=True, stream=True))
     odd = (
         b': ping\r\n\r\ndata: {"usage": {"completion_tokens": 2}, "choices": [{"index": 0}], "z": 1}\r\n\r\n'
     )

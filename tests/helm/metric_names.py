@@ -10,8 +10,8 @@ import promql_parser as promql
 from prometheus_client import CollectorRegistry, Gauge
 from promql_parser import VectorSelector
 
+from gateway.telemetry.counters import Family
 from gateway.telemetry.metrics import Metrics
-from gateway.telemetry.tallies import Family
 
 ROOT = Path(__file__).resolve().parents[2]
 RULES = ROOT / "helm" / "tiercel" / "files" / "rules.yaml"

@@ -1,6 +1,6 @@
 """The data plane: every connection, every request under way, and what they share.
 
-The configuration's part of it is a ``Setup``. A new one replaces the old one whole; requests under way
+The configuration's part of it is a ``Snapshot``. A new one replaces the old one whole; requests under way
 keep the one that they began with.
 """
 
@@ -16,11 +16,11 @@ from email.utils import formatdate
 
 from starlette.types import ASGIApp
 
-from gateway.api.endpoints import ANY, ENDPOINTS
 from gateway.config import Config
 from gateway.errors import GatewayError, MethodNotAllowedError
-from gateway.exchange import Attempt, Exchange, request_id
-from gateway.hops import AskUpstream, Hop
+from gateway.proxy.endpoints import ANY, ENDPOINTS
+from gateway.proxy.exchange import Attempt, Exchange, request_id
+from gateway.proxy.hops import AskUpstream, Hop
 from gateway.quality.observe import Observed, Observer
 from gateway.routing.breaker import Clock
 from gateway.routing.pools import Pools
@@ -31,7 +31,7 @@ from gateway.telemetry.logs import EVENTS, AccessLog
 from gateway.telemetry.metrics import Metrics
 from gateway.telemetry.traces import traces
 from gateway.wire.asgi import AsgiCall
-from gateway.wire.door import STATUS_LINES, Call, Door
+from gateway.wire.client import STATUS_LINES, Call, ClientConnection
 from gateway.wire.heads import RequestHead
 from quantize.card import Card
 
@@ -43,7 +43,7 @@ _UNBUFFERED = b"cache-control: no-cache\r\nx-accel-buffering: no\r\n"
 
 
 @dataclass(frozen=True, slots=True)
-class Setup:
+class Snapshot:
     """What the configuration decides. ``before`` runs once per request, ``onward`` again when a request
     has to go elsewhere."""
 
@@ -61,17 +61,17 @@ class Setup:
 
 
 class DataPlane:
-    """The doorman of all doors."""
+    """The doorman of all clients."""
 
-    def __init__(self, setup: Setup, metrics: Metrics, latencies: Latencies, clock: Clock) -> None:
-        self.setup = setup
+    def __init__(self, snapshot: Snapshot, metrics: Metrics, latencies: Latencies, clock: Clock) -> None:
+        self.snapshot = snapshot
         self.clock = clock
         self.app: ASGIApp | None = None
         """What answers everything that is not on the hot path."""
         self.metrics = metrics
         self.latencies = latencies
         self.log = AccessLog()
-        self.doors: set[Door] = set()
+        self.clients: set[ClientConnection] = set()
         self.active: set[Exchange] = set()
         self.waiting: dict[Exchange, asyncio.Event] = {}
         """Requests that wait for a replica, the first that came first."""
@@ -87,42 +87,44 @@ class DataPlane:
 
     @property
     def max_body_bytes(self) -> int:
-        return self.setup.config.gateway.max_body_bytes
+        return self.snapshot.config.gateway.max_body_bytes
 
     @property
     def header_timeout_s(self) -> float:
-        return self.setup.config.gateway.header_timeout_s
+        return self.snapshot.config.gateway.header_timeout_s
 
     @property
     def body_timeout_s(self) -> float:
-        return self.setup.config.gateway.body_timeout_s
+        return self.snapshot.config.gateway.body_timeout_s
 
     @property
     def keep_alive_s(self) -> float:
-        return self.setup.config.gateway.keep_alive_s
+        return self.snapshot.config.gateway.keep_alive_s
 
-    def serve(self, door: Door, head: RequestHead, body: bytes) -> Call | None:
+    def serve(self, client: ClientConnection, head: RequestHead, body: bytes) -> Call | None:
         endpoint = ENDPOINTS.get(head.path)
         if endpoint is None:
             assert self.app is not None
-            return AsgiCall(self.app, door, head, body, self.date)
+            return AsgiCall(self.app, client, head, body, self.date)
         if head.method != "POST":
             error = MethodNotAllowedError(f"{head.method[:20]} {head.path}: this endpoint takes POST only.")
-            self.refuse(door, error, head, b"allow: POST\r\n")
+            self.refuse(client, error, head, b"allow: POST\r\n")
             return None
-        exchange = Exchange(self, self.setup, door, endpoint, head, body)
+        exchange = Exchange(self, self.snapshot, client, endpoint, head, body)
         self.active.add(exchange)
         if self._traces is not None:
             exchange.span = self._traces.begin(head.path, head.headers)
         exchange.start()
         return None if exchange.finished else exchange
 
-    def refuse(self, door: Door, error: GatewayError, head: RequestHead | None, more: bytes = b"") -> None:
+    def refuse(
+        self, client: ClientConnection, error: GatewayError, head: RequestHead | None, more: bytes = b""
+    ) -> None:
         endpoint = ENDPOINTS.get(head.path, ANY) if head else ANY
         self.metrics.requests.labels("other", "other", "none", str(error.status)).inc()
         identity = request_id(head.headers if head else {}).encode()
         status_line = STATUS_LINES.get(error.status) or b"HTTP/1.1 %d Error\r\n" % error.status
-        door.send_whole(
+        client.send_whole(
             b"%b%bcontent-type: application/json\r\nx-request-id: %b\r\n%b"
             % (status_line, self.date(), identity, more),
             endpoint.error_body(error),
@@ -182,7 +184,7 @@ class DataPlane:
         tapped, route = exchange.tapped, exchange.route
         if tapped is None or route is None:
             return
-        observer = exchange.setup.observer
+        observer = exchange.snapshot.observer
         if tapped.confused:
             observer.count_error("listen", route.role, route.variant)
             return
@@ -205,7 +207,7 @@ class DataPlane:
     async def sweep_forever(self) -> None:
         """End what takes too long, and write the log."""
         while True:
-            limits = self.setup.config.gateway
+            limits = self.snapshot.config.gateway
             shortest = min(
                 limits.first_byte_timeout_s,
                 limits.idle_timeout_s,
@@ -222,9 +224,9 @@ class DataPlane:
         now = self.clock()
         for exchange in tuple(self.active):
             exchange.sweep(now)
-        for door in tuple(self.doors):
-            door.sweep(time.monotonic())
-        for replica in self.setup.pools.replicas():
+        for client in tuple(self.clients):
+            client.sweep(time.monotonic())
+        for replica in self.snapshot.pools.replicas():
             replica.connections.sweep()
         self.log.flush()
 
@@ -235,6 +237,6 @@ class DataPlane:
             exchange.stop()
         if self._checks:
             await asyncio.wait(self._checks, timeout=1.0)
-        for replica in self.setup.pools.replicas():
+        for replica in self.snapshot.pools.replicas():
             replica.connections.close()
         self.log.flush()

@@ -163,7 +163,7 @@ async def test_slow_clients_are_not_waited_for() -> None:
             assert (await client.answer())[0] == 408
         async with connected(stack) as client:
             assert await client.closed(), "an idle connection"
-        await eventually(lambda: not stack.gateway.plane.doors)
+        await eventually(lambda: not stack.gateway.plane.clients)
 
 
 async def test_a_connection_that_was_idle_has_its_time_for_a_head() -> None:
@@ -192,11 +192,11 @@ async def test_random_bytes_break_nothing(stack: Stack) -> None:
                 answer = await client.reader.read()
             assert b"Traceback" not in answer
             assert not answer or answer.startswith(b"HTTP/1.1 "), raw
-    await eventually(lambda: not stack.gateway.plane.doors)
+    await eventually(lambda: not stack.gateway.plane.clients)
     assert not stack.gateway.plane.active
     async with stack.post() as response:
         assert response.status == 200
-    pools = stack.gateway.plane.setup.pools
+    pools = stack.gateway.plane.snapshot.pools
     assert all(replica.in_flight == 0 for replica in pools.replicas())
 
 
@@ -228,9 +228,9 @@ async def test_a_client_that_does_not_read_holds_the_engine_back() -> None:
             slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             slow.sendall(request(QUESTION[:-1] + b', "stream": true}'))
             await eventually(lambda: any(exchange.paused_at for exchange in active), within_s=5)
-            door = next(iter(active)).door
+            door = next(iter(active)).client
             await asyncio.sleep(0.3)
-            assert door.transport.get_write_buffer_size() < 1 << 20
+            assert client.transport.get_write_buffer_size() < 1 << 20
             async with stack.post({"model": "summarizer"}) as response:
                 assert response.status == 200, "and nobody else waits"
         await eventually(lambda: not active, within_s=5)

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-from gateway.api.body import (
+from gateway.errors import GatewayError, envelope
+from gateway.proxy.body import (
     CHAT_DECODER,
-    Asked,
     Body,
     Decoder,
+    RequestFields,
     check_anthropic,
     check_anthropic_prompt,
     check_chat,
@@ -21,7 +22,6 @@ from gateway.api.body import (
     check_prompt,
     check_responses,
 )
-from gateway.errors import GatewayError, envelope
 
 
 class Form(Enum):
@@ -43,7 +43,7 @@ class Endpoint:
     form: Form
     prompt: tuple[str, ...] = ()
     chat: bool = False
-    decoder: Decoder[Asked] | None = None
+    decoder: Decoder[RequestFields] | None = None
     """Reads and checks nearly all bodies at once; ``check`` those that it does not like."""
 
     @property

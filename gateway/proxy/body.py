@@ -31,7 +31,7 @@ class _Message(msgspec.Struct, gc=False):
     content: str | list[_Part] | None = None
 
 
-class Asked(msgspec.Struct):
+class RequestFields(msgspec.Struct):
     """The fields that the gateway itself depends on, found in one pass over the bytes."""
 
     model: Annotated[str, msgspec.Meta(min_length=1)]
@@ -49,7 +49,7 @@ class Asked(msgspec.Struct):
     cache_salt: Any = UNSET
 
 
-class AskedChat(Asked, kw_only=True):
+class ChatFields(RequestFields, kw_only=True):
     messages: Annotated[list[_Message], msgspec.Meta(min_length=1)]
     logprobs: bool | msgspec.UnsetType | None = UNSET
     top_logprobs: Annotated[int, msgspec.Meta(ge=-1)] | msgspec.UnsetType | None = UNSET
@@ -57,17 +57,20 @@ class AskedChat(Asked, kw_only=True):
 
 Decoder = msgspec.json.Decoder
 _FIELDS = Decoder(dict[str, msgspec.Raw])
-CHAT_DECODER: Decoder[Asked] = Decoder(AskedChat)
-DECODER = Decoder(Asked)
+CHAT_DECODER: Decoder[RequestFields] = Decoder(ChatFields)
+DECODER = Decoder(RequestFields)
 
 
 class Body:
     """A JSON object by its first-level fields, and what is ``asked`` in those that matter here."""
 
-    __slots__ = ("_all", "_raw", "_values", "asked")
+    __slots__ = ("_all", "_raw", "_values", "fields")
 
     def __init__(
-        self, raw: bytes, check: Callable[[Body], None] | None = None, decoder: Decoder[Asked] | None = None
+        self,
+        raw: bytes,
+        check: Callable[[Body], None] | None = None,
+        decoder: Decoder[RequestFields] | None = None,
     ) -> None:
         """``decoder`` reads ``asked`` and accepts only what is right; ``check`` is run where it does not, or
         where there is none, and says what is wrong in words. Raises BadRequestError."""
@@ -76,7 +79,7 @@ class Body:
         self._values: dict[str, Any] = {}
         if decoder is not None:
             try:
-                self.asked = decoder.decode(raw)
+                self.fields = decoder.decode(raw)
                 if not raw.isascii():
                     raw.decode()
                 return
@@ -84,8 +87,8 @@ class Body:
                 pass
         if check is not None:
             check(self)
-        given = {field: self.get(field) for field in Asked.__struct_fields__ if field in self}
-        self.asked = Asked(**{"model": "", **given})
+        given = {field: self.get(field) for field in RequestFields.__struct_fields__ if field in self}
+        self.fields = RequestFields(**{"model": "", **given})
 
     @property
     def size(self) -> int:
@@ -133,8 +136,8 @@ class Body:
         raw, tail = self._raw, b""
         for name, value in changes.items():
             if name == "model":
-                replaced = _with_model(raw, self.asked.model, value)
-            elif getattr(self.asked, name) is UNSET and raw.endswith(b"}"):
+                replaced = _with_model(raw, self.fields.model, value)
+            elif getattr(self.fields, name) is UNSET and raw.endswith(b"}"):
                 tail += b',"%b":%b' % (name.encode(), value)
                 continue
             else:

@@ -6,17 +6,17 @@ import zlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from gateway.api.body import Body
-from gateway.api.endpoints import Form
 from gateway.config import Config
 from gateway.errors import BadRequestError, NeverReachedError
-from gateway.exchange import Attempt, Exchange
 from gateway.identity import Identities
+from gateway.proxy.body import Body
+from gateway.proxy.endpoints import Form
+from gateway.proxy.exchange import Attempt, Exchange
 from gateway.routing.pools import PROVIDER, Replica
 from gateway.routing.router import Reason, Router
+from gateway.upstream.options import STREAM, OutputOptions
 from gateway.upstream.readers import NamedStreamReader, Reader, StreamReader, TappedReader, WholeReader
 from gateway.upstream.vllm import EngineAttempt, request_for
-from gateway.upstream.wishes import STREAM, Wishes
 
 if TYPE_CHECKING:
     from gateway.upstream.litellm import LiteLLM
@@ -45,12 +45,12 @@ class Identify:
                 "content-type: send the header `content-type: application/json`", param="content-type"
             )
         body = exchange.body = Body(exchange.raw, endpoint.check, endpoint.decoder)
-        asked = body.asked
+        asked = body.fields
         exchange.model = asked.model
         if endpoint.form is Form.COMPLETIONS:
-            exchange.wishes = Wishes.of(asked, chat=endpoint.chat)
+            exchange.options = OutputOptions.of(asked, chat=endpoint.chat)
         elif endpoint.form is not Form.PLAIN and asked.stream:
-            exchange.wishes = STREAM
+            exchange.options = STREAM
         exchange.caller = sender.caller(asked)
 
 
@@ -114,7 +114,7 @@ class AskUpstream:
             return False
         if exchange.escalated or route.reason is Reason.EXPLICIT_VARIANT:
             return False
-        why = exchange.setup.observer.insufficient(route.role, exchange.body, tapped.answer)
+        why = exchange.snapshot.observer.insufficient(route.role, exchange.body, tapped.answer)
         if not self._escalations.allows(route.role, why is not None) or why is None:
             return False
         higher = self._router.higher(route)
@@ -130,16 +130,16 @@ class AskUpstream:
         return True
 
     def _reader(self, exchange: Exchange) -> Reader:
-        wishes, endpoint = exchange.wishes, exchange.endpoint
+        options, endpoint = exchange.options, exchange.endpoint
         if endpoint.form is not Form.COMPLETIONS:
-            return NamedStreamReader() if wishes.stream else WholeReader()
+            return NamedStreamReader() if options.stream else WholeReader()
         if exchange.model in self._adapters:
-            return StreamReader(wishes) if wishes.stream else WholeReader()
-        if not wishes.stream and exchange.caller and exchange.caller.role in self.escalates:
-            return TappedReader(wishes)
+            return StreamReader(options) if options.stream else WholeReader()
+        if not options.stream and exchange.caller and exchange.caller.role in self.escalates:
+            return TappedReader(options)
         if self._tapped_below and sampled(exchange.request_id, self._tapped_below):
-            return TappedReader(wishes)
-        return StreamReader(wishes) if wishes.stream else WholeReader()
+            return TappedReader(options)
+        return StreamReader(options) if options.stream else WholeReader()
 
     def _ask(self, exchange: Exchange, replica: Replica, work: float = 0.0) -> None:
         attempt = EngineAttempt(exchange, replica, request_for(exchange, replica), work)

@@ -17,7 +17,7 @@ from prometheus_client.utils import floatToGoString
 Labels = tuple[str, ...]
 
 
-class Count:
+class Counter:
     """One counter of a family."""
 
     __slots__ = ("value",)
@@ -35,7 +35,7 @@ class Count:
         self.value += dumped[0]
 
 
-class Spread:
+class Histogram:
     """One histogram of a family. ``counts`` has one element per bucket, the last for what is above all."""
 
     __slots__ = ("bounds", "counts", "total")
@@ -57,7 +57,7 @@ class Spread:
         self.total += dumped[-1]
 
 
-One = TypeVar("One", Count, Spread)
+One = TypeVar("One", Counter, Histogram)
 
 
 class Family(Collector, Generic[One]):
@@ -108,20 +108,20 @@ class Family(Collector, Generic[One]):
         raise NotImplementedError
 
 
-class Counts(Family[Count]):
+class CounterFamily(Family[Counter]):
     """A counter; ``name`` ends with ``_total``."""
 
-    def make(self) -> Count:
-        return Count()
+    def make(self) -> Counter:
+        return Counter()
 
     def _metric(self) -> CounterMetricFamily:
         return CounterMetricFamily(self.name, self.text, labels=self.label_names)
 
-    def _show(self, metric: CounterMetricFamily, labels: Labels, child: Count) -> None:
+    def _show(self, metric: CounterMetricFamily, labels: Labels, child: Counter) -> None:
         metric.add_metric(labels, child.value)
 
 
-class Spreads(Family[Spread]):
+class HistogramFamily(Family[Histogram]):
     """A histogram with the given upper bounds of its buckets."""
 
     def __init__(
@@ -135,13 +135,13 @@ class Spreads(Family[Spread]):
         self.bounds = bounds
         super().__init__(name, text, label_names, registry)
 
-    def make(self) -> Spread:
-        return Spread(self.bounds)
+    def make(self) -> Histogram:
+        return Histogram(self.bounds)
 
     def _metric(self) -> HistogramMetricFamily:
         return HistogramMetricFamily(self.name, self.text, labels=self.label_names)
 
-    def _show(self, metric: HistogramMetricFamily, labels: Labels, child: Spread) -> None:
+    def _show(self, metric: HistogramMetricFamily, labels: Labels, child: Histogram) -> None:
         buckets, so_far = [], 0.0
         for bound, count in zip((*child.bounds, float("inf")), child.counts, strict=True):
             so_far += count

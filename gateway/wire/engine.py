@@ -17,7 +17,7 @@ FRESH_S = 4.0
 MOST_IDLE = 4096
 
 
-class Asker(Protocol):
+class ResponseHandler(Protocol):
     """Who waits for an answer. After ``whole``, ``ended`` or ``lost`` nothing more is called."""
 
     def whole(self, head: AnswerHead, body: bytes) -> None:
@@ -40,12 +40,12 @@ class EngineConnection(asyncio.Protocol):
     __slots__ = ("_asker", "_body", "_data", "_head", "_kept", "idle_since", "pool", "stream", "transport")
     transport: asyncio.Transport
 
-    def __init__(self, pool: EnginePool) -> None:
+    def __init__(self, pool: ConnectionPool) -> None:
         self.pool = pool
         self.idle_since = 0.0
         self.stream: Callable[[bytes], None] | None = None
         """Who takes the parts of a stream, once that has begun; set by the asker."""
-        self._asker: Asker | None = None
+        self._asker: ResponseHandler | None = None
         self._head: AnswerHead | None = None
         self._body: Body | None = None
         self._data = b""
@@ -54,7 +54,7 @@ class EngineConnection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)
 
-    def ask(self, asker: Asker, request: bytes) -> None:
+    def ask(self, asker: ResponseHandler, request: bytes) -> None:
         """Send a request; ``asker`` hears of the answer."""
         self._asker = asker
         self._head = None
@@ -116,7 +116,7 @@ class EngineConnection(asyncio.Protocol):
             raise ValueError("a head that never ends")
         self._data = data
 
-    def _begin(self, data: bytes, end: int, head: AnswerHead, asker: Asker) -> bytes:
+    def _begin(self, data: bytes, end: int, head: AnswerHead, asker: ResponseHandler) -> bytes:
         """What follows the head; those of preliminary answers are read over."""
         data = data[end + 4 :]
         while head.status < 200:
@@ -132,7 +132,7 @@ class EngineConnection(asyncio.Protocol):
         asker.began(head)
         return data
 
-    def _read_body(self, data: bytes, asker: Asker) -> None:
+    def _read_body(self, data: bytes, asker: ResponseHandler) -> None:
         body = self._body
         assert body is not None
         if data and not body.done:
@@ -143,7 +143,7 @@ class EngineConnection(asyncio.Protocol):
         if body.done and self._asker is not None:
             self._end(asker, bool(body.rest or data))
 
-    def _end(self, asker: Asker, more: bool) -> None:
+    def _end(self, asker: ResponseHandler, more: bool) -> None:
         """``more``: bytes have come that no request asked for, which makes the connection unusable."""
         assert self._head is not None
         self._asker = self.stream = None
@@ -176,7 +176,7 @@ class EngineConnection(asyncio.Protocol):
             asker.lost(why, untouched=self._kept and self._head is None and not self._data)
 
 
-class EnginePool:
+class ConnectionPool:
     """Connections to one engine, by its base URL."""
 
     def __init__(self, url: str, connect_timeout_s: float) -> None:

@@ -1,4 +1,4 @@
-"""The door: one client's connection, from its bytes to its answers.
+"""The client: one client's connection, from its bytes to its answers.
 
 One state machine. HEAD: reading a request's head, or waiting for one. BODY: reading its body. ANSWERING:
 a call has it; what the client sends meanwhile waits (pipelining). DISCARDING: the answer is sent and the
@@ -38,7 +38,7 @@ class State(enum.Enum):
 
 
 class Call(Protocol):
-    """A request that is being answered. It ends by ``Door.send_whole`` or ``Door.end``."""
+    """A request that is being answered. It ends by the connection's ``send_whole`` or ``end``."""
 
     def abandon(self) -> None:
         """The client is away."""
@@ -49,10 +49,10 @@ class Call(Protocol):
     def resume(self) -> None: ...
 
 
-class Doorman(Protocol):
-    """What stands behind the doors."""
+class RequestHandler(Protocol):
+    """What stands behind the clients."""
 
-    doors: set[Door]
+    clients: set[ClientConnection]
     stopping: bool
 
     @property
@@ -67,21 +67,21 @@ class Doorman(Protocol):
     @property
     def keep_alive_s(self) -> float: ...
 
-    def serve(self, door: Door, head: RequestHead, body: bytes) -> Call | None:
+    def serve(self, client: ClientConnection, head: RequestHead, body: bytes) -> Call | None:
         """Begin to answer. None when the answer has been sent already."""
 
-    def refuse(self, door: Door, error: GatewayError, head: RequestHead | None) -> None:
+    def refuse(self, client: ClientConnection, error: GatewayError, head: RequestHead | None) -> None:
         """Answer a request that cannot be read, by ``send_whole``."""
 
 
-class Door(asyncio.Protocol):
+class ClientConnection(asyncio.Protocol):
     __slots__ = (
         "_advancing",
         "_body",
         "_closing",
         "_data",
         "_discarded",
-        "_doorman",
+        "_handler",
         "_head",
         "_keep_alive",
         "_max_body",
@@ -101,8 +101,8 @@ class Door(asyncio.Protocol):
     )
     transport: asyncio.Transport
 
-    def __init__(self, doorman: Doorman, connections: set[Door] | None = None) -> None:
-        self._doorman = doorman
+    def __init__(self, doorman: RequestHandler, connections: set[ClientConnection] | None = None) -> None:
+        self._handler = doorman
         self.connections = connections
         """The server's own set, by which it knows when all are gone."""
         self.state = State.HEAD
@@ -132,13 +132,13 @@ class Door(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)
         self.since = monotonic()
-        self._doorman.doors.add(self)
+        self._handler.clients.add(self)
         if self.connections is not None:
             self.connections.add(self)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._closing = True
-        self._doorman.doors.discard(self)
+        self._handler.clients.discard(self)
         if self.connections is not None:
             self.connections.discard(self)
         if self.call is not None:
@@ -151,7 +151,7 @@ class Door(asyncio.Protocol):
         state = self.state
         if state is State.DISCARDING:
             self._discarded += len(data)
-            if self._discarded > self._doorman.max_body_bytes * DISCARD_FACTOR:
+            if self._discarded > self._handler.max_body_bytes * DISCARD_FACTOR:
                 self.transport.abort()
             return
         if self._data:
@@ -241,7 +241,7 @@ class Door(asyncio.Protocol):
         self._prefix = b""
         if head.length > 0 and not head.waits_for_continue:
             self._remember(data[: end + 4])
-        self._keep_alive = head.keep_alive and not self._doorman.stopping
+        self._keep_alive = head.keep_alive and not self._handler.stopping
         self.old = head.http_1_0
         self._data = data[end + 4 :]
         self._take_body(head)
@@ -253,11 +253,11 @@ class Door(asyncio.Protocol):
         at = _LENGTH.search(head)
         if at is not None:
             self._prefix, self._suffix = head[: at.start(1)], head[at.end(1) :]
-            self._max_body = self._doorman.max_body_bytes
+            self._max_body = self._handler.max_body_bytes
 
     def _take_body(self, head: RequestHead) -> None:
         length = head.length
-        if 0 <= length <= len(self._data) and length <= self._doorman.max_body_bytes:
+        if 0 <= length <= len(self._data) and length <= self._handler.max_body_bytes:
             body = self._data[:length]
             self._data = self._data[length:]
             self._begin(head, body)
@@ -265,7 +265,7 @@ class Door(asyncio.Protocol):
             self._await_body(head)
 
     def _await_body(self, head: RequestHead) -> None:
-        if head.length != CHUNKED and head.length > self._doorman.max_body_bytes:
+        if head.length != CHUNKED and head.length > self._handler.max_body_bytes:
             raise self._too_large()
         self._body = body_of(head.length)
         self._parts, self._size = [], 0
@@ -285,7 +285,7 @@ class Door(asyncio.Protocol):
         self._size += len(part)
         self._parts.append(part)
         self.since = monotonic()
-        if self._size > self._doorman.max_body_bytes:
+        if self._size > self._handler.max_body_bytes:
             raise self._too_large()
         if not self._body.done:
             self._data = b""
@@ -297,12 +297,12 @@ class Door(asyncio.Protocol):
         return True
 
     def _too_large(self) -> BodyTooLargeError:
-        limit = self._doorman.max_body_bytes
+        limit = self._handler.max_body_bytes
         return BodyTooLargeError(f"The body is larger than the limit of {limit} bytes; send less context.")
 
     def _begin(self, head: RequestHead, body: bytes) -> None:
         self.state = State.ANSWERING
-        call = self._doorman.serve(self, head, body)
+        call = self._handler.serve(self, head, body)
         if self.state is State.ANSWERING:
             self.call = call
             if self._paused and call is not None:  # it has not read the answer before this one yet
@@ -313,19 +313,19 @@ class Door(asyncio.Protocol):
         self._keep_alive = False
         self._refused = True
         self.state = State.ANSWERING
-        self._doorman.refuse(self, error, self._head)
+        self._handler.refuse(self, error, self._head)
 
     def sweep(self, now: float) -> None:
         """Called from time to time: end what takes too long."""
         waited = now - self.since
         if self.state is State.HEAD:
             if self._data:
-                if waited > self._doorman.header_timeout_s:
+                if waited > self._handler.header_timeout_s:
                     self.refuse(RequestTimeoutError("The head of the request did not come in time."))
-            elif waited > self._doorman.keep_alive_s:
+            elif waited > self._handler.keep_alive_s:
                 self.transport.close()
         elif self.state is State.BODY:
-            if waited > self._doorman.body_timeout_s:
+            if waited > self._handler.body_timeout_s:
                 self.refuse(RequestTimeoutError("The body of the request did not come in time."))
         elif self.state is State.DISCARDING and waited > DISCARD_S:
             self.transport.abort()

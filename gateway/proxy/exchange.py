@@ -1,6 +1,6 @@
 """One request on its way: what the hops decide, the attempts at answering it, and how it went.
 
-It is the ``Call`` of its door. The hops run one after the other without waiting; what an engine sends is
+It is the ``Call`` of its client. The hops run one after the other without waiting; what an engine sends is
 then read and handed to the client part by part, as it comes. Where something has to be waited for (a
 connection, a replica, a provider) a task does that and goes on from there.
 """
@@ -16,8 +16,6 @@ import re
 from collections.abc import Coroutine, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
-from gateway.api.body import EMPTY, Body
-from gateway.api.endpoints import Endpoint
 from gateway.errors import (
     ClientGoneError,
     GatewayError,
@@ -28,18 +26,20 @@ from gateway.errors import (
     UpstreamTimeoutError,
 )
 from gateway.identity import Caller
+from gateway.proxy.body import EMPTY, Body
+from gateway.proxy.endpoints import Endpoint
 from gateway.routing.pools import Replica
 from gateway.routing.router import Route
 from gateway.telemetry.logs import EVENTS
+from gateway.upstream.options import WHOLE, OutputOptions
 from gateway.upstream.readers import Reader, TappedReader
-from gateway.upstream.wishes import WHOLE, Wishes
-from gateway.wire.door import STATUS_LINES, Door
+from gateway.wire.client import STATUS_LINES, ClientConnection
 from gateway.wire.heads import RequestHead
 
 if TYPE_CHECKING:
     from opentelemetry.trace import Span
 
-    from gateway.plane import DataPlane, Setup
+    from gateway.proxy.plane import DataPlane, Snapshot
 
 _SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _ID_PREFIX = os.urandom(10).hex()
@@ -69,7 +69,7 @@ class Exchange:
     model = ""
     """As the client named it."""
     # what the hops decide
-    wishes: Wishes = WHOLE
+    options: OutputOptions = WHOLE
     caller: Caller | None = None
     route: Route | None = None
     reader: Reader | None = None
@@ -104,11 +104,17 @@ class Exchange:
     """Seconds of our own work so far."""
 
     def __init__(
-        self, plane: DataPlane, setup: Setup, door: Door, endpoint: Endpoint, head: RequestHead, raw: bytes
+        self,
+        plane: DataPlane,
+        snapshot: Snapshot,
+        client: ClientConnection,
+        endpoint: Endpoint,
+        head: RequestHead,
+        raw: bytes,
     ) -> None:
         self.plane = plane
-        self.setup = setup
-        self.door = door
+        self.snapshot = snapshot
+        self.client = client
         self.endpoint = endpoint
         self.head = head
         self.raw = raw
@@ -122,7 +128,7 @@ class Exchange:
     def start(self) -> None:
         """Run the hops."""
         try:
-            for hop in self.setup.before:
+            for hop in self.snapshot.before:
                 hop(self)
             self.go_on()
         except GatewayError as error:
@@ -180,12 +186,12 @@ class Exchange:
             self.plane.waiting.pop(self, None)
 
     def _onward(self) -> None:
-        for hop in self.setup.onward:
+        for hop in self.snapshot.onward:
             hop(self)
 
     def _patience(self) -> float:
         role = self.caller.role if self.caller else None
-        return self.setup.config.roles[role].wait_s if role else 0.0
+        return self.snapshot.config.roles[role].wait_s if role else 0.0
 
     # what attempts report
 
@@ -201,14 +207,14 @@ class Exchange:
             assert self.reader
             out = self.reader.feed(body, now)
             breaker = attempt.replica.breaker
-            if not breaker.calm:
+            if not breaker.no_failures:
                 breaker.answered()
-            if self.setup.ask.escalates and self.setup.ask.escalate(self, attempt):
+            if self.snapshot.ask.escalates and self.snapshot.ask.escalate(self, attempt):
                 self.overhead_s += self.plane.clock() - now
                 return
             self.begun = True
             self.overhead_s += self.plane.clock() - now
-            self.door.send_whole(self.answer_head(200, b"application/json"), out)
+            self.client.send_whole(self.answer_head(200, b"application/json"), out)
             self._finish()
         except GatewayError as error:
             self.fail(error)
@@ -236,13 +242,13 @@ class Exchange:
                 else:
                     self.gaps.append(now - self.last_at)
                 self.last_at = now
-                if self.begun and not self.door.old:
-                    self.door.transport.write(b"%x\r\n%b\r\n" % (len(out), out))
+                if self.begun and not self.client.old:
+                    self.client.transport.write(b"%x\r\n%b\r\n" % (len(out), out))
                 elif self.begun:
-                    self.door.send(out)
+                    self.client.send(out)
                 else:
                     self.begun = True
-                    self.door.begin(self.plane.stream_head(self), out)
+                    self.client.begin(self.plane.stream_head(self), out)
         except GatewayError as error:
             self.fail(error)
         except Exception as error:
@@ -265,8 +271,8 @@ class Exchange:
         if self.reader and self.reader.done:
             attempt.replica.breaker.answered()
             if not self.begun:
-                self.door.begin(self.plane.stream_head(self), b"")
-            self.door.end()
+                self.client.begin(self.plane.stream_head(self), b"")
+            self.client.end()
             self._finish()
         else:
             attempt.replica.breaker.answer_broke()
@@ -279,7 +285,7 @@ class Exchange:
         if not self.finished and not self.attempts:
             self.fail(error)
 
-    # what the door reports
+    # what the client reports
 
     def abandon(self) -> None:
         self.fail(ClientGoneError("The client closed the connection."))
@@ -297,7 +303,7 @@ class Exchange:
 
     def sweep(self, now: float) -> None:
         """Called from time to time: end what takes too long."""
-        limits = self.setup.config.gateway
+        limits = self.snapshot.config.gateway
         if now - self.received > limits.total_timeout_s:
             self._time_out(f"The answer took longer than {limits.total_timeout_s:g} s.")
         elif self.paused_at is not None:
@@ -328,16 +334,16 @@ class Exchange:
         self.error = error
         gone = isinstance(error, ClientGoneError)
         if self.begun and not gone:
-            self.door.end(self.endpoint.error_event(error))
+            self.client.end(self.endpoint.error_event(error))
         elif not gone:
             head = self.answer_head(error.status, b"application/json")
             if error.retry_after_s is not None:
                 head += b"retry-after: %d\r\n" % error.retry_after_s
             if error.status == 401:
                 head += b"www-authenticate: Bearer\r\n"
-            self.door.send_whole(head, self.endpoint.error_body(error))
+            self.client.send_whole(head, self.endpoint.error_body(error))
         elif self.paused_at is not None:
-            self.door.abort()
+            self.client.abort()
         self._finish()
 
     def answer_head(self, status: int, content_type: bytes) -> bytes:

@@ -1,0 +1,39 @@
+"""The one YAML file that everything is configured by, validated into frozen models: a file per section.
+
+Relative paths are relative to the file's own directory. An unknown key, a wrong type or a name that
+refers to nothing is a ConfigError whose text gives the key, the value and the fix.
+"""
+
+from gateway.config.access import Adapter, ApiKey, Provider
+from gateway.config.engine import Engine
+from gateway.config.file import Config
+from gateway.config.gateway import POLICIES, Cost, GatewaySettings
+from gateway.config.load import load_config, parse_config
+from gateway.config.model import Model
+from gateway.config.quality import Quality
+from gateway.config.roles import Canary, RoleSettings, WhenFull
+from gateway.config.section import ConfigError, is_loopback
+from gateway.config.watch import WATCHED, Judge, WatchSettings
+
+__all__ = [
+    "POLICIES",
+    "WATCHED",
+    "Adapter",
+    "ApiKey",
+    "Canary",
+    "Config",
+    "ConfigError",
+    "Cost",
+    "Engine",
+    "GatewaySettings",
+    "Judge",
+    "Model",
+    "Provider",
+    "Quality",
+    "RoleSettings",
+    "WatchSettings",
+    "WhenFull",
+    "is_loopback",
+    "load_config",
+    "parse_config",
+]

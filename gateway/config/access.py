@@ -1,0 +1,40 @@
+"""Keys, adapters and providers: who may ask, and what beside the base model may be asked."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from gateway.config.section import Section
+
+
+class ApiKey(Section):
+    """An API key: whose it is, and what it may do. Only its hash is kept here."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    sha256: str = Field(
+        pattern=r"^[0-9a-f]{64}$", description="of the key; `tiercel keys new` makes one and prints it"
+    )
+    tenant: str = Field(default="", description="whose prefix cache is kept apart; empty: everybody's")
+    roles: tuple[str, ...] = Field(default=(), description="roles it may use; empty: all")
+    models: tuple[str, ...] = Field(default=(), description="models it may use; empty: all")
+    role: str | None = Field(default=None, description="the role of all its requests")
+    default_role: str | None = Field(default=None, description="the role of requests that name none")
+    lowest: str | None = Field(default=None, description="the least precise variant it may ask for")
+    admin: bool = False
+
+
+class Adapter(Section):
+    """A LoRA adapter that engines know by this name (vLLM's ``--lora-modules``)."""
+
+    variants: tuple[str, ...] = Field(
+        default=(), description="whose engines have it; empty: all that are served"
+    )
+
+
+class Provider(Section):
+    """A model that does not run on a pool of ours; LiteLLM reaches it."""
+
+    model: str = Field(description="the id that clients ask for")
+    litellm_model: str = Field(description="LiteLLM's name, such as openai/gpt-4o or ollama/llama3")
+    api_base: str | None = None
+    api_key_env: str | None = Field(default=None, description="environment variable that holds the key")

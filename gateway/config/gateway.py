@@ -1,0 +1,70 @@
+"""Where the gateway listens, and its limits."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+
+from pydantic import Field, field_validator, model_validator
+
+from gateway.config.section import Section, is_loopback
+
+POLICIES = ("round_robin", "least_in_flight", "least_load", "session_affinity", "prefix_aware")
+
+
+class Cost(StrEnum):
+    """What makes a variant cheap."""
+
+    MEMORY = "memory"
+    MEMORY_TIME = "memory_time"
+
+
+class GatewaySettings(Section):
+    """Where the gateway listens, and its limits."""
+
+    host: str = "127.0.0.1"
+    port: int = Field(default=8080, ge=1, le=65535)
+    max_body_bytes: int = Field(default=8 << 20, ge=1024)
+    connect_timeout_s: float = Field(default=2.0, gt=0)
+    first_byte_timeout_s: float = Field(
+        default=120.0, gt=0, description="for an answer that is not streamed this is the whole answer"
+    )
+    idle_timeout_s: float = Field(default=60.0, gt=0, description="longest silence within a stream")
+    total_timeout_s: float = Field(default=3600.0, gt=0, description="longest time for one answer")
+    header_timeout_s: float = Field(default=10.0, gt=0, description="for the head of a request to come")
+    body_timeout_s: float = Field(default=30.0, gt=0, description="longest silence within a request's body")
+    keep_alive_s: float = Field(default=75.0, gt=0, description="an idle client connection is closed then")
+    policy: str = Field(default="prefix_aware", description="how a replica is chosen within a pool")
+    cost: Cost = Field(
+        default=Cost.MEMORY,
+        description="by what the cheapest variant is chosen: memory (bytes with a busy KV cache), or "
+        "memory_time (those bytes times the seconds that its engine took for a token, by its card)",
+    )
+    max_in_flight: int | None = Field(default=None, ge=1, description="requests at a replica at a time")
+    workers: int = Field(default=1, ge=1, le=64, description="processes that share the port")
+    tls_certificate: Path | None = Field(default=None, description="PEM file; with tls_key: HTTPS")
+    tls_key: Path | None = None
+    access_log: bool = Field(default=True, description="a line per request; errors are logged anyway")
+    scrape_interval_s: float = Field(default=2.0, gt=0, description="how often engine metrics are read")
+    health_interval_s: float = Field(default=1.0, gt=0, description="how often replicas are probed")
+    shutdown_timeout_s: float = Field(
+        default=20.0, gt=0, description="longest wait for running requests when the gateway stops"
+    )
+
+    @field_validator("policy")
+    @classmethod
+    def _known_policy(cls, policy: str) -> str:
+        if policy not in POLICIES:
+            raise ValueError(f"{policy!r} is not a policy; use one of: {', '.join(POLICIES)}")
+        return policy
+
+    @model_validator(mode="after")
+    def _both_or_none(self) -> GatewaySettings:
+        if (self.tls_certificate is None) != (self.tls_key is None):
+            raise ValueError("tls_certificate and tls_key belong together; give both or none")
+        return self
+
+    @property
+    def loopback(self) -> bool:
+        """Whether only this machine can reach it."""
+        return is_loopback(self.host)

@@ -1,0 +1,107 @@
+"""From YAML to a configuration, or to a sentence that says what is wrong with it."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from gateway.config.file import Config, names_of
+from gateway.config.section import ConfigError
+
+
+def load_config(path: Path) -> Config:
+    """Read and validate the YAML at ``path``. Raises ConfigError."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise ConfigError(f"{path} does not exist; give the configuration with --config FILE") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}; give a readable YAML file") from None
+    return parse_config(text, str(path), path.resolve().parent)
+
+
+def parse_config(text: str, source: str, directory: Path) -> Config:
+    """Validate YAML. ``source`` is what errors call it; relative paths are relative to ``directory``.
+    Raises ConfigError."""
+    try:
+        raw = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{source} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{source} must be a mapping of settings, got {type(raw).__name__}")
+    try:
+        config = Config.model_validate(raw)
+    except ValidationError as error:
+        raise ConfigError(f"{source}: " + "; ".join(_explain(item) for item in error.errors())) from None
+    return _absolute(config, directory)
+
+
+def _explain(item: Any) -> str:
+    """One pydantic error as a sentence: key, value, fix."""
+    key = ".".join(str(part) for part in item["loc"])
+    if item["type"] == "extra_forbidden":
+        known = _keys_at(item["loc"][:-1])
+        close = difflib.get_close_matches(str(item["loc"][-1]), known, n=1)
+        fix = f"did you mean {close[0]!r}?" if close else f"known keys: {names_of(known)}"
+        return f"{key}: unknown key; {fix}"
+    if item["type"] == "missing":
+        return f"{key}: is required; add it"
+    message = item["msg"].removeprefix("Value error, ")
+    if item["type"] == "value_error":
+        return message if not key else f"{key}: {message}"
+    return f"{key}: {message}, got {item['input']!r}"
+
+
+def _keys_at(location: tuple[int | str, ...]) -> list[str]:
+    """The keys that are allowed at a place of the file."""
+    here: Any = Config
+    for part in location:
+        if isinstance(here, type) and issubclass(here, BaseModel) and part in here.model_fields:
+            here = here.model_fields[str(part)].annotation
+            here = next(
+                (
+                    a
+                    for a in getattr(here, "__args__", ())
+                    if isinstance(a, type) and issubclass(a, BaseModel)
+                ),
+                here,
+            )
+    if isinstance(here, type) and issubclass(here, BaseModel):
+        return list(here.model_fields)
+    return []
+
+
+def _absolute(config: Config, base: Path) -> Config:
+    """The same configuration with every path absolute."""
+
+    def at(path: Path | None) -> Path | None:
+        return None if path is None else base / path
+
+    roles = {
+        name: role.model_copy(update={"tasks": at(role.tasks), "long_context": at(role.long_context)})
+        for name, role in config.roles.items()
+    }
+    python = config.engine.python or Path(".venv-engine/bin/python")
+    absolute = config.model_copy(
+        update={
+            "model": config.model.model_copy(update={"path": at(config.model.path)}),
+            "variants_dir": at(config.variants_dir),
+            "calibration": at(config.calibration),
+            "quality": config.quality.model_copy(update={"classifier": at(config.quality.classifier)}),
+            "run_dir": at(config.run_dir),
+            "engine": config.engine.model_copy(update={"python": at(python)}),
+            "roles": roles,
+            "gateway": config.gateway.model_copy(
+                update={
+                    "tls_certificate": at(config.gateway.tls_certificate),
+                    "tls_key": at(config.gateway.tls_key),
+                }
+            ),
+        }
+    )
+    absolute._directory = base
+    return absolute

@@ -1,0 +1,82 @@
+"""Roles: what agents do, and the quality they need."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+
+from pydantic import Field, field_validator, model_validator
+
+from gateway.config.section import Section
+from gateway.config.watch import WATCHED
+from quantize.gate import QualityBudget
+
+
+class WhenFull(StrEnum):
+    """What becomes of a request when every replica of its variant is full."""
+
+    RAISE = "raise"
+    """A more precise variant takes it."""
+    QUEUE = "queue"
+    """It waits for a replica of this variant, up to ``wait_s``."""
+    REFUSE = "refuse"
+
+
+class Canary(Section):
+    """A share of a role's sessions that another variant serves."""
+
+    variant: str
+    percent: float = Field(ge=0, le=100)
+
+
+class RoleSettings(Section):
+    """What an agent does, and the quality it needs."""
+
+    budget: QualityBudget = QualityBudget()
+    agents: tuple[str, ...] = Field(default=(), description="agent names that mean this role")
+    grounded: bool = Field(default=False, description="check answers against the conversation's context")
+    tasks: Path | None = Field(default=None, description="JSON Lines of held-out items for the gate")
+    long_context: Path | None = Field(
+        default=None, description="the same with prompts that fill the context, judged apart from tasks"
+    )
+
+    when_full: WhenFull = WhenFull.RAISE
+    wait_s: float = Field(
+        default=0.0, ge=0, description="how long a request may wait for a replica that starts or is full"
+    )
+    hedge: bool = Field(
+        default=False, description="ask a second replica when the first is slower than 95 % of answers"
+    )
+    canary: Canary | None = None
+    escalate: bool = Field(
+        default=False,
+        description="an answer that is not streamed and fails a check is asked of the next higher precision",
+    )
+    confidence: float | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description="with escalate: also when the tokens' geometric mean probability is below this",
+    )
+    rates: dict[str, tuple[float, float]] = Field(
+        default_factory=dict,
+        description="check of the watch to the share of bad answers that is tolerated, and that alarms",
+    )
+
+    @field_validator("rates")
+    @classmethod
+    def _are_rates(cls, rates: dict[str, tuple[float, float]]) -> dict[str, tuple[float, float]]:
+        for check, (tolerated, alarming) in rates.items():
+            if check not in WATCHED:
+                raise ValueError(f"{check!r} is not a check; known: {', '.join(WATCHED)}")
+            if not 0 < tolerated < alarming < 1:
+                raise ValueError(
+                    f"{check}: [{tolerated}, {alarming}] must be two shares, the lower one first"
+                )
+        return rates
+
+    @model_validator(mode="after")
+    def _has_tasks_too(self) -> RoleSettings:
+        if self.long_context is not None and self.tasks is None:
+            raise ValueError(f"long_context: {str(self.long_context)!r} needs tasks as well; give tasks")
+        return self
