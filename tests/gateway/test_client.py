@@ -228,7 +228,7 @@ async def test_a_client_that_does_not_read_holds_the_engine_back() -> None:
             slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
             slow.sendall(request(QUESTION[:-1] + b', "stream": true}'))
             await eventually(lambda: any(exchange.paused_at for exchange in active), within_s=5)
-            door = next(iter(active)).client
+            client = next(iter(active)).client
             await asyncio.sleep(0.3)
             assert client.transport.get_write_buffer_size() < 1 << 20
             async with stack.post({"model": "summarizer"}) as response:
