@@ -50,7 +50,7 @@ class Record(msgspec.Struct, frozen=True, gc=False, kw_only=True):
     """Whose answer the client got; of a hedged request, the winner."""
     reason: str | None
     status: int
-    """200, or the error's. 499: the client left. Also 502 and 504 of streams that broke off after their 200."""
+    """200, or the error's; 499 where the client left. A stream that broke off has 502 or 504."""
     error: str | None
     """For the log: it may say more than the client was told, and never a secret or a prompt."""
     stream: bool
