@@ -17,8 +17,12 @@ from gateway.api.overview import Overview
 from gateway.api.watching import Watching
 from gateway.config import Config, ConfigError
 from gateway.console.files import Files
-from gateway.proxy.hops import AskUpstream, ChooseRoute, Identify
+from gateway.proxy.attempts import Attempts, Limits
+from gateway.proxy.exchange import Exchange
+from gateway.proxy.hops import Admit, ChooseRoute, Identify, Observe, ReadBody
+from gateway.proxy.pipeline import Pipeline
 from gateway.proxy.plane import DataPlane, Snapshot
+from gateway.proxy.record import Record
 from gateway.quality.detectors import detector
 from gateway.quality.inquiry import Inquiry
 from gateway.quality.observe import Observer
@@ -32,6 +36,7 @@ from gateway.telemetry.engines import EngineReader
 from gateway.telemetry.latencies import Latencies
 from gateway.telemetry.metrics import Metrics
 from gateway.upstream.litellm import LiteLLM
+from gateway.upstream.vllm import Engines
 from gateway.wire.client import ClientConnection
 from gateway.workers import Board, Siblings
 from quantize.card import Card
@@ -66,7 +71,8 @@ class Gateway:
         self.watch = Watch(config, cards, self.metrics, self._avoid) if config.watch.enabled else None
         self._inquiry = Inquiry(config.watch, config.model.name, lambda: self.plane.snapshot.pools)
         self.providers = LiteLLM(config.providers, config.gateway)
-        self.plane = DataPlane(self.make_snapshot(config, cards), self.metrics, self.latencies, clock)
+        self.plane = DataPlane(self.metrics, self.latencies, clock)
+        self.plane.snapshot = self.make_snapshot(config, cards)
         self.app = FastAPI(
             title="Tiercel", lifespan=self._lifespan, docs_url=None, redoc_url=None, responses=REFUSALS
         )
@@ -108,26 +114,60 @@ class Gateway:
         observer = Observer(config, self.metrics, self.watch, self._inquiry, detect, self.providers.once)
         for variant, card in cards.items():
             self.metrics.weight_bytes.labels(variant).set(card.weight_bytes)
-        ask = AskUpstream(config, router, self.providers)
+        plane, observe = self.plane, Observe(observer)
+        names = (config.model.name, *config.roles, *config.adapters, *router.known_models())
+        pipeline = Pipeline(
+            before=(
+                ReadBody(),  # what is asked
+                Identify(),  # who asks: role and session; the key was looked at with the head
+            ),
+            attempts=Attempts(
+                limits=limits_of(config),
+                choose=ChooseRoute(router),  # which precision, which replica, and why
+                router=router,
+                engines=Engines(config),  # there, as bytes
+                providers=self.providers,
+                reply=plane.reply,  # what the client gets of it, part by part
+                lines=plane.lines,
+                clock=self._clock,
+                checks=observer,
+                took=self._took,
+                escalated=lambda exchange, why: self._escalated(observe, exchange, why),
+                may_hedge=lambda: True,
+            ),
+            reply=plane.reply,
+            after=(
+                lambda record, _: plane.ledger.record(record, log=config.gateway.access_log),
+                lambda record, exchange: self._end_span(record, exchange, config.model.name),
+                observe,  # has answers checked that were listened to
+            ),
+            known_models=frozenset(names),
+            clock=self._clock,
+            ended=plane.ended,
+        )
         return Snapshot(
             config=config,
             cards=cards,
             pools=pools,
             router=router,
-            before=(
-                Identify(config),  # who asks: the key, and then the body, the role and the session
-            ),
-            onward=(
-                ChooseRoute(router),  # which precision, which replica, and why
-                ask,  # there, as bytes; retried only if it never reached an engine
-            ),
-            # then, part by part as the engine answers: a reader observes (upstream/readers.py), and the
-            # client gives the client what it asked for (wire/client.py)
-            ask=ask,
+            admit=Admit(config),  # the head alone: path, method, key, size
+            pipeline=pipeline,
             observer=observer,
-            known_models=frozenset(router.known_models()),
             model=config.model.name,
         )
+
+    def _took(self, exchange: Exchange, seconds: float) -> None:
+        if exchange.route is not None:
+            self.latencies.add(exchange.route.role, exchange.route.variant, seconds)
+
+    def _escalated(self, observe: Observe, exchange: Exchange, why: str) -> None:
+        if exchange.route is not None:
+            self.metrics.escalations.labels(exchange.route.role, exchange.route.variant, why).inc()
+        observe.offer(exchange)
+
+    def _end_span(self, record: Record, exchange: Exchange, model: str) -> None:
+        if exchange.span is not None and self.plane.traces is not None:
+            self.plane.traces.end(exchange.span, record, model)
 
     def apply(self, config: Config, cards: Mapping[str, Card]) -> None:
         """A new configuration, for the requests that come from now on. Raises ConfigError for one that
@@ -199,6 +239,22 @@ class Gateway:
 
     def _replicas(self) -> Any:
         return self.plane.snapshot.pools.replicas()
+
+
+def limits_of(config: Config) -> Limits:
+    """What attempts may take and do, by the configuration."""
+    gateway, quality = config.gateway, config.quality
+    return Limits(
+        first_byte_s=gateway.first_byte_timeout_s,
+        answer_s=gateway.answer_timeout_s,
+        idle_s=gateway.idle_timeout_s,
+        total_s=gateway.total_timeout_s,
+        wait_s={name: role.wait_s for name, role in config.roles.items()},
+        escalates=frozenset(name for name, role in config.roles.items() if role.escalate),
+        escalated_share=config.watch.escalated_share,
+        listened_share=quality.sample_rate if quality.logprobs else 0.0,
+        adapters=frozenset(config.adapters),
+    )
 
 
 @asynccontextmanager

@@ -141,13 +141,9 @@ class UpstreamTimeoutError(UpstreamError):
 
 
 class NeverReachedError(UpstreamError):
-    """The request provably did no work upstream. ``stale``: a pooled connection had been closed."""
+    """The request provably did no work upstream: it may be sent once more."""
 
     code = "upstream_unreachable"
-
-    def __init__(self, message: str, *, stale: bool = False, internal: str | None = None) -> None:
-        super().__init__(message, internal=internal)
-        self.stale = stale
 
 
 class UpstreamRefusedError(UpstreamError):

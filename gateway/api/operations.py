@@ -232,7 +232,7 @@ def add_error_handlers(app: FastAPI) -> None:
     def answer(
         request: Request, error: GatewayError, status: int, more: Mapping[str, str] | None = None
     ) -> JSONResponse:
-        headers = {"x-request-id": request_id(dict(request.headers)), **(more or {})}
+        headers = {"x-request-id": request_id(request.headers.get("x-request-id")), **(more or {})}
         return JSONResponse(envelope(error), status_code=status, headers=headers)
 
     async def refused(request: Request, error: Exception) -> Response:

@@ -27,7 +27,10 @@ class GatewaySettings(Section):
     max_body_bytes: int = Field(default=8 << 20, ge=1024)
     connect_timeout_s: float = Field(default=2.0, gt=0)
     first_byte_timeout_s: float = Field(
-        default=120.0, gt=0, description="for an answer that is not streamed this is the whole answer"
+        default=120.0, gt=0, description="longest time until the first part of a stream"
+    )
+    answer_timeout_s: float = Field(
+        default=600.0, gt=0, description="longest time for an answer that is not streamed"
     )
     idle_timeout_s: float = Field(default=60.0, gt=0, description="longest silence within a stream")
     total_timeout_s: float = Field(default=3600.0, gt=0, description="longest time for one answer")

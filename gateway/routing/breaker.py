@@ -55,6 +55,12 @@ class Breaker:
         if self._broken >= BROKEN_ANSWERS_IN_A_ROW:
             self._open()
 
+    def errored(self) -> None:
+        self.answer_broke()
+
+    def silent(self) -> None:
+        self.answer_broke()
+
     def healthy(self) -> None:
         """A health probe succeeded."""
         if self._unreachable:

@@ -59,6 +59,8 @@ class Replica:
         self._slot = 0 if board is None else board.slot(variant, url)
         self.work = 0.0
         """Blocks that are not in its cache, of requests whose first token has not come."""
+        self.heard_at = 0.0
+        """When it last gave a byte of an answer to anybody; seconds of the clock."""
         self.reachable: bool | None = None
         """What the last health probe found; None before the first."""
         self.reading = Reading()

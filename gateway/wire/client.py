@@ -16,6 +16,7 @@ from typing import Protocol, cast
 
 from gateway.errors import BodyTooLargeError, GatewayError, MalformedRequestError, RequestTimeoutError
 from gateway.wire.bodies import LAST_CHUNK, Body, body_of, chunk
+from gateway.wire.flow import Admission
 from gateway.wire.heads import CHUNKED, END, LONGEST_HEAD_BYTES, RequestHead, parse_request
 
 PIPELINED_BYTES = 64 << 10
@@ -66,6 +67,10 @@ class RequestHandler(Protocol):
 
     @property
     def keep_alive_s(self) -> float: ...
+
+    def admit(self, head: RequestHead) -> Admission:
+        """Before a byte of its body is kept. Raises GatewayError."""
+        ...
 
     def serve(self, client: ClientConnection, head: RequestHead, body: bytes) -> Call | None:
         """Begin to answer. None when the answer has been sent already."""
@@ -244,6 +249,7 @@ class ClientConnection(asyncio.Protocol):
         self._keep_alive = head.keep_alive and not self._handler.stopping
         self.old = head.http_1_0
         self._data = data[end + 4 :]
+        self._handler.admit(head)
         self._take_body(head)
         return True
 

@@ -31,8 +31,8 @@ class ResponseHandler(Protocol):
     def ended(self) -> None:
         """The answer is whole."""
 
-    def lost(self, why: str, *, untouched: bool) -> None:
-        """It will not be. ``untouched``: the connection was a kept one and not a byte came back, so the
+    def lost(self, why: str, *, unread: bool) -> None:
+        """It will not be. ``unread``: the connection was a kept one and not a byte came back, so the
         engine had closed it before the request."""
 
 
@@ -54,7 +54,7 @@ class EngineConnection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)
 
-    def ask(self, asker: ResponseHandler, request: bytes) -> None:
+    def send(self, asker: ResponseHandler, request: bytes) -> None:
         """Send a request; ``asker`` hears of the answer."""
         self._asker = asker
         self._head = None
@@ -173,7 +173,7 @@ class EngineConnection(asyncio.Protocol):
         asker, self._asker, self.stream = self._asker, None, None
         self.transport.abort()
         if asker is not None:
-            asker.lost(why, untouched=self._kept and self._head is None and not self._data)
+            asker.lost(why, unread=self._kept and self._head is None and not self._data)
 
 
 class ConnectionPool:
@@ -218,6 +218,10 @@ class ConnectionPool:
     def forget(self, connection: EngineConnection) -> None:
         if connection in self._idle:
             self._idle.remove(connection)
+
+    def discard_idle(self) -> None:
+        """Close all that are idle."""
+        self.close()
 
     def sweep(self) -> None:
         """Close what is no longer fresh."""

@@ -53,6 +53,12 @@ class AnswerHead:
     raw: bytes
     length: int
     keep_alive: bool
+    content_type: bytes = b""
+    """In lower case, parameters included."""
+    is_json: bool = True
+    """Also where the engine does not say what it sends."""
+    is_stream: bool = False
+    """Of server-sent events."""
 
     def get(self, name: str) -> str | None:
         """A header's value; ``name`` is in lower case."""
@@ -111,7 +117,10 @@ def parse_answer(head: bytes) -> AnswerHead:
         length = int(given)
     else:
         length, keep_alive = UNTIL_CLOSE, False
-    return AnswerHead(status, head, length, keep_alive)
+    kind = (_header(low, b"\r\ncontent-type:") or "").encode("latin-1")
+    media = kind.partition(b";")[0].strip()
+    is_json, is_stream = media in (b"", b"application/json"), media == b"text/event-stream"
+    return AnswerHead(status, head, length, keep_alive, kind, is_json, is_stream)
 
 
 def _header(low: bytes, name: bytes) -> str | None:
