@@ -17,6 +17,7 @@ from gateway.api.overview import Overview
 from gateway.api.watching import Watching
 from gateway.config import Config, ConfigError
 from gateway.console.files import Files
+from gateway.identity import Identities
 from gateway.proxy.hops import AskUpstream, ChooseRoute, Identify
 from gateway.proxy.plane import DataPlane, Snapshot
 from gateway.quality.detectors import detector
@@ -109,13 +110,15 @@ class Gateway:
         for variant, card in cards.items():
             self.metrics.weight_bytes.labels(variant).set(card.weight_bytes)
         ask = AskUpstream(config, router, self.providers)
+        identities = Identities(config)
         return Snapshot(
             config=config,
+            identities=identities,
             cards=cards,
             pools=pools,
             router=router,
             before=(
-                Identify(config),  # who asks: the key, and then the body, the role and the session
+                Identify(identities),  # who asks: the key, and then the body, the role and the session
             ),
             onward=(
                 ChooseRoute(router),  # which precision, which replica, and why

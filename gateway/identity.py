@@ -98,6 +98,10 @@ class Sender:
         self._session = _session(headers)
         self._callers: dict[str, Caller] = {}
 
+    @property
+    def tenant(self) -> str:
+        return self._key.tenant if self._key else ""
+
     def caller(self, asked: RequestFields) -> Caller:
         """Who makes a request with this body.
 

@@ -29,8 +29,8 @@ _SHARE = 1 << 32
 class Identify:
     """Who asks, and what: the key, and only then the body, the role and the session."""
 
-    def __init__(self, config: Config) -> None:
-        self._identities = Identities(config)
+    def __init__(self, identities: Identities) -> None:
+        self._identities = identities
 
     def __call__(self, exchange: Exchange) -> None:
         head, endpoint = exchange.head, exchange.endpoint

@@ -18,6 +18,7 @@ from starlette.types import ASGIApp
 
 from gateway.config import Config
 from gateway.errors import GatewayError, MethodNotAllowedError
+from gateway.identity import Identities
 from gateway.proxy.endpoints import ANY, ENDPOINTS
 from gateway.proxy.exchange import Attempt, Exchange, request_id
 from gateway.proxy.hops import AskUpstream, Hop
@@ -32,12 +33,15 @@ from gateway.telemetry.metrics import Metrics
 from gateway.telemetry.traces import traces
 from gateway.wire.asgi import AsgiCall
 from gateway.wire.client import STATUS_LINES, Call, ClientConnection
+from gateway.wire.flow import Admission, Intake
 from gateway.wire.heads import RequestHead
 from quantize.card import Card
 
 LONGEST_TICK_S = 0.25
 WOKEN = 4
 """Waiting requests that try again when one ends: more than one, since it may be of another pool."""
+PAGE_BODY_BYTES = 1 << 20
+"""The largest body of a request that no engine gets."""
 _STREAM = b"text/event-stream; charset=utf-8"
 _UNBUFFERED = b"cache-control: no-cache\r\nx-accel-buffering: no\r\n"
 
@@ -51,6 +55,7 @@ class Snapshot:
     cards: Mapping[str, Card]
     pools: Pools
     router: Router
+    identities: Identities
     before: Sequence[Hop]
     onward: Sequence[Hop]
     ask: AskUpstream
@@ -61,7 +66,7 @@ class Snapshot:
 
 
 class DataPlane:
-    """The doorman of all clients."""
+    """What stands behind all clients' connections."""
 
     def __init__(self, snapshot: Snapshot, metrics: Metrics, latencies: Latencies, clock: Clock) -> None:
         self.snapshot = snapshot
@@ -76,6 +81,7 @@ class DataPlane:
         self.waiting: dict[Exchange, asyncio.Event] = {}
         """Requests that wait for a replica, the first that came first."""
         self.stopping = False
+        self.intake = Intake(lambda: self.snapshot.config.gateway)
         self.ledger = Ledger(metrics, self.log)
         self._traces = traces()
         self._placed: dict[tuple[str, str, str], bytes] = {}
@@ -83,11 +89,7 @@ class DataPlane:
         self._date = b""
         self._date_at = -1
 
-    # the doorman
-
-    @property
-    def max_body_bytes(self) -> int:
-        return self.snapshot.config.gateway.max_body_bytes
+    # the handler of clients' requests
 
     @property
     def header_timeout_s(self) -> float:
@@ -101,15 +103,22 @@ class DataPlane:
     def keep_alive_s(self) -> float:
         return self.snapshot.config.gateway.keep_alive_s
 
+    def admit(self, head: RequestHead) -> Admission:
+        snapshot = self.snapshot
+        if head.path not in ENDPOINTS:
+            return Admission("", min(PAGE_BODY_BYTES, snapshot.config.gateway.max_body_bytes))
+        if head.method != "POST":
+            raise MethodNotAllowedError(f"{head.method[:20]} {head.path}: this endpoint takes POST only.")
+        sender = head.memo
+        if sender is None or sender.identities is not snapshot.identities:
+            sender = head.memo = snapshot.identities.sender(head.headers)
+        return Admission(sender.tenant, snapshot.config.gateway.max_body_bytes)
+
     def serve(self, client: ClientConnection, head: RequestHead, body: bytes) -> Call | None:
         endpoint = ENDPOINTS.get(head.path)
         if endpoint is None:
             assert self.app is not None
             return AsgiCall(self.app, client, head, body, self.date)
-        if head.method != "POST":
-            error = MethodNotAllowedError(f"{head.method[:20]} {head.path}: this endpoint takes POST only.")
-            self.refuse(client, error, head, b"allow: POST\r\n")
-            return None
         exchange = Exchange(self, self.snapshot, client, endpoint, head, body)
         self.active.add(exchange)
         if self._traces is not None:
@@ -117,9 +126,12 @@ class DataPlane:
         exchange.start()
         return None if exchange.finished else exchange
 
-    def refuse(
-        self, client: ClientConnection, error: GatewayError, head: RequestHead | None, more: bytes = b""
-    ) -> None:
+    def refuse(self, client: ClientConnection, error: GatewayError, head: RequestHead | None) -> None:
+        more = b"allow: POST\r\n" if error.status == 405 else b""
+        if error.status == 401:
+            more = b"www-authenticate: Bearer\r\n"
+        if error.retry_after_s is not None:
+            more += b"retry-after: %d\r\n" % error.retry_after_s
         endpoint = ENDPOINTS.get(head.path, ANY) if head else ANY
         self.metrics.requests.labels("other", "other", "none", str(error.status)).inc()
         identity = request_id(head.headers if head else {}).encode()

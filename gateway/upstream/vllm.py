@@ -59,7 +59,7 @@ class EngineAttempt:
         """Send it, over a kept connection or else a new one."""
         if (connection := self.replica.connections.kept()) is not None:
             self._connection = connection
-            connection.ask(self, self._request)
+            connection.send(self, self._request)
         else:
             self.exchange.spawn(self._connect())
 
@@ -74,7 +74,7 @@ class EngineAttempt:
             connection.close()
             return
         self._connection = connection
-        connection.ask(self, self._request)
+        connection.send(self, self._request)
         if self.exchange.paused_at is not None:
             connection.pause()
 
@@ -155,10 +155,11 @@ class EngineAttempt:
             self.replica.breaker.answer_broke()
         self.exchange.broke(self, error)
 
-    def lost(self, why: str, *, untouched: bool) -> None:
+    def lost(self, why: str, *, unread: bool) -> None:
         self._connection = None
         self._end()
-        if untouched:
+        if unread:
+            self.replica.connections.discard_idle()
             self._never_reached(why, stale=True)
             return
         self.replica.breaker.answer_broke()
