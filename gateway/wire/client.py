@@ -65,7 +65,7 @@ class RequestHandler(Protocol):
 
 
 class ClientConnection(AnswerWriter, asyncio.Protocol):
-    _flow: Flow
+    flow: Flow
 
     def __init__(self, handler: RequestHandler, connections: set[ClientConnection] | None = None) -> None:
         """``connections``: the server's own set, by which it knows when all are gone."""
@@ -77,6 +77,7 @@ class ClientConnection(AnswerWriter, asyncio.Protocol):
         client does not take what was sent: when it last took some."""
         self._began = 0.0
         """When the present body, or the draining, began."""
+        self._refused = False
         self._drained = 0
         self._unsent = 0
         self._advancing = False
@@ -85,7 +86,7 @@ class ClientConnection(AnswerWriter, asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)
-        self._flow = Flow(self.transport)
+        self.flow = Flow(self.transport)
         self.since = monotonic()
         self._handler.clients.add(self)
         if self.connections is not None:
@@ -108,7 +109,7 @@ class ClientConnection(AnswerWriter, asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         state, reader = self.state, self._reader
-        if state is IDLE and reader.prefix and not (reader.data or self._flow.held):
+        if state is IDLE and reader.prefix and not (reader.data or self.flow.held):
             at = len(reader.prefix)
             if data.startswith(reader.prefix):
                 # Nearly always: a whole request, with the same head as the last one but for its length.
@@ -138,7 +139,7 @@ class ClientConnection(AnswerWriter, asyncio.Protocol):
         return False
 
     def pause_writing(self) -> None:
-        self._flow.hold(WRITE_BUFFER)
+        self.flow.hold(WRITE_BUFFER)
         self._unsent = self.transport.get_write_buffer_size()
         self.since = monotonic()
         if self.call is not None:
@@ -148,7 +149,7 @@ class ClientConnection(AnswerWriter, asyncio.Protocol):
         self.since = monotonic()
         if self.state is BODY:
             self._began = self.since
-        self._flow.release(WRITE_BUFFER)
+        self.flow.release(WRITE_BUFFER)
         if self.call is not None:
             self.call.resume()
         elif self._reader.data:
@@ -169,7 +170,7 @@ class ClientConnection(AnswerWriter, asyncio.Protocol):
         self._advancing = True
         reader, answered = self._reader, 0
         try:
-            while reader.data and self._flow.may_parse:
+            while reader.data and self.flow.may_parse:
                 if self.state is BODY:
                     self._read_body()
                 elif self.state is IDLE or self.state is HEAD:
@@ -179,7 +180,7 @@ class ClientConnection(AnswerWriter, asyncio.Protocol):
                 if self.state is HEAD or (self.state is IDLE and not reader.begun):
                     break
                 if self.state is IDLE and (answered := answered + 1) >= MOST_AT_ONCE:
-                    self._flow.hold(TURN)
+                    self.flow.hold(TURN)
                     asyncio.get_running_loop().call_soon(self._next_turn)
         except GatewayError as error:
             self._refuse(error)
@@ -189,7 +190,7 @@ class ClientConnection(AnswerWriter, asyncio.Protocol):
             self._mind_backlog()
 
     def _next_turn(self) -> None:
-        self._flow.release(TURN)
+        self.flow.release(TURN)
         self._advance()
 
     def _mind_backlog(self) -> None:
@@ -200,14 +201,14 @@ class ClientConnection(AnswerWriter, asyncio.Protocol):
         except GatewayError as error:
             if answering:
                 self._overloaded = error
-                self._flow.hold(BACKLOG)
+                self.flow.hold(BACKLOG)
             else:
                 self._refuse(error)
             return
         if len(self._reader.data) > PIPELINED_BYTES:
-            self._flow.hold(BACKLOG)
+            self.flow.hold(BACKLOG)
         elif self._overloaded is None:
-            self._flow.release(BACKLOG)
+            self.flow.release(BACKLOG)
 
     def _read_head(self) -> None:
         reader = self._reader
@@ -265,19 +266,20 @@ class ClientConnection(AnswerWriter, asyncio.Protocol):
             return
         if call is not None and (self.state is ANSWERING or self.state is STREAMING):
             self.call = call
-            if self._flow.held & WRITE_BUFFER:
+            if self.flow.held & WRITE_BUFFER:
                 call.pause()
 
     def _refuse(self, error: GatewayError) -> None:
         """Answer what cannot be read or may not come, and close: where the next request would begin is
         unknown."""
         self.state = CLIENT[self.state][ClientEvent.REFUSED]
-        self._closes = True
+        self._closes = self._refused = True
         self._reader.drop()
         self._handler.refuse(self, error, self._reader.head)
 
     def _drain(self, size: int) -> None:
-        self.since = monotonic()
+        if not self._unsent:
+            self.since = monotonic()
         self._drained += size
         if self._drained > DRAINED_BYTES:
             self.abort()
@@ -290,19 +292,19 @@ class ClientConnection(AnswerWriter, asyncio.Protocol):
         waited = now - self.since
         if state is CLOSED:
             return
-        if state is DRAINING:
-            if waited > DRAIN_SILENCE_S or now - self._began > DRAIN_S:
-                self.abort()
-        elif state is ANSWERING or state is STREAMING:  # how long that may take is the call's to say
-            if self._flow.held and self._flow.hung_up():
+        if state is ANSWERING or state is STREAMING:  # how long that may take is the call's to say
+            if self.flow.held and self.flow.hung_up():
                 self._leave()
                 self.transport.abort()
-        elif self._flow.held & WRITE_BUFFER or state is CLOSING:
+        elif self.flow.held & WRITE_BUFFER or (self._unsent and state in (DRAINING, CLOSING)):
             unsent, before = self.transport.get_write_buffer_size(), self._unsent
             self._unsent = unsent
             if unsent < before:
-                self.since = now
+                self.since = self._began = now
             elif waited > handler.keep_alive_s:
+                self.abort()
+        elif state is DRAINING:
+            if waited > DRAIN_SILENCE_S or now - self._began > DRAIN_S:
                 self.abort()
         elif state is IDLE:
             if waited > handler.keep_alive_s:
@@ -337,12 +339,15 @@ class ClientConnection(AnswerWriter, asyncio.Protocol):
         self._reader.held.release()
         if self.state is DRAINING:
             self._began = self.since
-            self._flow.release(BACKLOG)
-            # A client that is still sending would see a reset instead of the answer: read on for a while.
-            if self.transport.can_write_eof():
+            self._unsent = self.transport.get_write_buffer_size()
+            self._reader.drop()
+            self.flow.release(BACKLOG)
+            if self.transport.is_closing():
+                pass
+            elif self.transport.can_write_eof():
                 self.transport.write_eof()
-        elif self.state is CLOSING:
-            self._close()
+            elif not self._refused:  # with TLS nothing else tells the client that this is the end
+                self._close()
         elif self._overloaded is not None:
             self._refuse(self._overloaded)
         elif self._reader.data:

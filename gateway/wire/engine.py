@@ -54,12 +54,12 @@ class EngineConnection(asyncio.Protocol):
     __slots__ = (
         "_body",
         "_data",
-        "_flow",
         "_handler",
         "_head",
         "_heard",
         "_sent",
         "_sent_before",
+        "flow",
         "idle_since",
         "pool",
         "state",
@@ -69,7 +69,7 @@ class EngineConnection(asyncio.Protocol):
         "write_paused",
     )
     transport: asyncio.Transport
-    _flow: Flow
+    flow: Flow
 
     def __init__(self, pool: ConnectionPool) -> None:
         self.pool = pool
@@ -91,7 +91,7 @@ class EngineConnection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)
-        self._flow = Flow(self.transport)
+        self.flow = Flow(self.transport)
 
     # what its user does
 
@@ -117,14 +117,14 @@ class EngineConnection(asyncio.Protocol):
     def pause(self) -> None:
         """Read no more of the answer for now. Without effect once the answer has ended."""
         if self._handler is not None:
-            self._flow.hold(OTHER_SIDE)
+            self.flow.hold(OTHER_SIDE)
 
     def resume(self) -> None:
-        self._flow.release(OTHER_SIDE)
+        self.flow.release(OTHER_SIDE)
 
     def quiet(self) -> bool:
         """Whether no byte waits that nobody asked for, and no end that the loop has not seen yet."""
-        return self._flow.quiet()
+        return self.flow.quiet()
 
     # what the loop calls
 
@@ -172,7 +172,7 @@ class EngineConnection(asyncio.Protocol):
             return
         if self._data:
             self._data = b""
-        if len(data) == head.length and head.keep_alive and not (self._flow.held or self.write_paused):
+        if len(data) == head.length and head.keep_alive and not (self.flow.held or self.write_paused):
             self.state = ENGINE[self.state][_KEPT]  # all of it at once, as short answers come
             self._handler = None
             self.pool.keep(self)
@@ -222,8 +222,8 @@ class EngineConnection(asyncio.Protocol):
         """The answer is whole. ``clean``: another request may follow it."""
         self._handler = self.stream = None
         self._head = self._body = None
-        self._flow.release(OTHER_SIDE)  # whoever was slower than this answer has nothing more to take
-        if clean and self._flow.reusable and not self.write_paused:
+        self.flow.release(OTHER_SIDE)  # whoever was slower than this answer has nothing more to take
+        if clean and self.flow.reusable and not self.write_paused:
             self.state = ENGINE[self.state][_KEPT]
             self.pool.keep(self)
         else:
@@ -255,7 +255,7 @@ class EngineConnection(asyncio.Protocol):
             return True  # it was never written
         if self._heard or self.state is not WAITING or self.taken_at is None:
             return False
-        taken = self._flow.acknowledged()
+        taken = self.flow.acknowledged()
         if taken is not None and taken <= self._sent_before:
             return True
         reset = isinstance(exc, (ConnectionResetError, BrokenPipeError))

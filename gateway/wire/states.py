@@ -2,27 +2,28 @@
 
 A client's connection has one request at a time; what the client sends beyond it waits.
 
-========= ==== ======== ========= ======== ======== ======= ========= ====== ======= ======== ======= ======
-state     part admitted request   refused  answered last    begun     ended  final   refusal  closing gone
-========= ==== ======== ========= ======== ======== ======= ========= ====== ======= ======== ======= ======
-IDLE      HEAD BODY     ANSWERING REFUSING -        -       -         -      -       -        CLOSING CLOSED
-HEAD      HEAD BODY     ANSWERING REFUSING -        -       -         -      -       -        CLOSING CLOSED
-BODY      BODY -        ANSWERING REFUSING -        -       -         -      -       -        CLOSING CLOSED
-ANSWERING -    -        -         -        IDLE     CLOSING STREAMING -      -       -        -       CLOSED
-STREAMING -    -        -         -        -        -       -         IDLE   CLOSING -        -       CLOSED
-REFUSING  -    -        -         -        -        -       -         -      -       DRAINING -       CLOSED
-DRAINING  -    -        -         -        -        -       -         -      -       -        CLOSING CLOSED
-CLOSING   -    -        -         -        -        -       -         -      -       -        CLOSING CLOSED
-CLOSED    -    -        -         -        CLOSED   CLOSED  CLOSED    CLOSED CLOSED  CLOSED   CLOSED  CLOSED
-========= ==== ======== ========= ======== ======== ======= ========= ====== ======= ======== ======= ======
+========= ==== ======== ========= ======== ======== ======== ========= ====== ======== ======== ======= ======
+state     part admitted request   refused  answered last     begun     ended  final    refusal  closing gone
+========= ==== ======== ========= ======== ======== ======== ========= ====== ======== ======== ======= ======
+IDLE      HEAD BODY     ANSWERING REFUSING -        -        -         -      -        -        CLOSING CLOSED
+HEAD      HEAD BODY     ANSWERING REFUSING -        -        -         -      -        -        CLOSING CLOSED
+BODY      BODY -        ANSWERING REFUSING -        -        -         -      -        -        CLOSING CLOSED
+ANSWERING -    -        -         -        IDLE     DRAINING STREAMING -      -        -        -       CLOSED
+STREAMING -    -        -         -        -        -        -         IDLE   DRAINING -        -       CLOSED
+REFUSING  -    -        -         -        -        -        -         -      -        DRAINING -       CLOSED
+DRAINING  -    -        -         -        -        -        -         -      -        -        CLOSING CLOSED
+CLOSING   -    -        -         -        -        -        -         -      -        -        CLOSING CLOSED
+CLOSED    -    -        -         -        CLOSED   CLOSED   CLOSED    CLOSED CLOSED   CLOSED   CLOSED  CLOSED
+========= ==== ======== ========= ======== ======== ======== ========= ====== ======== ======== ======= ======
 
 part: a part of a head or of a body has come, and it is not the last. admitted: the head is whole and
 allowed, its body is awaited. request: a whole request is here. refused: what has come is answered by the
 gateway at once, and where the next request would begin is unknown. answered, last: the whole answer at once,
 and the connection ends after the last one. begun, ended, final: the beginning of an answer in parts, and its
 end, after which the connection ends if it is final. refusal: the answer to what was refused. closing: the
-connection ends once what was written is sent. gone: it is cut, by either side. In CLOSED answers go nowhere:
-who makes them may hear of it later.
+connection ends once what was written is sent. gone: it is cut, by either side. In DRAINING the client is
+read on for a while and nothing is kept: were it closed at once, one that is still sending would see a reset
+instead of its answer. In CLOSED answers go nowhere: who makes them may hear of it later.
 
 A connection to an engine has one request at a time.
 
@@ -142,7 +143,7 @@ CLIENT: dict[ClientState, Moves[ClientState]] = {
     ClientState.ANSWERING: Moves(
         {
             ClientEvent.ANSWERED: ClientState.IDLE,
-            ClientEvent.LAST: ClientState.CLOSING,
+            ClientEvent.LAST: ClientState.DRAINING,
             ClientEvent.BEGUN: ClientState.STREAMING,
             ClientEvent.GONE: ClientState.CLOSED,
         },
@@ -151,7 +152,7 @@ CLIENT: dict[ClientState, Moves[ClientState]] = {
     ClientState.STREAMING: Moves(
         {
             ClientEvent.ENDED: ClientState.IDLE,
-            ClientEvent.FINAL: ClientState.CLOSING,
+            ClientEvent.FINAL: ClientState.DRAINING,
             ClientEvent.GONE: ClientState.CLOSED,
         },
         ClientState.STREAMING.name,
