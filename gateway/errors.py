@@ -11,6 +11,8 @@ GatewayError
 ├── PrecisionTooLowError      403  an explicit variant below what the role's budget allows
 ├── UnknownModelError         404  with the known model ids
 ├── NoReplicaError            503  no replica can take it; with retry-after
+├── OverloadedError           503  clients have made the gateway hold as much as it may; with retry-after
+├── TenantOverloadedError     429  the same, of one tenant's share; with retry-after
 ├── ShuttingDownError         503  the gateway stops; with retry-after
 ├── StoreDownError            503  what the gateways share cannot be read or written now
 ├── UpstreamError             502  the upstream failed
@@ -113,6 +115,20 @@ class NoReplicaError(GatewayError):
     def __init__(self, message: str, *, may_wait: bool = True, internal: str | None = None) -> None:
         super().__init__(message, internal=internal)
         self.may_wait = may_wait
+
+
+class OverloadedError(GatewayError):
+    status = 503
+    type = "service_unavailable"
+    code = "overloaded"
+    retry_after_s = 1
+
+
+class TenantOverloadedError(GatewayError):
+    status = 429
+    type = "rate_limit_error"
+    code = "tenant_overloaded"
+    retry_after_s = 1
 
 
 class ShuttingDownError(GatewayError):

@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 
 from gateway.config import Config
-from gateway.errors import BadRequestError, BodyTooLargeError, MethodNotAllowedError
+from gateway.errors import BadRequestError, MethodNotAllowedError
 from gateway.identity import Identities, Sender
 from gateway.proxy.body import Body
 from gateway.proxy.endpoints import Endpoint, Form, endpoint_of
@@ -40,7 +40,7 @@ class Admit:
         self._max_body_bytes = config.gateway.max_body_bytes
 
     def __call__(self, head: RequestHead) -> Admitted:
-        """Raises MethodNotAllowedError, UnauthenticatedError or BodyTooLargeError."""
+        """Raises MethodNotAllowedError or UnauthenticatedError."""
         memo = head.memo
         if memo is not None and memo.by is self:
             admitted: Admitted = memo
@@ -58,11 +58,6 @@ class Admit:
             # The application looks at keys itself; a body is kept only for somebody who has one.
             key = self._identities.key(head.headers)
             tenant = key.tenant if key is not None else ""
-        if head.length > self._max_body_bytes:
-            raise BodyTooLargeError(
-                f"The body is larger than the limit of {self._max_body_bytes} bytes "
-                "(gateway.max_body_bytes); send less."
-            )
         admitted = Admitted(self, endpoint, sender, Admission(tenant, self._max_body_bytes))
         head.memo = admitted
         return admitted

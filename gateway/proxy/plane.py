@@ -33,7 +33,7 @@ from gateway.telemetry.metrics import Metrics
 from gateway.telemetry.traces import Traces, traces
 from gateway.wire.asgi import AsgiCall
 from gateway.wire.client import STATUS_LINES, Call, ClientConnection
-from gateway.wire.flow import Admission
+from gateway.wire.flow import Admission, Intake
 from gateway.wire.heads import RequestHead
 from quantize.card import Card
 
@@ -70,15 +70,12 @@ class DataPlane:
         self.traces: Traces | None = traces()
         self.reply = Reply()
         self.lines = WaitingLines(clock)
+        self.intake = Intake(lambda: self.snapshot.config.gateway)
         self.clients: set[ClientConnection] = set()
         self.active: set[Exchange] = set()
         self.stopping = False
 
     # the RequestHandler of client connections
-
-    @property
-    def max_body_bytes(self) -> int:
-        return self.snapshot.config.gateway.max_body_bytes
 
     @property
     def header_timeout_s(self) -> float:

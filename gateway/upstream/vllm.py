@@ -273,8 +273,5 @@ class EngineAttempt:
 
 def _retry_after(head: AnswerHead) -> int | None:
     """The seconds that an engine wants to be left alone; None for what is no such number."""
-    try:
-        wait = head.get("retry-after") or ""
-    except ValueError:  # it says so twice
-        return None
+    wait = head.get("retry-after") or ""
     return int(wait) if wait.isascii() and wait.isdigit() and len(wait) <= _LONGEST_WAIT_DIGITS else None
