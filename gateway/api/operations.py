@@ -138,7 +138,7 @@ class Operations:
                     replica.name: {
                         "url": replica.url,
                         "reachable": bool(replica.reachable),
-                        "usable": replica.breaker.closed,
+                        "usable": replica.breaker.free,
                         "in_flight": replica.in_flight,
                     }
                     for replica in pool.replicas

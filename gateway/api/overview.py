@@ -279,7 +279,7 @@ def _replica(replica: Replica, memory: float | None, now: float) -> dict[str, An
         "name": replica.name,
         "url": replica.url,
         "reachable": replica.reachable,
-        "usable": replica.breaker.closed,
+        "usable": replica.breaker.free,
         "in_flight": replica.in_flight,
         "running": reading.running if fresh else None,
         "waiting": reading.waiting if fresh else None,

@@ -275,7 +275,7 @@ class Exchange:
             self.client.end()
             self._finish()
         else:
-            attempt.replica.breaker.answer_broke()
+            attempt.replica.breaker.errored()
             self.fail(UpstreamError("The engine ended its answer before it was complete."))
 
     def broke(self, attempt: Attempt, error: UpstreamError) -> None:
@@ -317,7 +317,7 @@ class Exchange:
 
     def _time_out(self, message: str) -> None:
         for attempt in self.attempts:
-            attempt.replica.breaker.answer_broke()
+            attempt.replica.breaker.errored()
         names = ", ".join(f"{a.replica.name} at {a.replica.url}" for a in self.attempts)
         self.fail(UpstreamTimeoutError(message, internal=names))
 

@@ -83,7 +83,7 @@ class AskUpstream:
         route = exchange.route
         assert route
         replica = route.replica
-        exchange.raced = route.watched
+        exchange.raced = route.kind is not None
         if exchange.reader is None:
             reader = exchange.reader = self._reader(exchange)
             exchange.tapped = reader if isinstance(reader, TappedReader) else None
@@ -153,7 +153,8 @@ class AskUpstream:
         if exchange.finished or exchange.winner or not route or len(exchange.attempts) != 1:
             return
         busy = exchange.attempts[0].replica
-        if (other := self._router.another(route, busy)) is not None:
+        other = self._router.another(route, busy)
+        if other is not None and exchange.plane.hedging.allow():
             exchange.hedged = True
             self._ask(exchange, other)
 

@@ -23,9 +23,9 @@ from gateway.proxy.exchange import Attempt, Exchange, request_id
 from gateway.proxy.hops import AskUpstream, Hop
 from gateway.quality.observe import Observed, Observer
 from gateway.routing.breaker import Clock
+from gateway.routing.hedging import Hedging
 from gateway.routing.pools import Pools
 from gateway.routing.router import Route, Router
-from gateway.telemetry.latencies import Latencies
 from gateway.telemetry.ledger import Ledger
 from gateway.telemetry.logs import EVENTS, AccessLog
 from gateway.telemetry.metrics import Metrics
@@ -63,13 +63,13 @@ class Snapshot:
 class DataPlane:
     """The doorman of all clients."""
 
-    def __init__(self, snapshot: Snapshot, metrics: Metrics, latencies: Latencies, clock: Clock) -> None:
+    def __init__(self, snapshot: Snapshot, metrics: Metrics, hedging: Hedging, clock: Clock) -> None:
         self.snapshot = snapshot
         self.clock = clock
         self.app: ASGIApp | None = None
         """What answers everything that is not on the hot path."""
         self.metrics = metrics
-        self.latencies = latencies
+        self.hedging = hedging
         self.log = AccessLog()
         self.clients: set[ClientConnection] = set()
         self.active: set[Exchange] = set()
@@ -162,7 +162,8 @@ class DataPlane:
         """An attempt's answer has begun to come, before any other's."""
         route = exchange.route
         assert route is not None
-        self.latencies.add(route.role, route.variant, self.clock() - exchange.received)
+        if route.kind is not None:
+            self.hedging.seconds(route.kind, self.clock() - exchange.received)
         if exchange.hedged:
             winner = "first" if attempt.replica is route.replica else "second"
             self.metrics.hedges.labels(route.role, route.variant, winner).inc()

@@ -119,7 +119,7 @@ class _ProviderAttempt:
         self._may_send = asyncio.Event()
         self._may_send.set()
         self.over = False
-        replica.take()
+        self._lease = replica.take()
 
     async def run(self) -> None:
         exchange, reply = self._exchange, None
@@ -142,7 +142,7 @@ class _ProviderAttempt:
             if isinstance(error, UpstreamRefusedError):
                 self.replica.breaker.answered()
             else:
-                self.replica.breaker.answer_broke()
+                self.replica.breaker.errored()
             self.cancel()
             exchange.broke(self, error)
         finally:
@@ -154,7 +154,7 @@ class _ProviderAttempt:
         """Its books; the task ends with the exchange."""
         if not self.over:
             self.over = True
-            self.replica.release()
+            self._lease.release()
 
     def pause(self) -> None:
         self._may_send.clear()

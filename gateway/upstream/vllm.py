@@ -33,10 +33,10 @@ class EngineAttempt:
     __slots__ = (
         "_connection",
         "_head",
+        "_lease",
         "_parts",
         "_request",
         "_size",
-        "_work",
         "exchange",
         "over",
         "replica",
@@ -52,8 +52,7 @@ class EngineAttempt:
         self._parts: list[bytes] = []
         self._size = 0
         self.over = False
-        self._work = work
-        replica.take(work)
+        self._lease = replica.take(work)
 
     def start(self) -> None:
         """Send it, over a kept connection or else a new one."""
@@ -100,9 +99,7 @@ class EngineAttempt:
 
     def part(self, payload: bytes) -> None:
         """The first part of a stream, never empty. The others go to the exchange at once."""
-        if self._work:  # its first token is here
-            self.replica.work -= self._work
-            self._work = 0.0
+        self._lease.began()
         if (connection := self._connection) is not None and connection.stream is not None:
             connection.stream = partial(self.exchange.arrived, self)
         self.exchange.arrived(self, payload)
@@ -152,7 +149,7 @@ class EngineAttempt:
             if error.retry_after_s is None and (wait := head.get("retry-after") or "").isdigit():
                 error.retry_after_s = int(wait[:6])
         else:
-            self.replica.breaker.answer_broke()
+            self.replica.breaker.errored()
         self.exchange.broke(self, error)
 
     def lost(self, why: str, *, untouched: bool) -> None:
@@ -161,7 +158,7 @@ class EngineAttempt:
         if untouched:
             self._never_reached(why, stale=True)
             return
-        self.replica.breaker.answer_broke()
+        self.replica.breaker.errored()
         began = "in the middle of its answer" if self.exchange.begun else "before it answered"
         self.exchange.broke(self, UpstreamError(f"The engine broke off {began}.", internal=self._where(why)))
 
@@ -184,8 +181,7 @@ class EngineAttempt:
         if self.over:
             return False
         self.over = True
-        self.replica.release()
-        self.replica.work -= self._work
+        self._lease.release()
         return True
 
 
