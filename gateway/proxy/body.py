@@ -122,6 +122,11 @@ class Body:
         value = self._fields.get(field)
         return b"" if value is None else bytes(value)
 
+    def view(self, field: str) -> memoryview:
+        """The same without a copy."""
+        value = self._fields.get(field)
+        return memoryview(b"" if value is None else value)
+
     def get(self, field: str) -> Any:
         """A field's value; None when it is absent."""
         raw = self._fields.get(field)
