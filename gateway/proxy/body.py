@@ -47,6 +47,7 @@ class RequestFields(msgspec.Struct):
     logprobs: Any = UNSET
     top_logprobs: Any = UNSET
     cache_salt: Any = UNSET
+    priority: Any = UNSET
 
 
 class ChatFields(RequestFields, kw_only=True):

@@ -318,7 +318,7 @@ class Exchange:
     def _time_out(self, message: str) -> None:
         for attempt in self.attempts:
             attempt.replica.breaker.errored()
-        names = ", ".join(f"{a.replica.name} at {a.replica.url}" for a in self.attempts)
+        names = ", ".join(a.replica.where for a in self.attempts)
         self.fail(UpstreamTimeoutError(message, internal=names))
 
     # ending
@@ -359,7 +359,7 @@ class Exchange:
     def _defect(self, error: Exception) -> None:
         fields = {"request_id": self.request_id}
         logging.getLogger(EVENTS).error("request failed", exc_info=error, extra={"fields": fields})
-        self.fail(UnexpectedError(repr(error)))
+        self.fail(UnexpectedError(error))
 
     def _finish(self) -> None:
         self.finished = True

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from gateway.config import Config
 from gateway.errors import BadRequestError, NeverReachedError
-from gateway.identity import Identities
+from gateway.identity import Identities, Sampler
 from gateway.proxy.body import Body
 from gateway.proxy.endpoints import Form
 from gateway.proxy.exchange import Attempt, Exchange
@@ -23,7 +22,6 @@ if TYPE_CHECKING:
 
 MOST_TRIES = 4
 """Replicas tried for one request at most, when connecting to each fails."""
-_SHARE = 1 << 32
 
 
 class Identify:
@@ -72,7 +70,7 @@ class AskUpstream:
         self._router = router
         self._providers = providers
         share = config.quality.sample_rate if config.quality.logprobs else 0.0
-        self._tapped_below = int(share * _SHARE)
+        self._sampled = Sampler(share)
         self.escalates = {name for name, role in config.roles.items() if role.escalate}
         """Roles whose answers are looked at before the client gets them."""
         self._escalations = Escalations(config.watch.escalated_share)
@@ -137,7 +135,7 @@ class AskUpstream:
             return StreamReader(options) if options.stream else WholeReader()
         if not options.stream and exchange.caller and exchange.caller.role in self.escalates:
             return TappedReader(options)
-        if self._tapped_below and sampled(exchange.request_id, self._tapped_below):
+        if self._sampled():
             return TappedReader(options)
         return StreamReader(options) if options.stream else WholeReader()
 
@@ -178,14 +176,6 @@ class Escalations:
         allowed = wanted and counts[1] + 1 <= self._share * (counts[0] + self._GRACE)
         counts[1] += allowed
         return allowed
-
-
-def sampled(request_id: str, below: int) -> bool:
-    """Whether a request is in the sample: by a hash of its id, so that every part of the house agrees.
-    ``below`` of 2**32 ids are."""
-    if below >= _SHARE:
-        return True
-    return zlib.crc32(request_id.encode()) < below
 
 
 Hop = Callable[[Exchange], None]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from gateway.config import Config
+from gateway.config import Config, shown_url
 from gateway.proxy.endpoints import Endpoint
 from gateway.routing.breaker import Breaker, Clock
 from gateway.wire.engine import ConnectionPool
@@ -99,6 +99,11 @@ class Replica:
         self._clock = clock
         self.connections = ConnectionPool(url, connect_timeout_s)
         self._heads: dict[str, bytes] = {}
+
+    @property
+    def where(self) -> str:
+        """Its name and address, for the log."""
+        return f"{self.name} at {shown_url(self.url)}"
 
     @property
     def in_flight(self) -> int:

@@ -267,7 +267,9 @@ class Router:
         if model != config.model.name and model not in config.roles and model not in config.adapters:
             known = ", ".join(self.known_models())
             raise UnknownModelError(
-                f"model: {model[:80]!r} does not exist; use one of: {known}", param="model"
+                f"model: {model[:80]!r} does not exist; use one of: {known}",
+                param="model",
+                internal="model: does not exist",
             )
         ladder = tuple(variant for variant in self._ladders[role] if self._has(variant, model))
         cheaper = [v for v, of in self._demoted if of == role and self._cost[v] < self._cost[ladder[0]]]

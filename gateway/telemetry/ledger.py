@@ -155,5 +155,5 @@ def _line(
         first - exchange.received if first is not None else None,
         exchange.overhead_s,
         exchange.hedged,
-        (error.internal or error.message) if error is not None else None,
+        error.logged if error is not None else None,
     )

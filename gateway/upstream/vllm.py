@@ -10,7 +10,10 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING
 
+from msgspec import UNSET
+
 from gateway.errors import NeverReachedError, UpstreamError, UpstreamRefusedError
+from gateway.identity import sent_priority
 from gateway.proxy.endpoints import Form
 from gateway.routing.pools import Replica
 from gateway.telemetry.traces import carried
@@ -174,7 +177,7 @@ class EngineAttempt:
         self.exchange.broke(self, error)
 
     def _where(self, why: str) -> str:
-        return f"{self.replica.name} at {self.replica.url}: {why}"
+        return f"{self.replica.where}: {why}"
 
     def _end(self) -> bool:
         """Whether it had not ended before."""
@@ -194,16 +197,22 @@ def request_for(exchange: Exchange, replica: Replica) -> bytes:
         changes = changes_for_engine(exchange.body, exchange.options, snapshot.config.quality, tapped=tapped)
     if caller is not None and caller.cache_salt:
         changes["cache_salt"] = b'"%b"' % caller.cache_salt.encode()
+    given_priority = exchange.body.fields.priority
+    priority = None
+    if caller is not None and (caller.priority or given_priority is not UNSET):
+        priority = sent_priority(caller, None if given_priority is UNSET else given_priority)
+        changes["priority"] = b"%d" % (priority or 0)
     if exchange.model != snapshot.model and exchange.model not in snapshot.config.adapters:
         changes["model"] = b'"%b"' % snapshot.model.encode()
     raw = exchange.body.with_(changes) if changes else exchange.raw
     given = exchange.head.headers
     if exchange.span is not None:
         given = {**given, **carried(exchange.span)}
-    more = b""
+    # vLLM's own header, for the endpoints whose body has no such field.
+    more = b"x-vllm-priority: %d\r\n" % priority if priority else b""
     if not given.keys().isdisjoint(PASSED_ON):
         lines = [f"{name}: {given[name]}\r\n" for name in PASSED_ON if name in given]
-        more = "".join(lines).encode("latin-1")
+        more += "".join(lines).encode("latin-1")
     return b"%bx-request-id: %b\r\n%bcontent-length: %d\r\n\r\n%b" % (
         replica.request_head(endpoint),
         exchange.request_id.encode(),
