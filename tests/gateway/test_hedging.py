@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gateway.routing.hedging import BURST, Hedging
@@ -28,6 +28,7 @@ def test_a_hedge_waits_for_the_95th_percentile_of_its_kind() -> None:
     assert hedging.delay(("core", "int8", "/v1/embeddings", False), 0.05) is None
 
 
+@settings(deadline=None)
 @given(st.integers(0, 5000), st.sampled_from([0.01, 0.05, 0.5, 1.0]), st.randoms(use_true_random=False))
 def test_hedges_are_a_share_of_requests(requests: int, share: float, rng: random.Random) -> None:
     """However they are asked for, at any time: never more than the share, but for a small burst."""
@@ -57,6 +58,7 @@ def test_a_share_of_nothing_is_no_hedge() -> None:
     assert hedging.delay(CHAT, 0.0) is None
 
 
+@settings(deadline=None)
 @given(st.lists(st.floats(0, 1e6), min_size=NEEDED, max_size=2 * KEPT))
 def test_percentiles_are_of_the_last_answers(seconds: list[float]) -> None:
     latencies = Latencies()

@@ -6,7 +6,7 @@ import random
 from collections import Counter
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gateway.config import POLICIES as POLICY_NAMES
@@ -129,6 +129,7 @@ def test_prefix_aware_keeps_tenants_apart() -> None:
     assert block_chain([prompt], "a").hashes == block_chain([prompt], "a").hashes
 
 
+@settings(deadline=None)
 @given(st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=6), max_size=40), st.integers(1, 12))
 def test_an_index_is_what_a_cache_of_that_size_holds(chains: list[list[int]], capacity: int) -> None:
     """Against a plain model: the most recently used blocks, an earlier block counting as used later."""
@@ -148,6 +149,7 @@ def test_an_index_is_what_a_cache_of_that_size_holds(chains: list[list[int]], ca
         assert len(index) == len(model)
 
 
+@settings(deadline=None)
 @given(
     st.lists(st.binary(max_size=5000), min_size=1, max_size=3),
     st.integers(0, 200_000),
