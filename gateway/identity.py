@@ -7,7 +7,7 @@ import hmac
 import random
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import unquote
 
@@ -31,7 +31,7 @@ class Caller:
     role: str
     session: str | None
     key: ApiKey | None = None
-    cache_salt: str = ""
+    cache_salt: str = field(default="", repr=False)
     """Given to engines, so that the time a prefix takes tells one tenant nothing of another's."""
     priority: int = 0
     """vLLM's: the key's and the role's; higher comes later."""

@@ -70,7 +70,9 @@ def _is_secret(location: tuple[int | str, ...]) -> bool:
                 return True
             field = here.model_fields.get(str(part))
             here = field.annotation if field is not None else here
-    return False
+    # A key that was written where a section belongs.
+    sections = [here] if isinstance(here, type) and issubclass(here, BaseModel) else _sections_in(here)
+    return any(secret_of(section, field) for section in sections for field in section.model_fields)
 
 
 def _sections_in(annotation: Any) -> Iterator[type[BaseModel]]:

@@ -10,6 +10,7 @@ already is preferred.
 from __future__ import annotations
 
 import hashlib
+import math
 import random
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -145,17 +146,19 @@ class PrefixAware:
         self._random = (rng or random.Random()).random
         self._beginnings = SharedBeginnings()
         self._replicas: WeakKeyDictionary[Replica, _Known] = WeakKeyDictionary()
+        self._usable: list[Replica] = []
+        self._known: list[_Known] = []
+        """Of those that were usable last, which nearly always are so again."""
 
     def pick(self, usable: Sequence[Replica], query: PickQuery) -> tuple[Replica, float]:
         own, shared, running, home = self._weights
         adapter = query.adapter
         chain = block_chain(query.prompt(), f"{query.salt}\0{adapter}" if adapter else query.salt)
-        known = [self._known(replica) for replica in usable]
+        known = self._known if self._usable == usable else self._look_up(usable)
         cached = [one.cache.cached(chain) for one in known]
         own_bytes = chain.size - self._beginnings.shared(chain)
         new = chain.size - max(cached) >= own_bytes
-        best = 0
-        best_key: tuple[float, float] = (0.0, 0.0)
+        best, least, ties = 0, math.inf, 0
         for index, replica in enumerate(usable):
             missing = chain.size - cached[index]
             missing_own = min(missing, own_bytes)
@@ -165,9 +168,12 @@ class PrefixAware:
                 cost += _loading(replica, known[index], adapter)
             if new:
                 cost += home * known[index].homes
-            key = (cost, self._random())
-            if not index or key < best_key:
-                best, best_key = index, key
+            if cost < least:
+                best, least, ties = index, cost, 1
+            elif cost == least:
+                ties += 1
+                if self._random() * ties < 1:
+                    best = index
         chosen = known[best]
         if new:
             for one in known:
@@ -179,11 +185,10 @@ class PrefixAware:
         chosen.cache.add(chain, MOST_BYTES if tokens is None else tokens * BYTES_PER_TOKEN)
         return usable[best], (chain.size - cached[best]) / BLOCK_BYTES
 
-    def _known(self, replica: Replica) -> _Known:
-        known = self._replicas.get(replica)
-        if known is None:
-            known = self._replicas[replica] = _Known()
-        return known
+    def _look_up(self, usable: Sequence[Replica]) -> list[_Known]:
+        self._usable = list(usable)
+        self._known = [self._replicas.setdefault(replica, _Known()) for replica in usable]
+        return self._known
 
 
 def _loading(replica: Replica, known: _Known, adapter: str) -> float:

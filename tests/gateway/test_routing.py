@@ -97,6 +97,43 @@ def test_no_replica_anywhere() -> None:
     assert caught.value.retry_after_s == 1
 
 
+def test_the_last_pool_tries_a_replica_that_fails_rather_than_refuse_all() -> None:
+    clock = Clock()
+    pools = Pools(make_config(), clock)
+    router = Router(make_config(), make_cards(), pools)
+    for _ in range(6):
+        clock.now += 30
+        for replica in pools.replicas():
+            replica.breaker.errored()
+    body = Body(b'{"model": "summarizer", "messages": []}')
+    with pytest.raises(NoReplicaError):
+        router.route(Caller("summarizer", None), body, CHAT)
+    clock.now += 1
+    route = router.route(Caller("summarizer", None), body, CHAT)
+    assert (route.variant, route.reason) == ("bf16", Reason.RAISED_POOL_DOWN)
+    route.replica.take()
+    with pytest.raises(NoReplicaError):
+        router.route(Caller("summarizer", None), body, CHAT)
+
+
+def test_a_request_without_a_model_is_for_the_base_model() -> None:
+    body = Body(b'{"messages": []}')
+    route = make_router().router.route(Caller("summarizer", None), body, CHAT)
+    assert (route.variant, route.reason) == ("int8", Reason.CHEAPEST_IN_BUDGET)
+
+
+def test_what_is_planned_is_bounded_by_names_that_exist() -> None:
+    """Names that clients invent are refused each time, and none is remembered."""
+    routing = make_router()
+    for n in range(200):
+        with pytest.raises(UnknownModelError) as caught:
+            routing.route("core", f"invented-{n}")
+        assert f"invented-{n}" in caught.value.message
+        assert "invented" not in caught.value.logged
+    routing.route("core")
+    assert len(routing.router._plans) == 1
+
+
 def test_what_a_pool_missed_is_counted() -> None:
     """Whether somebody answered instead or nobody: a pool that is scaled to zero is woken by this."""
     routing = make_router(("int4-kv8",))

@@ -137,6 +137,10 @@ def test_a_secret_that_cannot_be_known_is_asked_for(change: Callable[[dict[str, 
         {"engine": {"extra_args": f"--api-key {SECRET}"}},
         {"watch": {"webhook": [SECRET]}},
         {"watch": {"store": f"no url {SECRET}"}},
+        {"keys": f"sk-{SECRET}"},
+        {"keys": [f"sk-{SECRET}"]},
+        {"engine": SECRET},
+        {"watch": f"postgresql://me:{SECRET}@host/db"},
         {"providers": [{"model": "a", "litellm_model": "b", "api_base": {"url": SECRET}}]},
     ],
 )
@@ -163,6 +167,13 @@ def test_errors_in_the_file_show_no_secret(changes: dict[str, Any]) -> None:
 )
 def test_urls_are_shown_without_passwords(url: str, shows: str) -> None:
     assert shown_url(url) == shows
+
+
+def test_an_error_that_has_no_secret_shows_what_was_given() -> None:
+    raw = make_config().model_dump(mode="json")
+    raw["gateway"]["port"] = "eight"
+    with pytest.raises(ConfigError, match=r"gateway.port: .*, got 'eight'"):
+        parse_config(yaml.safe_dump(raw), "file", Path())
 
 
 async def test_put_of_what_get_showed_changes_nothing(tmp_path: Path) -> None:
