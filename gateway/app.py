@@ -30,10 +30,10 @@ from gateway.quality.watch import Watch
 from gateway.routing.breaker import Clock
 from gateway.routing.discovery import INTERVAL_S, Discovery
 from gateway.routing.health import probe_forever
+from gateway.routing.hedging import Hedging
 from gateway.routing.pools import Pools
 from gateway.routing.router import Router
 from gateway.telemetry.engines import EngineReader
-from gateway.telemetry.latencies import Latencies
 from gateway.telemetry.metrics import Metrics
 from gateway.upstream.litellm import LiteLLM
 from gateway.upstream.vllm import Engines
@@ -67,11 +67,11 @@ class Gateway:
             directory, workers = config.run_dir / "workers", config.gateway.workers
             self._board = Board(directory / "board", worker, workers)
             self._siblings = Siblings(directory, worker, workers, self.metrics)
-        self.latencies = Latencies()
+        self.hedging = Hedging()
         self.watch = Watch(config, cards, self.metrics, self._avoid) if config.watch.enabled else None
         self._inquiry = Inquiry(config.watch, config.model.name, lambda: self.plane.snapshot.pools)
         self.providers = LiteLLM(config.providers, config.gateway)
-        self.plane = DataPlane(self.metrics, self.latencies, clock)
+        self.plane = DataPlane(self.metrics, clock)
         self.plane.snapshot = self.make_snapshot(config, cards)
         self.app = FastAPI(
             title="Tiercel", lifespan=self._lifespan, docs_url=None, redoc_url=None, responses=REFUSALS
@@ -102,7 +102,7 @@ class Gateway:
             lambda variant: self._discovery.replicas(config, variant),
         )
         router = Router(
-            config, cards, pools, self.latencies, lambda *asked: self.metrics.missed.labels(*asked).inc()
+            config, cards, pools, self.hedging, lambda *asked: self.metrics.missed.labels(*asked).inc()
         )
         if self.watch is not None:
             router.avoid(self.watch.demoted())
@@ -133,7 +133,7 @@ class Gateway:
                 checks=observer,
                 took=self._took,
                 escalated=lambda exchange, why: self._escalated(observe, exchange, why),
-                may_hedge=lambda: True,
+                may_hedge=self.hedging.allow,
             ),
             reply=plane.reply,
             after=(
@@ -157,8 +157,8 @@ class Gateway:
         )
 
     def _took(self, exchange: Exchange, seconds: float) -> None:
-        if exchange.route is not None:
-            self.latencies.add(exchange.route.role, exchange.route.variant, seconds)
+        if exchange.route is not None and exchange.route.kind is not None:
+            self.hedging.seconds(exchange.route.kind, seconds)
 
     def _escalated(self, observe: Observe, exchange: Exchange, why: str) -> None:
         if exchange.route is not None:

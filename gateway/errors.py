@@ -22,13 +22,21 @@ GatewayError
 ├── ClientGoneError           499  never sent, the client is away; logged and counted
 └── UnexpectedError           500  a defect of ours; the log has it, the client does not
 
-``message`` is for the caller; ``internal`` is for the log only. Exceptions of libraries are
+``message`` is for the caller and may quote what the caller sent, or what an engine said of it. ``internal``
+is for the log, which promises to have no prompt, no answer and no secret: it is our own sentence, made of
+our own names, of numbers, statuses and the like, and never of text that a client, an engine or a provider
+wrote. Whoever quotes such text in ``message`` gives ``internal`` as well. Exceptions of libraries are
 translated where they are caught, never further in.
 """
 
 from __future__ import annotations
 
+import re
+import traceback
 from typing import Any
+
+_WORD = re.compile(r"[\w.\[\]-]{1,64}", re.ASCII)
+"""What may be taken over from somebody's error as its type, code or parameter."""
 
 
 class GatewayError(Exception):
@@ -44,6 +52,11 @@ class GatewayError(Exception):
         self.message = message
         self.param = param
         self.internal = internal
+
+    @property
+    def logged(self) -> str:
+        """What the log says of it."""
+        return self.internal or self.message
 
 
 class BadRequestError(GatewayError):
@@ -174,6 +187,12 @@ class UpstreamRefusedError(UpstreamError):
         self.retry_after_s = retry_after_s
         self.type = str(error.get("type") or "invalid_request_error")
         self.code = error.get("code")
+        said = ", ".join(
+            f"{name} {error[name]}"
+            for name in ("type", "code", "param")
+            if isinstance(error.get(name), str | int) and _WORD.fullmatch(str(error[name]))
+        )
+        self.internal = f"the upstream refused the request with status {status}{said and ': '}{said}"
 
 
 class ClientGoneError(GatewayError):
@@ -182,8 +201,17 @@ class ClientGoneError(GatewayError):
 
 
 class UnexpectedError(GatewayError):
-    def __init__(self, internal: str) -> None:
+    def __init__(self, cause: BaseException | str) -> None:
+        """``cause``: a sentence, or what was raised; its own text may quote anything and is left out."""
+        internal = cause if isinstance(cause, str) else _where(cause)
         super().__init__("The gateway failed; its log has the details.", internal=internal)
+
+
+def _where(error: BaseException) -> str:
+    """An exception's type, and the place that raised it."""
+    frames = traceback.extract_tb(error.__traceback__, limit=-1)
+    place = f" at {frames[0].filename}:{frames[0].lineno}" if frames else ""
+    return f"{type(error).__name__}{place}"
 
 
 def envelope(error: GatewayError) -> dict[str, Any]:

@@ -58,6 +58,9 @@ class GatewaySettings(Section):
         "memory_time (those bytes times the seconds that its engine took for a token, by its card)",
     )
     max_in_flight: int | None = Field(default=None, ge=1, description="requests at a replica at a time")
+    hedge_share: float = Field(
+        default=0.05, ge=0, le=1, description="of the requests of roles that are hedged, that are at most"
+    )
     workers: int = Field(default=1, ge=1, le=64, description="processes that share the port")
     tls_certificate: Path | None = Field(default=None, description="PEM file; with tls_key: HTTPS")
     tls_key: Path | None = None

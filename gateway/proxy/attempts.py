@@ -14,7 +14,6 @@ The first attempt that gives a part of an answer wins, and the other one is canc
 from __future__ import annotations
 
 import asyncio
-import zlib
 from collections.abc import Callable, Coroutine, Mapping
 from typing import Any, Protocol
 
@@ -28,6 +27,7 @@ from gateway.errors import (
     UpstreamError,
     UpstreamTimeoutError,
 )
+from gateway.identity import Sampler
 from gateway.proxy.body import Body
 from gateway.proxy.endpoints import Form
 from gateway.proxy.escalations import Escalations
@@ -42,7 +42,6 @@ from gateway.upstream.readers import NamedStreamReader, Reader, StreamReader, Ta
 
 MOST_TRIES = 4
 """Attempts at one request that may come to nothing, before it is given up."""
-_SHARE = 1 << 32
 
 
 class Routes(Protocol):
@@ -116,7 +115,7 @@ class Attempts:
         self._took = took
         self._escalated = escalated
         self._may_hedge = may_hedge
-        self._listened_below = int(limits.listened_share * _SHARE)
+        self._sampled = Sampler(limits.listened_share)
         self._escalations = Escalations(limits.escalated_share)
 
     # asking
@@ -166,10 +165,7 @@ class Attempts:
         options, endpoint = exchange.options, exchange.endpoint
         if endpoint.form is not Form.COMPLETIONS:
             return NamedStreamReader() if options.stream else WholeReader()
-        if exchange.model not in self._limits.adapters and (
-            (self._listened_below and sampled(exchange.sample_id, self._listened_below))
-            or self._escalates(exchange)
-        ):
+        if exchange.model not in self._limits.adapters and (self._sampled() or self._escalates(exchange)):
             return TappedReader(options)
         return StreamReader(options) if options.stream else WholeReader()
 
@@ -292,9 +288,11 @@ class Attempts:
     def _win(self, exchange: Exchange, attempt: Attempt, now: float) -> None:
         """An attempt answers, before any other: the client gets its answer."""
         exchange.winner = attempt
+        if not attempt.replica.breaker.no_failures:
+            attempt.replica.breaker.heard()
         route = exchange.route
         assert route is not None
-        if route.watched:
+        if route.kind is not None:
             self._took(exchange, now - exchange.received)
         if not exchange.hedged:
             return
@@ -370,7 +368,7 @@ class Attempts:
         for attempt in exchange.attempts:
             if attempt.replica.heard_at <= exchange.heard_at:
                 attempt.replica.breaker.silent()
-        names = ", ".join(f"{a.replica.name} at {a.replica.url}" for a in exchange.attempts)
+        names = ", ".join(attempt.replica.where for attempt in exchange.attempts)
         error = UpstreamTimeoutError(f"{said} (gateway.{setting}).", internal=f"{said} ({setting}): {names}")
         exchange.pipeline.fail(exchange, error)
 
@@ -389,8 +387,3 @@ async def _guarded(exchange: Exchange, work: Coroutine[Any, Any, None]) -> None:
         exchange.pipeline.fail(exchange, error)
     except Exception as error:
         exchange.pipeline.defect(exchange, error)
-
-
-def sampled(sample_id: str, below: int) -> bool:
-    """Whether a request is in the sample, by a hash of an id: ``below`` of 2**32 ids are."""
-    return below >= _SHARE or zlib.crc32(sample_id.encode()) < below

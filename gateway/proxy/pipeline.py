@@ -118,9 +118,10 @@ class Pipeline:
         self.finish(exchange)
 
     def defect(self, exchange: Exchange, error: Exception) -> None:
-        fields = {"request_id": exchange.request_id}
-        self._log.error("request failed", exc_info=error, extra={"fields": fields})
-        self.fail(exchange, UnexpectedError(repr(error)))
+        defect = UnexpectedError(error)
+        fields = {"request_id": exchange.request_id, "cause": defect.internal}
+        self._log.error("request failed", extra={"fields": fields})
+        self.fail(exchange, defect)
 
     def finish(self, exchange: Exchange) -> None:
         exchange.finished = True
@@ -158,7 +159,7 @@ class Pipeline:
             replica=route.replica.name if route is not None else None,
             reason=route.reason if route is not None else None,
             status=200 if error is None else error.status,
-            error=None if error is None else (error.internal or error.message),
+            error=None if error is None else error.logged,
             stream=exchange.options.stream,
             usage=NO_USAGE if reader is None else reader.usage,
             spent=exchange.spent,

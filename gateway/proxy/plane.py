@@ -26,7 +26,6 @@ from gateway.quality.observe import Observer
 from gateway.routing.breaker import Clock
 from gateway.routing.pools import Pools
 from gateway.routing.router import Router
-from gateway.telemetry.latencies import Latencies
 from gateway.telemetry.ledger import Ledger
 from gateway.telemetry.logs import EVENTS, AccessLog
 from gateway.telemetry.metrics import Metrics
@@ -58,13 +57,12 @@ class Snapshot:
 class DataPlane:
     """What stands behind all client connections: their ``RequestHandler``."""
 
-    def __init__(self, metrics: Metrics, latencies: Latencies, clock: Clock) -> None:
+    def __init__(self, metrics: Metrics, clock: Clock) -> None:
         self.snapshot: Snapshot
         self.clock = clock
         self.app: ASGIApp | None = None
         """What answers everything that is not on the hot path."""
         self.metrics = metrics
-        self.latencies = latencies
         self.log = AccessLog()
         self.ledger = Ledger(metrics, self.log)
         self.traces: Traces | None = traces()

@@ -124,7 +124,7 @@ class _ProviderAttempt:
         self._may_send = asyncio.Event()
         self._may_send.set()
         self.over = False
-        replica.take()
+        self._lease = replica.take()
 
     def start(self) -> None:
         self.sent = True
@@ -170,7 +170,7 @@ class _ProviderAttempt:
         """Its books; the task ends with the exchange."""
         if not self.over:
             self.over = True
-            self.replica.release()
+            self._lease.release()
 
     def pause(self) -> None:
         self._may_send.clear()

@@ -363,6 +363,5 @@ def refusal(status: int, raw: bytes) -> UpstreamError:
             return UpstreamRefusedError(status, msgspec.json.decode(raw))
         except (msgspec.MsgspecError, RecursionError):
             return UpstreamRefusedError(status, {})
-    return UpstreamError(
-        f"The engine failed with status {status}; try again.", internal=f"it said {raw[:300]!r}"
-    )
+    internal = f"the engine answered {status}, with {len(raw)} bytes"
+    return UpstreamError(f"The engine failed with status {status}; try again.", internal=internal)

@@ -12,8 +12,11 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Protocol
 
+from msgspec import UNSET
+
 from gateway.config import Config
 from gateway.errors import NeverReachedError, UpstreamError, UpstreamRefusedError
+from gateway.identity import sent_priority
 from gateway.proxy.endpoints import Form
 from gateway.proxy.exchange import Attempt, Exchange
 from gateway.routing.pools import Replica
@@ -68,11 +71,17 @@ class Engines:
             changes["cache_salt"] = b'"%b"' % caller.cache_salt.encode()
         if model not in self._same_name:
             changes["model"] = b'"%b"' % self._config.model.name.encode()
+        given, more = exchange.body.fields.priority, _trace_headers(exchange)
+        if caller is not None and (caller.priority or given is not UNSET):
+            priority = sent_priority(caller, None if given is UNSET else given) or 0
+            changes["priority"] = b"%d" % priority
+            # vLLM's own header, for the endpoints whose body has no such field.
+            more += b"x-vllm-priority: %d\r\n" % priority if priority else b""
         raw = exchange.body.with_(changes) if changes else exchange.raw
         return b"%bx-request-id: %b\r\n%bcontent-length: %d\r\n\r\n%b" % (
             replica.request_head(endpoint),
             exchange.request_id.encode(),
-            _trace_headers(exchange),
+            more,
             len(raw),
             raw,
         )
@@ -94,12 +103,12 @@ class EngineAttempt:
     __slots__ = (
         "_connection",
         "_head",
+        "_lease",
         "_listener",
         "_parts",
         "_request",
         "_size",
         "_streams",
-        "_work",
         "exchange",
         "over",
         "replica",
@@ -121,8 +130,7 @@ class EngineAttempt:
         self._streams = False
         self._parts: list[bytes] = []
         self._size = 0
-        self._work = work
-        replica.take(work)
+        self._lease = replica.take(work)
 
     def start(self) -> None:
         """Send it, over a kept connection or else a new one."""
@@ -176,9 +184,7 @@ class EngineAttempt:
 
     def part(self, payload: bytes) -> None:
         """The first part of a stream, never empty. The others go to the listener at once."""
-        if self._work:  # its first token is here
-            self.replica.work -= self._work
-            self._work = 0.0
+        self._lease.began()
         if (connection := self._connection) is not None and connection.stream is not None:
             connection.stream = partial(self._listener.arrived, self)
         self._listener.arrived(self, payload)
@@ -258,16 +264,14 @@ class EngineAttempt:
         self._listener.broke(self, NeverReachedError(f"The engine {said}.", internal=self._where(why)))
 
     def _where(self, why: str) -> str:
-        return f"{self.replica.name} at {self.replica.url}: {why}"
+        return f"{self.replica.where}: {why}"
 
     def _end(self) -> bool:
         """Whether it had not ended before."""
         if self.over:
             return False
         self.over = True
-        self.replica.release()
-        self.replica.work -= self._work
-        self._work = 0.0
+        self._lease.release()
         return True
 
 

@@ -178,7 +178,7 @@ async def test_a_slow_replica_is_hedged_and_the_loser_cancelled() -> None:
             async with running_gateway() as slow_one:
                 slow = slow_one.engines["bf16"]
                 async with slow.serving() as slow_url:
-                    changes = {"roles": roles, "gateway": {"policy": "round_robin"}}
+                    changes = {"roles": roles, "gateway": {"policy": "round_robin", "hedge_share": 1.0}}
                     async with running_gateway(pools={"bf16": (slow_url, url)}, **changes) as stack:
                         for _ in range(30):
                             assert await _variant(stack, "core") == "bf16"
