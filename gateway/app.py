@@ -12,7 +12,9 @@ import aiohttp
 from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
 
-from gateway.api.operations import REFUSALS, Operations, add_error_handlers
+from gateway.api.failures import add_error_handlers
+from gateway.api.models import Models
+from gateway.api.operations import REFUSALS, Operations
 from gateway.api.overview import Overview
 from gateway.api.watching import Watching
 from gateway.config import Config, ConfigError
@@ -33,6 +35,7 @@ from gateway.telemetry.latencies import Latencies
 from gateway.telemetry.metrics import Metrics
 from gateway.upstream.litellm import LiteLLM
 from gateway.wire.client import ClientConnection
+from gateway.wire.cors import Cors
 from gateway.workers import Board, Siblings
 from quantize.card import Card
 
@@ -70,10 +73,9 @@ class Gateway:
         self.app = FastAPI(
             title="Tiercel", lifespan=self._lifespan, docs_url=None, redoc_url=None, responses=REFUSALS
         )
-        operations = Operations(
-            self.plane, self.metrics, created=int(time.time()), apply=self.apply, siblings=self._siblings
-        )
+        operations = Operations(self.plane, self.metrics, apply=self.apply, siblings=self._siblings)
         operations.add_to(self.app)
+        Models(self.plane, created=int(time.time())).add_to(self.app)
         if self.watch is not None:
             Watching(self.watch, operations.admin).add_to(self.app)
         self.overview = Overview(
@@ -127,6 +129,7 @@ class Gateway:
             observer=observer,
             known_models=frozenset(router.known_models()),
             model=config.model.name,
+            cors=Cors(config.gateway.cors_origins) if config.gateway.cors_origins else None,
         )
 
     def apply(self, config: Config, cards: Mapping[str, Card]) -> None:

@@ -348,11 +348,13 @@ class Exchange:
 
     def answer_head(self, status: int, content_type: bytes) -> bytes:
         placed = self.plane.placed(self.route) if self.route else b""
-        return b"%b%bcontent-type: %b\r\nx-request-id: %b\r\n%b" % (
+        if (cors := self.snapshot.cors) is not None:
+            placed += cors.lines(self.head.path, self.head.headers)
+        return b"%b%bcontent-type: %b\r\n%b%b" % (
             STATUS_LINES.get(status) or b"HTTP/1.1 %d Error\r\n" % status,
             self.plane.date(),
             content_type,
-            self.request_id.encode(),
+            self.endpoint.id_lines(self.request_id.encode()),
             placed,
         )
 

@@ -17,6 +17,7 @@ from gateway.routing.router import Reason, Router
 from gateway.upstream.options import STREAM, OutputOptions
 from gateway.upstream.readers import NamedStreamReader, Reader, StreamReader, TappedReader, WholeReader
 from gateway.upstream.vllm import EngineAttempt, request_for
+from gateway.wire.encodings import decoded
 
 if TYPE_CHECKING:
     from gateway.upstream.litellm import LiteLLM
@@ -44,9 +45,14 @@ class Identify:
             raise BadRequestError(
                 "content-type: send the header `content-type: application/json`", param="content-type"
             )
-        body = exchange.body = Body(exchange.raw, endpoint.check, endpoint.decoder)
+        if coding := head.headers.get("content-encoding"):
+            limit = exchange.snapshot.config.gateway.max_body_bytes
+            exchange.raw = decoded(exchange.raw, coding, limit)
+        body = exchange.body = Body(exchange.raw, endpoint.reads)
+        endpoint = exchange.endpoint = endpoint.of(body)
         asked = body.fields
-        exchange.model = asked.model
+        # Where none is named, vLLM takes the one that it has.
+        exchange.model = asked.model = asked.model or exchange.snapshot.model
         if endpoint.form is Form.COMPLETIONS:
             exchange.options = OutputOptions.of(asked, chat=endpoint.chat)
         elif endpoint.form is not Form.PLAIN and asked.stream:

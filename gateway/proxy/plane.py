@@ -18,7 +18,7 @@ from starlette.types import ASGIApp
 
 from gateway.config import Config
 from gateway.errors import GatewayError, MethodNotAllowedError
-from gateway.proxy.endpoints import ANY, ENDPOINTS
+from gateway.proxy.endpoints import ANY, endpoint_of, errors_of
 from gateway.proxy.exchange import Attempt, Exchange, request_id
 from gateway.proxy.hops import AskUpstream, Hop
 from gateway.quality.observe import Observed, Observer
@@ -32,6 +32,7 @@ from gateway.telemetry.metrics import Metrics
 from gateway.telemetry.traces import traces
 from gateway.wire.asgi import AsgiCall
 from gateway.wire.client import STATUS_LINES, Call, ClientConnection
+from gateway.wire.cors import Cors
 from gateway.wire.heads import RequestHead
 from quantize.card import Card
 
@@ -58,6 +59,7 @@ class Snapshot:
     known_models: frozenset[str]
     model: str
     """As engines know it."""
+    cors: Cors | None = None
 
 
 class DataPlane:
@@ -102,10 +104,15 @@ class DataPlane:
         return self.snapshot.config.gateway.keep_alive_s
 
     def serve(self, client: ClientConnection, head: RequestHead, body: bytes) -> Call | None:
-        endpoint = ENDPOINTS.get(head.path)
+        endpoint = endpoint_of(head.path)
+        cors = self.snapshot.cors
+        if cors is not None and (allowed := cors.preflight(head)) is not None:
+            client.send_whole(allowed + self.date(), b"")
+            return None
         if endpoint is None:
             assert self.app is not None
-            return AsgiCall(self.app, client, head, body, self.date)
+            more = cors.lines(head.path, head.headers) if cors is not None else b""
+            return AsgiCall(self.app, client, head, body, self.date, more)
         if head.method != "POST":
             error = MethodNotAllowedError(f"{head.method[:20]} {head.path}: this endpoint takes POST only.")
             self.refuse(client, error, head, b"allow: POST\r\n")
@@ -120,14 +127,17 @@ class DataPlane:
     def refuse(
         self, client: ClientConnection, error: GatewayError, head: RequestHead | None, more: bytes = b""
     ) -> None:
-        endpoint = ENDPOINTS.get(head.path, ANY) if head else ANY
+        endpoint = errors_of(head.path) if head else ANY
+        if head is not None and self.snapshot.cors is not None:
+            more += self.snapshot.cors.lines(head.path, head.headers)
         self.metrics.requests.labels("other", "other", "none", str(error.status)).inc()
         identity = request_id(head.headers if head else {}).encode()
         status_line = STATUS_LINES.get(error.status) or b"HTTP/1.1 %d Error\r\n" % error.status
         client.send_whole(
-            b"%b%bcontent-type: application/json\r\nx-request-id: %b\r\n%b"
-            % (status_line, self.date(), identity, more),
+            b"%b%bcontent-type: application/json\r\n%b%b"
+            % (status_line, self.date(), endpoint.id_lines(identity), more),
             endpoint.error_body(error),
+            no_body=head is not None and head.method == "HEAD",
         )
 
     # what exchanges need

@@ -200,7 +200,7 @@ def request_for(exchange: Exchange, replica: Replica) -> bytes:
         changes["cache_salt"] = b'"%b"' % caller.cache_salt.encode()
     if exchange.model != snapshot.model and exchange.model not in snapshot.config.adapters:
         changes["model"] = b'"%b"' % snapshot.model.encode()
-    raw = exchange.body.with_(changes) if changes else exchange.raw
+    raw = exchange.body.with_(changes)
     given = exchange.head.headers
     if exchange.span is not None:
         given = {**given, **carried(exchange.span)}
