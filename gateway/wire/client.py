@@ -299,8 +299,8 @@ class ClientConnection(asyncio.Protocol):
     def _too_large(self) -> BodyTooLargeError:
         limit = self._handler.max_body_bytes
         return BodyTooLargeError(
-            f"The body is larger than the limit of {limit} bytes (gateway.max_body_bytes); send less context, "
-            "or have the limit raised."
+            f"The body is larger than the limit of {limit} bytes (gateway.max_body_bytes); send less "
+            "context, or have the limit raised."
         )
 
     def _begin(self, head: RequestHead, body: bytes) -> None:
