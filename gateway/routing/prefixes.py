@@ -1,10 +1,10 @@
 """What replicas' prefix caches probably hold, over blocks of the request's own text.
 
 A prompt becomes a chain of hashes, one for each prefix that ends at a block's end. Blocks grow with depth, to
-a sixteenth of what lies before them, so that 4 MB are some 110; where a prompt ends within a block, the index
-remembers how far. The beginning is hashed whole, of later blocks two windows are: what a chain costs grows
-with the logarithm of the prompt's size. Two prompts that differ only between the windows, by bytes of
-the same number, are taken for one; that may cost a request some time at an engine, and nothing else.
+a sixteenth of what lies before them, so that 4 MB are some 110. The beginning is hashed whole, of later
+blocks two windows are: what a chain costs grows with the logarithm of the prompt's size. Two prompts that
+differ only between the windows, by bytes of the same number, are taken for one; that may cost a request some
+time at an engine, and nothing else.
 
 The loops over blocks are those of ``map``, ``zip`` and ``accumulate``: this runs for every request.
 """
@@ -55,11 +55,11 @@ class Chain:
 
     __slots__ = ("ends", "hashes", "size")
 
-    def __init__(self, hashes: list[int], ends: Sequence[int], size: int) -> None:
+    def __init__(self, hashes: list[int], ends: Sequence[int]) -> None:
         self.hashes = hashes
         self.ends = ends
-        self.size = size
-        """Bytes of the whole prompt."""
+        self.size = ends[-1]
+        """Bytes of all blocks."""
 
 
 def block_chain(parts: Sequence[Buffer], salt: str = "") -> Chain:
@@ -82,33 +82,32 @@ def block_chain(parts: Sequence[Buffer], salt: str = "") -> Chain:
             prefixes.append(prefixes[-1] + hash((rest, bytes(view[-min(rest, WINDOW_BYTES) :]))))
             ends.append(depth)
     if not ends:
-        return Chain(prefixes, [0], 0)
-    return Chain(prefixes[1:], ends, depth)
+        return Chain(prefixes, [0])
+    return Chain(prefixes[1:], ends)
 
 
 def _hashes(view: memoryview, whole: int) -> Iterable[int]:
-    """Of the first so many blocks, each with its place, so that sums of them are of their order too."""
+    """Of the first so many blocks. Prefixes are sums of them: of the same blocks in another order too, which
+    does not happen."""
     head = bytes(view[:HEAD_BYTES])  # slices of bytes are cheaper than those of a view
-    first = map(hash, zip(range(min(whole, _IN_HEAD)), map(head.__getitem__, _BLOCKS), strict=False))
+    first = map(hash, map(head.__getitem__, _BLOCKS[:whole]))
     if whole <= _IN_HEAD:
         return first
-    middles = map(bytes, map(view.__getitem__, _MIDDLES))
+    middles = map(bytes, map(view.__getitem__, _MIDDLES[: whole - _IN_HEAD]))
     tails = map(bytes, map(view.__getitem__, _TAILS))
-    return chain(first, map(hash, zip(range(_IN_HEAD, whole), middles, tails, strict=False)))
+    return chain(first, map(hash, zip(middles, tails, strict=False)))
 
 
 class CacheIndex:
     """What one replica's prefix cache probably holds; the least recently used blocks leave. Of a chain it has
     the blocks up to one, and none after that."""
 
-    __slots__ = ("_blocks", "_bytes", "_tails")
+    __slots__ = ("_blocks", "_bytes")
 
     def __init__(self) -> None:
         self._blocks: OrderedDict[int, int] = OrderedDict()
         """Their bytes."""
         self._bytes = 0
-        self._tails: dict[int, int] = {}
-        """Where the prompt ended whose last block this is."""
 
     def __len__(self) -> int:
         return len(self._blocks)
@@ -116,13 +115,7 @@ class CacheIndex:
     def cached(self, chain: Chain) -> int:
         """Bytes of the prompt, from its beginning, that are in the cache."""
         known = _known(self._blocks, chain.hashes)
-        if not known:
-            return 0
-        end = chain.ends[known - 1]
-        after = chain.ends[known] if known < len(chain.hashes) else chain.size
-        # A prompt that ended within the next block is most probably continued by this one.
-        ended = self._tails.get(chain.hashes[known - 1], 0)
-        return ended if end < ended <= after else end
+        return chain.ends[known - 1] if known else 0
 
     def add(self, chain: Chain, capacity_bytes: int) -> None:
         """The replica has been given the prompt. Later blocks leave before earlier ones, as in vLLM."""
@@ -132,11 +125,8 @@ class CacheIndex:
             blocks[hashes[number]] = length = ends[number] - (ends[number - 1] if number else 0)
             self._bytes += length
         deque(map(blocks.move_to_end, reversed(hashes[:known])), maxlen=0)
-        self._tails[hashes[-1]] = chain.size
         while blocks and (self._bytes > capacity_bytes or len(blocks) > MOST_BLOCKS):
-            block, length = blocks.popitem(last=False)
-            self._bytes -= length
-            self._tails.pop(block, None)
+            self._bytes -= blocks.popitem(last=False)[1]
 
 
 class SharedBeginnings:

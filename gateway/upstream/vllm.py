@@ -185,7 +185,6 @@ class EngineAttempt:
     def part(self, payload: bytes) -> None:
         """The first part of a stream, never empty. The others go to the listener at once."""
         self._lease.began()
-        self.replica.breaker.heard()
         if (connection := self._connection) is not None and connection.stream is not None:
             connection.stream = partial(self._listener.arrived, self)
         self._listener.arrived(self, payload)
