@@ -12,7 +12,9 @@ import aiohttp
 from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
 
-from gateway.api.operations import REFUSALS, Operations, add_error_handlers
+from gateway.api.failures import add_error_handlers
+from gateway.api.models import Models
+from gateway.api.operations import REFUSALS, Operations
 from gateway.api.overview import Overview
 from gateway.api.watching import Watching
 from gateway.config import Config, ConfigError
@@ -76,10 +78,9 @@ class Gateway:
         self.app = FastAPI(
             title="Tiercel", lifespan=self._lifespan, docs_url=None, redoc_url=None, responses=REFUSALS
         )
-        operations = Operations(
-            self.plane, self.metrics, created=int(time.time()), apply=self.apply, siblings=self._siblings
-        )
+        operations = Operations(self.plane, self.metrics, apply=self.apply, siblings=self._siblings)
         operations.add_to(self.app)
+        Models(self.plane, created=int(time.time())).add_to(self.app)
         if self.watch is not None:
             Watching(self.watch, operations.admin).add_to(self.app)
         self.overview = Overview(
@@ -118,7 +119,7 @@ class Gateway:
         names = (config.model.name, *config.roles, *config.adapters, *router.known_models())
         pipeline = Pipeline(
             before=(
-                ReadBody(),  # what is asked
+                ReadBody(config),  # what is asked
                 Identify(),  # who asks: role and session; the key was looked at with the head
             ),
             attempts=Attempts(

@@ -16,7 +16,7 @@ from starlette.types import ASGIApp
 
 from gateway.config import Config
 from gateway.errors import GatewayError, ShuttingDownError
-from gateway.proxy.endpoints import ANY, endpoint_of
+from gateway.proxy.endpoints import ANY, errors_of
 from gateway.proxy.exchange import Exchange, request_id
 from gateway.proxy.hops import Admit
 from gateway.proxy.pipeline import Pipeline
@@ -93,10 +93,14 @@ class DataPlane:
 
     def serve(self, client: ClientConnection, head: RequestHead, body: bytes) -> Call | None:
         snapshot = self.snapshot
-        endpoint = snapshot.admit(head).endpoint
+        admitted = snapshot.admit(head)
+        endpoint = admitted.endpoint
+        if admitted.preflight is not None:
+            client.send_whole(admitted.preflight + self.reply.date(), b"")
+            return None
         if endpoint is None:
             assert self.app is not None
-            return AsgiCall(self.app, client, head, body, self.reply.date)
+            return AsgiCall(self.app, client, head, body, self.reply.date, admitted.more)
         exchange = Exchange(snapshot.pipeline, client, endpoint, head, body, self.clock())
         self.active.add(exchange)
         if self.traces is not None:
@@ -105,7 +109,7 @@ class DataPlane:
         return None if exchange.finished else exchange
 
     def refuse(self, client: ClientConnection, error: GatewayError, head: RequestHead | None) -> None:
-        endpoint = (endpoint_of(head.path) if head else None) or ANY
+        endpoint = errors_of(head.path) if head else ANY
         self.metrics.requests.labels("other", "other", "none", str(error.status)).inc()
         identity = request_id(head.headers.get("x-request-id") if head else None).encode()
         line = STATUS_LINES.get(error.status) or b"HTTP/1.1 %d Error\r\n" % error.status
@@ -116,10 +120,13 @@ class DataPlane:
             more = b"www-authenticate: Bearer\r\n"
         if error.retry_after_s is not None:
             more += b"retry-after: %d\r\n" % error.retry_after_s
+        if head is not None and (cors := self.snapshot.admit.cors) is not None:
+            more += cors.lines(head.path, head.headers)
         client.send_whole(
-            b"%b%bcontent-type: application/json\r\nx-request-id: %b\r\n%b"
-            % (line, self.reply.date(), identity, more),
+            b"%b%bcontent-type: application/json\r\n%b%b"
+            % (line, self.reply.date(), endpoint.id_lines(identity), more),
             endpoint.error_body(error),
+            no_body=head is not None and head.method == "HEAD",
         )
 
     def ended(self, exchange: Exchange) -> None:

@@ -6,7 +6,6 @@ import time
 from email.utils import formatdate
 
 from gateway.errors import GatewayError
-from gateway.proxy.endpoints import Form
 from gateway.proxy.exchange import Exchange
 from gateway.routing.router import Route
 from gateway.wire.client import STATUS_LINES
@@ -104,10 +103,10 @@ class Reply:
 
 
 def _ids(exchange: Exchange) -> bytes:
-    identity = exchange.request_id.encode()
-    if exchange.endpoint.form is Form.ANTHROPIC:
-        return b"x-request-id: %b\r\nrequest-id: %b\r\n" % (identity, identity)
-    return b"x-request-id: %b\r\n" % identity
+    """The lines that are this request's own."""
+    lines = exchange.endpoint.id_lines(exchange.request_id.encode())
+    admitted = exchange.head.memo
+    return lines if admitted is None else lines + bytes(admitted.more)
 
 
 def _placed(route: Route | None) -> bytes:

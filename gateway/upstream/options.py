@@ -41,7 +41,7 @@ class OutputOptions:
             chat=chat,
             stream=asked.stream is True,
             logprobs=bool(asked.logprobs),
-            top_logprobs=(asked.top_logprobs or 0) if chat else 0,
+            top_logprobs=asked.top_logprobs if chat and type(asked.top_logprobs) is int else 0,
             include_usage=bool(options.get("include_usage")),
             continuous_usage=bool(options.get("continuous_usage_stats")),
         )
@@ -67,7 +67,7 @@ def changes_for_engine(
         else:
             wanted = usage_wanted(body) | {"continuous_usage_stats": True}
             changes["stream_options"] = msgspec.json.encode(wanted)
-    if tapped and options.chat and quality.logprobs:
+    if tapped and options.chat and quality.logprobs and body.fields.takes_logprobs:
         most = max(options.top_logprobs, quality.top_logprobs)
         changes["logprobs"] = b"true"
         changes["top_logprobs"] = b"%d" % (EVERY_TOKEN if options.top_logprobs == EVERY_TOKEN else most)
