@@ -218,12 +218,14 @@ class Body:
             fields.model = self._model(given.get("model"))
         fields.n = _coerced(_INT, given.get("n"))
         if reads is Reads.NAMES:
-            fields.stream = None
+            fields.stream, fields.stream_options = None, UNSET
             return fields
         if "stream" in self:
             fields.stream = _needed(_BOOL, "stream", self.get("stream"), "send true or false")
         if reads is Reads.OPTIONS:
-            if fields.stream and "stream_options" in self:
+            if not fields.stream:
+                fields.stream_options = UNSET  # whatever it is, the engine says what it thinks of it
+            elif "stream_options" in self:
                 fields.stream_options = _stream_options(self.get("stream_options"))
             fields.logprobs = _coerced(_BOOL, fields.logprobs, fields.logprobs)
             if isinstance(fields.top_logprobs, float):
