@@ -6,18 +6,20 @@ In OpenAI's form, with vLLM's ``max_model_len``; in Anthropic's for its clients,
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 
-from gateway.config import ApiKey, Config
-from gateway.errors import UnknownModelError
-from gateway.identity import Identities
+from gateway.errors import ForbiddenError, UnknownModelError
+from gateway.identity import Identities, Sender
+from gateway.proxy.body import RequestFields
 from gateway.proxy.plane import DataPlane, Snapshot
+from gateway.routing.router import precision
 
+_CREDENTIALS = ("authorization", "x-api-key")
 _PAGE = 20
 """Models that Anthropic's API lists at a time, unless asked for more."""
 _LONGEST_PAGE = 1000
@@ -45,8 +47,8 @@ class Models:
         """One of them."""
         if not model:
             return self._listed(request)
-        snapshot, key = self._plane.snapshot, self._key(request)
-        usable = usable_models(snapshot, key)
+        snapshot = self._plane.snapshot
+        usable = usable_models(snapshot, request.headers)
         if model not in usable:
             known = ", ".join(usable)
             raise UnknownModelError(
@@ -54,13 +56,10 @@ class Models:
             )
         return JSONResponse(self._form(request)(model, longest(snapshot, model)))
 
-    def _key(self, request: Request) -> ApiKey | None:
-        return Identities(self._plane.snapshot.config).key(request.headers)
-
     def _listed(self, request: Request) -> Response:
-        snapshot, key = self._plane.snapshot, self._key(request)
-        form = self._form(request)
-        entries = [form(model, longest(snapshot, model)) for model in usable_models(snapshot, key)]
+        snapshot, form = self._plane.snapshot, self._form(request)
+        usable = usable_models(snapshot, request.headers)
+        entries = [form(model, longest(snapshot, model)) for model in usable]
         if form == self._anthropic:
             return JSONResponse(_page(entries, request))
         return JSONResponse({"object": "list", "data": entries})
@@ -78,20 +77,25 @@ class Models:
         return entry if tokens is None else {**entry, "max_input_tokens": tokens}
 
 
-def usable_models(snapshot: Snapshot, key: ApiKey | None) -> list[str]:
-    """The known models that a key may use; all where no keys are asked for."""
-    known = snapshot.router.known_models()
-    if key is None:
-        return known
-    return [model for model in known if _may_use(key, model, snapshot.config)]
+def usable_models(snapshot: Snapshot, headers: Mapping[str, str]) -> list[str]:
+    """The known models that a request with this key may name, and gets. Raises UnauthenticatedError."""
+    given = {name: headers[name] for name in _CREDENTIALS if name in headers}
+    sender = Identities(snapshot.config).sender(given)
+    return [model for model in snapshot.router.known_models() if _may_use(snapshot, sender, model)]
 
 
-def _may_use(key: ApiKey, model: str, config: Config) -> bool:
-    base = model.partition(":")[0]
-    if model in config.roles:
-        role_is_its_own = key.role in (None, model) and (not key.roles or model in key.roles)
-        return role_is_its_own and (not key.models or config.model.name in key.models)
-    return not key.models or model in key.models or base in key.models
+def _may_use(snapshot: Snapshot, sender: Sender, model: str) -> bool:
+    """Asked of those who would refuse the request."""
+    try:
+        caller = sender.caller(RequestFields(model=model))
+    except ForbiddenError:
+        return False
+    if model in snapshot.config.roles:
+        return caller.role == model  # a bound key names another role in vain
+    lowest, variant = caller.key.lowest if caller.key else None, model.rpartition(":")[2]
+    if lowest is None or variant == model or variant not in snapshot.cards:
+        return True
+    return precision(snapshot.cards[variant]) >= precision(snapshot.cards[lowest])
 
 
 def longest(snapshot: Snapshot, model: str) -> int | None:

@@ -60,15 +60,17 @@ class RequestFields(msgspec.Struct):
     logprobs: Any = UNSET
     top_logprobs: Any = UNSET
     logprob_token_ids: Any = UNSET
+    echo: Any = UNSET
     cache_salt: Any = UNSET
     priority: Any = UNSET
 
     @property
     def takes_logprobs(self) -> bool:
         """Whether a chat's log-probabilities can be asked for on top of what the client asked, and the engine
-        still takes and refuses what it did: it wants ``logprobs`` where ``top_logprobs`` is."""
+        still takes, refuses and answers what it did. It wants ``logprobs`` where ``top_logprobs`` is, lists
+        ``logprob_token_ids`` among the likeliest tokens, and with ``echo`` gives those of the prompt too."""
         logprobs, top = self.logprobs, self.top_logprobs
-        if self.logprob_token_ids is not UNSET:
+        if self.logprob_token_ids is not UNSET or not (self.echo is UNSET or self.echo is False):
             return False
         if logprobs is UNSET and top is UNSET:
             return True
@@ -88,6 +90,7 @@ class _Usual(RequestFields, kw_only=True):
     logprobs: bool | int | UnsetType | None = UNSET
     top_logprobs: int | UnsetType | None = UNSET
     logprob_token_ids: msgspec.Raw = cast(msgspec.Raw, UNSET)
+    echo: bool | UnsetType | None = UNSET
     cache_salt: str | UnsetType | None = UNSET
     priority: int | UnsetType | None = UNSET
 

@@ -37,11 +37,12 @@ class OutputOptions:
         if asked.stream_options is UNSET and asked.logprobs is UNSET and asked.top_logprobs is UNSET:
             return _COMMON[chat, asked.stream is True]
         options = asked.stream_options or {}
+        as_it_is = chat and not asked.takes_logprobs  # nothing is added, so nothing is to be taken out
         return cls(
             chat=chat,
             stream=asked.stream is True,
-            logprobs=bool(asked.logprobs),
-            top_logprobs=asked.top_logprobs if chat and type(asked.top_logprobs) is int else 0,
+            logprobs=as_it_is or asked.logprobs is True,
+            top_logprobs=EVERY_TOKEN if as_it_is else (asked.top_logprobs or 0) if chat else 0,
             include_usage=bool(options.get("include_usage")),
             continuous_usage=bool(options.get("continuous_usage_stats")),
         )

@@ -25,8 +25,32 @@ BASES: Mapping[str, Mapping[str, Any]] = {
 }
 """By path, a request that the engine takes, and soon answers."""
 STREAMED = ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages")
-VALUES = (None, True, False, 0, 1, 2, -1, 1.0, 1.5, "1", "2.0", "true", "no", "abc", "", [], ["a"], [5], {}, {"a": 1})
-_TOOL = {"type": "function", "function": {"name": "look_up", "parameters": {"type": "object", "properties": {}}}}
+VALUES = (
+    None,
+    True,
+    False,
+    0,
+    1,
+    2,
+    -1,
+    1.0,
+    1.5,
+    "1",
+    "2.0",
+    "true",
+    "no",
+    "abc",
+    "",
+    [],
+    ["a"],
+    [5],
+    {},
+    {"a": 1},
+)
+_TOOL = {
+    "type": "function",
+    "function": {"name": "look_up", "parameters": {"type": "object", "properties": {}}},
+}
 _SCHEMA = {"type": "object", "properties": {"a": {"type": "boolean"}}, "required": ["a"]}
 _IMAGE = [{"type": "image_url", "image_url": {"url": "data:image/png;base64,aGk="}}]
 VALID: Mapping[str, tuple[Mapping[str, Any], ...]] = {
@@ -208,7 +232,9 @@ def _fields(description: Mapping[str, Any], path: str) -> set[str]:
 
 
 _RANDOM = ("id", "created", "created_at", "request_id", "item_id", "response_id", "completed_at", "call_id")
-_IDS = re.compile(r"(chatcmpl|cmpl|resp|msg|chatcmpl-tool|call|fc|rs|toolu|batch|tokenize|gen[a-z]*)[-_][0-9a-f-]{8,}")
+_IDS = re.compile(
+    r"(chatcmpl|cmpl|resp|msg|chatcmpl-tool|call|fc|rs|toolu|batch|tokenize|gen[a-z]*)[-_][0-9a-f-]{8,}"
+)
 
 
 def plain(status: int, kind: str, body: bytes) -> Any:
@@ -237,7 +263,9 @@ def _stream(text: str) -> Any:
         name, data = "", ""
         for line in block.splitlines():
             field, _, value = line.partition(": ")
-            name, data = (value, data) if field == "event" else (name, value) if field == "data" else (name, data)
+            name, data = (
+                (value, data) if field == "event" else (name, value) if field == "data" else (name, data)
+            )
         if not data or data == "[DONE]":
             events.append((name, data))
             continue
