@@ -3,7 +3,7 @@ answers: for :mod:`test_differential`."""
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -150,14 +150,6 @@ VALID: Mapping[str, tuple[Mapping[str, Any], ...]] = {
     "/invocations": (CHAT, CHAT | {"stream": True}, TEXT, TEXT | {"stream": True}, {}, {"input": "hi"}),
 }
 """What is rarely hit by chance; laid over the path's base."""
-RAW = tuple(
-    (path, text.encode() if isinstance(text, str) else text)
-    for path in ("/v1/chat/completions", "/v1/completions", "/v1/messages")
-    for text in (
-        "", "{}", "[]", "nul", "{", '"a"', '{"a":1}x',
-        '{"messages":[{"role":"user","content":"hi"}],"prompt":"hi","max_tokens":2,"model":"assistant","seed":1',
-    )
-)  # fmt: skip
 _TAILS = (
     b"}",
     b',"temperature":1e400}',
@@ -186,6 +178,8 @@ _TAILS = (
 class Case:
     path: str
     body: bytes
+    rare: bool = False
+    """Written by hand: nothing like it is made by trying values."""
 
     def __str__(self) -> str:
         return f"{self.path} {self.body[:300]!r}"
@@ -206,15 +200,15 @@ def cases(description: Mapping[str, Any]) -> Iterator[Case]:
                     yield Case(path, json.dumps(base | {"stream": True, field: value}).encode())
     for path, bodies in VALID.items():
         for body in bodies:
-            yield Case(path, json.dumps({**BASES.get(path, {}), **body}).encode())
+            yield Case(path, json.dumps({**BASES.get(path, {}), **body}).encode(), rare=True)
     for path in STREAMED:
         start = json.dumps(dict(BASES[path]) | {"seed": 1}).encode()[:-1]
         for tail in _TAILS:
-            yield Case(path, start + tail)
-        yield Case(path, b"\xef\xbb\xbf" + start + b"}")
-        yield Case(path, (start + b"}").decode().encode("utf-16"))
+            yield Case(path, start + tail, rare=True)
+        yield Case(path, b"\xef\xbb\xbf" + start + b"}", rare=True)
+        yield Case(path, (start + b"}").decode().encode("utf-16"), rare=True)
         for text in (b"", b"[]", b"{", b"nul", b"{}", b'"a"', start + b"}x"):
-            yield Case(path, text)
+            yield Case(path, text, rare=True)
 
 
 def _fields(description: Mapping[str, Any], path: str) -> set[str]:
@@ -237,14 +231,89 @@ _IDS = re.compile(
 )
 
 
-def plain(status: int, kind: str, body: bytes) -> Any:
-    """An answer without what differs from one time to the next."""
-    if kind == "text/event-stream":
-        return status, kind, _stream(body.decode())
-    try:
-        return status, kind, _masked(json.loads(body))
-    except ValueError:
-        return status, kind, body
+_OURS = re.compile(r"(model|stream|stream_options[.a-z_]*): is |model: |The body is |n: Exceeds")
+"""How the gateway's own refusals begin: of what it has to read itself, and vLLM cannot read either."""
+_RANDOM_STREAM = re.compile(rb'"temperature": (1|1.0|1.5|2|true|"1"|"2.0"|"true")[,}]')
+"""Sampled without a seed, which Anthropic's requests do not have."""
+ALLOWED: tuple[tuple[str, Callable[["Answer", "Answer", Case], bool]], ...] = (
+    (
+        "an engine's own failure is no answer for a client: it gets 502, and the log the details",
+        lambda direct, through, case: direct.status >= 500 and through.status == 502,
+    ),
+    (
+        "what the gateway reads itself it refuses itself, in words that name the fix",
+        lambda direct, through, case: (
+            400 <= direct.status < 500
+            and through.status in (direct.status, 404)
+            and _OURS.match(through.message) is not None
+        ),
+    ),
+    (
+        "errors under /v1/messages are in Anthropic's form, with its names, also where vLLM's are not",
+        lambda direct, through, case: (
+            case.path.startswith("/v1/messages")
+            and (direct.status, _masked(direct.message)) == (through.status, _masked(through.message))
+        ),
+    ),
+    (
+        "a stream whose first event is an error is an error: no 200 that has no answer",
+        lambda direct, through, case: (
+            direct.status == 200
+            and through.status == 400
+            and json.dumps(through.message).encode() in direct.body.partition(b"\n\n")[0]
+        ),
+    ),
+    (
+        "an error that is not in OpenAI's form is put into it",
+        lambda direct, through, case: (
+            direct.status == through.status == 400
+            and direct.body == json.dumps({"detail": through.message}, separators=(",", ":")).encode()
+        ),
+    ),
+    (
+        "two random answers differ",
+        lambda direct, through, case: (
+            direct.status == through.status == 200
+            and case.path in ("/v1/messages", "/v1/responses")
+            and _RANDOM_STREAM.search(case.body) is not None
+        ),
+    ),
+)
+"""What may differ, and why."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    status: int
+    kind: str
+    body: bytes
+
+    def differs_from(self, through: "Answer", case: Case) -> str | None:
+        """What the gateway made of it that nobody allowed."""
+        if self.plain == through.plain or any(holds(self, through, case) for _, holds in ALLOWED):
+            return None
+        return f"{self.status} became {through.status}" if self.status != through.status else "differs"
+
+    @property
+    def plain(self) -> Any:
+        """Without what differs from one time to the next."""
+        if self.kind == "text/event-stream":
+            return self.status, self.kind, _stream(self.body.decode())
+        try:
+            return self.status, self.kind, _masked(json.loads(self.body))
+        except ValueError:
+            return self.status, self.kind, self.body
+
+    @property
+    def message(self) -> str:
+        """An error's."""
+        try:
+            return str(json.loads(self.body)["error"]["message"])
+        except (ValueError, LookupError, TypeError):
+            return ""
+
+    def __str__(self) -> str:
+        return f"{self.status} {self.kind} {self.body[:600]!r}"
 
 
 def _masked(value: Any) -> Any:
@@ -252,35 +321,43 @@ def _masked(value: Any) -> Any:
         return {name: "*" if name in _RANDOM else _masked(held) for name, held in value.items()}
     if isinstance(value, list):
         return [_masked(held) for held in value]
-    return _IDS.sub("*", value) if isinstance(value, str) else value
+    if not isinstance(value, str):
+        return value
+    # vLLM counts a request's fields when one is missing, and the gateway has added some.
+    return re.sub(r"<dict of \d+ items>", "<dict>", _IDS.sub("*", value))
 
 
 def _stream(text: str) -> Any:
-    """Names of events, and data; deltas of text joined, since an engine may send two tokens at once."""
-    events: list[Any] = []
-    texts: dict[Any, str] = {}
+    """Events without their text, and the texts: an engine may send two tokens at once, and those of several
+    answers in any order."""
+    events: list[str] = []
+    texts: dict[str, str] = {}
     for block in text.split("\n\n"):
-        name, data = "", ""
-        for line in block.splitlines():
-            field, _, value = line.partition(": ")
-            name, data = (
-                (value, data) if field == "event" else (name, value) if field == "data" else (name, data)
-            )
+        fields = dict(line.partition(": ")[::2] for line in block.splitlines())
+        name, data = fields.get("event", ""), fields.get("data", "")
         if not data or data == "[DONE]":
-            events.append((name, data))
+            events.append(name + data)
             continue
         event = _masked(json.loads(data))
+        event.pop("sequence_number", None)
         for choice in event.get("choices") or ():
-            said = choice.get("delta") if isinstance(choice.get("delta"), dict) else choice
+            said = choice["delta"] if isinstance(choice.get("delta"), dict) else choice
             for held in ("content", "text"):
                 if isinstance(said.get(held), str):
-                    where = (choice.get("index"), held)
+                    where = f"{choice.get('index')} {held}"
                     texts[where] = texts.get(where, "") + said.pop(held)
-        if event.get("type", "").endswith("delta"):
-            where = (event["type"], event.get("index", event.get("output_index")))
-            delta = event.get("delta")
-            texts[where] = texts.get(where, "") + (delta if isinstance(delta, str) else json.dumps(delta))
-        event.pop("sequence_number", None)
-        if not events or events[-1] != (name, event):
-            events.append((name, event))
-    return events, texts
+        if event.get("type", "").endswith("delta") and "delta" in event:
+            delta = event.pop("delta")
+            where = f"{event['type']} {event.get('index')} {event.get('output_index')}"
+            texts[where] = texts.get(where, "") + _text_of(delta)
+        shown = f"{name} {json.dumps(event, sort_keys=True)}"
+        if not events or events[-1] != shown:
+            events.append(shown)
+    several = sum('"index": 1' in event for event in events) > 0
+    return sorted(set(events)) if several else events, texts
+
+
+def _text_of(delta: Any) -> str:
+    if isinstance(delta, dict) and isinstance(delta.get("text"), str):
+        return str(delta["text"])
+    return delta if isinstance(delta, str) else json.dumps(delta)
