@@ -108,13 +108,14 @@ class Reply:
     def _head(self, exchange: Exchange, status: int, content_type: bytes) -> bytes:
         line = STATUS_LINES.get(status) or b"HTTP/1.1 %d Error\r\n" % status
         placed = _placed(exchange.route)
-        return b"%b%bcontent-type: %b\r\n%b%b" % (
-            line,
-            self.date(),
-            content_type,
-            placed,
-            self._own(exchange),
-        )
+        return b"%b%bcontent-type: %b\r\n%b%b" % (line, self.date(), content_type, placed, _ids(exchange))
+
+
+def _ids(exchange: Exchange) -> bytes:
+    """The lines that are this request's own."""
+    lines = exchange.endpoint.id_lines(exchange.request_id.encode())
+    admitted = exchange.head.memo
+    return lines if admitted is None else lines + bytes(admitted.more)
 
 
 def _placed(route: Route | None) -> bytes:
