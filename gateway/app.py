@@ -25,7 +25,6 @@ from gateway.proxy.hops import Admit, ChooseRoute, Identify, Observe, ReadBody
 from gateway.proxy.pipeline import Pipeline
 from gateway.proxy.plane import DataPlane, Snapshot
 from gateway.proxy.record import Record
-from gateway.proxy.reply import Reply
 from gateway.quality.detectors import detector
 from gateway.quality.inquiry import Inquiry
 from gateway.quality.observe import Observer
@@ -41,7 +40,6 @@ from gateway.telemetry.metrics import Metrics
 from gateway.upstream.litellm import LiteLLM
 from gateway.upstream.vllm import Engines
 from gateway.wire.client import ClientConnection
-from gateway.wire.cors import Cors
 from gateway.workers import Board, Siblings
 from quantize.card import Card
 
@@ -118,8 +116,6 @@ class Gateway:
         for variant, card in cards.items():
             self.metrics.weight_bytes.labels(variant).set(card.weight_bytes)
         plane, observe = self.plane, Observe(observer)
-        cors = Cors(config.gateway.cors_origins) if config.gateway.cors_origins else None
-        reply = Reply(cors)
         names = (config.model.name, *config.roles, *config.adapters, *router.known_models())
         pipeline = Pipeline(
             before=(
@@ -132,7 +128,7 @@ class Gateway:
                 router=router,
                 engines=Engines(config),  # there, as bytes
                 providers=self.providers,
-                reply=reply,  # what the client gets of it, part by part
+                reply=plane.reply,  # what the client gets of it, part by part
                 lines=plane.lines,
                 clock=self._clock,
                 checks=observer,
@@ -140,7 +136,7 @@ class Gateway:
                 escalated=lambda exchange, why: self._escalated(observe, exchange, why),
                 may_hedge=self.hedging.allow,
             ),
-            reply=reply,
+            reply=plane.reply,
             after=(
                 lambda record, _: plane.ledger.record(record, log=config.gateway.access_log),
                 lambda record, exchange: self._end_span(record, exchange, config.model.name),
@@ -159,7 +155,6 @@ class Gateway:
             pipeline=pipeline,
             observer=observer,
             model=config.model.name,
-            cors=cors,
         )
 
     def _took(self, exchange: Exchange, seconds: float) -> None:

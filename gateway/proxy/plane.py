@@ -20,6 +20,7 @@ from gateway.proxy.endpoints import ANY, errors_of
 from gateway.proxy.exchange import Exchange, request_id
 from gateway.proxy.hops import Admit
 from gateway.proxy.pipeline import Pipeline
+from gateway.proxy.reply import Reply
 from gateway.proxy.waiting import WaitingLines
 from gateway.quality.observe import Observer
 from gateway.routing.breaker import Clock
@@ -31,7 +32,6 @@ from gateway.telemetry.metrics import Metrics
 from gateway.telemetry.traces import Traces, traces
 from gateway.wire.asgi import AsgiCall
 from gateway.wire.client import STATUS_LINES, Call, ClientConnection
-from gateway.wire.cors import Cors
 from gateway.wire.flow import Admission, Intake
 from gateway.wire.heads import RequestHead
 from quantize.card import Card
@@ -52,7 +52,6 @@ class Snapshot:
     observer: Observer
     model: str
     """As engines know it."""
-    cors: Cors | None = None
 
 
 class DataPlane:
@@ -67,6 +66,7 @@ class DataPlane:
         self.log = AccessLog()
         self.ledger = Ledger(metrics, self.log)
         self.traces: Traces | None = traces()
+        self.reply = Reply()
         self.lines = WaitingLines(clock)
         self.intake = Intake(lambda: self.snapshot.config.gateway)
         self.clients: set[ClientConnection] = set()
