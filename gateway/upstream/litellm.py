@@ -84,7 +84,7 @@ class LiteLLM:
 
     async def once(self, model: str, body: dict[str, Any]) -> dict[str, Any]:
         """A chat completion that is not streamed. Raises UpstreamError."""
-        limit_s = self._limits.first_byte_timeout_s
+        limit_s = self._limits.answer_timeout_s
         try:
             async with (
                 asyncio.timeout(limit_s),
