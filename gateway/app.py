@@ -224,6 +224,7 @@ class Gateway:
             ):
                 yield
                 await self.plane.close()
+            await self.providers.close()
 
     def _avoid(self, demoted: Mapping[tuple[str, str], str]) -> None:
         self.plane.snapshot.router.avoid(demoted)

@@ -75,6 +75,8 @@ class Reply:
         head = self._head(exchange, error.status, JSON)
         if error.retry_after_s is not None:
             head += b"retry-after: %d\r\n" % error.retry_after_s
+        if error.retry_after_ms is not None:
+            head += b"retry-after-ms: %d\r\n" % error.retry_after_ms
         if error.status == 401:
             head += b"www-authenticate: Bearer\r\n"
         exchange.client.send_whole(head, exchange.endpoint.error_body(error))
