@@ -63,14 +63,21 @@ class Snapshot:
 class DataPlane:
     """The doorman of all clients."""
 
-    def __init__(self, snapshot: Snapshot, metrics: Metrics, latencies: Latencies, clock: Clock) -> None:
+    def __init__(
+        self,
+        snapshot: Snapshot,
+        metrics: Metrics,
+        latencies: Latencies,
+        clock: Clock,
+        log: AccessLog | None = None,
+    ) -> None:
         self.snapshot = snapshot
         self.clock = clock
         self.app: ASGIApp | None = None
         """What answers everything that is not on the hot path."""
         self.metrics = metrics
         self.latencies = latencies
-        self.log = AccessLog()
+        self.log = log or AccessLog()
         self.clients: set[ClientConnection] = set()
         self.active: set[Exchange] = set()
         self.waiting: dict[Exchange, asyncio.Event] = {}
