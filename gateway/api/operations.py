@@ -3,7 +3,7 @@ configuration, and errors of unknown paths."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import asdict
 from typing import Annotated, Any
 
@@ -11,25 +11,25 @@ import yaml
 from fastapi import Body, Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 from starlette.routing import Route
 
-from gateway.cards import load_cards
-from gateway.config import Config, ConfigError, is_loopback, parse_config
+from gateway.config import Config, ConfigError, is_loopback
 from gateway.errors import BadRequestError, ForbiddenError, GatewayError, UnexpectedError, envelope
 from gateway.identity import Identities
 from gateway.proxy.body import RequestFields
 from gateway.proxy.exchange import request_id
 from gateway.proxy.plane import DataPlane
-from gateway.telemetry.metrics import Metrics
-from gateway.workers import Siblings
-from quantize.card import Card, CardError
+from gateway.telemetry.exposition import Exposition
+from quantize.card import CardError
 
 HIDDEN = "…"
 """What is shown of a key's hash."""
-Apply = Callable[[Config, Mapping[str, Card]], None]
+Replace = Callable[[str], Awaitable[None]]
+"""Has the gateway, all its workers, use another configuration, given as YAML. Raises ConfigError or
+CardError, and then nothing has changed."""
 
 
 class RouteQuestion(BaseModel):
@@ -70,20 +70,12 @@ _UNREADY: dict[int | str, dict[str, Any]] = {
 class Operations:
     """The routes of the application."""
 
-    def __init__(
-        self,
-        plane: DataPlane,
-        metrics: Metrics,
-        created: int,
-        apply: Apply,
-        siblings: Siblings | None = None,
-    ) -> None:
-        """``created`` is Unix time, for the list of models. ``siblings``: the other workers, if any."""
-        self._siblings = siblings
+    def __init__(self, plane: DataPlane, exposition: Exposition, created: int, replace: Replace) -> None:
+        """``created`` is Unix time, for the list of models."""
         self._plane = plane
-        self._metrics = metrics
+        self._exposition = exposition
         self._created = created
-        self._apply = apply
+        self._replace = replace
 
     def add_to(self, app: FastAPI) -> None:
         known, admin = [Depends(self._known)], [Depends(self.admin)]
@@ -157,9 +149,7 @@ class Operations:
 
     async def show_metrics(self) -> Response:
         """Prometheus text."""
-        if self._siblings is not None:
-            return Response(await self._siblings.text(), media_type=CONTENT_TYPE_LATEST)
-        return Response(generate_latest(self._metrics.registry), media_type=CONTENT_TYPE_LATEST)
+        return Response(await self._exposition.text(), media_type=CONTENT_TYPE_LATEST)
 
     async def config(self) -> dict[str, Any]:
         """The configuration that is in use; keys by name alone."""
@@ -173,18 +163,11 @@ class Operations:
         It is checked whole first: one that cannot be used changes nothing. What ``GET`` shows can be sent
         back: a key whose hash is hidden keeps the one that it has.
         """
-        if self._siblings is not None:
-            raise BadRequestError(
-                "workers: there are several, and this would change one; change the file and send SIGHUP to "
-                "the gateway"
-            )
-        old = self._plane.snapshot.config
         try:
-            new = parse_config(_with_hashes(text, old), "the configuration sent", old.directory)
-            cards = load_cards(new)
-            self._apply(new, cards)
+            await self._replace(_with_hashes(text, self._plane.snapshot.config))
         except (ConfigError, CardError) as error:
             raise BadRequestError(str(error)) from None
+        new = self._plane.snapshot.config
         return {"applied": True, "serve": list(new.serve), "roles": list(new.roles)}
 
     def _known_models(self) -> list[str]:

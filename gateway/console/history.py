@@ -16,6 +16,7 @@ from typing import Any
 from prometheus_client import CollectorRegistry
 
 from gateway.telemetry.counters import Counter, Labels
+from gateway.telemetry.exposition import Numbers
 from gateway.telemetry.metrics import Metrics
 
 INTERVAL_S = 5
@@ -84,13 +85,12 @@ def read_totals(metrics: Metrics) -> Totals:
     return found
 
 
-def add_totals(dumps: Iterable[Mapping[str, Any]]) -> Totals:
-    """Of several processes, from what ``Metrics.dump`` gives of each."""
+def add_totals(counted: Iterable[Numbers]) -> Totals:
+    """Of several processes, from what has been counted, by the metric's name and its labels."""
     total = Metrics(CollectorRegistry(), ())
-    for dump in dumps:
+    for one in counted:
         for name in _SHOWN:
-            family = total.families[name]
-            family.add((tuple(labels), numbers) for labels, numbers in dump.get(name, ()))
+            total.families[name].add(one.get(name, {}).items())
     return read_totals(total)
 
 
