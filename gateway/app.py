@@ -244,7 +244,7 @@ class Gateway:
         jobs.keep("sweep", self.plane.sweep_forever)
         jobs.every("probes", lambda: config().health_interval_s, prober.once)
         jobs.every("scrapes", lambda: config().scrape_interval_s, lambda: reader.read(self._replicas))
-        jobs.every("overview", self.overview.until_sample_s, self.overview.sample_if_wanted)
+        jobs.keep("overview", self.overview.sample_forever)
         jobs.every("discovery", lambda: INTERVAL_S, self._discover)
         return prober
 

@@ -24,6 +24,8 @@ STEADY = 10
 STOP_S = 5.0
 """For all jobs together to end when they are cancelled."""
 TICK_S = 0.1
+LOOK_S = 1.0
+"""An interval that a reload has changed is seen this soon."""
 
 T = TypeVar("T")
 Job = Callable[[], Awaitable[None]]
@@ -43,12 +45,17 @@ class Supervisor:
         self._tasks[name] = asyncio.create_task(self._keep(name, run), name=name)
 
     def every(self, name: str, interval_s: Callable[[], float], once: Job) -> None:
-        """Begin a job that does something each ``interval_s()`` seconds."""
+        """Begin a job that does something each ``interval_s()`` seconds, which may change meanwhile."""
 
         async def run() -> None:
             while True:
+                began = time.monotonic()
                 await once()
-                await asyncio.sleep(interval_s())
+                while True:
+                    left = began + interval_s() - time.monotonic()
+                    if left <= 0:
+                        break
+                    await asyncio.sleep(min(left, LOOK_S))
 
         self.keep(name, run)
 

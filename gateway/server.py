@@ -25,6 +25,7 @@ from gateway.telemetry.logs import EVENTS
 from gateway.workers.channel import ToParent
 from quantize.card import CardError
 
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 LEFT_BEHIND_S = 5.0
 """After the application has ended, for what still runs in threads or does not obey."""
 
@@ -64,27 +65,32 @@ class Server(uvicorn.Server):
 
     def serve_until_stopped(self, listening: socket.socket) -> None:
         """Serve until a signal, then let running requests finish. What is left after that does not keep the
-        process from ending."""
-        self.run(sockets=[listening])
+        process from ending, and signals that come late do not change its exit status."""
+
+        async def serve() -> None:
+            await self.serve(sockets=[listening])
+            for number in _SIGNALS:
+                signal.signal(number, signal.SIG_IGN)
+            _end_in(LEFT_BEHIND_S)
+
+        with asyncio.Runner(loop_factory=self.config.get_loop_factory()) as runner:
+            runner.run(serve())
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
-        """For as long as the server runs. Afterwards signals that come late are ignored."""
+        """For as long as the server runs."""
         loop = asyncio.get_running_loop()
-        ends, reads = (signal.SIGINT, signal.SIGTERM), signal.SIGHUP
-        for number in ends:
+        for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, self._stop, number)
         if self._parent is None:  # a worker is told by its parent
-            loop.add_signal_handler(reads, self._spawn_reload)
+            loop.add_signal_handler(signal.SIGHUP, self._spawn_reload)
         try:
             yield
         finally:
-            for number in (*ends, reads):
+            for number in _SIGNALS:
                 loop.remove_signal_handler(number)
-                signal.signal(number, signal.SIG_IGN)
             for task in self._tasks:
                 task.cancel()
-            _end_in(LEFT_BEHIND_S)
 
     def _stop(self, number: int) -> None:
         seconds = self._gateway.plane.snapshot.config.gateway.shutdown_timeout_s

@@ -64,14 +64,12 @@ class Overview:
     def add_to(self, app: FastAPI) -> None:
         app.get("/admin/overview", dependencies=[Depends(self._admin)])(self.show)
 
-    def until_sample_s(self) -> float:
-        """Seconds until the next multiple of the interval."""
-        return INTERVAL_S - self._clock() % INTERVAL_S
-
-    async def sample_if_wanted(self) -> None:
-        """Take a sample, of several workers only while somebody looks."""
-        if self._sheets is None or time.monotonic() - self._looked < LOOKED_S:
-            await self.sample()
+    async def sample_forever(self) -> None:
+        """Take a sample at every multiple of the interval; of several workers only while somebody looks."""
+        while True:
+            await asyncio.sleep(INTERVAL_S - self._clock() % INTERVAL_S)
+            if self._sheets is None or time.monotonic() - self._looked < LOOKED_S:
+                await self.sample()
 
     async def sample(self) -> None:
         """Take a sample, unless there is one of this interval."""

@@ -107,6 +107,7 @@ class Observer:
                 self._try, "grounded", role, variant, lambda: self._grounded(seen)
             )
             if found is not None:
+                found = self._count_grounded(seen, found)
                 self._metrics.quality_checks.labels(role, variant, "grounded", found).inc()
                 if key and self._watch and found is not CheckOutcome.SKIPPED:
                     self._watch.note(key, "grounded", found is CheckOutcome.FAILED)
@@ -167,12 +168,14 @@ class Observer:
         if found and key and self._watch:
             self._watch.note(key, "rules", any(found.get(name) for name in HARD), probation=probation)
 
-    def _grounded(self, seen: Observed) -> CheckOutcome:
-        role, variant = seen.role, seen.variant
+    def _grounded(self, seen: Observed) -> Grounded:
         context, text = context_of(seen.body.get("messages")), "\n".join(seen.answer.texts)
         if len(context) + len(text) > LONGEST_TEXT:
-            return CheckOutcome.SKIPPED
-        result = self._grounded_check(text, context)
+            return Grounded(())
+        return self._grounded_check(text, context)
+
+    def _count_grounded(self, seen: Observed, result: Grounded) -> CheckOutcome:
+        role, variant = seen.role, seen.variant
         if result.score is None:
             return CheckOutcome.SKIPPED
         for label, count in result.counts.items():
