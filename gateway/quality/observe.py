@@ -98,16 +98,19 @@ class Observer:
         if seen.body.size < LONG_BODY:
             self._rules(seen, key, self._failures(seen))
         else:
-            self._rules(seen, key, await asyncio.to_thread(self._failures, seen))
+            try:
+                self._rules(seen, key, await asyncio.to_thread(failures, seen.body, seen.answer))
+            except Exception:
+                self.count_error("rules", role, variant)
         if self._watch:
             self._watch.note_latency(variant, seen.first_token_s, seen.gap_s)
         if self._config.roles[role].grounded and "messages" in seen.body:
             # In a thread: a long context takes a while, and other requests should not wait for it.
-            found = await asyncio.to_thread(
-                self._try, "grounded", role, variant, lambda: self._grounded(seen)
-            )
-            if found is not None:
-                found = self._count_grounded(seen, found)
+            try:
+                found = self._count_grounded(seen, await asyncio.to_thread(self._grounded, seen))
+            except Exception:
+                self.count_error("grounded", role, variant)
+            else:
                 self._metrics.quality_checks.labels(role, variant, "grounded", found).inc()
                 if key and self._watch and found is not CheckOutcome.SKIPPED:
                     self._watch.note(key, "grounded", found is CheckOutcome.FAILED)
