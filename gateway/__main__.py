@@ -61,7 +61,6 @@ def start(path: Path) -> int:
 
 def work(path: Path, worker: int, connection: socket.socket) -> None:
     """A worker, with the configuration that its parent gives it. Raises ConfigError or CardError."""
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # the parent hands out what it has read
     text, generation = receive_first(connection)
     config = parse_config(text, str(path), path.resolve().parent)
     cards = load_cards(config)
@@ -92,4 +91,5 @@ def serve(
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until somebody listens for it
     sys.exit(main())

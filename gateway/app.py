@@ -31,7 +31,7 @@ from gateway.routing.discovery import INTERVAL_S, Discovery
 from gateway.routing.health import Prober
 from gateway.routing.pools import Pools, Replica
 from gateway.routing.router import Router
-from gateway.telemetry.counters import GaugeFamily, Labels
+from gateway.telemetry.counters import Family, GaugeFamily
 from gateway.telemetry.engines import EngineReader
 from gateway.telemetry.exposition import Exposition, Numbers
 from gateway.telemetry.latencies import Latencies
@@ -190,20 +190,15 @@ class Gateway:
         for variant, card in cards.items():
             self.metrics.weight_bytes.labels(variant).set(card.weight_bytes)
 
-    def _numbers(self) -> Numbers:
-        """What all workers have counted, and how they are; nothing where there is one process."""
-        if self._sheets is None:
-            return {}
-        counted: dict[str, Mapping[Labels, list[float]]] = {
-            name: {} for name, one in self.metrics.families.items() if not isinstance(one, GaugeFamily)
-        }
-        counted.update(self._sheets.numbers())
-        for family, found in (
-            (self.metrics.worker_age, self._sheets.ages()),
-            (self.metrics.worker_restarts, self._sheets.restarts()),
-        ):
-            counted[family.name] = {(str(worker),): [value] for worker, value in found.items()}
-        return counted
+    def _numbers(self, family: Family[Any]) -> Numbers:
+        """What all workers have counted of a metric, and how they are."""
+        sheets = self._sheets
+        if sheets is not None and family in (self.metrics.worker_age, self.metrics.worker_restarts):
+            found = sheets.ages() if family is self.metrics.worker_age else sheets.restarts()
+            return {(str(worker),): [value] for worker, value in found.items()}
+        if sheets is None or isinstance(family, GaugeFamily):
+            return family.numbers()
+        return sheets.numbers(family.name)
 
     def protocol(
         self, *, config: Any, server_state: Any, app_state: Any, _loop: Any = None

@@ -21,7 +21,7 @@ from quantize.card import Card
 FIRST_BACK_OFF_S, LONGEST_BACK_OFF_S = 0.1, 30.0
 STEADY = 10
 """A job that ran so many times as long as its back-off ran well: the next one is the shortest again."""
-STOP_S = 5.0
+STOP_S = 2.0
 """For all jobs together to end when they are cancelled."""
 TICK_S = 0.1
 LOOK_S = 1.0

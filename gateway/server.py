@@ -26,7 +26,7 @@ from gateway.workers.channel import ToParent
 from quantize.card import CardError
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-LEFT_BEHIND_S = 5.0
+LEFT_BEHIND_S = 1.0
 """After the application has ended, for what still runs in threads or does not obey."""
 
 

@@ -131,7 +131,7 @@ class Overview:
         if self._sheets is None:
             return read_totals(self._metrics)
         sheets = self._sheets
-        return await asyncio.to_thread(lambda: add_totals([sheets.numbers()]))
+        return await asyncio.to_thread(add_totals, sheets.numbers)
 
     async def _describe(self) -> dict[str, Any]:
         """What changes with the configuration and with demotions only."""

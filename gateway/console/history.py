@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
@@ -85,12 +85,11 @@ def read_totals(metrics: Metrics) -> Totals:
     return found
 
 
-def add_totals(counted: Iterable[Numbers]) -> Totals:
-    """Of several processes, from what has been counted, by the metric's name and its labels."""
+def add_totals(counted: Callable[[str], Numbers]) -> Totals:
+    """Of several processes, from what all have counted of a metric."""
     total = Metrics(CollectorRegistry(), ())
-    for one in counted:
-        for name in _SHOWN:
-            total.families[name].add(one.get(name, {}).items())
+    for name in _SHOWN:
+        total.families[name].add(counted(name).items())
     return read_totals(total)
 
 

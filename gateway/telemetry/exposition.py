@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from prometheus_client import CollectorRegistry, generate_latest
@@ -22,19 +22,19 @@ LINES_AT_A_TIME = 500
 PAUSE_S = 0.0001
 """Long enough for another thread to take the lock; ``sleep(0)`` mostly takes it back at once."""
 
-Numbers = Mapping[str, Mapping[Labels, list[float]]]
-"""What every child has counted, by the metric's name and its labels."""
+Numbers = Mapping[Labels, Sequence[float]]
+"""What every child of a metric has counted, by its labels."""
 
 
 class Exposition:
-    """Writes the text. ``numbers`` gives what to show of each family, called in the thread; by default what
-    the families themselves have."""
+    """Writes the text. ``numbers`` gives what to show of a family, called in the thread; by default what it
+    has itself."""
 
     def __init__(
         self,
         families: Mapping[str, Family[Any]],
         registry: CollectorRegistry,
-        numbers: Callable[[], Numbers] | None = None,
+        numbers: Callable[[Family[Any]], Numbers] | None = None,
     ) -> None:
         self._families = families
         self._registry = registry
@@ -55,20 +55,17 @@ class Exposition:
         """The text, written here and now."""
         self.written += 1
         parts: list[bytes] = []
-        counted = self._numbers() if self._numbers is not None else {}
-        for lines in self._lines(counted):
+        for lines in self._lines():
             parts.append("".join(lines).encode())
             time.sleep(PAUSE_S)
         parts.append(generate_latest(_Others(self._registry)))
         return b"".join(parts)
 
-    def _lines(self, counted: Numbers) -> Iterator[list[str]]:
+    def _lines(self) -> Iterator[list[str]]:
         """Pieces of the text, of about ``LINES_AT_A_TIME`` lines."""
         lines: list[str] = []
         for name, family in self._families.items():
-            children = counted.get(name)
-            if children is None:
-                children = family.numbers()
+            children = family.numbers() if self._numbers is None else self._numbers(family)
             lines.append(f"# HELP {name} {_escaped(family.text)}\n# TYPE {name} {family.kind}\n")
             tails = _tails(family)
             for labels, numbers in children.items():
@@ -80,7 +77,8 @@ class Exposition:
                 if len(lines) >= LINES_AT_A_TIME:
                     yield lines
                     lines = []
-        yield lines
+            yield lines
+            lines = []
 
     def _label_text(self, family: Family[Any], labels: Labels) -> str:
         known = self._labels[family.name]
@@ -110,7 +108,7 @@ def _tails(family: Family[Any]) -> list[str] | None:
     return [f'le="{bound_text(bound)}"}} ' for bound in (*family.bounds, float("inf"))]
 
 
-def _histogram(lines: list[str], name: str, text: str, tails: list[str], numbers: list[float]) -> None:
+def _histogram(lines: list[str], name: str, text: str, tails: list[str], numbers: Sequence[float]) -> None:
     head = f"{name}_bucket{{{text}," if text else f"{name}_bucket{{"
     so_far = 0.0
     for tail, count in zip(tails, numbers, strict=False):  # the sum of all values comes last

@@ -23,7 +23,7 @@ EVENTS = "tiercel"
 MOST_LINES = 100_000
 MOST_BYTES = 32 << 20
 """Lines and bytes that wait to be written; beyond, they are counted and dropped."""
-FLUSH_S = 2.0
+FLUSH_S = 1.0
 """For what waits to be written when the process ends."""
 _AT_A_TIME = 1 << 20
 """Bytes of one write, about."""

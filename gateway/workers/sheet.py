@@ -14,7 +14,8 @@ import mmap
 import os
 import threading
 import time
-from collections.abc import Iterator
+from array import array
+from collections.abc import Iterator, Sequence
 from operator import add
 from pathlib import Path
 
@@ -27,8 +28,6 @@ _HEADER = 8
 _BEAT, _STARTS = 0, 1
 _BYTES = 8 * NUMBERS
 
-Child = tuple[str, Labels]
-
 
 class Sheet:
     """A worker's own counters (``telemetry.counters.Cells``)."""
@@ -40,14 +39,15 @@ class Sheet:
         whole.read()
         os.ftruncate(self._index, whole.at)
         self._places = whole.places
-        self._end = max([_HEADER, *(at + width for at, width in whole.places.values())])
+        places = [place for children in whole.places.values() for place in children.values()]
+        self._end = max([_HEADER, *(at + width for at, width in places)])
         self._full = False
         self.numbers[_STARTS] += 1
         self.beat()
 
     def take(self, name: str, labels: Labels, width: int) -> int | None:
         """Where a child's numbers begin."""
-        known = self._places.get((name, labels))
+        known = self._places.setdefault(name, {}).get(labels)
         if known is not None and known[1] == width:
             return known[0]
         if self._end + width > NUMBERS:
@@ -59,7 +59,7 @@ class Sheet:
             return None
         at, self._end = self._end, self._end + width
         os.write(self._index, json.dumps([name, labels, at, width]).encode() + b"\n")
-        self._places[name, labels] = (at, width)
+        self._places[name][labels] = (at, width)
         return at
 
     def beat(self) -> None:
@@ -79,15 +79,15 @@ class Sheets:
         self._maps: list[memoryview[float] | None] = [None] * workers
         self._lock = threading.Lock()
 
-    def numbers(self) -> dict[str, dict[Labels, list[float]]]:
-        """What all have counted, by the metric's name and its labels."""
-        total: dict[str, dict[Labels, list[float]]] = {}
+    def numbers(self, name: str) -> dict[Labels, Sequence[float]]:
+        """What all have counted of a metric, by its labels."""
+        total: dict[Labels, Sequence[float]] = {}
         for index, numbers in self._read():
-            for (name, labels), (at, width) in tuple(index.places.items()):
-                children = total.setdefault(name, {})
-                mine = list(map(float, numbers[at : at + width]))
-                before = children.get(labels)
-                children[labels] = mine if before is None else [*map(add, before, mine)]
+            for labels, (at, width) in tuple(index.places.get(name, {}).items()):
+                # Arrays, since the collector of garbage looks at every list.
+                mine = array("d", numbers[at : at + width])
+                before = total.get(labels)
+                total[labels] = mine if before is None else array("d", map(add, before, mine))
         return total
 
     def ages(self) -> dict[int, float]:
@@ -121,7 +121,7 @@ class _Index:
     def __init__(self, directory: Path, worker: int) -> None:
         self.worker = worker
         self._path = _index_file(directory, worker)
-        self.places: dict[Child, tuple[int, int]] = {}
+        self.places: dict[str, dict[Labels, tuple[int, int]]] = {}
         self.at = 0
         """Bytes that have been read: whole lines."""
 
@@ -135,7 +135,7 @@ class _Index:
         whole = data[: data.rfind(b"\n") + 1]
         for line in whole.splitlines():
             name, labels, at, width = json.loads(line)
-            self.places[name, tuple(labels)] = (at, width)
+            self.places.setdefault(name, {})[tuple(labels)] = (at, width)
         self.at += len(whole)
 
 

@@ -406,7 +406,7 @@ def test_columns_that_nobody_uses_are_given_to_others(
 
 
 def counted(sheets: Sheets, name: str) -> dict[tuple[str, ...], list[float]]:
-    return sheets.numbers().get(name, {})
+    return {labels: list(numbers) for labels, numbers in sheets.numbers(name).items()}
 
 
 def test_a_sheet_outlives_its_worker(tmp_path: Path) -> None:
