@@ -19,8 +19,12 @@ from gateway.cards import load_cards
 from gateway.config import Config, ConfigError, GatewaySettings, Quality, parse_config
 from gateway.console.files import Files
 from gateway.control import Commit, Heartbeat, Read, Reloads, Remembered, Supervisor
-from gateway.proxy.hops import AskUpstream, ChooseRoute, Identify
+from gateway.proxy.attempts import Attempts, Limits
+from gateway.proxy.exchange import Exchange
+from gateway.proxy.hops import Admit, ChooseRoute, Identify, Observe, ReadBody
+from gateway.proxy.pipeline import Pipeline
 from gateway.proxy.plane import DataPlane, Snapshot
+from gateway.proxy.record import Record
 from gateway.quality.detectors import detector
 from gateway.quality.grounded import Grounded
 from gateway.quality.inquiry import Inquiry
@@ -29,15 +33,16 @@ from gateway.quality.watch import Watch
 from gateway.routing.breaker import Clock
 from gateway.routing.discovery import INTERVAL_S, Discovery
 from gateway.routing.health import Prober
+from gateway.routing.hedging import Hedging
 from gateway.routing.pools import Pools, Replica
 from gateway.routing.router import Router
 from gateway.telemetry.counters import Family, GaugeFamily
 from gateway.telemetry.engines import EngineReader
 from gateway.telemetry.exposition import Exposition, Numbers
-from gateway.telemetry.latencies import Latencies
 from gateway.telemetry.logs import AccessLog
 from gateway.telemetry.metrics import Metrics
 from gateway.upstream.litellm import LiteLLM
+from gateway.upstream.vllm import Engines
 from gateway.wire.client import ClientConnection
 from gateway.workers.board import Board
 from gateway.workers.channel import ToParent
@@ -82,14 +87,13 @@ class Gateway:
             self._sheet, self._sheets = Sheet(directory, worker), Sheets(directory, workers)
         self.metrics = Metrics(registry or CollectorRegistry(), config.roles, self._sheet)
         self.log = log or AccessLog()
-        self.latencies = Latencies()
+        self.hedging = Hedging()
         self.watch = Watch(config, cards, self.metrics, self._avoid) if config.watch.enabled else None
         self._inquiry = Inquiry(config.watch, config.model.name, lambda: self.plane.snapshot.pools)
         self.providers = LiteLLM(config.providers, config.gateway)
         self._detectors = Remembered()
-        self.plane = DataPlane(
-            self.make_snapshot(config, cards), self.metrics, self.latencies, clock, self.log
-        )
+        self.plane = DataPlane(self.metrics, clock, self.log)
+        self.plane.snapshot = self.make_snapshot(config, cards)
         self._show(cards)
         self.supervisor = Supervisor(self.metrics)
         self.reloads = Reloads(self.build, self._read)
@@ -122,7 +126,7 @@ class Gateway:
             lambda variant: self._discovery.replicas(config, variant),
         )
         router = Router(
-            config, cards, pools, self.latencies, lambda *asked: self.metrics.missed.labels(*asked).inc()
+            config, cards, pools, self.hedging, lambda *asked: self.metrics.missed.labels(*asked).inc()
         )
         if self.watch is not None:
             router.avoid(self.watch.demoted())
@@ -130,26 +134,60 @@ class Gateway:
         if observer is None:
             detect = self._detectors.get(trace_of(config.quality), lambda: make_detector(config.quality))
             observer = Observer(config, self.metrics, self.watch, self._inquiry, detect, self.providers.once)
-        ask = AskUpstream(config, router, self.providers)
+        plane, observe = self.plane, Observe(observer)
+        names = (config.model.name, *config.roles, *config.adapters, *router.known_models())
+        pipeline = Pipeline(
+            before=(
+                ReadBody(),  # what is asked
+                Identify(),  # who asks: role and session; the key was looked at with the head
+            ),
+            attempts=Attempts(
+                limits=limits_of(config),
+                choose=ChooseRoute(router),  # which precision, which replica, and why
+                router=router,
+                engines=Engines(config),  # there, as bytes
+                providers=self.providers,
+                reply=plane.reply,  # what the client gets of it, part by part
+                lines=plane.lines,
+                clock=self._clock,
+                checks=observer,
+                took=self._took,
+                escalated=lambda exchange, why: self._escalated(observe, exchange, why),
+                may_hedge=self.hedging.allow,
+            ),
+            reply=plane.reply,
+            after=(
+                lambda record, _: plane.ledger.record(record, log=config.gateway.access_log),
+                lambda record, exchange: self._end_span(record, exchange, config.model.name),
+                observe,  # has answers checked that were listened to
+            ),
+            known_models=frozenset(names),
+            clock=self._clock,
+            ended=plane.ended,
+        )
         return Snapshot(
             config=config,
             cards=cards,
             pools=pools,
             router=router,
-            before=(
-                Identify(config),  # who asks: the key, and then the body, the role and the session
-            ),
-            onward=(
-                ChooseRoute(router),  # which precision, which replica, and why
-                ask,  # there, as bytes; retried only if it never reached an engine
-            ),
-            # then, part by part as the engine answers: a reader observes (upstream/readers.py), and the
-            # client gives the client what it asked for (wire/client.py)
-            ask=ask,
+            admit=Admit(config),  # the head alone: path, method, key, size
+            pipeline=pipeline,
             observer=observer,
-            known_models=frozenset(router.known_models()),
             model=config.model.name,
         )
+
+    def _took(self, exchange: Exchange, seconds: float) -> None:
+        if exchange.route is not None and exchange.route.kind is not None:
+            self.hedging.seconds(exchange.route.kind, seconds)
+
+    def _escalated(self, observe: Observe, exchange: Exchange, why: str) -> None:
+        if exchange.route is not None:
+            self.metrics.escalations.labels(exchange.route.role, exchange.route.variant, why).inc()
+        observe.offer(exchange)
+
+    def _end_span(self, record: Record, exchange: Exchange, model: str) -> None:
+        if exchange.span is not None and self.plane.traces is not None:
+            self.plane.traces.end(exchange.span, record, model)
 
     def build(self, config: Config, cards: Mapping[str, Card]) -> Commit:
         """What a configuration needs, ready to be taken over; changes nothing until then. Raises ConfigError
@@ -264,6 +302,22 @@ class Gateway:
 
     def _replicas(self) -> Iterable[Replica]:
         return self.plane.snapshot.pools.replicas()
+
+
+def limits_of(config: Config) -> Limits:
+    """What attempts may take and do, by the configuration."""
+    gateway, quality = config.gateway, config.quality
+    return Limits(
+        first_byte_s=gateway.first_byte_timeout_s,
+        answer_s=gateway.answer_timeout_s,
+        idle_s=gateway.idle_timeout_s,
+        total_s=gateway.total_timeout_s,
+        wait_s={name: role.wait_s for name, role in config.roles.items()},
+        escalates=frozenset(name for name, role in config.roles.items() if role.escalate),
+        escalated_share=config.watch.escalated_share,
+        listened_share=quality.sample_rate if quality.logprobs else 0.0,
+        adapters=frozenset(config.adapters),
+    )
 
 
 def refuse_fixed(config: Config, running: Config) -> None:

@@ -11,6 +11,8 @@ GatewayError
 ├── PrecisionTooLowError      403  an explicit variant below what the role's budget allows
 ├── UnknownModelError         404  with the known model ids
 ├── NoReplicaError            503  no replica can take it; with retry-after
+├── OverloadedError           503  clients have made the gateway hold as much as it may; with retry-after
+├── TenantOverloadedError     429  the same, of one tenant's share; with retry-after
 ├── ShuttingDownError         503  the gateway stops; with retry-after
 ├── StoreDownError            503  what the gateways share cannot be read or written now
 ├── UpstreamError             502  the upstream failed
@@ -20,13 +22,21 @@ GatewayError
 ├── ClientGoneError           499  never sent, the client is away; logged and counted
 └── UnexpectedError           500  a defect of ours; the log has it, the client does not
 
-``message`` is for the caller; ``internal`` is for the log only. Exceptions of libraries are
+``message`` is for the caller and may quote what the caller sent, or what an engine said of it. ``internal``
+is for the log, which promises to have no prompt, no answer and no secret: it is our own sentence, made of
+our own names, of numbers, statuses and the like, and never of text that a client, an engine or a provider
+wrote. Whoever quotes such text in ``message`` gives ``internal`` as well. Exceptions of libraries are
 translated where they are caught, never further in.
 """
 
 from __future__ import annotations
 
+import re
+import traceback
 from typing import Any
+
+_WORD = re.compile(r"[\w.\[\]-]{1,64}", re.ASCII)
+"""What may be taken over from somebody's error as its type, code or parameter."""
 
 
 class GatewayError(Exception):
@@ -42,6 +52,11 @@ class GatewayError(Exception):
         self.message = message
         self.param = param
         self.internal = internal
+
+    @property
+    def logged(self) -> str:
+        """What the log says of it."""
+        return self.internal or self.message
 
 
 class BadRequestError(GatewayError):
@@ -115,6 +130,20 @@ class NoReplicaError(GatewayError):
         self.may_wait = may_wait
 
 
+class OverloadedError(GatewayError):
+    status = 503
+    type = "service_unavailable"
+    code = "overloaded"
+    retry_after_s = 1
+
+
+class TenantOverloadedError(GatewayError):
+    status = 429
+    type = "rate_limit_error"
+    code = "tenant_overloaded"
+    retry_after_s = 1
+
+
 class ShuttingDownError(GatewayError):
     status = 503
     type = "service_unavailable"
@@ -141,13 +170,9 @@ class UpstreamTimeoutError(UpstreamError):
 
 
 class NeverReachedError(UpstreamError):
-    """The request provably did no work upstream. ``stale``: a pooled connection had been closed."""
+    """The request provably did no work upstream: it may be sent once more."""
 
     code = "upstream_unreachable"
-
-    def __init__(self, message: str, *, stale: bool = False, internal: str | None = None) -> None:
-        super().__init__(message, internal=internal)
-        self.stale = stale
 
 
 class UpstreamRefusedError(UpstreamError):
@@ -162,6 +187,12 @@ class UpstreamRefusedError(UpstreamError):
         self.retry_after_s = retry_after_s
         self.type = str(error.get("type") or "invalid_request_error")
         self.code = error.get("code")
+        said = ", ".join(
+            f"{name} {error[name]}"
+            for name in ("type", "code", "param")
+            if isinstance(error.get(name), str | int) and _WORD.fullmatch(str(error[name]))
+        )
+        self.internal = f"the upstream refused the request with status {status}{said and ': '}{said}"
 
 
 class ClientGoneError(GatewayError):
@@ -170,8 +201,17 @@ class ClientGoneError(GatewayError):
 
 
 class UnexpectedError(GatewayError):
-    def __init__(self, internal: str) -> None:
+    def __init__(self, cause: BaseException | str) -> None:
+        """``cause``: a sentence, or what was raised; its own text may quote anything and is left out."""
+        internal = cause if isinstance(cause, str) else _where(cause)
         super().__init__("The gateway failed; its log has the details.", internal=internal)
+
+
+def _where(error: BaseException) -> str:
+    """An exception's type, and the place that raised it."""
+    frames = traceback.extract_tb(error.__traceback__, limit=-1)
+    place = f" at {frames[0].filename}:{frames[0].lineno}" if frames else ""
+    return f"{type(error).__name__}{place}"
 
 
 def envelope(error: GatewayError) -> dict[str, Any]:

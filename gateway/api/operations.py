@@ -7,7 +7,6 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import asdict
 from typing import Annotated, Any
 
-import yaml
 from fastapi import Body, Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse
@@ -16,17 +15,16 @@ from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 from starlette.routing import Route
 
-from gateway.config import Config, ConfigError, is_loopback
+from gateway.config import ConfigError, is_loopback, shown, shown_url, with_secrets
 from gateway.errors import BadRequestError, ForbiddenError, GatewayError, UnexpectedError, envelope
 from gateway.identity import Identities
 from gateway.proxy.body import RequestFields
 from gateway.proxy.exchange import request_id
 from gateway.proxy.plane import DataPlane
+from gateway.routing.pools import Pool
 from gateway.telemetry.exposition import Exposition
 from quantize.card import CardError
 
-HIDDEN = "…"
-"""What is shown of a key's hash."""
 Replace = Callable[[str], Awaitable[None]]
 """Has the gateway, all its workers, use another configuration, given as YAML. Raises ConfigError or
 CardError, and then nothing has changed."""
@@ -119,32 +117,20 @@ class Operations:
         """The process lives."""
         return {"status": "ok"}
 
-    async def readiness(self) -> JSONResponse:
-        """Every role can be served, at its own precision or a higher one; what is missing for more."""
+    async def readiness(self, request: Request) -> JSONResponse:
+        """Every role can be served, at its own precision or a higher one; what is missing for more. For an
+        admin also the replicas, and where they are."""
         snapshot = self._plane.snapshot
         pools = snapshot.pools.by_variant
-        detail = {
-            variant: {
-                "reachable": pool.reachable,
-                "replicas": {
-                    replica.name: {
-                        "url": replica.url,
-                        "reachable": bool(replica.reachable),
-                        "usable": replica.breaker.closed,
-                        "in_flight": replica.in_flight,
-                    }
-                    for replica in pool.replicas
-                },
-            }
-            for variant, pool in pools.items()
-        }
         missing = [variant for variant, pool in pools.items() if not pool.reachable]
         unserved = [
             role
             for role in snapshot.config.roles
             if not any(pools[variant].reachable for variant in snapshot.router.ladder(role))
         ]
-        body = {"ready": not unserved, "unserved": unserved, "not_reachable": missing, "pools": detail}
+        body: dict[str, Any] = {"ready": not unserved, "unserved": unserved, "not_reachable": missing}
+        if self._is_admin(request):
+            body["pools"] = {variant: _detail(pool) for variant, pool in pools.items()}
         return JSONResponse(body, status_code=503 if unserved else 200)
 
     async def show_metrics(self) -> Response:
@@ -152,19 +138,18 @@ class Operations:
         return Response(await self._exposition.text(), media_type=CONTENT_TYPE_LATEST)
 
     async def config(self) -> dict[str, Any]:
-        """The configuration that is in use; keys by name alone."""
-        shown = self._plane.snapshot.config.model_dump(mode="json")
-        shown["keys"] = [{**key, "sha256": HIDDEN} for key in shown["keys"]]
-        return shown
+        """The configuration that is in use, without its secrets: keys' hashes, passwords in URLs, the
+        environment of engines."""
+        return shown(self._plane.snapshot.config)
 
     async def set_config(self, text: Annotated[str, Body(media_type="application/yaml")]) -> dict[str, Any]:
         """Use another configuration from now on, until the next start or reload; the file is left alone.
 
         It is checked whole first: one that cannot be used changes nothing. What ``GET`` shows can be sent
-        back: a key whose hash is hidden keeps the one that it has.
+        back: what is hidden stays as it is.
         """
         try:
-            await self._replace(_with_hashes(text, self._plane.snapshot.config))
+            await self._replace(with_secrets(text, self._plane.snapshot.config))
         except (ConfigError, CardError) as error:
             raise BadRequestError(str(error)) from None
         new = self._plane.snapshot.config
@@ -179,34 +164,41 @@ class Operations:
     def _known(self, request: Request) -> None:
         Identities(self._plane.snapshot.config).key(request.headers)
 
+    def _is_admin(self, request: Request) -> bool:
+        try:
+            self.admin(request)
+        except GatewayError:
+            return False
+        return True
+
     def admin(self, request: Request) -> None:
-        """Refuses who may not change anything. Raises ForbiddenError or UnauthorizedError."""
+        """Refuses who may not change anything. Raises ForbiddenError or UnauthenticatedError."""
         config = self._plane.snapshot.config
         key = Identities(config).key(request.headers)
         if not config.keys and not is_loopback(request.url.hostname or ""):
             # A web page can give its own name this machine's address, and would then be let in.
+            named = (request.url.hostname or "")[:80]
             raise ForbiddenError(
-                f"host: {request.url.hostname!r} is not this machine, and there are no keys; add keys "
-                "(`tiercel keys new` makes one), or ask 127.0.0.1"
+                f"host: {named!r} is not this machine, and there are no keys; add keys (`tiercel keys new` "
+                "makes one), or ask 127.0.0.1"
             )
         if key is not None and not key.admin:
             raise ForbiddenError("authorization: this key is no admin's; use one with `admin: true`")
 
 
-def _with_hashes(text: str, config: Config) -> str:
-    """YAML in which keys that are known by name have their hashes again, where those were hidden."""
-    try:
-        raw = yaml.safe_load(text) if HIDDEN in text or ascii(HIDDEN)[1:-1] in text else None
-    except yaml.YAMLError:
-        return text  # whoever reads it next says what is wrong with it
-    keys = raw.get("keys") if isinstance(raw, dict) else None
-    if not isinstance(keys, list):
-        return text
-    hashes = {key.name: key.sha256 for key in config.keys}
-    for key in keys:
-        if isinstance(key, dict) and key.get("sha256") == HIDDEN:
-            key["sha256"] = hashes.get(str(key.get("name")), HIDDEN)
-    return yaml.safe_dump(raw, allow_unicode=True)
+def _detail(pool: Pool) -> dict[str, Any]:
+    return {
+        "reachable": pool.reachable,
+        "replicas": {
+            replica.name: {
+                "url": shown_url(replica.url),
+                "reachable": bool(replica.reachable),
+                "usable": replica.breaker.free,
+                "in_flight": replica.in_flight,
+            }
+            for replica in pool.replicas
+        },
+    }
 
 
 def add_error_handlers(app: FastAPI) -> None:
@@ -215,7 +207,7 @@ def add_error_handlers(app: FastAPI) -> None:
     def answer(
         request: Request, error: GatewayError, status: int, more: Mapping[str, str] | None = None
     ) -> JSONResponse:
-        headers = {"x-request-id": request_id(dict(request.headers)), **(more or {})}
+        headers = {"x-request-id": request_id(request.headers.get("x-request-id")), **(more or {})}
         return JSONResponse(envelope(error), status_code=status, headers=headers)
 
     async def refused(request: Request, error: Exception) -> Response:
@@ -237,7 +229,7 @@ def add_error_handlers(app: FastAPI) -> None:
         return answer(request, error, error.status)
 
     async def unexpected(request: Request, error: Exception) -> Response:
-        return answer(request, UnexpectedError(repr(error)), 500)
+        return answer(request, UnexpectedError(error), 500)
 
     app.add_exception_handler(HTTPException, refused)
     app.add_exception_handler(RequestValidationError, invalid)

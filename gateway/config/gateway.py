@@ -24,15 +24,32 @@ class GatewaySettings(Section):
 
     host: str = "127.0.0.1"
     port: int = Field(default=8080, ge=1, le=65535)
-    max_body_bytes: int = Field(default=8 << 20, ge=1024)
+    max_body_bytes: int = Field(default=32 << 20, ge=1024, description="of one request")
+    max_connections: int = Field(default=10_000, ge=1, description="of clients, at a time and per worker")
+    max_buffered_bytes: int = Field(
+        default=512 << 20,
+        ge=1024,
+        description="of requests that are being read, wait or are being answered, at a time and per worker",
+    )
+    max_buffered_bytes_per_tenant: int = Field(
+        default=128 << 20, ge=1024, description="of these, one tenant's"
+    )
     connect_timeout_s: float = Field(default=2.0, gt=0)
     first_byte_timeout_s: float = Field(
-        default=120.0, gt=0, description="for an answer that is not streamed this is the whole answer"
+        default=120.0, gt=0, description="longest time until the first part of a stream"
+    )
+    answer_timeout_s: float = Field(
+        default=600.0, gt=0, description="longest time for an answer that is not streamed"
     )
     idle_timeout_s: float = Field(default=60.0, gt=0, description="longest silence within a stream")
     total_timeout_s: float = Field(default=3600.0, gt=0, description="longest time for one answer")
     header_timeout_s: float = Field(default=10.0, gt=0, description="for the head of a request to come")
     body_timeout_s: float = Field(default=30.0, gt=0, description="longest silence within a request's body")
+    min_body_bytes_per_s: int = Field(
+        default=4096,
+        ge=0,
+        description="a request's body that comes slower all in all is refused, after body_timeout_s",
+    )
     keep_alive_s: float = Field(default=75.0, gt=0, description="an idle client connection is closed then")
     policy: str = Field(default="prefix_aware", description="how a replica is chosen within a pool")
     cost: Cost = Field(
@@ -41,6 +58,9 @@ class GatewaySettings(Section):
         "memory_time (those bytes times the seconds that its engine took for a token, by its card)",
     )
     max_in_flight: int | None = Field(default=None, ge=1, description="requests at a replica at a time")
+    hedge_share: float = Field(
+        default=0.05, ge=0, le=1, description="of the requests of roles that are hedged, that are at most"
+    )
     workers: int = Field(default=1, ge=1, le=64, description="processes that share the port")
     tls_certificate: Path | None = Field(default=None, description="PEM file; with tls_key: HTTPS")
     tls_key: Path | None = None

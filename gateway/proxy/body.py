@@ -47,6 +47,7 @@ class RequestFields(msgspec.Struct):
     logprobs: Any = UNSET
     top_logprobs: Any = UNSET
     cache_salt: Any = UNSET
+    priority: Any = UNSET
 
 
 class ChatFields(RequestFields, kw_only=True):
@@ -121,6 +122,11 @@ class Body:
         """A field's JSON; empty when it is absent."""
         value = self._fields.get(field)
         return b"" if value is None else bytes(value)
+
+    def view(self, field: str) -> memoryview:
+        """The same without a copy."""
+        value = self._fields.get(field)
+        return memoryview(b"" if value is None else value)
 
     def get(self, field: str) -> Any:
         """A field's value; None when it is absent."""

@@ -105,5 +105,12 @@ _ALL = (
     ),
 )
 ENDPOINTS = {endpoint.path: endpoint for endpoint in _ALL}
+
+
+def endpoint_of(path: str) -> Endpoint | None:
+    """The endpoint at a path; None where engines serve nothing."""
+    return ENDPOINTS.get(path)
+
+
 ANY = Endpoint("", check_common, Form.PLAIN)
 """For errors of requests that name no endpoint."""

@@ -85,10 +85,21 @@ class Observer:
         self._inquiry = inquiry
         self._examiner = Examiner(inquiry, config.reference, provider) if inquiry else None
         self._grounded_check = grounded_check
+        self._checks: set[asyncio.Task[None]] = set()
         self._log = logging.getLogger(EVENTS)
         self._shadowed = int(config.watch.rate * _SHARE)
         self._judged = int(config.watch.judge.rate * _SHARE) if config.watch.judge else 0
         self._copied = int(config.watch.probation_rate * _SHARE)
+
+    def offer(self, seen: Observed) -> None:
+        """Check an answer when there is time."""
+        task = asyncio.get_running_loop().create_task(self.observe(seen))
+        self._checks.add(task)
+        task.add_done_callback(self._checks.discard)
+
+    async def drain(self) -> None:
+        if self._checks:
+            await asyncio.wait(self._checks, timeout=1.0)
 
     async def observe(self, seen: Observed) -> None:
         """Check an answer that is complete. Raises nothing; a check that fails is counted as such."""
@@ -117,7 +128,7 @@ class Observer:
         if self._watch and self._inquiry:
             self._try("shadow", role, variant, lambda: self._inquire(seen, key))
 
-    def insufficient(self, role: str, body: Body, answer: Answer) -> str | None:
+    async def insufficient(self, role: str, body: Body, answer: Answer) -> str | None:
         """The check that an answer fails so plainly that a more precise variant should be asked; or None."""
         try:
             found = failures(body, answer)

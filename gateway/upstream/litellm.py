@@ -14,17 +14,16 @@ import json
 import logging
 import os
 from collections.abc import AsyncIterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from gateway.config import GatewaySettings, Provider
 from gateway.errors import BadRequestError, UpstreamError, UpstreamRefusedError, UpstreamTimeoutError
 from gateway.proxy.endpoints import CHAT, EMBEDDINGS
+from gateway.proxy.exchange import Exchange
 from gateway.routing.pools import Replica
 from gateway.upstream.options import usage_wanted
 from gateway.upstream.sse import DONE, ServerEvent
-
-if TYPE_CHECKING:
-    from gateway.proxy.exchange import Exchange
+from gateway.upstream.vllm import Listener
 
 PASSED_PARAMETERS = frozenset(
     "audio frequency_penalty function_call functions logit_bias logprobs max_completion_tokens max_tokens "
@@ -54,8 +53,10 @@ class LiteLLM:
         """The configuration has changed."""
         self._providers = {provider.model: provider for provider in providers}
 
-    def ask(self, exchange: Exchange, replica: Replica) -> None:
-        """Begin an attempt at a provider's model. Raises BadRequestError."""
+    def attempt(
+        self, listener: Listener, exchange: Exchange, replica: Replica, work: float
+    ) -> _ProviderAttempt:
+        """An attempt at a provider's model. Raises BadRequestError."""
         if exchange.endpoint not in (CHAT, EMBEDDINGS):
             raise BadRequestError(
                 f"model: {replica.name} serves {CHAT.path} and {EMBEDDINGS.path} only; send it there",
@@ -64,10 +65,7 @@ class LiteLLM:
         body = exchange.body.everything()
         if exchange.options.stream:
             body["stream_options"] = usage_wanted(exchange.body)
-        attempt = _ProviderAttempt(self, exchange, replica, body)
-        exchange.attempts.append(attempt)
-        exchange.heard_at = exchange.plane.clock()
-        exchange.spawn(attempt.run())
+        return _ProviderAttempt(self, listener, exchange, replica, body)
 
     async def once(self, model: str, body: dict[str, Any]) -> dict[str, Any]:
         """A chat completion that is not streamed. Raises UpstreamError."""
@@ -110,19 +108,36 @@ class _ProviderAttempt:
     """One request to a provider. Its task is the exchange's."""
 
     def __init__(
-        self, providers: LiteLLM, exchange: Exchange, replica: Replica, body: dict[str, Any]
+        self,
+        providers: LiteLLM,
+        listener: Listener,
+        exchange: Exchange,
+        replica: Replica,
+        body: dict[str, Any],
     ) -> None:
+        self.exchange = exchange
         self.replica = replica
+        self.sent = False
+        self._listener = listener
         self._providers = providers
-        self._exchange = exchange
         self._body = body
         self._may_send = asyncio.Event()
         self._may_send.set()
         self.over = False
-        replica.take()
+        self._lease = replica.take()
 
-    async def run(self) -> None:
-        exchange, reply = self._exchange, None
+    def start(self) -> None:
+        self.sent = True
+        self.exchange.task = asyncio.get_running_loop().create_task(self._guarded())
+
+    async def _guarded(self) -> None:
+        try:
+            await self._run()
+        except Exception as error:
+            self.exchange.pipeline.defect(self.exchange, error)
+
+    async def _run(self) -> None:
+        exchange, listener, reply = self.exchange, self._listener, None
         try:
             reply = await self._providers.open(
                 self.replica.name,
@@ -133,18 +148,19 @@ class _ProviderAttempt:
             async for event in reply.events():
                 await self._may_send.wait()
                 if exchange.options.stream:
-                    exchange.arrived(self, event.raw)
+                    listener.arrived(self, event.raw)
                 else:
-                    exchange.whole(self, event.raw)
+                    listener.whole(self, event.raw)
             self.cancel()
-            exchange.ended(self)
+            if exchange.options.stream:
+                listener.ended(self)
         except UpstreamError as error:
             if isinstance(error, UpstreamRefusedError):
                 self.replica.breaker.answered()
             else:
-                self.replica.breaker.answer_broke()
+                self.replica.breaker.errored()
             self.cancel()
-            exchange.broke(self, error)
+            listener.broke(self, error)
         finally:
             self.cancel()
             if reply is not None:
@@ -154,7 +170,7 @@ class _ProviderAttempt:
         """Its books; the task ends with the exchange."""
         if not self.over:
             self.over = True
-            self.replica.release()
+            self._lease.release()
 
     def pause(self) -> None:
         self._may_send.clear()

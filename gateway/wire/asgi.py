@@ -30,7 +30,7 @@ class AsgiCall:
         body: bytes,
         date: Callable[[], bytes],
     ):
-        self._door = client
+        self._client = client
         self._no_body = head.method == "HEAD"
         self._body: bytes | None = body
         self._date = date
@@ -83,11 +83,11 @@ class AsgiCall:
         self._sent = True
         lines = [STATUS_LINES[self._status], self._date()]
         lines += [b"%b: %b\r\n" % pair for pair in self._headers if pair[0].lower() not in _OURS]
-        self._door.send_whole(b"".join(lines), b"".join(self._parts), no_body=self._no_body)
+        self._client.send_whole(b"".join(lines), b"".join(self._parts), no_body=self._no_body)
 
 
-def _scope(client: ClientConnection, head: RequestHead) -> dict[str, Any]:
-    transport = client.transport
+def _scope(connection: ClientConnection, head: RequestHead) -> dict[str, Any]:
+    transport = connection.transport
     client, server = transport.get_extra_info("peername"), transport.get_extra_info("sockname")
     return {
         "type": "http",

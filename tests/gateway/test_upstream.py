@@ -127,7 +127,7 @@ STREAM_FAULTS = [
 @pytest.mark.parametrize(("name", "answer", "said"), STREAM_FAULTS, ids=[fault[0] for fault in STREAM_FAULTS])
 async def test_streams(name: str, answer: bytes, said: list[str], sampled: int) -> None:
     async with raw_engine(answer) as (stack, engine):
-        object.__setattr__(stack.gateway.plane.snapshot.ask, "_tapped_below", sampled << 32)
+        stack.gateway.plane.snapshot.pipeline.attempts._sampled.share = float(sampled)
         async with stack.post({"stream": True}) as response:
             events = await stack.events(response)
         if response.status == 200:
