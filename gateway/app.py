@@ -12,7 +12,9 @@ import aiohttp
 from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
 
-from gateway.api.operations import REFUSALS, Operations, add_error_handlers
+from gateway.api.failures import add_error_handlers
+from gateway.api.models import Models
+from gateway.api.operations import REFUSALS, Operations
 from gateway.api.overview import Overview
 from gateway.api.watching import Watching
 from gateway.cards import load_cards
@@ -25,6 +27,7 @@ from gateway.proxy.hops import Admit, ChooseRoute, Identify, Observe, ReadBody
 from gateway.proxy.pipeline import Pipeline
 from gateway.proxy.plane import DataPlane, Snapshot
 from gateway.proxy.record import Record
+from gateway.proxy.reply import Reply
 from gateway.quality.detectors import detector
 from gateway.quality.grounded import Grounded
 from gateway.quality.inquiry import Inquiry
@@ -44,6 +47,7 @@ from gateway.telemetry.metrics import Metrics
 from gateway.upstream.litellm import LiteLLM
 from gateway.upstream.vllm import Engines
 from gateway.wire.client import ClientConnection
+from gateway.wire.cors import Cors
 from gateway.workers.board import Board
 from gateway.workers.channel import ToParent
 from gateway.workers.sheet import Sheet, Sheets
@@ -102,8 +106,9 @@ class Gateway:
         )
         exposition = Exposition(self.metrics.families, self.metrics.registry, self._numbers)
         replace = parent.replace if parent is not None else self.reloads.replace
-        operations = Operations(self.plane, exposition, int(time.time()), replace)
+        operations = Operations(self.plane, exposition, replace)
         operations.add_to(self.app)
+        Models(self.plane, created=int(time.time())).add_to(self.app)
         if self.watch is not None:
             Watching(self.watch, operations.admin).add_to(self.app)
         self.overview = Overview(
@@ -135,10 +140,12 @@ class Gateway:
             detect = self._detectors.get(trace_of(config.quality), lambda: make_detector(config.quality))
             observer = Observer(config, self.metrics, self.watch, self._inquiry, detect, self.providers.once)
         plane, observe = self.plane, Observe(observer)
+        cors = Cors(config.gateway.cors_origins) if config.gateway.cors_origins else None
+        reply = Reply(cors)
         names = (config.model.name, *config.roles, *config.adapters, *router.known_models())
         pipeline = Pipeline(
             before=(
-                ReadBody(),  # what is asked
+                ReadBody(config),  # what is asked
                 Identify(),  # who asks: role and session; the key was looked at with the head
             ),
             attempts=Attempts(
@@ -147,7 +154,7 @@ class Gateway:
                 router=router,
                 engines=Engines(config),  # there, as bytes
                 providers=self.providers,
-                reply=plane.reply,  # what the client gets of it, part by part
+                reply=reply,  # what the client gets of it, part by part
                 lines=plane.lines,
                 clock=self._clock,
                 checks=observer,
@@ -155,7 +162,7 @@ class Gateway:
                 escalated=lambda exchange, why: self._escalated(observe, exchange, why),
                 may_hedge=self.hedging.allow,
             ),
-            reply=plane.reply,
+            reply=reply,
             after=(
                 lambda record, _: plane.ledger.record(record, log=config.gateway.access_log),
                 lambda record, exchange: self._end_span(record, exchange, config.model.name),
@@ -174,6 +181,7 @@ class Gateway:
             pipeline=pipeline,
             observer=observer,
             model=config.model.name,
+            cors=cors,
         )
 
     def _took(self, exchange: Exchange, seconds: float) -> None:

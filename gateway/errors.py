@@ -4,6 +4,7 @@ GatewayError
 ├── BadRequestError           400  the client's input; ``param`` names the field
 │   ├── MethodNotAllowedError 405
 │   ├── BodyTooLargeError     413
+│   ├── UnsupportedCodingError 415  a content-encoding that is not known
 │   ├── RequestTimeoutError   408  the request did not come in time; the connection is closed
 │   └── MalformedRequestError 400  no HTTP/1.1 that is read in one way only; the connection is closed
 ├── UnauthenticatedError      401  no key, or an unknown one
@@ -74,6 +75,11 @@ class MethodNotAllowedError(BadRequestError):
 class BodyTooLargeError(BadRequestError):
     status = 413
     code = "body_too_large"
+
+
+class UnsupportedCodingError(BadRequestError):
+    status = 415
+    code = "unsupported_content_encoding"
 
 
 class MalformedRequestError(BadRequestError):

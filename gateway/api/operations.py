@@ -1,25 +1,22 @@
-"""What is not the hot path: models, health, readiness, metrics, the route of a request that is not made, the
-configuration, and errors of unknown paths."""
+"""What is not the hot path: health, readiness, metrics, the route of a request that is not made, and the
+configuration."""
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from dataclasses import asdict
+from importlib import metadata
 from typing import Annotated, Any
 
 from fastapi import Body, Depends, FastAPI, Request, Response
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel, Field
-from starlette.exceptions import HTTPException
-from starlette.routing import Route
 
 from gateway.config import ConfigError, is_loopback, shown, shown_url, with_secrets
-from gateway.errors import BadRequestError, ForbiddenError, GatewayError, UnexpectedError, envelope
+from gateway.errors import BadRequestError, ForbiddenError, GatewayError
 from gateway.identity import Identities
 from gateway.proxy.body import RequestFields
-from gateway.proxy.exchange import request_id
 from gateway.proxy.plane import DataPlane
 from gateway.routing.pools import Pool
 from gateway.telemetry.exposition import Exposition
@@ -68,33 +65,23 @@ _UNREADY: dict[int | str, dict[str, Any]] = {
 class Operations:
     """The routes of the application."""
 
-    def __init__(self, plane: DataPlane, exposition: Exposition, created: int, replace: Replace) -> None:
-        """``created`` is Unix time, for the list of models."""
+    def __init__(self, plane: DataPlane, exposition: Exposition, replace: Replace) -> None:
         self._plane = plane
         self._exposition = exposition
-        self._created = created
         self._replace = replace
 
     def add_to(self, app: FastAPI) -> None:
         known, admin = [Depends(self._known)], [Depends(self.admin)]
-        app.get("/v1/models", dependencies=known)(self.models)
-        app.get("/v1/models/{model:path}", dependencies=known)(self.model)
         app.post("/v1/route", dependencies=known)(self.route)
         app.get("/health")(self.health)
+        app.get("/version")(self.version)
+        app.get("/load")(self.load)
+        for method in (app.get, app.post):
+            method("/ping", include_in_schema=False)(self.health)
         app.get("/readiness", responses=_UNREADY)(self.readiness)
         app.get("/metrics", responses=_PROMETHEUS, response_class=PlainTextResponse)(self.show_metrics)
         app.get("/admin/config", dependencies=admin)(self.config)
         app.put("/admin/config", dependencies=admin)(self.set_config)
-
-    async def models(self) -> dict[str, Any]:
-        """Every id that a request may name."""
-        return {"object": "list", "data": [self._entry(model) for model in self._known_models()]}
-
-    async def model(self, model: str) -> dict[str, Any]:
-        """One of them."""
-        if model not in self._known_models():
-            raise HTTPException(404, f"{model[:80]!r} does not exist; GET /v1/models lists what does")
-        return self._entry(model)
 
     async def route(self, question: RouteQuestion, request: Request) -> dict[str, Any]:
         """Which variant would serve a request, and why: nothing is asked of an engine."""
@@ -116,6 +103,17 @@ class Operations:
     async def health(self) -> dict[str, str]:
         """The process lives."""
         return {"status": "ok"}
+
+    async def version(self) -> dict[str, str]:
+        """The gateway's own; engines say theirs to whoever runs them."""
+        try:
+            return {"version": metadata.version("tiercel")}
+        except metadata.PackageNotFoundError:  # run from its sources
+            return {"version": "unknown"}
+
+    async def load(self) -> dict[str, int]:
+        """Requests under way, as vLLM's servers tell a load balancer."""
+        return {"server_load": len(self._plane.active)}
 
     async def readiness(self, request: Request) -> JSONResponse:
         """Every role can be served, at its own precision or a higher one; what is missing for more. For an
@@ -155,12 +153,6 @@ class Operations:
         new = self._plane.snapshot.config
         return {"applied": True, "serve": list(new.serve), "roles": list(new.roles)}
 
-    def _known_models(self) -> list[str]:
-        return self._plane.snapshot.router.known_models()
-
-    def _entry(self, model: str) -> dict[str, Any]:
-        return {"id": model, "object": "model", "created": self._created, "owned_by": "tiercel"}
-
     def _known(self, request: Request) -> None:
         Identities(self._plane.snapshot.config).key(request.headers)
 
@@ -199,45 +191,3 @@ def _detail(pool: Pool) -> dict[str, Any]:
             for replica in pool.replicas
         },
     }
-
-
-def add_error_handlers(app: FastAPI) -> None:
-    """Give the errors outside the hot path the same envelope."""
-
-    def answer(
-        request: Request, error: GatewayError, status: int, more: Mapping[str, str] | None = None
-    ) -> JSONResponse:
-        headers = {"x-request-id": request_id(request.headers.get("x-request-id")), **(more or {})}
-        return JSONResponse(envelope(error), status_code=status, headers=headers)
-
-    async def refused(request: Request, error: Exception) -> Response:
-        assert isinstance(error, HTTPException)
-        what = f"{request.method} {request.url.path}"[:200]
-        headers = {name.lower(): value for name, value in (error.headers or {}).items()}
-        if error.status_code == 405:
-            headers["allow"] = ", ".join(_methods(app, request.url.path))
-        return answer(request, BadRequestError(f"{what}: {error.detail}."), error.status_code, headers)
-
-    async def invalid(request: Request, error: Exception) -> Response:
-        assert isinstance(error, RequestValidationError)
-        first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"] if part != "body") or "body"
-        return answer(request, BadRequestError(f"{field}: {first['msg']}", param=field), 400)
-
-    async def ours(request: Request, error: Exception) -> Response:
-        assert isinstance(error, GatewayError)
-        return answer(request, error, error.status)
-
-    async def unexpected(request: Request, error: Exception) -> Response:
-        return answer(request, UnexpectedError(error), 500)
-
-    app.add_exception_handler(HTTPException, refused)
-    app.add_exception_handler(RequestValidationError, invalid)
-    app.add_exception_handler(GatewayError, ours)
-    app.add_exception_handler(Exception, unexpected)
-
-
-def _methods(app: FastAPI, path: str) -> list[str]:
-    """What can be done with a path: each of its routes knows its own methods only."""
-    routes = [route for route in app.routes if isinstance(route, Route) and route.path_regex.match(path)]
-    return sorted({method for route in routes for method in route.methods or ()})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from enum import StrEnum
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from pydantic import Field, field_validator, model_validator
 
 from gateway.config.section import Section, is_loopback
 
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[a-z0-9._\-\[\]:]+")
 POLICIES = ("round_robin", "least_in_flight", "least_load", "session_affinity", "prefix_aware")
 
 
@@ -64,6 +66,11 @@ class GatewaySettings(Section):
     workers: int = Field(default=1, ge=1, le=64, description="processes that share the port")
     tls_certificate: Path | None = Field(default=None, description="PEM file; with tls_key: HTTPS")
     tls_key: Path | None = None
+    cors_origins: tuple[str, ...] = Field(
+        default=(),
+        description="origins whose web pages may ask, such as https://app.example.com, or * for all; "
+        "empty: none",
+    )
     access_log: bool = Field(default=True, description="a line per request; errors are logged anyway")
     scrape_interval_s: float = Field(default=2.0, gt=0, description="how often engine metrics are read")
     health_interval_s: float = Field(default=1.0, gt=0, description="how often replicas are probed")
@@ -77,6 +84,14 @@ class GatewaySettings(Section):
         if policy not in POLICIES:
             raise ValueError(f"{policy!r} is not a policy; use one of: {', '.join(POLICIES)}")
         return policy
+
+    @field_validator("cors_origins")
+    @classmethod
+    def _are_origins(cls, origins: tuple[str, ...]) -> tuple[str, ...]:
+        for origin in origins:
+            if origin != "*" and not _ORIGIN.fullmatch(origin):
+                raise ValueError(f"{origin!r} is no origin; write scheme://host or scheme://host:port, or *")
+        return origins
 
     @model_validator(mode="after")
     def _both_or_none(self) -> GatewaySettings:

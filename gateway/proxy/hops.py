@@ -16,6 +16,7 @@ from gateway.proxy.record import Record
 from gateway.quality.observe import Observed, Observer
 from gateway.routing.router import Router
 from gateway.upstream.options import STREAM, OutputOptions
+from gateway.wire.encodings import decoded
 from gateway.wire.flow import Admission
 from gateway.wire.heads import RequestHead
 
@@ -38,6 +39,7 @@ class Admit:
     def __init__(self, config: Config) -> None:
         self._identities = Identities(config)
         self._max_body_bytes = config.gateway.max_body_bytes
+        self._preflights = bool(config.gateway.cors_origins)
 
     def __call__(self, head: RequestHead) -> Admitted:
         """Raises MethodNotAllowedError or UnauthenticatedError."""
@@ -47,6 +49,8 @@ class Admit:
             return admitted
         endpoint = endpoint_of(head.path)
         sender, tenant = None, ""
+        if head.method == "OPTIONS" and self._preflights:
+            endpoint = None  # a browser asks before it sends a key
         if endpoint is not None:
             if head.method != "POST":
                 raise MethodNotAllowedError(
@@ -66,6 +70,10 @@ class Admit:
 class ReadBody:
     """What is asked: the body, as far as the gateway depends on it."""
 
+    def __init__(self, config: Config) -> None:
+        self._model = config.model.name
+        self._max_body_bytes = config.gateway.max_body_bytes
+
     def __call__(self, exchange: Exchange) -> None:
         head, endpoint = exchange.head, exchange.endpoint
         kind = head.headers.get("content-type", "")
@@ -75,8 +83,12 @@ class ReadBody:
             raise BadRequestError(
                 "content-type: send the header `content-type: application/json`", param="content-type"
             )
-        body = exchange.body = Body(exchange.raw, endpoint.check, endpoint.decoder)
-        exchange.model = body.fields.model
+        if coding := head.headers.get("content-encoding"):
+            exchange.raw = decoded(exchange.raw, coding, self._max_body_bytes)
+        body = exchange.body = Body(exchange.raw, endpoint.reads)
+        endpoint = exchange.endpoint = endpoint.of(body)
+        # Where none is named, vLLM takes the one that it has.
+        exchange.model = body.fields.model = body.fields.model or self._model
         if endpoint.form is Form.COMPLETIONS:
             exchange.options = OutputOptions.of(body.fields, chat=endpoint.chat)
         elif endpoint.form is not Form.PLAIN and body.fields.stream:

@@ -6,10 +6,10 @@ import time
 from email.utils import formatdate
 
 from gateway.errors import GatewayError
-from gateway.proxy.endpoints import Form
 from gateway.proxy.exchange import Exchange
 from gateway.routing.router import Route
 from gateway.wire.client import STATUS_LINES
+from gateway.wire.cors import Cors
 
 JSON = b"application/json"
 EVENT_STREAM = b"text/event-stream; charset=utf-8"
@@ -23,7 +23,8 @@ _COLON = ord(":")
 class Reply:
     """Writes answers. Most of an answer's head is the same for all answers of a route within a second."""
 
-    def __init__(self) -> None:
+    def __init__(self, cors: Cors | None = None) -> None:
+        self._cors = cors
         self._date = b""
         self._second = -1
         self._heads: dict[tuple[bytes, str, str, str] | bytes, bytes] = {}
@@ -95,19 +96,25 @@ class Reply:
             )
             if len(self._heads) < _MOST_HEADS:
                 self._heads[key] = head
-        return b"%b%b" % (head, _ids(exchange))
+        return b"%b%b" % (head, self._own(exchange))
+
+    def _own(self, exchange: Exchange) -> bytes:
+        """The header lines that are no other request's."""
+        lines = exchange.endpoint.id_lines(exchange.request_id.encode())
+        if self._cors is None:
+            return lines
+        return lines + self._cors.lines(exchange.head.path, exchange.head.headers)
 
     def _head(self, exchange: Exchange, status: int, content_type: bytes) -> bytes:
         line = STATUS_LINES.get(status) or b"HTTP/1.1 %d Error\r\n" % status
         placed = _placed(exchange.route)
-        return b"%b%bcontent-type: %b\r\n%b%b" % (line, self.date(), content_type, placed, _ids(exchange))
-
-
-def _ids(exchange: Exchange) -> bytes:
-    identity = exchange.request_id.encode()
-    if exchange.endpoint.form is Form.ANTHROPIC:
-        return b"x-request-id: %b\r\nrequest-id: %b\r\n" % (identity, identity)
-    return b"x-request-id: %b\r\n" % identity
+        return b"%b%bcontent-type: %b\r\n%b%b" % (
+            line,
+            self.date(),
+            content_type,
+            placed,
+            self._own(exchange),
+        )
 
 
 def _placed(route: Route | None) -> bytes:

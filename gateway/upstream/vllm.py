@@ -77,7 +77,7 @@ class Engines:
             changes["priority"] = b"%d" % priority
             # vLLM's own header, for the endpoints whose body has no such field.
             more += b"x-vllm-priority: %d\r\n" % priority if priority else b""
-        raw = exchange.body.with_(changes) if changes else exchange.raw
+        raw = exchange.body.with_(changes)
         return b"%bx-request-id: %b\r\n%bcontent-length: %d\r\n\r\n%b" % (
             replica.request_head(endpoint),
             exchange.request_id.encode(),

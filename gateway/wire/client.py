@@ -262,7 +262,7 @@ class ClientConnection(AnswerWriter, asyncio.Protocol):
             if self.state is not ANSWERING:
                 self.abort()
             else:
-                self._handler.refuse(self, UnexpectedError(repr(error)), head)
+                self._handler.refuse(self, UnexpectedError(error), head)
             return
         if call is not None and (self.state is ANSWERING or self.state is STREAMING):
             self.call = call
