@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import signal
 import socket
 import sys
 from pathlib import Path
 
-import uvicorn
-
 from gateway.app import Gateway
 from gateway.cards import load_cards
-from gateway.config import Config, ConfigError, GatewaySettings, load_config
-from gateway.telemetry.logs import EVENTS, log_to_stderr
-from gateway.workers import run_workers
+from gateway.config import Config, ConfigError, load_config, parse_config
+from gateway.server import Server, listen
+from gateway.telemetry.logs import AccessLog, log_to_stderr
+from gateway.workers.channel import ToParent
+from gateway.workers.parent import CANNOT_START, receive_first, run_workers
 from quantize.card import Card, CardError
-
-CANNOT_START = 2
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -26,93 +23,73 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m gateway", description=__doc__)
     parser.add_argument("--config", type=Path, default=Path("tiercel.yaml"), help="the configuration file")
     parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--channel", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     try:
-        config = load_config(options.config)
-        cards = load_cards(config)
-        listening = listen(config.gateway)
+        if options.worker is not None:
+            work(options.config, options.worker, socket.socket(fileno=options.channel))
+        else:
+            return start(options.config)
     except (ConfigError, CardError) as error:
         print(error, file=sys.stderr)
         return CANNOT_START
-    with listening:
-        if config.gateway.workers > 1 and options.worker is None:
-            listening.close()  # it could be listened on
-            return run_workers(config, options.config)
-        try:
-            gateway = make_gateway(config, cards, options.config, options.worker)
-        except ConfigError as error:
-            print(error, file=sys.stderr)
-            return CANNOT_START
-        serve(gateway, config, listening)
     return 0
 
 
-def listen(gateway: GatewaySettings) -> socket.socket:
-    """A listening socket. Raises ConfigError when the address cannot be had."""
-    family = socket.AF_INET6 if ":" in gateway.host else socket.AF_INET
-    listening = socket.socket(family, socket.SOCK_STREAM)
-    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    if gateway.workers > 1:
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+def start(path: Path) -> int:
+    """The gateway, or the parent of its workers; the exit status. Raises ConfigError or CardError."""
+    config = load_config(path)
+    cards = load_cards(config)
+    with listen(config.gateway) as listening:
+        if config.gateway.workers == 1:
+            serve(config, cards, path, listening)
+            return 0
+    # The address can be had; the workers take it.
+    text = path.read_text(encoding="utf-8")
+
+    def check(text: str, source: str) -> Config:
+        config = parse_config(text, source, path.resolve().parent)
+        load_cards(config)
+        return config
+
+    writer = log_to_stderr()
     try:
-        listening.bind((gateway.host, gateway.port))
-        listening.listen(1024)
-    except OSError as error:
-        listening.close()
-        raise ConfigError(
-            f"gateway.port: {gateway.host}:{gateway.port} cannot be listened on ({error.strerror}); "
-            "stop what uses it or set another port"
-        ) from None
-    return listening
+        return run_workers(config, text, path, check)
+    finally:
+        writer.close()
 
 
-def make_gateway(config: Config, cards: dict[str, Card], path: Path, worker: int | None = None) -> Gateway:
-    """Raises ConfigError for what shows only when the parts are put together."""
+def work(path: Path, worker: int, connection: socket.socket) -> None:
+    """A worker, with the configuration that its parent gives it. Raises ConfigError or CardError."""
+    text, generation = receive_first(connection)
+    config = parse_config(text, str(path), path.resolve().parent)
+    cards = load_cards(config)
+    with listen(config.gateway) as listening:
+        serve(config, cards, path, listening, worker, ToParent(connection, generation))
+
+
+def serve(
+    config: Config,
+    cards: dict[str, Card],
+    path: Path,
+    listening: socket.socket,
+    worker: int | None = None,
+    parent: ToParent | None = None,
+) -> None:
+    """Serve until a signal. Raises ConfigError for what shows only when the parts are put together."""
 
     def load() -> tuple[Config, dict[str, Card]]:
         fresh = load_config(path)
         return fresh, load_cards(fresh)
 
-    return Gateway(config, cards, load=load, worker=worker)
-
-
-def serve(gateway: Gateway, config: Config, listening: socket.socket) -> None:
-    """Serve until a signal, then let running requests finish. SIGHUP reads the configuration anew."""
-    server = uvicorn.Server(server_config(gateway, config))
-    log_to_stderr()
-    # uvicorn repeats the signal to these after its shutdown; the default ones would kill the process.
-    for signal_number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signal_number, server.handle_exit)
-    signal.signal(signal.SIGHUP, lambda *_: reload(gateway))
-    server.run(sockets=[listening])
-
-
-def server_config(gateway: Gateway, config: Config) -> uvicorn.Config:
-    """How uvicorn holds the sockets; the connections are the gateway's own."""
-    limits = config.gateway
-    return uvicorn.Config(
-        gateway.app,
-        loop="uvloop",
-        http=gateway.protocol,  # type: ignore[arg-type]
-        access_log=False,
-        log_config=None,
-        server_header=False,
-        timeout_graceful_shutdown=round(limits.shutdown_timeout_s),
-        ssl_certfile=limits.tls_certificate,
-        ssl_keyfile=limits.tls_key,
-    )
-
-
-def reload(gateway: Gateway) -> None:
-    """Take the file as it is now; one that cannot be used changes nothing."""
-    events = logging.getLogger(EVENTS)
+    writer = log_to_stderr()
     try:
-        gateway.reload()
-    except (ConfigError, CardError) as error:
-        events.error("the configuration was not changed: %s", error)
-    else:
-        events.info("the configuration was read anew")
+        gateway = Gateway(config, cards, load=load, worker=worker, parent=parent, log=AccessLog(writer))
+        Server(gateway, parent).serve_until_stopped(listening)
+    finally:
+        writer.close()
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until somebody listens for it
     sys.exit(main())

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
-from contextlib import asynccontextmanager, nullcontext
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from contextlib import asynccontextmanager
 from typing import Any
 
 import aiohttp
@@ -17,8 +17,10 @@ from gateway.api.models import Models
 from gateway.api.operations import REFUSALS, Operations
 from gateway.api.overview import Overview
 from gateway.api.watching import Watching
-from gateway.config import Config, ConfigError
+from gateway.cards import load_cards
+from gateway.config import Config, ConfigError, GatewaySettings, Quality, parse_config
 from gateway.console.files import Files
+from gateway.control import Commit, Heartbeat, Read, Reloads, Remembered, Supervisor
 from gateway.proxy.attempts import Attempts, Limits
 from gateway.proxy.exchange import Exchange
 from gateway.proxy.hops import Admit, ChooseRoute, Identify, Observe, ReadBody
@@ -26,22 +28,35 @@ from gateway.proxy.pipeline import Pipeline
 from gateway.proxy.plane import DataPlane, Snapshot
 from gateway.proxy.record import Record
 from gateway.quality.detectors import detector
+from gateway.quality.grounded import Grounded
 from gateway.quality.inquiry import Inquiry
 from gateway.quality.observe import Observer
 from gateway.quality.watch import Watch
 from gateway.routing.breaker import Clock
 from gateway.routing.discovery import INTERVAL_S, Discovery
-from gateway.routing.health import probe_forever
+from gateway.routing.health import Prober
 from gateway.routing.hedging import Hedging
-from gateway.routing.pools import Pools
+from gateway.routing.pools import Pools, Replica
 from gateway.routing.router import Router
+from gateway.telemetry.counters import Family, GaugeFamily
 from gateway.telemetry.engines import EngineReader
+from gateway.telemetry.exposition import Exposition, Numbers
+from gateway.telemetry.logs import AccessLog
 from gateway.telemetry.metrics import Metrics
 from gateway.upstream.litellm import LiteLLM
 from gateway.upstream.vllm import Engines
 from gateway.wire.client import ClientConnection
-from gateway.workers import Board, Siblings
+from gateway.workers.board import Board
+from gateway.workers.channel import ToParent
+from gateway.workers.sheet import Sheet, Sheets
 from quantize.card import Card
+
+_FIXED = {
+    "": ("run_dir",),
+    "gateway": ("host", "port", "workers", "tls_certificate", "tls_key"),
+    "watch": ("enabled", "store", "store_env", "in_flight"),
+}
+"""What a reload cannot change, by section."""
 
 
 class Gateway:
@@ -53,38 +68,49 @@ class Gateway:
         cards: Mapping[str, Card],
         registry: CollectorRegistry | None = None,
         clock: Clock = time.monotonic,
-        load: Callable[[], tuple[Config, Mapping[str, Card]]] | None = None,
+        load: Read | None = None,
         worker: int | None = None,
+        parent: ToParent | None = None,
         discovery: Discovery | None = None,
+        log: AccessLog | None = None,
     ) -> None:
         """``cards`` has the card of every served variant (``load_cards``). ``load`` reads both anew.
-        ``worker``: its number, when several processes share the port."""
+        ``worker``: its number, when several processes share the port; ``parent``: the way to theirs."""
         self._discovery = discovery or Discovery()
         self._clock = clock
         self._load = load
+        self._parent = parent
         self._board: Board | None = None
-        self.metrics = Metrics(registry or CollectorRegistry(), config.roles)
-        self._siblings: Siblings | None = None
+        self._sheet: Sheet | None = None
+        self._sheets: Sheets | None = None
         if worker is not None:
             directory, workers = config.run_dir / "workers", config.gateway.workers
             self._board = Board(directory / "board", worker, workers)
-            self._siblings = Siblings(directory, worker, workers, self.metrics)
+            self._sheet, self._sheets = Sheet(directory, worker), Sheets(directory, workers)
+        self.metrics = Metrics(registry or CollectorRegistry(), config.roles, self._sheet)
+        self.log = log or AccessLog()
         self.hedging = Hedging()
         self.watch = Watch(config, cards, self.metrics, self._avoid) if config.watch.enabled else None
         self._inquiry = Inquiry(config.watch, config.model.name, lambda: self.plane.snapshot.pools)
         self.providers = LiteLLM(config.providers, config.gateway)
-        self.plane = DataPlane(self.metrics, clock)
+        self._detectors = Remembered()
+        self.plane = DataPlane(self.metrics, clock, self.log)
         self.plane.snapshot = self.make_snapshot(config, cards)
+        self._show(cards)
+        self.supervisor = Supervisor(self.metrics)
+        self.reloads = Reloads(self.build, self._read)
         self.app = FastAPI(
             title="Tiercel", lifespan=self._lifespan, docs_url=None, redoc_url=None, responses=REFUSALS
         )
-        operations = Operations(self.plane, self.metrics, apply=self.apply, siblings=self._siblings)
+        exposition = Exposition(self.metrics.families, self.metrics.registry, self._numbers)
+        replace = parent.replace if parent is not None else self.reloads.replace
+        operations = Operations(self.plane, exposition, replace)
         operations.add_to(self.app)
         Models(self.plane, created=int(time.time())).add_to(self.app)
         if self.watch is not None:
             Watching(self.watch, operations.admin).add_to(self.app)
         self.overview = Overview(
-            self.plane, self.metrics, operations.admin, watch=self.watch, siblings=self._siblings
+            self.plane, self.metrics, operations.admin, watch=self.watch, sheets=self._sheets
         )
         self.overview.add_to(self.app)
         Files().add_to(self.app)
@@ -92,13 +118,13 @@ class Gateway:
         self.plane.app = self.app
 
     def make_snapshot(
-        self, config: Config, cards: Mapping[str, Card], before: Pools | None = None
+        self, config: Config, cards: Mapping[str, Card], before: Snapshot | None = None
     ) -> Snapshot:
-        """What a configuration makes of a request's way."""
+        """What a configuration makes of a request's way. Changes nothing; raises ConfigError."""
         pools = Pools(
             config,
             self._clock,
-            before,
+            before.pools if before is not None else None,
             self._board,
             lambda variant: self._discovery.replicas(config, variant),
         )
@@ -107,14 +133,10 @@ class Gateway:
         )
         if self.watch is not None:
             router.avoid(self.watch.demoted())
-        quality = config.quality
-        try:
-            detect = detector(quality.detector, quality.classifier).check
-        except (OSError, ValueError, ImportError) as error:
-            raise ConfigError(f"quality.classifier: {quality.classifier} cannot be used: {error}") from None
-        observer = Observer(config, self.metrics, self.watch, self._inquiry, detect, self.providers.once)
-        for variant, card in cards.items():
-            self.metrics.weight_bytes.labels(variant).set(card.weight_bytes)
+        observer = before.observer if before is not None and before.config is config else None
+        if observer is None:
+            detect = self._detectors.get(trace_of(config.quality), lambda: make_detector(config.quality))
+            observer = Observer(config, self.metrics, self.watch, self._inquiry, detect, self.providers.once)
         plane, observe = self.plane, Observe(observer)
         names = (config.model.name, *config.roles, *config.adapters, *router.known_models())
         pipeline = Pipeline(
@@ -170,32 +192,54 @@ class Gateway:
         if exchange.span is not None and self.plane.traces is not None:
             self.plane.traces.end(exchange.span, record, model)
 
-    def apply(self, config: Config, cards: Mapping[str, Card]) -> None:
-        """A new configuration, for the requests that come from now on. Raises ConfigError for one that
-        needs a new start, and then nothing has changed."""
-        old = self.plane.snapshot.config.gateway
-        for field in ("host", "port", "workers", "tls_certificate", "tls_key"):
-            if getattr(config.gateway, field) != getattr(old, field):
-                raise ConfigError(f"gateway.{field}: cannot change while the gateway runs; start it anew")
-        watched = self.plane.snapshot.config.watch
-        for field in ("enabled", "store", "store_env", "in_flight"):
-            if getattr(config.watch, field) != getattr(watched, field):
-                raise ConfigError(f"watch.{field}: cannot change while the gateway runs; start it anew")
-        if self.watch is not None:
-            self.watch.know(config, cards)
-        self._inquiry.settings = config.watch
-        snapshot = self.make_snapshot(config, cards, before=self.plane.snapshot.pools)
-        self.metrics.know_roles(config.roles)
-        self.metrics.forget_variants(
-            config.serve, self.plane.snapshot.config.roles.keys() - config.roles.keys()
-        )
-        self.providers.know(config.providers)
-        self.plane.snapshot = snapshot
+    def build(self, config: Config, cards: Mapping[str, Card]) -> Commit:
+        """What a configuration needs, ready to be taken over; changes nothing until then. Raises ConfigError
+        for one that cannot be used, or that needs a new start."""
+        before = self.plane.snapshot
+        refuse_fixed(config, before.config)
+        snapshot = self.make_snapshot(config, cards, before)
+        anew = config is not before.config
+        watch = self.watch.prepare(config, cards) if self.watch is not None and anew else None
 
-    def reload(self) -> None:
+        def commit() -> None:
+            if anew:
+                self._inquiry.settings, self._inquiry.model = config.watch, config.model.name
+                self.metrics.know_roles(config.roles)
+                self.metrics.forget_variants(config.serve, before.config.roles.keys() - config.roles.keys())
+                self.providers.know(config.providers)
+                self._show(cards)
+            if watch is not None:
+                watch()
+            if self.watch is not None:  # somebody may have been demoted meanwhile
+                snapshot.router.avoid(self.watch.demoted())
+            self.plane.snapshot = snapshot
+            gone = set(before.pools.replicas()) - set(snapshot.pools.replicas())
+            self.metrics.forget((replica.variant, replica.name) for replica in gone)
+
+        return commit
+
+    async def reload(self) -> None:
         """Read the configuration anew. Raises ConfigError or CardError, and then nothing has changed."""
         if self._load is not None:
-            self.apply(*self._load())
+            await self.reloads.apply(self._load)
+
+    def _read(self, text: str) -> tuple[Config, Mapping[str, Card]]:
+        config = parse_config(text, "the configuration sent", self.plane.snapshot.config.directory)
+        return config, load_cards(config)
+
+    def _show(self, cards: Mapping[str, Card]) -> None:
+        for variant, card in cards.items():
+            self.metrics.weight_bytes.labels(variant).set(card.weight_bytes)
+
+    def _numbers(self, family: Family[Any]) -> Numbers:
+        """What all workers have counted of a metric, and how they are."""
+        sheets = self._sheets
+        if sheets is not None and family in (self.metrics.worker_age, self.metrics.worker_restarts):
+            found = sheets.ages() if family is self.metrics.worker_age else sheets.restarts()
+            return {(str(worker),): [value] for worker, value in found.items()}
+        if sheets is None or isinstance(family, GaugeFamily):
+            return family.numbers()
+        return sheets.numbers(family.name)
 
     def protocol(
         self, *, config: Any, server_state: Any, app_state: Any, _loop: Any = None
@@ -205,41 +249,62 @@ class Gateway:
 
     @asynccontextmanager
     async def _lifespan(self, _: FastAPI) -> AsyncIterator[None]:
-        limits = self.plane.snapshot.config.gateway
-        timeout = aiohttp.ClientTimeout(total=None, sock_connect=limits.connect_timeout_s)
-        siblings = self._siblings.listening() if self._siblings else nullcontext()
-        jar = aiohttp.DummyCookieJar()
-        async with aiohttp.ClientSession(timeout=timeout, cookie_jar=jar) as session, siblings:
+        timeout = aiohttp.ClientTimeout(
+            total=None, sock_connect=self.plane.snapshot.config.gateway.connect_timeout_s
+        )
+        async with aiohttp.ClientSession(timeout=timeout, cookie_jar=aiohttp.DummyCookieJar()) as session:
             await self.providers.load()
-            run_dir = self.plane.snapshot.config.run_dir
-            note = self.watch.note_engine if self.watch else None
-            reader = EngineReader(session, self.metrics, run_dir, self._clock, note)
-            async with _in_background(
-                probe_forever(session, self._replicas, limits.health_interval_s),
-                reader.read_forever(self._replicas, limits.scrape_interval_s),
-                self.plane.sweep_forever(),
-                self.overview.sample_forever(),
-                *((self.watch.run(session), self._inquiry.run(session)) if self.watch else ()),
-                self._discover_forever(),
-            ):
+            prober = self._begin_jobs(session)
+            try:
                 yield
+            finally:
                 await self.plane.close()
-            await self.providers.close()
+                await self.supervisor.stop()
+                await self.providers.close()
+                await prober.stop()
+                self._count_dropped()
+                await asyncio.to_thread(self.log.writer.close)
+
+    def _begin_jobs(self, session: aiohttp.ClientSession) -> Prober:
+        """Everything that goes on beside requests. What is begun first ends last."""
+        jobs, config = self.supervisor, self._gateway_settings
+        prober = Prober(session, self._replicas)
+        note = self.watch.note_engine if self.watch else None
+        reader = EngineReader(session, self.metrics, self.plane.snapshot.config.run_dir, self._clock, note)
+        beats = [self._count_dropped, *([self._sheet.beat] if self._sheet else ())]
+        if self.watch is not None:
+            watch = self.watch
+            jobs.keep("watch", watch.run)
+            jobs.keep("watch_events", lambda: watch.post_forever(session))
+            jobs.keep("inquiry", lambda: self._inquiry.run(session))
+        jobs.keep("heartbeat", Heartbeat(self.metrics, *beats).run)
+        jobs.keep("sweep", self.plane.sweep_forever)
+        jobs.every("probes", lambda: config().health_interval_s, prober.once)
+        jobs.every("scrapes", lambda: config().scrape_interval_s, lambda: reader.read(self._replicas))
+        jobs.keep("overview", self.overview.sample_forever)
+        jobs.every("discovery", lambda: INTERVAL_S, self._discover)
+        return prober
+
+    def _count_dropped(self) -> None:
+        self.metrics.log_dropped.labels().inc(self.log.writer.take_dropped())
 
     def _avoid(self, demoted: Mapping[tuple[str, str], str]) -> None:
         self.plane.snapshot.router.avoid(demoted)
 
-    async def _discover_forever(self) -> None:
+    async def _discover(self) -> None:
         """Look replicas up that are known by name; requests that come use what was found."""
-        while True:
-            snapshot = self.plane.snapshot
-            if await self._discovery.look(snapshot.config) and self.plane.snapshot is snapshot:
-                self.apply(snapshot.config, snapshot.cards)
-                left = set(snapshot.pools.replicas()) - set(self._replicas())
-                self.metrics.forget((replica.variant, replica.name) for replica in left)
-            await asyncio.sleep(INTERVAL_S)
+        await self._discovery.look(self.plane.snapshot.config)
+        if self._discovery.differs(self.plane.snapshot.config, self.plane.snapshot.pools):
 
-    def _replicas(self) -> Any:
+            def present() -> tuple[Config, Mapping[str, Card]]:
+                return self.plane.snapshot.config, self.plane.snapshot.cards
+
+            await self.reloads.apply(present)
+
+    def _gateway_settings(self) -> GatewaySettings:
+        return self.plane.snapshot.config.gateway
+
+    def _replicas(self) -> Iterable[Replica]:
         return self.plane.snapshot.pools.replicas()
 
 
@@ -259,13 +324,29 @@ def limits_of(config: Config) -> Limits:
     )
 
 
-@asynccontextmanager
-async def _in_background(*jobs: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
-    """Run the jobs for as long as the block lasts."""
-    tasks = [asyncio.create_task(job) for job in jobs]
+def refuse_fixed(config: Config, running: Config) -> None:
+    """Raises ConfigError for what cannot change while the gateway runs."""
+    for section, fields in _FIXED.items():
+        new, old = (getattr(one, section) if section else one for one in (config, running))
+        for field in fields:
+            if getattr(new, field) != getattr(old, field):
+                name = f"{section}.{field}" if section else field
+                raise ConfigError(f"{name}: cannot change while the gateway runs; start it anew")
+
+
+def make_detector(quality: Quality) -> Callable[[str, str], Grounded]:
+    """Raises ConfigError for a classifier that cannot be loaded."""
     try:
-        yield
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        return detector(quality.detector, quality.classifier).check
+    except (OSError, ValueError, ImportError) as error:
+        raise ConfigError(f"quality.classifier: {quality.classifier} cannot be used: {error}") from None
+
+
+def trace_of(quality: Quality) -> object:
+    """Changes whenever a detector has to be made anew: with its kind, its directory, and a file in it."""
+    place = quality.classifier if quality.detector == "classifier" else None
+    try:
+        files = sorted((one.name, one.stat().st_mtime_ns) for one in place.iterdir()) if place else []
+    except OSError:
+        files = []
+    return quality.detector, place, files

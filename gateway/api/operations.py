@@ -3,36 +3,28 @@ configuration."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable
 from dataclasses import asdict
 from importlib import metadata
 from typing import Annotated, Any
 
 from fastapi import Body, Depends, FastAPI, Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel, Field
 
-from gateway.cards import load_cards
-from gateway.config import (
-    Config,
-    ConfigError,
-    is_loopback,
-    parse_config,
-    shown,
-    shown_url,
-    with_secrets,
-)
+from gateway.config import ConfigError, is_loopback, shown, shown_url, with_secrets
 from gateway.errors import BadRequestError, ForbiddenError, GatewayError
 from gateway.identity import Identities
 from gateway.proxy.body import RequestFields
 from gateway.proxy.plane import DataPlane
 from gateway.routing.pools import Pool
-from gateway.telemetry.metrics import Metrics
-from gateway.workers import Siblings
-from quantize.card import Card, CardError
+from gateway.telemetry.exposition import Exposition
+from quantize.card import CardError
 
-Apply = Callable[[Config, Mapping[str, Card]], None]
+Replace = Callable[[str], Awaitable[None]]
+"""Has the gateway, all its workers, use another configuration, given as YAML. Raises ConfigError or
+CardError, and then nothing has changed."""
 
 
 class RouteQuestion(BaseModel):
@@ -73,18 +65,10 @@ _UNREADY: dict[int | str, dict[str, Any]] = {
 class Operations:
     """The routes of the application."""
 
-    def __init__(
-        self,
-        plane: DataPlane,
-        metrics: Metrics,
-        apply: Apply,
-        siblings: Siblings | None = None,
-    ) -> None:
-        """``siblings``: the other workers, if any."""
-        self._siblings = siblings
+    def __init__(self, plane: DataPlane, exposition: Exposition, replace: Replace) -> None:
         self._plane = plane
-        self._metrics = metrics
-        self._apply = apply
+        self._exposition = exposition
+        self._replace = replace
 
     def add_to(self, app: FastAPI) -> None:
         known, admin = [Depends(self._known)], [Depends(self.admin)]
@@ -149,9 +133,7 @@ class Operations:
 
     async def show_metrics(self) -> Response:
         """Prometheus text."""
-        if self._siblings is not None:
-            return Response(await self._siblings.text(), media_type=CONTENT_TYPE_LATEST)
-        return Response(generate_latest(self._metrics.registry), media_type=CONTENT_TYPE_LATEST)
+        return Response(await self._exposition.text(), media_type=CONTENT_TYPE_LATEST)
 
     async def config(self) -> dict[str, Any]:
         """The configuration that is in use, without its secrets: keys' hashes, passwords in URLs, the
@@ -164,18 +146,11 @@ class Operations:
         It is checked whole first: one that cannot be used changes nothing. What ``GET`` shows can be sent
         back: what is hidden stays as it is.
         """
-        if self._siblings is not None:
-            raise BadRequestError(
-                "workers: there are several, and this would change one; change the file and send SIGHUP to "
-                "the gateway"
-            )
-        old = self._plane.snapshot.config
         try:
-            new = parse_config(with_secrets(text, old), "the configuration sent", old.directory)
-            cards = load_cards(new)
-            self._apply(new, cards)
+            await self._replace(with_secrets(text, self._plane.snapshot.config))
         except (ConfigError, CardError) as error:
             raise BadRequestError(str(error)) from None
+        new = self._plane.snapshot.config
         return {"applied": True, "serve": list(new.serve), "roles": list(new.roles)}
 
     def _known(self, request: Request) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import logging
 import re
 import time
 from collections.abc import Callable, Mapping
@@ -12,7 +11,6 @@ from typing import Annotated, Any
 
 import msgspec
 from fastapi import Depends, FastAPI, Query, Request, Response
-from prometheus_client import Gauge
 
 from gateway.config import shown_url
 from gateway.console.history import INTERVAL_S, KEPT, History, Totals, add_totals, read_totals, rows
@@ -20,9 +18,9 @@ from gateway.identity import Caller
 from gateway.proxy.plane import DataPlane, Snapshot
 from gateway.quality.watch import Watch
 from gateway.routing.pools import STALE_READING_S, Replica
-from gateway.telemetry.logs import EVENTS
+from gateway.telemetry.counters import GaugeFamily
 from gateway.telemetry.metrics import Metrics
-from gateway.workers import Siblings
+from gateway.workers.sheet import Sheets
 from quantize.card import Card
 
 LOOKED_S = 30.0
@@ -31,7 +29,6 @@ SEVERAL = (
     "This gateway has several workers. Figures are of all of them; charts begin when the console is opened, "
     "and whether a replica is left out after errors is one worker's view."
 )
-MISSING = "A worker does not answer; figures are from before that."
 _LAYER = re.compile(r".*\blayers\.(\d+)\.(.*)")
 _EXPERT = re.compile(r"(.*\bexperts)\.\d+\..*")
 
@@ -45,24 +42,23 @@ class Overview:
         metrics: Metrics,
         admin: Callable[[Request], None],
         watch: Watch | None = None,
-        siblings: Siblings | None = None,
+        sheets: Sheets | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        """``siblings``: the other workers, if any. ``clock``: Unix time."""
+        """``sheets``: what all workers have counted, where there are several. ``clock``: Unix time."""
         self._plane = plane
         self._metrics = metrics
         self._admin = admin
         self._watch = watch
-        self._siblings = siblings
+        self._sheets = sheets
         self._clock = clock
         self._history = History(metrics)
         self._started = clock()
-        if siblings is None:
+        if sheets is None:
             self._history.add(self._started, Totals(), {})
         self._looked = float("-inf")
         self._sampled = 0
         self._totals = Totals()
-        self._missing = False
         self._shown: tuple[Snapshot, Mapping[tuple[str, str], str]] | None = None
         self._setup: dict[str, Any] = {}
 
@@ -70,14 +66,11 @@ class Overview:
         app.get("/admin/overview", dependencies=[Depends(self._admin)])(self.show)
 
     async def sample_forever(self) -> None:
-        """Look at the counters at every multiple of the interval."""
+        """Take a sample at every multiple of the interval; of several workers only while somebody looks."""
         while True:
             await asyncio.sleep(INTERVAL_S - self._clock() % INTERVAL_S)
-            if self._siblings is None or time.monotonic() - self._looked < LOOKED_S:
-                try:
-                    await self.sample()
-                except Exception:
-                    logging.getLogger(EVENTS).exception("a sample for the console failed")
+            if self._sheets is None or time.monotonic() - self._looked < LOOKED_S:
+                await self.sample()
 
     async def sample(self) -> None:
         """Take a sample, unless there is one of this interval."""
@@ -85,11 +78,7 @@ class Overview:
         if slot <= self._sampled:
             return
         self._sampled = slot
-        totals = await self._read()
-        self._missing = totals is None
-        if totals is None:
-            return
-        self._totals = totals
+        totals = self._totals = await self._read()
         engines = {
             one["name"]: [one["in_flight"], one["waiting"], one["kv_cache_usage"], one["memory_bytes"]]
             for one in self._replicas()
@@ -104,7 +93,7 @@ class Overview:
         """Roles with what may serve them and why, cards, replicas, figures of the last minute, samples of
         the last quarter of an hour, tokens. What is known already is left out."""
         self._looked = time.monotonic()
-        if self._siblings is not None:
+        if self._sheets is not None:
             await self.sample()
             totals = self._totals
         else:
@@ -116,7 +105,7 @@ class Overview:
             "started": self._started,
             "interval_s": INTERVAL_S,
             "kept": KEPT,
-            "lacks": [*([SEVERAL] if self._siblings else []), *([MISSING] if self._missing else [])],
+            "lacks": [SEVERAL] if self._sheets else [],
             "setup_id": snapshot["id"],
             "setup": None if known == snapshot["id"] else snapshot,
             "replicas": self._replicas(),
@@ -139,15 +128,11 @@ class Overview:
         }
         return Response(msgspec.json.encode(answer), media_type="application/json")
 
-    async def _read(self) -> Totals | None:
-        """None when a worker does not answer: a sum without it would look like less traffic."""
-        if self._siblings is None:
+    async def _read(self) -> Totals:
+        if self._sheets is None:
             return read_totals(self._metrics)
-        dumps = await self._siblings.dumps()
-        known = [dump for dump in dumps if dump is not None]
-        if len(known) < len(dumps):
-            return None
-        return await asyncio.to_thread(add_totals, [self._metrics.dump(), *known])
+        sheets = self._sheets
+        return await asyncio.to_thread(add_totals, sheets.numbers)
 
     async def _describe(self) -> dict[str, Any]:
         """What changes with the configuration and with demotions only."""
@@ -290,9 +275,5 @@ def _replica(replica: Replica, memory: float | None, now: float) -> dict[str, An
     }
 
 
-def _by_replica(gauge: Gauge) -> dict[tuple[str, str], float]:
-    return {
-        (sample.labels["variant"], sample.labels["replica"]): sample.value
-        for family in gauge.collect()
-        for sample in family.samples
-    }
+def _by_replica(gauge: GaugeFamily) -> dict[tuple[str, str], float]:
+    return {(variant, replica): child.value for (variant, replica), child in gauge.children.items()}

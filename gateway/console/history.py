@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 from prometheus_client import CollectorRegistry
 
 from gateway.telemetry.counters import Counter, Labels
+from gateway.telemetry.exposition import Numbers
 from gateway.telemetry.metrics import Metrics
 
 INTERVAL_S = 5
@@ -84,13 +85,11 @@ def read_totals(metrics: Metrics) -> Totals:
     return found
 
 
-def add_totals(dumps: Iterable[Mapping[str, Any]]) -> Totals:
-    """Of several processes, from what ``Metrics.dump`` gives of each."""
+def add_totals(counted: Callable[[str], Numbers]) -> Totals:
+    """Of several processes, from what all have counted of a metric."""
     total = Metrics(CollectorRegistry(), ())
-    for dump in dumps:
-        for name in _SHOWN:
-            family = total.families[name]
-            family.add((tuple(labels), numbers) for labels, numbers in dump.get(name, ()))
+    for name in _SHOWN:
+        total.families[name].add(counted(name).items())
     return read_totals(total)
 
 

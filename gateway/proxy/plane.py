@@ -57,13 +57,13 @@ class Snapshot:
 class DataPlane:
     """What stands behind all client connections: their ``RequestHandler``."""
 
-    def __init__(self, metrics: Metrics, clock: Clock) -> None:
+    def __init__(self, metrics: Metrics, clock: Clock, log: AccessLog | None = None) -> None:
         self.snapshot: Snapshot
         self.clock = clock
         self.app: ASGIApp | None = None
         """What answers everything that is not on the hot path."""
         self.metrics = metrics
-        self.log = AccessLog()
+        self.log = log or AccessLog()
         self.ledger = Ledger(metrics, self.log)
         self.traces: Traces | None = traces()
         self.reply = Reply()

@@ -109,15 +109,19 @@ class Observer:
         if seen.body.size < LONG_BODY:
             self._rules(seen, key, self._failures(seen))
         else:
-            self._rules(seen, key, await asyncio.to_thread(self._failures, seen))
+            try:
+                self._rules(seen, key, await asyncio.to_thread(failures, seen.body, seen.answer))
+            except Exception:
+                self.count_error("rules", role, variant)
         if self._watch:
             self._watch.note_latency(variant, seen.first_token_s, seen.gap_s)
         if self._config.roles[role].grounded and "messages" in seen.body:
             # In a thread: a long context takes a while, and other requests should not wait for it.
-            found = await asyncio.to_thread(
-                self._try, "grounded", role, variant, lambda: self._grounded(seen)
-            )
-            if found is not None:
+            try:
+                found = self._count_grounded(seen, await asyncio.to_thread(self._grounded, seen))
+            except Exception:
+                self.count_error("grounded", role, variant)
+            else:
                 self._metrics.quality_checks.labels(role, variant, "grounded", found).inc()
                 if key and self._watch and found is not CheckOutcome.SKIPPED:
                     self._watch.note(key, "grounded", found is CheckOutcome.FAILED)
@@ -178,12 +182,14 @@ class Observer:
         if found and key and self._watch:
             self._watch.note(key, "rules", any(found.get(name) for name in HARD), probation=probation)
 
-    def _grounded(self, seen: Observed) -> CheckOutcome:
-        role, variant = seen.role, seen.variant
+    def _grounded(self, seen: Observed) -> Grounded:
         context, text = context_of(seen.body.get("messages")), "\n".join(seen.answer.texts)
         if len(context) + len(text) > LONGEST_TEXT:
-            return CheckOutcome.SKIPPED
-        result = self._grounded_check(text, context)
+            return Grounded(())
+        return self._grounded_check(text, context)
+
+    def _count_grounded(self, seen: Observed, result: Grounded) -> CheckOutcome:
+        role, variant = seen.role, seen.variant
         if result.score is None:
             return CheckOutcome.SKIPPED
         for label, count in result.counts.items():

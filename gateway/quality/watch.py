@@ -119,21 +119,22 @@ class Watch:
 
     def know(self, config: Config, cards: Mapping[str, Card]) -> None:
         """The configuration in use. The store stays what it was at the start."""
-        self._config, self._cards = config, cards
-        self._keys = {
+        self.prepare(config, cards)()
+
+    def prepare(self, config: Config, cards: Mapping[str, Card]) -> Callable[[], None]:
+        """What a configuration makes of it, for ``know``; nothing changes until the result is called."""
+        keys = {
             (variant, role): Key(variant=variant, version=card.version, role=role)
             for variant, card in cards.items()
             for role in config.roles
             if variant != config.reference
         }
-        self._engines = {
+        engines = {
             variant: Key(variant=variant, version=card.version, role=ENGINE)
             for variant, card in cards.items()
         }
-        self._policies = {
-            key: policy_of(config, cards[variant], role) for (variant, role), key in self._keys.items()
-        }
-        engines = Policy(
+        policies = {key: policy_of(config, cards[variant], role) for (variant, role), key in keys.items()}
+        of_engines = Policy(
             alarm=threshold(config.watch.answers_per_false_alarm, len(SAID)),
             agree=config.watch.agree,
             rates=SAID,
@@ -142,8 +143,14 @@ class Watch:
             alpha=0.05,
             beta=0.01,
         )
-        self._policies |= dict.fromkeys(self._engines.values(), engines)
-        self._gates = {variant: gate_of(card) for variant, card in cards.items()}
+        policies |= dict.fromkeys(engines.values(), of_engines)
+        gates = {variant: gate_of(card) for variant, card in cards.items()}
+
+        def take_over() -> None:
+            self._config, self._cards = config, cards
+            self._keys, self._engines, self._policies, self._gates = keys, engines, policies, gates
+
+        return take_over
 
     # what others ask of it
 
@@ -274,18 +281,17 @@ class Watch:
 
     # going
 
-    async def run(self, session: aiohttp.ClientSession) -> None:
-        """Until cancelled; then what is left is written."""
-        posting = asyncio.create_task(self._post_forever(session))
+    async def run(self) -> None:
+        """Until cancelled; then what is left is written. It may be run again after a failure."""
         try:
             while True:
                 await self._round()
                 await asyncio.sleep(ROUND_S)
-        finally:
-            posting.cancel()
+        except asyncio.CancelledError:
             with contextlib.suppress(Exception):
                 await asyncio.shield(self._in_thread(self._leave))
             self._thread.shutdown(wait=False)
+            raise
 
     async def _round(self) -> None:
         outcomes, self._waiting = self._waiting, []
@@ -458,7 +464,7 @@ class Watch:
                 with contextlib.suppress(asyncio.QueueFull):
                     self._to_post.put_nowait(event)
 
-    async def _post_forever(self, session: aiohttp.ClientSession) -> None:
+    async def post_forever(self, session: aiohttp.ClientSession) -> None:
         """Events to the webhook, in order, each a few times at most."""
         while True:
             event = await self._to_post.get()

@@ -12,6 +12,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from urllib.parse import urlsplit
 
 from gateway.config import Config, shown_url
+from gateway.routing.pools import Pools
 from gateway.telemetry.logs import EVENTS
 
 PREFIX = "dns+"
@@ -41,14 +42,19 @@ class Discovery:
             urls += self._found.get(url, ()) if url.startswith(PREFIX) else (url,)
         return tuple(dict.fromkeys(urls))
 
-    async def look(self, config: Config) -> bool:
-        """Resolve every name of a configuration once. Whether anything has changed."""
+    def differs(self, config: Config, pools: Pools) -> bool:
+        """Whether pools have other replicas than those that are known by now."""
+        return any(
+            self.replicas(config, variant) != tuple(replica.url for replica in pool.replicas)
+            for variant, pool in pools.by_variant.items()
+        )
+
+    async def look(self, config: Config) -> None:
+        """Resolve every name of a configuration once."""
         names = {
             url for variant in config.serve for url in config.replicas(variant) if url.startswith(PREFIX)
         }
-        before = dict(self._found)
         await asyncio.gather(*(self._look_up(name) for name in names))
-        return self._found != before
 
     async def _look_up(self, name: str) -> None:
         parts = urlsplit(name.removeprefix(PREFIX))

@@ -29,20 +29,32 @@ async def probe(session: aiohttp.ClientSession, replica: Replica) -> None:
         replica.breaker.not_reached()
 
 
-async def probe_forever(
-    session: aiohttp.ClientSession, replicas: Callable[[], Iterable[Replica]], interval_s: float
-) -> None:
-    """Probe every one of ``replicas()``, which may change, each ``interval_s`` seconds; one that hangs holds
-    up no other."""
-    running: dict[Replica, asyncio.Task[None]] = {}
-    try:
-        while True:
-            for replica in replicas():
-                if replica not in running or running[replica].done():
-                    running[replica] = asyncio.create_task(probe(session, replica))
-            running = {replica: task for replica, task in running.items() if not task.done()}
-            await asyncio.sleep(interval_s)
-    finally:
-        for task in running.values():
+class Prober:
+    """Asks all replicas, over and over; one that hangs holds up no other."""
+
+    def __init__(self, session: aiohttp.ClientSession, replicas: Callable[[], Iterable[Replica]]) -> None:
+        """``replicas()`` gives the present ones."""
+        self._session = session
+        self._replicas = replicas
+        self._running: dict[Replica, asyncio.Task[None]] = {}
+
+    async def once(self) -> None:
+        """Begin to ask every replica that is not being asked. Raises what an earlier probe has raised."""
+        over = [replica for replica, task in self._running.items() if task.done()]
+        ended = [self._running.pop(replica) for replica in over]
+        for replica in self._replicas():
+            if replica not in self._running:
+                self._running[replica] = asyncio.create_task(probe(self._session, replica))
+        failures = [error for task in ended if (error := _failure(task)) is not None]
+        if failures:
+            raise failures[0]
+
+    async def stop(self) -> None:
+        """Ask nobody any more."""
+        for task in self._running.values():
             task.cancel()
-        await asyncio.gather(*running.values(), return_exceptions=True)
+        await asyncio.gather(*self._running.values(), return_exceptions=True)
+
+
+def _failure(task: asyncio.Task[None]) -> BaseException | None:
+    return None if task.cancelled() else task.exception()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -14,7 +15,7 @@ from gateway.wire.engine import ConnectionPool
 
 if TYPE_CHECKING:
     from gateway.routing.policies import PickQuery, SelectionPolicy
-    from gateway.workers import Board
+    from gateway.workers.board import Board
 
 PROVIDER = "provider"
 """The variant label of what LiteLLM serves, whose precision nobody here knows."""
@@ -88,6 +89,8 @@ class Replica:
         self._mine = 0
         self._board = board
         self._slot = 0 if board is None else board.slot(variant, url)
+        if board is not None:
+            weakref.finalize(self, board.free, self._slot).atexit = False
         self.work = 0.0
         """Blocks that are not in its cache, of requests whose first token has not come."""
         self.heard_at = 0.0

@@ -115,17 +115,17 @@ class EngineReader:
         self._run_dir = run_dir
         self._clock = clock
 
-    async def read_forever(self, replicas: Callable[[], Iterable[Replica]], interval_s: float) -> None:
-        """Read all of ``replicas()``, which may change, each ``interval_s`` seconds."""
-        while True:
-            pids = engine_pids(self._run_dir)
-            asked = list(replicas())
-            await asyncio.gather(
-                *(self._read(replica, pids.get((replica.variant, replica.url))) for replica in asked)
-            )
-            left = set(asked) - set(replicas())  # a replica may go while it is being asked
-            self._metrics.forget((replica.variant, replica.name) for replica in left)
-            await asyncio.sleep(interval_s)
+    async def read(self, replicas: Callable[[], Iterable[Replica]]) -> None:
+        """Read all of ``replicas()``, which may change meanwhile, once. Raises what
+        reading one of them has raised, when all have been read."""
+        pids = engine_pids(self._run_dir)
+        asked = list(replicas())
+        reading = (self._read(replica, pids.get((replica.variant, replica.url))) for replica in asked)
+        failed = [one for one in await asyncio.gather(*reading, return_exceptions=True) if one is not None]
+        left = set(asked) - set(replicas())  # a replica may go while it is being asked
+        self._metrics.forget((replica.variant, replica.name) for replica in left)
+        if failed:
+            raise failed[0]
 
     async def _read(self, replica: Replica, pid: int | None) -> None:
         timeout = aiohttp.ClientTimeout(total=SCRAPE_TIMEOUT_S)

@@ -7,13 +7,12 @@ that left, and 502 or 504 also for a stream that broke off after its 200 had bee
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Container, Iterable
 from typing import Any
 
-from prometheus_client import CollectorRegistry, Gauge, ProcessCollector
+from prometheus_client import CollectorRegistry, ProcessCollector
 
-from gateway.telemetry.counters import CounterFamily, Family, HistogramFamily
+from gateway.telemetry.counters import Cells, CounterFamily, Family, GaugeFamily, HistogramFamily
 
 OTHER = "other"
 
@@ -24,27 +23,30 @@ _NLL_NATS = (0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.45, 0.65, 0.9, 1.25, 1.75, 2.5,
 _ENTROPY_NATS = (0.05, 0.1, 0.25, 0.5, 0.75, 1, 1.25, 1.5, 1.75, 2, 2.5, 3, 4, 6)
 _SHARE = (0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.75, 1)
 _DIVERGENCE_NATS = (-0.1, -0.01, 0, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5)
+_LAG_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
 _SCORE = (0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1)
 
 
 class Metrics:
-    """The gateway's metrics, registered in ``registry``."""
+    """The gateway's metrics, registered in ``registry``. ``cells``: where counters and histograms are to lie,
+    so that other workers can read them and they outlive this one."""
 
-    def __init__(self, registry: CollectorRegistry, roles: Iterable[str]) -> None:
+    def __init__(self, registry: CollectorRegistry, roles: Iterable[str], cells: Cells | None = None) -> None:
         self.registry = registry
         self.families: dict[str, Family[Any]] = {}
         self._roles = frozenset(roles)
         ProcessCollector(registry=registry)
 
         def counter(name: str, text: str, *labels: str) -> CounterFamily:
-            family = self.families[name] = CounterFamily(name, text, labels, registry)
+            family = self.families[name] = CounterFamily(name, text, labels, registry, cells)
             return family
 
-        def gauge(name: str, text: str, *labels: str) -> Gauge:
-            return Gauge(name, text, labels, registry=registry)
+        def gauge(name: str, text: str, *labels: str) -> GaugeFamily:
+            family = self.families[name] = GaugeFamily(name, text, labels, registry)
+            return family
 
         def histogram(name: str, text: str, buckets: tuple[float, ...], *labels: str) -> HistogramFamily:
-            family = self.families[name] = HistogramFamily(name, text, buckets, labels, registry)
+            family = self.families[name] = HistogramFamily(name, text, buckets, labels, registry, cells)
             return family
 
         asked = ("role", "variant")
@@ -151,14 +153,32 @@ class Metrics:
             *asked,
             "check",
         )
+        self.job_up = gauge(
+            "tiercel_background_job_up", "1 while a background job of this process runs", "job"
+        )
+        self.job_restarts = counter(
+            "tiercel_background_job_restarts_total",
+            "Times that a background job failed and began anew",
+            "job",
+        )
+        self.loop_lag = histogram(
+            "tiercel_event_loop_lag_seconds", "How much later than asked for the event loop woke", _LAG_S
+        )
+        self.log_dropped = counter(
+            "tiercel_log_lines_dropped_total", "Lines of the log that could not be written"
+        )
+        self.worker_age = gauge(
+            "tiercel_worker_heartbeat_age_seconds",
+            "Since a worker's event loop was last seen to run",
+            "worker",
+        )
+        self.worker_restarts = counter(
+            "tiercel_worker_restarts_total", "Times that a worker process was started anew", "worker"
+        )
 
     def role(self, role: str | None) -> str:
         """The label of a role: itself if it is configured, else ``other``."""
         return role if role in self._roles else OTHER
-
-    def dump(self) -> dict[str, Any]:
-        """All counters and histograms, for another worker to add up."""
-        return {name: family.dump() for name, family in self.families.items()}
 
     def forget(self, replicas: Iterable[tuple[str, str]]) -> None:
         """Replicas that are gone: an old figure would pass for a present one."""
@@ -170,16 +190,15 @@ class Metrics:
                 self.reachable,
                 self.engine_read,
             ):
-                with contextlib.suppress(KeyError):
-                    gauge.remove(*labels)
+                gauge.remove(*labels)
 
     def forget_variants(self, serve: Container[str], gone_roles: Container[str]) -> None:
         """What is served no more, and roles that are gone: figures that nobody writes would stay for ever."""
         for gauge in (self.weight_bytes, self.cusum, self.demoted):
-            for sample in [sample for family in gauge.collect() for sample in family.samples]:
-                labels = sample.labels
+            for values in tuple(gauge.children):
+                labels = dict(zip(gauge.label_names, values, strict=True))
                 if labels["variant"] not in serve or labels.get("role") in gone_roles:
-                    gauge.remove(*labels.values())
+                    gauge.remove(*values)
 
     def know_roles(self, roles: Iterable[str]) -> None:
         """The configuration has changed; counts of roles that are gone stay."""

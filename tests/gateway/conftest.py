@@ -7,6 +7,8 @@ import os
 import shutil
 import subprocess
 import tempfile
+import threading
+import traceback
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -15,10 +17,33 @@ import pytest
 import uvloop
 from gateway_stack import Stack, running_gateway
 
+from gateway.telemetry.counters import Counter, Gauge, Histogram, SharedCounter, SharedHistogram
+
 
 def pytest_asyncio_loop_factories() -> Mapping[str, Callable[[], asyncio.AbstractEventLoop]]:
     """The gateway is tested on the loop that it runs on in production."""
     return {"uvloop": uvloop.new_event_loop}
+
+
+@pytest.fixture(autouse=True)
+def counters_have_one_owner(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Only the event loop's thread, here the main one, changes what is counted."""
+    elsewhere: list[str] = []
+
+    def watched(change: Callable[..., None]) -> Callable[..., None]:
+        def changed(self: object, *given: float) -> None:
+            if threading.current_thread() is not threading.main_thread():
+                elsewhere.append("".join(traceback.format_stack(limit=6)))
+            change(self, *given)
+
+        return changed
+
+    for kind in (Counter, SharedCounter, Histogram, SharedHistogram, Gauge):
+        for name in ("inc", "observe", "set"):
+            if name in vars(kind):
+                monkeypatch.setattr(kind, name, watched(vars(kind)[name]))
+    yield
+    assert not elsewhere, "changed in another thread:\n" + elsewhere[0]
 
 
 @pytest.fixture(scope="session")

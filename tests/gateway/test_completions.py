@@ -13,7 +13,7 @@ import openai
 import pytest
 from gateway_stack import CHAT, Stack, eventually, running_gateway
 
-from gateway.telemetry.logs import AccessLog
+from gateway.telemetry.logs import AccessLog, LogWriter
 
 
 async def test_headers_say_what_was_decided(stack: Stack) -> None:
@@ -190,11 +190,12 @@ async def test_many_streams_at_once(stack: Stack) -> None:
 
 async def test_access_log_has_figures_and_no_prompt(stack: Stack, tmp_path: Path) -> None:
     with (tmp_path / "log").open("wb") as file:
-        stack.gateway.plane.log = log = AccessLog(file.fileno())
+        stack.gateway.plane.log = log = AccessLog(LogWriter(file.fileno()))
         stack.gateway.plane.ledger.log = log
         async with stack.post({"user": "session-7"}, headers={"x-agent-role": "summarizer"}) as response:
             await response.read()
         log.flush()
+        log.writer.close(within_s=30)
     text = (tmp_path / "log").read_text()
     fields = json.loads(text)
     assert fields["role"] == "summarizer"

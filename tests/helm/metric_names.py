@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import promql_parser as promql
-from prometheus_client import CollectorRegistry, Gauge
+from prometheus_client import CollectorRegistry
 from promql_parser import VectorSelector
 
 from gateway.telemetry.counters import Family
@@ -29,8 +29,6 @@ def gateway_metrics() -> dict[str, frozenset[str]]:
     for one in vars(metrics).values():
         if isinstance(one, Family):
             one.labels(*one.label_names)
-        elif isinstance(one, Gauge):
-            one.labels(*one._labelnames)
     found: dict[str, frozenset[str]] = {}
     for family in metrics.registry.collect():
         for sample in family.samples:
