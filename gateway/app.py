@@ -29,6 +29,10 @@ from gateway.quality.detectors import detector
 from gateway.quality.inquiry import Inquiry
 from gateway.quality.observe import Observer
 from gateway.quality.watch import Watch
+from gateway.responses.api import ResponseRoutes
+from gateway.responses.background import Background
+from gateway.responses.hop import ContinueResponse
+from gateway.responses.service import Responses, store_url
 from gateway.routing.breaker import Clock
 from gateway.routing.discovery import INTERVAL_S, Discovery
 from gateway.routing.health import probe_forever
@@ -74,6 +78,8 @@ class Gateway:
         self._inquiry = Inquiry(config.watch, config.model.name, lambda: self.plane.snapshot.pools)
         self.providers = LiteLLM(config.providers, config.gateway)
         self.plane = DataPlane(self.metrics, clock)
+        self.responses = Responses(config.responses, store_url(config), self.metrics)
+        self._background = Background(self.responses, self.plane.serve)
         self.plane.snapshot = self.make_snapshot(config, cards)
         self.app = FastAPI(
             title="Tiercel", lifespan=self._lifespan, docs_url=None, redoc_url=None, responses=REFUSALS
@@ -83,6 +89,7 @@ class Gateway:
         Models(self.plane, created=int(time.time())).add_to(self.app)
         if self.watch is not None:
             Watching(self.watch, operations.admin).add_to(self.app)
+        ResponseRoutes(self.plane, self.responses, self._background).add_to(self.app)
         self.overview = Overview(
             self.plane, self.metrics, operations.admin, watch=self.watch, siblings=self._siblings
         )
@@ -116,11 +123,13 @@ class Gateway:
         for variant, card in cards.items():
             self.metrics.weight_bytes.labels(variant).set(card.weight_bytes)
         plane, observe = self.plane, Observe(observer)
-        names = (config.model.name, *config.roles, *config.adapters, *router.known_models())
+        names = frozenset((config.model.name, *config.roles, *config.adapters, *router.known_models()))
         pipeline = Pipeline(
             before=(
                 ReadBody(config),  # what is asked
                 Identify(),  # who asks: role and session; the key was looked at with the head
+                # what `previous_response_id` goes on from, and what is kept to go on from
+                ContinueResponse(self.responses, self._background, plane.reply, names),
             ),
             attempts=Attempts(
                 limits=limits_of(config),
@@ -142,7 +151,7 @@ class Gateway:
                 lambda record, exchange: self._end_span(record, exchange, config.model.name),
                 observe,  # has answers checked that were listened to
             ),
-            known_models=frozenset(names),
+            known_models=names,
             clock=self._clock,
             ended=plane.ended,
         )
@@ -181,6 +190,10 @@ class Gateway:
         for field in ("enabled", "store", "store_env", "in_flight"):
             if getattr(config.watch, field) != getattr(watched, field):
                 raise ConfigError(f"watch.{field}: cannot change while the gateway runs; start it anew")
+        kept = self.plane.snapshot.config.responses
+        for field in ("enabled", "store", "store_env"):
+            if getattr(config.responses, field) != getattr(kept, field):
+                raise ConfigError(f"responses.{field}: cannot change while the gateway runs; start it anew")
         if self.watch is not None:
             self.watch.know(config, cards)
         self._inquiry.settings = config.watch
@@ -190,6 +203,7 @@ class Gateway:
             config.serve, self.plane.snapshot.config.roles.keys() - config.roles.keys()
         )
         self.providers.know(config.providers)
+        self.responses.know(config.responses)
         self.plane.snapshot = snapshot
 
     def reload(self) -> None:
@@ -221,9 +235,12 @@ class Gateway:
                 self.overview.sample_forever(),
                 *((self.watch.run(session), self._inquiry.run(session)) if self.watch else ()),
                 self._discover_forever(),
+                self._background.beat_forever(),
             ):
                 yield
                 await self.plane.close()
+                await self._background.close()
+                await self.responses.close()
             await self.providers.close()
 
     def _avoid(self, demoted: Mapping[tuple[str, str], str]) -> None:
