@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 from pydantic import Field, field_validator, model_validator
 
-from gateway.config.section import Section
+from gateway.config.section import Secret, Section
 
 STORES = ("sqlite", "postgresql")
 
@@ -15,7 +17,7 @@ class ResponsesSettings(Section):
     enabled: bool = Field(
         default=True, description="false keeps nothing, and previous_response_id is refused"
     )
-    store: str | None = Field(
+    store: Annotated[str | None, Secret.URL] = Field(
         default=None,
         description="SQLAlchemy URL (SQLite or PostgreSQL) of what all gateways share. Default: this "
         "process's memory, since prompts and answers are nobody's to find on a disk; only with several "

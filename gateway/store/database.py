@@ -14,6 +14,8 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import NoSuchModuleError, SQLAlchemyError
 from sqlalchemy.pool import StaticPool
 
+from gateway.config.section import shown_url
+
 MEMORY = "sqlite://"
 """A database in this process's memory."""
 _MEMORY_TOO = (MEMORY, "sqlite:///:memory:")
@@ -33,7 +35,7 @@ class Database:
         a SQLite file is made for its owner alone, and what is deleted is overwritten."""
         self._setting = setting
         parsed = make_url(url)
-        self._shown = parsed.render_as_string(hide_password=True)
+        self._shown = shown_url(url)
         self.in_memory = url in _MEMORY_TOO
         more: dict[str, Any] = {"pool_pre_ping": True}
         if self.in_memory:

@@ -256,7 +256,7 @@ def test_what_was_deleted_is_not_left_in_the_file(tmp_path: Path) -> None:
 
 def test_a_database_that_cannot_be_used_is_said_without_its_password(tmp_path: Path) -> None:
     url = "postgresql+psycopg://me:hunter2@127.0.0.1:1/none"
-    with pytest.raises(StoreError, match=r"responses.store: .*\*\*\*@") as caught:
+    with pytest.raises(StoreError, match=r"responses.store: .*me:…@") as caught:
         ResponseStore(url, ResponsesSettings())
     assert "hunter2" not in str(caught.value)
     (tmp_path / "file").write_text("")
@@ -317,3 +317,8 @@ class AgainstAModel(RuleBasedStateMachine):
 
 AgainstAModel.TestCase.settings = hypothesis.settings(max_examples=30, stateful_step_count=30, deadline=None)
 TestAgainstAModel = AgainstAModel.TestCase
+
+
+def test_where_it_is_is_shown_without_its_password() -> None:
+    settings = ResponsesSettings(store="postgresql+psycopg://me:hunter2@db/name?sslpassword=hunter3")
+    assert "hunter" not in repr(settings)
