@@ -9,15 +9,13 @@ from __future__ import annotations
 import re
 import secrets
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 from msgspec import Raw
 
-from gateway.proxy.record import Usage
 from gateway.responses.conversation import is_id
 from gateway.upstream.readers import Reader
-from gateway.upstream.sse import EventSplitter
 
 FINAL = frozenset(("completed", "incomplete", "failed", "cancelled"))
 _OBJECTS = frozenset(f"response.{status}" for status in ("created", "queued", "in_progress", *FINAL))
@@ -28,27 +26,19 @@ _OBJECT = msgspec.json.Decoder(dict[str, Raw])
 
 
 class KeptReader:
-    """Reads an answer with ``inner``, and has ``objects`` set it right."""
+    """Reads an answer with ``reader``, whose ``feed`` gives whole events, and has ``objects`` set it right.
+    Everything but ``feed`` is the reader's own."""
 
-    def __init__(self, inner: Reader, objects: ResponseObjects, *, stream: bool) -> None:
-        self._inner = inner
-        self._objects = objects
-        self._stream = stream
-        self.done = False
-
-    @property
-    def usage(self) -> Usage:
-        return self._inner.usage
+    def __init__(self, reader: Reader, objects: ResponseObjects, *, stream: bool) -> None:
+        self._reader = reader
+        self._set_right = objects.events if stream else objects.whole
 
     def feed(self, data: bytes, at: float) -> bytes:
         """What the client gets."""
-        if self._stream:
-            whole = self._objects.events(data)
-            out = self._inner.feed(whole, at) if whole else b""
-        else:
-            out = self._objects.whole(self._inner.feed(data, at))
-        self.done = self._inner.done
-        return out
+        return self._set_right(self._reader.feed(data, at))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._reader, name)
 
 
 class _Event(msgspec.Struct):
@@ -65,21 +55,18 @@ class ResponseObjects:
         self._shown = {name: Raw(value) for name, value in shown.items()}
         self._keep = keep
         self._id = own_id
-        self._splitter = EventSplitter()
         self.done = False
 
-    def around(self, reader: Reader, *, stream: bool) -> KeptReader:
+    def around(self, reader: Reader, *, stream: bool) -> Reader:
         """See ``gateway.proxy.exchange.Follower``."""
-        return KeptReader(reader, self, stream=stream)
+        return cast(Reader, KeptReader(reader, self, stream=stream))
 
     def whole(self, data: bytes) -> bytes:
         """An answer that is not streamed, as its client gets it."""
         return self._object(data, last=True)
 
-    def events(self, data: bytes) -> bytes:
-        """Events that ``data`` completes, as their client gets them. Raises UpstreamError for an event that
-        never ends."""
-        whole = self._splitter.cut(data)
+    def events(self, whole: bytes) -> bytes:
+        """Whole events, as their client gets them."""
         if not whole or _HAS_OBJECT.search(whole) is None:
             return whole
         return b"".join([self._event(event) for event in _EVENTS.findall(whole)])
