@@ -43,17 +43,18 @@ Serve = Callable[[Any, RequestHead, bytes], "Call | None"]
 class Background:
     """What this process works on."""
 
-    def __init__(self, responses: Responses, reply: Reply, serve: Serve) -> None:
+    def __init__(self, responses: Responses, serve: Serve) -> None:
         """``serve`` starts a request, as of a client's."""
         self._responses = responses
-        self._reply = reply
         self._serve = serve
         self._runner = f"{socket.gethostname()[:30]}:{os.getpid()}:{secrets.token_hex(4)}"
         self._running: dict[tuple[str, str], StoreClient] = {}
         self._count: Counter[str] = Counter()
         self._endings: set[asyncio.Task[None]] = set()
 
-    async def begin(self, exchange: Exchange, stored: Stored, previous: Previous | None) -> None:
+    async def begin(
+        self, exchange: Exchange, stored: Stored, previous: Previous | None, reply: Reply
+    ) -> None:
         """Answer the client, and start the work. Raises TooManyInBackgroundError and StoreDownError."""
         most = self._responses.settings.max_background
         owner = stored.owner
@@ -69,7 +70,7 @@ class Background:
             self._over(owner)
             raise
         body = conversation.with_fields(
-            exchange.raw,
+            exchange.body.json,
             {
                 **({"input": previous.input} if previous else {}),
                 "previous_response_id": b"null",
@@ -81,7 +82,7 @@ class Background:
         head = exchange.head
         headers = {name: value for name, value in head.headers.items() if name not in _BODY_HEADERS}
         headers["x-request-id"] = exchange.request_id
-        self._reply.whole(exchange, stored.response)
+        reply.whole(exchange, stored.response)
         exchange.pipeline.finish(exchange)
         head = RequestHead("POST", head.path, "", headers, len(body), keep_alive=True)
         client = StoreClient(stored, self._ended)

@@ -48,7 +48,6 @@ class Asked(msgspec.Struct):
     """What a request to ``/v1/responses`` says of being kept and of going on."""
 
     input: Raw = Raw(b"")
-    model: Any = None
     previous_response_id: Any = None
     store: Any = None
     background: Any = None
@@ -68,15 +67,24 @@ class Previous:
     input: bytes
 
 
-_ASKED = msgspec.json.Decoder(Asked)
-
-
 def read(raw: bytes) -> Asked | None:
-    """None for what is no JSON object: whoever checks the body says so."""
+    """None for what is no JSON object, as RFC 8259 has it: it goes to the engine as it is."""
     try:
-        return _ASKED.decode(raw)
+        fields = _OBJECT.decode(raw)
+        given = {name: fields[name] for name in _SMALL if name in fields}
+        small = {name: _LARGE if len(value) > 1024 else _decoded(value) for name, value in given.items()}
     except (msgspec.MsgspecError, RecursionError):
         return None
+    return Asked(input=fields.get("input", Raw(b"")), **small)
+
+
+def _decoded(value: Raw) -> Any:
+    return msgspec.json.decode(value)
+
+
+_SMALL = tuple(name for name in Asked.__struct_fields__ if name != "input")
+_LARGE = ("…",)
+"""Stands for a value that is none of those that mean something."""
 
 
 def flag(value: Any, field: str) -> bool | None:

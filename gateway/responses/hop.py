@@ -15,7 +15,7 @@ import msgspec
 from gateway.config import ApiKey
 from gateway.errors import BadRequestError, ConversationTooLongError, PreviousResponseError
 from gateway.proxy.body import Body
-from gateway.proxy.endpoints import Endpoint
+from gateway.proxy.reply import Reply
 from gateway.responses import conversation
 from gateway.responses.background import Background
 from gateway.responses.conversation import Asked, Previous, flag
@@ -27,23 +27,32 @@ if TYPE_CHECKING:
     from gateway.proxy.exchange import Exchange
 
 PATH = "/v1/responses"
+ABOUT = tuple(f"{PATH}/{name}" for name in ("input_tokens", "compact", "render"))
+"""Paths that say something of a request which they do not answer: it may go on from a response as well."""
 
 
 class ContinueResponse:
     """After the body has been read and its sender is known; before a route is chosen, since the engine that
     has a conversation in its cache is found by all of it."""
 
-    def __init__(self, responses: Responses, background: Background, models: frozenset[str]) -> None:
+    def __init__(
+        self, responses: Responses, background: Background, reply: Reply, models: frozenset[str]
+    ) -> None:
         """``models``: those that exist. A request for another one is refused like any other, and not later
         in the background."""
+        self._reply = reply
         self._models = models
         self._responses = responses
         self._background = background
 
     def __call__(self, exchange: Exchange) -> Awaitable[None] | None:
-        if exchange.endpoint.path != PATH or (asked := conversation.read(exchange.raw)) is None:
+        path = exchange.endpoint.path
+        if not path.startswith(PATH) or (asked := conversation.read(exchange.body.json)) is None:
             return None
         self._refuse(asked)
+        if path != PATH:
+            goes_on = path in ABOUT and asked.previous_response_id is not None
+            return self._continue(exchange, asked, keeps=False, background=False) if goes_on else None
         settings = self._responses.settings
         store = flag(asked.store, "store")
         background = bool(flag(asked.background, "background"))
@@ -64,7 +73,9 @@ class ContinueResponse:
         if asked.previous_response_id is not None:
             previous = await self._previous(owner_of(_key(exchange)), asked.previous_response_id, new)
         if background:
-            await self._background.begin(exchange, self._stored(exchange, new, previous), previous)
+            await self._background.begin(
+                exchange, self._stored(exchange, new, previous), previous, self._reply
+            )
         else:
             self._begin(exchange, asked, previous, keeps=keeps)
 
@@ -114,7 +125,7 @@ class ContinueResponse:
         if previous is not None:
             changes |= {"input": previous.input, "previous_response_id": b"null"}
         new = conversation.own_input(asked.input)
-        set_body(exchange, conversation.with_fields(exchange.raw, changes))
+        set_body(exchange, conversation.with_fields(exchange.body.json, changes))
         shown = {
             "previous_response_id": msgspec.json.encode(previous and previous.id),
             "store": b"true" if keeps else b"false",
@@ -180,9 +191,9 @@ class ContinueResponse:
 
 def set_body(exchange: Exchange, raw: bytes) -> None:
     """Give an exchange another body, which passes for the client's from here on."""
-    endpoint: Endpoint = exchange.endpoint
     exchange.raw = raw
-    exchange.body = Body(raw, endpoint.check, endpoint.decoder)
+    exchange.body = Body(raw, exchange.endpoint.reads)
+    exchange.body.fields.model = exchange.model
 
 
 def _key(exchange: Exchange) -> ApiKey | None:

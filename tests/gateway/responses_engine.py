@@ -40,6 +40,7 @@ class ResponsesEngine(FakeEngine):
     def app(self) -> web.Application:
         app = super().app()
         app.router.add_post("/v1/responses", self._respond)
+        app.router.add_post("/v1/responses/input_tokens", self._count)
         return app
 
     async def _respond(self, request: web.Request) -> web.StreamResponse:
@@ -59,6 +60,11 @@ class ResponsesEngine(FakeEngine):
             raise
         finally:
             self.running -= 1
+
+    async def _count(self, request: web.Request) -> web.Response:
+        body = await request.json()
+        self.requests.append(body)
+        return web.json_response({"object": "response.input_tokens", "input_tokens": len(body["input"])})
 
     async def _wait(self) -> None:
         if self.held is not None:

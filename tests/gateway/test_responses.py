@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gzip
 import json
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -241,6 +242,30 @@ async def test_what_cannot_be_done_is_refused(stack: Stack, fields: dict[str, An
         assert response.status == 400
         assert (await response.json())["error"]["param"] == param
     assert not asked(stack)
+
+
+async def test_what_is_asked_about_a_request_goes_on_as_well(client: openai.AsyncOpenAI) -> None:
+    first = await client.responses.create(model="assistant", input="one")
+    counted = await client.responses.input_tokens.count(
+        model="assistant", input="two", previous_response_id=first.id
+    )
+    assert counted.input_tokens == 3, "items, as this engine counts"
+    alone = await client.responses.input_tokens.count(model="assistant", input=[])
+    assert alone.input_tokens == 0
+
+
+@pytest.mark.parametrize("background", [False, True])
+async def test_bodies_may_be_compressed(stack: Stack, client: openai.AsyncOpenAI, background: bool) -> None:
+    first = await client.responses.create(model="summarizer", input="one")
+    body = {"model": "summarizer", "input": "two", "previous_response_id": first.id}
+    body |= {"background": background, "store": True}
+    headers = {"content-encoding": "gzip", "content-type": "application/json"}
+    raw = gzip.compress(json.dumps(body).encode())
+    async with stack.http.post(stack.url + "/v1/responses", data=raw, headers=headers) as response:
+        assert response.status == 200
+        name = (await response.json())["id"]
+    done = await poll(client, name)
+    assert done.output_text == "int8: 3 items, the last two"
 
 
 async def test_a_websocket_is_refused_so_that_its_client_goes_on_over_http(stack: Stack) -> None:
