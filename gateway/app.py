@@ -32,6 +32,10 @@ from gateway.quality.grounded import Grounded
 from gateway.quality.inquiry import Inquiry
 from gateway.quality.observe import Observer
 from gateway.quality.watch import Watch
+from gateway.responses.api import ResponseRoutes
+from gateway.responses.background import Background
+from gateway.responses.hop import ContinueResponse
+from gateway.responses.service import Responses, store_url
 from gateway.routing.breaker import Clock
 from gateway.routing.discovery import INTERVAL_S, Discovery
 from gateway.routing.health import Prober
@@ -55,6 +59,7 @@ _FIXED = {
     "": ("run_dir",),
     "gateway": ("host", "port", "workers", "tls_certificate", "tls_key"),
     "watch": ("enabled", "store", "store_env", "in_flight"),
+    "responses": ("enabled", "store", "store_env"),
 }
 """What a reload cannot change, by section."""
 
@@ -95,6 +100,8 @@ class Gateway:
         self.providers = LiteLLM(config.providers, config.gateway)
         self._detectors = Remembered()
         self.plane = DataPlane(self.metrics, clock, self.log)
+        self.responses = Responses(config.responses, store_url(config), self.metrics)
+        self._background = Background(self.responses, self.plane.serve)
         self.plane.snapshot = self.make_snapshot(config, cards)
         self._show(cards)
         self.supervisor = Supervisor(self.metrics)
@@ -109,6 +116,7 @@ class Gateway:
         Models(self.plane, created=int(time.time())).add_to(self.app)
         if self.watch is not None:
             Watching(self.watch, operations.admin).add_to(self.app)
+        ResponseRoutes(self.plane, self.responses, self._background).add_to(self.app)
         self.overview = Overview(
             self.plane, self.metrics, operations.admin, watch=self.watch, sheets=self._sheets
         )
@@ -138,11 +146,13 @@ class Gateway:
             detect = self._detectors.get(trace_of(config.quality), lambda: make_detector(config.quality))
             observer = Observer(config, self.metrics, self.watch, self._inquiry, detect, self.providers.once)
         plane, observe = self.plane, Observe(observer)
-        names = (config.model.name, *config.roles, *config.adapters, *router.known_models())
+        names = frozenset((config.model.name, *config.roles, *config.adapters, *router.known_models()))
         pipeline = Pipeline(
             before=(
                 ReadBody(config),  # what is asked
                 Identify(),  # who asks: role and session; the key was looked at with the head
+                # what `previous_response_id` goes on from, and what is kept to go on from
+                ContinueResponse(self.responses, self._background, plane.reply, names),
             ),
             attempts=Attempts(
                 limits=limits_of(config),
@@ -164,7 +174,7 @@ class Gateway:
                 lambda record, exchange: self._end_span(record, exchange, config.model.name),
                 observe,  # has answers checked that were listened to
             ),
-            known_models=frozenset(names),
+            known_models=names,
             clock=self._clock,
             ended=plane.ended,
         )
@@ -207,6 +217,7 @@ class Gateway:
                 self.metrics.know_roles(config.roles)
                 self.metrics.forget_variants(config.serve, before.config.roles.keys() - config.roles.keys())
                 self.providers.know(config.providers)
+                self.responses.know(config.responses)
                 self._show(cards)
             if watch is not None:
                 watch()
@@ -259,6 +270,8 @@ class Gateway:
                 yield
             finally:
                 await self.plane.close()
+                await self._background.close()
+                await self.responses.close()
                 await self.supervisor.stop()
                 await self.providers.close()
                 await prober.stop()
@@ -281,6 +294,7 @@ class Gateway:
         jobs.keep("sweep", self.plane.sweep_forever)
         jobs.every("probes", lambda: config().health_interval_s, prober.once)
         jobs.every("scrapes", lambda: config().scrape_interval_s, lambda: reader.read(self._replicas))
+        jobs.keep("responses", self._background.beat_forever)
         jobs.keep("overview", self.overview.sample_forever)
         jobs.every("discovery", lambda: INTERVAL_S, self._discover)
         return prober

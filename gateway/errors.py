@@ -3,14 +3,19 @@
 GatewayError
 ├── BadRequestError           400  the client's input; ``param`` names the field
 │   ├── MethodNotAllowedError 405
+│   ├── NoWebSocketError      426  there are none here; clients that know this status go on over HTTP
 │   ├── BodyTooLargeError     413
 │   ├── UnsupportedCodingError 415  a content-encoding that is not known
+│   ├── PreviousResponseError 400  what previous_response_id names cannot be gone on from
+│   ├── ConversationTooLongError 400  it has more turns or bytes than are kept
+│   ├── UnknownResponseError  404  no such response of this tenant's
 │   ├── RequestTimeoutError   408  the request did not come in time; the connection is closed
 │   └── MalformedRequestError 400  no HTTP/1.1 that is read in one way only; the connection is closed
 ├── UnauthenticatedError      401  no key, or an unknown one
 ├── ForbiddenError            403  the key may not use this model or role
 ├── PrecisionTooLowError      403  an explicit variant below what the role's budget allows
 ├── UnknownModelError         404  with the known model ids
+├── TooManyInBackgroundError  429  of one tenant; with retry-after
 ├── NoReplicaError            503  no replica can take it; with retry-after
 ├── OverloadedError           503  clients have made the gateway hold as much as it may; with retry-after
 ├── TenantOverloadedError     429  the same, of one tenant's share; with retry-after
@@ -75,6 +80,13 @@ class MethodNotAllowedError(BadRequestError):
     code = "method_not_allowed"
 
 
+class NoWebSocketError(BadRequestError):
+    """Codex tries a WebSocket first, and HTTP if it is refused with this status and no other."""
+
+    status = 426
+    code = "no_websocket"
+
+
 class BodyTooLargeError(BadRequestError):
     status = 413
     code = "body_too_large"
@@ -83,6 +95,26 @@ class BodyTooLargeError(BadRequestError):
 class UnsupportedCodingError(BadRequestError):
     status = 415
     code = "unsupported_content_encoding"
+
+
+class PreviousResponseError(BadRequestError):
+    code = "previous_response_not_found"
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, param="previous_response_id")
+
+
+class ConversationTooLongError(BadRequestError):
+    """Clients that know this code make their conversation shorter by themselves."""
+
+    code = "context_length_exceeded"
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, param="previous_response_id")
+
+
+class UnknownResponseError(BadRequestError):
+    status = 404
 
 
 class MalformedRequestError(BadRequestError):
@@ -126,6 +158,13 @@ class UnknownModelError(GatewayError):
     status = 404
     type = "invalid_request_error"
     code = "model_not_found"
+
+
+class TooManyInBackgroundError(GatewayError):
+    status = 429
+    type = "rate_limit_error"
+    code = "too_many_in_background"
+    retry_after_s = 1
 
 
 class NoReplicaError(GatewayError):

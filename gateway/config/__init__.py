@@ -11,6 +11,7 @@ from gateway.config.gateway import POLICIES, Cost, GatewaySettings
 from gateway.config.load import load_config, parse_config
 from gateway.config.model import Model
 from gateway.config.quality import Quality
+from gateway.config.responses import ResponsesSettings
 from gateway.config.roles import Canary, RoleSettings, WhenFull
 from gateway.config.section import HIDDEN, ConfigError, is_loopback, shown_url
 from gateway.config.shown import shown, with_secrets
@@ -32,6 +33,7 @@ __all__ = [
     "Model",
     "Provider",
     "Quality",
+    "ResponsesSettings",
     "RoleSettings",
     "WatchSettings",
     "WhenFull",

@@ -12,6 +12,7 @@ from gateway.config.engine import Engine
 from gateway.config.gateway import GatewaySettings
 from gateway.config.model import Model
 from gateway.config.quality import Quality
+from gateway.config.responses import ResponsesSettings, check_url
 from gateway.config.roles import RoleSettings
 from gateway.config.section import Secret, Section, shown_url
 from gateway.config.watch import WatchSettings
@@ -40,6 +41,7 @@ class Config(Section):
     engine: Engine = Engine()
     quality: Quality = Quality()
     watch: WatchSettings = WatchSettings()
+    responses: ResponsesSettings = ResponsesSettings()
     _directory: Path = PrivateAttr(default_factory=Path)
 
     @property
@@ -87,7 +89,7 @@ class Config(Section):
                     f"watch.judge.model: {judge.model!r} does not exist; known: {names_of(models)}"
                 )
         if self.watch.store is not None:
-            _check_url(self.watch.store)
+            check_url("watch.store", self.watch.store)
         if self.model.name in self.roles:
             raise ValueError(f"roles.{self.model.name}: is also the model's name; rename one")
         taken = {self.model.name, *self.roles, *(f"{self.model.name}:{name}" for name in self.serve)}
@@ -150,18 +152,6 @@ class Config(Section):
             return tuple(url.rstrip("/") for url in given)
         port = self.engine.base_port + self.serve.index(variant)
         return (f"http://{self.engine.host}:{port}",)
-
-
-def _check_url(url: str) -> None:
-    from sqlalchemy.engine import make_url
-    from sqlalchemy.exc import ArgumentError
-
-    try:
-        make_url(url)
-    except ArgumentError:
-        raise ValueError(
-            "watch.store: is no database URL; give one such as postgresql+psycopg://USER:PASSWORD@HOST/NAME"
-        ) from None
 
 
 def names_of(names: Any) -> str:

@@ -150,6 +150,8 @@ class Attempts:
         if exchange.reader is None:
             reader = exchange.reader = self._reader(exchange)
             exchange.tapped = reader if isinstance(reader, TappedReader) else None
+            if exchange.follower is not None:
+                exchange.reader = exchange.follower.around(reader, stream=exchange.options.stream)
         self._attempt(exchange, route.replica, route.work)
         if route.hedge_after_s is not None and not exchange.hedged:
             asyncio.get_running_loop().call_later(route.hedge_after_s, self._hedge, exchange, route)

@@ -50,6 +50,13 @@ class Attempt(Protocol):
     def resume(self) -> None: ...
 
 
+class Follower(Protocol):
+    """Follows an answer, and may change it."""
+
+    def around(self, reader: Reader, *, stream: bool) -> Reader:
+        """Reads it with ``reader``."""
+
+
 class Driver(Protocol):
     """What moves an exchange: its pipeline."""
 
@@ -82,6 +89,8 @@ class Exchange:
     route: Route | None = None
     """Of a hedged request, from the first part of an answer on: that of the winner."""
     reader: Reader | None = None
+    follower: Follower | None = None
+    """Of an answer that is kept."""
     tapped: TappedReader | None = None
     """The reader, when the answer is listened to."""
     # how it goes

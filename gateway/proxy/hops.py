@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 
 from gateway.config import Config
-from gateway.errors import BadRequestError, MethodNotAllowedError
+from gateway.errors import BadRequestError, MethodNotAllowedError, NoWebSocketError
 from gateway.identity import Identities, Sender
 from gateway.proxy.body import Body
 from gateway.proxy.endpoints import Endpoint, Form, endpoint_of
@@ -47,7 +47,7 @@ class Admit:
         self.cors = Cors(config.gateway.cors_origins) if config.gateway.cors_origins else None
 
     def __call__(self, head: RequestHead) -> Admitted:
-        """Raises MethodNotAllowedError or UnauthenticatedError."""
+        """Raises MethodNotAllowedError, NoWebSocketError or UnauthenticatedError."""
         memo = head.memo
         if memo is not None and memo.by is self:
             admitted: Admitted = memo
@@ -59,6 +59,8 @@ class Admit:
             pass  # it has no key, and asks for nothing but whether it may ask
         elif endpoint is not None:
             if head.method != "POST":
+                if head.headers.get("upgrade", "").lower() == "websocket":
+                    raise NoWebSocketError(f"{head.path[:80]}: is not served over a WebSocket; send a POST.")
                 raise MethodNotAllowedError(
                     f"{head.method[:20]} {head.path[:80]}: this endpoint takes POST only."
                 )

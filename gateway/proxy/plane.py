@@ -116,6 +116,8 @@ class DataPlane:
         more = b""
         if error.status == 405:
             more = b"allow: POST\r\n"
+        elif error.status == 426:
+            more = b"upgrade: HTTP/1.1\r\n"
         elif error.status == 401:
             more = b"www-authenticate: Bearer\r\n"
         if error.retry_after_s is not None:

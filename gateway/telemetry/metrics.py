@@ -176,6 +176,15 @@ class Metrics:
             "tiercel_worker_restarts_total", "Times that a worker process was started anew", "worker"
         )
 
+        self.responses_stored = counter(
+            "tiercel_responses_stored_total", "Responses kept, so that a client can go on from them"
+        )
+        self.responses_dropped = counter(
+            "tiercel_responses_dropped_total",
+            "Responses that should have been kept and were not, by why: too_large, busy, store_down",
+            "reason",
+        )
+
     def role(self, role: str | None) -> str:
         """The label of a role: itself if it is configured, else ``other``."""
         return role if role in self._roles else OTHER

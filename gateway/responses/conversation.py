@@ -1,0 +1,232 @@
+"""From a response that was kept to what an engine is sent, and from items to what a client is shown.
+
+Engines keep nothing for us: they get the whole conversation as ``input``, and no ``previous_response_id``.
+Instructions are of one request and are not carried over, as at OpenAI. Of what an engine has said, messages,
+reasoning, and calls of a client's own tools go back to it; calls of tools that it ran itself do not, since
+vLLM takes no such items as input, and neither do log-probabilities.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+from msgspec import Raw
+from pydantic import TypeAdapter, ValidationError
+
+from gateway.errors import BadRequestError
+from gateway.responses.store import Stored
+
+RETURNED = frozenset(("message", "reasoning", "function_call", "custom_tool_call"))
+"""Types of output items that an engine takes back as input."""
+_PREFIXES = {"message": "msg", "reasoning": "rs", "function_call": "fc", "function_call_output": "fco"}
+_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
+_OBJECT = msgspec.json.Decoder(dict[str, Raw])
+_ITEMS = msgspec.json.Decoder(list[Raw])
+_FLAG = TypeAdapter(bool | None)
+_ECHOED = (
+    *("instructions", "metadata", "max_output_tokens", "max_tool_calls", "parallel_tool_calls", "reasoning"),
+    *("temperature", "text", "tool_choice", "tools", "top_p", "truncation", "user", "service_tier"),
+)
+"""Fields of a request that its response shows as well."""
+_DEFAULTS = {
+    "parallel_tool_calls": True,
+    "temperature": 1.0,
+    "top_p": 1.0,
+    "tool_choice": "auto",
+    "tools": [],
+    "truncation": "disabled",
+    "service_tier": "auto",
+    "metadata": {},
+}
+
+
+class Asked(msgspec.Struct):
+    """What a request to ``/v1/responses`` says of being kept and of going on."""
+
+    input: Raw = Raw(b"")
+    previous_response_id: Any = None
+    store: Any = None
+    background: Any = None
+    stream: Any = None
+    conversation: Any = None
+    previous_input_messages: Any = None
+
+
+@dataclass(frozen=True, slots=True)
+class Previous:
+    """What a request goes on from, and the ``input`` that this makes for its engine."""
+
+    id: str
+    depth: int
+    context: int
+    """Bytes of the conversation so far."""
+    input: bytes
+
+
+def read(raw: bytes) -> Asked | None:
+    """None for what is no JSON object, as RFC 8259 has it: it goes to the engine as it is."""
+    try:
+        fields = _OBJECT.decode(raw)
+        given = {name: fields[name] for name in _SMALL if name in fields}
+        small = {name: _LARGE if len(value) > 1024 else _decoded(value) for name, value in given.items()}
+    except (msgspec.MsgspecError, RecursionError):
+        return None
+    return Asked(input=fields.get("input", Raw(b"")), **small)
+
+
+def _decoded(value: Raw) -> Any:
+    return msgspec.json.decode(value)
+
+
+_SMALL = tuple(name for name in Asked.__struct_fields__ if name != "input")
+_LARGE = ("…",)
+"""Stands for a value that is none of those that mean something."""
+
+
+def flag(value: Any, field: str) -> bool | None:
+    """A boolean as vLLM reads it. Raises BadRequestError."""
+    if value is None or isinstance(value, bool):
+        return value
+    try:
+        return _FLAG.validate_python(value)
+    except ValidationError:
+        raise BadRequestError(f"{field}: is no boolean; send true or false", param=field) from None
+
+
+def is_id(value: Any) -> bool:
+    """Whether it can be the id of a response: what is not, no store is asked for."""
+    return isinstance(value, str) and _ID.fullmatch(value) is not None
+
+
+def own_input(raw: Raw) -> bytes:
+    """A request's ``input`` as an array of items; empty for what is neither a string nor a list, which the
+    engine refuses."""
+    text = bytes(raw).strip()
+    if text.startswith(b'"'):
+        return b'[{"type":"message","role":"user","content":%b}]' % text
+    return text if text.startswith(b"[") else b"[]"
+
+
+def conversation(chain: Sequence[Stored], new: bytes) -> bytes:
+    """The ``input`` for an engine: all turns of ``chain``, and then the array of new items."""
+    parts: list[bytes] = []
+    for stored in chain:
+        parts.append(_within(stored.input))
+        parts += [bytes(_taken_back(item)) for item in outputs(stored.response) if _type(item) in RETURNED]
+    parts.append(_within(new))
+    return b"[%b]" % b",".join([part for part in parts if part])
+
+
+def _within(array: bytes) -> bytes:
+    return array[1:-1].strip()
+
+
+def outputs(response: bytes) -> list[Raw]:
+    """The output items of a response object."""
+    try:
+        return _ITEMS.decode(_OBJECT.decode(response).get("output", Raw(b"[]")))
+    except msgspec.MsgspecError:
+        return []
+
+
+def with_fields(raw: bytes, changes: Mapping[str, bytes]) -> bytes:
+    """A JSON object with some of its fields set anew; ``changes`` are JSON."""
+    fields = _OBJECT.decode(raw)
+    fields.update({name: Raw(value) for name, value in changes.items()})
+    return msgspec.json.encode(fields)
+
+
+def unfinished(
+    response_id: str,
+    status: str,
+    created: int,
+    asked: Mapping[str, Any],
+    error: Mapping[str, str] | None = None,
+) -> bytes:
+    """The response object of a request in the background that no engine has answered. ``asked``: its
+    fields."""
+    given = {name: asked[name] for name in _ECHOED if asked.get(name) is not None}
+    return msgspec.json.encode(
+        {
+            "id": response_id,
+            "object": "response",
+            "created_at": created,
+            "status": status,
+            "background": True,
+            "error": error,
+            "incomplete_details": None,
+            "model": asked.get("model"),
+            "output": [],
+            "previous_response_id": asked.get("previous_response_id"),
+            "store": True,
+            "usage": None,
+            **dict.fromkeys(_ECHOED),
+            **_DEFAULTS,
+            **given,
+        }
+    )
+
+
+def with_status(response: bytes, status: str, error: Mapping[str, str] | None = None) -> bytes:
+    """The same response, which came to nothing."""
+    return with_fields(response, {"status": msgspec.json.encode(status), "error": msgspec.json.encode(error)})
+
+
+def shown_items(chain: Sequence[Stored]) -> list[dict[str, Any]]:
+    """The input of the chain's last response, the first item first, as OpenAI shows it: what its engine was
+    given, each with an id."""
+    shown: list[dict[str, Any]] = []
+    for stored in chain:
+        given = msgspec.json.decode(stored.input)
+        shown += [_resource(item, f"{stored.id.removeprefix('resp_')}_{i}") for i, item in enumerate(given)]
+        if stored is not chain[-1]:
+            said = [msgspec.json.decode(item) for item in outputs(stored.response)]
+            shown += [
+                _resource(item, f"{stored.id.removeprefix('resp_')}_o{i}") for i, item in enumerate(said)
+            ]
+    return shown
+
+
+def _resource(item: Any, name: str) -> dict[str, Any]:
+    if not isinstance(item, dict):
+        item = {"type": "unknown", "value": item}
+    kind = item.get("type") or "message"
+    full = {"id": f"{_PREFIXES.get(kind, 'item')}_{name}", "type": kind}
+    if kind in ("message", "function_call", "function_call_output"):
+        full["status"] = "completed"
+    full.update({field: value for field, value in item.items() if value is not None or field not in full})
+    if kind == "message" and isinstance(content := full.get("content"), str):
+        part: dict[str, Any] = {"type": "input_text", "text": content}
+        if full.get("role") == "assistant":
+            part = {"type": "output_text", "text": content, "annotations": []}
+        full["content"] = [part]
+    return full
+
+
+def _type(item: Raw) -> str:
+    try:
+        kind = msgspec.json.decode(item, type=_Typed).type
+    except (msgspec.MsgspecError, RecursionError):
+        return ""
+    return kind if isinstance(kind, str) else ""
+
+
+class _Typed(msgspec.Struct):
+    type: Any = None
+
+
+def _taken_back(item: Raw) -> Raw:
+    """An output item as input: without log-probabilities, which are large and say nothing to an engine."""
+    if b'"logprobs"' not in bytes(item):
+        return item
+    fields = msgspec.json.decode(item)
+    content = fields.get("content")
+    if isinstance(content, list):
+        for part in content:
+            if isinstance(part, dict):
+                part.pop("logprobs", None)
+    return Raw(msgspec.json.encode(fields))
