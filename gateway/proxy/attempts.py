@@ -38,7 +38,7 @@ from gateway.proxy.waiting import WaitingLines
 from gateway.quality.answer import Answer
 from gateway.routing.pools import PROVIDER, Replica
 from gateway.routing.router import Reason, Route
-from gateway.upstream.readers import NamedStreamReader, Reader, StreamReader, TappedReader, WholeReader
+from gateway.upstream.readers import Reader, TappedReader, reader_for
 
 MOST_TRIES = 4
 """Attempts at one request that may come to nothing, before it is given up."""
@@ -162,12 +162,14 @@ class Attempts:
         attempt.start()
 
     def _reader(self, exchange: Exchange) -> Reader:
-        options, endpoint = exchange.options, exchange.endpoint
-        if endpoint.form is not Form.COMPLETIONS:
-            return NamedStreamReader() if options.stream else WholeReader()
-        if exchange.model not in self._limits.adapters and (self._sampled() or self._escalates(exchange)):
-            return TappedReader(options)
-        return StreamReader(options) if options.stream else WholeReader()
+        options, form = exchange.options, exchange.endpoint.form
+        return reader_for(form, options, tapped=form is Form.COMPLETIONS and self._listened(exchange))
+
+    def _listened(self, exchange: Exchange) -> bool:
+        """Whether an answer is listened to."""
+        if exchange.model in self._limits.adapters:
+            return False
+        return self._sampled() or self._escalates(exchange)
 
     def _escalates(self, exchange: Exchange) -> bool:
         escalates, caller = self._limits.escalates, exchange.caller

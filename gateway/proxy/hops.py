@@ -97,7 +97,7 @@ class ReadBody:
         # Where none is named, vLLM takes the one that it has.
         exchange.model = body.fields.model = body.fields.model or self._model
         if endpoint.form is Form.COMPLETIONS:
-            exchange.options = OutputOptions.of(body.fields, chat=endpoint.chat)
+            exchange.options = OutputOptions.of(body.fields, chat=endpoint.chat, body=body)
         elif endpoint.form is not Form.PLAIN and body.fields.stream:
             exchange.options = STREAM
 
