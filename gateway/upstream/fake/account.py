@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import mmap
 import struct
+import tempfile
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -42,12 +43,9 @@ class Account:
         """With a ``path``, what is there already goes on."""
         size = _place(_FIRST_ENTRIES)
         self._lock = threading.Lock()
-        if path is None:
-            self._map = mmap.mmap(-1, size)
-        else:
-            with open(path, "a+b") as file:
-                file.truncate(max(size, file.seek(0, 2)))
-                self._map = mmap.mmap(file.fileno(), 0)
+        with open(path, "a+b") if path is not None else tempfile.TemporaryFile() as file:
+            file.truncate(max(size, file.seek(0, 2)))
+            self._map = mmap.mmap(file.fileno(), 0)
 
     def __len__(self) -> int:
         return int(_COUNT.unpack_from(self._map)[0])
