@@ -60,6 +60,7 @@ class StreamReader:
         "_by_choice",
         "_continuous",
         "_each",
+        "_ended",
         "_exact",
         "_final",
         "_held",
@@ -88,6 +89,8 @@ class StreamReader:
         """The engine has put a usage into a chunk of the answer."""
         self._last = b""
         """The last event with a choice and a usage."""
+        self._ended: set[int] = set()
+        """Choices that have ended, by index."""
         self._held: dict[int, list[bytes]] | None = None
         """Events that end a choice, by the choice's index."""
         self._held_bytes = 0
@@ -131,7 +134,7 @@ class StreamReader:
         """What ``_grammar`` gives for nearly all events: those of one choice that goes on, with the usage as
         their last field. None where this is not one."""
         end = len(event) - 2
-        if self._held or not event.startswith(b'data: {"') or event.find(b"\n") != end:
+        if not event.startswith(b'data: {"') or event.find(b"\n") != end:
             return None
         try:
             chunk = _CHUNK.decode(event[6:end])
@@ -167,16 +170,24 @@ class StreamReader:
         if is_null(usage):
             if usage is not NOT_GIVEN and not options.include_usage:
                 shown = _without(event, payload, others, usage)
-        elif not choices or (not self._continuous and _hollow(payload)):
+        elif not choices or (self._may_be_total(choices) and _hollow(payload)):
             return self._usage_event(event, payload, usage, at)
         else:
             self._note(event, choices, usage)
             if not self._each:
                 shown = _without(event, payload, others, usage)
         shown = self._shown(shown, payload, at)
-        if choices and not options.include_usage and (self._held or _ends(choices)):
-            return self._hold(choices, shown)
-        return shown
+        if not choices:
+            return shown
+        if _ends(choices):
+            self._ended.update([choice.index for choice in choices])
+            self._usual = False  # from here on anything may come
+        return shown if options.include_usage or not self._ended else self._hold(choices, shown)
+
+    def _may_be_total(self, choices: list[_Choice]) -> bool:
+        """Whether an event that says nothing would have the usage of the whole answer: one before which none
+        had a usage, or one of a choice that has ended."""
+        return not self._continuous or choices[0].index in self._ended
 
     def _shown(self, shown: bytes, payload: bytes, at: float) -> bytes:
         """What the client gets of an event that has something of the answer."""
@@ -185,7 +196,7 @@ class StreamReader:
     def _note(self, event: bytes, choices: list[_Choice], usage: Raw) -> None:
         self._last = event
         self._continuous = True
-        self._usual = self._SHORTCUT and not self._each
+        self._usual = self._SHORTCUT and not self._each and not self._ended
         if len(choices) > 1:
             self._final = usage
             return

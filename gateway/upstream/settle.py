@@ -11,6 +11,7 @@ What the engine wrote of such an answer cannot be known. It is never guessed: th
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections import deque
 from typing import Any
@@ -28,6 +29,8 @@ MOST_BYTES = 32 << 20
 LARGEST_BYTES = 2 << 20
 """Of one body: a longer one is not decoded for this."""
 ANSWER_WITHIN_S = 10.0
+DRAIN_S = 2.0
+"""For what still waits when the gateway stops."""
 
 _COUNTING = frozenset({"tokenize", "detokenize", "count_tokens"})
 """Endpoints that have no usage."""
@@ -90,7 +93,6 @@ class Settlement:
         self._waiting: deque[Unreported] = deque()
         self._bytes = 0
         self._more = asyncio.Event()
-        self._busy = False
 
     def report(self, attempt: Unreported) -> None:
         """Never waits and never raises."""
@@ -109,21 +111,30 @@ class Settlement:
     @property
     def idle(self) -> bool:
         """Whether nothing waits."""
-        return not self._waiting and not self._busy
+        return not self._waiting
 
     async def run(self, session: aiohttp.ClientSession) -> None:
-        """Ask for one prompt after the other, for ever."""
-        while True:
-            while not self._waiting:
+        """Ask for one prompt after the other, until it is cancelled; what waits then has a little time."""
+        try:
+            while True:
+                await self._work_off(session)
                 self._more.clear()
                 await self._more.wait()
-            attempt = self._waiting.popleft()
+        except asyncio.CancelledError:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(DRAIN_S):
+                    await self._work_off(session)
+            while self._waiting:
+                self._waiting.popleft()
+                self._count("dropped")
+            raise
+
+    async def _work_off(self, session: aiohttp.ClientSession) -> None:
+        while self._waiting:
+            attempt = self._waiting[0]  # it waits until it is settled
+            await self._settle(session, attempt)
+            self._waiting.popleft()
             self._bytes -= len(attempt.body)
-            self._busy = True
-            try:
-                await self._settle(session, attempt)
-            finally:
-                self._busy = False
 
     async def _settle(self, session: aiohttp.ClientSession, attempt: Unreported) -> None:
         try:

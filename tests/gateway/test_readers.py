@@ -140,6 +140,21 @@ def test_a_chunk_with_nothing_but_a_usage(kind: type[StreamReader], choices: Any
 
 
 @READERS
+@pytest.mark.parametrize("options", [PLAIN, WANTED, EACH], ids=["no usage", "usage", "usage in each"])
+def test_a_choice_that_says_nothing_has_the_usage_of_all(kind: type[StreamReader], options: Any) -> None:
+    """Also after chunks with the usage of one choice each."""
+    total = {**last(usage=usage(9, 4)), "choices": [{"index": 0, "delta": {}}]}
+    reader = kind(options)
+    for index in (0, 1):
+        reader.feed(compact(chunk("a", index, usage=usage(9, 1))), 0.0)
+        reader.feed(compact(chunk("b", index, "stop", usage=usage(9, 2))), 0.0)
+    assert got(reader.feed(compact(total), 0.0))[-1:] == (
+        [chunk("b", 1, "stop")] if options is PLAIN else [total]
+    )
+    assert reader.usage == Usage(9, 0, 4, exact=True)
+
+
+@READERS
 def test_an_empty_usage_is_left_to_who_asked(kind: type[StreamReader]) -> None:
     """OpenAI writes ``"usage": null`` into every chunk but the last for who asks for the usage."""
     empty = chunk("a", usage=None)

@@ -114,6 +114,16 @@ async def test_what_waits_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (books.settled("dropped"), books.unreported) == (4, 7)
 
 
+async def test_what_waits_when_the_gateway_stops_is_still_booked() -> None:
+    async with running() as (books, _, url):
+        await asyncio.sleep(0)  # it runs
+        for _ in range(20):
+            books.settlement.report(unreported(url))
+    assert books.settled("booked") + books.settled("dropped") == 20
+    assert books.settled("booked") >= 1
+    assert books.settlement.idle
+
+
 def test_what_shapes_the_prompt_of_a_chat_is_asked_about() -> None:
     body = {
         **CHAT,

@@ -101,16 +101,19 @@ class FakeEngine:
             await asyncio.sleep(script.first_token_delay_s)
             if script.status != 200:
                 return self._refusal(script, entry)
-            entry.take_in(len(texts))
+            prompt = sum(len(words) for words in prompts_of({"prompt": texts}))
+            entry.take_in(prompt)
+            if script.stall_after is not None:
+                await asyncio.Event().wait()
             if script.die_after is not None:
                 self._die(request)
                 return web.Response()
-            usage = {"prompt_tokens": len(texts), "total_tokens": len(texts)}
+            usage = {"prompt_tokens": prompt, "total_tokens": prompt}
             entry.end(REPORTED)
             if body.get("encoding_format") in ("bytes", "bytes_only"):
-                entry.end(BROKEN)
                 numbers = b"".join(struct.pack("<4f", 0.5, 0.5, 0.5, len(str(text))) for text in texts)
-                return web.Response(body=numbers, content_type="application/octet-stream")
+                headers = {"metadata": encoded({"usage": usage}, script)}
+                return web.Response(body=numbers, headers=headers, content_type="application/octet-stream")
             data = [
                 {"object": "embedding", "index": index, "embedding": [0.5, 0.5, 0.5, float(len(str(text)))]}
                 for index, text in enumerate(texts)
@@ -164,6 +167,8 @@ class FakeEngine:
         if body.get("stream") and script.keep_alive_s:
             return await self._stream(request, answer, script, entry)
         await asyncio.sleep(script.first_token_delay_s)
+        if script.stall_after is not None and not body.get("stream"):
+            await asyncio.Event().wait()
         if script.die_after == 0:
             return self._die(request)
         if script.garbage:
@@ -202,6 +207,8 @@ class FakeEngine:
         for tokens, data in answer.events():
             if tokens and written == script.die_after:
                 return self._die(request, response)
+            if tokens and written == script.stall_after:
+                await asyncio.Event().wait()
             if tokens and written == script.error_after:
                 error = {"message": "scripted failure", "type": "InternalServerError", "code": 500}
                 await response.write(event({"error": error}, script) + b"data: [DONE]\n\n")

@@ -21,6 +21,8 @@ class Script:
     """Cut the connection after so many tokens; 0 is before the first."""
     error_after: int | None = None
     """Send an error event after so many tokens of a stream, as vLLM does."""
+    stall_after: int | None = None
+    """Fall silent after so many tokens, until the client leaves; 0 is before the first."""
     garbage: bool = False
     """Answer 200 with what is neither JSON nor an event."""
     healthy: bool = True
