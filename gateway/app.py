@@ -21,7 +21,7 @@ from gateway.config import Config, ConfigError
 from gateway.console.files import Files
 from gateway.proxy.attempts import Attempts, Limits
 from gateway.proxy.exchange import Exchange
-from gateway.proxy.hops import Admit, ChooseRoute, Identify, Observe, ReadBody
+from gateway.proxy.hops import Admit, ChooseRoute, Identify, Observe, ReadBody, Settle
 from gateway.proxy.pipeline import Pipeline
 from gateway.proxy.plane import DataPlane, Snapshot
 from gateway.proxy.record import Record
@@ -38,6 +38,7 @@ from gateway.routing.router import Router
 from gateway.telemetry.engines import EngineReader
 from gateway.telemetry.metrics import Metrics
 from gateway.upstream.litellm import LiteLLM
+from gateway.upstream.settle import Settlement
 from gateway.upstream.vllm import Engines
 from gateway.wire.client import ClientConnection
 from gateway.workers import Board, Siblings
@@ -74,6 +75,7 @@ class Gateway:
         self._inquiry = Inquiry(config.watch, config.model.name, lambda: self.plane.snapshot.pools)
         self.providers = LiteLLM(config.providers, config.gateway)
         self.plane = DataPlane(self.metrics, clock)
+        self.settlement = Settlement(self.metrics, self.plane.ledger.spend)
         self.plane.snapshot = self.make_snapshot(config, cards)
         self.app = FastAPI(
             title="Tiercel", lifespan=self._lifespan, docs_url=None, redoc_url=None, responses=REFUSALS
@@ -139,6 +141,7 @@ class Gateway:
             reply=plane.reply,
             after=(
                 lambda record, _: plane.ledger.record(record, log=config.gateway.access_log),
+                Settle(self.settlement),  # what no engine has counted
                 lambda record, exchange: self._end_span(record, exchange, config.model.name),
                 observe,  # has answers checked that were listened to
             ),
@@ -221,6 +224,7 @@ class Gateway:
                 self.overview.sample_forever(),
                 *((self.watch.run(session), self._inquiry.run(session)) if self.watch else ()),
                 self._discover_forever(),
+                self.settlement.run(session),
             ):
                 yield
                 await self.plane.close()

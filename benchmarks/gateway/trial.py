@@ -38,12 +38,13 @@ KEYS = {f"team-{number}": f"sk-books-{number}" for number in range(3)}
 COUNTED = {
     "tiercel_tokens_total": ("role", "variant", "kind"),
     "tiercel_key_tokens_total": ("key", "role", "variant", "kind"),
+    "tiercel_cached_tokens_total": ("role", "variant"),
     "tiercel_usage_unreported_total": ("role", "variant"),
 }
 """Counters of the books, and their labels in order."""
 Books = dict[tuple[str, ...], int]
 """A counter's name and labels, and its value."""
-SLOW_S = 2.0
+SLOW_S = 1.0
 FATES = {
     "whole": 60,
     "leaves before": 5,
@@ -315,8 +316,10 @@ class Trial:
         prompt, completion = work.prompt_tokens, work.completion_tokens
         if not exact:
             books["tiercel_usage_unreported_total", plan.role, variant] += 1
-            completion = plan.heard()
+            completion = plan.heard() if outcome.replica == replica else 0
             prompt = 0 if plan.prompt_unknown() else prompt
+        else:
+            books["tiercel_cached_tokens_total", plan.role, variant] += work.cached_tokens
         for kind, tokens in (("prompt", prompt), ("completion", completion)):
             books["tiercel_tokens_total", plan.role, variant, kind] += tokens
             books["tiercel_key_tokens_total", plan.key, plan.role, variant, kind] += tokens

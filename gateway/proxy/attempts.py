@@ -14,6 +14,7 @@ The first attempt that gives a part of an answer wins, and the other one is canc
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections.abc import Callable, Coroutine, Mapping
 from typing import Any, Protocol
 
@@ -246,6 +247,8 @@ class Attempts:
         attempt.replica.heard_at = now
         try:
             self._win(exchange, attempt, now)
+            if content_type is not None or exchange.options.stream:
+                self._read_as(exchange, content_type)
             reader = exchange.reader
             assert reader is not None
             out = reader.feed(body, now)
@@ -261,6 +264,13 @@ class Attempts:
         except Exception as error:
             exchange.pipeline.defect(exchange, error)
 
+    def _read_as(self, exchange: Exchange, content_type: bytes | None) -> None:
+        """Read an answer as what it is, where that is not what was asked for."""
+        options = dataclasses.replace(exchange.options, stream=False)
+        tapped = exchange.tapped is not None
+        reader = exchange.reader = reader_for(exchange.endpoint.form, options, content_type, tapped=tapped)
+        exchange.tapped = reader if isinstance(reader, TappedReader) else None
+
     def _deliver(self, exchange: Exchange, out: bytes, now: float, content_type: bytes | None = None) -> None:
         exchange.overhead_s += self._clock() - now
         if content_type is None:
@@ -274,6 +284,8 @@ class Attempts:
         exchange = attempt.exchange
         if attempt in exchange.attempts:
             exchange.attempts.remove(attempt)
+            if not attempt.did_nothing:
+                exchange.owing = (*exchange.owing, attempt)
         if exchange.finished or exchange.attempts:
             return
         if not may_try_again(exchange, error):
@@ -304,6 +316,7 @@ class Attempts:
                 if other.sent:
                     lost = Spent(other.replica.variant, other.replica.name, Usage(), "hedged")
                     exchange.spent = (*exchange.spent, lost)
+                    exchange.owing = (*exchange.owing, other)
         exchange.attempts = [attempt]
         first = attempt.replica is route.replica
         exchange.won = "first" if first else "second"
@@ -331,6 +344,8 @@ class Attempts:
         self._escalated(exchange, why)
         spent = Spent(route.variant, route.replica.name, tapped.usage, "escalated")
         exchange.spent = (*exchange.spent, spent)
+        if not tapped.usage.exact:
+            exchange.owing = (*exchange.owing, attempt)
         exchange.escalated, exchange.route = why, higher
         if attempt in exchange.attempts:
             exchange.attempts.remove(attempt)

@@ -39,6 +39,11 @@ class Attempt(Protocol):
     """It has come to its end, whole or not."""
     sent: bool
     """The request has left for the replica: from here on it may have done work."""
+    did_nothing: bool
+    """It provably did no work, or its replica says so: by an answer other than 200."""
+
+    def request_body(self) -> bytes | None:
+        """As an engine got it; None of what no engine was sent."""
 
     def start(self) -> None: ...
 
@@ -95,6 +100,8 @@ class Exchange:
     """The check that a cheaper variant's answer failed, which nobody got."""
     spent: tuple[Spent, ...] = ()
     """Answers that nobody got."""
+    owing: tuple[Attempt, ...] = ()
+    """Attempts that are over, may have done work, and had no usage or no final one."""
     task: asyncio.Task[None] | None = None
     """What is being waited for: a connection, a replica, a provider."""
     span: Any = None

@@ -57,6 +57,7 @@ class StreamReader:
     """A stream of completions: events without names, a usage with each, ``[DONE]`` at the end."""
 
     __slots__ = (
+        "_bare",
         "_by_choice",
         "_continuous",
         "_each",
@@ -87,6 +88,8 @@ class StreamReader:
         """The engine has said it after all of the answer."""
         self._continuous = False
         """The engine has put a usage into a chunk of the answer."""
+        self._bare = False
+        """There was a chunk of the answer without one: the usage that comes after it is of all choices."""
         self._last = b""
         """The last event with a choice and a usage."""
         self._ended: set[int] = set()
@@ -119,12 +122,10 @@ class StreamReader:
         return Usage(prompt, sum(one.cached for one in prompts.values()), completion, self.done)
 
     def feed(self, data: bytes, at: float) -> bytes:
-        if self._usual:
-            splitter = self._splitter
-            if not splitter.pending and (shown := self._shortcut(data)) is not None:
-                return shown
-            return b"".join([self._shortcut(one) or self._grammar(one, at) for one in splitter.split(data)])
-        return b"".join([self._grammar(one, at) for one in self._splitter.split(data)])
+        splitter = self._splitter
+        if self._usual and not splitter.pending and (shown := self._shortcut(data)) is not None:
+            return shown
+        return b"".join([self._shortcut(one) or self._grammar(one, at) for one in splitter.split(data)])
 
     def flush(self) -> bytes:
         held, self._held, self._held_bytes = self._held, None, 0
@@ -134,7 +135,7 @@ class StreamReader:
         """What ``_grammar`` gives for nearly all events: those of one choice that goes on, with the usage as
         their last field. None where this is not one."""
         end = len(event) - 2
-        if not event.startswith(b'data: {"') or event.find(b"\n") != end:
+        if not self._usual or not event.startswith(b'data: {"') or event.find(b"\n") != end:
             return None
         try:
             chunk = _CHUNK.decode(event[6:end])
@@ -168,6 +169,7 @@ class StreamReader:
         options, usage, choices = self._options, chunk.usage, chunk.choices
         shown = event
         if is_null(usage):
+            self._bare = self._bare or (bool(choices) and not self._continuous)
             if usage is not NOT_GIVEN and not options.include_usage:
                 shown = _without(event, payload, others, usage)
         elif not choices or (self._may_be_total(choices) and _hollow(payload)):
@@ -195,11 +197,11 @@ class StreamReader:
 
     def _note(self, event: bytes, choices: list[_Choice], usage: Raw) -> None:
         self._last = event
-        self._continuous = True
-        self._usual = self._SHORTCUT and not self._each and not self._ended
-        if len(choices) > 1:
+        if self._bare or len(choices) > 1:
             self._final = usage
             return
+        self._continuous = True
+        self._usual = self._SHORTCUT and not self._each and not self._ended
         index = choices[0].index
         self._by_choice[index] = usage
         if len(self._by_choice) > MOST_CHOICES:
@@ -231,8 +233,9 @@ class StreamReader:
 
     def _end(self, event: bytes) -> bytes:
         self.began = self.done = True
-        if self._final is None and self._last and self._options.include_usage:
-            return _usage_event(self._last, self.usage, self._by_choice) + event
+        if self._last and self._options.include_usage:
+            one = next(iter(self._by_choice.values())) if len(self._by_choice) == 1 else None
+            return _usage_event(self._last, self.usage, self._final or one) + event
         return self.flush() + event
 
 
@@ -336,22 +339,20 @@ def _fields_of(payload: bytes) -> dict[str, Raw]:
         return {name: Raw(json.dumps(value).encode()) for name, value in object_of(payload).items()}
 
 
-def _usage_event(last: bytes, usage: Usage, by_choice: dict[int, Raw]) -> bytes:
-    """The event that a provider left out which wrote its usage into the last one of the answer."""
+def _usage_event(last: bytes, usage: Usage, said: Raw | None) -> bytes:
+    """The event that a provider left out which wrote its usage into the last one of the answer. ``said``: as
+    it did, where that is one usage."""
     payload, _ = fields_of(last)
     fields: dict[str, Any] = {
         name: value for name, value in _fields_of(payload).items() if name in _OF_EVERY_CHUNK
     }
-    if len(by_choice) == 1:
-        said: Any = next(iter(by_choice.values()))
-    else:
-        prompt = usage.prompt or 0
-        said = {
-            "prompt_tokens": prompt,
-            "completion_tokens": usage.completion,
-            "total_tokens": prompt + usage.completion,
-        }
-    return _written(b"", {**fields, "choices": [], "usage": said})
+    prompt = usage.prompt or 0
+    counted = {
+        "prompt_tokens": prompt,
+        "completion_tokens": usage.completion,
+        "total_tokens": prompt + usage.completion,
+    }
+    return _written(b"", {**fields, "choices": [], "usage": counted if said is None else said})
 
 
 def listen(answer: Answer, data: dict[str, Any], at: float) -> bool:

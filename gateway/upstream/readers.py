@@ -57,7 +57,7 @@ class Reader(Protocol):
 
 
 def reader_for(
-    form: Form, options: OutputOptions, content_type: str | None = None, *, tapped: bool = False
+    form: Form, options: OutputOptions, content_type: bytes | None = None, *, tapped: bool = False
 ) -> Reader:
     """The reader of an answer with status 200. ``tapped``: it is listened to, and has an ``answer``."""
     if form is Form.COMPLETIONS and tapped:
@@ -79,7 +79,7 @@ class _Whole(msgspec.Struct, gc=False):
 
 
 _WHOLE = msgspec.json.Decoder(_Whole, strict=False)
-_NO_ANSWERS = ("text/html", "text/event-stream")
+_NO_ANSWERS = (b"text/html", b"text/event-stream")
 
 
 class WholeReader:
@@ -91,7 +91,7 @@ class WholeReader:
 
     __slots__ = ("began", "content_type", "done", "usage")
 
-    def __init__(self, content_type: str | None = None) -> None:
+    def __init__(self, content_type: bytes | None = None) -> None:
         self.content_type = content_type
         """As the engine's answer names it. It may be set later, before ``feed``. None is JSON."""
         self.done = False
@@ -100,7 +100,7 @@ class WholeReader:
 
     def feed(self, data: bytes, at: float) -> bytes:
         self.began = True
-        if self.content_type == "application/json" or is_json(self.content_type):
+        if self.content_type is None or is_json(self.content_type):
             self._read(data)
         elif media_type(self.content_type) in _NO_ANSWERS:
             raise garbage(data)
@@ -130,7 +130,7 @@ class TappedWholeReader(WholeReader):
 
     __slots__ = ("_options", "answer", "confused")
 
-    def __init__(self, options: OutputOptions, content_type: str | None = None) -> None:
+    def __init__(self, options: OutputOptions, content_type: bytes | None = None) -> None:
         super().__init__(content_type)
         self._options = options
         self.answer = Answer()
@@ -224,11 +224,11 @@ class NamedStreamReader:
             self.done = True
 
 
-def media_type(content_type: str | None) -> str:
-    return (content_type or "").partition(";")[0].strip().lower()
+def media_type(content_type: bytes | None) -> bytes:
+    return (content_type or b"").partition(b";")[0].strip().lower()
 
 
-def is_json(content_type: str | None) -> bool:
+def is_json(content_type: bytes | None) -> bool:
     """An answer that does not say what it is is taken for JSON."""
     kind = media_type(content_type)
-    return not kind or kind == "application/json" or kind.endswith("+json")
+    return not kind or kind == b"application/json" or kind.endswith(b"+json")

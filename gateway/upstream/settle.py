@@ -14,6 +14,7 @@ import asyncio
 import contextlib
 import logging
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 import aiohttp
@@ -74,8 +75,8 @@ class Unreported(msgspec.Struct, frozen=True, gc=False):
     """The engine's, without a path."""
     path: str
     """Of the endpoint, as the engine was asked."""
-    body: bytes
-    """JSON, as the engine got it."""
+    body: bytes | None
+    """JSON, as the engine got it; None of a provider's, which cannot be asked."""
     usage: Usage
     """As far as it was heard of."""
 
@@ -88,8 +89,10 @@ def owes_usage(path: str) -> bool:
 class Settlement:
     """Counts what has no usage, and books the prompts of it. ``run`` is to be supervised."""
 
-    def __init__(self, metrics: Metrics) -> None:
+    def __init__(self, metrics: Metrics, book: Callable[[str | None, str, str, Usage], None]) -> None:
+        """``book`` enters tokens under a key, a role and a variant."""
         self._metrics = metrics
+        self._book = book
         self._waiting: deque[Unreported] = deque()
         self._bytes = 0
         self._more = asyncio.Event()
@@ -99,6 +102,9 @@ class Settlement:
         self._metrics.usage_unreported.labels(attempt.role, attempt.variant).inc()
         if attempt.usage.prompt is not None:
             return  # what is booked is all that will be known
+        if attempt.body is None:
+            self._count("unknown")
+            return
         size = len(attempt.body)
         too_many = len(self._waiting) >= MOST_WAITING or self._bytes + size > MOST_BYTES
         if size > LARGEST_BYTES or too_many:
@@ -132,13 +138,14 @@ class Settlement:
     async def _work_off(self, session: aiohttp.ClientSession) -> None:
         while self._waiting:
             attempt = self._waiting[0]  # it waits until it is settled
-            await self._settle(session, attempt)
+            body = attempt.body or b""
+            await self._settle(session, attempt, body)
             self._waiting.popleft()
-            self._bytes -= len(attempt.body)
+            self._bytes -= len(body)
 
-    async def _settle(self, session: aiohttp.ClientSession, attempt: Unreported) -> None:
+    async def _settle(self, session: aiohttp.ClientSession, attempt: Unreported, body: bytes) -> None:
         try:
-            questions = await asyncio.to_thread(questions_for, attempt.path, attempt.body)
+            questions = await asyncio.to_thread(questions_for, attempt.path, body)
             prompt = None
             if questions is not None:
                 async with asyncio.timeout(ANSWER_WITHIN_S):
@@ -151,10 +158,7 @@ class Settlement:
         if prompt is None:
             self._count("unknown")
             return
-        self._metrics.tokens.labels(attempt.role, attempt.variant, "prompt").inc(prompt)
-        if attempt.key is not None:
-            labels = (attempt.key, attempt.role, attempt.variant, "prompt")
-            self._metrics.key_tokens.labels(*labels).inc(prompt)
+        self._book(attempt.key, attempt.role, attempt.variant, Usage(prompt))
         self._count("booked")
 
     def _count(self, outcome: str) -> None:

@@ -27,7 +27,7 @@ async def test_the_books_balance(sample_rate: float, requests: int) -> None:
                 until = time.monotonic() + 60
                 assert await trial.run(stack.url, http, range(requests), 32, until) == requests
             plane = stack.gateway.plane
-            await eventually(lambda: not plane.active and plane.settlement.idle, within_s=30)
+            await eventually(lambda: not plane.active and stack.gateway.settlement.idle, within_s=30)
             found = read_books(generate_latest(stack.registry).decode())
             assert differences(found, trial.expected(replicas)) == {}
     fates = {trial.plan(number).fate for e in engines for work in e.account if (number := trial.number(work))}

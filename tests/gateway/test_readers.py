@@ -155,6 +155,31 @@ def test_a_choice_that_says_nothing_has_the_usage_of_all(kind: type[StreamReader
 
 
 @READERS
+def test_a_usage_after_chunks_without_one_is_of_all_choices(kind: type[StreamReader]) -> None:
+    body = Body(json.dumps({"model": "m", "prompt": ["a", "b"], "stream": True}).encode())
+    reader = kind(OutputOptions.of(body.fields, chat=False, body=body))
+    for index in (0, 1):
+        reader.feed(compact(chunk("a", index)), 0.0)
+    reader.feed(compact(chunk("b", 0, "stop")) + compact(chunk("b", 1, "stop", usage=usage(9, 4))), 0.0)
+    assert reader.usage == Usage(9, 0, 4, exact=False)
+    reader.feed(DONE, 0.0)
+    assert reader.usage == Usage(9, 0, 4, exact=True)
+
+
+@READERS
+@pytest.mark.parametrize("options", [PLAIN, WANTED], ids=["no usage", "usage"])
+def test_what_ends_within_a_read_changes_how_the_rest_of_it_is_read(
+    kind: type[StreamReader], options: Any
+) -> None:
+    total = {**last(usage=usage(9, 4)), "choices": [{"index": 0, "delta": {}}]}
+    reader = kind(options)
+    reader.feed(compact(chunk("a", usage=usage(9, 1))) + compact(chunk("b", usage=usage(9, 2))), 0.0)
+    out = reader.feed(compact(chunk("c", finish="stop", usage=usage(9, 4))) + compact(total), 0.0)
+    assert (total in got(out)) is (options is WANTED)
+    assert reader.usage == Usage(9, 0, 4, exact=True)
+
+
+@READERS
 def test_an_empty_usage_is_left_to_who_asked(kind: type[StreamReader]) -> None:
     """OpenAI writes ``"usage": null`` into every chunk but the last for who asks for the usage."""
     empty = chunk("a", usage=None)
@@ -449,22 +474,22 @@ def test_the_usage_of_every_protocol(
     name: str, answer: dict[str, Any], expected: Usage, indent: int | None
 ) -> None:
     raw = json.dumps(answer, indent=indent).encode()
-    for content_type in (None, "application/json", "application/json; charset=utf-8"):
+    for content_type in (None, b"application/json", b"application/json; charset=utf-8"):
         reader = WholeReader(content_type)
         assert reader.feed(raw, 0.0) == raw
         assert (reader.usage, reader.done, reader.began) == (expected, True, True)
 
 
 def test_content_that_is_no_json_passes() -> None:
-    for content_type in ("application/octet-stream", "audio/wav", "image/png"):
+    for content_type in (b"application/octet-stream", b"audio/wav", b"image/png"):
         for reader in (WholeReader(content_type), TappedWholeReader(PLAIN, content_type)):
             assert reader.feed(b"\x00\xff{", 0.0) == b"\x00\xff{"
             assert (reader.done, reader.usage) == (True, NO_USAGE)
 
 
-@pytest.mark.parametrize("content_type", [None, "application/json", "text/html", "text/event-stream"])
+@pytest.mark.parametrize("content_type", [None, b"application/json", b"text/html", b"text/event-stream"])
 @pytest.mark.parametrize("raw", [b"<html>", b"[]", b"", b"{", b"5", b'{"usage":"\xff"}', b"[" * 100_000])
-def test_a_page_is_no_answer(content_type: str | None, raw: bytes) -> None:
+def test_a_page_is_no_answer(content_type: bytes | None, raw: bytes) -> None:
     for reader in (WholeReader(content_type), TappedWholeReader(PLAIN, content_type)):
         with pytest.raises(UpstreamError, match="no answer"):
             reader.feed(raw, 0.0)
@@ -539,5 +564,5 @@ def test_each_form_has_its_reader() -> None:
     assert isinstance(reader_for(Form.COMPLETIONS, whole, tapped=True), TappedWholeReader)
     assert isinstance(reader_for(Form.RESPONSES, PLAIN), NamedStreamReader)
     assert isinstance(reader_for(Form.ANTHROPIC, whole), WholeReader)
-    assert isinstance(reader_for(Form.PLAIN, whole, "audio/wav"), WholeReader)
+    assert isinstance(reader_for(Form.PLAIN, whole, b"audio/wav"), WholeReader)
     assert event_of(DONE).done

@@ -14,6 +14,8 @@ from gateway_stack import eventually
 from prometheus_client import CollectorRegistry
 
 from gateway.proxy.record import NO_USAGE, Usage
+from gateway.telemetry.ledger import Ledger
+from gateway.telemetry.logs import AccessLog
 from gateway.telemetry.metrics import Metrics
 from gateway.upstream import settle
 from gateway.upstream.fake import FakeEngine
@@ -25,7 +27,8 @@ CHAT = {"model": "m", "messages": [{"role": "user", "content": "one two three"}]
 class Books:
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        self.settlement = Settlement(Metrics(self.registry, ["core"]))
+        metrics = Metrics(self.registry, ["core"])
+        self.settlement = Settlement(metrics, Ledger(metrics, AccessLog()).spend)
 
     def sample(self, name: str, **labels: str) -> float:
         return self.registry.get_sample_value(name, labels) or 0.0
@@ -95,7 +98,9 @@ async def test_what_cannot_be_known_is_counted_and_no_more() -> None:
         books.settlement.report(unreported(url, b"{"))
         books.settlement.report(unreported("http://127.0.0.1:1"))
         await eventually(lambda: books.settled("failed") == 2 and books.settled("unknown") == 1)
-        assert (books.unreported, books.prompt) == (3, 0)
+        books.settlement.report(Unreported("core", "int8", None, "", "/v1/chat/completions", None, NO_USAGE))
+        assert books.settled("unknown") == 2, "nobody can ask a provider"
+        assert (books.unreported, books.prompt) == (4, 0)
         books.settlement.report(unreported(url))
         await eventually(lambda: books.settled("booked"))
 

@@ -98,11 +98,12 @@ class FakeEngine:
         texts = given if isinstance(given, list) else [given]
         entry = self.account.open(request.headers.get("x-request-id", ""), request.path)
         with self._counted(entry):
+            prompt = sum(len(words) for words in prompts_of({"prompt": texts}))
+            if script.status == 200:
+                entry.take_in(prompt)
             await asyncio.sleep(script.first_token_delay_s)
             if script.status != 200:
                 return self._refusal(script, entry)
-            prompt = sum(len(words) for words in prompts_of({"prompt": texts}))
-            entry.take_in(prompt)
             if script.stall_after is not None:
                 await asyncio.Event().wait()
             if script.die_after is not None:
