@@ -39,7 +39,7 @@ from gateway.proxy.waiting import WaitingLines
 from gateway.quality.answer import Answer
 from gateway.routing.pools import PROVIDER, Replica
 from gateway.routing.router import Reason, Route
-from gateway.upstream.readers import Reader, TappedReader, reader_for
+from gateway.upstream.readers import Reader, reader_for
 
 MOST_TRIES = 4
 """Attempts at one request that may come to nothing, before it is given up."""
@@ -149,8 +149,7 @@ class Attempts:
         route = exchange.route
         assert route is not None
         if exchange.reader is None:
-            reader = exchange.reader = self._reader(exchange)
-            exchange.tapped = reader if isinstance(reader, TappedReader) else None
+            exchange.read_with(self._reader(exchange))
         self._attempt(exchange, route.replica, route.work)
         if route.hedge_after_s is not None and not exchange.hedged:
             asyncio.get_running_loop().call_later(route.hedge_after_s, self._hedge, exchange, route)
@@ -247,8 +246,10 @@ class Attempts:
         attempt.replica.heard_at = now
         try:
             self._win(exchange, attempt, now)
-            if content_type is not None or exchange.options.stream:
-                self._read_as(exchange, content_type)
+            if content_type is not None or exchange.options.stream:  # not what was asked for
+                options = dataclasses.replace(exchange.options, stream=False)
+                tapped = exchange.tapped is not None
+                exchange.read_with(reader_for(exchange.endpoint.form, options, content_type, tapped=tapped))
             reader = exchange.reader
             assert reader is not None
             out = reader.feed(body, now)
@@ -263,13 +264,6 @@ class Attempts:
             exchange.pipeline.fail(exchange, error)
         except Exception as error:
             exchange.pipeline.defect(exchange, error)
-
-    def _read_as(self, exchange: Exchange, content_type: bytes | None) -> None:
-        """Read an answer as what it is, where that is not what was asked for."""
-        options = dataclasses.replace(exchange.options, stream=False)
-        tapped = exchange.tapped is not None
-        reader = exchange.reader = reader_for(exchange.endpoint.form, options, content_type, tapped=tapped)
-        exchange.tapped = reader if isinstance(reader, TappedReader) else None
 
     def _deliver(self, exchange: Exchange, out: bytes, now: float, content_type: bytes | None = None) -> None:
         exchange.overhead_s += self._clock() - now

@@ -146,6 +146,11 @@ class Exchange:
         """What samples are drawn by: an id that no client chooses."""
         return own_id(self.number)
 
+    def read_with(self, reader: Reader) -> None:
+        """The answer is read by ``reader`` from its beginning."""
+        self.reader = reader
+        self.tapped = reader if isinstance(reader, TappedReader) else None
+
     def pause(self) -> None:
         self.pipeline.client_paused(self)
 

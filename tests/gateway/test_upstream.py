@@ -11,7 +11,6 @@ from contextlib import asynccontextmanager
 import pytest
 from gateway_stack import Stack, running_gateway
 
-
 OK = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\n"
 ANSWER = json.dumps({"choices": [{"message": {"content": "hi"}}], "usage": {"completion_tokens": 1}}).encode()
 STREAM = b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\ntransfer-encoding: chunked\r\n\r\n"
@@ -143,3 +142,28 @@ async def test_an_engine_that_hangs_is_given_up() -> None:
             assert "upstream_timeout" in text
 
 
+async def test_an_answer_is_read_as_what_it_is() -> None:
+    """Not as what was asked for: an engine may answer a request for a stream with one object."""
+    whole = OK + b"content-length: %d\r\n\r\n" % len(ANSWER) + ANSWER
+    async with raw_engine(whole) as (stack, _), stack.post({"stream": True}) as response:
+        assert (response.status, response.content_type) == (200, "application/json")
+        assert (await response.json())["choices"][0]["message"]["content"] == "hi"
+    binary = (
+        b"HTTP/1.1 200 OK\r\ncontent-type: application/octet-stream\r\ncontent-length: 3\r\n\r\n\x00\xff{"
+    )
+    async with raw_engine(binary) as (stack, _):
+        body = {"model": "assistant", "input": "a", "encoding_format": "bytes"}
+        async with stack.http.post(stack.url + "/v1/embeddings", json=body) as response:
+            assert (response.status, response.content_type) == (200, "application/octet-stream")
+            assert await response.read() == b"\x00\xff{"
+
+
+async def test_what_is_held_back_reaches_a_client_whose_answer_breaks_off() -> None:
+    """The last chunk of an answer waits for what the engine says after it."""
+    last = json.loads(event("b")[6:])
+    last["choices"][0]["finish_reason"] = "stop"
+    wire = chunked(event("a"), b"data: " + json.dumps(last).encode() + b"\n\n")
+    async with raw_engine(STREAM + wire) as (stack, _), stack.post({"stream": True}) as response:
+        *parts, error = await stack.events(response)
+    assert [part["choices"][0]["delta"]["content"] for part in parts] == ["a", "b"]
+    assert error["error"]["type"] == "upstream_error"

@@ -218,7 +218,11 @@ class FakeEngine:
                 await asyncio.sleep(script.token_delay_s)
             entry.produce(tokens)
             written += tokens
-            await response.write(data)
+            try:
+                await response.write(data)
+            except ConnectionError:
+                self.aborted += 1
+                return response
         if script.usage_shape != "none":
             entry.end(REPORTED)
         return response
