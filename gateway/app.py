@@ -23,7 +23,7 @@ from gateway.console.files import Files
 from gateway.control import Commit, Heartbeat, Read, Reloads, Remembered, Supervisor
 from gateway.proxy.attempts import Attempts, Limits
 from gateway.proxy.exchange import Exchange
-from gateway.proxy.hops import Admit, ChooseRoute, Identify, Observe, ReadBody
+from gateway.proxy.hops import Admit, ChooseRoute, Identify, Observe, ReadBody, Settle
 from gateway.proxy.pipeline import Pipeline
 from gateway.proxy.plane import DataPlane, Snapshot
 from gateway.proxy.record import Record
@@ -48,6 +48,7 @@ from gateway.telemetry.exposition import Exposition, Numbers
 from gateway.telemetry.logs import AccessLog
 from gateway.telemetry.metrics import Metrics
 from gateway.upstream.litellm import LiteLLM
+from gateway.upstream.settle import Settlement
 from gateway.upstream.vllm import Engines
 from gateway.wire.client import ClientConnection
 from gateway.workers.board import Board
@@ -102,6 +103,7 @@ class Gateway:
         self.plane = DataPlane(self.metrics, clock, self.log)
         self.responses = Responses(config.responses, store_url(config), self.metrics)
         self._background = Background(self.responses, self.plane.serve)
+        self.settlement = Settlement(self.metrics, self.plane.ledger.spend)
         self.plane.snapshot = self.make_snapshot(config, cards)
         self._show(cards)
         self.supervisor = Supervisor(self.metrics)
@@ -171,6 +173,7 @@ class Gateway:
             reply=plane.reply,
             after=(
                 lambda record, _: plane.ledger.record(record, log=config.gateway.access_log),
+                Settle(self.settlement),  # what no engine has counted
                 lambda record, exchange: self._end_span(record, exchange, config.model.name),
                 observe,  # has answers checked that were listened to
             ),
@@ -295,6 +298,7 @@ class Gateway:
         jobs.every("probes", lambda: config().health_interval_s, prober.once)
         jobs.every("scrapes", lambda: config().scrape_interval_s, lambda: reader.read(self._replicas))
         jobs.keep("responses", self._background.beat_forever)
+        jobs.keep("settlement", lambda: self.settlement.run(session))
         jobs.keep("overview", self.overview.sample_forever)
         jobs.every("discovery", lambda: INTERVAL_S, self._discover)
         return prober

@@ -14,6 +14,7 @@ The first attempt that gives a part of an answer wins, and the other one is canc
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections.abc import Callable, Coroutine, Mapping
 from typing import Any, Protocol
 
@@ -38,7 +39,7 @@ from gateway.proxy.waiting import WaitingLines
 from gateway.quality.answer import Answer
 from gateway.routing.pools import PROVIDER, Replica
 from gateway.routing.router import Reason, Route
-from gateway.upstream.readers import NamedStreamReader, Reader, StreamReader, TappedReader, WholeReader
+from gateway.upstream.readers import Reader, reader_for
 
 MOST_TRIES = 4
 """Attempts at one request that may come to nothing, before it is given up."""
@@ -148,10 +149,7 @@ class Attempts:
         route = exchange.route
         assert route is not None
         if exchange.reader is None:
-            reader = exchange.reader = self._reader(exchange)
-            exchange.tapped = reader if isinstance(reader, TappedReader) else None
-            if exchange.follower is not None:
-                exchange.reader = exchange.follower.around(reader, stream=exchange.options.stream)
+            exchange.read_with(self._reader(exchange), stream=exchange.options.stream)
         self._attempt(exchange, route.replica, route.work)
         if route.hedge_after_s is not None and not exchange.hedged:
             asyncio.get_running_loop().call_later(route.hedge_after_s, self._hedge, exchange, route)
@@ -164,12 +162,14 @@ class Attempts:
         attempt.start()
 
     def _reader(self, exchange: Exchange) -> Reader:
-        options, endpoint = exchange.options, exchange.endpoint
-        if endpoint.form is not Form.COMPLETIONS:
-            return NamedStreamReader() if options.stream else WholeReader()
-        if exchange.model not in self._limits.adapters and (self._sampled() or self._escalates(exchange)):
-            return TappedReader(options)
-        return StreamReader(options) if options.stream else WholeReader()
+        options, form = exchange.options, exchange.endpoint.form
+        return reader_for(form, options, tapped=form is Form.COMPLETIONS and self._listened(exchange))
+
+    def _listened(self, exchange: Exchange) -> bool:
+        """Whether an answer is listened to."""
+        if exchange.model in self._limits.adapters:
+            return False
+        return self._sampled() or self._escalates(exchange)
 
     def _escalates(self, exchange: Exchange) -> bool:
         escalates, caller = self._limits.escalates, exchange.caller
@@ -246,9 +246,13 @@ class Attempts:
         attempt.replica.heard_at = now
         try:
             self._win(exchange, attempt, now)
-            reader = exchange.reader
-            assert reader is not None
-            out = reader.feed(body, now)
+            if content_type is not None or exchange.options.stream:  # not what was asked for
+                options = dataclasses.replace(exchange.options, stream=False)
+                tapped = exchange.tapped is not None
+                reader = reader_for(exchange.endpoint.form, options, content_type, tapped=tapped)
+                exchange.read_with(reader, stream=False)
+            assert exchange.reader is not None
+            out = exchange.reader.feed(body, now)
             breaker = attempt.replica.breaker
             if not breaker.no_failures:
                 breaker.answered()
@@ -274,6 +278,8 @@ class Attempts:
         exchange = attempt.exchange
         if attempt in exchange.attempts:
             exchange.attempts.remove(attempt)
+            if not attempt.did_nothing:
+                exchange.owing = (*exchange.owing, attempt)
         if exchange.finished or exchange.attempts:
             return
         if not may_try_again(exchange, error):
@@ -304,6 +310,7 @@ class Attempts:
                 if other.sent:
                     lost = Spent(other.replica.variant, other.replica.name, Usage(), "hedged")
                     exchange.spent = (*exchange.spent, lost)
+                    exchange.owing = (*exchange.owing, other)
         exchange.attempts = [attempt]
         first = attempt.replica is route.replica
         exchange.won = "first" if first else "second"
@@ -331,6 +338,8 @@ class Attempts:
         self._escalated(exchange, why)
         spent = Spent(route.variant, route.replica.name, tapped.usage, "escalated")
         exchange.spent = (*exchange.spent, spent)
+        if not tapped.usage.exact:
+            exchange.owing = (*exchange.owing, attempt)
         exchange.escalated, exchange.route = why, higher
         if attempt in exchange.attempts:
             exchange.attempts.remove(attempt)

@@ -39,6 +39,11 @@ class Attempt(Protocol):
     """It has come to its end, whole or not."""
     sent: bool
     """The request has left for the replica: from here on it may have done work."""
+    did_nothing: bool
+    """It provably did no work, or its replica says so: by an answer other than 200."""
+
+    def request_body(self) -> bytes | None:
+        """As an engine got it; None of what no engine was sent."""
 
     def start(self) -> None: ...
 
@@ -104,6 +109,8 @@ class Exchange:
     """The check that a cheaper variant's answer failed, which nobody got."""
     spent: tuple[Spent, ...] = ()
     """Answers that nobody got."""
+    owing: tuple[Attempt, ...] = ()
+    """Attempts that are over, may have done work, and had no usage or no final one."""
     task: asyncio.Task[None] | None = None
     """What is being waited for: a connection, a replica, a provider."""
     span: Any = None
@@ -147,6 +154,13 @@ class Exchange:
     def sample_id(self) -> str:
         """What samples are drawn by: an id that no client chooses."""
         return own_id(self.number)
+
+    def read_with(self, reader: Reader, *, stream: bool) -> None:
+        """The answer, streamed or not, is read by ``reader`` from its beginning."""
+        self.reader = reader
+        self.tapped = reader if isinstance(reader, TappedReader) else None
+        if self.follower is not None:
+            self.reader = self.follower.around(reader, stream=stream)
 
     def pause(self) -> None:
         self.pipeline.client_paused(self)

@@ -11,11 +11,12 @@ from gateway.errors import BadRequestError, MethodNotAllowedError, NoWebSocketEr
 from gateway.identity import Identities, Sender
 from gateway.proxy.body import Body
 from gateway.proxy.endpoints import Endpoint, Form, endpoint_of
-from gateway.proxy.exchange import Exchange
-from gateway.proxy.record import Record
+from gateway.proxy.exchange import Attempt, Exchange
+from gateway.proxy.record import NO_USAGE, Record, Usage
 from gateway.quality.observe import Observed, Observer
 from gateway.routing.router import Router
 from gateway.upstream.options import STREAM, OutputOptions
+from gateway.upstream.settle import Settlement, Unreported, owes_usage
 from gateway.wire.cors import Cors
 from gateway.wire.encodings import decoded
 from gateway.wire.flow import Admission
@@ -99,7 +100,7 @@ class ReadBody:
         # Where none is named, vLLM takes the one that it has.
         exchange.model = body.fields.model = body.fields.model or self._model
         if endpoint.form is Form.COMPLETIONS:
-            exchange.options = OutputOptions.of(body.fields, chat=endpoint.chat)
+            exchange.options = OutputOptions.of(body.fields, chat=endpoint.chat, body=body)
         elif endpoint.form is not Form.PLAIN and body.fields.stream:
             exchange.options = STREAM
 
@@ -121,6 +122,30 @@ class ChooseRoute:
     def __call__(self, exchange: Exchange) -> None:
         assert exchange.caller
         exchange.route = self._router.route(exchange.caller, exchange.body, exchange.endpoint)
+
+
+class Settle:
+    """Has it counted what engines began and gave no final usage of, and asks for what they took in."""
+
+    def __init__(self, settlement: Settlement) -> None:
+        self._settlement = settlement
+
+    def __call__(self, record: Record, exchange: Exchange) -> None:
+        if not exchange.owing and (record.usage.exact or not exchange.attempts):
+            return
+        for attempt in (*exchange.owing, *exchange.attempts):
+            won = attempt is exchange.winner
+            if attempt.sent and not attempt.did_nothing and not (won and record.usage.exact):
+                self._report(record, exchange, attempt, record.usage if won else NO_USAGE)
+
+    def _report(self, record: Record, exchange: Exchange, attempt: Attempt, usage: Usage) -> None:
+        path, replica = exchange.endpoint.engine_path, attempt.replica
+        if record.role is None or not owes_usage(path):
+            return
+        body = attempt.request_body()
+        self._settlement.report(
+            Unreported(record.role, replica.variant, record.key, replica.url, path, body, usage)
+        )
 
 
 class Observe:

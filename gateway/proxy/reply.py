@@ -70,7 +70,8 @@ class Reply:
     def error(self, exchange: Exchange, error: GatewayError) -> None:
         """An error: a status, or the last event of a stream that breaks off."""
         if exchange.begun:
-            exchange.client.end(exchange.endpoint.error_event(error))
+            held = exchange.reader.flush() if exchange.reader is not None else b""
+            exchange.client.end(held + exchange.endpoint.error_event(error))
             return
         head = self._head(exchange, error.status, JSON)
         if error.retry_after_s is not None:
@@ -123,6 +124,6 @@ def _placed(route: Route | None) -> bytes:
 
 def only_comments(events: bytes) -> bool:
     """Whether whole server-sent events say nothing: engines keep connections alive by comments."""
-    if not events.startswith(b":"):
+    if not events.startswith(b":") or not events.endswith(b"\n\n"):
         return False
     return all(line.startswith(b":") for line in events.splitlines() if line)

@@ -79,6 +79,16 @@ class Metrics:
         self.key_tokens = counter(
             "tiercel_key_tokens_total", "Tokens, by API key", "key", "role", "variant", "kind"
         )
+        self.usage_unreported = counter(
+            "tiercel_usage_unreported_total",
+            "Requests that an engine began and whose tokens it did not count to the end",
+            *asked,
+        )
+        self.usage_settled = counter(
+            "tiercel_usage_settled_total",
+            "Prompts that an engine was asked to count afterwards: booked, failed, unknown, dropped",
+            "outcome",
+        )
         self.hedges = counter(
             "tiercel_hedges_total",
             "Requests sent to a second replica, by whose answer came first",

@@ -159,12 +159,16 @@ class ProviderAttempt:
         self.replica = replica
         self.over = False
         self.sent = False
+        self.did_nothing = False
         self._listener = listener
         self._answer = answer
         self._may_send = asyncio.Event()
         self._may_send.set()
         self._task: asyncio.Task[None] | None = None
         self._lease = replica.take()
+
+    def request_body(self) -> bytes | None:
+        return None
 
     def start(self) -> None:
         self.sent = True
@@ -206,6 +210,7 @@ class ProviderAttempt:
     def _fail(self, failed: Failure) -> None:
         if not self._end():
             return
+        self.did_nothing = failed.outcome in (Outcome.ANSWERED, Outcome.NOT_REACHED)
         breaker = self.replica.breaker
         if failed.outcome is Outcome.ANSWERED:
             breaker.answered()

@@ -109,6 +109,7 @@ class EngineAttempt:
         "_request",
         "_size",
         "_streams",
+        "did_nothing",
         "exchange",
         "over",
         "replica",
@@ -123,6 +124,7 @@ class EngineAttempt:
         self.replica = replica
         self.over = False
         self.sent = False
+        self.did_nothing = False
         self._listener = listener
         self._request = request
         self._connection: EngineConnection | None = None
@@ -131,6 +133,9 @@ class EngineAttempt:
         self._parts: list[bytes] = []
         self._size = 0
         self._lease = replica.take(work)
+
+    def request_body(self) -> bytes | None:
+        return self._request.partition(b"\r\n\r\n")[2]
 
     def start(self) -> None:
         """Send it, over a kept connection or else a new one."""
@@ -226,6 +231,7 @@ class EngineAttempt:
             self._listener.whole(self, body, head.content_type)
 
     def _refused(self, head: AnswerHead, body: bytes) -> None:
+        self.did_nothing = True
         error: UpstreamError
         if head.status == 404 and b'"error"' not in body:
             path, variant = self.exchange.endpoint.path, self.replica.variant
@@ -256,6 +262,7 @@ class EngineAttempt:
         self._listener.broke(self, UpstreamError(f"The engine broke off {began}.", internal=self._where(why)))
 
     def _never_reached(self, why: str, *, unread: bool) -> None:
+        self.did_nothing = True
         if not self._end():
             return
         if not unread:

@@ -1,0 +1,11 @@
+"""A stand-in for a vLLM engine, for tests and for trying the gateway without a model.
+
+``python -m gateway.upstream.fake --port 8101`` runs one.
+"""
+
+from gateway.upstream.fake.account import Account, Work
+from gateway.upstream.fake.answers import TOKEN_P
+from gateway.upstream.fake.engine import FakeEngine
+from gateway.upstream.fake.script import Script
+
+__all__ = ["TOKEN_P", "Account", "FakeEngine", "Script", "Work"]

@@ -1,0 +1,152 @@
+"""Prompts that no engine counted are booked afterwards, and nothing is guessed."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import aiohttp
+import pytest
+from gateway_stack import eventually
+from prometheus_client import CollectorRegistry
+
+from gateway.proxy.record import NO_USAGE, Usage
+from gateway.telemetry.ledger import Ledger
+from gateway.telemetry.logs import AccessLog
+from gateway.telemetry.metrics import Metrics
+from gateway.upstream import settle
+from gateway.upstream.fake import FakeEngine
+from gateway.upstream.settle import Settlement, Unreported, owes_usage, questions_for
+
+CHAT = {"model": "m", "messages": [{"role": "user", "content": "one two three"}], "stream": True, "n": 2}
+
+
+class Books:
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        metrics = Metrics(self.registry, ["core"])
+        self.settlement = Settlement(metrics, Ledger(metrics, AccessLog()).spend)
+
+    def sample(self, name: str, **labels: str) -> float:
+        return self.registry.get_sample_value(name, labels) or 0.0
+
+    @property
+    def unreported(self) -> float:
+        return self.sample("tiercel_usage_unreported_total", role="core", variant="int8")
+
+    @property
+    def prompt(self) -> float:
+        return self.sample("tiercel_tokens_total", role="core", variant="int8", kind="prompt")
+
+    def settled(self, outcome: str) -> float:
+        return self.sample("tiercel_usage_settled_total", outcome=outcome)
+
+
+def unreported(url: str, body: Any = CHAT, path: str = "/v1/chat/completions", **more: Any) -> Unreported:
+    raw = body if isinstance(body, bytes) else json.dumps(body).encode()
+    return Unreported(
+        **{"usage": NO_USAGE, "key": "k"} | more, role="core", variant="int8", url=url, path=path, body=raw
+    )
+
+
+@asynccontextmanager
+async def running() -> AsyncIterator[tuple[Books, FakeEngine, str]]:
+    engine, books = FakeEngine(), Books()
+    async with engine.serving() as url, aiohttp.ClientSession() as session:
+        task = asyncio.create_task(books.settlement.run(session))
+        yield books, engine, url
+        task.cancel()
+        await asyncio.wait([task])
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/chat/completions", CHAT),
+        ("/v1/completions", {"model": "m", "prompt": "one two"}),
+        ("/v1/completions", {"model": "m", "prompt": ["one", "two three"], "n": 3}),
+        ("/v1/completions", {"model": "m", "prompt": [[1, 2, 3], [4]]}),
+        ("/v1/completions", {"model": "m", "prompt": [1, 2, 3]}),
+        ("/v1/messages", {"model": "m", "system": "be brief", "messages": CHAT["messages"], "max_tokens": 5}),
+    ],
+)
+async def test_a_prompt_is_booked_as_the_engine_took_it_in(path: str, body: Any) -> None:
+    async with running() as (books, engine, url):
+        async with aiohttp.ClientSession() as http, http.post(url + path, json=body) as response:
+            assert response.status == 200
+        (work,) = engine.account
+        books.settlement.report(unreported(url, body, path))
+        await eventually(lambda: books.settled("booked"))
+        assert books.prompt == work.prompt_tokens
+        key = {"key": "k", "role": "core", "variant": "int8", "kind": "prompt"}
+        assert books.sample("tiercel_key_tokens_total", **key) == work.prompt_tokens
+        assert books.unreported == 1
+
+
+async def test_what_is_known_is_not_asked_for() -> None:
+    async with running() as (books, _, url):
+        books.settlement.report(unreported(url, usage=Usage(5, 0, 2, exact=False)))
+        assert (books.unreported, books.settlement.idle) == (1, True)
+
+
+async def test_what_cannot_be_known_is_counted_and_no_more() -> None:
+    async with running() as (books, _, url):
+        books.settlement.report(unreported(url, {"input": "a"}, "/v1/responses"))
+        books.settlement.report(unreported(url, b"{"))
+        books.settlement.report(unreported("http://127.0.0.1:1"))
+        await eventually(lambda: books.settled("failed") == 2 and books.settled("unknown") == 1)
+        books.settlement.report(Unreported("core", "int8", None, "", "/v1/chat/completions", None, NO_USAGE))
+        assert books.settled("unknown") == 2, "nobody can ask a provider"
+        assert (books.unreported, books.prompt) == (4, 0)
+        books.settlement.report(unreported(url))
+        await eventually(lambda: books.settled("booked"))
+
+
+async def test_what_waits_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    books = Books()
+    monkeypatch.setattr(settle, "MOST_WAITING", 3)
+    for _ in range(5):
+        books.settlement.report(unreported("http://127.0.0.1:1"))
+    assert books.settled("dropped") == 2
+    monkeypatch.setattr(settle, "MOST_WAITING", 100)
+    monkeypatch.setattr(settle, "LARGEST_BYTES", 1000)
+    books.settlement.report(unreported("http://127.0.0.1:1", b"x" * 1001))
+    monkeypatch.setattr(settle, "MOST_BYTES", 0)
+    books.settlement.report(unreported("http://127.0.0.1:1"))
+    assert (books.settled("dropped"), books.unreported) == (4, 7)
+
+
+async def test_what_waits_when_the_gateway_stops_is_still_booked() -> None:
+    async with running() as (books, _, url):
+        await asyncio.sleep(0)  # it runs
+        for _ in range(20):
+            books.settlement.report(unreported(url))
+    assert books.settled("booked") + books.settled("dropped") == 20
+    assert books.settled("booked") >= 1
+    assert books.settlement.idle
+
+
+def test_what_shapes_the_prompt_of_a_chat_is_asked_about() -> None:
+    body = {
+        **CHAT,
+        "tools": [{"type": "function"}],
+        "chat_template_kwargs": {"a": 1},
+        "reasoning_effort": "low",
+        "temperature": 1,
+    }
+    (question,) = questions_for("/v1/chat/completions", json.dumps(body).encode()) or ()
+    assert isinstance(question, tuple)
+    assert question[1] == {
+        "model": "m",
+        "messages": CHAT["messages"],
+        "tools": [{"type": "function"}],
+        "chat_template_kwargs": {"reasoning_effort": "low", "enable_thinking": True, "a": 1},
+    }
+
+
+def test_counting_has_no_usage() -> None:
+    assert not any(map(owes_usage, ("/tokenize", "/v1/tokenize", "/detokenize", "/v1/messages/count_tokens")))
+    assert all(map(owes_usage, ("/v1/messages", "/v1/embeddings", "/score")))
