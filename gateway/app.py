@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
-from contextlib import asynccontextmanager, nullcontext
+from contextlib import asynccontextmanager, nullcontext, suppress
 from typing import Any
 
 import aiohttp
+import msgspec
 from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
 
@@ -19,9 +20,10 @@ from gateway.config import Config, ConfigError
 from gateway.console.files import Files
 from gateway.proxy.hops import AskUpstream, ChooseRoute, Identify
 from gateway.proxy.plane import DataPlane, Snapshot
-from gateway.quality.detectors import detector
+from gateway.quality.detectors import check_classifier
 from gateway.quality.inquiry import Inquiry
 from gateway.quality.observe import Observer
+from gateway.quality.process import CheckProcess
 from gateway.quality.watch import Watch
 from gateway.routing.breaker import Clock
 from gateway.routing.discovery import INTERVAL_S, Discovery
@@ -35,6 +37,9 @@ from gateway.upstream.litellm import LiteLLM
 from gateway.wire.client import ClientConnection
 from gateway.workers import Board, Siblings
 from quantize.card import Card
+
+CHECKS_START_S = 10.0
+"""Seconds that the start waits for the checks that answers may have to pass before they are sent."""
 
 
 class Gateway:
@@ -64,8 +69,16 @@ class Gateway:
             self._siblings = Siblings(directory, worker, workers, self.metrics)
         self.latencies = Latencies()
         self.watch = Watch(config, cards, self.metrics, self._avoid) if config.watch.enabled else None
-        self._inquiry = Inquiry(config.watch, config.model.name, lambda: self.plane.snapshot.pools)
         self.providers = LiteLLM(config.providers, config.gateway)
+        self.checks = CheckProcess("checks", self.metrics)
+        self.escalation = CheckProcess("escalation", self.metrics, niceness=0)
+        self._inquiry = Inquiry(
+            config.watch,
+            config.model.name,
+            lambda: self.plane.snapshot.pools,
+            self.metrics,
+            self._ask_provider,
+        )
         self.plane = DataPlane(self.make_snapshot(config, cards), self.metrics, self.latencies, clock)
         self.app = FastAPI(
             title="Tiercel", lifespan=self._lifespan, docs_url=None, redoc_url=None, responses=REFUSALS
@@ -101,11 +114,14 @@ class Gateway:
         if self.watch is not None:
             router.avoid(self.watch.demoted())
         quality = config.quality
-        try:
-            detect = detector(quality.detector, quality.classifier).check
-        except (OSError, ValueError, ImportError) as error:
-            raise ConfigError(f"quality.classifier: {quality.classifier} cannot be used: {error}") from None
-        observer = Observer(config, self.metrics, self.watch, self._inquiry, detect, self.providers.once)
+        if quality.detector == "classifier" and quality.classifier is not None:
+            try:
+                check_classifier(quality.classifier)
+            except (OSError, ValueError) as error:
+                raise ConfigError(
+                    f"quality.classifier: {quality.classifier} cannot be used: {error}"
+                ) from None
+        observer = Observer(config, self.metrics, self.checks, self.escalation, self.watch, self._inquiry)
         for variant, card in cards.items():
             self.metrics.weight_bytes.labels(variant).set(card.weight_bytes)
         ask = AskUpstream(config, router, self.providers)
@@ -179,10 +195,20 @@ class Gateway:
                 self.plane.sweep_forever(),
                 self.overview.sample_forever(),
                 *((self.watch.run(session), self._inquiry.run(session)) if self.watch else ()),
+                self.checks.run(),
+                self.escalation.run(),
                 self._discover_forever(),
             ):
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(CHECKS_START_S):
+                        await self.plane.snapshot.observer.ready()
                 yield
                 await self.plane.close()
+
+    async def _ask_provider(self, model: str, body: bytes) -> bytes:
+        """A judge that no pool of ours serves. The body is our own."""
+        answer = await self.providers.once(model, msgspec.json.decode(body))
+        return msgspec.json.encode(answer)
 
     def _avoid(self, demoted: Mapping[tuple[str, str], str]) -> None:
         self.plane.snapshot.router.avoid(demoted)

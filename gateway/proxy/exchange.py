@@ -121,6 +121,8 @@ class Exchange:
         self.received = self.heard_at = plane.clock()
         """``heard_at``: when the present attempt was made, or the engine was heard of last."""
         self.request_id = request_id(head.headers)
+        self.sample_id = new_id()
+        """Unlike the request's id never of the client's choosing."""
         self.attempts: list[Attempt] = []
 
     # going
@@ -209,17 +211,26 @@ class Exchange:
             breaker = attempt.replica.breaker
             if not breaker.no_failures:
                 breaker.answered()
-            if self.snapshot.ask.escalates and self.snapshot.ask.escalate(self, attempt):
+            if self.snapshot.ask.may_escalate(self):
                 self.overhead_s += self.plane.clock() - now
+                self.spawn(self._send_or_escalate(attempt, out))
                 return
-            self.begun = True
             self.overhead_s += self.plane.clock() - now
-            self.client.send_whole(self.answer_head(200, b"application/json"), out)
-            self._finish()
+            self._send_whole(out)
         except GatewayError as error:
             self.fail(error)
         except Exception as error:
             self._defect(error)
+
+    async def _send_or_escalate(self, attempt: Attempt, out: bytes) -> None:
+        """The answer is looked at before the client gets it."""
+        if not await self.snapshot.ask.escalate(self, attempt):
+            self._send_whole(out)
+
+    def _send_whole(self, out: bytes) -> None:
+        self.begun = True
+        self.client.send_whole(self.answer_head(200, b"application/json"), out)
+        self._finish()
 
     def arrived(self, attempt: Attempt, payload: bytes) -> None:
         """A part of a stream, of whichever attempt is first."""
@@ -379,4 +390,9 @@ def request_id(headers: dict[str, str]) -> str:
     given = headers.get("x-request-id")
     if given is not None and _SANE_REQUEST_ID.fullmatch(given):
         return given
+    return new_id()
+
+
+def new_id() -> str:
+    """One that no other request of this machine has."""
     return f"{_ID_PREFIX}{next(_ids):012x}"

@@ -106,15 +106,20 @@ class AskUpstream:
         exchange.attempts.remove(attempt)
         exchange.carry_on()
 
-    def escalate(self, exchange: Exchange, attempt: Attempt) -> bool:
+    def may_escalate(self, exchange: Exchange) -> bool:
+        """Whether an answer that has come whole is looked at before the client gets it."""
+        route = exchange.route
+        if route is None or exchange.tapped is None or route.role not in self.escalates:
+            return False
+        return not exchange.escalated and route.reason is not Reason.EXPLICIT_VARIANT
+
+    async def escalate(self, exchange: Exchange, attempt: Attempt) -> bool:
         """Ask the next more precise variant instead, if the answer that has come whole fails a check. Once
         per request, for a share of a role's answers, and never where the client has named the variant."""
-        route, tapped, caller = exchange.route, exchange.tapped, exchange.caller
-        if route is None or tapped is None or caller is None or route.role not in self.escalates:
+        route, tapped = exchange.route, exchange.tapped
+        if route is None or tapped is None:
             return False
-        if exchange.escalated or route.reason is Reason.EXPLICIT_VARIANT:
-            return False
-        why = exchange.snapshot.observer.insufficient(route.role, exchange.body, tapped.answer)
+        why = await exchange.snapshot.observer.insufficient(route.role, exchange.raw, tapped.answer)
         if not self._escalations.allows(route.role, why is not None) or why is None:
             return False
         higher = self._router.higher(route)
@@ -137,7 +142,7 @@ class AskUpstream:
             return StreamReader(options) if options.stream else WholeReader()
         if not options.stream and exchange.caller and exchange.caller.role in self.escalates:
             return TappedReader(options)
-        if self._tapped_below and sampled(exchange.request_id, self._tapped_below):
+        if self._tapped_below and sampled(exchange.sample_id, self._tapped_below):
             return TappedReader(options)
         return StreamReader(options) if options.stream else WholeReader()
 

@@ -79,7 +79,6 @@ class DataPlane:
         self.ledger = Ledger(metrics, self.log)
         self._traces = traces()
         self._placed: dict[tuple[str, str, str], bytes] = {}
-        self._checks: set[asyncio.Task[None]] = set()
         self._date = b""
         self._date_at = -1
 
@@ -189,18 +188,20 @@ class DataPlane:
             observer.count_error("listen", route.role, route.variant)
             return
         first, gaps = exchange.first_at, exchange.gaps
-        seen = Observed(
-            route.role,
-            route.variant,
-            exchange.request_id,
-            exchange.body,
-            tapped.answer,
-            None if first is None else first - exchange.received,
-            sum(gaps) / len(gaps) if gaps else None,
+        observer.offer(
+            Observed(
+                route.role,
+                route.variant,
+                exchange.request_id,
+                exchange.endpoint.path,
+                exchange.raw,
+                tapped.answer,
+                None if first is None else first - exchange.received,
+                sum(gaps) / len(gaps) if gaps else None,
+                exchange.caller.cache_salt if exchange.caller else "",
+                exchange.sample_id,
+            )
         )
-        task = asyncio.get_running_loop().create_task(observer.observe(seen))
-        self._checks.add(task)
-        task.add_done_callback(self._checks.discard)
 
     # from time to time
 
@@ -235,8 +236,6 @@ class DataPlane:
         self.stopping = True
         for exchange in tuple(self.active):
             exchange.stop()
-        if self._checks:
-            await asyncio.wait(self._checks, timeout=1.0)
         for replica in self.snapshot.pools.replicas():
             replica.connections.close()
         self.log.flush()

@@ -315,7 +315,7 @@ class TappedReader:
             out.append(as_wished(event, self._options))
             if event.data is not None and not self.confused:
                 try:
-                    self.answer.add(event.data, at)
+                    self.answer.add(event.data, at, event.raw)
                 except Exception:  # an engine may send what we have never seen: that breaks no request
                     self.confused = True
             self.done = self.done or event.done or not self._splitter
