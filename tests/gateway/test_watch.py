@@ -15,9 +15,17 @@ from gateway_stack import Stack, eventually, make_config, running_gateway
 
 from gateway.config import ConfigError
 from gateway.identity import hash_of
+from gateway.quality import observe
 from gateway.quality.cells import Cell, Track
 from gateway.quality.store import Store
 from gateway.quality.watch import store_url
+
+
+@pytest.fixture(autouse=True)
+def _patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client waits for a check as long as a busy machine takes for it."""
+    monkeypatch.setattr(observe, "ESCALATION_S", 10.0)
+
 
 ROLE = {"x-agent-role": "intent_classifier"}
 EAGER = {"rate": 1.0, "probation_rate": 1.0, "probation_after_s": 3600.0}
