@@ -54,6 +54,7 @@ class Subject:
 
     @classmethod
     def of(cls, encoded: bytes) -> Subject:
+        """Raises msgspec.MsgspecError for what is no ``AnswerRecord``."""
         record = decode_answer(encoded)
         return cls(record, read_object(record.body) or {}, Transcript.of(record.events))
 
@@ -79,9 +80,9 @@ class Tools:
 # by itself
 
 
-def look(task: Look, tools: Tools) -> Findings:
+def look(task: Look, record: bytes, tools: Tools) -> Findings:
     """Signals, rules, and what the answer makes up."""
-    subject, found = Subject.of(task.answer), Findings()
+    subject, found = Subject.of(record), Findings()
     _guarded(found, "signals", lambda: _signals(subject, found))
     _guarded(found, "rules", lambda: _rules(subject, found, tools))
     detector = task.detector
@@ -92,9 +93,9 @@ def look(task: Look, tools: Tools) -> Findings:
     return found
 
 
-def suffices(task: Suffices, tools: Tools) -> Findings:
+def suffices(task: Suffices, record: bytes, tools: Tools) -> Findings:
     """Whether an answer is good enough to be sent."""
-    subject = Subject.of(task.answer)
+    subject = Subject.of(record)
     failed = failures(subject.request, subject.answer, tools.schemas)
     signals = subject.answer.signals
     if task.confidence is not None and signals and math.exp(-signals.nll_mean) < task.confidence:
@@ -156,9 +157,9 @@ def _incomparable(subject: Subject) -> Result | None:
 # by asking engines
 
 
-async def examine(task: Examination, tools: Tools, ask: Asking) -> Findings:
+async def examine(task: Examination, record: bytes, tools: Tools, ask: Asking) -> Findings:
     """What comes of asking engines about an answer. Raises UnansweredError."""
-    subject = Subject.of(task.answer)
+    subject = Subject.of(record)
     examiner = Examiner(ask, subject.record.cache_salt)
     match task:
         case Score():

@@ -141,11 +141,11 @@ class Observer:
             self._config.roles[seen.role].grounded,
             encode(AnswerRecord(seen.body, seen.answer.events, seen.cache_salt)),
         )
-        task, limit_s, classifier = Look(kept.record), STEP_S, None
+        task, limit_s, classifier = Look(), STEP_S, None
         if kept.grounded:
             task.detector, classifier = self._config.quality.detector, self._classifier
             limit_s = CLASSIFIER_STEP_S if classifier else STEP_S
-        self._checks.submit(task, partial(self._looked, kept), limit_s, classifier)
+        self._checks.submit(task, kept.record, partial(self._looked, kept), limit_s, classifier)
 
     async def insufficient(self, role: str, body: bytes, answer: Answer) -> str | None:
         """The check that an answer fails so plainly that a more precise variant should be asked; None where
@@ -156,8 +156,8 @@ class Observer:
         record = encode(AnswerRecord(body, answer.events))
         try:
             async with asyncio.timeout(ESCALATION_S):
-                task = Suffices(record, self._config.roles[role].confidence)
-                step = await self._escalation.step(task, limit_s=4 * ESCALATION_S)
+                task = Suffices(self._config.roles[role].confidence)
+                step = await self._escalation.step(task, record, 4 * ESCALATION_S)
         except (TimeoutError, LostError):
             self._escalation.drop("late")
             return None
@@ -259,22 +259,22 @@ class Observer:
         """Let the reference score the answer; where there is suspicion, let it answer too."""
         reference = self._config.reference
         try:
-            found = await self._examine(Score(kept.record, reference))
+            found = await self._examine(kept, Score(reference))
         except UnansweredError as error:
             self._compared(kept, Result.ERROR)
             self._say(kept, "shadow", str(error))
             return
         self._take(kept, found)
         if found.compared is not Result.INCOMPARABLE and watch.suspected(key):
-            await self._also(kept, "regenerate", Regenerate(kept.record, reference))
+            await self._also(kept, "regenerate", Regenerate(reference))
 
     async def _resample(self, kept: _Kept, key: CellKey) -> None:
-        await self._also(kept, "resample", Resample(kept.record, key.variant))
+        await self._also(kept, "resample", Resample(key.variant))
 
     async def _also(self, kept: _Kept, what: str, task: Examination) -> None:
         """An examination that is not missed where it cannot be made."""
         try:
-            self._take(kept, await self._examine(task))
+            self._take(kept, await self._examine(kept, task))
         except UnansweredError as error:
             self._say(kept, what, str(error))
         except ShedError:
@@ -283,7 +283,7 @@ class Observer:
     async def _copy(self, kept: _Kept, other: CellKey) -> None:
         """Let a variant on probation answer a request that another has answered, and judge that."""
         try:
-            found = await self._examine(Copy(kept.record, other.variant, self._config.reference))
+            found = await self._examine(kept, Copy(other.variant, self._config.reference))
         except UnansweredError as error:
             self._say(kept, "probation", str(error))
             return
@@ -295,18 +295,18 @@ class Observer:
         assert settings
         try:
             async with asyncio.timeout(settings.timeout_s):
-                found = await self._examine(Judge(kept.record, settings.max_tokens))
+                found = await self._examine(kept, Judge(settings.max_tokens))
         except (UnansweredError, TimeoutError) as error:
             self._judged_as(kept, CheckOutcome.ERROR)
             self._say(kept, "judge", str(error) or "no answer in time")
             return
         self._take(kept, found)
 
-    async def _examine(self, task: Examination) -> Findings:
+    async def _examine(self, kept: _Kept, task: Examination) -> Findings:
         """Have an answer examined, and engines asked what that takes. Raises UnansweredError or ShedError."""
         session = 0
         try:
-            step = await self._checks.step(task)
+            step = await self._checks.step(task, kept.record)
             while step.ask is not None:
                 session, asked = step.session, step.ask
                 try:
@@ -318,7 +318,7 @@ class Observer:
             raise UnansweredError(str(error)) from None
         finally:
             if session:
-                self._checks.submit(Forget(session), lambda _: None)
+                self._checks.submit(Forget(session), b"", lambda _: None)
         if step.findings is None:
             raise UnansweredError(step.error)
         return step.findings

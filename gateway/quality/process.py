@@ -41,6 +41,8 @@ STEADY_S = 60.0
 """A process that has lived so long is started again at once."""
 STOP_S = 1.0
 """Seconds that a process has to end by itself once its connection is closed."""
+_SEND_BUFFER = 1 << 20
+"""Bytes that are handed to the kernel at once."""
 _COMMAND = "import sys; sys.path.insert(0, sys.argv.pop(1)); from gateway.quality.worker import main; main()"
 _HOUSE = str(Path(gateway.__file__).parents[1])
 
@@ -53,12 +55,17 @@ class LostError(RuntimeError):
 
 @dataclass(slots=True, eq=False)
 class _Job:
-    message: bytes
+    task: bytes
+    record: bytes
     done: Callable[[Step | None], None]
     """Called with None where there will be no step."""
     limit_s: float
     classifier: str | None
     cancelled: bool = False
+
+    @property
+    def size(self) -> int:
+        return len(self.task) + len(self.record)
 
 
 class CheckProcess:
@@ -107,25 +114,26 @@ class CheckProcess:
     def submit(
         self,
         task: Task,
+        record: bytes,
         done: Callable[[Step | None], None],
         limit_s: float = STEP_S,
         classifier: str | None = None,
     ) -> _Job | None:
-        """Have a task done; ``done`` is called with its step, or with None where the process was lost. None
-        where the queue is full: it is counted as dropped, and ``done`` is not called.
+        """Have a task done about an encoded ``AnswerRecord``; ``done`` is called with its step, or with None
+        where the process was lost. None where the queue is full: that is counted as dropped, and ``done`` is
+        not called.
 
         ``classifier``: the one that the process must have loaded."""
-        message = encode(task)
-        if len(self._queue) >= MOST_WAITING or self._bytes + len(message) > MOST_WAITING_BYTES:
+        job = _Job(encode(task), record, done, limit_s, classifier)
+        if len(self._queue) >= MOST_WAITING or self._bytes + job.size > MOST_WAITING_BYTES:
             self.drop("full")
             return None
-        job = _Job(message, done, limit_s, classifier)
         self._queue.append(job)
-        self._bytes += len(message)
+        self._bytes += job.size
         self._next()
         return job
 
-    async def step(self, task: Task, limit_s: float = STEP_S) -> Step:
+    async def step(self, task: Task, record: bytes = b"", limit_s: float = STEP_S) -> Step:
         """The same, waited for. Raises LostError."""
         future: asyncio.Future[Step | None] = asyncio.get_running_loop().create_future()
 
@@ -133,7 +141,7 @@ class CheckProcess:
             if not future.done():
                 future.set_result(step)
 
-        job = self.submit(task, done, limit_s)
+        job = self.submit(task, record, done, limit_s)
         if job is None:
             raise LostError("there is too much to do")
         try:
@@ -174,6 +182,7 @@ class CheckProcess:
         loop = asyncio.get_running_loop()
         ours, theirs = socket.socketpair()
         ours.setblocking(False)
+        ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
         status, connection = None, _Connection(self._received, loop.create_future())
         try:
             with theirs:
@@ -181,7 +190,7 @@ class CheckProcess:
                 await _to_its_end(asyncio.to_thread(self._spawn, theirs.fileno()))
             self._connection = connection
             limit_s = START_S if self._classifier is None else LOAD_S
-            self._send(_Job(encode(Prepare(self._classifier)), self._prepared, limit_s, None))
+            self._send(_Job(encode(Prepare(self._classifier)), b"", self._prepared, limit_s, None))
             await connection.lost
         finally:
             self._ready.clear()
@@ -226,7 +235,7 @@ class CheckProcess:
                 self._connection = None
                 return
             job = self._queue.popleft()
-            self._bytes -= len(job.message)
+            self._bytes -= job.size
             if not job.cancelled:
                 self._send(job)
 
@@ -234,7 +243,7 @@ class CheckProcess:
         assert self._connection
         self._current = job
         self._timer = asyncio.get_running_loop().call_later(job.limit_s, self._overdue)
-        self._connection.send(job.message, job.limit_s)
+        self._connection.send(job)
 
     def _overdue(self) -> None:
         self._why = "it took too long over an answer"
@@ -297,9 +306,10 @@ class _Connection(asyncio.Protocol):
         if not self.lost.done():
             self.lost.set_result(None)
 
-    def send(self, message: bytes, limit_s: float) -> None:
+    def send(self, job: _Job) -> None:
         assert self.transport
-        self.transport.write(HEADER.pack(len(message), round(1000 * limit_s)) + message)
+        header = HEADER.pack(len(job.task), len(job.record), round(1000 * job.limit_s))
+        self.transport.writelines((header + job.task, job.record))
 
     def close(self) -> None:
         if self.transport is not None:

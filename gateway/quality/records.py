@@ -12,9 +12,9 @@ from enum import StrEnum
 
 import msgspec
 
-HEADER = struct.Struct(">II")
-"""Before a message to the process: its bytes, and the milliseconds that it may take. Before a step: its
-bytes, and nothing."""
+HEADER = struct.Struct(">III")
+"""Before a message to the process: the bytes of its task and of the record that this is about, and the
+milliseconds that it may take. Before a step: its bytes, and two zeros."""
 
 
 class CheckOutcome(StrEnum):
@@ -59,10 +59,8 @@ class Prepare(msgspec.Struct, tag="prepare", array_like=True):
 
 
 class Look(msgspec.Struct, tag="look", array_like=True):
-    """Check an answer by itself. ``detector``: who looks for what it makes up; None for nobody.
-    ``answer``, here and below, is an encoded ``AnswerRecord``."""
+    """Check the record's answer by itself. ``detector``: who looks for what it makes up; None for nobody."""
 
-    answer: bytes
     detector: str | None = None
     classifier: str | None = None
 
@@ -71,35 +69,30 @@ class Suffices(msgspec.Struct, tag="suffices", array_like=True):
     """Whether an answer is good enough to be sent. ``confidence``: the least geometric mean probability of
     its tokens, if any."""
 
-    answer: bytes
     confidence: float | None = None
 
 
 class Score(msgspec.Struct, tag="score", array_like=True):
     """Let the reference score an answer."""
 
-    answer: bytes
     reference: str
 
 
 class Regenerate(msgspec.Struct, tag="regenerate", array_like=True):
     """Compare an answer with the reference's own."""
 
-    answer: bytes
     reference: str
 
 
 class Resample(msgspec.Struct, tag="resample", array_like=True):
     """Ask a variant again, at a temperature, whether it says the same."""
 
-    answer: bytes
     variant: str
 
 
 class Copy(msgspec.Struct, tag="copy", array_like=True):
     """Let another variant answer the request, and judge that by the reference and by rules."""
 
-    answer: bytes
     variant: str
     reference: str
 
@@ -107,7 +100,6 @@ class Copy(msgspec.Struct, tag="copy", array_like=True):
 class Judge(msgspec.Struct, tag="judge", array_like=True):
     """Let a model label the answer's sentences."""
 
-    answer: bytes
     max_tokens: int
 
 

@@ -68,23 +68,23 @@ class Worker:
         self._sessions: dict[int, Session] = {}
         self._last = 0
 
-    def handle(self, message: bytes) -> Step:
+    def handle(self, task: bytes, record: bytes) -> Step:
         """Raises nothing: what goes wrong is the step's ``error``."""
         try:
-            return self._handle(decode_task(message))
+            return self._handle(decode_task(task), record)
         except UnansweredError as error:
             return Step(error=str(error))
         except Exception as error:
             return Step(error=where(error))
 
-    def _handle(self, task: Task) -> Step:
+    def _handle(self, task: Task, record: bytes) -> Step:
         match task:
             case Prepare():
                 return self._prepare(task)
             case Look():
-                return Step(findings=look(task, self.tools))
+                return Step(findings=look(task, record, self.tools))
             case Suffices():
-                return Step(findings=suffices(task, self.tools))
+                return Step(findings=suffices(task, record, self.tools))
             case Resume():
                 session = self._sessions.pop(task.session, None)
                 if session is None:
@@ -95,7 +95,7 @@ class Worker:
                     session.close()
                 return Step(findings=Findings())
             case _:
-                session = examine(task, self.tools, _ask)
+                session = examine(task, record, self.tools, _ask)
                 self._last += 1
                 return self._went(self._last, session, lambda: session.send(None))
 
@@ -129,14 +129,15 @@ def serve(connection: socket.socket) -> None:
     """Answer messages until the gateway closes its end."""
     worker = Worker()
     while (header := _exactly(connection, HEADER.size)) is not None:
-        size, limit_ms = HEADER.unpack(header)
-        if (message := _exactly(connection, size)) is None:
+        size, record_size, limit_ms = HEADER.unpack(header)
+        task, record = _exactly(connection, size), _exactly(connection, record_size)
+        if task is None or record is None:
             return
         # The default action of this signal ends the process, whatever it is busy with.
         signal.setitimer(signal.ITIMER_REAL, limit_ms / 1000 + GRACE_S)
-        answer = encode(worker.handle(message))
+        answer = encode(worker.handle(task, record))
         signal.setitimer(signal.ITIMER_REAL, 0)
-        connection.sendall(HEADER.pack(len(answer), 0) + answer)
+        connection.sendall(HEADER.pack(len(answer), 0, 0) + answer)
 
 
 def _exactly(connection: socket.socket, size: int) -> bytes | None:

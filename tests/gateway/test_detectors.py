@@ -98,14 +98,20 @@ async def test_a_classifier_is_loaded_beside_the_loop_and_again_only_for_another
     first, other = str(write_classifier(tmp_path / "first", "sequence")), str(tmp_path / "other")
     body = {"messages": [{"role": "user", "content": CONTEXT}]}
     said = {"choices": [{"message": {"content": "Greta Vidal."}, "finish_reason": "stop"}]}
-    look = Look(encode(AnswerRecord(json.dumps(body).encode(), [json.dumps(said).encode()])), "classifier")
+    record = encode(AnswerRecord(json.dumps(body).encode(), [json.dumps(said).encode()]))
     checks = CheckProcess("checks", Metrics(CollectorRegistry(), ()))
     running = asyncio.create_task(checks.run())
     found: asyncio.Queue[tuple[Step | None, int | None]] = asyncio.Queue()
     try:
         pids = []
         for directory, outcome in ((first, "passed"), (first, "passed"), (None, "passed"), (other, "error")):
-            checks.submit(look, lambda step: found.put_nowait((step, checks.pid)), 300.0, directory)
+            checks.submit(
+                Look("classifier"),
+                record,
+                lambda step: found.put_nowait((step, checks.pid)),
+                300.0,
+                directory,
+            )
             async with asyncio.timeout(300):
                 step, pid = await found.get()
             assert step is not None

@@ -33,6 +33,7 @@ from gateway.quality.process import CheckProcess, LostError
 from gateway.quality.records import AnswerRecord, CheckOutcome, Look, encode
 from gateway.quality.schemas import LONGEST, Schemas
 from gateway.telemetry.metrics import Metrics
+from gateway.upstream.litellm import LiteLLM
 
 ROLE = {"x-agent-role": "intent_classifier"}
 ASKED = {"role": "intent_classifier", "variant": "int4-kv8"}
@@ -132,8 +133,8 @@ async def test_a_step_has_a_bound() -> None:
     async with running() as (checks, metrics):
         first = await ready(checks)
         with pytest.raises(LostError):
-            await checks.step(Look(record("{}", **by_schema(bomb()))), limit_s=0.2)
-        step = await checks.step(Look(record()), limit_s=SLOW_S)
+            await checks.step(Look(), record("{}", **by_schema(bomb())), limit_s=0.2)
+        step = await checks.step(Look(), record(), limit_s=SLOW_S)
         assert step.findings is not None
         assert checks.pid != first
         assert metrics.registry.get_sample_value("tiercel_quality_errors_total", {"part": "checks"}) == 1
@@ -167,7 +168,7 @@ async def test_signals_to_the_group_do_not_end_it_and_closing_does() -> None:
         pid = await ready(checks)
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             os.kill(pid, number)
-        assert (await checks.step(Look(record()), limit_s=SLOW_S)).findings is not None
+        assert (await checks.step(Look(), record(), limit_s=SLOW_S)).findings is not None
         assert checks.pid == pid
         assert os.getpgid(pid) != os.getpgid(0)
         assert psutil.Process(pid).nice() > psutil.Process().nice()
@@ -184,6 +185,7 @@ async def test_it_does_not_outlive_its_gateway(tmp_path: Path, busy: bool) -> No
         from gateway.quality.process import CheckProcess
         from gateway.quality.records import Look
         from gateway.telemetry.metrics import Metrics
+from gateway.upstream.litellm import LiteLLM
         from test_quality_process import bomb, by_schema, record
 
         async def main():
@@ -192,7 +194,7 @@ async def test_it_does_not_outlive_its_gateway(tmp_path: Path, busy: bool) -> No
             checks.want()
             await checks.ready()
             if {busy}:
-                checks.submit(Look(record("{{}}", **by_schema(bomb()))), print, limit_s=1.0)
+                checks.submit(Look(), record("{{}}", **by_schema(bomb())), print, limit_s=1.0)
             print(checks.pid, flush=True)
             if {busy}:
                 await asyncio.sleep(0.3)
@@ -272,7 +274,7 @@ def test_a_check_that_raises_is_counted_and_the_others_go_on() -> None:
         def check(self, answer: str, context: str) -> Grounded:
             raise RuntimeError(f"a defect that quotes {answer}")
 
-    found = look(Look(record(), "rules"), Tools(detectors={"rules": Broken()}))
+    found = look(Look("rules"), record(), Tools(detectors={"rules": Broken()}))
     assert found.outcomes["grounded"] is CheckOutcome.ERROR
     assert found.outcomes["empty"] is CheckOutcome.PASSED
     (problem,) = found.problems
@@ -387,7 +389,11 @@ async def test_no_exception_ends_the_inquiries() -> None:
     assert errors == 3 * settings.in_flight
 
 
-async def test_a_judge_that_a_reload_removed_gives_no_answer() -> None:
+async def test_a_judge_that_a_reload_removed_gives_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def nothing(_: LiteLLM) -> None:
+        """LiteLLM takes seconds to import, and is not asked here."""
+
+    monkeypatch.setattr(LiteLLM, "load", nothing)
     watch = {"judge": {"model": "elsewhere", "rate": 1.0}}
     providers = [{"model": "elsewhere", "litellm_model": "openai/x", "api_base": "http://127.0.0.1:9"}]
     async with running_gateway(watch=watch, providers=providers) as stack:
