@@ -13,13 +13,19 @@ import msgspec
 from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
 
-from gateway.api.operations import REFUSALS, Operations, add_error_handlers
+from gateway.api.failures import add_error_handlers
+from gateway.api.models import Models
+from gateway.api.operations import REFUSALS, Operations
 from gateway.api.overview import Overview
 from gateway.api.watching import Watching
 from gateway.config import Config, ConfigError
 from gateway.console.files import Files
-from gateway.proxy.hops import AskUpstream, ChooseRoute, Identify
+from gateway.proxy.attempts import Attempts, Limits
+from gateway.proxy.exchange import Exchange
+from gateway.proxy.hops import Admit, ChooseRoute, Identify, Observe, ReadBody
+from gateway.proxy.pipeline import Pipeline
 from gateway.proxy.plane import DataPlane, Snapshot
+from gateway.proxy.record import Record
 from gateway.quality.detectors import check_classifier
 from gateway.quality.inquiry import Inquiry
 from gateway.quality.observe import Observer
@@ -28,12 +34,13 @@ from gateway.quality.watch import Watch
 from gateway.routing.breaker import Clock
 from gateway.routing.discovery import INTERVAL_S, Discovery
 from gateway.routing.health import probe_forever
+from gateway.routing.hedging import Hedging
 from gateway.routing.pools import Pools
 from gateway.routing.router import Router
 from gateway.telemetry.engines import EngineReader
-from gateway.telemetry.latencies import Latencies
 from gateway.telemetry.metrics import Metrics
 from gateway.upstream.litellm import LiteLLM
+from gateway.upstream.vllm import Engines
 from gateway.wire.client import ClientConnection
 from gateway.workers import Board, Siblings
 from quantize.card import Card
@@ -67,7 +74,7 @@ class Gateway:
             directory, workers = config.run_dir / "workers", config.gateway.workers
             self._board = Board(directory / "board", worker, workers)
             self._siblings = Siblings(directory, worker, workers, self.metrics)
-        self.latencies = Latencies()
+        self.hedging = Hedging()
         self.watch = Watch(config, cards, self.metrics, self._avoid) if config.watch.enabled else None
         self.providers = LiteLLM(config.providers, config.gateway)
         self.checks = CheckProcess("checks", self.metrics)
@@ -79,14 +86,14 @@ class Gateway:
             self.metrics,
             self._ask_provider,
         )
-        self.plane = DataPlane(self.make_snapshot(config, cards), self.metrics, self.latencies, clock)
+        self.plane = DataPlane(self.metrics, clock)
+        self.plane.snapshot = self.make_snapshot(config, cards)
         self.app = FastAPI(
             title="Tiercel", lifespan=self._lifespan, docs_url=None, redoc_url=None, responses=REFUSALS
         )
-        operations = Operations(
-            self.plane, self.metrics, created=int(time.time()), apply=self.apply, siblings=self._siblings
-        )
+        operations = Operations(self.plane, self.metrics, apply=self.apply, siblings=self._siblings)
         operations.add_to(self.app)
+        Models(self.plane, created=int(time.time())).add_to(self.app)
         if self.watch is not None:
             Watching(self.watch, operations.admin).add_to(self.app)
         self.overview = Overview(
@@ -109,41 +116,69 @@ class Gateway:
             lambda variant: self._discovery.replicas(config, variant),
         )
         router = Router(
-            config, cards, pools, self.latencies, lambda *asked: self.metrics.missed.labels(*asked).inc()
+            config, cards, pools, self.hedging, lambda *asked: self.metrics.missed.labels(*asked).inc()
         )
         if self.watch is not None:
             router.avoid(self.watch.demoted())
-        quality = config.quality
-        if quality.detector == "classifier" and quality.classifier is not None:
-            try:
-                check_classifier(quality.classifier)
-            except (OSError, ValueError) as error:
-                raise ConfigError(
-                    f"quality.classifier: {quality.classifier} cannot be used: {error}"
-                ) from None
-        observer = Observer(config, self.metrics, self.checks, self.escalation, self.watch, self._inquiry)
+        observer = make_observer(
+            config, self.metrics, self.checks, self.escalation, self.watch, self._inquiry
+        )
         for variant, card in cards.items():
             self.metrics.weight_bytes.labels(variant).set(card.weight_bytes)
-        ask = AskUpstream(config, router, self.providers)
+        plane, observe = self.plane, Observe(observer)
+        names = (config.model.name, *config.roles, *config.adapters, *router.known_models())
+        pipeline = Pipeline(
+            before=(
+                ReadBody(config),  # what is asked
+                Identify(),  # who asks: role and session; the key was looked at with the head
+            ),
+            attempts=Attempts(
+                limits=limits_of(config),
+                choose=ChooseRoute(router),  # which precision, which replica, and why
+                router=router,
+                engines=Engines(config),  # there, as bytes
+                providers=self.providers,
+                reply=plane.reply,  # what the client gets of it, part by part
+                lines=plane.lines,
+                clock=self._clock,
+                checks=observer,
+                took=self._took,
+                escalated=lambda exchange, why: self._escalated(observe, exchange, why),
+                may_hedge=self.hedging.allow,
+            ),
+            reply=plane.reply,
+            after=(
+                lambda record, _: plane.ledger.record(record, log=config.gateway.access_log),
+                lambda record, exchange: self._end_span(record, exchange, config.model.name),
+                observe,  # has answers checked that were listened to
+            ),
+            known_models=frozenset(names),
+            clock=self._clock,
+            ended=plane.ended,
+        )
         return Snapshot(
             config=config,
             cards=cards,
             pools=pools,
             router=router,
-            before=(
-                Identify(config),  # who asks: the key, and then the body, the role and the session
-            ),
-            onward=(
-                ChooseRoute(router),  # which precision, which replica, and why
-                ask,  # there, as bytes; retried only if it never reached an engine
-            ),
-            # then, part by part as the engine answers: a reader observes (upstream/readers.py), and the
-            # client gives the client what it asked for (wire/client.py)
-            ask=ask,
+            admit=Admit(config),  # the head alone: path, method, key, size
+            pipeline=pipeline,
             observer=observer,
-            known_models=frozenset(router.known_models()),
             model=config.model.name,
         )
+
+    def _took(self, exchange: Exchange, seconds: float) -> None:
+        if exchange.route is not None and exchange.route.kind is not None:
+            self.hedging.seconds(exchange.route.kind, seconds)
+
+    def _escalated(self, observe: Observe, exchange: Exchange, why: str) -> None:
+        if exchange.route is not None:
+            self.metrics.escalations.labels(exchange.route.role, exchange.route.variant, why).inc()
+        observe.offer(exchange)
+
+    def _end_span(self, record: Record, exchange: Exchange, model: str) -> None:
+        if exchange.span is not None and self.plane.traces is not None:
+            self.plane.traces.end(exchange.span, record, model)
 
     def apply(self, config: Config, cards: Mapping[str, Card]) -> None:
         """A new configuration, for the requests that come from now on. Raises ConfigError for one that
@@ -204,6 +239,7 @@ class Gateway:
                         await self.plane.snapshot.observer.ready()
                 yield
                 await self.plane.close()
+            await self.providers.close()
 
     async def _ask_provider(self, model: str, body: bytes) -> bytes:
         """A judge that no pool of ours serves. The body is our own."""
@@ -225,6 +261,40 @@ class Gateway:
 
     def _replicas(self) -> Any:
         return self.plane.snapshot.pools.replicas()
+
+
+def make_observer(
+    config: Config,
+    metrics: Metrics,
+    checks: CheckProcess,
+    escalation: CheckProcess,
+    watch: Watch | None,
+    inquiry: Inquiry | None,
+) -> Observer:
+    """Raises ConfigError for a classifier that cannot be used."""
+    quality = config.quality
+    if quality.detector == "classifier" and quality.classifier is not None:
+        try:
+            check_classifier(quality.classifier)
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"quality.classifier: {quality.classifier} cannot be used: {error}") from None
+    return Observer(config, metrics, checks, escalation, watch, inquiry)
+
+
+def limits_of(config: Config) -> Limits:
+    """What attempts may take and do, by the configuration."""
+    gateway, quality = config.gateway, config.quality
+    return Limits(
+        first_byte_s=gateway.first_byte_timeout_s,
+        answer_s=gateway.answer_timeout_s,
+        idle_s=gateway.idle_timeout_s,
+        total_s=gateway.total_timeout_s,
+        wait_s={name: role.wait_s for name, role in config.roles.items()},
+        escalates=frozenset(name for name, role in config.roles.items() if role.escalate),
+        escalated_share=config.watch.escalated_share,
+        listened_share=quality.sample_rate if quality.logprobs else 0.0,
+        adapters=frozenset(config.adapters),
+    )
 
 
 @asynccontextmanager

@@ -4,6 +4,7 @@ GatewayError
 ├── BadRequestError           400  the client's input; ``param`` names the field
 │   ├── MethodNotAllowedError 405
 │   ├── BodyTooLargeError     413
+│   ├── UnsupportedCodingError 415  a content-encoding that is not known
 │   ├── RequestTimeoutError   408  the request did not come in time; the connection is closed
 │   └── MalformedRequestError 400  no HTTP/1.1 that is read in one way only; the connection is closed
 ├── UnauthenticatedError      401  no key, or an unknown one
@@ -11,22 +12,33 @@ GatewayError
 ├── PrecisionTooLowError      403  an explicit variant below what the role's budget allows
 ├── UnknownModelError         404  with the known model ids
 ├── NoReplicaError            503  no replica can take it; with retry-after
+├── OverloadedError           503  clients have made the gateway hold as much as it may; with retry-after
+├── TenantOverloadedError     429  the same, of one tenant's share; with retry-after
 ├── ShuttingDownError         503  the gateway stops; with retry-after
 ├── StoreDownError            503  what the gateways share cannot be read or written now
 ├── UpstreamError             502  the upstream failed
 │   ├── UpstreamRefusedError  4xx  the upstream's own answer, its status and envelope kept
 │   ├── UpstreamTimeoutError  504
+│   ├── UpstreamOverloadedError 503  it says that it has too much to do; with retry-after if it said when
 │   └── NeverReachedError     502  no work was done on the request: the only error that is retried
 ├── ClientGoneError           499  never sent, the client is away; logged and counted
 └── UnexpectedError           500  a defect of ours; the log has it, the client does not
 
-``message`` is for the caller; ``internal`` is for the log only. Exceptions of libraries are
+``message`` is for the caller and may quote what the caller sent, or what an engine said of it. ``internal``
+is for the log, which promises to have no prompt, no answer and no secret: it is our own sentence, made of
+our own names, of numbers, statuses and the like, and never of text that a client, an engine or a provider
+wrote. Whoever quotes such text in ``message`` gives ``internal`` as well. Exceptions of libraries are
 translated where they are caught, never further in.
 """
 
 from __future__ import annotations
 
+import re
+import traceback
 from typing import Any
+
+_WORD = re.compile(r"[\w.\[\]-]{1,64}", re.ASCII)
+"""What may be taken over from somebody's error as its type, code or parameter."""
 
 
 class GatewayError(Exception):
@@ -36,12 +48,19 @@ class GatewayError(Exception):
     type: str = "internal_error"
     code: str | int | None = None
     retry_after_s: int | None = None
+    retry_after_ms: int | None = None
+    """Where an upstream gave it so; besides ``retry_after_s``, which is never less."""
 
     def __init__(self, message: str, *, param: str | None = None, internal: str | None = None) -> None:
         super().__init__(message)
         self.message = message
         self.param = param
         self.internal = internal
+
+    @property
+    def logged(self) -> str:
+        """What the log says of it."""
+        return self.internal or self.message
 
 
 class BadRequestError(GatewayError):
@@ -59,6 +78,11 @@ class MethodNotAllowedError(BadRequestError):
 class BodyTooLargeError(BadRequestError):
     status = 413
     code = "body_too_large"
+
+
+class UnsupportedCodingError(BadRequestError):
+    status = 415
+    code = "unsupported_content_encoding"
 
 
 class MalformedRequestError(BadRequestError):
@@ -115,6 +139,20 @@ class NoReplicaError(GatewayError):
         self.may_wait = may_wait
 
 
+class OverloadedError(GatewayError):
+    status = 503
+    type = "service_unavailable"
+    code = "overloaded"
+    retry_after_s = 1
+
+
+class TenantOverloadedError(GatewayError):
+    status = 429
+    type = "rate_limit_error"
+    code = "tenant_overloaded"
+    retry_after_s = 1
+
+
 class ShuttingDownError(GatewayError):
     status = 503
     type = "service_unavailable"
@@ -140,14 +178,16 @@ class UpstreamTimeoutError(UpstreamError):
     code = "upstream_timeout"
 
 
+class UpstreamOverloadedError(UpstreamError):
+    status = 503
+    type = "service_unavailable"
+    code = "upstream_overloaded"
+
+
 class NeverReachedError(UpstreamError):
-    """The request provably did no work upstream. ``stale``: a pooled connection had been closed."""
+    """The request provably did no work upstream: it may be sent once more."""
 
     code = "upstream_unreachable"
-
-    def __init__(self, message: str, *, stale: bool = False, internal: str | None = None) -> None:
-        super().__init__(message, internal=internal)
-        self.stale = stale
 
 
 class UpstreamRefusedError(UpstreamError):
@@ -162,6 +202,12 @@ class UpstreamRefusedError(UpstreamError):
         self.retry_after_s = retry_after_s
         self.type = str(error.get("type") or "invalid_request_error")
         self.code = error.get("code")
+        said = ", ".join(
+            f"{name} {error[name]}"
+            for name in ("type", "code", "param")
+            if isinstance(error.get(name), str | int) and _WORD.fullmatch(str(error[name]))
+        )
+        self.internal = f"the upstream refused the request with status {status}{said and ': '}{said}"
 
 
 class ClientGoneError(GatewayError):
@@ -170,8 +216,17 @@ class ClientGoneError(GatewayError):
 
 
 class UnexpectedError(GatewayError):
-    def __init__(self, internal: str) -> None:
+    def __init__(self, cause: BaseException | str) -> None:
+        """``cause``: a sentence, or what was raised; its own text may quote anything and is left out."""
+        internal = cause if isinstance(cause, str) else _where(cause)
         super().__init__("The gateway failed; its log has the details.", internal=internal)
+
+
+def _where(error: BaseException) -> str:
+    """An exception's type, and the place that raised it."""
+    frames = traceback.extract_tb(error.__traceback__, limit=-1)
+    place = f" at {frames[0].filename}:{frames[0].lineno}" if frames else ""
+    return f"{type(error).__name__}{place}"
 
 
 def envelope(error: GatewayError) -> dict[str, Any]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import random
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import unquote
 
@@ -15,6 +17,8 @@ from gateway.proxy.body import RequestFields
 
 _NAMED_SESSIONS = ("x-session-id", "x-litellm-session-id", "x-claude-code-session-id")
 _SESSION_LIMIT = 128
+_PLAIN_SESSION = re.compile(r"[A-Za-z0-9._:/-]+")
+_MOST_PRIORITY = 2**31 - 1
 MOST_CALLERS = 16
 """Callers that are remembered with the headers of one connection."""
 
@@ -27,8 +31,10 @@ class Caller:
     role: str
     session: str | None
     key: ApiKey | None = None
-    cache_salt: str = ""
+    cache_salt: str = field(default="", repr=False)
     """Given to engines, so that the time a prefix takes tells one tenant nothing of another's."""
+    priority: int = 0
+    """vLLM's: the key's and the role's; higher comes later."""
 
     @property
     def tenant(self) -> str:
@@ -66,18 +72,25 @@ class Identities:
         if not self._keys:
             return None
         given = headers.get("authorization", "")
-        bearer = given[:7].lower() == "bearer "
-        secret = given[7:].strip() if bearer else headers.get("x-api-key", "").strip()
-        if not secret:
+        bearer = given[7:].strip() if given[:7].lower() == "bearer " else ""
+        other = headers.get("x-api-key", "").strip()
+        # Clients that were made for another service send its token beside our key.
+        key = self._known(bearer) or self._known(other)
+        if key is None and (bearer or other):
+            raise UnauthenticatedError("authorization: this key is not known; ask for one")
+        if key is None:
             raise UnauthenticatedError(
                 "authorization: no key was sent; send the header `authorization: Bearer KEY`"
             )
+        return key
+
+    def _known(self, secret: str) -> ApiKey | None:
+        if not secret:
+            return None
         digest = hash_of(secret)
         # Looked up by its hash: how long that takes tells nothing about any key.
         key = self._keys.get(digest)
-        if key is None or not hmac.compare_digest(key.sha256, digest):
-            raise UnauthenticatedError("authorization: this key is not known; ask for one")
-        return key
+        return key if key is not None and hmac.compare_digest(key.sha256, digest) else None
 
 
 class Sender:
@@ -97,6 +110,11 @@ class Sender:
         self._agent = agent
         self._session = _session(headers)
         self._callers: dict[str, Caller] = {}
+
+    @property
+    def tenant(self) -> str:
+        """Whose it is; empty where nobody's is kept apart."""
+        return self._key.tenant if self._key else ""
 
     def caller(self, asked: RequestFields) -> Caller:
         """Who makes a request with this body.
@@ -122,7 +140,10 @@ class Sender:
         role = self._role(asked)
         if self._key is not None:
             _check(self._key, role, asked.model, self._config)
-        return Caller(role, session, self._key, self._salt)
+        priority = self._config.roles[role].priority
+        if self._key is not None:
+            priority += self._key.priority
+        return Caller(role, session, self._key, self._salt, priority)
 
     def _role(self, asked: RequestFields) -> str:
         """The first source that names a role wins; the order is the architecture's."""
@@ -137,6 +158,7 @@ class Sender:
                 raise BadRequestError(
                     f"x-agent-role: {self._given[:80]!r} is not a role; use one of: {known}",
                     param="x-agent-role",
+                    internal="x-agent-role: is not a role",
                 )
             return self._given
         if self._agent is not None:
@@ -157,17 +179,59 @@ def hash_of(secret: str) -> str:
     return hashlib.sha256(secret.encode("utf-8", "surrogateescape")).hexdigest()
 
 
+def may_use(key: ApiKey, model: str, config: Config) -> bool:
+    """Whether a key may name a model. It may if the name is listed, or that of the base model is and the name
+    means the base model: a role, ``model:variant``, none. Adapters and providers are models of their own."""
+    if not key.models or model in key.models:
+        return True
+    base = config.model.name
+    if base not in key.models:
+        return False
+    return not model or model in config.roles or model in [f"{base}:{variant}" for variant in config.serve]
+
+
 def _check(key: ApiKey, role: str, model: str, config: Config) -> None:
     if key.roles and role not in key.roles:
         raise ForbiddenError(
             f"role: this key may not use {role}; it may use: {', '.join(key.roles)}", param="model"
         )
-    if not key.models or model in config.roles:
-        return
-    if model not in key.models and model.partition(":")[0] not in key.models:
+    if not may_use(key, model, config):
         raise ForbiddenError(
-            f"model: this key may not use {model[:80]!r}; it may use: {', '.join(key.models)}", param="model"
+            f"model: this key may not use {model[:80]!r}; it may use: {', '.join(key.models)}",
+            param="model",
+            internal=f"model: the key {key.name} may not use it",
         )
+
+
+def sent_priority(caller: Caller, given: Any) -> int | None:
+    """The ``priority`` that an engine is sent; None for none, which is vLLM's 0. A client may put its request
+    behind others of its own; it never goes ahead of where its key and role are. ``given`` is what it sent, as
+    vLLM would read it. Raises BadRequestError."""
+    ours = caller.priority
+    if given is not None:
+        try:
+            wanted = int(given) if not isinstance(given, float) or given.is_integer() else None
+        except (ValueError, TypeError, OverflowError):
+            wanted = None
+        if wanted is None or not -_MOST_PRIORITY <= wanted <= _MOST_PRIORITY:
+            raise BadRequestError(
+                "priority: is no whole number; send one, higher comes later", param="priority"
+            )
+        ours = max(ours, wanted)
+    return ours or None
+
+
+class Sampler:
+    """Draws the share of requests that are looked at more closely. Nothing that a client sends has a part in
+    it: whoever could choose would be looked at always, or never."""
+
+    def __init__(self, share: float, seed: int | None = None) -> None:
+        self.share = share
+        self._draw = random.Random(seed).random
+
+    def __call__(self) -> bool:
+        """Whether the present request is one of them."""
+        return self._draw() < self.share
 
 
 def _session(headers: Mapping[str, str]) -> str | None:
@@ -176,15 +240,24 @@ def _session(headers: Mapping[str, str]) -> str | None:
         return None
     for name in (*_NAMED_SESSIONS, *sorted(vendors)):
         if session := headers.get(name, "").strip():
-            return session[:_SESSION_LIMIT]
+            return _named(session)
     return None
 
 
 def _session_of(asked: RequestFields) -> str | None:
     for session in (_at(asked.metadata, "session_id"), asked.prompt_cache_key, asked.user):
         if isinstance(session, str) and session.strip():
-            return session.strip()[:_SESSION_LIMIT]
+            return _named(session.strip())
     return None
+
+
+def _named(session: str) -> str:
+    """A session's name as it is used and logged: what is no plain identifier (a person's address, a sentence)
+    only by its hash."""
+    session = session[:_SESSION_LIMIT]
+    if _PLAIN_SESSION.fullmatch(session):
+        return session
+    return "hash:" + hashlib.sha256(session.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
 def _baggage(header: str) -> dict[str, str]:

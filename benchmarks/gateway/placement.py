@@ -27,14 +27,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gateway.routing.policies import (
-    BLOCK_BYTES,
-    POLICIES,
-    Ask,
-    Policy,
-    PrefixAware,
-)
+from gateway.routing.policies import POLICIES, PickQuery, PrefixAware, SelectionPolicy
 from gateway.routing.pools import Reading, Replica
+from gateway.routing.prefixes import BLOCK_BYTES
 
 SCALE = 8
 TOKENS_PER_BLOCK = 64
@@ -145,8 +140,8 @@ class CacheAware:
     def __init__(self) -> None:
         self._seen: dict[Replica, set[bytes]] = {}
 
-    def pick(self, usable: Sequence[Replica], ask: Ask) -> tuple[Replica, float]:
-        prompt = ask.prompt()
+    def pick(self, usable: Sequence[Replica], query: PickQuery) -> tuple[Replica, float]:
+        prompt = b"".join(query.prompt())
         blocks = [prompt[:end] for end in range(BLOCK_BYTES, len(prompt) + 1, BLOCK_BYTES)]
         keys = [hash(block).to_bytes(8, "big", signed=True) for block in blocks]
         for replica in usable:
@@ -168,7 +163,7 @@ class CacheAware:
 
 
 def simulate(
-    sessions: list[Session], policy: Policy, replicas: int, capacity: int, seed: int = 1
+    sessions: list[Session], policy: SelectionPolicy, replicas: int, capacity: int, seed: int = 1
 ) -> dict[str, float]:
     """``capacity``: blocks of a replica's cache. ``seed``: of the sessions' arrivals."""
     now = 0.0
@@ -191,9 +186,9 @@ def simulate(
     def begin(one: Session, n: int) -> None:
         turn = one.turns[n]
         prompt = prompt_of(turn.chain)
-        replica, work = policy.pick(list(engines), Ask(one.name, "", lambda: prompt))
+        replica, work = policy.pick(list(engines), PickQuery(one.name, "", lambda: (prompt,)))
         placed.setdefault(one.name, replica)
-        replica.take(work)
+        lease = replica.take(work)
         engine = engines[replica]
         sent = now
         loads = [r.in_flight for r in engines]
@@ -202,7 +197,7 @@ def simulate(
         engine.busy_until = start + PREFILL_S * engine.prefill(turn.chain) + 0.001
 
         def first() -> None:
-            replica.work -= work
+            lease.began()
             ttfts.append(now - sent)
             engine.decoding += 1
             slow = 1 + engine.decoding / CROWD
@@ -210,7 +205,7 @@ def simulate(
 
         def end() -> None:
             engine.decoding -= 1
-            replica.release()
+            lease.release()
             for helper in turn.helpers:
                 at(now, lambda helper=helper: begin(helper, 0))  # type: ignore[misc]
             if n + 1 < len(one.turns):
@@ -236,7 +231,7 @@ def simulate(
     }
 
 
-def spread(policy: Policy, seed: int, arrive_s: float, turns: int = 4) -> list[int]:
+def spread(policy: SelectionPolicy, seed: int, arrive_s: float, turns: int = 4) -> list[int]:
     """How 16 new sessions that share a prompt of 6 kB come to lie on four replicas."""
     rng = random.Random(seed)
     common = tuple(rng.getrandbits(40) for _ in range(6000 // BLOCK_BYTES + 1))
@@ -249,15 +244,15 @@ def spread(policy: Policy, seed: int, arrive_s: float, turns: int = 4) -> list[i
     def begin(one: int, turn: int, chain: tuple[int, ...]) -> None:
         chain = (*chain, *(rng.getrandbits(40) for _ in range(3)))
         prompt = prompt_of(chain)
-        replica, work = policy.pick(replicas, Ask(str(one), "", lambda: prompt))
+        replica, work = policy.pick(replicas, PickQuery(str(one), "", lambda: (prompt,)))
         homes.setdefault(one, replica)
-        replica.take(work)
+        lease = replica.take(work)
 
         def first() -> None:
-            replica.work -= work
+            lease.began()
 
         def end() -> None:
-            replica.release()
+            lease.release()
             if turn + 1 < turns:
                 push(now + rng.uniform(0.1, 1.0), lambda: begin(one, turn + 1, chain))
 
@@ -275,7 +270,7 @@ def spread(policy: Policy, seed: int, arrive_s: float, turns: int = 4) -> list[i
     return sorted(list(homes.values()).count(replica) for replica in replicas)
 
 
-def policies() -> Iterator[tuple[str, Callable[[], Policy]]]:
+def policies() -> Iterator[tuple[str, Callable[[], SelectionPolicy]]]:
     for name in ("round_robin", "least_in_flight", "session_affinity"):
         yield name, POLICIES[name]
     yield "cache_aware", CacheAware

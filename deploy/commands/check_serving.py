@@ -29,7 +29,7 @@ from sqlalchemy.pool import NullPool
 from deploy.commands.check_machine import existing
 from deploy.commands.findings import Finding, Findings, Subject, failure, ok, warning
 from deploy.engine import port_in_use
-from gateway.config import ConfigError
+from gateway.config import ConfigError, shown_url
 from gateway.quality.tables import FACTS, FORMAT
 from gateway.quality.watch import store_url
 from gateway.routing.discovery import PREFIX
@@ -279,7 +279,7 @@ def check_engines(subject: Subject) -> Findings:
         answers = list(pool.map(lambda one: _probe(one[1], config.model.name), asked))
     idle = []
     for (variant, url), answer in zip(asked, answers, strict=True):
-        name = f"{variant} at {url}"
+        name = f"{variant} at {shown_url(url)}"
         if answer.error is None:
             yield _judged(name, answer, config.model.name)
         elif variant in local and variant not in running:

@@ -1,34 +1,37 @@
-"""What is not the hot path: models, health, readiness, metrics, the route of a request that is not made, the
-configuration, and errors of unknown paths."""
+"""What is not the hot path: health, readiness, metrics, the route of a request that is not made, and the
+configuration."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
+from importlib import metadata
 from typing import Annotated, Any
 
-import yaml
 from fastapi import Body, Depends, FastAPI, Request, Response
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel, Field
-from starlette.exceptions import HTTPException
-from starlette.routing import Route
 
 from gateway.cards import load_cards
-from gateway.config import Config, ConfigError, is_loopback, parse_config
-from gateway.errors import BadRequestError, ForbiddenError, GatewayError, UnexpectedError, envelope
+from gateway.config import (
+    Config,
+    ConfigError,
+    is_loopback,
+    parse_config,
+    shown,
+    shown_url,
+    with_secrets,
+)
+from gateway.errors import BadRequestError, ForbiddenError, GatewayError
 from gateway.identity import Identities
 from gateway.proxy.body import RequestFields
-from gateway.proxy.exchange import request_id
 from gateway.proxy.plane import DataPlane
+from gateway.routing.pools import Pool
 from gateway.telemetry.metrics import Metrics
 from gateway.workers import Siblings
 from quantize.card import Card, CardError
 
-HIDDEN = "…"
-"""What is shown of a key's hash."""
 Apply = Callable[[Config, Mapping[str, Card]], None]
 
 
@@ -74,37 +77,27 @@ class Operations:
         self,
         plane: DataPlane,
         metrics: Metrics,
-        created: int,
         apply: Apply,
         siblings: Siblings | None = None,
     ) -> None:
-        """``created`` is Unix time, for the list of models. ``siblings``: the other workers, if any."""
+        """``siblings``: the other workers, if any."""
         self._siblings = siblings
         self._plane = plane
         self._metrics = metrics
-        self._created = created
         self._apply = apply
 
     def add_to(self, app: FastAPI) -> None:
         known, admin = [Depends(self._known)], [Depends(self.admin)]
-        app.get("/v1/models", dependencies=known)(self.models)
-        app.get("/v1/models/{model:path}", dependencies=known)(self.model)
         app.post("/v1/route", dependencies=known)(self.route)
         app.get("/health")(self.health)
+        app.get("/version")(self.version)
+        app.get("/load")(self.load)
+        for method in (app.get, app.post):
+            method("/ping", include_in_schema=False)(self.health)
         app.get("/readiness", responses=_UNREADY)(self.readiness)
         app.get("/metrics", responses=_PROMETHEUS, response_class=PlainTextResponse)(self.show_metrics)
         app.get("/admin/config", dependencies=admin)(self.config)
         app.put("/admin/config", dependencies=admin)(self.set_config)
-
-    async def models(self) -> dict[str, Any]:
-        """Every id that a request may name."""
-        return {"object": "list", "data": [self._entry(model) for model in self._known_models()]}
-
-    async def model(self, model: str) -> dict[str, Any]:
-        """One of them."""
-        if model not in self._known_models():
-            raise HTTPException(404, f"{model[:80]!r} does not exist; GET /v1/models lists what does")
-        return self._entry(model)
 
     async def route(self, question: RouteQuestion, request: Request) -> dict[str, Any]:
         """Which variant would serve a request, and why: nothing is asked of an engine."""
@@ -127,32 +120,31 @@ class Operations:
         """The process lives."""
         return {"status": "ok"}
 
-    async def readiness(self) -> JSONResponse:
-        """Every role can be served, at its own precision or a higher one; what is missing for more."""
+    async def version(self) -> dict[str, str]:
+        """The gateway's own; engines say theirs to whoever runs them."""
+        try:
+            return {"version": metadata.version("tiercel")}
+        except metadata.PackageNotFoundError:  # run from its sources
+            return {"version": "unknown"}
+
+    async def load(self) -> dict[str, int]:
+        """Requests under way, as vLLM's servers tell a load balancer."""
+        return {"server_load": len(self._plane.active)}
+
+    async def readiness(self, request: Request) -> JSONResponse:
+        """Every role can be served, at its own precision or a higher one; what is missing for more. For an
+        admin also the replicas, and where they are."""
         snapshot = self._plane.snapshot
         pools = snapshot.pools.by_variant
-        detail = {
-            variant: {
-                "reachable": pool.reachable,
-                "replicas": {
-                    replica.name: {
-                        "url": replica.url,
-                        "reachable": bool(replica.reachable),
-                        "usable": replica.breaker.closed,
-                        "in_flight": replica.in_flight,
-                    }
-                    for replica in pool.replicas
-                },
-            }
-            for variant, pool in pools.items()
-        }
         missing = [variant for variant, pool in pools.items() if not pool.reachable]
         unserved = [
             role
             for role in snapshot.config.roles
             if not any(pools[variant].reachable for variant in snapshot.router.ladder(role))
         ]
-        body = {"ready": not unserved, "unserved": unserved, "not_reachable": missing, "pools": detail}
+        body: dict[str, Any] = {"ready": not unserved, "unserved": unserved, "not_reachable": missing}
+        if self._is_admin(request):
+            body["pools"] = {variant: _detail(pool) for variant, pool in pools.items()}
         return JSONResponse(body, status_code=503 if unserved else 200)
 
     async def show_metrics(self) -> Response:
@@ -162,16 +154,15 @@ class Operations:
         return Response(generate_latest(self._metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
     async def config(self) -> dict[str, Any]:
-        """The configuration that is in use; keys by name alone."""
-        shown = self._plane.snapshot.config.model_dump(mode="json")
-        shown["keys"] = [{**key, "sha256": HIDDEN} for key in shown["keys"]]
-        return shown
+        """The configuration that is in use, without its secrets: keys' hashes, passwords in URLs, the
+        environment of engines."""
+        return shown(self._plane.snapshot.config)
 
     async def set_config(self, text: Annotated[str, Body(media_type="application/yaml")]) -> dict[str, Any]:
         """Use another configuration from now on, until the next start or reload; the file is left alone.
 
         It is checked whole first: one that cannot be used changes nothing. What ``GET`` shows can be sent
-        back: a key whose hash is hidden keeps the one that it has.
+        back: what is hidden stays as it is.
         """
         if self._siblings is not None:
             raise BadRequestError(
@@ -180,89 +171,48 @@ class Operations:
             )
         old = self._plane.snapshot.config
         try:
-            new = parse_config(_with_hashes(text, old), "the configuration sent", old.directory)
+            new = parse_config(with_secrets(text, old), "the configuration sent", old.directory)
             cards = load_cards(new)
             self._apply(new, cards)
         except (ConfigError, CardError) as error:
             raise BadRequestError(str(error)) from None
         return {"applied": True, "serve": list(new.serve), "roles": list(new.roles)}
 
-    def _known_models(self) -> list[str]:
-        return self._plane.snapshot.router.known_models()
-
-    def _entry(self, model: str) -> dict[str, Any]:
-        return {"id": model, "object": "model", "created": self._created, "owned_by": "tiercel"}
-
     def _known(self, request: Request) -> None:
         Identities(self._plane.snapshot.config).key(request.headers)
 
+    def _is_admin(self, request: Request) -> bool:
+        try:
+            self.admin(request)
+        except GatewayError:
+            return False
+        return True
+
     def admin(self, request: Request) -> None:
-        """Refuses who may not change anything. Raises ForbiddenError or UnauthorizedError."""
+        """Refuses who may not change anything. Raises ForbiddenError or UnauthenticatedError."""
         config = self._plane.snapshot.config
         key = Identities(config).key(request.headers)
         if not config.keys and not is_loopback(request.url.hostname or ""):
             # A web page can give its own name this machine's address, and would then be let in.
+            named = (request.url.hostname or "")[:80]
             raise ForbiddenError(
-                f"host: {request.url.hostname!r} is not this machine, and there are no keys; add keys "
-                "(`tiercel keys new` makes one), or ask 127.0.0.1"
+                f"host: {named!r} is not this machine, and there are no keys; add keys (`tiercel keys new` "
+                "makes one), or ask 127.0.0.1"
             )
         if key is not None and not key.admin:
             raise ForbiddenError("authorization: this key is no admin's; use one with `admin: true`")
 
 
-def _with_hashes(text: str, config: Config) -> str:
-    """YAML in which keys that are known by name have their hashes again, where those were hidden."""
-    try:
-        raw = yaml.safe_load(text) if HIDDEN in text or ascii(HIDDEN)[1:-1] in text else None
-    except yaml.YAMLError:
-        return text  # whoever reads it next says what is wrong with it
-    keys = raw.get("keys") if isinstance(raw, dict) else None
-    if not isinstance(keys, list):
-        return text
-    hashes = {key.name: key.sha256 for key in config.keys}
-    for key in keys:
-        if isinstance(key, dict) and key.get("sha256") == HIDDEN:
-            key["sha256"] = hashes.get(str(key.get("name")), HIDDEN)
-    return yaml.safe_dump(raw, allow_unicode=True)
-
-
-def add_error_handlers(app: FastAPI) -> None:
-    """Give the errors outside the hot path the same envelope."""
-
-    def answer(
-        request: Request, error: GatewayError, status: int, more: Mapping[str, str] | None = None
-    ) -> JSONResponse:
-        headers = {"x-request-id": request_id(dict(request.headers)), **(more or {})}
-        return JSONResponse(envelope(error), status_code=status, headers=headers)
-
-    async def refused(request: Request, error: Exception) -> Response:
-        assert isinstance(error, HTTPException)
-        what = f"{request.method} {request.url.path}"[:200]
-        headers = {name.lower(): value for name, value in (error.headers or {}).items()}
-        if error.status_code == 405:
-            headers["allow"] = ", ".join(_methods(app, request.url.path))
-        return answer(request, BadRequestError(f"{what}: {error.detail}."), error.status_code, headers)
-
-    async def invalid(request: Request, error: Exception) -> Response:
-        assert isinstance(error, RequestValidationError)
-        first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"] if part != "body") or "body"
-        return answer(request, BadRequestError(f"{field}: {first['msg']}", param=field), 400)
-
-    async def ours(request: Request, error: Exception) -> Response:
-        assert isinstance(error, GatewayError)
-        return answer(request, error, error.status)
-
-    async def unexpected(request: Request, error: Exception) -> Response:
-        return answer(request, UnexpectedError(repr(error)), 500)
-
-    app.add_exception_handler(HTTPException, refused)
-    app.add_exception_handler(RequestValidationError, invalid)
-    app.add_exception_handler(GatewayError, ours)
-    app.add_exception_handler(Exception, unexpected)
-
-
-def _methods(app: FastAPI, path: str) -> list[str]:
-    """What can be done with a path: each of its routes knows its own methods only."""
-    routes = [route for route in app.routes if isinstance(route, Route) and route.path_regex.match(path)]
-    return sorted({method for route in routes for method in route.methods or ()})
+def _detail(pool: Pool) -> dict[str, Any]:
+    return {
+        "reachable": pool.reachable,
+        "replicas": {
+            replica.name: {
+                "url": shown_url(replica.url),
+                "reachable": bool(replica.reachable),
+                "usable": replica.breaker.free,
+                "in_flight": replica.in_flight,
+            }
+            for replica in pool.replicas
+        },
+    }

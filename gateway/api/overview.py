@@ -14,6 +14,7 @@ import msgspec
 from fastapi import Depends, FastAPI, Query, Request, Response
 from prometheus_client import Gauge
 
+from gateway.config import shown_url
 from gateway.console.history import INTERVAL_S, KEPT, History, Totals, add_totals, read_totals, rows
 from gateway.identity import Caller
 from gateway.proxy.plane import DataPlane, Snapshot
@@ -277,9 +278,9 @@ def _replica(replica: Replica, memory: float | None, now: float) -> dict[str, An
     return {
         "variant": replica.variant,
         "name": replica.name,
-        "url": replica.url,
+        "url": shown_url(replica.url),
         "reachable": replica.reachable,
-        "usable": replica.breaker.closed,
+        "usable": replica.breaker.free,
         "in_flight": replica.in_flight,
         "running": reading.running if fresh else None,
         "waiting": reading.waiting if fresh else None,

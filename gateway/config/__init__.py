@@ -12,10 +12,12 @@ from gateway.config.load import load_config, parse_config
 from gateway.config.model import Model
 from gateway.config.quality import Quality
 from gateway.config.roles import Canary, RoleSettings, WhenFull
-from gateway.config.section import ConfigError, is_loopback
+from gateway.config.section import HIDDEN, ConfigError, is_loopback, shown_url
+from gateway.config.shown import shown, with_secrets
 from gateway.config.watch import WATCHED, Judge, WatchSettings
 
 __all__ = [
+    "HIDDEN",
     "POLICIES",
     "WATCHED",
     "Adapter",
@@ -36,4 +38,7 @@ __all__ = [
     "is_loopback",
     "load_config",
     "parse_config",
+    "shown",
+    "shown_url",
+    "with_secrets",
 ]

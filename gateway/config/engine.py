@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
 
 from pydantic import Field
 
-from gateway.config.section import Section
+from gateway.config.section import Secret, Section
 
 
 class Engine(Section):
@@ -24,5 +25,5 @@ class Engine(Section):
     python: Path | None = Field(
         default=None, description="the engine environment's interpreter; default .venv-engine/bin/python"
     )
-    extra_args: tuple[str, ...] = ()
-    env: dict[str, str] = Field(default_factory=dict)
+    extra_args: Annotated[tuple[str, ...], Secret.OPTIONS] = ()
+    env: Annotated[dict[str, str], Secret.ALL] = Field(default_factory=dict)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import Field, PrivateAttr, model_validator
 
@@ -13,7 +13,7 @@ from gateway.config.gateway import GatewaySettings
 from gateway.config.model import Model
 from gateway.config.quality import Quality
 from gateway.config.roles import RoleSettings
-from gateway.config.section import Section
+from gateway.config.section import Secret, Section, shown_url
 from gateway.config.watch import WatchSettings
 
 
@@ -27,7 +27,7 @@ class Config(Section):
     roles: dict[str, RoleSettings] = Field(min_length=1)
     default_role: str
     calibration: Path | None = Field(default=None, description="JSON Lines of conversations")
-    pools: dict[str, tuple[str, ...]] = Field(
+    pools: Annotated[dict[str, tuple[str, ...]], Secret.URL] = Field(
         default_factory=dict, description="replica base URLs of pools that are not started here"
     )
     providers: tuple[Provider, ...] = ()
@@ -64,8 +64,8 @@ class Config(Section):
             for url in urls:
                 if not url.removeprefix("dns+").startswith(("http://", "https://")):
                     raise ValueError(
-                        f"pools.{variant}: {url!r} is no URL of an engine; give http://HOST:PORT, or "
-                        "dns+http://NAME:PORT for every address of a name"
+                        f"pools.{variant}: {shown_url(url)!r} is no URL of an engine; give http://HOST:PORT, "
+                        "or dns+http://NAME:PORT for every address of a name"
                     )
         agents: dict[str, str] = {}
         for name, role in self.roles.items():
@@ -122,6 +122,8 @@ class Config(Section):
         hashes = [key.sha256 for key in self.keys]
         if len(set(names)) < len(names) or len(set(hashes)) < len(hashes):
             raise ValueError("keys: a name or a hash is listed twice; list each once")
+        models = {self.model.name, *self.roles, *(f"{self.model.name}:{variant}" for variant in self.serve)}
+        models |= {*self.adapters, *(provider.model for provider in self.providers)}
         for key in self.keys:
             for role in (*key.roles, *filter(None, (key.role, key.default_role))):
                 if role not in self.roles:
@@ -130,6 +132,11 @@ class Config(Section):
                     )
                 if key.roles and role not in key.roles:
                     raise ValueError(f"keys.{key.name}: its role {role!r} is not among its roles; add it")
+            for model in key.models:
+                if model not in models:
+                    raise ValueError(
+                        f"keys.{key.name}.models: {model!r} does not exist; known: {names_of(models)}"
+                    )
             if key.lowest is not None and key.lowest not in self.serve:
                 raise ValueError(
                     f"keys.{key.name}.lowest: {key.lowest!r} is not a served variant; "

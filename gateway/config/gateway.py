@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from enum import StrEnum
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from pydantic import Field, field_validator, model_validator
 
 from gateway.config.section import Section, is_loopback
 
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[a-z0-9._\-\[\]:]+")
 POLICIES = ("round_robin", "least_in_flight", "least_load", "session_affinity", "prefix_aware")
 
 
@@ -24,15 +26,32 @@ class GatewaySettings(Section):
 
     host: str = "127.0.0.1"
     port: int = Field(default=8080, ge=1, le=65535)
-    max_body_bytes: int = Field(default=8 << 20, ge=1024)
+    max_body_bytes: int = Field(default=32 << 20, ge=1024, description="of one request")
+    max_connections: int = Field(default=10_000, ge=1, description="of clients, at a time and per worker")
+    max_buffered_bytes: int = Field(
+        default=512 << 20,
+        ge=1024,
+        description="of requests that are being read, wait or are being answered, at a time and per worker",
+    )
+    max_buffered_bytes_per_tenant: int = Field(
+        default=128 << 20, ge=1024, description="of these, one tenant's"
+    )
     connect_timeout_s: float = Field(default=2.0, gt=0)
     first_byte_timeout_s: float = Field(
-        default=120.0, gt=0, description="for an answer that is not streamed this is the whole answer"
+        default=120.0, gt=0, description="longest time until the first part of a stream"
+    )
+    answer_timeout_s: float = Field(
+        default=600.0, gt=0, description="longest time for an answer that is not streamed"
     )
     idle_timeout_s: float = Field(default=60.0, gt=0, description="longest silence within a stream")
     total_timeout_s: float = Field(default=3600.0, gt=0, description="longest time for one answer")
     header_timeout_s: float = Field(default=10.0, gt=0, description="for the head of a request to come")
     body_timeout_s: float = Field(default=30.0, gt=0, description="longest silence within a request's body")
+    min_body_bytes_per_s: int = Field(
+        default=4096,
+        ge=0,
+        description="a request's body that comes slower all in all is refused, after body_timeout_s",
+    )
     keep_alive_s: float = Field(default=75.0, gt=0, description="an idle client connection is closed then")
     policy: str = Field(default="prefix_aware", description="how a replica is chosen within a pool")
     cost: Cost = Field(
@@ -41,9 +60,17 @@ class GatewaySettings(Section):
         "memory_time (those bytes times the seconds that its engine took for a token, by its card)",
     )
     max_in_flight: int | None = Field(default=None, ge=1, description="requests at a replica at a time")
+    hedge_share: float = Field(
+        default=0.05, ge=0, le=1, description="of the requests of roles that are hedged, that are at most"
+    )
     workers: int = Field(default=1, ge=1, le=64, description="processes that share the port")
     tls_certificate: Path | None = Field(default=None, description="PEM file; with tls_key: HTTPS")
     tls_key: Path | None = None
+    cors_origins: tuple[str, ...] = Field(
+        default=(),
+        description="origins whose web pages may ask, such as https://app.example.com, or * for all; "
+        "empty: none",
+    )
     access_log: bool = Field(default=True, description="a line per request; errors are logged anyway")
     scrape_interval_s: float = Field(default=2.0, gt=0, description="how often engine metrics are read")
     health_interval_s: float = Field(default=1.0, gt=0, description="how often replicas are probed")
@@ -57,6 +84,14 @@ class GatewaySettings(Section):
         if policy not in POLICIES:
             raise ValueError(f"{policy!r} is not a policy; use one of: {', '.join(POLICIES)}")
         return policy
+
+    @field_validator("cors_origins")
+    @classmethod
+    def _are_origins(cls, origins: tuple[str, ...]) -> tuple[str, ...]:
+        for origin in origins:
+            if origin != "*" and not _ORIGIN.fullmatch(origin):
+                raise ValueError(f"{origin!r} is no origin; write scheme://host or scheme://host:port, or *")
+        return origins
 
     @model_validator(mode="after")
     def _both_or_none(self) -> GatewaySettings:

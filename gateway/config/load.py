@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from gateway.config.file import Config, names_of
-from gateway.config.section import ConfigError
+from gateway.config.section import ConfigError, Section, secret_of
 
 
 def load_config(path: Path) -> Config:
@@ -53,7 +54,31 @@ def _explain(item: Any) -> str:
     message = item["msg"].removeprefix("Value error, ")
     if item["type"] == "value_error":
         return message if not key else f"{key}: {message}"
+    if _is_secret(item["loc"]):
+        return f"{key}: {message}; what was given is not shown"
     return f"{key}: {message}, got {item['input']!r}"
+
+
+def _is_secret(location: tuple[int | str, ...]) -> bool:
+    """Whether a place of the file has a secret, or what has been put there by mistake may be one."""
+    here: Any = Config
+    for part in location:
+        if not (isinstance(here, type) and issubclass(here, BaseModel)):
+            here = next(iter(_sections_in(here)), here)
+        if isinstance(here, type) and issubclass(here, Section):
+            if secret_of(here, str(part)) is not None:
+                return True
+            field = here.model_fields.get(str(part))
+            here = field.annotation if field is not None else here
+    # A key that was written where a section belongs.
+    sections = [here] if isinstance(here, type) and issubclass(here, BaseModel) else _sections_in(here)
+    return any(secret_of(section, field) for section in sections for field in section.model_fields)
+
+
+def _sections_in(annotation: Any) -> Iterator[type[BaseModel]]:
+    for one in getattr(annotation, "__args__", ()):
+        if isinstance(one, type) and issubclass(one, BaseModel):
+            yield one
 
 
 def _keys_at(location: tuple[int | str, ...]) -> list[str]:
@@ -62,14 +87,7 @@ def _keys_at(location: tuple[int | str, ...]) -> list[str]:
     for part in location:
         if isinstance(here, type) and issubclass(here, BaseModel) and part in here.model_fields:
             here = here.model_fields[str(part)].annotation
-            here = next(
-                (
-                    a
-                    for a in getattr(here, "__args__", ())
-                    if isinstance(a, type) and issubclass(a, BaseModel)
-                ),
-                here,
-            )
+            here = next(_sections_in(here), here)
     if isinstance(here, type) and issubclass(here, BaseModel):
         return list(here.model_fields)
     return []

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from pydantic import Field, field_validator, model_validator
 
+from gateway.config.access import PRIORITY
 from gateway.config.section import Section
 from gateway.config.watch import WATCHED
 from quantize.gate import QualityBudget
@@ -48,6 +49,7 @@ class RoleSettings(Section):
         default=False, description="ask a second replica when the first is slower than 95 % of answers"
     )
     canary: Canary | None = None
+    priority: int = PRIORITY
     escalate: bool = Field(
         default=False,
         description="an answer that is not streamed and fails a check is asked of the next higher precision",

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 from pydantic import Field, model_validator
 
-from gateway.config.section import Section
+from gateway.config.section import Secret, Section
 
 WATCHED = ("shadow", "regenerated", "signals", "rules", "grounded", "judge")
 """Checks by which the watch acts."""
@@ -23,7 +25,7 @@ class WatchSettings(Section):
     """Quantized answers compared with the reference's while they are served, and what follows from it."""
 
     enabled: bool = True
-    store: str | None = Field(
+    store: Annotated[str | None, Secret.URL] = Field(
         default=None, description="SQLAlchemy URL of what all gateways share; default: SQLite in run_dir"
     )
     store_env: str | None = Field(
@@ -55,7 +57,9 @@ class WatchSettings(Section):
     escalated_share: float = Field(
         default=0.2, ge=0, le=1, description="of a role's answers, that may be asked again at most"
     )
-    webhook: str | None = Field(default=None, description="URL that every event is posted to as JSON")
+    webhook: Annotated[str | None, Secret.LINK] = Field(
+        default=None, description="URL that every event is posted to as JSON"
+    )
     judge: Judge | None = None
 
     @model_validator(mode="after")

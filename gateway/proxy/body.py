@@ -1,94 +1,130 @@
-"""The body of a request: taken apart at its first level only, and checked as far as we depend on it.
+"""The body of a request: taken apart at its first level only, and read only as far as the gateway needs it.
 
-A field that nobody here asks for stays the bytes that the client sent, and is put together again as such:
-a prompt of 16 KB is scanned twice and never becomes Python objects. Fields that are not named here pass
-as they are: the engine knows its own dialect. A refusal names the field, the value's type and the fix.
+Everything else is the engine's affair: it passes as the bytes that the client sent, and what the engine says
+to it is what the client sees. What is read here is read as vLLM reads it (Python's ``json``, then pydantic's
+coercions), so that both see the same request:
+
+- of a field that comes twice, in whatever spelling of its name, the last one counts;
+- a byte order mark, UTF-16, NaN, lone surrogates are taken, as ``json.loads`` takes them;
+- ``"stream": "false"``, ``"stream": 0`` and ``"n": "2"`` are what pydantic makes of them.
+
+Three ways, the first that can: one pass of msgspec over the bytes with the types that clients nearly always
+send (a prompt of 16 KB never becomes Python objects); the first level alone, and the few fields that matter
+by pydantic; the whole body by ``json.loads`` where it is not the JSON of RFC 8259. A refusal names the field,
+its value and the fix.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from typing import Annotated, Any, Literal, get_args
+import enum
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any, cast
 
 import msgspec
-from msgspec import UNSET
+from msgspec import UNSET, UnsetType
+from pydantic import TypeAdapter, ValidationError
 
 from gateway.errors import BadRequestError
 
-Role = Literal["assistant", "developer", "function", "system", "tool", "user"]
-_ROLES: tuple[str, ...] = get_args(Role)
-_MESSAGES_FIX = 'send a list such as [{"role": "user", "content": "Hello"}]'
+LARGEST_READ_BYTES = 256 << 10
+"""Of a field that the gateway reads besides the engine. A larger one passes unread: what says who asks is
+short, and decoding megabytes would hold everybody up."""
+_SPACE = b" \t\r\n"
+_TOO_DEEP = "The body is nested too deeply; send a flatter JSON object."
 
 
-class _Part(msgspec.Struct, gc=False):
-    """Part of a message's content; what it holds is the engine's affair."""
+class Reads(enum.Enum):
+    """How much of a body an endpoint needs to have read."""
 
-    type: Any = None
-
-
-class _Message(msgspec.Struct, gc=False):
-    role: Role
-    content: str | list[_Part] | None = None
+    NAMES = enum.auto()
+    """The model, and who asks. Its answers are never streamed."""
+    STREAM = enum.auto()
+    """Whether the answer is streamed, too."""
+    OPTIONS = enum.auto()
+    """Also what is asked for along with it: usage, log-probabilities."""
 
 
 class RequestFields(msgspec.Struct):
-    """The fields that the gateway itself depends on, found in one pass over the bytes."""
+    """What the gateway reads of a request. The values are those that vLLM makes of what was sent."""
 
-    model: Annotated[str, msgspec.Meta(min_length=1)]
+    model: str = ""
+    """Empty where none was named: the configured model."""
     stream: bool | None = None
-    stream_options: dict[str, Any] | msgspec.UnsetType | None = UNSET
-    temperature: float | None = None
-    max_tokens: Annotated[int, msgspec.Meta(ge=1)] | None = None
-    max_completion_tokens: Annotated[int, msgspec.Meta(ge=1)] | None = None
+    stream_options: dict[str, Any] | UnsetType | None = UNSET
+    n: int | None = None
     metadata: Any = None
     vllm_xargs: Any = None
     prompt_cache_key: Any = None
     user: Any = None
     logprobs: Any = UNSET
     top_logprobs: Any = UNSET
+    logprob_token_ids: Any = UNSET
+    echo: Any = UNSET
     cache_salt: Any = UNSET
+    priority: Any = UNSET
+
+    @property
+    def takes_logprobs(self) -> bool:
+        """Whether a chat's log-probabilities can be asked for on top of what the client asked, and the engine
+        still takes, refuses and answers what it did. It wants ``logprobs`` where ``top_logprobs`` is, lists
+        ``logprob_token_ids`` among the likeliest tokens, and with ``echo`` gives those of the prompt too."""
+        logprobs, top = self.logprobs, self.top_logprobs
+        if self.logprob_token_ids is not UNSET or not (self.echo is UNSET or self.echo is False):
+            return False
+        if logprobs is UNSET and top is UNSET:
+            return True
+        if top is UNSET or top is None or (top == 0 and top is not False):
+            return logprobs is UNSET or logprobs is None or isinstance(logprobs, bool)
+        return logprobs is True and type(top) is int and top >= -1
 
 
-class ChatFields(RequestFields, kw_only=True):
-    messages: Annotated[list[_Message], msgspec.Meta(min_length=1)]
-    logprobs: bool | msgspec.UnsetType | None = UNSET
-    top_logprobs: Annotated[int, msgspec.Meta(ge=-1)] | msgspec.UnsetType | None = UNSET
+class _Usual(RequestFields, kw_only=True):
+    """The same as clients nearly always send it: whatever does not fit is looked at again, slowly."""
+
+    stream_options: dict[str, bool | None] | UnsetType | None = UNSET
+    metadata: msgspec.Raw = cast(msgspec.Raw, None)
+    vllm_xargs: msgspec.Raw = cast(msgspec.Raw, None)
+    prompt_cache_key: str | None = None
+    user: str | None = None
+    logprobs: bool | int | UnsetType | None = UNSET
+    top_logprobs: int | UnsetType | None = UNSET
+    logprob_token_ids: msgspec.Raw = cast(msgspec.Raw, UNSET)
+    echo: bool | UnsetType | None = UNSET
+    cache_salt: str | UnsetType | None = UNSET
+    priority: int | UnsetType | None = UNSET
 
 
-Decoder = msgspec.json.Decoder
-_FIELDS = Decoder(dict[str, msgspec.Raw])
-CHAT_DECODER: Decoder[RequestFields] = Decoder(ChatFields)
-DECODER = Decoder(RequestFields)
+_USUAL = msgspec.json.Decoder(_Usual)
+_FIELDS = msgspec.json.Decoder(dict[str, msgspec.Raw])
+_BOOL: TypeAdapter[bool | None] = TypeAdapter(bool | None)
+_INT: TypeAdapter[int | None] = TypeAdapter(int | None)
 
 
 class Body:
-    """A JSON object by its first-level fields, and what is ``asked`` in those that matter here."""
+    """A JSON object by its first-level fields, and ``fields``, what matters of them here."""
 
     __slots__ = ("_all", "_raw", "_values", "fields")
 
-    def __init__(
-        self,
-        raw: bytes,
-        check: Callable[[Body], None] | None = None,
-        decoder: Decoder[RequestFields] | None = None,
-    ) -> None:
-        """``decoder`` reads ``asked`` and accepts only what is right; ``check`` is run where it does not, or
-        where there is none, and says what is wrong in words. Raises BadRequestError."""
+    def __init__(self, raw: bytes, reads: Reads = Reads.OPTIONS) -> None:
+        """Raises BadRequestError for what is no JSON object, and for a field that is needed here and that
+        vLLM could not read either."""
         self._raw = raw
         self._all: dict[str, msgspec.Raw] | None = None
         self._values: dict[str, Any] = {}
-        if decoder is not None:
-            try:
-                self.fields = decoder.decode(raw)
-                if not raw.isascii():
-                    raw.decode()
-                return
-            except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError):
-                pass
-        if check is not None:
-            check(self)
-        given = {field: self.get(field) for field in RequestFields.__struct_fields__ if field in self}
-        self.fields = RequestFields(**{"model": "", **given})
+        self.fields: RequestFields
+        try:
+            fields = _USUAL.decode(raw)
+            if not raw.isascii():
+                raw.decode()  # msgspec does not look into what it skips
+        except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError):
+            self.fields = self._read(reads)
+            return
+        if fields.metadata is not None:
+            fields.metadata = _small(fields.metadata)
+        if fields.vllm_xargs is not None:
+            fields.vllm_xargs = _small(fields.vllm_xargs)
+        self.fields = fields
 
     @property
     def size(self) -> int:
@@ -96,20 +132,43 @@ class Body:
         return len(self._raw)
 
     @property
+    def json(self) -> bytes:
+        """All of it, as JSON that every parser reads alike, but for what RFC 8259 does not know."""
+        return self._raw
+
+    @property
     def _fields(self) -> dict[str, msgspec.Raw]:
         if self._all is None:
-            raw = self._raw
             try:
-                self._all = _FIELDS.decode(raw)
-                if not raw.isascii():
-                    raw.decode()
+                self._all = _FIELDS.decode(self._raw)
+                if not self._raw.isascii():
+                    self._raw.decode()
             except msgspec.ValidationError:
-                raise BadRequestError(f"The body is {_kind_of_json(raw)}; send a JSON object.") from None
+                raise BadRequestError(
+                    f"The body is {_kind_of_json(self._raw)}; send a JSON object."
+                ) from None
             except RecursionError:
-                raise BadRequestError("The body is nested too deeply; send a flatter JSON object.") from None
-            except (msgspec.DecodeError, UnicodeDecodeError) as error:
-                raise BadRequestError(f"The body is not valid JSON ({error}); send a JSON object.") from None
+                raise BadRequestError(_TOO_DEEP) from None
+            except (msgspec.DecodeError, UnicodeDecodeError):
+                self._all = self._as_python_reads_it()
         return self._all
+
+    def _as_python_reads_it(self) -> dict[str, msgspec.Raw]:
+        """What RFC 8259 does not know and ``json`` does. The body becomes what was read of it, so that nobody
+        after us can read anything else."""
+        try:
+            values = json.loads(self._raw)
+            if not isinstance(values, dict):
+                raise BadRequestError(f"The body is {_kind(values)}; send a JSON object.")
+            fields = {name: json.dumps(value).encode() for name, value in values.items()}
+        except RecursionError:
+            raise BadRequestError(_TOO_DEEP) from None
+        except ValueError as error:  # of Unicode and of numbers that are too long, too
+            raise BadRequestError(f"The body is not valid JSON ({error}); send a JSON object.") from None
+        self._values = values
+        pairs = [b"%b:%b" % (json.dumps(name).encode(), value) for name, value in fields.items()]
+        self._raw = b"{%b}" % b",".join(pairs)
+        return {name: msgspec.Raw(value) for name, value in fields.items()}
 
     def __contains__(self, field: str) -> bool:
         return field in self._fields
@@ -122,169 +181,143 @@ class Body:
         value = self._fields.get(field)
         return b"" if value is None else bytes(value)
 
+    def view(self, field: str) -> memoryview:
+        """The same without a copy."""
+        value = self._fields.get(field)
+        return memoryview(b"" if value is None else value)
+
     def get(self, field: str) -> Any:
         """A field's value; None when it is absent."""
         raw = self._fields.get(field)
         if raw is None:
             return None
         if field not in self._values:
-            self._values[field] = _value(raw)
+            self._values[field] = _value(field, raw)
         return self._values[field]
 
     def with_(self, changes: Mapping[str, bytes]) -> bytes:
-        """The body's JSON with some fields set anew; ``changes`` are JSON too."""
-        raw, tail = self._raw, b""
-        for name, value in changes.items():
-            if name == "model":
-                replaced = _with_model(raw, self.fields.model, value)
-            elif getattr(self.fields, name) is UNSET and raw.endswith(b"}"):
-                tail += b',"%b":%b' % (name.encode(), value)
-                continue
-            else:
-                replaced = None
-            if replaced is None:
-                fields = dict(self._fields) | {name: msgspec.Raw(value) for name, value in changes.items()}
-                return msgspec.json.encode(fields)
-            raw = replaced
-        return b"%b%b}" % (raw[:-1], tail) if tail else raw
+        """The body's JSON with some fields set anew; ``changes`` are JSON too. They come last: whatever the
+        client sent of the same names, in whatever spelling, and how often, the last one counts."""
+        if not changes:
+            return self._raw
+        head = self._raw.rstrip(_SPACE)[:-1]
+        ours = b",".join([b'"%b":%b' % (name.encode(), value) for name, value in changes.items()])
+        empty = head.rstrip(_SPACE).endswith(b"{")
+        return b"%b%b}" % (head, ours) if empty else b"%b,%b}" % (head, ours)
 
     def everything(self) -> dict[str, Any]:
         """All values, as a copy."""
         return {field: self.get(field) for field in self._fields}
 
+    def _read(self, reads: Reads) -> RequestFields:
+        """The fields that matter, with pydantic's coercions."""
+        given = {
+            name: _plain(self.get(name))
+            for name in RequestFields.__struct_fields__
+            if name in self and len(bytes(self._fields[name])) <= LARGEST_READ_BYTES
+        }
+        fields = RequestFields(**given)
+        if "model" in self:
+            fields.model = self._model(given.get("model"))
+        fields.n = _coerced(_INT, given.get("n"))
+        if fields.priority is not UNSET:
+            fields.priority = _coerced(_INT, fields.priority, fields.priority)
+        if reads is Reads.NAMES:
+            fields.stream, fields.stream_options = None, UNSET
+            return fields
+        if "stream" in self:
+            fields.stream = _needed(_BOOL, "stream", self.get("stream"), "send true or false")
+        if reads is Reads.OPTIONS:
+            if not fields.stream:
+                fields.stream_options = UNSET  # whatever it is, the engine says what it thinks of it
+            elif "stream_options" in self:
+                fields.stream_options = _stream_options(self.get("stream_options"))
+            fields.logprobs = _coerced(_BOOL, fields.logprobs, fields.logprobs)
+            if isinstance(fields.top_logprobs, float):
+                fields.top_logprobs = _coerced(_INT, fields.top_logprobs, fields.top_logprobs)
+        return fields
+
+    def _model(self, model: Any) -> str:
+        if model is None and self.get("model") is None:
+            return ""
+        if not isinstance(model, str):
+            raise _bad("model", self.get("model"), "send a model id as a string, or leave it out")
+        return model
+
 
 EMPTY = Body(b"{}")
 
 
-def _with_model(raw: bytes, old: str, new: bytes) -> bytes | None:
-    """The body with another model, if there is but one place where the old one can be."""
-    before, found, after = raw.partition(b'"model"')
-    if not found or b'"model"' in after:
+def _stream_options(given: Any) -> dict[str, Any] | None:
+    fix = 'send an object such as {"include_usage": true}'
+    if given is None:
         return None
-    value = after.lstrip(b" \t\r\n:")
-    quoted = b'"%b"' % old.encode()
-    if not value.startswith(quoted):
-        return None
-    return b'%b"model":%b%b' % (before, new, value[len(quoted) :])
+    if not isinstance(given, dict):
+        raise _bad("stream_options", given, fix)
+    read = dict(given)
+    for name in ("include_usage", "continuous_usage_stats"):
+        if name in read:
+            read[name] = _needed(_BOOL, f"stream_options.{name}", read[name], "send true or false")
+    return read
 
 
-def _value(raw: msgspec.Raw) -> Any:
+def _needed(adapter: TypeAdapter[Any], field: str, value: Any, fix: str) -> Any:
+    try:
+        return adapter.validate_python(value)
+    except ValidationError:
+        raise _bad(field, value, fix) from None
+
+
+def _coerced(adapter: TypeAdapter[Any], value: Any, otherwise: Any = None) -> Any:
+    """What vLLM makes of a value; ``otherwise`` where it can make nothing of it, and says so itself."""
+    try:
+        return adapter.validate_python(value)
+    except ValidationError:
+        return otherwise
+
+
+def _small(raw: msgspec.Raw) -> Any:
+    """The value of a field that says who asks, which is small."""
+    if len(bytes(raw)) > LARGEST_READ_BYTES:
+        return None
+    try:
+        return _value("metadata", raw)
+    except BadRequestError:
+        return None  # it is the engine's to refuse
+
+
+def _value(field: str, raw: msgspec.Raw) -> Any:
     try:
         return msgspec.json.decode(raw)
+    except (msgspec.MsgspecError, RecursionError):
+        pass  # numbers out of its range, for one
+    try:
+        return json.loads(bytes(raw))
     except RecursionError:
-        raise BadRequestError("The body is nested too deeply; send a flatter JSON object.") from None
+        raise BadRequestError(_TOO_DEEP, param=field) from None
+    except ValueError as error:
+        raise BadRequestError(f"{field}: {error}; send a smaller one", param=field) from None
 
 
-def check_chat(body: Body) -> None:
-    """What every endpoint needs, and messages. Raises BadRequestError."""
-    check_common(body)
-    _check_messages(body)
-    expect(body, "logprobs", (bool,), "true or false")
-    expect(body, "top_logprobs", (int,), "a whole number from 0 to 20")
-    if (body.get("top_logprobs") or 0) < -1:
-        raise _bad("top_logprobs", f"is {body.get('top_logprobs')}", "send a whole number from 0 to 20")
+def _plain(value: Any) -> Any:
+    """The same without lone surrogates, which no log line and no header could hold."""
+    try:
+        text = json.dumps(value, ensure_ascii=False)
+        text.encode()
+    except UnicodeEncodeError:
+        return json.loads(text.encode(errors="replace"))
+    return value
 
 
-def check_prompt(body: Body) -> None:
-    """A text completion."""
-    check_common(body)
-    require(body, "prompt", "send the text to continue")
+def _bad(field: str, value: Any, fix: str) -> BadRequestError:
+    return BadRequestError(f"{field}: is {_shown(value)}; {fix}", param=field)
 
 
-def check_responses(body: Body) -> None:
-    check_common(body)
-    require(body, "input", "send a string or a list of items")
-    expect(body, "input", (str, list), "a string or a list of items")
-    expect(body, "instructions", (str,), "a string")
-    expect(body, "max_output_tokens", (int,), "a whole number of at least 1")
-
-
-def check_anthropic(body: Body) -> None:
-    """A request in Anthropic's form."""
-    check_common(body)
-    if "max_tokens" not in body:
-        raise _bad("max_tokens", "is missing", "send a whole number of at least 1")
-    check_anthropic_prompt(body)
-
-
-def check_anthropic_prompt(body: Body) -> None:
-    """The same without the answer's length, as for counting tokens."""
-    check_common(body)
-    _check_messages(body)
-    expect(body, "system", (str, list), "a string or a list of blocks")
-
-
-def check_embeddings(body: Body) -> None:
-    check_common(body)
-    if "messages" not in body:
-        require(body, "input", "send the text, or a list of texts")
-
-
-def check_common(body: Body) -> None:
-    if "model" not in body:
-        raise _bad("model", "is missing", "name a model, a role or model:variant; GET /v1/models lists them")
-    model = body.get("model")
-    if not isinstance(model, str) or not model:
-        raise _bad("model", f"is {_kind(model)}", "send a model id as a non-empty string")
-    expect(body, "stream", (bool,), "true or false")
-    expect(body, "stream_options", (dict,), 'an object such as {"include_usage": true}')
-    expect(body, "temperature", (int, float), "a number such as 0.7")
-    for field in ("max_tokens", "max_completion_tokens"):
-        if field in body:
-            expect(body, field, (int,), "a whole number of at least 1")
-            value = body.get(field)
-            if value is not None and value < 1:
-                raise _bad(field, f"is {value}", "send a whole number of at least 1")
-
-
-def require(body: Body, field: str, fix: str) -> None:
-    if field not in body:
-        raise _bad(field, "is missing", fix)
-
-
-def expect(body: Body, field: str, types: tuple[type, ...], wanted: str) -> None:
-    """Refuse a value of another type. Null means absent, as OpenAI's clients send it; bool is no int."""
-    if field not in body:
-        return
-    value = body.get(field)
-    if value is None or (isinstance(value, types) and (bool in types or not isinstance(value, bool))):
-        return
-    raise _bad(field, f"is {_kind(value)}", f"send {wanted}")
-
-
-def _check_messages(body: Body) -> None:
-    if "messages" not in body:
-        raise _bad("messages", "is missing", _MESSAGES_FIX)
-    messages = body.get("messages")
-    if not isinstance(messages, list):
-        raise _bad("messages", f"is {_kind(messages)}", _MESSAGES_FIX)
-    if not messages:
-        raise _bad("messages", "is empty", _MESSAGES_FIX)
-    for index, message in enumerate(messages):
-        _check_message(f"messages[{index}]", message)
-
-
-def _check_message(where: str, message: Any) -> None:
-    if not isinstance(message, dict):
-        raise _bad(where, f"is {_kind(message)}", "send an object with role and content")
-    if "role" not in message:
-        raise _bad(f"{where}.role", "is missing", f"use one of {', '.join(_ROLES)}")
-    role = message["role"]
-    if not isinstance(role, str):
-        raise _bad(f"{where}.role", f"is {_kind(role)}", f"use one of {', '.join(_ROLES)}")
-    if role not in _ROLES:
-        raise _bad(f"{where}.role", f"is {role[:40]!r}", f"use one of {', '.join(_ROLES)}")
-    content = message.get("content")
-    if content is not None and not isinstance(content, str | list):
-        raise _bad(f"{where}.content", f"is {_kind(content)}", "send a string or a list of parts")
-    for index, part in enumerate(content if isinstance(content, list) else ()):
-        if not isinstance(part, dict):
-            fix = 'send an object such as {"type": "text", "text": "Hello"}'
-            raise _bad(f"{where}.content[{index}]", f"is {_kind(part)}", fix)
-
-
-def _bad(field: str, what: str, fix: str) -> BadRequestError:
-    return BadRequestError(f"{field}: {what}; {fix}", param=field)
+def _shown(value: Any) -> str:
+    """A value as an error shows it, and of what kind it is: never much of it."""
+    if value is None or isinstance(value, dict | list):
+        return _kind(value)
+    return f"{_kind(value)} ({json.dumps(value)[:40]})"
 
 
 def _kind(value: Any) -> str:

@@ -1,61 +1,117 @@
-"""The hops of a request, each one concern. Their order is in ``app.py``. None of them waits."""
+"""The hops of a request, each one concern. Their order is in ``app.py``; none of these waits."""
 
 from __future__ import annotations
 
-import zlib
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import Any
+
+import msgspec
 
 from gateway.config import Config
-from gateway.errors import BadRequestError, NeverReachedError
-from gateway.identity import Identities
+from gateway.errors import BadRequestError, MethodNotAllowedError
+from gateway.identity import Identities, Sender
 from gateway.proxy.body import Body
-from gateway.proxy.endpoints import Form
-from gateway.proxy.exchange import Attempt, Exchange
-from gateway.routing.pools import PROVIDER, Replica
-from gateway.routing.router import Reason, Router
+from gateway.proxy.endpoints import Endpoint, Form, endpoint_of
+from gateway.proxy.exchange import Exchange
+from gateway.proxy.record import Record
+from gateway.quality.observe import Observed, Observer
+from gateway.routing.router import Router
 from gateway.upstream.options import STREAM, OutputOptions
-from gateway.upstream.readers import NamedStreamReader, Reader, StreamReader, TappedReader, WholeReader
-from gateway.upstream.vllm import EngineAttempt, request_for
-
-if TYPE_CHECKING:
-    from gateway.upstream.litellm import LiteLLM
-
-MOST_TRIES = 4
-"""Replicas tried for one request at most, when connecting to each fails."""
-_SHARE = 1 << 32
+from gateway.wire.cors import Cors
+from gateway.wire.encodings import decoded
+from gateway.wire.flow import Admission
+from gateway.wire.heads import RequestHead
 
 
-class Identify:
-    """Who asks, and what: the key, and only then the body, the role and the session."""
+class Admitted(msgspec.Struct, frozen=True, gc=False):
+    """What a request's head alone decides. It is kept with the head, for the next request that has it."""
+
+    by: Any
+    """The ``Admit`` that decided: another one's decisions do not count."""
+    endpoint: Endpoint | None
+    """None for what the application answers."""
+    sender: Sender | None
+    admission: Admission
+    more: bytes = b""
+    """Header lines of its answers."""
+    preflight: bytes | None = None
+    """The head of the answer to a browser that asks whether it may send a request."""
+
+
+class Admit:
+    """Whether a request may come in at all, by its head: path, method, key, size. Nothing of its body is kept
+    before."""
 
     def __init__(self, config: Config) -> None:
         self._identities = Identities(config)
+        self._max_body_bytes = config.gateway.max_body_bytes
+        self.cors = Cors(config.gateway.cors_origins) if config.gateway.cors_origins else None
+
+    def __call__(self, head: RequestHead) -> Admitted:
+        """Raises MethodNotAllowedError or UnauthenticatedError."""
+        memo = head.memo
+        if memo is not None and memo.by is self:
+            admitted: Admitted = memo
+            return admitted
+        endpoint = endpoint_of(head.path)
+        sender, tenant = None, ""
+        preflight = self.cors.preflight(head) if self.cors is not None else None
+        if preflight is not None:
+            pass  # it has no key, and asks for nothing but whether it may ask
+        elif endpoint is not None:
+            if head.method != "POST":
+                raise MethodNotAllowedError(
+                    f"{head.method[:20]} {head.path[:80]}: this endpoint takes POST only."
+                )
+            sender = self._identities.sender(head.headers)
+            tenant = sender.tenant
+        elif head.length:
+            # The application looks at keys itself; a body is kept only for somebody who has one.
+            key = self._identities.key(head.headers)
+            tenant = key.tenant if key is not None else ""
+        more = self.cors.lines(head.path, head.headers) if self.cors is not None else b""
+        admission = Admission(tenant, self._max_body_bytes)
+        admitted = Admitted(self, endpoint, sender, admission, more, preflight)
+        head.memo = admitted
+        return admitted
+
+
+class ReadBody:
+    """What is asked: the body, as far as the gateway depends on it."""
+
+    def __init__(self, config: Config) -> None:
+        self._model = config.model.name
 
     def __call__(self, exchange: Exchange) -> None:
         head, endpoint = exchange.head, exchange.endpoint
-        sender = head.memo
-        if sender is None or sender.identities is not self._identities:
-            sender = head.memo = self._identities.sender(head.headers)
         kind = head.headers.get("content-type", "")
         if kind != "application/json" and kind.partition(";")[0].strip().lower() != "application/json":
             # Also what keeps a web page from posting here unasked: browsers send this type only after a
-            # preflight request, which the gateway does not answer.
+            # preflight request, which is answered for the origins in `gateway.cors_origins` alone.
             raise BadRequestError(
                 "content-type: send the header `content-type: application/json`", param="content-type"
             )
-        body = exchange.body = Body(exchange.raw, endpoint.check, endpoint.decoder)
-        asked = body.fields
-        exchange.model = asked.model
+        if coding := head.headers.get("content-encoding"):
+            exchange.raw = decoded(exchange.raw, coding, head.memo.admission.max_body_bytes)
+        body = exchange.body = Body(exchange.raw, endpoint.reads)
+        endpoint = exchange.endpoint = endpoint.of(body)
+        # Where none is named, vLLM takes the one that it has.
+        exchange.model = body.fields.model = body.fields.model or self._model
         if endpoint.form is Form.COMPLETIONS:
-            exchange.options = OutputOptions.of(asked, chat=endpoint.chat)
-        elif endpoint.form is not Form.PLAIN and asked.stream:
+            exchange.options = OutputOptions.of(body.fields, chat=endpoint.chat)
+        elif endpoint.form is not Form.PLAIN and body.fields.stream:
             exchange.options = STREAM
-        exchange.caller = sender.caller(asked)
+
+
+class Identify:
+    """Who asks: the role and the session, by what the head has said and by the body."""
+
+    def __call__(self, exchange: Exchange) -> None:
+        sender: Sender = exchange.head.memo.sender
+        exchange.caller = sender.caller(exchange.body.fields)
 
 
 class ChooseRoute:
-    """Which precision, which replica, and why."""
+    """Which precision, which replica, and why: before every attempt."""
 
     def __init__(self, router: Router) -> None:
         self._router = router
@@ -65,131 +121,36 @@ class ChooseRoute:
         exchange.route = self._router.route(exchange.caller, exchange.body, exchange.endpoint)
 
 
-class AskUpstream:
-    """Asks the chosen replica. The one place where anything is retried, and where anything is hedged."""
+class Observe:
+    """Has answers checked that were listened to."""
 
-    def __init__(self, config: Config, router: Router, providers: LiteLLM) -> None:
-        self._router = router
-        self._providers = providers
-        share = config.quality.sample_rate if config.quality.logprobs else 0.0
-        self._tapped_below = int(share * _SHARE)
-        self.escalates = {name for name, role in config.roles.items() if role.escalate}
-        """Roles whose answers are looked at before the client gets them."""
-        self._escalations = Escalations(config.watch.escalated_share)
-        self._adapters = frozenset(config.adapters)
-        """Their answers are not listened to: the reference without the adapter would say something else."""
+    def __init__(self, observer: Observer) -> None:
+        self._observer = observer
 
-    def __call__(self, exchange: Exchange) -> None:
-        route = exchange.route
-        assert route
-        replica = route.replica
-        exchange.raced = route.watched
-        if exchange.reader is None:
-            reader = exchange.reader = self._reader(exchange)
-            exchange.tapped = reader if isinstance(reader, TappedReader) else None
-        if replica.variant == PROVIDER:
-            self._providers.ask(exchange, replica)
-        else:
-            self._ask(exchange, replica, route.work)
-            if route.hedge_after_s is not None and not exchange.hedged:
-                exchange.plane.later(route.hedge_after_s, lambda: self._hedge(exchange))
+    def __call__(self, record: Record, exchange: Exchange) -> None:
+        if exchange.tapped is not None and exchange.error is None:
+            self.offer(exchange)
 
-    def again(self, exchange: Exchange, attempt: EngineAttempt, error: NeverReachedError) -> None:
-        """An attempt did no work upstream: route anew (its replica is left alone from now on, if it could
-        not be reached), but only once for kept connections that had been closed."""
-        exchange.tries += 1
-        exchange.stale += error.stale
-        others = len(exchange.attempts) > 1
-        if others or exchange.finished or exchange.tries >= MOST_TRIES or exchange.stale > 1:
-            exchange.broke(attempt, error)
+    def offer(self, exchange: Exchange) -> None:
+        """Also an answer that nobody got."""
+        tapped, route = exchange.tapped, exchange.route
+        if tapped is None or route is None:
             return
-        exchange.attempts.remove(attempt)
-        exchange.carry_on()
-
-    def may_escalate(self, exchange: Exchange) -> bool:
-        """Whether an answer that has come whole is looked at before the client gets it."""
-        route = exchange.route
-        if route is None or exchange.tapped is None or route.role not in self.escalates:
-            return False
-        return not exchange.escalated and route.reason is not Reason.EXPLICIT_VARIANT
-
-    async def escalate(self, exchange: Exchange, attempt: Attempt) -> bool:
-        """Ask the next more precise variant instead, if the answer that has come whole fails a check. Once
-        per request, for a share of a role's answers, and never where the client has named the variant."""
-        route, tapped = exchange.route, exchange.tapped
-        if route is None or tapped is None:
-            return False
-        why = await exchange.snapshot.observer.insufficient(route.role, exchange.raw, tapped.answer)
-        if not self._escalations.allows(route.role, why is not None) or why is None:
-            return False
-        higher = self._router.higher(route)
-        if higher is None:
-            return False
-        exchange.plane.metrics.escalations.labels(route.role, route.variant, why).inc()
-        exchange.plane.observe(exchange)
-        exchange.spent = (*exchange.spent, (route, tapped.prompt_tokens or 0, tapped.completion_tokens))
-        exchange.escalated, exchange.route = why, higher
-        exchange.attempts.remove(attempt)
-        exchange.reader = exchange.tapped = exchange.winner = None
-        self(exchange)
-        return True
-
-    def _reader(self, exchange: Exchange) -> Reader:
-        options, endpoint = exchange.options, exchange.endpoint
-        if endpoint.form is not Form.COMPLETIONS:
-            return NamedStreamReader() if options.stream else WholeReader()
-        if exchange.model in self._adapters:
-            return StreamReader(options) if options.stream else WholeReader()
-        if not options.stream and exchange.caller and exchange.caller.role in self.escalates:
-            return TappedReader(options)
-        if self._tapped_below and sampled(exchange.sample_id, self._tapped_below):
-            return TappedReader(options)
-        return StreamReader(options) if options.stream else WholeReader()
-
-    def _ask(self, exchange: Exchange, replica: Replica, work: float = 0.0) -> None:
-        attempt = EngineAttempt(exchange, replica, request_for(exchange, replica), work)
-        exchange.attempts.append(attempt)
-        exchange.heard_at = exchange.plane.clock()
-        attempt.start()
-
-    def _hedge(self, exchange: Exchange) -> None:
-        """Ask a second replica when the first one is slower than nearly always; the faster one wins."""
-        route = exchange.route
-        if exchange.finished or exchange.winner or not route or len(exchange.attempts) != 1:
+        if tapped.confused:
+            self._observer.count_error("listen", route.role, route.variant)
             return
-        busy = exchange.attempts[0].replica
-        if (other := self._router.another(route, busy)) is not None:
-            exchange.hedged = True
-            self._ask(exchange, other)
-
-
-class Escalations:
-    """Bounds the share of a role's answers that are asked again, so that a harmed variant does not double the
-    load on the next one: the watch is there to demote it."""
-
-    _GRACE, _MEMORY = 20, 2000
-
-    def __init__(self, share: float) -> None:
-        self._share = share
-        self._counts: dict[str, list[float]] = {}
-
-    def allows(self, role: str, wanted: bool) -> bool:
-        """Count an answer; whether it may be asked again, if that is ``wanted``."""
-        counts = self._counts.setdefault(role, [0.0, 0.0])
-        counts[0] += 1
-        if counts[0] > self._MEMORY:
-            counts[:] = [count / 2 for count in counts]
-        allowed = wanted and counts[1] + 1 <= self._share * (counts[0] + self._GRACE)
-        counts[1] += allowed
-        return allowed
-
-
-def sampled(request_id: str, below: int) -> bool:
-    """Whether a request is in the sample: by a hash of its id, so that every part of the house agrees.
-    ``below`` of 2**32 ids are."""
-    if below >= _SHARE:
-        return True
-    return zlib.crc32(request_id.encode()) < below
-
-
-Hop = Callable[[Exchange], None]
+        first, gaps = exchange.first_at, exchange.gaps
+        self._observer.offer(
+            Observed(
+                route.role,
+                route.variant,
+                exchange.request_id,
+                exchange.endpoint.path,
+                exchange.body.json,
+                tapped.answer,
+                None if first is None else first - exchange.received,
+                sum(gaps) / len(gaps) if gaps else None,
+                exchange.caller.cache_salt if exchange.caller else "",
+                exchange.sample_id,
+            )
+        )

@@ -9,6 +9,7 @@ variants on probation; both when there is time (:mod:`gateway.quality.inquiry`).
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import logging
 from dataclasses import dataclass
@@ -49,6 +50,8 @@ LONGEST_WAITED_FOR = 1 << 20
 """The same where a client waits for what is found."""
 ESCALATION_S = 0.25
 """Seconds that a client waits for it; then it gets the answer as it is."""
+DRAIN_S = 1.0
+"""Seconds that a gateway that stops waits for the last answers to be looked at."""
 _SHARE = 1 << 32
 
 
@@ -146,6 +149,12 @@ class Observer:
             task.detector, classifier = self._config.quality.detector, self._classifier
             limit_s = CLASSIFIER_STEP_S if classifier else STEP_S
         self._checks.submit(task, kept.record, partial(self._looked, kept), limit_s, classifier)
+
+    async def drain(self) -> None:
+        """Wait until all is looked at that was offered, for a while."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(DRAIN_S):
+                await self._checks.settled()
 
     async def insufficient(self, role: str, body: bytes, answer: Answer) -> str | None:
         """The check that an answer fails so plainly that a more precise variant should be asked; None where

@@ -8,6 +8,7 @@ one, which is started after a while, later and later if they keep ending; the ev
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import socket
 import subprocess
@@ -21,7 +22,7 @@ from typing import Any, TypeVar, cast
 import msgspec
 
 import gateway
-from gateway.quality.records import HEADER, Prepare, Step, Task, decode_step, encode
+from gateway.quality.records import HEADER, Forget, Prepare, Step, Task, decode_step, encode
 from gateway.telemetry.logs import EVENTS
 from gateway.telemetry.metrics import Metrics
 
@@ -97,6 +98,13 @@ class CheckProcess:
     @property
     def idle(self) -> bool:
         return self._current is None and not self._queue
+
+    async def settled(self) -> None:
+        """Wait until it has nothing to do."""
+        if not self.idle:
+            with contextlib.suppress(LostError):
+                # The queue is in order: what is done last is done after everything else.
+                await self.step(Forget(0))
 
     @property
     def pid(self) -> int | None:

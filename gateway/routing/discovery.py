@@ -11,7 +11,7 @@ import socket
 from collections.abc import Awaitable, Callable, Sequence
 from urllib.parse import urlsplit
 
-from gateway.config import Config
+from gateway.config import Config, shown_url
 from gateway.telemetry.logs import EVENTS
 
 PREFIX = "dns+"
@@ -56,7 +56,7 @@ class Discovery:
         try:
             addresses = await self._resolve(parts.hostname or "", port)
         except OSError as error:
-            logging.getLogger(EVENTS).warning("%s cannot be resolved: %s", name, error)
+            logging.getLogger(EVENTS).warning("%s cannot be resolved: %s", shown_url(name), error)
             return
         hosts = [f"[{address}]" if ":" in address else address for address in addresses]
         self._found[name] = tuple(f"{parts.scheme}://{host}:{port}{parts.path}" for host in hosts)

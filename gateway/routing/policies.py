@@ -1,15 +1,16 @@
 """Which replica of a pool: the policies, by name.
 
-``prefix_aware`` keeps a shadow of what each replica's prefix cache holds, over blocks of the request's own
-text, and chooses the replica with the least work: blocks that are queued there and not cached, plus
-``OWN_WEIGHT`` times the blocks of this request that are not. It needs neither a session id nor the
-engine's tokenizer. The shadow is a tenant's and a LoRA adapter's own, as the engines' caches are, and a
-replica that probably holds the adapter already is preferred.
+``prefix_aware`` keeps an index of what each replica's prefix cache holds (``prefixes.py``), and chooses the
+replica with the least work: blocks that are queued there and not cached, plus ``OWN_WEIGHT`` times the blocks
+of this request that are not. It needs neither a session id nor the engine's tokenizer. What is indexed is a
+tenant's and a LoRA adapter's own, as the engines' caches are, and a replica that probably holds the adapter
+already is preferred.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 import random
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -19,8 +20,15 @@ from weakref import WeakKeyDictionary
 import msgspec
 
 from gateway.routing.pools import Replica
+from gateway.routing.prefixes import (
+    BLOCK_BYTES,
+    MOST_BYTES,
+    Buffer,
+    CacheIndex,
+    SharedBeginnings,
+    block_chain,
+)
 
-BLOCK_BYTES = 512
 OWN_WEIGHT = 8.0
 """What a block costs that is computed again, above its time: it drives others out, and is asked for again."""
 SHARED_WEIGHT = 1.0
@@ -36,29 +44,24 @@ ADAPTERS = 1
 """LoRA adapters that an engine holds at a time when it does not say: vLLM's own default."""
 FADE = 0.98
 """By how much earlier beginnings count less with each new one."""
-FORKS = 3
-"""A block that so many different ones follow ends what prompts share."""
-_START = 0
-MOST_BLOCKS = 200_000
-"""Blocks that a shadow holds when the engine does not say how large its cache is."""
 BYTES_PER_TOKEN = 4
-"""Of a request's JSON, to put an engine's cache in blocks."""
+"""Of a request's JSON, to say in bytes how large an engine's cache is."""
 
 
-class Ask(msgspec.Struct):
+class PickQuery(msgspec.Struct):
     """What a policy may know of a request."""
 
     session: str | None = None
     salt: str = ""
     """Set where caches are kept apart by tenant."""
-    prompt: Callable[[], bytes] = bytes
-    """The bytes that the engine's prompt is made of, in their order."""
+    prompt: Callable[[], Sequence[Buffer]] = tuple
+    """What the engine's prompt is made of, in its order."""
     adapter: str = ""
     """The LoRA adapter that is asked for, if one is."""
 
 
-class Policy(Protocol):
-    def pick(self, usable: Sequence[Replica], ask: Ask) -> tuple[Replica, float]:
+class SelectionPolicy(Protocol):
+    def pick(self, usable: Sequence[Replica], query: PickQuery) -> tuple[Replica, float]:
         """One of ``usable``, of which there is at least one, and the work that this adds to it."""
         ...
 
@@ -67,7 +70,7 @@ class RoundRobin:
     def __init__(self) -> None:
         self._turn = -1
 
-    def pick(self, usable: Sequence[Replica], ask: Ask) -> tuple[Replica, float]:
+    def pick(self, usable: Sequence[Replica], query: PickQuery) -> tuple[Replica, float]:
         self._turn += 1
         return usable[self._turn % len(usable)], 0.0
 
@@ -78,7 +81,7 @@ class LeastInFlight:
     def __init__(self) -> None:
         self._turn = 0
 
-    def pick(self, usable: Sequence[Replica], ask: Ask) -> tuple[Replica, float]:
+    def pick(self, usable: Sequence[Replica], query: PickQuery) -> tuple[Replica, float]:
         self._turn = turn = (self._turn + 1) % len(usable)
         in_turn = (*usable[turn:], *usable[:turn])
         return min(in_turn, key=lambda replica: replica.in_flight), 0.0
@@ -91,11 +94,11 @@ class LeastLoad:
     def __init__(self) -> None:
         self._fallback = LeastInFlight()
 
-    def pick(self, usable: Sequence[Replica], ask: Ask) -> tuple[Replica, float]:
+    def pick(self, usable: Sequence[Replica], query: PickQuery) -> tuple[Replica, float]:
         loads = [replica.load() for replica in usable]
         known = [load for load in loads if load is not None]
         if len(known) < len(loads):
-            return self._fallback.pick(usable, ask)
+            return self._fallback.pick(usable, query)
         least = min(known)
         return random.choice([r for r, load in zip(usable, loads, strict=True) if load == least]), 0.0
 
@@ -106,10 +109,10 @@ class SessionAffinity:
     def __init__(self) -> None:
         self._fallback = LeastInFlight()
 
-    def pick(self, usable: Sequence[Replica], ask: Ask) -> tuple[Replica, float]:
-        session = ask.session
+    def pick(self, usable: Sequence[Replica], query: PickQuery) -> tuple[Replica, float]:
+        session = query.session
         if session is None:
-            return self._fallback.pick(usable, ask)
+            return self._fallback.pick(usable, query)
         return max(usable, key=lambda replica: _weight(session, replica.url)), 0.0
 
 
@@ -117,63 +120,17 @@ def _weight(session: str, url: str) -> bytes:
     return hashlib.blake2b(f"{url}\0{session}".encode(), digest_size=8).digest()
 
 
-class Shadow:
-    """What a replica's prefix cache probably holds: hashes of blocks, the least recently used leave."""
+class _Known:
+    """What ``PrefixAware`` knows of one replica."""
 
-    __slots__ = ("_blocks",)
-
-    def __init__(self) -> None:
-        self._blocks: OrderedDict[int, None] = OrderedDict()
-
-    def missing(self, chain: Sequence[int]) -> int:
-        """Blocks of ``chain`` after the first that is not cached."""
-        blocks = self._blocks
-        # A chain is cached up to some block: look for it by halves.
-        low, high = 0, len(chain)
-        while low < high:
-            middle = (low + high) // 2
-            if chain[middle] in blocks:
-                low = middle + 1
-            else:
-                high = middle
-        return len(chain) - low
-
-    def add(self, chain: Sequence[int], capacity: int) -> None:
-        """Later blocks leave before earlier ones of the same chain, as in vLLM."""
-        blocks = self._blocks
-        for block in reversed(chain):
-            if block in blocks:
-                blocks.move_to_end(block)
-            else:
-                blocks[block] = None
-        while len(blocks) > capacity:
-            blocks.popitem(last=False)
-
-
-class Prefixes:
-    """Which blocks are the beginning of many prompts: those up to the last that is followed by different
-    ones. A system prompt is, a conversation is not, however long it grows."""
-
-    __slots__ = ("_followers",)
+    __slots__ = ("adapters", "cache", "homes")
 
     def __init__(self) -> None:
-        self._followers: OrderedDict[int, int] = OrderedDict()
-
-    def shared(self, chain: Sequence[int]) -> int:
-        """How many blocks of ``chain`` are, after it has been taken in."""
-        followers = self._followers
-        before = _START
-        depth = 0
-        for index, block in enumerate(chain):
-            if block not in followers:
-                followers[block] = 0
-                followers[before] = followers.get(before, 0) + 1
-            if index and followers.get(before, 0) >= FORKS:
-                depth = index
-            before = block
-        while len(followers) > MOST_BLOCKS:
-            followers.popitem(last=False)
-        return depth
+        self.cache = CacheIndex()
+        self.homes = 0.0
+        """New conversations that it was given lately."""
+        self.adapters: OrderedDict[str, None] = OrderedDict()
+        """LoRA adapters that it was sent lately, as many as it holds; the last one last."""
 
 
 class PrefixAware:
@@ -186,77 +143,69 @@ class PrefixAware:
         rng: random.Random | None = None,
     ) -> None:
         self._weights = own, shared, running, home
-        self._homes: WeakKeyDictionary[Replica, float] = WeakKeyDictionary()
-        """New conversations that were given to each replica lately."""
-        self._rng = rng or random.Random()
-        self._prefixes = Prefixes()
-        self._shadows: WeakKeyDictionary[Replica, Shadow] = WeakKeyDictionary()
-        self._adapters: WeakKeyDictionary[Replica, OrderedDict[str, None]] = WeakKeyDictionary()
-        """Those that each replica was sent lately, as many as it holds; the last one last."""
+        self._random = (rng or random.Random()).random
+        self._beginnings = SharedBeginnings()
+        self._replicas: WeakKeyDictionary[Replica, _Known] = WeakKeyDictionary()
+        self._usable: list[Replica] = []
+        self._known: list[_Known] = []
+        """Of those that were usable last, which nearly always are so again."""
 
-    def pick(self, usable: Sequence[Replica], ask: Ask) -> tuple[Replica, float]:
+    def pick(self, usable: Sequence[Replica], query: PickQuery) -> tuple[Replica, float]:
         own, shared, running, home = self._weights
-        adapter = ask.adapter
-        chain = block_chain(ask.prompt(), f"{ask.salt}\0{adapter}" if adapter else ask.salt)
-        size, depth = len(chain), self._prefixes.shared(chain)
-        missing = [self._shadow(replica).missing(chain) for replica in usable]
-        new = min(missing) >= size - depth
-        best = 0
-        best_key: tuple[float, float] = (0.0, 0.0)
+        adapter = query.adapter
+        chain = block_chain(query.prompt(), f"{query.salt}\0{adapter}" if adapter else query.salt)
+        known = self._known if self._usable == usable else self._look_up(usable)
+        cached = [one.cache.cached(chain) for one in known]
+        own_bytes = chain.size - self._beginnings.shared(chain)
+        new = chain.size - max(cached) >= own_bytes
+        best, least, ties = 0, math.inf, 0
         for index, replica in enumerate(usable):
-            missing_own = min(missing[index], size - depth)
-            cost = replica.work + own * missing_own + shared * (missing[index] - missing_own)
-            cost += running * replica.in_flight
+            missing = chain.size - cached[index]
+            missing_own = min(missing, own_bytes)
+            cost = replica.work + running * replica.in_flight
+            cost += (own * missing_own + shared * (missing - missing_own)) / BLOCK_BYTES
             if adapter:
-                cost += self._loading(replica, adapter)
+                cost += _loading(replica, known[index], adapter)
             if new:
-                cost += home * self._homes.get(replica, 0.0)
-            key = (cost, self._rng.random())
-            if not index or key < best_key:
-                best, best_key = index, key
-        chosen = usable[best]
+                cost += home * known[index].homes
+            if cost < least:
+                best, least, ties = index, cost, 1
+            elif cost == least:
+                ties += 1
+                if self._random() * ties < 1:
+                    best = index
+        chosen = known[best]
         if new:
-            for replica in usable:
-                self._homes[replica] = FADE * self._homes.get(replica, 0.0)
-            self._homes[chosen] += 1.0
+            for one in known:
+                one.homes *= FADE
+            chosen.homes += 1.0
         if adapter:
-            self._loaded(chosen, adapter)
-        self._shadow(chosen).add(chain, chosen.cache_blocks(BLOCK_BYTES / BYTES_PER_TOKEN) or MOST_BLOCKS)
-        return chosen, float(missing[best])
+            _loaded(usable[best], chosen, adapter)
+        tokens = usable[best].reading.cache_tokens
+        chosen.cache.add(chain, MOST_BYTES if tokens is None else tokens * BYTES_PER_TOKEN)
+        return usable[best], (chain.size - cached[best]) / BLOCK_BYTES
 
-    def _loading(self, replica: Replica, adapter: str) -> float:
-        """What it costs a replica to have an adapter, in blocks."""
-        held = self._adapters.get(replica, ())
-        if adapter in held:
-            return 0.0
-        return ADAPTER_WEIGHT * (1 + (len(held) >= (replica.reading.adapters or ADAPTERS)))
-
-    def _loaded(self, replica: Replica, adapter: str) -> None:
-        held = self._adapters.setdefault(replica, OrderedDict())
-        held[adapter] = None
-        held.move_to_end(adapter)
-        while len(held) > (replica.reading.adapters or ADAPTERS):
-            held.popitem(last=False)
-
-    def _shadow(self, replica: Replica) -> Shadow:
-        shadow = self._shadows.get(replica)
-        if shadow is None:
-            shadow = self._shadows[replica] = Shadow()
-        return shadow
+    def _look_up(self, usable: Sequence[Replica]) -> list[_Known]:
+        self._usable = list(usable)
+        self._known = [self._replicas.setdefault(replica, _Known()) for replica in usable]
+        return self._known
 
 
-def block_chain(prompt: bytes, salt: str = "") -> list[int]:
-    """Hashes of the prefixes of ``prompt`` that end at a block's end; one for a prompt of a single
-    unfinished block. Differs from process to process."""
-    seed = hash(salt)
-    chain = []
-    for at in range(0, max(1, len(prompt) - BLOCK_BYTES + 1), BLOCK_BYTES):
-        seed = hash((seed, prompt[at : at + BLOCK_BYTES]))
-        chain.append(seed)
-    return chain
+def _loading(replica: Replica, known: _Known, adapter: str) -> float:
+    """What it costs a replica to have an adapter, in blocks."""
+    if adapter in known.adapters:
+        return 0.0
+    return ADAPTER_WEIGHT * (1 + (len(known.adapters) >= (replica.reading.adapters or ADAPTERS)))
 
 
-POLICIES: dict[str, Callable[[], Policy]] = {
+def _loaded(replica: Replica, known: _Known, adapter: str) -> None:
+    known.adapters[adapter] = None
+    known.adapters.move_to_end(adapter)
+    while len(known.adapters) > (replica.reading.adapters or ADAPTERS):
+        known.adapters.popitem(last=False)
+
+
+POLICIES: dict[str, Callable[[], SelectionPolicy]] = {
     "round_robin": RoundRobin,
     "least_in_flight": LeastInFlight,
     "least_load": LeastLoad,

@@ -7,13 +7,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from gateway.config import Config
+from gateway.config import Config, shown_url
 from gateway.proxy.endpoints import Endpoint
 from gateway.routing.breaker import Breaker, Clock
 from gateway.wire.engine import ConnectionPool
 
 if TYPE_CHECKING:
-    from gateway.routing.policies import Ask, Policy
+    from gateway.routing.policies import PickQuery, SelectionPolicy
     from gateway.workers import Board
 
 PROVIDER = "provider"
@@ -34,7 +34,38 @@ class Reading:
     """Requests that it has thrown out of its KV cache since its start, to begin them again."""
     adapters: int | None = None
     """LoRA adapters that it holds at a time."""
+    prompt_tokens: float | None = None
+    generation_tokens: float | None = None
+    """Tokens that it has read and written since its start."""
     at: float = 0.0
+
+
+class Lease:
+    """A request's place at a replica: one more in flight there, and the work that it brings."""
+
+    __slots__ = ("_replica", "_ticket", "_work", "released")
+
+    def __init__(self, replica: Replica, work: float, ticket: int) -> None:
+        self._replica = replica
+        self._work = work
+        self._ticket = ticket
+        self.released = False
+
+    def began(self) -> None:
+        """Its first token has come: its prompt waits no more. Safe at any time and twice."""
+        if self._work:
+            self._replica.work -= self._work
+            self._work = 0.0
+
+    def release(self) -> None:
+        """It is over, however it ended; the breaker has been told before. Safe at any time and twice."""
+        if self.released:
+            return
+        self.released = True
+        self.began()
+        if self._ticket:
+            self._replica.breaker.abandoned(self._ticket)
+        self._replica.leave()
 
 
 class Replica:
@@ -59,13 +90,22 @@ class Replica:
         self._slot = 0 if board is None else board.slot(variant, url)
         self.work = 0.0
         """Blocks that are not in its cache, of requests whose first token has not come."""
+        self.heard_at = 0.0
+        """When it last gave a byte of an answer to anybody; seconds of the clock."""
         self.reachable: bool | None = None
         """What the last health probe found; None before the first."""
         self.reading = Reading()
         self._in_flight_at_reading = 0
+        self.heard_at = clock()
+        """When something last came of it: a byte of an answer, or tokens by its own count."""
         self._clock = clock
         self.connections = ConnectionPool(url, connect_timeout_s)
         self._heads: dict[str, bytes] = {}
+
+    @property
+    def where(self) -> str:
+        """Its name and address, for the log."""
+        return f"{self.name} at {shown_url(self.url)}"
 
     @property
     def in_flight(self) -> int:
@@ -73,21 +113,32 @@ class Replica:
         board = self._board
         return self._mine if board is None else self._mine + board.others(self._slot)
 
-    def take(self, work: float = 0.0) -> None:
+    def take(self, work: float = 0.0) -> Lease:
+        """A request goes there. ``work``: blocks of its prompt that are not in the replica's cache."""
         self._mine += 1
         self.work += work
         if self._board is not None:
             self._board.write(self._slot, self._mine)
+        breaker = self.breaker
+        return Lease(self, work, 0 if breaker.no_failures else breaker.take())
 
-    def release(self) -> None:
+    def leave(self) -> None:
+        """A lease has ended; for leases alone."""
         self._mine -= 1
+        if not self._mine:
+            self.work = 0.0
         if self._board is not None:
             self._board.write(self._slot, self._mine)
 
     def read(self, reading: Reading) -> None:
         """The engine's own figures have come in."""
-        self.reading = reading
+        before, self.reading = self.reading, reading
         self._in_flight_at_reading = self.in_flight
+        if _rose(before.generation_tokens, reading.generation_tokens) or _rose(
+            before.prompt_tokens, reading.prompt_tokens
+        ):
+            self.heard_at = self._clock()
+            self.breaker.heard()
 
     def load(self) -> float | None:
         """Requests running and waiting there; None when the engine has not said so lately."""
@@ -96,11 +147,6 @@ class Replica:
             return None
         since = self.in_flight - self._in_flight_at_reading
         return reading.running + (reading.waiting or 0.0) + since
-
-    def cache_blocks(self, tokens_per_block: float) -> int | None:
-        """Blocks of so many tokens that its KV cache holds; None when it has not said."""
-        tokens = self.reading.cache_tokens
-        return None if tokens is None else max(1, int(tokens / tokens_per_block))
 
     def request_head(self, endpoint: Endpoint) -> bytes:
         """What every request to an endpoint begins with."""
@@ -114,11 +160,16 @@ class Replica:
         return head
 
 
+def _rose(before: float | None, now: float | None) -> bool:
+    """Whether a counter did; one that has fallen is of an engine that started anew."""
+    return before is not None and now is not None and now > before
+
+
 class Pool:
     """The replicas that serve one variant. ``limit``: requests in flight at each, None for no limit."""
 
     def __init__(
-        self, variant: str, replicas: Iterable[Replica], policy: Policy, limit: int | None = None
+        self, variant: str, replicas: Iterable[Replica], policy: SelectionPolicy, limit: int | None = None
     ) -> None:
         self.variant = variant
         self.replicas = tuple(replicas)
@@ -133,23 +184,26 @@ class Pool:
         """Whether one of its replicas may be asked now."""
         breaker = replica.breaker
         return (self.limit is None or replica.in_flight < self.limit) and (
-            breaker.no_failures or breaker.closed
+            breaker.no_failures or breaker.free
         )
 
     def usable(self) -> Sequence[Replica]:
         """Replicas that may be asked, full or not."""
-        return [replica for replica in self.replicas if replica.breaker.closed]
+        return [replica for replica in self.replicas if replica.breaker.free]
 
-    def pick(self, ask: Ask) -> tuple[Replica, float] | None:
-        """The policy's choice, and the work it adds; None if none is usable, or all of those are full."""
-        if len(self.replicas) == 1:
-            return (self.replicas[0], 0.0) if self.free(self.replicas[0]) else None
-        free = self.usable()
+    def pick(self, query: PickQuery, *, last: bool = False) -> tuple[Replica, float] | None:
+        """The policy's choice, and the work it adds; None if none is usable, or all of those are full.
+        ``last``: no other pool would take the request, so a replica that failed is better than none."""
+        usable = self.usable()
+        if not usable and last:
+            usable = [replica for replica in self.replicas if replica.breaker.may_try_early][:1]
         if (limit := self.limit) is not None:
-            free = [replica for replica in free if replica.in_flight < limit]
-        if not free:
+            usable = [replica for replica in usable if replica.in_flight < limit]
+        if not usable:
             return None
-        return self.policy.pick(free, ask)
+        if len(self.replicas) == 1:
+            return usable[0], 0.0
+        return self.policy.pick(usable, query)
 
 
 class Pools:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -21,9 +21,10 @@ from gateway.errors import NoReplicaError, PrecisionTooLowError, UnknownModelErr
 from gateway.identity import Caller
 from gateway.proxy.body import Body
 from gateway.proxy.endpoints import Endpoint
-from gateway.routing.policies import Ask, RoundRobin
+from gateway.routing.hedging import Hedging, Kind
+from gateway.routing.policies import PickQuery, RoundRobin
 from gateway.routing.pools import PROVIDER, Pool, Pools, Replica
-from gateway.telemetry.latencies import Latencies
+from gateway.routing.prefixes import Buffer
 from quantize.card import Card, Outcome
 from quantize.gate import judge
 
@@ -57,8 +58,8 @@ class Route(msgspec.Struct, frozen=True):
     reason: Reason
     work: float = 0.0
     hedge_after_s: float | None = None
-    watched: bool = False
-    """Its time to the first byte is kept, for the hedging of later ones."""
+    kind: Kind | None = None
+    """As one of which its time is kept, for the hedging of later ones; None: it is not."""
 
 
 class _Plan(msgspec.Struct, frozen=True):
@@ -125,7 +126,7 @@ class Router:
         config: Config,
         cards: Mapping[str, Card],
         pools: Pools,
-        latencies: Latencies | None = None,
+        hedging: Hedging | None = None,
         missed: Callable[[str, str], None] = lambda role, variant: None,
     ) -> None:
         """``missed`` is told the role and the variant of a request whose pool could not take it."""
@@ -133,7 +134,7 @@ class Router:
         self._config = config
         self._cards = cards
         self._pools = pools
-        self._latencies = latencies or Latencies()
+        self._hedging = hedging or Hedging()
         self._cost = _costs(cards, config.gateway.cost)
         self._demoted: Mapping[tuple[str, str], str] = {}
         self._ladders = {role: self._ladder(role) for role in config.roles}
@@ -179,7 +180,7 @@ class Router:
 
     def route(self, caller: Caller, body: Body, endpoint: Endpoint) -> Route:
         """Decide. Raises UnknownModelError, PrecisionTooLowError or NoReplicaError."""
-        model = body.fields.model
+        model = body.fields.model or self._config.model.name
         key = caller.key
         asked = (caller.role, model, None if key is None else key.lowest)
         plan = self._plans.get(asked)
@@ -196,8 +197,13 @@ class Router:
         if canary is not None and _in_share(caller, canary.percent):
             ladder, reason = self._above(ladder, canary.variant), Reason.CANARY
         adapter = model if model in self._config.adapters else ""
-        ask = Ask(caller.session, caller.cache_salt, _prompt(body, endpoint), adapter)
-        return self._climb(caller, ladder, reason, ask)
+        query = PickQuery(caller.session, caller.cache_salt, _prompt(body, endpoint), adapter)
+        route = self._climb(caller, ladder, reason, query)
+        if not self._config.roles[caller.role].hedge:
+            return route
+        kind = (caller.role, route.variant, endpoint.path, bool(body.fields.stream))
+        after_s = self._hedging.delay(kind, self._config.gateway.hedge_share)
+        return msgspec.structs.replace(route, hedge_after_s=after_s, kind=kind)
 
     def _plan(self, caller: Caller, model: str) -> _Plan:
         if provider := self._pools.providers.get(model):
@@ -261,7 +267,9 @@ class Router:
         if model != config.model.name and model not in config.roles and model not in config.adapters:
             known = ", ".join(self.known_models())
             raise UnknownModelError(
-                f"model: {model[:80]!r} does not exist; use one of: {known}", param="model"
+                f"model: {model[:80]!r} does not exist; use one of: {known}",
+                param="model",
+                internal="model: does not exist",
             )
         ladder = tuple(variant for variant in self._ladders[role] if self._has(variant, model))
         cheaper = [v for v, of in self._demoted if of == role and self._cost[v] < self._cost[ladder[0]]]
@@ -308,18 +316,17 @@ class Router:
         least = precision(self._cards[first])
         return (first, *(v for v in ladder if v != first and precision(self._cards[v]) >= least))
 
-    def _climb(self, caller: Caller, ladder: tuple[str, ...], reason: Reason, ask: Ask) -> Route:
+    def _climb(self, caller: Caller, ladder: tuple[str, ...], reason: Reason, query: PickQuery) -> Route:
         role = self._config.roles[caller.role]
         full = False
         for variant in ladder:
             pool = self._pools.by_variant[variant]
-            if picked := pool.pick(ask):
+            if picked := pool.pick(query, last=variant == ladder[-1]):
                 replica, work = picked
                 if variant != ladder[0]:
                     self._missed(caller.role, ladder[0])
                     reason = Reason.RAISED_POOL_FULL if full else Reason.RAISED_POOL_DOWN
-                hedge = self._latencies.p95(caller.role, variant) if role.hedge else None
-                return Route(caller.role, variant, replica, reason, work, hedge, watched=role.hedge)
+                return Route(caller.role, variant, replica, reason, work)
             if pool.usable():
                 full = True
                 if role.when_full is not WhenFull.RAISE:
@@ -335,9 +342,9 @@ class Router:
         )
 
 
-def _prompt(body: Body, endpoint: Endpoint) -> Callable[[], bytes]:
-    def prompt() -> bytes:
-        return b"".join([body.raw(name) for name in endpoint.prompt])
+def _prompt(body: Body, endpoint: Endpoint) -> Callable[[], Sequence[Buffer]]:
+    def prompt() -> Sequence[Buffer]:
+        return [part for name in endpoint.prompt if (part := body.view(name))]
 
     return prompt
 

@@ -25,6 +25,8 @@ _FIGURES = (
     "vllm:num_requests_waiting",
     "vllm:num_requests_running",
     "vllm:num_preemptions_total",
+    "vllm:prompt_tokens_total",
+    "vllm:generation_tokens_total",
 )
 _READ = (*_FIGURES, _CACHE, _LORA)
 
@@ -34,7 +36,7 @@ def parse_reading(text: str) -> Reading:
 
     Raises ValueError for what is not Prometheus text.
     """
-    # An engine says hundreds of lines, and six are read: parsing all was most of an idle gateway's work.
+    # An engine says hundreds of lines, and eight are read: parsing all was most of an idle gateway's work.
     lines = text.splitlines()
     lines = [line for line in lines if line.startswith(_READ)] or lines
     found: dict[str, list[float]] = {}
@@ -46,12 +48,14 @@ def parse_reading(text: str) -> Reading:
                 cache_tokens = _cache_tokens(sample.labels)
             if sample.name == _LORA and sample.labels.get("max_lora", "").isdigit():
                 adapters = int(sample.labels["max_lora"])
-    usage, waiting, running, preempted = map(found.get, _FIGURES)
+    usage, waiting, running, preempted, read, written = map(found.get, _FIGURES)
     return Reading(
         kv_cache_usage=max(usage) if usage else None,
         waiting=sum(waiting) if waiting else None,
         running=sum(running) if running else None,
         preemptions=sum(preempted) if preempted else None,
+        prompt_tokens=sum(read) if read else None,
+        generation_tokens=sum(written) if written else None,
         cache_tokens=cache_tokens,
         adapters=adapters,
     )

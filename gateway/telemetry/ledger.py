@@ -6,8 +6,7 @@ import time
 
 import msgspec
 
-from gateway.proxy.exchange import Exchange
-from gateway.routing.router import Route
+from gateway.proxy.record import Record, Usage
 from gateway.telemetry.counters import Counter, Histogram
 from gateway.telemetry.logs import AccessLog
 from gateway.telemetry.metrics import OTHER, Metrics
@@ -42,21 +41,42 @@ class _Line(msgspec.Struct, gc=False):
     logger: str = "tiercel.access"
 
 
-class _Books:
-    """The metrics of requests of one kind: of a key, role, model, variant, reason and outcome. Found once."""
+_Account = tuple[str | None, str, str]
+"""Key, role and variant: whose tokens they are."""
+_Kind = tuple[str | None, str, str, str, str, int]
+"""Key, role, model, variant, reason and outcome."""
 
-    __slots__ = (
-        "completion",
-        "duration",
-        "first_token",
-        "gaps",
-        "key_completion",
-        "key_prompt",
-        "overhead",
-        "prompt",
-        "requests",
-        "routes",
-    )
+
+class _Tokens:
+    """The token counters of one account."""
+
+    __slots__ = ("cached", "completion", "key_completion", "key_prompt", "prompt")
+
+    def __init__(self, metrics: Metrics, account: _Account) -> None:
+        key, role, variant = account
+        self.prompt: Counter = metrics.tokens.labels(role, variant, "prompt")
+        self.cached: Counter = metrics.cached_tokens.labels(role, variant)
+        self.completion: Counter = metrics.tokens.labels(role, variant, "completion")
+        self.key_prompt: Counter | None = None
+        self.key_completion: Counter | None = None
+        if key is not None:
+            self.key_prompt = metrics.key_tokens.labels(key, role, variant, "prompt")
+            self.key_completion = metrics.key_tokens.labels(key, role, variant, "completion")
+
+    def add(self, usage: Usage) -> None:
+        prompt, completion = usage.prompt or 0, usage.completion
+        self.prompt.value += prompt
+        self.cached.value += usage.cached
+        self.completion.value += completion
+        if self.key_prompt is not None and self.key_completion is not None:
+            self.key_prompt.value += prompt
+            self.key_completion.value += completion
+
+
+class _Books:
+    """The metrics of requests of one kind, found once."""
+
+    __slots__ = ("duration", "first_token", "gaps", "overhead", "requests", "routes", "tokens")
 
     def __init__(self, metrics: Metrics, kind: _Kind) -> None:
         key, role, model, variant, reason, outcome = kind
@@ -66,94 +86,77 @@ class _Books:
         self.overhead: Histogram = metrics.overhead.labels(role, variant)
         self.first_token: Histogram = metrics.first_token.labels(role, variant)
         self.gaps: Histogram = metrics.token_gap.labels(role, variant)
-        self.prompt: Counter = metrics.tokens.labels(role, variant, "prompt")
-        self.completion: Counter = metrics.tokens.labels(role, variant, "completion")
-        self.key_prompt: Counter | None = None
-        self.key_completion: Counter | None = None
-        if key is not None:
-            self.key_prompt = metrics.key_tokens.labels(key, role, variant, "prompt")
-            self.key_completion = metrics.key_tokens.labels(key, role, variant, "completion")
-
-
-_Kind = tuple[str | None, str, str, str, str, int]
+        self.tokens = _Tokens(metrics, (key, role, variant))
 
 
 class Ledger:
-    """Writes a finished request into the metrics and the access log."""
+    """Writes finished requests into the metrics and the access log."""
 
     def __init__(self, metrics: Metrics, log: AccessLog) -> None:
         self._metrics = metrics
         self.log = log
         self._books: dict[_Kind, _Books] = {}
+        self._accounts: dict[_Account, _Tokens] = {}
 
-    def record(self, exchange: Exchange) -> None:
-        route, caller, reader, error = exchange.route, exchange.caller, exchange.reader, exchange.error
-        snapshot = exchange.snapshot
-        model = exchange.model if exchange.model in snapshot.known_models else OTHER
-        took = exchange.plane.clock() - exchange.received
-        prompt, completion = (reader.prompt_tokens, reader.completion_tokens) if reader else (None, 0)
-        status = 200 if error is None else error.status
-        if route is not None and caller is not None:
-            key = caller.key.name if caller.key is not None else None
-            kind = (key, caller.role, model, route.variant, route.reason, status)
+    def record(self, record: Record, *, log: bool) -> None:
+        """``log``: a line of the access log, too; errors have one anyway."""
+        role, variant = record.role, record.variant
+        if role is not None and variant is not None:
+            kind = (record.key, role, record.model, variant, record.reason or "", record.status)
             books = self._books.get(kind)
             if books is None:
                 books = self._books[kind] = _Books(self._metrics, kind)
-            self._enter(books, exchange, took, prompt or 0, completion)
-            for spent in exchange.spent:
-                self._enter_spent(key, *spent)
+            _enter(books, record)
+            for spent in record.spent:
+                self.spend(record.key, role, spent.variant, spent.usage)
+            if record.hedged:
+                self._metrics.hedges.labels(role, variant, record.winner or "none").inc()
         else:
-            role = caller.role if caller is not None else OTHER
-            self._metrics.requests.labels(role, model, NO_VARIANT, str(status)).inc()
-        if error is not None or snapshot.config.gateway.access_log:
-            self.log.write(_line(exchange, model, status, took, prompt, completion))
+            labels = (role or OTHER, record.model, NO_VARIANT, str(record.status))
+            self._metrics.requests.labels(*labels).inc()
+        if log or record.status != 200:
+            self.log.write(_line(record))
 
-    def _enter_spent(self, key: str | None, route: Route, prompt: int, completion: int) -> None:
-        """Tokens of an answer that nobody got."""
-        for kind, tokens in (("prompt", prompt), ("completion", completion)):
-            self._metrics.tokens.labels(route.role, route.variant, kind).inc(tokens)
-            if key is not None:
-                self._metrics.key_tokens.labels(key, route.role, route.variant, kind).inc(tokens)
-
-    def _enter(self, books: _Books, exchange: Exchange, took: float, prompt: int, completion: int) -> None:
-        books.requests.value += 1
-        books.routes.value += 1
-        books.duration.observe(took)
-        books.overhead.observe(exchange.overhead_s)
-        books.prompt.value += prompt
-        books.completion.value += completion
-        if books.key_prompt is not None and books.key_completion is not None:
-            books.key_prompt.value += prompt
-            books.key_completion.value += completion
-        if exchange.first_at is not None:
-            books.first_token.observe(exchange.first_at - exchange.received)
-            for gap in exchange.gaps or ():
-                books.gaps.observe(gap)
+    def spend(self, key: str | None, role: str, variant: str, usage: Usage) -> None:
+        """Tokens of an answer that nobody got, or that became known after its request had ended."""
+        account = (key, role, variant)
+        tokens = self._accounts.get(account)
+        if tokens is None:
+            tokens = self._accounts[account] = _Tokens(self._metrics, account)
+        tokens.add(usage)
 
 
-def _line(
-    exchange: Exchange, model: str, status: int, took: float, prompt: int | None, completion: int
-) -> _Line:
-    caller, route, error, first = exchange.caller, exchange.route, exchange.error, exchange.first_at
-    key = caller.key if caller is not None else None
+def _enter(books: _Books, record: Record) -> None:
+    books.requests.value += 1
+    books.routes.value += 1
+    books.duration.observe(record.duration_s)
+    books.overhead.observe(record.overhead_s)
+    books.tokens.add(record.usage)
+    if record.first_token_s is not None:
+        books.first_token.observe(record.first_token_s)
+        for gap in record.gaps_s:
+            books.gaps.observe(gap)
+
+
+def _line(record: Record) -> _Line:
     return _Line(
         time.time(),
-        exchange.request_id,
-        exchange.endpoint.path,
-        key.name if key is not None else None,
-        key.tenant if key is not None else None,
-        caller.role if caller is not None else None,
-        caller.session if caller is not None else None,
-        model,
-        route.variant if route is not None else None,
-        route.replica.name if route is not None else None,
-        route.reason if route is not None else None,
-        status,
-        prompt,
-        completion,
-        took,
-        first - exchange.received if first is not None else None,
-        exchange.overhead_s,
-        exchange.hedged,
-        (error.internal or error.message) if error is not None else None,
+        record.request_id,
+        record.path,
+        record.key,
+        record.tenant,
+        record.role,
+        record.session,
+        record.model,
+        record.variant,
+        record.replica,
+        record.reason,
+        record.status,
+        record.usage.prompt,
+        record.usage.completion,
+        record.duration_s,
+        record.first_token_s,
+        record.overhead_s,
+        record.hedged,
+        record.error,
     )

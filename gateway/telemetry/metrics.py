@@ -71,6 +71,9 @@ class Metrics:
             *asked,
         )
         self.tokens = counter("tiercel_tokens_total", "Tokens, by kind: prompt, completion", *asked, "kind")
+        self.cached_tokens = counter(
+            "tiercel_cached_tokens_total", "Prompt tokens that came out of a prefix cache", *asked
+        )
         self.key_tokens = counter(
             "tiercel_key_tokens_total", "Tokens, by API key", "key", "role", "variant", "kind"
         )

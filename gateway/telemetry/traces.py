@@ -8,7 +8,7 @@ the client's own trace headers on to engines; to have them, install an exporter 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from opentelemetry.trace import (
     NoOpTracerProvider,
@@ -18,12 +18,10 @@ from opentelemetry.trace import (
     StatusCode,
     Tracer,
     get_tracer_provider,
-    set_span_in_context,
 )
-from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-if TYPE_CHECKING:
-    from gateway.proxy.exchange import Exchange
+from gateway.proxy.record import Record
+from gateway.telemetry.propagation import W3C
 
 _OPERATIONS = {
     "/v1/chat/completions": "chat",
@@ -32,7 +30,6 @@ _OPERATIONS = {
     "/v1/completions": "text_completion",
     "/v1/embeddings": "embeddings",
 }
-_W3C = TraceContextTextMapPropagator()
 
 
 class Traces:
@@ -44,62 +41,49 @@ class Traces:
     def begin(self, path: str, headers: Mapping[str, str]) -> Span:
         """A span below the client's own, if its headers name one."""
         operation = _OPERATIONS.get(path, path)
-        return self._tracer.start_span(operation, _W3C.extract(headers), SpanKind.SERVER)
+        return self._tracer.start_span(operation, W3C.extract(headers), SpanKind.SERVER)
 
-    def end(self, span: Span, exchange: Exchange) -> None:
-        """Say how a request went."""
+    def end(self, span: Span, record: Record, served_model: str) -> None:
+        """Say how a request went. ``served_model``: as engines know the model."""
         if span.is_recording():
-            path, error = exchange.endpoint.path, exchange.error
-            status = 200 if error is None else error.status
-            operation = _OPERATIONS.get(path, path)
-            span.update_name(f"{operation} {exchange.model}" if exchange.model else operation)
-            span.set_attributes(_said(exchange, operation, path, status))
-            if status >= 500:
+            operation = _OPERATIONS.get(record.path, record.path)
+            span.update_name(f"{operation} {record.model}" if record.role is not None else operation)
+            span.set_attributes(_attributes(record, operation, served_model))
+            if record.status >= 500:
                 span.set_status(StatusCode.ERROR)
         span.end()
 
 
-def _said(exchange: Exchange, operation: str, path: str, status: int) -> dict[str, Any]:
-    caller, route, reader = exchange.caller, exchange.route, exchange.reader
+def _attributes(record: Record, operation: str, served_model: str) -> dict[str, Any]:
     found: dict[str, Any] = {
         "gen_ai.operation.name": operation,
         "gen_ai.provider.name": "vllm",
         "http.request.method": "POST",
-        "http.route": path,
-        "http.response.status_code": status,
-        "tiercel.request_id": exchange.request_id,
-        "tiercel.overhead_s": exchange.overhead_s,
+        "http.route": record.path,
+        "http.response.status_code": record.status,
+        "tiercel.request_id": record.request_id,
+        "tiercel.overhead_s": record.overhead_s,
     }
-    if exchange.model:
-        found["gen_ai.request.model"] = exchange.model
-    if caller is not None:
-        found["gen_ai.agent.name"] = caller.role
-        if caller.session is not None:
-            found["gen_ai.conversation.id"] = caller.session
-    if route is not None:
+    if record.role is not None:
+        found |= {"gen_ai.agent.name": record.role, "gen_ai.request.model": record.model}
+    if record.session is not None:
+        found["gen_ai.conversation.id"] = record.session
+    if record.variant is not None and record.replica is not None:
         found |= {
-            "gen_ai.response.model": f"{exchange.snapshot.model}:{route.variant}",
-            "tiercel.variant": route.variant,
-            "tiercel.replica": route.replica.name,
-            "tiercel.route_reason": route.reason.value,
-            "tiercel.hedged": exchange.hedged,
+            "gen_ai.response.model": f"{served_model}:{record.variant}",
+            "gen_ai.usage.output_tokens": record.usage.completion,
+            "tiercel.variant": record.variant,
+            "tiercel.replica": record.replica,
+            "tiercel.route_reason": str(record.reason),
+            "tiercel.hedged": record.hedged,
         }
-    if reader is not None:
-        found["gen_ai.usage.output_tokens"] = reader.completion_tokens
-        if reader.prompt_tokens is not None:
-            found["gen_ai.usage.input_tokens"] = reader.prompt_tokens
-    if exchange.first_at is not None:
-        found["gen_ai.response.time_to_first_chunk"] = exchange.first_at - exchange.received
-    if status >= 400:
-        found["error.type"] = str(status)
+    if record.usage.prompt is not None:
+        found["gen_ai.usage.input_tokens"] = record.usage.prompt
+    if record.first_token_s is not None:
+        found["gen_ai.response.time_to_first_chunk"] = record.first_token_s
+    if record.status >= 400:
+        found["error.type"] = str(record.status)
     return found
-
-
-def carried(span: Span) -> dict[str, str]:
-    """The headers by which an engine's own spans come below this one."""
-    headers: dict[str, str] = {}
-    _W3C.inject(headers, set_span_in_context(span))
-    return headers
 
 
 def traces() -> Traces | None:

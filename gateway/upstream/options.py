@@ -37,11 +37,12 @@ class OutputOptions:
         if asked.stream_options is UNSET and asked.logprobs is UNSET and asked.top_logprobs is UNSET:
             return _COMMON[chat, asked.stream is True]
         options = asked.stream_options or {}
+        as_it_is = chat and not asked.takes_logprobs  # nothing is added, so nothing is to be taken out
         return cls(
             chat=chat,
             stream=asked.stream is True,
-            logprobs=bool(asked.logprobs),
-            top_logprobs=(asked.top_logprobs or 0) if chat else 0,
+            logprobs=as_it_is or asked.logprobs is True,
+            top_logprobs=EVERY_TOKEN if as_it_is else (asked.top_logprobs or 0) if chat else 0,
             include_usage=bool(options.get("include_usage")),
             continuous_usage=bool(options.get("continuous_usage_stats")),
         )
@@ -67,7 +68,7 @@ def changes_for_engine(
         else:
             wanted = usage_wanted(body) | {"continuous_usage_stats": True}
             changes["stream_options"] = msgspec.json.encode(wanted)
-    if tapped and options.chat and quality.logprobs:
+    if tapped and options.chat and quality.logprobs and body.fields.takes_logprobs:
         most = max(options.top_logprobs, quality.top_logprobs)
         changes["logprobs"] = b"true"
         changes["top_logprobs"] = b"%d" % (EVERY_TOKEN if options.top_logprobs == EVERY_TOKEN else most)

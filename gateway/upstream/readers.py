@@ -12,12 +12,13 @@ from typing import Any, Protocol
 import msgspec
 
 from gateway.errors import UpstreamError, UpstreamRefusedError
+from gateway.proxy.record import Usage
 from gateway.quality.answer import Answer
 from gateway.upstream.options import OutputOptions, as_wished
 from gateway.upstream.sse import DONE, EventSplitter, ServerEvent, events_of, garbage
 
 
-class Usage(msgspec.Struct):
+class _Counts(msgspec.Struct):
     """Tokens of an answer, under the names of OpenAI's completions and of its responses and Anthropic."""
 
     prompt_tokens: int | None = None
@@ -37,26 +38,26 @@ class Usage(msgspec.Struct):
 class _Whole(msgspec.Struct):
     """What is read of an answer that is not streamed."""
 
-    usage: Usage | None = None
+    usage: _Counts | None = None
     error: Any = None
 
 
 class _Inner(msgspec.Struct):
-    usage: Usage | None = None
+    usage: _Counts | None = None
 
 
 class _NamedEvent(msgspec.Struct):
     """An event of responses (``response``) or of Anthropic's messages (``message``)."""
 
     type: str = ""
-    usage: Usage | None = None
+    usage: _Counts | None = None
     response: _Inner | None = None
     message: _Inner | None = None
     error: Any = None
 
 
 _WHOLE = msgspec.json.Decoder(_Whole)
-_USAGE = msgspec.json.Decoder(Usage)
+_USAGE = msgspec.json.Decoder(_Counts)
 _NAMED = msgspec.json.Decoder(_NamedEvent)
 _TAIL = re.compile(rb"(\{[^{}]*(?:\{[^{}]*\}[^{}]*)*\}|null)\}")
 """What follows ``,"usage":`` at the end of an event: one object of at most two levels, and the end."""
@@ -72,10 +73,7 @@ class Reader(Protocol):
     done: bool
 
     @property
-    def prompt_tokens(self) -> int | None: ...
-
-    @property
-    def completion_tokens(self) -> int: ...
+    def usage(self) -> Usage: ...
 
     def feed(self, data: bytes, at: float) -> bytes:
         """What the client gets of ``data``, which arrived at ``at`` (seconds of the gateway's clock).
@@ -92,6 +90,10 @@ class WholeReader:
         self.done = False
         self.prompt_tokens: int | None = None
         self.completion_tokens = 0
+
+    @property
+    def usage(self) -> Usage:
+        return Usage(prompt=self.prompt_tokens, completion=self.completion_tokens)
 
     def feed(self, data: bytes, at: float) -> bytes:
         try:
@@ -131,6 +133,10 @@ class StreamReader:
         """The engine's count; one per chunk where it gives none."""
         counted = self._usage().completion
         return self.chunks if counted is None else counted
+
+    @property
+    def usage(self) -> Usage:
+        return Usage(prompt=self.prompt_tokens, completion=self.completion_tokens)
 
     def feed(self, data: bytes, at: float) -> bytes:
         end = len(data) - 2
@@ -202,13 +208,13 @@ class StreamReader:
                 self._last_usage = msgspec.json.encode(event.data["usage"])
         return as_wished(event, self._options)
 
-    def _usage(self) -> Usage:
+    def _usage(self) -> _Counts:
         if not self._last_usage or self._last_usage == b"null":
-            return Usage()
+            return _Counts()
         try:
             return _USAGE.decode(self._last_usage)
         except msgspec.MsgspecError:
-            return Usage()
+            return _Counts()
 
 
 def _usual(events: bytes) -> tuple[bytes, int, bytes, int] | None:
@@ -249,6 +255,10 @@ class NamedStreamReader:
     def completion_tokens(self) -> int:
         """The engine's count; until it is sent with the last events, one per event with text."""
         return self.chunks if self.completion_counted is None else self.completion_counted
+
+    @property
+    def usage(self) -> Usage:
+        return Usage(prompt=self.prompt_tokens, completion=self.completion_tokens)
 
     def feed(self, data: bytes, at: float) -> bytes:
         whole = self._splitter.cut(data)
@@ -306,6 +316,10 @@ class TappedReader:
     def completion_tokens(self) -> int:
         return self.answer.completion_tokens
 
+    @property
+    def usage(self) -> Usage:
+        return Usage(prompt=self.prompt_tokens, completion=self.completion_tokens)
+
     def feed(self, data: bytes, at: float) -> bytes:
         events = self._splitter.feed(data) if self._splitter else [whole_event(data)]
         out = []
@@ -349,6 +363,5 @@ def refusal(status: int, raw: bytes) -> UpstreamError:
             return UpstreamRefusedError(status, msgspec.json.decode(raw))
         except (msgspec.MsgspecError, RecursionError):
             return UpstreamRefusedError(status, {})
-    return UpstreamError(
-        f"The engine failed with status {status}; try again.", internal=f"it said {raw[:300]!r}"
-    )
+    internal = f"the engine answered {status}, with {len(raw)} bytes"
+    return UpstreamError(f"The engine failed with status {status}; try again.", internal=internal)

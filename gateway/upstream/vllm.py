@@ -1,80 +1,163 @@
 """vLLM engines over HTTP: bytes pass as they come, unbuffered.
 
-No time limit on the whole answer alone: limits are on connecting, on the first byte and on silence. The
-first event is awaited before the answer counts as begun, so that an engine that dies during prefill is
-still a clean 502 for the client.
+What an engine sends is handed to the attempts' listener: parts of a stream as they come, any other answer
+whole. The first event is awaited before the answer counts as begun, so that an engine that dies during
+prefill is still a clean 502 for the client.
 """
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Mapping
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import Protocol
 
+from msgspec import UNSET
+
+from gateway.config import Config
 from gateway.errors import NeverReachedError, UpstreamError, UpstreamRefusedError
+from gateway.identity import sent_priority
 from gateway.proxy.endpoints import Form
+from gateway.proxy.exchange import Attempt, Exchange
 from gateway.routing.pools import Replica
-from gateway.telemetry.traces import carried
+from gateway.telemetry.propagation import carried
 from gateway.upstream.options import changes_for_engine
 from gateway.upstream.readers import refusal
 from gateway.wire.engine import EngineConnection
 from gateway.wire.heads import AnswerHead
 
-if TYPE_CHECKING:
-    from gateway.proxy.exchange import Exchange
-
 LARGEST_ANSWER_BYTES = 256 << 20
 PASSED_ON = ("traceparent", "tracestate", "baggage")
 """Headers of the client that engines are given: those of tracing, and none that authenticates."""
+_LONGEST_WAIT_DIGITS = 6
+
+
+class Listener(Protocol):
+    """Who hears how an attempt goes. After ``whole``, ``ended`` or ``broke`` nothing more comes."""
+
+    def arrived(self, attempt: Attempt, payload: bytes) -> None:
+        """A part of a stream, never empty."""
+
+    def ended(self, attempt: Attempt) -> None:
+        """The stream has come to its end."""
+
+    def whole(self, attempt: Attempt, body: bytes, content_type: bytes | None = None) -> None:
+        """All of an answer that is not streamed; ``content_type`` where it is not JSON."""
+
+    def broke(self, attempt: Attempt, error: UpstreamError) -> None:
+        """There will be no answer. NeverReachedError: no work was done."""
+
+
+class Engines:
+    """Makes attempts at engines."""
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._same_name = frozenset((config.model.name, *config.adapters))
+        """Model ids that engines know as they are."""
+
+    def attempt(self, listener: Listener, exchange: Exchange, replica: Replica, work: float) -> EngineAttempt:
+        """One request to one engine, which ``start`` sends."""
+        return EngineAttempt(listener, exchange, replica, self._request(exchange, replica), work)
+
+    def _request(self, exchange: Exchange, replica: Replica) -> bytes:
+        """The bytes of the request to an engine."""
+        endpoint, caller, model = exchange.endpoint, exchange.caller, exchange.model
+        changes: dict[str, bytes] = {}
+        tapped = exchange.tapped is not None
+        if endpoint.form is Form.COMPLETIONS and (exchange.options.stream or tapped):
+            changes = changes_for_engine(exchange.body, exchange.options, self._config.quality, tapped=tapped)
+        if caller is not None and caller.cache_salt:
+            changes["cache_salt"] = b'"%b"' % caller.cache_salt.encode()
+        if model not in self._same_name:
+            changes["model"] = b'"%b"' % self._config.model.name.encode()
+        given, more = exchange.body.fields.priority, _trace_headers(exchange)
+        if caller is not None and (caller.priority or given is not UNSET):
+            priority = sent_priority(caller, None if given is UNSET else given) or 0
+            changes["priority"] = b"%d" % priority
+            # vLLM's own header, for the endpoints whose body has no such field.
+            more += b"x-vllm-priority: %d\r\n" % priority if priority else b""
+        raw = exchange.body.with_(changes)
+        return b"%bx-request-id: %b\r\n%bcontent-length: %d\r\n\r\n%b" % (
+            replica.request_head(endpoint),
+            exchange.request_id.encode(),
+            more,
+            len(raw),
+            raw,
+        )
+
+
+def _trace_headers(exchange: Exchange) -> bytes:
+    given: Mapping[str, str] = exchange.head.headers
+    if exchange.span is not None:
+        given = {**given, **carried(exchange.span)}
+    if given.keys().isdisjoint(PASSED_ON):
+        return b""
+    lines = [f"{name}: {given[name]}\r\n" for name in PASSED_ON if name in given]
+    return "".join(lines).encode("latin-1")
 
 
 class EngineAttempt:
-    """One request to one engine."""
+    """One request to one engine: the ``ResponseHandler`` of its connection."""
 
     __slots__ = (
         "_connection",
         "_head",
+        "_lease",
+        "_listener",
         "_parts",
         "_request",
         "_size",
-        "_work",
+        "_streams",
         "exchange",
         "over",
         "replica",
+        "sent",
     )
 
-    def __init__(self, exchange: Exchange, replica: Replica, request: bytes, work: float = 0.0) -> None:
+    def __init__(
+        self, listener: Listener, exchange: Exchange, replica: Replica, request: bytes, work: float = 0.0
+    ) -> None:
         """``work``: blocks that it adds to the replica's queue, until its first token."""
         self.exchange = exchange
         self.replica = replica
+        self.over = False
+        self.sent = False
+        self._listener = listener
         self._request = request
         self._connection: EngineConnection | None = None
         self._head: AnswerHead | None = None
+        self._streams = False
         self._parts: list[bytes] = []
         self._size = 0
-        self.over = False
-        self._work = work
-        replica.take(work)
+        self._lease = replica.take(work)
 
     def start(self) -> None:
         """Send it, over a kept connection or else a new one."""
         if (connection := self.replica.connections.kept()) is not None:
-            self._connection = connection
-            connection.ask(self, self._request)
+            self._send(connection)
         else:
-            self.exchange.spawn(self._connect())
+            self.exchange.task = asyncio.get_running_loop().create_task(self._connect())
+
+    def _send(self, connection: EngineConnection) -> None:
+        self._connection = connection
+        self.sent = True
+        connection.send(self, self._request)
 
     async def _connect(self) -> None:
         try:
             connection = await self.replica.connections.connect()
         except OSError as error:
+            self._never_reached(f"{error!r}", unread=False)
+            return
+        except Exception as error:
             self._end()
-            self._never_reached(f"{error!r}", stale=False)
+            self.exchange.pipeline.defect(self.exchange, error)
             return
         if self.over:
             connection.close()
             return
-        self._connection = connection
-        connection.ask(self, self._request)
+        self._send(connection)
         if self.exchange.paused_at is not None:
             connection.pause()
 
@@ -95,51 +178,55 @@ class EngineAttempt:
 
     def began(self, head: AnswerHead) -> None:
         self._head = head
-        if head.status == 200 and self.exchange.options.stream and self._connection is not None:
+        self._streams = head.status == 200 and head.is_stream
+        if self._streams and self._connection is not None:
             self._connection.stream = self.part
 
     def part(self, payload: bytes) -> None:
-        """The first part of a stream, never empty. The others go to the exchange at once."""
-        if self._work:  # its first token is here
-            self.replica.work -= self._work
-            self._work = 0.0
+        """The first part of a stream, never empty. The others go to the listener at once."""
+        self._lease.began()
         if (connection := self._connection) is not None and connection.stream is not None:
-            connection.stream = partial(self.exchange.arrived, self)
-        self.exchange.arrived(self, payload)
+            connection.stream = partial(self._listener.arrived, self)
+        self._listener.arrived(self, payload)
 
     def arrived(self, payload: bytes) -> None:
-        if self._head is not None and self._head.status == 200 and self.exchange.options.stream:
+        if self._streams:
             self.part(payload)
             return
         self._size += len(payload)
         if self._size > LARGEST_ANSWER_BYTES:
-            self._fail(UpstreamError("The engine's answer is too large."))
+            self.cancel()
+            self._listener.broke(self, UpstreamError("The engine's answer is too large."))
             return
         self._parts.append(payload)
 
     def ended(self) -> None:
         """The connection is the pool's again."""
-        assert self._head is not None
-        if self._head.status == 200 and self.exchange.options.stream:
+        head = self._head
+        assert head is not None
+        if self._streams:
             self._connection = None
             self._end()
-            self.exchange.ended(self)
+            self._listener.ended(self)
         else:
-            self.whole(self._head, self._parts[0] if len(self._parts) == 1 else b"".join(self._parts))
+            self.whole(head, self._parts[0] if len(self._parts) == 1 else b"".join(self._parts))
 
     def whole(self, head: AnswerHead, body: bytes) -> None:
         self._connection = None
         self._end()
-        if head.status == 200 and self.exchange.options.stream:
-            self.exchange.arrived(self, body)
-            self.exchange.ended(self)
-        elif head.status == 200:
-            self.exchange.whole(self, body)
-        else:
+        if head.status != 200:
             self._refused(head, body)
+        elif head.is_stream:
+            if body:
+                self._listener.arrived(self, body)
+            self._listener.ended(self)
+        elif head.is_json:
+            self._listener.whole(self, body)
+        else:
+            self._listener.whole(self, body, head.content_type)
 
     def _refused(self, head: AnswerHead, body: bytes) -> None:
-        error = refusal(head.status, body)
+        error: UpstreamError
         if head.status == 404 and b'"error"' not in body:
             path, variant = self.exchange.endpoint.path, self.replica.variant
             said = {
@@ -147,71 +234,48 @@ class EngineAttempt:
                 "type": "invalid_request_error",
             }
             error = UpstreamRefusedError(404, {"error": said})
+        else:
+            error = refusal(head.status, body)
         if isinstance(error, UpstreamRefusedError):
             self.replica.breaker.answered()
-            if error.retry_after_s is None and (wait := head.get("retry-after") or "").isdigit():
-                error.retry_after_s = int(wait[:6])
         else:
-            self.replica.breaker.answer_broke()
-        self.exchange.broke(self, error)
+            self.replica.breaker.errored()
+        if error.retry_after_s is None:
+            error.retry_after_s = _retry_after(head)
+        self._listener.broke(self, error)
 
-    def lost(self, why: str, *, untouched: bool) -> None:
+    def lost(self, why: str, *, unread: bool) -> None:
         self._connection = None
-        self._end()
-        if untouched:
-            self._never_reached(why, stale=True)
+        if unread:
+            self.replica.connections.discard_idle()  # those beside it will have been closed as well
+            self._never_reached(why, unread=True)
             return
-        self.replica.breaker.answer_broke()
+        self._end()
+        self.replica.breaker.errored()
         began = "in the middle of its answer" if self.exchange.begun else "before it answered"
-        self.exchange.broke(self, UpstreamError(f"The engine broke off {began}.", internal=self._where(why)))
+        self._listener.broke(self, UpstreamError(f"The engine broke off {began}.", internal=self._where(why)))
 
-    def _never_reached(self, why: str, *, stale: bool) -> None:
-        if not stale:
+    def _never_reached(self, why: str, *, unread: bool) -> None:
+        if not self._end():
+            return
+        if not unread:
             self.replica.breaker.not_reached()
-        said = "closed the connection" if stale else "cannot be reached"
-        error = NeverReachedError(f"The engine {said}.", stale=stale, internal=self._where(why))
-        self.exchange.snapshot.ask.again(self.exchange, self, error)
-
-    def _fail(self, error: UpstreamError) -> None:
-        self.cancel()
-        self.exchange.broke(self, error)
+        said = "closed the connection" if unread else "cannot be reached"
+        self._listener.broke(self, NeverReachedError(f"The engine {said}.", internal=self._where(why)))
 
     def _where(self, why: str) -> str:
-        return f"{self.replica.name} at {self.replica.url}: {why}"
+        return f"{self.replica.where}: {why}"
 
     def _end(self) -> bool:
         """Whether it had not ended before."""
         if self.over:
             return False
         self.over = True
-        self.replica.release()
-        self.replica.work -= self._work
+        self._lease.release()
         return True
 
 
-def request_for(exchange: Exchange, replica: Replica) -> bytes:
-    """The bytes of the request to an engine."""
-    snapshot, endpoint, caller = exchange.snapshot, exchange.endpoint, exchange.caller
-    changes: dict[str, bytes] = {}
-    if endpoint.form is Form.COMPLETIONS and (exchange.options.stream or exchange.tapped is not None):
-        tapped = exchange.tapped is not None
-        changes = changes_for_engine(exchange.body, exchange.options, snapshot.config.quality, tapped=tapped)
-    if caller is not None and caller.cache_salt:
-        changes["cache_salt"] = b'"%b"' % caller.cache_salt.encode()
-    if exchange.model != snapshot.model and exchange.model not in snapshot.config.adapters:
-        changes["model"] = b'"%b"' % snapshot.model.encode()
-    raw = exchange.body.with_(changes) if changes else exchange.raw
-    given = exchange.head.headers
-    if exchange.span is not None:
-        given = {**given, **carried(exchange.span)}
-    more = b""
-    if not given.keys().isdisjoint(PASSED_ON):
-        lines = [f"{name}: {given[name]}\r\n" for name in PASSED_ON if name in given]
-        more = "".join(lines).encode("latin-1")
-    return b"%bx-request-id: %b\r\n%bcontent-length: %d\r\n\r\n%b" % (
-        replica.request_head(endpoint),
-        exchange.request_id.encode(),
-        more,
-        len(raw),
-        raw,
-    )
+def _retry_after(head: AnswerHead) -> int | None:
+    """The seconds that an engine wants to be left alone; None for what is no such number."""
+    wait = head.get("retry-after") or ""
+    return int(wait) if wait.isascii() and wait.isdigit() and len(wait) <= _LONGEST_WAIT_DIGITS else None

@@ -29,11 +29,14 @@ class AsgiCall:
         head: RequestHead,
         body: bytes,
         date: Callable[[], bytes],
+        more: bytes = b"",
     ):
-        self._door = client
+        """``more``: header lines that every answer gets."""
+        self._client = client
         self._no_body = head.method == "HEAD"
         self._body: bytes | None = body
         self._date = date
+        self._more = more
         self._gone = asyncio.Event()
         self._status = 500
         self._headers: list[tuple[bytes, bytes]] = []
@@ -81,19 +84,20 @@ class AsgiCall:
         if self._sent or self._gone.is_set():
             return
         self._sent = True
-        lines = [STATUS_LINES[self._status], self._date()]
+        lines = [STATUS_LINES[self._status], self._date(), self._more]
         lines += [b"%b: %b\r\n" % pair for pair in self._headers if pair[0].lower() not in _OURS]
-        self._door.send_whole(b"".join(lines), b"".join(self._parts), no_body=self._no_body)
+        self._client.send_whole(b"".join(lines), b"".join(self._parts), no_body=self._no_body)
 
 
-def _scope(client: ClientConnection, head: RequestHead) -> dict[str, Any]:
-    transport = client.transport
+def _scope(connection: ClientConnection, head: RequestHead) -> dict[str, Any]:
+    transport = connection.transport
     client, server = transport.get_extra_info("peername"), transport.get_extra_info("sockname")
     return {
         "type": "http",
         "asgi": {"version": "3.0", "spec_version": "2.3"},
         "http_version": "1.0" if head.http_1_0 else "1.1",
-        "method": head.method,
+        # HEAD is GET without the body (RFC 9110, section 9.3.2): the application needs to know of one only.
+        "method": "GET" if head.method == "HEAD" else head.method,
         "scheme": "https" if transport.get_extra_info("sslcontext") else "http",
         "path": unquote(head.path),
         "raw_path": head.path.encode("latin-1"),

@@ -149,7 +149,7 @@ class ChunkedBody:
         if data.startswith(b"\r\n", at):
             self.done = True
             return at + 2
-        trailers_end = data.find(b"\r\n\r\n", at)
+        trailers_end = data.find(b"\r\n\r\n", at, at + _LONGEST_TRAILERS + 4)
         if trailers_end >= 0:
             self.done = True
             return trailers_end + 4

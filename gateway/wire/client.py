@@ -1,62 +1,48 @@
-"""The client: one client's connection, from its bytes to its answers.
-
-One state machine. HEAD: reading a request's head, or waiting for one. BODY: reading its body. ANSWERING:
-a call has it; what the client sends meanwhile waits (pipelining). DISCARDING: the answer is sent and the
-connection closes, once the client has been given the time to read it.
+"""A client's connection, from its bytes to its answers. What may happen when stands in the first table of
+``wire/states.py``; who is read, parsed and kept is decided in ``wire/flow.py``.
 """
 
 from __future__ import annotations
 
 import asyncio
-import enum
-import re
-from http import HTTPStatus
+import logging
 from time import monotonic
 from typing import Protocol, cast
 
-from gateway.errors import BodyTooLargeError, GatewayError, MalformedRequestError, RequestTimeoutError
-from gateway.wire.bodies import LAST_CHUNK, Body, body_of, chunk
-from gateway.wire.heads import CHUNKED, END, LONGEST_HEAD_BYTES, RequestHead, parse_request
+from gateway.errors import GatewayError, RequestTimeoutError, UnexpectedError
+from gateway.telemetry.logs import EVENTS
+from gateway.wire.answers import STATUS_LINES, AnswerWriter, Call
+from gateway.wire.flow import BACKLOG, TURN, UNCOUNTED_BYTES, WRITE_BUFFER, Admission, Flow, Intake
+from gateway.wire.heads import RequestHead
+from gateway.wire.requests import RequestReader
+from gateway.wire.states import CLIENT, ClientEvent, ClientState
+
+__all__ = ["STATUS_LINES", "Call", "ClientConnection", "RequestHandler"]
 
 PIPELINED_BYTES = 64 << 10
 """Bytes of later requests that are kept while one is being answered; beyond, the client has to wait."""
-DISCARD_S = 2.0
-DISCARD_FACTOR = 8
+MOST_AT_ONCE = 16
+"""Pipelined requests that are answered before other connections have their turn."""
+DRAINED_BYTES = 64 << 20
+DRAIN_SILENCE_S = 2.0
+DRAIN_S = 10.0
+"""What a client may still send, and for how long, after it has been refused."""
 
-_LENGTH = re.compile(rb"\r\ncontent-length:[ \t]*(\d{1,18})\r\n", re.IGNORECASE)
+# Names of their own, since an enum's member takes four times as long to look up.
+IDLE, HEAD, BODY = ClientState.IDLE, ClientState.HEAD, ClientState.BODY
+ANSWERING, STREAMING = ClientState.ANSWERING, ClientState.STREAMING
+DRAINING, CLOSING, CLOSED = ClientState.DRAINING, ClientState.CLOSING, ClientState.CLOSED
+_REQUEST = ClientEvent.REQUEST
+
 _CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
-STATUS_LINES = {
-    status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n".encode() for status in HTTPStatus
-}
-
-
-class State(enum.Enum):
-    HEAD = "head"
-    BODY = "body"
-    ANSWERING = "answering"
-    DISCARDING = "discarding"
-
-
-class Call(Protocol):
-    """A request that is being answered. It ends by the connection's ``send_whole`` or ``end``."""
-
-    def abandon(self) -> None:
-        """The client is away."""
-
-    def pause(self) -> None:
-        """The client reads slower than we send: send nothing more for now."""
-
-    def resume(self) -> None: ...
 
 
 class RequestHandler(Protocol):
-    """What stands behind the clients."""
+    """What stands behind the clients' connections."""
 
     clients: set[ClientConnection]
     stopping: bool
-
-    @property
-    def max_body_bytes(self) -> int: ...
+    intake: Intake
 
     @property
     def header_timeout_s(self) -> float: ...
@@ -67,331 +53,318 @@ class RequestHandler(Protocol):
     @property
     def keep_alive_s(self) -> float: ...
 
+    def admit(self, head: RequestHead) -> Admission:
+        """Whether a request's body may come. Asked once per request, before a byte of that is kept; cheap
+        for a head that was asked about before. Raises GatewayError."""
+
     def serve(self, client: ClientConnection, head: RequestHead, body: bytes) -> Call | None:
         """Begin to answer. None when the answer has been sent already."""
 
     def refuse(self, client: ClientConnection, error: GatewayError, head: RequestHead | None) -> None:
-        """Answer a request that cannot be read, by ``send_whole``."""
+        """Answer a request that is not served, by ``send_whole``. ``head`` is None when it was not read."""
 
 
-class ClientConnection(asyncio.Protocol):
-    __slots__ = (
-        "_advancing",
-        "_body",
-        "_closing",
-        "_data",
-        "_discarded",
-        "_handler",
-        "_head",
-        "_keep_alive",
-        "_max_body",
-        "_parts",
-        "_paused",
-        "_paused_reading",
-        "_prefix",
-        "_refused",
-        "_size",
-        "_suffix",
-        "call",
-        "connections",
-        "old",
-        "since",
-        "state",
-        "transport",
-    )
-    transport: asyncio.Transport
+class ClientConnection(AnswerWriter, asyncio.Protocol):
+    flow: Flow
 
-    def __init__(self, doorman: RequestHandler, connections: set[ClientConnection] | None = None) -> None:
-        self._handler = doorman
+    def __init__(self, handler: RequestHandler, connections: set[ClientConnection] | None = None) -> None:
+        """``connections``: the server's own set, by which it knows when all are gone."""
+        self._handler = handler
         self.connections = connections
-        """The server's own set, by which it knows when all are gone."""
-        self.state = State.HEAD
+        super().__init__(RequestReader(handler.intake))
         self.since = 0.0
-        """When the present state began or, while a body is read, when data came last."""
-        self.call: Call | None = None
-        self._paused = False
-        self._data = b""
-        self._head: RequestHead | None = None
-        self._body: Body | None = None
-        self._parts: list[bytes] = []
-        self._size = 0
-        self._discarded = 0
-        self._keep_alive = True
-        self.old = False
-        self._advancing = False
-        self._paused_reading = False
+        """When the present state began. While a body is read or drained: when data came last. While the
+        client does not take what was sent: when it last took some."""
+        self._began = 0.0
+        """When the present body, or the draining, began."""
         self._refused = False
-        self._closing = False
-        self._prefix = b""
-        """The last request's head up to its length, and what follows that."""
-        self._suffix = b""
-        self._max_body = 0
+        self._drained = 0
+        self._unsent = 0
+        self._advancing = False
 
     # what the loop calls
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)
+        self.flow = Flow(self.transport)
         self.since = monotonic()
         self._handler.clients.add(self)
         if self.connections is not None:
             self.connections.add(self)
+        intake = self._handler.intake
+        try:
+            intake.opened()
+        except GatewayError as error:
+            if intake.crowded:
+                self.abort()
+            else:
+                self._refuse(error)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._closing = True
+        self._handler.intake.closed()
         self._handler.clients.discard(self)
         if self.connections is not None:
             self.connections.discard(self)
-        if self.call is not None:
-            call, self.call = self.call, None
-            call.abandon()
-        self._data = b""
-        self._parts = []
+        self._leave()
 
     def data_received(self, data: bytes) -> None:
-        state = self.state
-        if state is State.DISCARDING:
-            self._discarded += len(data)
-            if self._discarded > self._handler.max_body_bytes * DISCARD_FACTOR:
-                self.transport.abort()
+        state, reader = self.state, self._reader
+        if state is IDLE and reader.prefix and not (reader.data or self.flow.held):
+            at = len(reader.prefix)
+            if data.startswith(reader.prefix):
+                # Nearly always: a whole request, with the same head as the last one but for its length.
+                stop = data.find(b"\r", at, at + 20)
+                digits = data[at:stop]
+                start = stop + len(reader.suffix)
+                if stop > 0 and digits.isdigit() and data.startswith(reader.suffix, stop):
+                    head = reader.head
+                    if head is not None and len(data) == start + int(digits):
+                        self._serve(head, data[start:])
+                        return
+        elif state is DRAINING:
+            self._drain(len(data))
             return
-        if self._data:
-            data = self._data + data
-        elif state is State.HEAD and self._prefix and data.startswith(self._prefix):
-            # Nearly always: a whole request, with the same head as the last one but for its length.
-            at = len(self._prefix)
-            stop = data.find(b"\r", at, at + 20)
-            digits = data[at:stop]
-            start = stop + len(self._suffix)
-            if stop > 0 and digits.isdigit() and data.startswith(self._suffix, stop):
-                length = int(digits)
-                head = self._head
-                if len(data) == start + length and length <= self._max_body and head is not None:
-                    self._begin(head, data[start:])
-                    return
-        if state is State.HEAD and not self._data:
-            self.since = monotonic()  # a head begins to come
-        self._data = data
-        if state is State.ANSWERING:
-            if len(self._data) > PIPELINED_BYTES and not self._paused_reading:
-                self._paused_reading = True
-                self.transport.pause_reading()
-        else:
-            self._advance()
+        elif state is CLOSING or state is CLOSED:
+            return
+        reader.data = reader.data + data if reader.data else data
+        self._advance()
 
     def eof_received(self) -> bool:
-        return False  # whoever stops listening for the answer has left
+        """Whoever stops listening for the answer has left."""
+        if self.state is ANSWERING or self.state is STREAMING:
+            self._leave()
+            self.transport.abort()
+        elif self.state is not CLOSED:
+            self._close()
+        return False
 
     def pause_writing(self) -> None:
-        self._paused = True
+        self.flow.hold(WRITE_BUFFER)
+        self._unsent = self.transport.get_write_buffer_size()
+        self.since = monotonic()
         if self.call is not None:
             self.call.pause()
 
     def resume_writing(self) -> None:
-        self._paused = False
+        self.since = monotonic()
+        if self.state is BODY:
+            self._began = self.since
+        self.flow.release(WRITE_BUFFER)
         if self.call is not None:
             self.call.resume()
+        elif self._reader.data:
+            self._advance()
 
     def shutdown(self) -> None:
         """The server stops: finish the present answer, take no further request."""
-        self._keep_alive = False
-        if self.state is State.HEAD:
-            self.transport.close()
+        self._closes = True
+        if self.state is IDLE or self.state is HEAD:
+            self._close()
 
     # reading
 
     def _advance(self) -> None:
-        """Read as far as the data goes."""
+        """Read as far as the data goes, and as the flow allows."""
         if self._advancing:
             return
         self._advancing = True
+        reader, answered = self._reader, 0
         try:
-            while self._data and not self._closing:
-                if self.state is State.HEAD:
-                    if not self._read_head():
-                        return
-                elif self.state is State.BODY:
-                    if not self._read_body():
-                        return
+            while reader.data and self.flow.may_parse:
+                if self.state is BODY:
+                    self._read_body()
+                elif self.state is IDLE or self.state is HEAD:
+                    self._read_head()
                 else:
-                    return
+                    break
+                if self.state is HEAD or (self.state is IDLE and not reader.begun):
+                    break
+                if self.state is IDLE and (answered := answered + 1) >= MOST_AT_ONCE:
+                    self.flow.hold(TURN)
+                    asyncio.get_running_loop().call_soon(self._next_turn)
         except GatewayError as error:
-            self.refuse(error)
+            self._refuse(error)
         finally:
             self._advancing = False
+        if reader.waits:
+            self._mind_backlog()
 
-    def _read_head(self) -> bool:
-        """Whether there is more to do."""
-        data = self._data
-        end = data.find(END, 0, LONGEST_HEAD_BYTES)
-        if end < 0:
-            if data.startswith(b"\r\n"):  # an empty line before a request is to be read over
-                self._data = data[2:]
-                return True
-            if len(data) > LONGEST_HEAD_BYTES:
-                raise MalformedRequestError(
-                    f"The head is longer than {LONGEST_HEAD_BYTES} bytes; send fewer or shorter headers.",
-                    status=431,
-                )
-            return False
-        if data.startswith(b"\r\n"):
-            self._data = data[2:]
-            return True
-        self._head = None
-        head = self._head = parse_request(data[:end])
-        self._prefix = b""
-        if head.length > 0 and not head.waits_for_continue:
-            self._remember(data[: end + 4])
-        self._keep_alive = head.keep_alive and not self._handler.stopping
+    def _next_turn(self) -> None:
+        self.flow.release(TURN)
+        self._advance()
+
+    def _mind_backlog(self) -> None:
+        """Bytes are left that cannot be used yet: count them, and hold the client back from sending more."""
+        answering = self.state is ANSWERING or self.state is STREAMING
+        try:
+            self._reader.count(answering=answering)
+        except GatewayError as error:
+            if answering:
+                self._overloaded = error
+                self.flow.hold(BACKLOG)
+            else:
+                self._refuse(error)
+            return
+        if len(self._reader.data) > PIPELINED_BYTES:
+            self.flow.hold(BACKLOG)
+        elif self._overloaded is None:
+            self.flow.release(BACKLOG)
+
+    def _read_head(self) -> None:
+        reader = self._reader
+        whole = reader.read_head()
+        if not whole:
+            if reader.begun:
+                if self.state is IDLE:
+                    self.since = monotonic()
+                self.state = CLIENT[self.state][ClientEvent.PART]
+            return
+        head = reader.head
+        assert head is not None
         self.old = head.http_1_0
-        self._data = data[end + 4 :]
-        self._take_body(head)
-        return True
-
-    def _remember(self, head: bytes) -> None:
-        """A client's requests mostly differ in their length alone: then the rest is not read again (and
-        ``content-length`` among the headers is the first one's)."""
-        at = _LENGTH.search(head)
-        if at is not None:
-            self._prefix, self._suffix = head[: at.start(1)], head[at.end(1) :]
-            self._max_body = self._handler.max_body_bytes
-
-    def _take_body(self, head: RequestHead) -> None:
-        length = head.length
-        if 0 <= length <= len(self._data) and length <= self._handler.max_body_bytes:
-            body = self._data[:length]
-            self._data = self._data[length:]
-            self._begin(head, body)
-        else:
-            self._await_body(head)
-
-    def _await_body(self, head: RequestHead) -> None:
-        if head.length != CHUNKED and head.length > self._handler.max_body_bytes:
-            raise self._too_large()
-        self._body = body_of(head.length)
-        self._parts, self._size = [], 0
-        self.state = State.BODY
-        self.since = monotonic()
-        if head.waits_for_continue and not self._data:
+        self._closes = self._closes or not head.keep_alive or self._handler.stopping
+        body = reader.take_whole(head)
+        if body is not None:
+            self._serve(head, body)
+            return
+        reader.await_body(head, self._handler.admit(head))
+        self.state = CLIENT[self.state][ClientEvent.ADMITTED]
+        self.since = self._began = monotonic()
+        if head.waits_for_continue and not reader.data:
             self.transport.write(_CONTINUE)
 
-    def _read_body(self) -> bool:
-        """Whether there is more to do."""
-        assert self._body is not None
-        assert self._head is not None
-        try:
-            part = self._body.feed(self._data)
-        except ValueError as error:
-            raise MalformedRequestError(f"The body is not chunked as it should be: {error}.") from None
-        self._size += len(part)
-        self._parts.append(part)
+    def _read_body(self) -> None:
+        body, head = self._reader.read_body(), self._reader.head
+        assert head is not None
         self.since = monotonic()
-        if self._size > self._handler.max_body_bytes:
-            raise self._too_large()
-        if not self._body.done:
-            self._data = b""
-            return False
-        self._data = self._body.rest
-        body = b"".join(self._parts)
-        self._body, self._parts = None, []
-        self._begin(self._head, body)
-        return True
+        if body is None:
+            self.state = CLIENT[self.state][ClientEvent.PART]
+        else:
+            self._serve(head, body)
 
-    def _too_large(self) -> BodyTooLargeError:
-        limit = self._handler.max_body_bytes
-        return BodyTooLargeError(f"The body is larger than the limit of {limit} bytes; send less context.")
-
-    def _begin(self, head: RequestHead, body: bytes) -> None:
-        self.state = State.ANSWERING
-        call = self._handler.serve(self, head, body)
-        if self.state is State.ANSWERING:
+    def _serve(self, head: RequestHead, body: bytes) -> None:
+        """A whole request is here. Whatever becomes of it, it is known where the next one begins."""
+        awaited = self.state is BODY
+        self.state = CLIENT[self.state][_REQUEST]
+        try:
+            if not awaited:
+                admission, size = self._handler.admit(head), len(body)
+                if size > UNCOUNTED_BYTES or size > admission.max_body_bytes:
+                    self._reader.admit(admission, size)
+                else:
+                    self._reader.admission = admission
+            call = self._handler.serve(self, head, body)
+        except GatewayError as error:
+            self._handler.refuse(self, error, head)
+            return
+        except Exception as error:
+            logging.getLogger(EVENTS).exception("a request could not be served")
+            if self.state is not ANSWERING:
+                self.abort()
+            else:
+                self._handler.refuse(self, UnexpectedError(error), head)
+            return
+        if call is not None and (self.state is ANSWERING or self.state is STREAMING):
             self.call = call
-            if self._paused and call is not None:  # it has not read the answer before this one yet
+            if self.flow.held & WRITE_BUFFER:
                 call.pause()
 
-    def refuse(self, error: GatewayError) -> None:
-        """Answer what cannot be read, and close: where the next request would begin is unknown."""
-        self._keep_alive = False
-        self._refused = True
-        self.state = State.ANSWERING
-        self._handler.refuse(self, error, self._head)
+    def _refuse(self, error: GatewayError) -> None:
+        """Answer what cannot be read or may not come, and close: where the next request would begin is
+        unknown."""
+        self.state = CLIENT[self.state][ClientEvent.REFUSED]
+        self._closes = self._refused = True
+        self._reader.drop()
+        self._handler.refuse(self, error, self._reader.head)
+
+    def _drain(self, size: int) -> None:
+        if not self._unsent:
+            self.since = monotonic()
+        self._drained += size
+        if self._drained > DRAINED_BYTES:
+            self.abort()
+
+    # from time to time
 
     def sweep(self, now: float) -> None:
         """Called from time to time: end what takes too long."""
+        state, handler = self.state, self._handler
         waited = now - self.since
-        if self.state is State.HEAD:
-            if self._data:
-                if waited > self._handler.header_timeout_s:
-                    self.refuse(RequestTimeoutError("The head of the request did not come in time."))
-            elif waited > self._handler.keep_alive_s:
-                self.transport.close()
-        elif self.state is State.BODY:
-            if waited > self._handler.body_timeout_s:
-                self.refuse(RequestTimeoutError("The body of the request did not come in time."))
-        elif self.state is State.DISCARDING and waited > DISCARD_S:
-            self.transport.abort()
-
-    # answering; a head is the status line and header lines, each with its line end
-
-    def send_whole(self, head: bytes, body: bytes, *, no_body: bool = False) -> None:
-        """The whole answer. ``no_body`` sends the length of ``body`` alone, as HEAD wants it."""
-        if self._closing:
+        if state is CLOSED:
             return
-        close = b"" if self._keep_alive else b"connection: close\r\n"
-        self.transport.write(
-            b"%bcontent-length: %d\r\n%b\r\n%b" % (head, len(body), close, b"" if no_body else body)
-        )
-        self._finish()
+        if state is ANSWERING or state is STREAMING:  # how long that may take is the call's to say
+            if self.flow.held and self.flow.hung_up():
+                self._leave()
+                self.transport.abort()
+        elif self.flow.held & WRITE_BUFFER or (self._unsent and state in (DRAINING, CLOSING)):
+            unsent, before = self.transport.get_write_buffer_size(), self._unsent
+            self._unsent = unsent
+            if unsent < before:
+                self.since = self._began = now
+            elif waited > handler.keep_alive_s:
+                self.abort()
+        elif state is DRAINING:
+            if waited > DRAIN_SILENCE_S or now - self._began > DRAIN_S:
+                self.abort()
+        elif state is IDLE:
+            if waited > handler.keep_alive_s:
+                self._close()
+        elif state is HEAD:
+            limit = handler.header_timeout_s
+            if waited > limit:
+                self._time_out(f"head did not come within {limit:g} s (gateway.header_timeout_s)")
+        elif state is BODY:
+            self._sweep_body(now)
 
-    def begin(self, head: bytes, payload: bytes) -> None:
-        """The head of an answer that comes in parts, and its first part. To HTTP/1.0, the end of the
-        connection ends it."""
-        if self.old:
-            self._keep_alive = False
-            self.transport.write(b"%bconnection: close\r\n\r\n%b" % (head, payload))
-            return
-        close = b"" if self._keep_alive else b"connection: close\r\n"
-        framed = chunk(payload) if payload else b""
-        self.transport.write(b"%btransfer-encoding: chunked\r\n%b\r\n%b" % (head, close, framed))
+    def _sweep_body(self, now: float) -> None:
+        limit, least = self._handler.body_timeout_s, self._handler.intake.limits.min_body_bytes_per_s
+        if now - self.since > limit:
+            self._time_out(f"body was silent for {limit:g} s (gateway.body_timeout_s)")
+        elif self._reader.received < (now - self._began - limit) * least:
+            self._time_out(f"body came slower than {least} bytes/s (gateway.min_body_bytes_per_s)")
 
-    def send(self, payload: bytes) -> None:
-        """A further part; it must not be empty."""
-        self.transport.write(payload if self.old else b"%x\r\n%b\r\n" % (len(payload), payload))
-
-    def end(self, payload: bytes = b"") -> None:
-        """The end of an answer that comes in parts."""
-        if self._closing:
-            return
-        if self.old:
-            self.transport.write(payload)
-        else:
-            self.transport.write((chunk(payload) if payload else b"") + LAST_CHUNK)
-        self._finish()
+    def _time_out(self, what: str) -> None:
+        self._refuse(RequestTimeoutError(f"The request's {what}."))
 
     def abort(self) -> None:
-        """End the connection within an answer, so that the client knows that it is not whole."""
+        """End the connection within an answer, so that the client knows that it is not whole. The call is
+        not told."""
         self.call = None
+        self._leave()
         self.transport.abort()
 
     def _finish(self) -> None:
-        self.call = None
+        """An answer has ended."""
         self.since = monotonic()
-        if not self._keep_alive:
-            if self._refused:
-                self._linger()
-            else:
-                self._closing = True
-                self.transport.close()
-            return
-        self.state = State.HEAD
-        if self._paused_reading:
-            self._paused_reading = False
-            self.transport.resume_reading()
-        if self._data:
+        self._reader.held.release()
+        if self.state is DRAINING:
+            self._began = self.since
+            self._unsent = self.transport.get_write_buffer_size()
+            self._reader.drop()
+            self.flow.release(BACKLOG)
+            if self.transport.is_closing():
+                pass
+            elif self.transport.can_write_eof():
+                self.transport.write_eof()
+            elif not self._refused:  # with TLS nothing else tells the client that this is the end
+                self._close()
+        elif self._overloaded is not None:
+            self._refuse(self._overloaded)
+        elif self._reader.data:
             self._advance()
 
-    def _linger(self) -> None:
-        """Read on for a while: a client that is still sending would see a reset instead of the answer."""
-        self.state = State.DISCARDING
-        self._data, self._parts, self._body = b"", [], None
-        if self.transport.can_write_eof():
-            self.transport.write_eof()
+    def _close(self) -> None:
+        """End the connection once what was written is sent."""
+        self.state = CLIENT[self.state][ClientEvent.CLOSING]
+        self.since = monotonic()
+        self._unsent = self.transport.get_write_buffer_size()
+        self._reader.drop()
+        self.transport.close()
+
+    def _leave(self) -> None:
+        """It is cut."""
+        self.state = CLIENT[self.state][ClientEvent.GONE]
+        self._reader.drop()
+        if self.call is not None:
+            call, self.call = self.call, None
+            call.abandon()

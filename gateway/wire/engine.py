@@ -4,21 +4,34 @@ from __future__ import annotations
 
 import asyncio
 import ssl
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from functools import partial
 from time import monotonic
 from typing import Protocol, cast
 from urllib.parse import urlsplit
 
 from gateway.wire.bodies import SIZES, Body, body_of
+from gateway.wire.flow import OTHER_SIDE, Flow
 from gateway.wire.heads import END, LONGEST_HEAD_BYTES, UNTIL_CLOSE, AnswerHead, parse_answer
+from gateway.wire.states import ENGINE, EngineEvent, EngineState
 
 FRESH_S = 4.0
 """Below the 5 s after which vLLM closes an idle connection, so that few kept ones are stale."""
 MOST_IDLE = 4096
+RECENT_S = 0.005
+"""A connection that has been idle for longer is asked whether it has been closed, before it is used again."""
+STALE_S = 0.01
+"""A connection that is reset so soon after a request was closed before that."""
+
+# Names of their own, since an enum's member takes four times as long to look up.
+FREE, WAITING = EngineState.FREE, EngineState.WAITING
+READING, CLOSED = EngineState.READING, EngineState.CLOSED
+_SENT, _PART, _KEPT = EngineEvent.SENT, EngineEvent.PART, EngineEvent.KEPT
 
 
 class ResponseHandler(Protocol):
-    """Who waits for an answer. After ``whole``, ``ended`` or ``lost`` nothing more is called."""
+    """Who waits for an answer. After ``whole``, ``ended`` or ``lost`` nothing more is called, and the
+    connection is not its own any more."""
 
     def whole(self, head: AnswerHead, body: bytes) -> None:
         """All of an answer at once, instead of the three below."""
@@ -31,47 +44,95 @@ class ResponseHandler(Protocol):
     def ended(self) -> None:
         """The answer is whole."""
 
-    def lost(self, why: str, *, untouched: bool) -> None:
-        """It will not be. ``untouched``: the connection was a kept one and not a byte came back, so the
-        engine had closed it before the request."""
+    def lost(self, why: str, *, unread: bool) -> None:
+        """It will not be. ``unread``: the engine provably did not begin to work on the request."""
 
 
 class EngineConnection(asyncio.Protocol):
-    __slots__ = ("_asker", "_body", "_data", "_head", "_kept", "idle_since", "pool", "stream", "transport")
+    """What may happen when stands in the second table of ``wire/states.py``."""
+
+    __slots__ = (
+        "_body",
+        "_data",
+        "_handler",
+        "_head",
+        "_heard",
+        "_sent",
+        "_sent_before",
+        "flow",
+        "idle_since",
+        "pool",
+        "state",
+        "stream",
+        "taken_at",
+        "transport",
+        "write_paused",
+    )
     transport: asyncio.Transport
+    flow: Flow
 
     def __init__(self, pool: ConnectionPool) -> None:
         self.pool = pool
+        self.state = FREE
         self.idle_since = 0.0
+        self.taken_at: float | None = None
+        """When it was taken from the kept ones; None for a new one."""
         self.stream: Callable[[bytes], None] | None = None
-        """Who takes the parts of a stream, once that has begun; set by the asker."""
-        self._asker: ResponseHandler | None = None
+        """Who takes the parts of a stream, once that has begun; set by the handler."""
+        self.write_paused = False
+        self._handler: ResponseHandler | None = None
         self._head: AnswerHead | None = None
         self._body: Body | None = None
         self._data = b""
-        self._kept = False
+        self._heard = False
+        """Something of the present answer has come."""
+        self._sent = self._sent_before = 0
+        """Bytes of all requests, and of those before the present one."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)
+        self.flow = Flow(self.transport)
 
-    def ask(self, asker: ResponseHandler, request: bytes) -> None:
-        """Send a request; ``asker`` hears of the answer."""
-        self._asker = asker
-        self._head = None
+    # what its user does
+
+    def send(self, handler: ResponseHandler, request: bytes) -> None:
+        """Send a request; ``handler`` hears of the answer, and never within this call."""
+        closed = self.state is CLOSED
+        self.state = ENGINE[self.state][_SENT]
+        self._handler = handler
         self.stream = None
+        if closed:  # nothing is written, so nothing can have been read
+            asyncio.get_running_loop().call_soon(partial(self._lose, "it closed the connection", unread=True))
+            return
+        self._heard = False
+        self._sent_before = self._sent
+        self._sent += len(request)
         self.transport.write(request)
 
     def close(self) -> None:
         """Close at once, upon which vLLM aborts the request. Nobody is told."""
-        self._asker = self.stream = None
-        self.transport.abort()
+        self._handler = None
+        self._cut()
 
     def pause(self) -> None:
-        self.transport.pause_reading()
+        """Read no more of the answer for now. Without effect once the answer has ended."""
+        if self._handler is not None:
+            self.flow.hold(OTHER_SIDE)
 
     def resume(self) -> None:
-        if not self.transport.is_closing():
-            self.transport.resume_reading()
+        self.flow.release(OTHER_SIDE)
+
+    def quiet(self) -> bool:
+        """Whether no byte waits that nobody asked for, and no end that the loop has not seen yet."""
+        return self.flow.quiet()
+
+    # what the loop calls
+
+    def pause_writing(self) -> None:
+        self.write_paused = True
+
+    def resume_writing(self) -> None:
+        self.write_paused = False
 
     def data_received(self, data: bytes) -> None:
         if (stream := self.stream) is not None and data.endswith(b"\r\n"):
@@ -82,98 +143,123 @@ class EngineConnection(asyncio.Protocol):
             if size is not None and len(data) == line_end + size + 4 and body is not None and body.between:
                 stream(data[line_end + 2 : -2])
                 return
-        asker = self._asker
-        if asker is None:  # an engine that speaks unasked, or after its answer
-            self.transport.abort()
+        handler = self._handler
+        if handler is None:  # an engine that speaks unasked, or after its answer
+            self._cut()
             return
+        if self.state is READING:
+            self._read_body(data, handler)
+            return
+        if self._data:
+            data = self._data + data
         try:
-            head = self._head
-            if head is None:
-                if self._data:
-                    data = self._data + data
-                end = data.find(END)
+            while True:
+                end = data.find(END, 0, LONGEST_HEAD_BYTES)
                 if end < 0:
-                    self._await_head(data)
+                    if len(data) >= LONGEST_HEAD_BYTES:
+                        raise ValueError("a head that never ends")
+                    self._data = data
+                    self._heard = True
                     return
                 head = parse_answer(data[:end])
-                size = len(data) - end - 4
-                if size == head.length and head.status >= 200 and head.keep_alive:
-                    self._data = b""  # all of it at once, as short answers come
-                    self._asker = None
-                    self._kept = True
-                    self.pool.keep(self)
-                    asker.whole(head, data[end + 4 :])
-                    return
-                data = self._begin(data, end, head, asker)
-                if self._head is None:
-                    return
-            self._read_body(data, asker)
+                data = data[end + 4 :]
+                if head.status >= 200:
+                    break
+                if head.status == 101:
+                    raise ValueError("it switches to another protocol")
         except ValueError as error:
-            self._lose(f"it sent what is no HTTP answer: {error}")
-
-    def _await_head(self, data: bytes) -> None:
-        if len(data) > LONGEST_HEAD_BYTES:
-            raise ValueError("a head that never ends")
-        self._data = data
-
-    def _begin(self, data: bytes, end: int, head: AnswerHead, asker: ResponseHandler) -> bytes:
-        """What follows the head; those of preliminary answers are read over."""
-        data = data[end + 4 :]
-        while head.status < 200:
-            end = data.find(END)
-            if end < 0:
-                self._await_head(data)
-                return b""
-            head = parse_answer(data[:end])
-            data = data[end + 4 :]
-        self._data = b""
-        self._head = head
-        self._body = body_of(head.length)
-        asker.began(head)
-        return data
-
-    def _read_body(self, data: bytes, asker: ResponseHandler) -> None:
-        body = self._body
-        assert body is not None
-        if data and not body.done:
-            payload = body.feed(data)
-            data = b""
-            if payload and self._asker is not None:
-                asker.arrived(payload)
-        if body.done and self._asker is not None:
-            self._end(asker, bool(body.rest or data))
-
-    def _end(self, asker: ResponseHandler, more: bool) -> None:
-        """``more``: bytes have come that no request asked for, which makes the connection unusable."""
-        assert self._head is not None
-        self._asker = self.stream = None
-        if self._head.keep_alive and not more:
-            self._kept = True
+            self._lose(f"it sent what is no HTTP answer: {error}", unread=False)
+            return
+        if self._data:
+            self._data = b""
+        if len(data) == head.length and head.keep_alive and not (self.flow.held or self.write_paused):
+            self.state = ENGINE[self.state][_KEPT]  # all of it at once, as short answers come
+            self._handler = None
             self.pool.keep(self)
+            handler.whole(head, data)
         else:
-            self.transport.abort()
-        asker.ended()
+            self._begin(head, data, handler)
 
     def eof_received(self) -> bool:
         return False
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self.pool.forget(self)
-        self.stream = None
-        asker = self._asker
-        if asker is None:
+        handler, head = self._handler, self._head
+        until_close = head is not None and head.length == UNTIL_CLOSE
+        if handler is not None and self.state is READING and until_close and exc is None:
+            self._end(handler, clean=False)
             return
-        if self._head is not None and self._head.length == UNTIL_CLOSE and exc is None:
-            self._asker = None
-            asker.ended()
-            return
-        self._lose(repr(exc) if exc else "it closed the connection")
+        self._lose(repr(exc) if exc else "it closed the connection", unread=self._unread(exc))
 
-    def _lose(self, why: str) -> None:
-        asker, self._asker, self.stream = self._asker, None, None
+    # the answer
+
+    def _begin(self, head: AnswerHead, data: bytes, handler: ResponseHandler) -> None:
+        """The head has come, and ``data`` of what follows it."""
+        self.state = ENGINE[self.state][EngineEvent.HEAD]
+        self._head = head
+        self._body = body_of(head.length)
+        handler.began(head)
+        if self._handler is handler and (data or self._body.done):
+            self._read_body(data, handler)
+
+    def _read_body(self, data: bytes, handler: ResponseHandler) -> None:
+        body, head = self._body, self._head
+        assert body is not None
+        assert head is not None
+        try:
+            payload = body.feed(data)
+        except ValueError as error:
+            self._lose(f"it sent what is no HTTP answer: {error}", unread=False)
+            return
+        if not body.done:
+            self.state = ENGINE[self.state][_PART]
+        if payload:
+            handler.arrived(payload)
+        if body.done and self._handler is handler:
+            self._end(handler, clean=head.keep_alive and not body.rest)
+
+    def _end(self, handler: ResponseHandler, *, clean: bool) -> None:
+        """The answer is whole. ``clean``: another request may follow it."""
+        self._handler = self.stream = None
+        self._head = self._body = None
+        self.flow.release(OTHER_SIDE)  # whoever was slower than this answer has nothing more to take
+        if clean and self.flow.reusable and not self.write_paused:
+            self.state = ENGINE[self.state][_KEPT]
+            self.pool.keep(self)
+        else:
+            self.state = ENGINE[self.state][EngineEvent.LAST]
+            self.transport.abort()
+        handler.ended()
+
+    def _lose(self, why: str, *, unread: bool) -> None:
+        handler, self._handler = self._handler, None
+        self._cut()
+        if handler is not None:
+            handler.lost(why, unread=unread)
+
+    def _cut(self) -> None:
+        self.state = ENGINE[self.state][EngineEvent.GONE]
+        self.stream = None
+        self.pool.forget(self)
         self.transport.abort()
-        if asker is not None:
-            asker.lost(why, untouched=self._kept and self._head is None and not self._data)
+
+    def _unread(self, exc: Exception | None) -> bool:
+        """Whether the engine has provably not begun to work on the request that is lost: it was sent over a
+        kept connection that the engine was just closing.
+
+        Proof is that the engine's system has taken nothing of it. If it has, but resets the connection within
+        STALE_S, the engine closed it before it had read all of the request. An end without a reset means that
+        all of it was read.
+        """
+        if self.state is CLOSED:
+            return True  # it was never written
+        if self._heard or self.state is not WAITING or self.taken_at is None:
+            return False
+        taken = self.flow.acknowledged()
+        if taken is not None and taken <= self._sent_before:
+            return True
+        reset = isinstance(exc, (ConnectionResetError, BrokenPipeError))
+        return (reset or taken is None) and monotonic() - self.taken_at <= STALE_S
 
 
 class ConnectionPool:
@@ -186,16 +272,21 @@ class ConnectionPool:
         self._port = parts.port or (443 if secure else 80)
         self._ssl = ssl.create_default_context() if secure else None
         self._connect_timeout_s = connect_timeout_s
-        self._idle: list[EngineConnection] = []
+        self._idle: dict[EngineConnection, None] = {}
+        """Those that are clean, the one used last at the end."""
+        self._closed = False
         self.netloc = parts.netloc.rpartition("@")[2]
         self.base_path = parts.path.rstrip("/")
 
     def kept(self) -> EngineConnection | None:
         """A connection that is open and fresh, the one used last; None if there is none."""
-        oldest = monotonic() - FRESH_S
+        now = monotonic()
         while self._idle:
-            connection = self._idle.pop()
-            if connection.idle_since >= oldest and not connection.transport.is_closing():
+            connection, _ = self._idle.popitem()
+            idle_s = now - connection.idle_since
+            fresh = idle_s < FRESH_S and not connection.transport.is_closing()
+            if fresh and (idle_s < RECENT_S or connection.quiet()):
+                connection.taken_at = now
                 return connection
             connection.close()
         return None
@@ -209,25 +300,32 @@ class ConnectionPool:
         return connection
 
     def keep(self, connection: EngineConnection) -> None:
-        if len(self._idle) >= MOST_IDLE:
+        """Called by a connection that is clean."""
+        if self._closed or len(self._idle) >= MOST_IDLE:
             connection.close()
             return
         connection.idle_since = monotonic()
-        self._idle.append(connection)
+        self._idle[connection] = None
 
     def forget(self, connection: EngineConnection) -> None:
-        if connection in self._idle:
-            self._idle.remove(connection)
+        self._idle.pop(connection, None)
+
+    @property
+    def idle(self) -> Collection[EngineConnection]:
+        return self._idle.keys()
 
     def sweep(self) -> None:
         """Close what is no longer fresh."""
         oldest = monotonic() - FRESH_S
-        stale = [connection for connection in self._idle if connection.idle_since < oldest]
-        self._idle = [connection for connection in self._idle if connection.idle_since >= oldest]
-        for connection in stale:
+        for connection in [c for c in self._idle if c.idle_since < oldest]:
+            connection.close()
+
+    def discard_idle(self) -> None:
+        """Close all that are kept: one of them was found to be closed, so the others are likely to be."""
+        for connection in tuple(self._idle):
             connection.close()
 
     def close(self) -> None:
-        idle, self._idle = self._idle, []
-        for connection in idle:
-            connection.close()
+        """Keep none from now on; those in use end with their answers."""
+        self._closed = True
+        self.discard_idle()

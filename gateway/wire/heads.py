@@ -4,6 +4,7 @@ ways is refused, since one of them would be tricked by it.
 
 from __future__ import annotations
 
+import re
 import string
 from dataclasses import dataclass
 from functools import lru_cache
@@ -24,6 +25,7 @@ _TOKEN = (string.ascii_letters + string.digits + "!#$%&'*+-.^_`|~").encode()
 _ONLY_ONCE = frozenset(
     ("authorization", "content-length", "content-type", "expect", "host", "transfer-encoding", "x-api-key")
 )
+_SPACED = re.compile(rb"\r\n(?:content-length|transfer-encoding)[ \t]+:")
 _LONGEST_LENGTH = 18
 """Digits of a content-length."""
 
@@ -53,10 +55,16 @@ class AnswerHead:
     raw: bytes
     length: int
     keep_alive: bool
+    content_type: bytes = b""
+    """In lower case, parameters included."""
+    is_json: bool = True
+    """Also where the engine does not say what it sends."""
+    is_stream: bool = False
+    """Of server-sent events."""
 
     def get(self, name: str) -> str | None:
-        """A header's value; ``name`` is in lower case."""
-        return _header(self.raw.lower() + b"\r\n", b"\r\n%b:" % name.encode())
+        """A header's value, of several the first; ``name`` is in lower case."""
+        return _first(self.raw, self.raw.lower(), name)
 
 
 def parse_request(head: bytes) -> RequestHead:
@@ -93,8 +101,14 @@ def parse_answer(head: bytes) -> AnswerHead:
     """
     if not (head.startswith((b"HTTP/1.1 ", b"HTTP/1.0 ")) and head[9:12].isdigit()):
         raise ValueError(f"the status line {head[:80]!r} is not HTTP/1.1")
+    if head[12:13] not in (b"", b" ", b"\r"):
+        raise ValueError(f"the status line {head[:80]!r} has no status of three digits")
     status = int(head[9:12])
+    if status < 100:
+        raise ValueError(f"the status {status} is not one")
     low = head.lower() + b"\r\n"
+    if b"\r\n " in low or b"\r\n\t" in low or low.count(b"\n") != low.count(b"\r\n"):
+        raise ValueError("its head has folded lines or bare line ends")
     connection = _header(low, b"\r\nconnection:")
     current = head[7:8] == b"1"
     keep_alive = current if connection is None else _keeps_alive(connection, default=current)
@@ -110,8 +124,23 @@ def parse_answer(head: bytes) -> AnswerHead:
             raise ValueError(f"content-length {given[:40]!r} is no length")
         length = int(given)
     else:
+        if _SPACED.search(low):
+            raise ValueError("there is a space before the colon of the header that says how long the body is")
         length, keep_alive = UNTIL_CLOSE, False
-    return AnswerHead(status, head, length, keep_alive)
+    kind = (_first(low, low, "content-type") or "").encode("latin-1")
+    media = kind.partition(b";")[0].strip()
+    is_json, is_stream = media in (b"", b"application/json"), media == b"text/event-stream"
+    return AnswerHead(status, head, length, keep_alive, kind, is_json, is_stream)
+
+
+def _first(raw: bytes, low: bytes, name: str) -> str | None:
+    """A header's value in a head, which ``low`` is in lower case; of several the first."""
+    place = low.find(b"\r\n%b:" % name.encode())
+    if place < 0:
+        return None
+    at = place + len(name) + 3
+    end = raw.find(b"\r\n", at)
+    return raw[at : end if end >= 0 else None].strip(b" \t").decode("latin-1")
 
 
 def _header(low: bytes, name: bytes) -> str | None:

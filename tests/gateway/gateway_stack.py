@@ -219,7 +219,7 @@ async def serving(app: Any, http: Any = "auto") -> AsyncIterator[str]:
         uvicorn.Config(app, http=http, log_config=None, access_log=False, timeout_graceful_shutdown=1)
     )
     task = asyncio.create_task(server.serve(sockets=[listening]))
-    await eventually(lambda: server.started, within_s=30)
+    await eventually(lambda: server.started, within_s=120)
     try:
         yield f"http://127.0.0.1:{listening.getsockname()[1]}"
     finally:

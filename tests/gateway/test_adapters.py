@@ -8,7 +8,7 @@ import pytest
 from gateway_stack import eventually, make_config, running_gateway
 from pydantic import ValidationError
 
-from gateway.routing.policies import Ask, PrefixAware
+from gateway.routing.policies import PickQuery, PrefixAware
 from gateway.routing.pools import Reading, Replica
 from gateway.telemetry.engines import parse_reading
 
@@ -86,7 +86,7 @@ def test_an_adapter_stays_where_it_is_loaded() -> None:
     for turn in range(30):
         for adapter in ("legal", "tone", "poetry"):
             prompt = f"{adapter} {turn} ".encode() * 100
-            chosen, _ = policy.pick(usable, Ask(prompt=lambda prompt=prompt: prompt, adapter=adapter))
+            chosen, _ = policy.pick(usable, PickQuery(prompt=lambda prompt=prompt: [prompt], adapter=adapter))
             homes.setdefault(adapter, set()).add(chosen.name)
     assert all(len(names) == 1 for names in homes.values()), homes
     assert len(set.union(*homes.values())) == 3, "and each has its own"
@@ -95,7 +95,7 @@ def test_an_adapter_stays_where_it_is_loaded() -> None:
 def test_a_busy_home_is_left() -> None:
     """Loading an adapter elsewhere costs something, waiting costs more."""
     policy, usable = PrefixAware(rng=random.Random(0)), replicas(held=2)
-    ask = Ask(prompt=lambda: b"hello", adapter="legal")
+    ask = PickQuery(prompt=lambda: [b"hello"], adapter="legal")
     home, _ = policy.pick(usable, ask)
     for _ in range(8):
         home.take(4.0)
@@ -108,7 +108,7 @@ def test_prefixes_of_one_adapter_are_no_others() -> None:
     policy, (only, *_) = PrefixAware(), replicas(held=4)
     prompt = b"the same long prompt " * 200
     works = [
-        policy.pick([only], Ask(prompt=lambda: prompt, adapter=adapter))[1]
+        policy.pick([only], PickQuery(prompt=lambda: [prompt], adapter=adapter))[1]
         for adapter in ("legal", "legal", "tone", "")
     ]
     assert works[1] == 0

@@ -88,8 +88,6 @@ async def test_text_completions_pass(stack: Stack) -> None:
     assert "".join(event["choices"][0]["text"] for event in events) == "The total is $277."
     assert done == "[DONE]"
     assert stack.engines["bf16"].requests[0]["logprobs"] == 1
-    async with stack.post({}, path="/v1/completions") as response:
-        assert (await response.json())["error"]["param"] == "prompt"
 
 
 @pytest.mark.parametrize("when", ["mid-stream", "before the first token", "not streamed"])
@@ -124,16 +122,15 @@ async def test_dead_replica_is_left_for_a_living_one() -> None:
         assert len(alive.requests) == 4
 
 
-async def test_a_pooled_connection_that_closes_is_replaced_once(stack: Stack) -> None:
-    """An engine that restarts leaves dead connections in the pool. A request that kills engines must
-    not be handed from one to the next, though."""
+async def test_an_engine_that_took_a_request_and_died_is_not_given_it_again(stack: Stack) -> None:
+    """Neither it nor another: a request that kills engines would be handed from one to the next."""
     engine = stack.engines["bf16"]
     async with stack.post() as response:
-        assert response.status == 200
+        assert response.status == 200, "there is a kept connection now"
     engine.script.die_after = 0
     async with stack.post() as response:
         assert response.status == 502
-    assert len(engine.requests) == 3, "tried once more, and no further"
+    assert len(engine.requests) == 2
 
 
 async def test_precision_rises_while_a_pool_is_down_and_comes_back(stack: Stack) -> None:

@@ -10,39 +10,30 @@ import pytest
 from gateway_stack import CHAT, Stack, running_gateway
 
 BAD_BODIES = [
-    ({"model": None}, 400, "model", "is null"),
-    ({"model": 3}, 400, "model", "is a number"),
-    ({"model": ""}, 400, "model", "non-empty string"),
+    ({"model": 3}, 400, "model", "is a number (3); send a model id as a string"),
+    ({"model": []}, 400, "model", "is an array; send a model id"),
     ({"model": "gpt-4"}, 404, "model", "use one of: assistant, "),
     ({"model": "assistant:int8"}, 403, "model", "is assistant:bf16"),
-    ({"messages": None}, 400, "messages", "is null; send a list such as"),
-    ({"messages": "hi"}, 400, "messages", "is a string"),
-    ({"messages": []}, 400, "messages", "is empty"),
-    ({"messages": ["hi"]}, 400, "messages[0]", "is a string; send an object"),
-    ({"messages": [{"content": "hi"}]}, 400, "messages[0].role", "is missing"),
-    ({"messages": [{"role": 1, "content": "hi"}]}, 400, "messages[0].role", "is a number"),
-    ({"messages": [{"role": "robot", "content": "hi"}]}, 400, "messages[0].role", "'robot'; use one of"),
-    ({"messages": [{"role": "user", "content": 5}]}, 400, "messages[0].content", "is a number"),
-    ({"messages": [{"role": "user", "content": ["hi"]}]}, 400, "messages[0].content[0]", "is a string"),
-    ({"stream": "yes"}, 400, "stream", "is a string; send true or false"),
-    ({"stream": 1}, 400, "stream", "is a number"),
-    ({"stream": True, "stream_options": []}, 400, "stream_options", "is an array"),
-    ({"max_tokens": 0}, 400, "max_tokens", "is 0"),
-    ({"max_tokens": -1}, 400, "max_tokens", "at least 1"),
-    ({"max_tokens": "5"}, 400, "max_tokens", "is a string"),
-    ({"max_tokens": 1.5}, 400, "max_tokens", "is a number; send a whole number"),
-    ({"max_completion_tokens": True}, 400, "max_completion_tokens", "is a boolean"),
-    ({"temperature": "hot"}, 400, "temperature", "is a string"),
-    ({"logprobs": 3}, 400, "logprobs", "is a number"),
-    ({"top_logprobs": -5}, 400, "top_logprobs", "is -5"),
+    ({"stream": "maybe"}, 400, "stream", 'is a string ("maybe"); send true or false'),
+    ({"stream": 2}, 400, "stream", "is a number (2)"),
+    ({"stream": {}}, 400, "stream", "is an object"),
+    ({"stream": True, "stream_options": []}, 400, "stream_options", "is an array; send an object such as"),
+    (
+        {"stream": True, "stream_options": {"include_usage": "perhaps"}},
+        400,
+        "stream_options.include_usage",
+        "send true or false",
+    ),
 ]
+"""What the gateway has to read itself and vLLM cannot read either; all else is the engine's to judge."""
 BAD_TEXTS = [
     (b"", "not valid JSON"),
     (b"{", "not valid JSON"),
     (b"[]", "is an array; send a JSON object"),
-    (b'{"temperature": NaN}', "not valid JSON"),
+    (b'{"temperature": nan}', "not valid JSON"),
     (b"\xff\xfe{", "not valid JSON"),
     (b'{"model": "\xff"}', "not valid JSON"),
+    (b'{"n": ' + b"1" * 5000 + b"}", "n: Exceeds the limit"),
     (b"[" * 100_000, "is an array"),
     (b'{"model": ' + b"[" * 100_000, "nested too deeply"),
 ]
@@ -85,11 +76,11 @@ async def test_bad_headers_and_paths(stack: Stack) -> None:
         await envelope(response)
     async with stack.http.delete(stack.url + "/admin/config") as response:
         assert response.status == 405
-        assert response.headers["allow"] == "GET, PUT"
+        assert response.headers["allow"] == "GET, HEAD, PUT"
         await envelope(response)
     async with stack.http.get(stack.url + "/v1/nothing") as response:
         assert response.status == 404
-        await envelope(response)
+        assert "known are /v1/chat/completions, " in (await envelope(response))["message"]
 
 
 async def test_body_too_large() -> None:
@@ -97,7 +88,9 @@ async def test_body_too_large() -> None:
         text = [{"role": "user", "content": "x" * 4096}]
         async with stack.post({"messages": text}) as response:
             assert response.status == 413
-            assert "2048 bytes" in (await envelope(response))["message"]
+            message = (await envelope(response))["message"]
+            assert "2048 bytes" in message
+            assert "gateway.max_body_bytes" in message
 
         async def chunked() -> object:
             for _ in range(64):

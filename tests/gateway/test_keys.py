@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from gateway_stack import Stack, make_config, running_gateway
+from gateway_stack import CHAT, Stack, make_config, running_gateway
 from pydantic import ValidationError
 
 from gateway.identity import hash_of
@@ -104,6 +104,60 @@ async def test_prefix_caches_of_tenants_are_apart() -> None:
         assert stack.engines["bf16"].requests[-1]["cache_salt"] == salts[0], "in no spelling"
 
 
+async def test_no_client_goes_ahead_of_others() -> None:
+    """Engines run with priority scheduling: whoever could choose would go before all others."""
+    keys = (key("plain"), key("batch", priority=50))
+    async with running_gateway(keys=keys, watch={"rate": 0}) as stack:
+        engine = stack.engines["bf16"]
+
+        async def sent(name: str, text: str = "") -> tuple[Any, Any]:
+            """The priority that the engine was sent in the body, and as vLLM's header."""
+            raw = '{"model": "assistant", "messages": [{"role": "user", "content": "x"}]' + text + "}"
+            headers = bearer(name) | {"content-type": "application/json", "x-vllm-priority": "-9"}
+            before = len(engine.requests)
+            async with stack.http.post(stack.url + CHAT, data=raw, headers=headers) as response:
+                assert response.status == 200, await response.text()
+            assert len(engine.requests) == before + 1
+            return engine.requests[before].get("priority"), engine.headers[before].get("x-vllm-priority")
+
+        assert await sent("plain") == (None, None), "an engine that knows none is sent none"
+        assert await sent("plain", ', "priority": -5') == (0, None)
+        assert await sent("plain", ', "prio\\u0072ity": -5') == (0, None), "in no spelling"
+        assert await sent("plain", ', "priority": "-5"') == (0, None)
+        assert await sent("plain", ', "priority": 5, "priority": -5') == (0, None)
+        assert await sent("plain", ', "priority": 7') == (7, "7"), "behind others it may go"
+        assert await sent("batch") == (50, "50")
+        assert await sent("batch", ', "priority": 1') == (50, "50")
+        assert await sent("batch", ', "priority": 60') == (60, "60")
+
+
+async def test_a_limit_on_models_holds_by_whatever_name() -> None:
+    """As a model of a provider's, an adapter, a role, a variant, or by a role's header."""
+    adapters, providers = {"legal": {}}, ({"model": "gpt", "litellm_model": "openai/gpt"},)
+    keys = (key("base", models=("assistant",)), key("adapter", models=("legal",)))
+    async with running_gateway(keys=keys, adapters=adapters, providers=providers) as stack:
+        for name, model, status in (
+            ("base", "assistant", "bf16"),
+            ("base", "summarizer", "int8"),
+            ("base", "assistant:bf16", "bf16"),
+            ("base", "legal", 403),
+            ("base", "gpt", 403),
+            ("adapter", "legal", "bf16"),
+            ("adapter", "assistant", 403),
+            ("adapter", "core", 403),
+            ("adapter", "assistant:bf16", 403),
+            ("adapter", "legal:bf16", 403),
+            ("adapter", "gpt", 403),
+        ):
+            assert (await status_of(stack, name, {"model": model}))[0] == status, (name, model)
+        headers = {"x-agent-role": "summarizer"}
+        assert (await status_of(stack, "adapter", {"model": "assistant"}, **headers))[0] == 403
+        async with stack.http.post(
+            stack.url + "/v1/route", json={"model": "assistant"}, headers=bearer("adapter")
+        ) as response:
+            assert response.status == 403, "nor is it told of it"
+
+
 async def test_pages_ask_for_keys_too() -> None:
     async with running_gateway(keys=KEYS) as stack:
         for path, name, status in (
@@ -128,6 +182,8 @@ BAD = [
     ({"keys": [key("a", role="boss")]}, "'boss' is not a role"),
     ({"keys": [key("a", roles=["core"], default_role="summarizer")]}, "is not among its roles"),
     ({"keys": [key("a", lowest="int2")]}, "'int2' is not a served variant"),
+    ({"keys": [key("a", models=["assistant:int2"])]}, "'assistant:int2' does not exist; known: assistant, "),
+    ({"keys": [key("a", priority=1000)]}, "priority"),
     ({"keys": [{"name": "a", "sha256": "sk-plain-text"}]}, "sha256"),
     ({"pools": {"int8": ["10.0.0.1:8000"]}}, "is no URL of an engine; give http://HOST:PORT"),
     ({"gateway": {"policy": "fastest"}}, "is not a policy; use one of: round_robin"),

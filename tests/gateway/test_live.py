@@ -112,12 +112,12 @@ async def test_who_waits_is_served_in_turn_and_at_once() -> None:
         asking = []
         for n in range(12):
             asking.append(asyncio.ensure_future(ask(n)))
-            await eventually(lambda n=n: len(stack.gateway.plane.waiting) >= n - len(done) - 1)
+            await eventually(lambda n=n: len(stack.gateway.plane.lines) >= n - len(done) - 1)
             await asyncio.sleep(0.005)
         await asyncio.gather(*asking)
         assert done == sorted(done)
         assert time.monotonic() - began < 2.0, "each follows the one before without a pause"
-        assert not stack.gateway.plane.waiting
+        assert not stack.gateway.plane.lines
 
 
 async def test_a_pool_that_starts_is_waited_for(free_port: int) -> None:
@@ -178,7 +178,7 @@ async def test_a_slow_replica_is_hedged_and_the_loser_cancelled() -> None:
             async with running_gateway() as slow_one:
                 slow = slow_one.engines["bf16"]
                 async with slow.serving() as slow_url:
-                    changes = {"roles": roles, "gateway": {"policy": "round_robin"}}
+                    changes = {"roles": roles, "gateway": {"policy": "round_robin", "hedge_share": 1.0}}
                     async with running_gateway(pools={"bf16": (slow_url, url)}, **changes) as stack:
                         for _ in range(30):
                             assert await _variant(stack, "core") == "bf16"

@@ -2,36 +2,17 @@
 
 from __future__ import annotations
 
-import random
-from collections import Counter
-
 import pytest
 from gateway_stack import make_card, make_cards, make_config
-from hypothesis import given
-from hypothesis import strategies as st
 
-from gateway.config import POLICIES as POLICY_NAMES
 from gateway.config import ApiKey, ConfigError
 from gateway.errors import NoReplicaError, PrecisionTooLowError, UnknownModelError
 from gateway.identity import Caller
 from gateway.proxy.body import Body
 from gateway.proxy.endpoints import CHAT
-from gateway.routing.breaker import Breaker
-from gateway.routing.policies import (
-    BLOCK_BYTES,
-    POLICIES,
-    Ask,
-    LeastInFlight,
-    LeastLoad,
-    PrefixAware,
-    RoundRobin,
-    SessionAffinity,
-    Shadow,
-    block_chain,
-)
-from gateway.routing.pools import Pools, Reading, Replica
+from gateway.routing.hedging import Hedging
+from gateway.routing.pools import Pools
 from gateway.routing.router import Reason, Route, Router, precision
-from gateway.telemetry.latencies import Latencies
 from quantize.card import Card, Speed
 
 
@@ -53,13 +34,13 @@ class Routing:
         for variant in down:
             for replica in self.pools.by_variant[variant].replicas:
                 replica.breaker.not_reached()
-        self.latencies = Latencies()
+        self.hedging = Hedging()
         self.missed: list[tuple[str, str]] = []
         self.router = Router(
             config,
             cards or make_cards(),
             self.pools,
-            self.latencies,
+            self.hedging,
             lambda *asked: self.missed.append(asked),
         )
 
@@ -114,6 +95,43 @@ def test_no_replica_anywhere() -> None:
     with pytest.raises(NoReplicaError) as caught:
         make_router(("bf16", "int8", "int4-kv8")).route("intent_classifier", "assistant")
     assert caught.value.retry_after_s == 1
+
+
+def test_the_last_pool_tries_a_replica_that_fails_rather_than_refuse_all() -> None:
+    clock = Clock()
+    pools = Pools(make_config(), clock)
+    router = Router(make_config(), make_cards(), pools)
+    for _ in range(6):
+        clock.now += 30
+        for replica in pools.replicas():
+            replica.breaker.errored()
+    body = Body(b'{"model": "summarizer", "messages": []}')
+    with pytest.raises(NoReplicaError):
+        router.route(Caller("summarizer", None), body, CHAT)
+    clock.now += 1
+    route = router.route(Caller("summarizer", None), body, CHAT)
+    assert (route.variant, route.reason) == ("bf16", Reason.RAISED_POOL_DOWN)
+    route.replica.take()
+    with pytest.raises(NoReplicaError):
+        router.route(Caller("summarizer", None), body, CHAT)
+
+
+def test_a_request_without_a_model_is_for_the_base_model() -> None:
+    body = Body(b'{"messages": []}')
+    route = make_router().router.route(Caller("summarizer", None), body, CHAT)
+    assert (route.variant, route.reason) == ("int8", Reason.CHEAPEST_IN_BUDGET)
+
+
+def test_what_is_planned_is_bounded_by_names_that_exist() -> None:
+    """Names that clients invent are refused each time, and none is remembered."""
+    routing = make_router()
+    for n in range(200):
+        with pytest.raises(UnknownModelError) as caught:
+            routing.route("core", f"invented-{n}")
+        assert f"invented-{n}" in caught.value.message
+        assert "invented" not in caught.value.logged
+    routing.route("core")
+    assert len(routing.router._plans) == 1
 
 
 def test_what_a_pool_missed_is_counted() -> None:
@@ -228,143 +246,10 @@ def test_a_hedge_waits_for_the_95th_percentile() -> None:
     roles = {"summarizer": {"hedge": True}, "core": {}, "intent_classifier": {}}
     routing = make_router(roles=roles)
     assert routing.route("summarizer").hedge_after_s is None, "nothing is known yet"
+    kind = ("summarizer", "int8", CHAT.path, False)
+    assert routing.route("summarizer").kind == kind
     for n in range(100):
-        routing.latencies.add("summarizer", "int8", n / 100)
+        routing.hedging.seconds(kind, n / 100)
     assert routing.route("summarizer").hedge_after_s == pytest.approx(0.95)
     assert routing.route("core").hedge_after_s is None
-
-
-def replicas(count: int) -> list[Replica]:
-    return [Replica("int8", f"int8-{n}", f"http://127.0.0.1:{n + 1}", Clock()) for n in range(count)]
-
-
-def ask(prompt: bytes = b"", session: str | None = None, salt: str = "") -> Ask:
-    return Ask(session, salt, lambda: prompt)
-
-
-def test_policies_have_names() -> None:
-    assert tuple(POLICIES) == POLICY_NAMES
-
-
-def test_round_robin() -> None:
-    policy, three = RoundRobin(), replicas(3)
-    assert [policy.pick(three, ask())[0].name for _ in range(6)] == ["int8-0", "int8-1", "int8-2"] * 2
-
-
-def test_least_in_flight_then_in_turn() -> None:
-    policy, three = LeastInFlight(), replicas(3)
-    assert Counter(policy.pick(three, ask())[0].name for _ in range(6)) == {f"int8-{n}": 2 for n in range(3)}
-    three[0].take()
-    three[2].take()
-    assert {policy.pick(three, ask())[0].name for _ in range(6)} == {"int8-1"}
-    assert {policy.pick([three[0], three[2]], ask())[0].name for _ in range(6)} == {"int8-0", "int8-2"}
-
-
-def test_least_load_counts_what_others_sent_and_falls_back() -> None:
-    policy, two = LeastLoad(), replicas(2)
-    two[0].take()
-    assert policy.pick(two, ask())[0] is two[1], "no readings: our own requests count"
-    two[0].read(Reading(running=0, waiting=0, at=Clock.now))
-    two[1].read(Reading(running=3, waiting=1, at=Clock.now))
-    assert policy.pick(two, ask())[0] is two[0]
-    for _ in range(5):
-        two[0].take()
-    assert policy.pick(two, ask())[0] is two[1], "what was sent since the reading counts"
-    two[1].read(Reading(running=0, waiting=0, at=Clock.now - 60))
-    assert policy.pick(two, ask())[0] is two[1], "an old reading counts for nothing"
-
-
-def test_sessions_stay_and_only_those_of_a_lost_replica_move() -> None:
-    policy, four = SessionAffinity(), replicas(4)
-    sessions = [f"s{n}" for n in range(400)]
-    before = {s: policy.pick(four, ask(session=s))[0] for s in sessions}
-    assert {policy.pick(four, ask(session=s))[0] for s in ["s1"] * 5} == {before["s1"]}
-    assert all(60 < count < 140 for count in Counter(r.name for r in before.values()).values())
-    after = {s: policy.pick(four[:3], ask(session=s))[0] for s in sessions}
-    assert all(after[s] is before[s] for s in sessions if before[s] is not four[3])
-
-
-def conversation(seed: int, turns: int, system: bytes = b"") -> list[bytes]:
-    """Prompts of a conversation, each of which begins with the one before."""
-    rng = random.Random(seed)
-    prompts, prompt = [], system
-    for _ in range(turns):
-        prompt += rng.randbytes(2000).hex().encode()
-        prompts.append(prompt)
-    return prompts
-
-
-def test_prefix_aware_keeps_a_conversation_where_its_cache_is() -> None:
-    policy, four = PrefixAware(), replicas(4)
-    homes = []
-    for seed in range(8):
-        picked = [policy.pick(four, ask(prompt))[0] for prompt in conversation(seed, 5)]
-        assert len(set(picked)) == 1
-        homes.append(picked[0])
-    first, work = policy.pick(four, ask(conversation(0, 6)[-1]))
-    assert first is homes[0]
-    assert work == pytest.approx(4000 / BLOCK_BYTES, abs=1), "only the new turn is work"
-
-
-def test_prefix_aware_spreads_new_sessions_that_share_a_prompt() -> None:
-    """A shared system prompt makes every new session look like a match; they must not pile up there."""
-    policy, four = PrefixAware(), replicas(4)
-    system = random.Random(0).randbytes(3000).hex().encode()
-    homes = Counter()
-    for seed in range(16):
-        replica, work = policy.pick(four, ask(conversation(seed, 1, system)[0]))
-        replica.take(work)
-        homes[replica.name] += 1
-    assert all(3 <= homes[replica.name] <= 5 for replica in four), homes
-
-
-def test_prefix_aware_keeps_tenants_apart() -> None:
-    prompt = conversation(1, 1)[0]
-    assert block_chain(prompt, "a") != block_chain(prompt, "b")
-    assert block_chain(prompt, "a") == block_chain(prompt, "a")
-
-
-@given(st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=6), max_size=40), st.integers(1, 12))
-def test_a_shadow_is_what_a_cache_of_that_size_holds(chains: list[list[int]], capacity: int) -> None:
-    """Against a plain model: the most recently used blocks, an earlier block counting as used later."""
-    shadow, model = Shadow(), []
-    for path in chains:
-        chain = [hash(tuple(path[: n + 1])) for n in range(len(path))]
-        expected = next((n for n, block in enumerate(chain) if block not in model), len(chain))
-        assert len(chain) - shadow.missing(chain) == expected
-        shadow.add(chain, capacity)
-        for block in reversed(chain):
-            if block in model:
-                model.remove(block)
-            model.append(block)
-        model = model[-capacity:]
-
-
-def test_breaker_backs_off_and_doubles() -> None:
-    clock = Clock()
-    breaker = Breaker(clock)
-    waits = []
-    for _ in range(7):
-        breaker.not_reached()
-        opened = clock.now
-        while not breaker.closed:
-            clock.now += 0.5
-        waits.append(clock.now - opened)
-    assert waits == [1, 2, 4, 8, 16, 30, 30]
-    breaker.not_reached()
-    breaker.healthy()
-    assert breaker.closed
-
-
-def test_breaker_opens_on_the_third_broken_answer_in_a_row() -> None:
-    breaker = Breaker(Clock())
-    for _ in range(2):
-        breaker.answer_broke()
-    breaker.answered()  # as after a 4xx: the replica works
-    for _ in range(2):
-        breaker.answer_broke()
-    assert breaker.closed
-    breaker.answer_broke()
-    assert not breaker.closed
-    breaker.healthy()
-    assert not breaker.closed, "an engine that answers 500 often reports that it is healthy"
+    assert routing.route("core").kind is None

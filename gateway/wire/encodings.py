@@ -1,0 +1,92 @@
+"""Bodies of requests that come compressed (RFC 9110, section 8.4): gzip, deflate, zstd.
+
+Bounded while decoding: a few kilobytes can stand for gigabytes, and what is over the limit is never made.
+"""
+
+from __future__ import annotations
+
+import zlib
+
+import zstandard
+
+from gateway.errors import BadRequestError, BodyTooLargeError, UnsupportedCodingError
+
+CODINGS = ("gzip", "deflate", "zstd", "identity")
+_GZIP, _ZLIB, _RAW = 31, 15, -15
+"""Window bits, as zlib tells the three formats apart."""
+_SMALLEST_WINDOW = 8 << 20
+"""Of a zstd frame, what RFC 8878 asks every decoder to take."""
+
+
+def decoded(body: bytes, coding: str, limit: int) -> bytes:
+    """The body without its coding, the value of ``content-encoding``. ``limit``: bytes of the result.
+
+    Raises UnsupportedCodingError for a coding that is not known, BodyTooLargeError when the result would be
+    larger than ``limit``, and BadRequestError for what is not in this coding, or is cut off.
+    """
+    names = [name for part in coding.split(",") if (name := part.strip().lower()) not in ("", "identity")]
+    if not names:
+        return body
+    if len(names) > 1 or names[0].removeprefix("x-") not in CODINGS:
+        raise UnsupportedCodingError(
+            f"content-encoding: {coding[:80]!r} is not known; use one of {', '.join(CODINGS)}",
+            param="content-encoding",
+        )
+    name = names[0].removeprefix("x-")
+    try:
+        if name == "zstd":
+            return _zstd(body, limit)
+        if name == "gzip":
+            return _inflated(body, _GZIP, limit)
+        return _inflated(body, _ZLIB if _is_zlib(body) else _RAW, limit)
+    except (zlib.error, zstandard.ZstdError, EOFError) as error:
+        raise BadRequestError(
+            f"The body is not {name} ({error}); send it so, or leave content-encoding out.",
+            param="content-encoding",
+        ) from None
+
+
+def _is_zlib(body: bytes) -> bool:
+    """``deflate`` is zlib's format (RFC 1950), but some send the bare one, and every server takes both."""
+    return len(body) >= 2 and body[0] & 0x0F == 8 and int.from_bytes(body[:2], "big") % 31 == 0
+
+
+def _inflated(body: bytes, window_bits: int, limit: int) -> bytes:
+    parts, size = [], 0
+    while True:
+        decoder = zlib.decompressobj(window_bits)
+        part = decoder.decompress(body, limit - size + 1)
+        size += len(part)
+        if size > limit:
+            raise _too_large(limit)
+        parts.append(part)
+        if not decoder.eof:
+            raise EOFError("it is cut off")
+        body = decoder.unused_data
+        if not body:
+            return b"".join(parts)
+        if window_bits != _GZIP:
+            raise EOFError("something follows its end")
+
+
+def _zstd(body: bytes, limit: int) -> bytes:
+    """Twice: its reader can be bounded, and does not say whether the end has come."""
+    decoder = zstandard.ZstdDecompressor(max_window_size=max(limit, _SMALLEST_WINDOW))
+    if len(decoder.stream_reader(body, read_across_frames=True).read(limit + 1)) > limit:
+        raise _too_large(limit)
+    parts = []
+    while True:
+        frame = decoder.decompressobj()
+        parts.append(frame.decompress(body))
+        if not frame.eof:
+            raise EOFError("it is cut off")
+        body = frame.unused_data
+        if not body:
+            return b"".join(parts)
+
+
+def _too_large(limit: int) -> BodyTooLargeError:
+    return BodyTooLargeError(
+        f"The decoded body is larger than the limit of {limit} bytes (gateway.max_body_bytes); send less "
+        "context, or have the limit raised."
+    )

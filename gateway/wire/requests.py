@@ -1,0 +1,154 @@
+"""A client's bytes, read as requests: what has come of the present one, and what waits behind it."""
+
+from __future__ import annotations
+
+import re
+
+from gateway.errors import BodyTooLargeError, GatewayError, MalformedRequestError
+from gateway.wire.bodies import Body, body_of
+from gateway.wire.flow import UNCOUNTED_BYTES, UNKNOWN, Admission, Intake, Reservation
+from gateway.wire.heads import CHUNKED, END, LONGEST_HEAD_BYTES, RequestHead, parse_request
+
+_LENGTH = re.compile(rb"\r\ncontent-length:[ \t]*(\d{1,18})\r\n", re.IGNORECASE)
+_EMPTY_LINES = re.compile(rb"(?:\r\n)+")
+
+
+class RequestReader:
+    """``head`` is the present request's, or the last one's; None while it is not whole. ``data``: what has
+    come and is not read yet."""
+
+    __slots__ = (
+        "_backlog",
+        "_body",
+        "_parts",
+        "admission",
+        "data",
+        "head",
+        "held",
+        "is_head",
+        "prefix",
+        "suffix",
+    )
+
+    def __init__(self, intake: Intake) -> None:
+        self.data = b""
+        self._backlog = Reservation(intake)
+        self.head: RequestHead | None = None
+        self.is_head = False
+        """The request's method is HEAD, as far as is known."""
+        self.admission = Admission("", 0)
+        self._body: Body | None = None
+        self._parts = bytearray()
+        self.held = Reservation(intake)
+        """Room for the request's body, until it is answered."""
+        self.prefix = b""
+        """The last request's head up to its length, and what follows that."""
+        self.suffix = b""
+
+    def read_head(self) -> bool:
+        """Whether the head is whole now; then it is ``head``. Raises MalformedRequestError."""
+        data = self.data
+        if data.startswith(b"\r\n"):  # empty lines before a request are to be read over
+            lines = _EMPTY_LINES.match(data)
+            data = self.data = data[lines.end() :] if lines else data
+        end = data.find(END, 0, LONGEST_HEAD_BYTES)
+        self.head = None
+        self.is_head = data.startswith(b"HEAD ")
+        if end < 0:
+            if len(data) > LONGEST_HEAD_BYTES:
+                raise MalformedRequestError(
+                    f"The head is longer than {LONGEST_HEAD_BYTES} bytes; send fewer or shorter headers.",
+                    status=431,
+                )
+            return False
+        self.prefix = b""
+        head = self.head = parse_request(data[:end])
+        self.data = data[end + 4 :]
+        if head.length > 0 and not head.waits_for_continue:
+            # A client's requests mostly differ in their length alone: then the rest is not read again (and
+            # ``content-length`` among the headers is the first one's).
+            at = _LENGTH.search(data, 0, end + 4)
+            if at is not None:
+                self.prefix, self.suffix = data[: at.start(1)], data[at.end(1) : end + 4]
+        return True
+
+    @property
+    def begun(self) -> bool:
+        """Whether something of a head has come."""
+        return self.data not in (b"", b"\r")
+
+    def take_whole(self, head: RequestHead) -> bytes | None:
+        """The request's body, if all of it is here."""
+        length, data = head.length, self.data
+        if not 0 <= length <= len(data):
+            return None
+        self.data = data[length:]
+        return data[:length]
+
+    def admit(self, admission: Admission, size: int) -> None:
+        """All of the body has come at once, of ``size`` bytes. Raises BodyTooLargeError, and what
+        ``Intake.reserve`` raises."""
+        self.admission = admission
+        if size > admission.max_body_bytes:
+            raise _too_large(admission)
+        if size > UNCOUNTED_BYTES:
+            self.held.resize(admission.tenant, size)
+
+    def await_body(self, head: RequestHead, admission: Admission) -> None:
+        """The body is to come. Raises BodyTooLargeError."""
+        self.admission = admission
+        if head.length != CHUNKED and head.length > admission.max_body_bytes:
+            raise _too_large(admission)
+        self._body = body_of(head.length)
+
+    def read_body(self) -> bytes | None:
+        """The whole body, once it has come. Raises MalformedRequestError, BodyTooLargeError, and what
+        ``Intake.reserve`` raises."""
+        body = self._body
+        assert body is not None
+        try:
+            part = body.feed(self.data)
+        except ValueError as error:
+            raise MalformedRequestError(f"The body is not chunked as it should be: {error}.") from None
+        self.data = body.rest
+        size = len(self._parts) + len(part)
+        if size > self.admission.max_body_bytes:
+            raise _too_large(self.admission)
+        self.held.resize(self.admission.tenant, size)
+        self._parts += part
+        if not body.done:
+            return None
+        whole = bytes(self._parts)
+        self._body, self._parts = None, bytearray()
+        return whole
+
+    @property
+    def received(self) -> int:
+        """Bytes of the present body."""
+        return len(self._parts)
+
+    def count(self, *, answering: bool) -> None:
+        """Count what waits in ``data``: behind a request that is being answered, or to become one. Raises
+        what ``Intake.reserve`` raises, and then it is dropped."""
+        try:
+            self._backlog.resize(self.admission.tenant if answering else UNKNOWN, len(self.data))
+        except GatewayError:
+            self.data = b""
+            raise
+
+    @property
+    def waits(self) -> bool:
+        return bool(self.data or self._backlog.size)
+
+    def drop(self) -> None:
+        """Keep nothing of what has come."""
+        self.data, self._parts, self._body, self.prefix = b"", bytearray(), None, b""
+        self._backlog.release()
+        self.held.release()
+
+
+def _too_large(admission: Admission) -> BodyTooLargeError:
+    return BodyTooLargeError(
+        f"The body is larger than the {admission.max_body_bytes} bytes that it may have "
+        f"({admission.setting}); send less."
+    )

@@ -1,0 +1,156 @@
+"""The gateway is never narrower than the engine: thousands of requests, made from its own description of its
+routes, straight to it and through the gateway. Status and answer are the same but for what ``ALLOWED`` says.
+"""
+
+import contextlib
+import json
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from deploy.engine import EngineSpec, command, environment
+from deploy.making import free_port
+from gateway.config import Engine
+from quantize.card import Card, write_card
+from quantize.files import point
+from tests.e2e.conftest import ROOT, stop_stack
+from tests.e2e.differences import Answer, Case, cases
+
+pytestmark = pytest.mark.engine
+
+EVERY = 3
+"""Of the cases that are made, every third is asked: which, differs between the two gateways."""
+TRIES = 3
+"""An engine that is busy puts two tokens into one event: what differs each time differs."""
+MODEL = ROOT / "deploy/assistant/model"
+FINE = Case("/v1/completions", b'{"prompt": "a", "max_tokens": 1}')
+
+
+@dataclass(frozen=True)
+class Urls:
+    engine: str
+    gateways: tuple[str, ...]
+    """One that listens to no answer, and one that listens to all."""
+
+
+def wait_for(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
+    deadline = time.monotonic() + 300
+    while True:
+        with contextlib.suppress(OSError):
+            if urllib.request.urlopen(url, timeout=5).status == 200:
+                return
+        assert process.poll() is None, log.read_text(errors="replace")
+        assert time.monotonic() < deadline, log.read_text(errors="replace")
+        time.sleep(0.5)
+
+
+def demo_card() -> Card:
+    return Card(
+        model="assistant",
+        variant="bf16",
+        reference="bf16",
+        scheme="bf16",
+        method="none",
+        weight_bits=16,
+        module_bits={},
+        weight_bytes=8_000_000,
+        kv_bytes_per_token=1024,
+        max_model_len=1024,
+        versions={},
+        created="2026-11-20",
+        files={},
+    )
+
+
+@pytest.fixture(scope="module")
+def urls(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Urls]:
+    """An engine of the demo model, and two gateways before it."""
+    stop_stack()
+    directory = tmp_path_factory.mktemp("differential")
+    parser = ("--enable-auto-tool-choice", "--tool-call-parser", "hermes")
+    settings = Engine(
+        python=ROOT / ".venv-engine/bin/python",
+        env={"OMP_NUM_THREADS": "1"},
+        max_num_seqs=16,
+        extra_args=parser,
+    )
+    card = demo_card()
+    place = directory / "variants/bf16" / card.version
+    place.mkdir(parents=True)
+    write_card(card, place)
+    point(place.parent / "current", card.version)
+    spec = EngineSpec(card, MODEL, "127.0.0.1", free_port("127.0.0.1"), directory / "engine.log")
+    with contextlib.ExitStack() as exits:
+
+        def run(arguments: list[str], log: Path, ready: str, **options: Any) -> None:
+            process = subprocess.Popen(
+                arguments, stdout=exits.enter_context(log.open("wb")), stderr=subprocess.STDOUT, **options
+            )
+            exits.callback(process.wait, timeout=60)
+            exits.callback(process.terminate)
+            wait_for(ready, process, log)
+
+        run(command(spec, settings), spec.log, f"{spec.url}/health", env=environment(settings))
+        gateways = []
+        for rate in (0.0, 1.0):
+            port = free_port("127.0.0.1")
+            config = {
+                "model": {"name": card.model, "path": str(MODEL)},
+                "variants_dir": str(directory / "variants"),
+                "run_dir": str(directory / f"run-{port}"),
+                "serve": ["bf16"],
+                "roles": {"core": {}},
+                "default_role": "core",
+                "pools": {"bf16": [spec.url]},
+                "gateway": {"port": port},
+                "quality": {"sample_rate": rate},
+                "watch": {"store": "sqlite://"},
+            }
+            path = directory / f"{port}.yaml"
+            path.write_text(yaml.safe_dump(config), encoding="utf-8")
+            arguments = [sys.executable, "-m", "gateway", "--config", str(path)]
+            url = f"http://127.0.0.1:{port}"
+            run(arguments, directory / f"{port}.log", f"{url}/readiness")
+            gateways.append(url)
+        yield Urls(spec.url, tuple(gateways))
+
+
+def ask(url: str, case: Case) -> Answer:
+    headers = {"content-type": "application/json"}
+    request = urllib.request.Request(url + case.path, data=case.body, headers=headers)
+    try:
+        with urllib.request.urlopen(request, timeout=120) as response:
+            return Answer(response.status, response.headers.get_content_type(), response.read())
+    except urllib.error.HTTPError as error:
+        with error:
+            return Answer(error.code, error.headers.get_content_type(), error.read())
+
+
+@pytest.mark.parametrize("listens", [0, 1])
+def test_the_gateway_is_as_wide_as_the_engine(urls: Urls, listens: int) -> None:
+    gateway = urls.gateways[listens]
+    description = json.loads(urllib.request.urlopen(urls.engine + "/openapi.json", timeout=30).read())
+    asked, different = 0, []
+    for case in [
+        case for number, case in enumerate(cases(description)) if case.rare or number % EVERY == listens
+    ]:
+        asked += 1
+        for _ in range(TRIES):
+            direct, through = ask(urls.engine, case), ask(gateway, case)
+            if (why := direct.differs_from(through, case)) is None:
+                break
+        else:
+            different.append(f"{case}\n  {why}\n  engine:  {direct}\n  gateway: {through}")
+        if direct.status >= 500:  # what breaks in the engine must not add up to an engine that is left alone
+            assert ask(gateway, FINE).status == 200
+    assert asked > 1000
+    assert not different, f"{len(different)} of {asked}:\n" + "\n".join(different[:20])
