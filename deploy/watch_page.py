@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from html import escape
 from typing import Any
 
-from gateway.quality.watch import ENGINE
+from gateway.quality.rates import ENGINE
 from quantize.compare import align
 from quantize.figures import Scale, draw_line, draw_path, draw_text, svg
 from quantize.gate import wilson_interval

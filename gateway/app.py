@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterable, Mapping
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import aiohttp
+import msgspec
 from fastapi import FastAPI
 from prometheus_client import CollectorRegistry
 
@@ -18,19 +19,19 @@ from gateway.api.operations import REFUSALS, Operations
 from gateway.api.overview import Overview
 from gateway.api.watching import Watching
 from gateway.cards import load_cards
-from gateway.config import Config, ConfigError, GatewaySettings, Quality, parse_config
+from gateway.config import Config, ConfigError, GatewaySettings, parse_config
 from gateway.console.files import Files
-from gateway.control import Commit, Heartbeat, Read, Reloads, Remembered, Supervisor
+from gateway.control import Commit, Heartbeat, Read, Reloads, Supervisor
 from gateway.proxy.attempts import Attempts, Limits
 from gateway.proxy.exchange import Exchange
 from gateway.proxy.hops import Admit, ChooseRoute, Identify, Observe, ReadBody, Settle
 from gateway.proxy.pipeline import Pipeline
 from gateway.proxy.plane import DataPlane, Snapshot
 from gateway.proxy.record import Record
-from gateway.quality.detectors import detector
-from gateway.quality.grounded import Grounded
+from gateway.quality.detectors import check_classifier
 from gateway.quality.inquiry import Inquiry
 from gateway.quality.observe import Observer
+from gateway.quality.process import CheckProcess
 from gateway.quality.watch import Watch
 from gateway.responses.api import ResponseRoutes
 from gateway.responses.background import Background
@@ -63,6 +64,8 @@ _FIXED = {
     "responses": ("enabled", "store", "store_env"),
 }
 """What a reload cannot change, by section."""
+CHECKS_START_S = 10.0
+"""Seconds that the start waits for the checks that answers may have to pass before they are sent."""
 
 
 class Gateway:
@@ -97,9 +100,16 @@ class Gateway:
         self.log = log or AccessLog()
         self.hedging = Hedging()
         self.watch = Watch(config, cards, self.metrics, self._avoid) if config.watch.enabled else None
-        self._inquiry = Inquiry(config.watch, config.model.name, lambda: self.plane.snapshot.pools)
         self.providers = LiteLLM(config.providers, config.gateway)
-        self._detectors = Remembered()
+        self.checks = CheckProcess("checks", self.metrics)
+        self.escalation = CheckProcess("escalation", self.metrics, niceness=0)
+        self._inquiry = Inquiry(
+            config.watch,
+            config.model.name,
+            lambda: self.plane.snapshot.pools,
+            self.metrics,
+            self._ask_provider,
+        )
         self.plane = DataPlane(self.metrics, clock, self.log)
         self.responses = Responses(config.responses, store_url(config), self.metrics)
         self._background = Background(self.responses, self.plane.serve)
@@ -145,8 +155,9 @@ class Gateway:
             router.avoid(self.watch.demoted())
         observer = before.observer if before is not None and before.config is config else None
         if observer is None:
-            detect = self._detectors.get(trace_of(config.quality), lambda: make_detector(config.quality))
-            observer = Observer(config, self.metrics, self.watch, self._inquiry, detect, self.providers.once)
+            observer = make_observer(
+                config, self.metrics, self.checks, self.escalation, self.watch, self._inquiry
+            )
         plane, observe = self.plane, Observe(observer)
         names = frozenset((config.model.name, *config.roles, *config.adapters, *router.known_models()))
         pipeline = Pipeline(
@@ -270,6 +281,9 @@ class Gateway:
             await self.providers.load()
             prober = self._begin_jobs(session)
             try:
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(CHECKS_START_S):
+                        await self.plane.snapshot.observer.ready()
                 yield
             finally:
                 await self.plane.close()
@@ -293,6 +307,8 @@ class Gateway:
             jobs.keep("watch", watch.run)
             jobs.keep("watch_events", lambda: watch.post_forever(session))
             jobs.keep("inquiry", lambda: self._inquiry.run(session))
+        jobs.keep("checks", self.checks.run)
+        jobs.keep("escalation", self.escalation.run)
         jobs.keep("heartbeat", Heartbeat(self.metrics, *beats).run)
         jobs.keep("sweep", self.plane.sweep_forever)
         jobs.every("probes", lambda: config().health_interval_s, prober.once)
@@ -305,6 +321,11 @@ class Gateway:
 
     def _count_dropped(self) -> None:
         self.metrics.log_dropped.labels().inc(self.log.writer.take_dropped())
+
+    async def _ask_provider(self, model: str, body: bytes) -> bytes:
+        """A judge that no pool of ours serves. The body is our own."""
+        answer = await self.providers.once(model, msgspec.json.decode(body))
+        return msgspec.json.encode(answer)
 
     def _avoid(self, demoted: Mapping[tuple[str, str], str]) -> None:
         self.plane.snapshot.router.avoid(demoted)
@@ -324,6 +345,24 @@ class Gateway:
 
     def _replicas(self) -> Iterable[Replica]:
         return self.plane.snapshot.pools.replicas()
+
+
+def make_observer(
+    config: Config,
+    metrics: Metrics,
+    checks: CheckProcess,
+    escalation: CheckProcess,
+    watch: Watch | None,
+    inquiry: Inquiry | None,
+) -> Observer:
+    """Raises ConfigError for a classifier that cannot be used."""
+    quality = config.quality
+    if quality.detector == "classifier" and quality.classifier is not None:
+        try:
+            check_classifier(quality.classifier)
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"quality.classifier: {quality.classifier} cannot be used: {error}") from None
+    return Observer(config, metrics, checks, escalation, watch, inquiry)
 
 
 def limits_of(config: Config) -> Limits:
@@ -350,21 +389,3 @@ def refuse_fixed(config: Config, running: Config) -> None:
             if getattr(new, field) != getattr(old, field):
                 name = f"{section}.{field}" if section else field
                 raise ConfigError(f"{name}: cannot change while the gateway runs; start it anew")
-
-
-def make_detector(quality: Quality) -> Callable[[str, str], Grounded]:
-    """Raises ConfigError for a classifier that cannot be loaded."""
-    try:
-        return detector(quality.detector, quality.classifier).check
-    except (OSError, ValueError, ImportError) as error:
-        raise ConfigError(f"quality.classifier: {quality.classifier} cannot be used: {error}") from None
-
-
-def trace_of(quality: Quality) -> object:
-    """Changes whenever a detector has to be made anew: with its kind, its directory, and a file in it."""
-    place = quality.classifier if quality.detector == "classifier" else None
-    try:
-        files = sorted((one.name, one.stat().st_mtime_ns) for one in place.iterdir()) if place else []
-    except OSError:
-        files = []
-    return quality.detector, place, files

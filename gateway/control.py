@@ -11,7 +11,6 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping
-from typing import TypeVar
 
 from gateway.config import Config
 from gateway.telemetry.logs import EVENTS
@@ -27,7 +26,6 @@ TICK_S = 0.1
 LOOK_S = 1.0
 """An interval that a reload has changed is seen this soon."""
 
-T = TypeVar("T")
 Job = Callable[[], Awaitable[None]]
 
 
@@ -169,16 +167,3 @@ class Reloads:
 
     def _built(self, read: Read) -> Commit:
         return self._build(*read())
-
-
-class Remembered:
-    """The last value that was made, for as long as what it depends on stays the same."""
-
-    def __init__(self) -> None:
-        self._known: tuple[object, object] | None = None
-
-    def get(self, of: object, make: Callable[[], T]) -> T:
-        known = self._known
-        if known is None or known[0] != of:
-            known = self._known = (of, make())
-        return known[1]  # type: ignore[return-value]

@@ -18,6 +18,7 @@ from typing import Any
 
 import aiohttp
 import numpy as np
+from prometheus_client import CollectorRegistry
 from tqdm import tqdm
 
 from benchmarks.watch.inject import VARIANT, WORK, configuration
@@ -26,8 +27,10 @@ from deploy.commands import run_engines, say
 from deploy.engine import EngineSpec, running
 from deploy.making import free_port
 from gateway.config import Config, load_config
-from gateway.quality.inquiry import Examiner, Inquiry
+from gateway.quality.examiner import Examiner
+from gateway.quality.inquiry import Inquiry
 from gateway.routing.pools import Pools
+from gateway.telemetry.metrics import Metrics
 from quantize.registry import Registry
 
 LENGTHS = (8, 64, 256)
@@ -43,7 +46,7 @@ def interval(a: Sequence[float], b: Sequence[float]) -> tuple[float, float, floa
     return float(first.sum() / second.sum()), float(low), float(high)
 
 
-async def scoring(examiner: Examiner, count: int) -> list[dict[str, Any]]:
+async def scoring(examiner: Examiner, reference: str, count: int) -> list[dict[str, Any]]:
     rows = []
     for length in LENGTHS:
         scored, written = [], []
@@ -55,11 +58,11 @@ async def scoring(examiner: Examiner, count: int) -> list[dict[str, Any]]:
                 "ignore_eos": True,
             }
             reply = await examiner.answer(VARIANT, request)
-            text = reply["choices"][0]["message"]["content"]
+            text = reply.texts[0]
             began = time.perf_counter()
-            await examiner.rows(request, text)
+            await examiner.rows(reference, request, text)
             middle = time.perf_counter()
-            await examiner.message(request)
+            await examiner.answer(reference, request)
             scored.append(middle - began)
             written.append(time.perf_counter() - middle)
         ratio, low, high = interval(scored, written)
@@ -126,7 +129,7 @@ async def benchmark(config: Config, count: int, repeats: int) -> dict[str, Any]:
         urls[variant] = (specs[-1].url,)
     config = config.model_copy(update={"pools": urls, "serve": (config.reference, VARIANT)})
     pools = Pools(config, time.monotonic)
-    inquiry = Inquiry(config.watch, config.model.name, lambda: pools)
+    inquiry = Inquiry(config.watch, config.model.name, lambda: pools, Metrics(CollectorRegistry(), ()))
     first, second = specs
     async with (
         running(first, config.engine, say),
@@ -135,9 +138,9 @@ async def benchmark(config: Config, count: int, repeats: int) -> dict[str, Any]:
     ):
         working = asyncio.create_task(inquiry.run(session))
         await asyncio.sleep(0.1)
-        examiner = Examiner(inquiry, config.reference)
-        await scoring(examiner, 3)  # warm
-        scored = await scoring(examiner, count)
+        examiner = Examiner(inquiry.ask)
+        await scoring(examiner, config.reference, 3)  # warm
+        scored = await scoring(examiner, config.reference, count)
         asked = await log_probabilities(second.url, config.model.name, repeats)
         working.cancel()
     return {"scoring": scored, "log_probabilities": asked}

@@ -18,8 +18,8 @@ from tqdm import tqdm
 
 from gateway.config import WatchSettings
 from gateway.quality.cells import WARN_SHARE
+from gateway.quality.rates import DEFAULT_RATES
 from gateway.quality.sequential import Rates, confidence_sequence, threshold
-from gateway.quality.watch import DEFAULT_RATES
 
 WORK = Path("var/benchmarks/watch")
 CHECKS = ("shadow", "regenerated", "signals", "rules")

@@ -30,7 +30,7 @@ from deploy.commands.check_machine import existing
 from deploy.commands.findings import Finding, Findings, Subject, failure, ok, warning
 from deploy.engine import port_in_use
 from gateway.config import ConfigError, shown_url
-from gateway.quality.store import FACTS, FORMAT
+from gateway.quality.tables import FACTS, FORMAT
 from gateway.quality.watch import store_url
 from gateway.routing.discovery import PREFIX
 from gateway.telemetry.engines import ENGINES_FILE, engine_pids

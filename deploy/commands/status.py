@@ -91,7 +91,7 @@ def _read(gateway: GatewayClient) -> Reading:
 
 def _watch(gateway: GatewayClient, config: Mapping[str, Any]) -> dict[str, Any]:
     """What the watch says of variants in roles. Its store may be down while the gateway serves."""
-    from gateway.quality.watch import ENGINE
+    from gateway.quality.rates import ENGINE
 
     if not config["watch"]["enabled"]:
         return {"enabled": False, "error": None, "cells": []}

@@ -9,8 +9,9 @@ from fastapi import Depends, FastAPI, Query, Request
 from pydantic import BaseModel, Field
 
 from gateway.errors import StoreDownError
+from gateway.quality.report import JudgeErrors, event_as_json
 from gateway.quality.store import StoreError
-from gateway.quality.watch import JudgeErrors, Watch, event_as_json
+from gateway.quality.watch import Watch
 
 
 class Order(BaseModel):

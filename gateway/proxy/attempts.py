@@ -29,7 +29,6 @@ from gateway.errors import (
     UpstreamTimeoutError,
 )
 from gateway.identity import Sampler
-from gateway.proxy.body import Body
 from gateway.proxy.endpoints import Form
 from gateway.proxy.escalations import Escalations
 from gateway.proxy.exchange import Attempt, Exchange
@@ -62,7 +61,7 @@ class Upstream(Protocol):
 class Sufficient(Protocol):
     """Says what is wrong with an answer of a role that escalates; None if nothing, or no time to look."""
 
-    async def insufficient(self, role: str, body: Body, answer: Answer) -> str | None: ...
+    async def insufficient(self, role: str, body: bytes, answer: Answer) -> str | None: ...
 
 
 class Limits(msgspec.Struct, frozen=True):
@@ -326,7 +325,7 @@ class Attempts:
         assert route is not None
         why = higher = None
         if exchange.escalated is None and route.reason is not Reason.EXPLICIT_VARIANT:
-            why = await self._checks.insufficient(route.role, exchange.body, tapped.answer)
+            why = await self._checks.insufficient(route.role, exchange.body.json, tapped.answer)
             if self._escalations.allows(route.role, why is not None):
                 higher = self._router.higher(route)
         if exchange.finished:

@@ -172,9 +172,12 @@ class Observe:
                 route.role,
                 route.variant,
                 exchange.request_id,
-                exchange.body,
+                exchange.endpoint.path,
+                exchange.body.json,
                 tapped.answer,
                 None if first is None else first - exchange.received,
                 sum(gaps) / len(gaps) if gaps else None,
+                exchange.caller.cache_salt if exchange.caller else "",
+                exchange.sample_id,
             )
         )

@@ -45,7 +45,7 @@ class EventKind(StrEnum):
     """Latency or memory has changed: said, and not acted on."""
 
 
-class Key(BaseModel):
+class CellKey(BaseModel):
     """Whom a cell is of."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -60,7 +60,7 @@ class Outcome:
     """One check of one answer. ``value`` is for signals, whose usual range decides whether they are bad;
     ``probation``: the answer was a copy's, and no client got it."""
 
-    key: Key
+    key: CellKey
     check: str
     bad: bool
     at: float
@@ -69,9 +69,9 @@ class Outcome:
 
 
 @dataclass(frozen=True, slots=True)
-class Event:
+class WatchEvent:
     kind: EventKind
-    key: Key
+    key: CellKey
     at: float
     """Unix time, seconds."""
     why: str
@@ -83,7 +83,7 @@ class Event:
         return self.kind in (EventKind.DEMOTED, EventKind.RESTORED)
 
 
-class Policy(BaseModel):
+class DemotionPolicy(BaseModel):
     """When to act. Thresholds are nats of evidence."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -143,7 +143,7 @@ class Cell(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    key: Key
+    key: CellKey
     gate: str = Field(default="", description="of the card's evaluation: another one is a new gate")
     status: Status = Status.SERVING
     pinned: Literal["serving", "demoted"] | None = None
@@ -162,14 +162,14 @@ class Cell(BaseModel):
             return self.pinned == "serving"
         return self.status is Status.SERVING
 
-    def warned(self, policy: Policy) -> list[str]:
+    def warned(self, policy: DemotionPolicy) -> list[str]:
         """Checks whose evidence would support an alarm of another."""
         enough = WARN_SHARE * policy.alarm
         return [
             name for name, one in self.tracks.items() if one.evidence >= enough and name not in policy.said
         ]
 
-    def fold(self, outcome: Outcome, policy: Policy, may_demote: bool = True) -> Iterator[Event]:
+    def fold(self, outcome: Outcome, policy: DemotionPolicy, may_demote: bool = True) -> Iterator[WatchEvent]:
         """Take in an outcome. ``may_demote``: the limit on demotions allows one more."""
         if outcome.probation:
             yield from self._on_probation(outcome, policy)
@@ -190,12 +190,14 @@ class Cell(BaseModel):
                 )  # what is usual now is learned anew
                 why = f"{outcome.check} is higher than usual"
                 seen = {"value": outcome.value, "usual": usual}
-                yield Event(EventKind.DRIFT, self.key, outcome.at, why, seen)
+                yield WatchEvent(EventKind.DRIFT, self.key, outcome.at, why, seen)
             return
         if self.status is Status.SERVING:
             yield from self._watch(outcome, track, policy, may_demote)
 
-    def _watch(self, outcome: Outcome, track: Track, policy: Policy, may_demote: bool) -> Iterator[Event]:
+    def _watch(
+        self, outcome: Outcome, track: Track, policy: DemotionPolicy, may_demote: bool
+    ) -> Iterator[WatchEvent]:
         alarms = [
             name
             for name, one in self.tracks.items()
@@ -209,18 +211,18 @@ class Cell(BaseModel):
             if not track.alarmed and outcome.check in alarms:
                 track.alarmed = True
                 why = f"{outcome.check} alone: {policy.agree} checks must agree; not enough evidence"
-                yield Event(EventKind.ALARM, self.key, outcome.at, why, evidence)
+                yield WatchEvent(EventKind.ALARM, self.key, outcome.at, why, evidence)
             return
         why = f"{' and '.join(agreeing)} have changed"
         if self.pinned == "serving" or not may_demote:
             if not track.alarmed:
                 track.alarmed = True
                 who = "a person pinned it" if self.pinned else "too many demotions lately"
-                yield Event(EventKind.HELD_BACK, self.key, outcome.at, f"{why}; {who}", evidence)
+                yield WatchEvent(EventKind.HELD_BACK, self.key, outcome.at, f"{why}; {who}", evidence)
             return
         yield self.demote(why, outcome.at, evidence)
 
-    def _on_probation(self, outcome: Outcome, policy: Policy) -> Iterator[Event]:
+    def _on_probation(self, outcome: Outcome, policy: DemotionPolicy) -> Iterator[WatchEvent]:
         rates = policy.rates_of(outcome.check)
         if self.status is not Status.PROBATION or rates is None or outcome.value is not None:
             return
@@ -233,7 +235,7 @@ class Cell(BaseModel):
         if decision is Decision.HARMED:
             self.failed += 1
             self._become(Status.DEMOTED, f"{outcome.check} failed on probation", outcome.at)
-            yield Event(EventKind.FAILED_PROBATION, self.key, outcome.at, self.why, dict(self.probation))
+            yield WatchEvent(EventKind.FAILED_PROBATION, self.key, outcome.at, self.why, dict(self.probation))
         elif decision is Decision.HEALTHY:
             self.passed.append(outcome.check)
             if self.passed_all():
@@ -244,32 +246,32 @@ class Cell(BaseModel):
         reference among them."""
         return "shadow" in self.passed and set(self.passed) >= set(self.probation)
 
-    def begin_probation(self, policy: Policy, at: float) -> Event | None:
+    def begin_probation(self, policy: DemotionPolicy, at: float) -> WatchEvent | None:
         """When it is time: later and later after each failure."""
         due = self.since + policy.probation_after_s * 2 ** min(self.failed, 10)
         if self.status is not Status.DEMOTED or self.pinned or at < due:
             return None
         self._become(Status.PROBATION, "its answers are judged before anybody gets them", at)
-        return Event(EventKind.PROBATION, self.key, at, self.why)
+        return WatchEvent(EventKind.PROBATION, self.key, at, self.why)
 
-    def demote(self, why: str, at: float, evidence: Mapping[str, Any] | None = None) -> Event:
+    def demote(self, why: str, at: float, evidence: Mapping[str, Any] | None = None) -> WatchEvent:
         self._become(Status.DEMOTED, why, at)
         for track in self.tracks.values():
             track.evidence, track.alarmed = 0.0, False
-        return Event(EventKind.DEMOTED, self.key, at, why, evidence or {})
+        return WatchEvent(EventKind.DEMOTED, self.key, at, why, evidence or {})
 
-    def restore(self, why: str, at: float) -> Event:
+    def restore(self, why: str, at: float) -> WatchEvent:
         self._become(Status.SERVING, why, at)
         self.failed = 0
         for track in self.tracks.values():
             track.evidence, track.alarmed = 0.0, False
-        return Event(EventKind.RESTORED, self.key, at, why)
+        return WatchEvent(EventKind.RESTORED, self.key, at, why)
 
-    def pin(self, state: Literal["serving", "demoted"] | None, why: str, at: float) -> Event:
+    def pin(self, state: Literal["serving", "demoted"] | None, why: str, at: float) -> WatchEvent:
         """A person's word; None takes it back."""
         self.pinned, self.why = state, why
         kind = EventKind.UNPINNED if state is None else EventKind.PINNED
-        return Event(kind, self.key, at, why if state is None else f"{state}: {why}")
+        return WatchEvent(kind, self.key, at, why if state is None else f"{state}: {why}")
 
     def _become(self, status: Status, why: str, at: float) -> None:
         self.status, self.why, self.since = status, why, at

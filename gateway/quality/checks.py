@@ -6,15 +6,14 @@ JSON unless the request wanted JSON.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from gateway.proxy.body import Body
-from gateway.quality.answer import Answer
 from gateway.quality.claims import extract
 from gateway.quality.grounded import context_of
+from gateway.quality.schemas import Schemas
+from gateway.quality.transcript import Transcript
 
 LONGEST_PERIOD = 40
 """Words of the longest passage whose repetition is looked for."""
@@ -30,67 +29,71 @@ _REFUSAL = re.compile(
 _DIGIT = re.compile(r"\d")
 _URL = re.compile(r"\bhttps?://[^\s<>\"')\]]+", re.IGNORECASE)
 
-Check = Callable[[Body, Answer], bool | None]
+Request = Mapping[str, Any]
+"""The body of the request that an answer is of; empty where it could not be read."""
+Check = Callable[[Request, Transcript, Schemas], bool | None]
 """True: the answer fails. None: it has no meaning here."""
 
 
-def bad_json(body: Body, answer: Answer) -> bool | None:
+def bad_json(request: Request, answer: Transcript, schemas: Schemas) -> bool | None:
     """The request wanted JSON, by a schema or without: every choice must be such."""
-    wanted = body.get("response_format")
+    wanted: Any = request.get("response_format")
     kind = wanted.get("type") if isinstance(wanted, dict) else None
     if kind not in ("json_object", "json_schema") or not answer.texts or answer.cut_short:
         return None
     given = wanted.get("json_schema")
     schema = given.get("schema") if kind == "json_schema" and isinstance(given, dict) else {"type": "object"}
-    return not all(_matches(text, schema) for text in answer.texts)
+    return not all(schemas.allows(text, schema) for text in answer.texts)
 
 
-def unknown_tool(body: Body, answer: Answer) -> bool | None:
+def unknown_tool(request: Request, answer: Transcript, _: Schemas) -> bool | None:
     """A tool is called that the request does not have."""
     if not answer.tool_calls:
         return None
-    return any(name not in _tools(body) for name, _ in answer.tool_calls)
+    return any(name not in _tools(request) for name, _ in answer.tool_calls)
 
 
-def bad_arguments(body: Body, answer: Answer) -> bool | None:
+def bad_arguments(request: Request, answer: Transcript, schemas: Schemas) -> bool | None:
     """A tool is called with arguments that are no JSON, or that its schema does not allow."""
     if not answer.tool_calls or answer.cut_short:
         return None
-    tools = _tools(body)
+    tools = _tools(request)
     return any(
-        not _matches(arguments or "{}", tools[name]) for name, arguments in answer.tool_calls if name in tools
+        not schemas.allows(arguments or "{}", tools[name])
+        for name, arguments in answer.tool_calls
+        if name in tools
     )
 
 
-def repetition(_: Body, answer: Answer) -> bool | None:
+def repetition(_: Request, answer: Transcript, __: Schemas) -> bool | None:
     """The answer goes round in circles: a passage comes four times in a row, one of up to three words eight
     times, one of up to eight letters sixteen times."""
     return any(map(_loops, answer.texts)) if answer.texts else None
 
 
-def truncation(_: Body, answer: Answer) -> bool | None:
+def truncation(_: Request, answer: Transcript, __: Schemas) -> bool | None:
     """It was cut off by the limit on its length. That may be what the client wanted."""
     return answer.cut_short if answer.finish_reasons else None
 
 
-def empty(_: Body, answer: Answer) -> bool | None:
+def empty(_: Request, answer: Transcript, __: Schemas) -> bool | None:
     """It says nothing at all, and calls nothing."""
     if not answer.finish_reasons:
         return None
     return not answer.tool_calls and not answer.reasoned and not any(text.strip() for text in answer.texts)
 
 
-def refusal(_: Body, answer: Answer) -> bool | None:
+def refusal(_: Request, answer: Transcript, __: Schemas) -> bool | None:
     """It declines to answer."""
     return any(_REFUSAL.match(text) for text in answer.texts) if answer.texts else None
 
 
-def invented_value(body: Body, answer: Answer) -> bool | None:
+def invented_value(request: Request, answer: Transcript, _: Schemas) -> bool | None:
     """A web address, or a number or identifier of three digits or more, that nobody gave to the model.
 
     Only where the conversation itself has such values: otherwise the model is asked for what it knows.
     """
-    messages = body.get("messages")
+    messages = request.get("messages")
     if not isinstance(messages, list) or not answer.texts:
         return None
     said = set().union(*map(_values, answer.texts))
@@ -119,9 +122,9 @@ HARD = ("json", "tool", "arguments", "repetition", "empty")
 and say something by its change alone."""
 
 
-def failures(body: Body, answer: Answer) -> dict[str, bool]:
+def failures(request: Request, answer: Transcript, schemas: Schemas) -> dict[str, bool]:
     """Every check that has a meaning here, and whether the answer fails it."""
-    found = {name: check(body, answer) for name, check in CHECKS.items()}
+    found = {name: check(request, answer, schemas) for name, check in CHECKS.items()}
     return {name: bad for name, bad in found.items() if bad is not None}
 
 
@@ -139,31 +142,15 @@ def _loops(text: str) -> bool:
     return False
 
 
-def _tools(body: Body) -> dict[str, Any]:
+def _tools(request: Request) -> dict[str, Any]:
     """Schema of each tool's arguments, by name."""
     found = {}
-    given = body.get("tools")
+    given = request.get("tools")
     for tool in given if isinstance(given, list) else ():
         function = tool.get("function") if isinstance(tool, dict) else None
         if isinstance(function, dict) and isinstance(function.get("name"), str):
             found[function["name"]] = function.get("parameters") or {}
     return found
-
-
-def _matches(text: str, schema: Any) -> bool:
-    from jsonschema import Draft202012Validator, SchemaError  # type: ignore[import-untyped]
-
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        return False
-    if not isinstance(schema, dict):
-        return True
-    try:
-        Draft202012Validator.check_schema(schema)
-    except SchemaError:
-        return True  # the client's own mistake says nothing about the answer
-    return bool(Draft202012Validator(schema).is_valid(value))
 
 
 def _values(text: str) -> set[str]:

@@ -11,6 +11,7 @@ read the corrected share.
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,7 +28,7 @@ LONGEST_CONTEXT = 20_000
 
 
 class Detector(Protocol):
-    """``check`` may take a while; it is run in a thread."""
+    """``check`` may take a while."""
 
     def check(self, answer: str, context: str) -> Grounded: ...
 
@@ -85,6 +86,7 @@ class Classifier:
     """
 
     def __init__(self, directory: Path, limit: float = CLASSIFIER_LIMIT) -> None:
+        self._by_token = check_classifier(directory)
         from transformers import (
             AutoConfig,
             AutoModelForSequenceClassification,
@@ -94,13 +96,6 @@ class Classifier:
 
         self._limit = limit
         config: Any = AutoConfig.from_pretrained(directory, local_files_only=True)
-        kinds = config.architectures or []
-        self._by_token = any("TokenClassification" in kind for kind in kinds)
-        if not self._by_token and not any("SequenceClassification" in kind for kind in kinds):
-            raise ValueError(
-                f"quality.classifier: {directory} holds {', '.join(kinds) or 'no architecture'}; "
-                "give a model for sequence or token classification"
-            )
         auto: Any = AutoModelForTokenClassification if self._by_token else AutoModelForSequenceClassification
         self._model: Any = auto.from_pretrained(directory, local_files_only=True).eval()
         self._tokenizer: Any = AutoTokenizer.from_pretrained(directory, local_files_only=True)
@@ -152,6 +147,22 @@ class Classifier:
             ]
             risks.append(max(inside, default=0.0))
         return risks
+
+
+def check_classifier(directory: Path) -> bool:
+    """Whether a directory's model classifies tokens, and not whole sequences, by its configuration alone.
+    Raises OSError or ValueError where it does neither."""
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    given = config.get("architectures") if isinstance(config, dict) else None
+    kinds = [str(kind) for kind in given] if isinstance(given, list) else []
+    if any("TokenClassification" in kind for kind in kinds):
+        return True
+    if any("SequenceClassification" in kind for kind in kinds):
+        return False
+    raise ValueError(
+        f"quality.classifier: {directory} holds {', '.join(kinds) or 'no architecture'}; "
+        "give a model for sequence or token classification"
+    )
 
 
 def _good_label(names: Mapping[int, str]) -> int:

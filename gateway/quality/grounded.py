@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
@@ -93,14 +93,15 @@ class Grounded:
         return supported / judged if judged else None
 
 
-def context_of(messages: Iterable[Mapping[str, Any]]) -> str:
-    """The texts of all messages but the assistant's."""
+def context_of(messages: Any) -> str:
+    """The texts of all messages of a request but the assistant's. What is no message is left out."""
     texts: list[str] = []
-    for message in messages:
-        content = message.get("content")
-        if message.get("role") == "assistant" or not content:
+    for message in messages if isinstance(messages, list) else ():
+        if not isinstance(message, dict) or message.get("role") == "assistant":
             continue
-        parts = [content] if isinstance(content, str) else [part.get("text") for part in content]
+        content = message.get("content")
+        given = content if isinstance(content, list) else [{"text": content}]
+        parts = [part.get("text") for part in given if isinstance(part, dict)]
         texts.extend(part for part in parts if isinstance(part, str))
     return "\n".join(texts)
 

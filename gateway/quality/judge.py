@@ -68,5 +68,6 @@ def read(reply: Mapping[str, Any], sentences: Sequence[str]) -> Grounded:
         labels = json.loads(text)
         found = [Label(labels[str(number)]) for number in range(1, len(sentences) + 1)]
     except (KeyError, IndexError, TypeError, ValueError, RecursionError) as error:
-        raise JudgeError(f"the judge's answer cannot be read: {error!r}") from None
+        # Without what it said, which may quote the answer that it judges.
+        raise JudgeError(f"the judge's answer cannot be read ({type(error).__name__})") from None
     return Grounded(tuple(zip(sentences, found, strict=True)))

@@ -1,55 +1,58 @@
 """What is done with a finished answer. Nothing here can delay a byte or break a request.
 
-The signals and the rules are looked at at once. A share of the answers, chosen by a hash of the request's
-id, is put before the reference, and copies of a share of the requests go to variants on probation; both when
-there is time (:mod:`gateway.quality.inquiry`).
+Content is read in a process of its own (:mod:`gateway.quality.process`): here answers are handed over as
+bytes, and what was found is counted and told to the watch. A share of the answers, chosen by a hash of a
+number that clients do not choose, is put before the reference, and copies of a share of the requests go to
+variants on probation; both when there is time (:mod:`gateway.quality.inquiry`).
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import hashlib
 import logging
-import math
-import zlib
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from enum import StrEnum
 from functools import partial
-from typing import Any
 
 from gateway.config import Config
-from gateway.errors import BadRequestError
-from gateway.proxy.body import Body
-from gateway.quality import judge
 from gateway.quality.answer import Answer
-from gateway.quality.cells import Key
-from gateway.quality.checks import HARD, failures
-from gateway.quality.grounded import Grounded, check, context_of
-from gateway.quality.inquiry import Examiner, Inquiry, Provider, UnansweredError
-from gateway.quality.shadow import Result, compare, same_meaning
+from gateway.quality.cells import CellKey
+from gateway.quality.examiner import UnansweredError
+from gateway.quality.inquiry import Inquiry, ShedError
+from gateway.quality.process import CLASSIFIER_STEP_S, STEP_S, CheckProcess, LostError
+from gateway.quality.records import (
+    AnswerRecord,
+    CheckOutcome,
+    Copy,
+    Examination,
+    Findings,
+    Forget,
+    Judge,
+    Look,
+    Regenerate,
+    Resample,
+    Result,
+    Resume,
+    Score,
+    Step,
+    Suffices,
+    encode,
+)
 from gateway.quality.watch import Watch
 from gateway.telemetry.evaluations import emit
 from gateway.telemetry.logs import EVENTS
 from gateway.telemetry.metrics import Metrics
 
-LONG_BODY = 8_000
-"""Bytes of a request from which on an answer's rules are checked beside the loop."""
-LONGEST_TEXT = 400_000
-"""Characters of context and answer beyond which the grounded check is skipped."""
-LONGEST_SHADOW = 200_000
-"""Bytes of a request beyond which the reference is not asked about its answer."""
+LONGEST = 4 << 20
+"""Bytes of a request and its answer beyond which they are not looked at."""
+LONGEST_WAITED_FOR = 1 << 20
+"""The same where a client waits for what is found."""
+ESCALATION_S = 0.25
+"""Seconds that a client waits for it; then it gets the answer as it is."""
+DRAIN_S = 1.0
+"""Seconds that a gateway that stops waits for the last answers to be looked at."""
 _SHARE = 1 << 32
-_TOP = 5
-SAMPLES = 3
-"""Second answers that an unusual one is compared with."""
-
-
-class CheckOutcome(StrEnum):
-    PASSED = "passed"
-    FAILED = "failed"
-    SKIPPED = "skipped"
-    """There was nothing to check: no log-probabilities, no text, or too much of it."""
-    ERROR = "error"
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,334 +62,296 @@ class Observed:
     role: str
     variant: str
     request_id: str
-    body: Body
+    path: str
+    body: bytes
+    """The request's JSON."""
     answer: Answer
     first_token_s: float | None = None
     gap_s: float | None = None
     """Mean seconds between the parts of a stream."""
+    cache_salt: str = ""
+    """The tenant's."""
+    sample_id: str = ""
+    """Unlike the request's id not of the client's choosing: it decides which samples the answer is in."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Kept:
+    """What is kept of an answer while it is looked at. ``record``: an encoded ``AnswerRecord``."""
+
+    role: str
+    variant: str
+    request_id: str
+    sample_id: str
+    key: CellKey | None
+    grounded: bool
+    record: bytes
 
 
 class Observer:
-    """Runs the checks that a role wants, counts what they find, and tells the watch."""
+    """Has answers looked at as a role wants, counts what is found, and tells the watch."""
 
     def __init__(
         self,
         config: Config,
         metrics: Metrics,
+        checks: CheckProcess,
+        escalation: CheckProcess,
         watch: Watch | None = None,
         inquiry: Inquiry | None = None,
-        grounded_check: Callable[[str, str], Grounded] = check,
-        provider: Provider | None = None,
     ) -> None:
-        """``grounded_check``: a detector's; ``provider``: the way to a judge that no pool of ours serves."""
+        """``checks`` is given finished answers, ``escalation`` those that a client waits for."""
         self._config = config
         self._metrics = metrics
+        self._checks = checks
+        self._escalation = escalation
         self._watch = watch
         self._inquiry = inquiry
-        self._examiner = Examiner(inquiry, config.reference, provider) if inquiry else None
-        self._grounded_check = grounded_check
-        self._checks: set[asyncio.Task[None]] = set()
         self._log = logging.getLogger(EVENTS)
+        quality = config.quality
+        self._classifier = str(quality.classifier) if quality.detector == "classifier" else None
         self._shadowed = int(config.watch.rate * _SHARE)
         self._judged = int(config.watch.judge.rate * _SHARE) if config.watch.judge else 0
         self._copied = int(config.watch.probation_rate * _SHARE)
 
+    async def ready(self) -> None:
+        """Wait until answers can be checked before they are sent, where a role wants that."""
+        if any(role.escalate for role in self._config.roles.values()):
+            self._escalation.want()
+            await self._escalation.ready()
+
     def offer(self, seen: Observed) -> None:
-        """Check an answer when there is time."""
-        task = asyncio.get_running_loop().create_task(self.observe(seen))
-        self._checks.add(task)
-        task.add_done_callback(self._checks.discard)
+        """Have an answer looked at that is complete. Never waits, and raises nothing: what there is no time
+        for is dropped and counted."""
+        try:
+            self._offer(seen)
+        except Exception:
+            self.count_error("listen", seen.role, seen.variant)
+            self._log.exception("an answer could not be looked at")
+
+    def _offer(self, seen: Observed) -> None:
+        if self._watch:
+            self._watch.note_latency(seen.variant, seen.first_token_s, seen.gap_s)
+        if seen.answer.too_long or len(seen.body) + seen.answer.size > LONGEST:
+            self._checks.drop("too_long")
+            return
+        kept = _Kept(
+            seen.role,
+            seen.variant,
+            seen.request_id,
+            seen.sample_id,
+            self._watch.key(seen.variant, seen.role) if self._watch else None,
+            self._config.roles[seen.role].grounded,
+            encode(AnswerRecord(seen.body, seen.answer.events, seen.cache_salt)),
+        )
+        task, limit_s, classifier = Look(), STEP_S, None
+        if kept.grounded:
+            task.detector, classifier = self._config.quality.detector, self._classifier
+            limit_s = CLASSIFIER_STEP_S if classifier else STEP_S
+        self._checks.submit(task, kept.record, partial(self._looked, kept), limit_s, classifier)
 
     async def drain(self) -> None:
-        if self._checks:
-            await asyncio.wait(self._checks, timeout=1.0)
+        """Wait until all is looked at that was offered, for a while."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(DRAIN_S):
+                await self._checks.settled()
 
-    async def observe(self, seen: Observed) -> None:
-        """Check an answer that is complete. Raises nothing; a check that fails is counted as such."""
-        role, variant = seen.role, seen.variant
-        key = self._watch.key(variant, role) if self._watch else None
-        self._count("signals", role, variant, lambda: self._signals(seen, key))
-        if seen.body.size < LONG_BODY:
-            self._rules(seen, key, self._failures(seen))
-        else:
-            try:
-                self._rules(seen, key, await asyncio.to_thread(failures, seen.body, seen.answer))
-            except Exception:
-                self.count_error("rules", role, variant)
-        if self._watch:
-            self._watch.note_latency(variant, seen.first_token_s, seen.gap_s)
-        if self._config.roles[role].grounded and "messages" in seen.body:
-            # In a thread: a long context takes a while, and other requests should not wait for it.
-            try:
-                found = self._count_grounded(seen, await asyncio.to_thread(self._grounded, seen))
-            except Exception:
-                self.count_error("grounded", role, variant)
-            else:
-                self._metrics.quality_checks.labels(role, variant, "grounded", found).inc()
-                if key and self._watch and found is not CheckOutcome.SKIPPED:
-                    self._watch.note(key, "grounded", found is CheckOutcome.FAILED)
+    async def insufficient(self, role: str, body: bytes, answer: Answer) -> str | None:
+        """The check that an answer fails so plainly that a more precise variant should be asked; None where
+        it fails none, or that cannot be said within ``ESCALATION_S``."""
+        if answer.too_long or len(body) + answer.size > LONGEST_WAITED_FOR:
+            self._escalation.drop("too_long")
+            return None
+        record = encode(AnswerRecord(body, answer.events))
+        try:
+            async with asyncio.timeout(ESCALATION_S):
+                task = Suffices(self._config.roles[role].confidence)
+                step = await self._escalation.step(task, record, 4 * ESCALATION_S)
+        except (TimeoutError, LostError):
+            self._escalation.drop("late")
+            return None
+        if step.findings is None:
+            self._log.warning("a check before an escalation failed: %s", step.error)
+            return None
+        return step.findings.insufficient
+
+    def count_error(self, check: str, role: str, variant: str) -> None:
+        """A check could not be made."""
+        self._metrics.quality_checks.labels(role, variant, check, CheckOutcome.ERROR).inc()
+
+    # what was found
+
+    def _looked(self, kept: _Kept, step: Step | None) -> None:
+        found = step.findings if step else None
+        if found is None:
+            for check in ("signals", "rules", *(("grounded",) if kept.grounded else ())):
+                self.count_error(check, kept.role, kept.variant)
+            if step:
+                self._say(kept, "checks", step.error)
+            return
+        self._take(kept, found)
         if self._watch and self._inquiry:
-            self._try("shadow", role, variant, lambda: self._inquire(seen, key))
+            self._inquire(self._watch, self._inquiry, kept, found)
 
-    async def insufficient(self, role: str, body: Body, answer: Answer) -> str | None:
-        """The check that an answer fails so plainly that a more precise variant should be asked; or None."""
-        try:
-            found = failures(body, answer)
-            signals = answer.meter.result()
-        except Exception:
-            self._log.warning("a check before an escalation failed", exc_info=True)
-            return None
-        floor = self._config.roles[role].confidence
-        if floor is not None and signals is not None and math.exp(-signals.nll_mean) < floor:
-            return "confidence"
-        return next((name for name in HARD if found.get(name)), None)
-
-    def count_error(self, check_name: str, role: str, variant: str) -> None:
-        self._metrics.quality_checks.labels(role, variant, check_name, CheckOutcome.ERROR).inc()
-        self._log.warning("check %s failed", check_name, exc_info=True, extra={"fields": {"role": role}})
-
-    def _try(self, name: str, role: str, variant: str, run: Callable[[], Any]) -> Any:
-        try:
-            return run()
-        except Exception:
-            self.count_error(name, role, variant)
-            return None
-
-    def _count(self, name: str, role: str, variant: str, run: Callable[[], CheckOutcome]) -> None:
-        if (outcome := self._try(name, role, variant, run)) is not None:
-            self._metrics.quality_checks.labels(role, variant, name, outcome).inc()
-
-    def _signals(self, seen: Observed, key: Key | None) -> CheckOutcome:
-        """Never failed: they are sensors, not verdicts."""
-        signals = seen.answer.meter.result()
-        if signals is None:
-            return CheckOutcome.SKIPPED
-        role, variant = seen.role, seen.variant
-        self._metrics.nll_mean.labels(role, variant).observe(signals.nll_mean)
-        self._metrics.entropy_max.labels(role, variant).observe(signals.entropy_max)
-        self._metrics.quality_score.labels(role, variant, "likely_tokens").observe(1 - signals.unlikely_share)
-        if key and self._watch:
-            self._watch.note(key, "signals", False, signals.nll_mean)
-        return CheckOutcome.PASSED
-
-    def _failures(self, seen: Observed) -> Mapping[str, bool]:
-        found = self._try("rules", seen.role, seen.variant, lambda: failures(seen.body, seen.answer))
-        return found or {}
-
-    def _rules(
-        self, seen: Observed, key: Key | None, found: Mapping[str, bool], *, probation: bool = False
+    def _take(
+        self, kept: _Kept, found: Findings, of: CellKey | None = None, *, probation: bool = False
     ) -> None:
-        for name, bad in found.items():
-            outcome = CheckOutcome.FAILED if bad else CheckOutcome.PASSED
-            self._metrics.quality_checks.labels(seen.role, seen.variant, name, outcome).inc()
-        if found and key and self._watch:
-            self._watch.note(key, "rules", any(found.get(name) for name in HARD), probation=probation)
+        """Count what was found; ``of``: whom it is about, where that is not who answered the client."""
+        key = of or kept.key
+        role, variant, metrics = kept.role, of.variant if of else kept.variant, self._metrics
+        for check, outcome in found.outcomes.items():
+            metrics.quality_checks.labels(role, variant, check, outcome).inc()
+        for check, score in found.scores.items():
+            metrics.quality_score.labels(role, variant, check).observe(score)
+        for label, count in found.sentences.items():
+            metrics.quality_sentences.labels(role, variant, label).inc(count)
+        if found.nll_mean is not None and found.entropy_max is not None:
+            metrics.nll_mean.labels(role, variant).observe(found.nll_mean)
+            metrics.entropy_max.labels(role, variant).observe(found.entropy_max)
+        if found.compared is not None:
+            metrics.shadow.labels(role, variant, found.compared).inc()
+        if found.disagreement is not None and found.divergence is not None:
+            metrics.disagreement.labels(role, variant).observe(found.disagreement)
+            metrics.divergence.labels(role, variant).observe(found.divergence)
+        if key and self._watch:
+            for note in found.notes:
+                self._watch.note(key, note.check, note.bad, note.value, probation=probation)
+        model = self._config.model.name
+        for one in found.evaluations:
+            emit(
+                one.name,
+                one.label,
+                one.score,
+                role=role,
+                variant=variant,
+                model=model,
+                request_id=kept.request_id,
+            )
+        for problem in found.problems:
+            self._say(kept, "checks", problem)
 
-    def _grounded(self, seen: Observed) -> Grounded:
-        context, text = context_of(seen.body.get("messages")), "\n".join(seen.answer.texts)
-        if len(context) + len(text) > LONGEST_TEXT:
-            return Grounded(())
-        return self._grounded_check(text, context)
-
-    def _count_grounded(self, seen: Observed, result: Grounded) -> CheckOutcome:
-        role, variant = seen.role, seen.variant
-        if result.score is None:
-            return CheckOutcome.SKIPPED
-        for label, count in result.counts.items():
-            self._metrics.quality_sentences.labels(role, variant, label).inc(count)
-        self._metrics.quality_score.labels(role, variant, "grounded").observe(result.score)
-        if (strict := result.strict_score) is not None:
-            self._metrics.quality_score.labels(role, variant, "grounded_strict").observe(strict)
-        outcome = CheckOutcome.FAILED if result.bad else CheckOutcome.PASSED
-        self._emit("grounded", outcome.value, result.score, seen)
-        return outcome
+    def _say(self, kept: _Kept, what: str, problem: str) -> None:
+        fields = {"request_id": kept.request_id, "role": kept.role, "variant": kept.variant}
+        self._log.warning("%s: %s", what, problem, extra={"fields": fields})
 
     # what engines are asked, later
 
-    def _inquire(self, seen: Observed, key: Key | None) -> None:
-        assert self._watch
-        assert self._inquiry
+    def _inquire(self, watch: Watch, inquiry: Inquiry, kept: _Kept, found: Findings) -> None:
+        key = kept.key
         candidates = [
             other
-            for other in self._watch.on_probation(seen.role)
-            if other != key and _in(seen.request_id, "probation", self._copied)
+            for other in watch.on_probation(kept.role)
+            if other != key and _in(kept.sample_id, "probation", self._copied)
         ]
-        grounded = self._config.roles[seen.role].grounded and "messages" in seen.body
-        if grounded and _in(seen.request_id, "judge", self._judged):
-            self._inquiry.offer(partial(self._judge, seen, key), partial(self._judge_shed, seen))
-        shadowed = key is not None and _in(seen.request_id, "shadow", self._shadowed)
-        signals = seen.answer.meter.result()
-        unusual = key is not None and signals is not None and self._watch.unusual(key, signals.nll_mean)
+        if kept.grounded and _in(kept.sample_id, "judge", self._judged):
+            skipped = partial(self._judged_as, kept, CheckOutcome.SKIPPED)
+            inquiry.offer(partial(self._judge, kept), skipped)
+        shadowed = key is not None and _in(kept.sample_id, "shadow", self._shadowed)
+        unusual = key is not None and found.nll_mean is not None and watch.unusual(key, found.nll_mean)
         if not shadowed and not candidates and not unusual:
             return
-        request = _asked(seen.body)
-        if request is None:
-            self._compared(seen, Result.INCOMPARABLE)
+        if not found.askable:
+            self._compared(kept, Result.INCOMPARABLE)
             return
         if key is not None and shadowed:
-            if len(seen.answer.texts) != 1:
-                self._compared(seen, Result.INCOMPARABLE)
-            elif not seen.answer.tokens:
-                self._compared(seen, Result.NO_LOGPROBS)
+            if found.incomparable is not None:
+                self._compared(kept, found.incomparable)
             else:
-                shed = partial(self._compared, seen, Result.SHED)
-                self._inquiry.offer(partial(self._shadow, seen, key, request), shed)
-        if key is not None and unusual and len(seen.answer.texts) == 1:
-            self._inquiry.offer(partial(self._resample, seen, key, request), later=True)
+                shed = partial(self._compared, kept, Result.SHED)
+                inquiry.offer(partial(self._shadow, watch, kept, key), shed)
+        if key is not None and unusual and found.one_text:
+            inquiry.offer(partial(self._resample, kept, key), later=True)
         for other in candidates:
-            self._inquiry.offer(partial(self._copy, seen, other, request), later=True)
+            inquiry.offer(partial(self._copy, kept, other), later=True)
 
-    async def _shadow(
-        self, seen: Observed, key: Key, request: Mapping[str, Any], *, probation: bool = False
-    ) -> None:
+    async def _shadow(self, watch: Watch, kept: _Kept, key: CellKey) -> None:
         """Let the reference score the answer; where there is suspicion, let it answer too."""
-        assert self._examiner
-        assert self._watch
+        reference = self._config.reference
         try:
-            rows = await self._examiner.rows(request, seen.answer.texts[0])
-            scored = compare(seen.answer.tokens, rows)
+            found = await self._examine(kept, Score(reference))
         except UnansweredError as error:
-            self._compared(seen, Result.ERROR)
-            self._log.warning("shadow: %s", error, extra={"fields": {"request_id": seen.request_id}})
+            self._compared(kept, Result.ERROR)
+            self._say(kept, "shadow", str(error))
             return
-        except (KeyError, TypeError, ValueError, AttributeError, IndexError):
-            self._compared(seen, Result.ERROR)
-            self._log.warning("shadow: the reference's answer cannot be read", exc_info=True)
-            return
-        if scored is None:
-            self._compared(seen, Result.INCOMPARABLE)
-            return
-        self._compared(seen, scored.result)
-        self._emit("shadow", scored.result.value, 1 - scored.disputed / scored.tokens, seen)
-        labels = (seen.role, seen.variant)
-        self._metrics.disagreement.labels(*labels).observe(scored.disagreement)
-        self._metrics.divergence.labels(*labels).observe(scored.divergence)
-        self._watch.note(key, "shadow", scored.result is Result.DISPUTED, probation=probation)
-        if not probation:
-            self._watch.note(key, "divergence", False, scored.divergence)
-            if self._watch.suspected(key):
-                await self._regenerate(seen, key, request)
+        self._take(kept, found)
+        if found.compared is not Result.INCOMPARABLE and watch.suspected(key):
+            await self._also(kept, "regenerate", Regenerate(reference))
 
-    async def _regenerate(self, seen: Observed, key: Key, request: Mapping[str, Any]) -> None:
-        """Compare with the reference's own answer; where that differs from time to time by itself, only if
-        two of the reference's agree."""
-        assert self._examiner
-        assert self._watch
-        mine = _message(seen.answer)
+    async def _resample(self, kept: _Kept, key: CellKey) -> None:
+        await self._also(kept, "resample", Resample(key.variant))
+
+    async def _also(self, kept: _Kept, what: str, task: Examination) -> None:
+        """An examination that is not missed where it cannot be made."""
         try:
-            theirs = await self._examiner.message(request)
-            if request.get("temperature", 1) and not same_meaning(
-                theirs, await self._examiner.message(request)
-            ):
-                return
-            bad = not same_meaning(mine, theirs)
+            self._take(kept, await self._examine(kept, task))
         except UnansweredError as error:
-            self._log.warning("regenerate: %s", error, extra={"fields": {"request_id": seen.request_id}})
+            self._say(kept, what, str(error))
+        except ShedError:
             return
-        outcome = CheckOutcome.FAILED if bad else CheckOutcome.PASSED
-        self._metrics.quality_checks.labels(seen.role, seen.variant, "regenerated", outcome).inc()
-        self._watch.note(key, "regenerated", bad)
 
-    async def _resample(self, seen: Observed, key: Key, request: Mapping[str, Any]) -> None:
-        """Where an answer was unusually sure or unsure: does the variant say the same again, when it is
-        asked at a temperature? (The idea is SelfCheckGPT's, arXiv:2303.08896.)"""
-        assert self._examiner
-        assert self._watch
-        mine, same = _message(seen.answer), 0
-        try:
-            for number in range(SAMPLES):
-                more = {"temperature": 1.0, "seed": number}
-                choices = (await self._examiner.answer(key.variant, request, **more))["choices"]
-                same += same_meaning(mine, choices[0].get("message") or {"content": choices[0]["text"]})
-        except (UnansweredError, KeyError, TypeError, IndexError, AttributeError) as error:
-            self._log.warning("resample: %s", error, extra={"fields": {"request_id": seen.request_id}})
-            return
-        labels = (seen.role, seen.variant, "consistency")
-        self._metrics.quality_score.labels(*labels).observe(same / SAMPLES)
-        self._watch.note(key, "consistency", same * 2 < SAMPLES)
-
-    async def _copy(self, seen: Observed, key: Key, request: Mapping[str, Any]) -> None:
+    async def _copy(self, kept: _Kept, other: CellKey) -> None:
         """Let a variant on probation answer a request that another has answered, and judge that."""
-        assert self._examiner
         try:
-            reply = await self._examiner.answer(key.variant, request, logprobs=True, top_logprobs=_TOP)
-            answer = Answer()
-            answer.add(reply, 0.0)
-        except (UnansweredError, KeyError, TypeError, ValueError, AttributeError) as error:
-            self._log.warning("probation: %s", error, extra={"fields": {"variant": key.variant}})
+            found = await self._examine(kept, Copy(other.variant, self._config.reference))
+        except UnansweredError as error:
+            self._say(kept, "probation", str(error))
             return
-        copy = Observed(seen.role, key.variant, seen.request_id, seen.body, answer)
-        self._rules(copy, key, self._failures(copy), probation=True)
-        if answer.texts and answer.tokens:
-            await self._shadow(copy, key, request, probation=True)
+        self._take(kept, found, other, probation=True)
 
-    async def _judge(self, seen: Observed, key: Key | None) -> None:
+    async def _judge(self, kept: _Kept) -> None:
         """Let a model label the answer's sentences."""
-        assert self._examiner
         settings = self._config.watch.judge
         assert settings
-        answer = "\n".join(seen.answer.texts)
-        asked = judge.request(answer, context_of(seen.body.get("messages")), settings.max_tokens)
-        if asked is None:
-            self._judged_as(seen, CheckOutcome.SKIPPED)
-            return
-        body, sentences = asked
         try:
             async with asyncio.timeout(settings.timeout_s):
-                found = judge.read(await self._examiner.judge(settings.model, body), sentences)
-        except (UnansweredError, judge.JudgeError, TimeoutError) as error:
-            self._judged_as(seen, CheckOutcome.ERROR)
-            fields = {"request_id": seen.request_id}
-            self._log.warning("judge: %s", error or "no answer in time", extra={"fields": fields})
+                found = await self._examine(kept, Judge(settings.max_tokens))
+        except (UnansweredError, TimeoutError) as error:
+            self._judged_as(kept, CheckOutcome.ERROR)
+            self._say(kept, "judge", str(error) or "no answer in time")
             return
-        bad = found.bad > 0
-        self._emit("judge", "failed" if bad else "passed", found.score, seen)
-        self._judged_as(seen, CheckOutcome.FAILED if bad else CheckOutcome.PASSED)
-        if found.score is not None:
-            self._metrics.quality_score.labels(seen.role, seen.variant, "judge").observe(found.score)
-        if key and self._watch:
-            self._watch.note(key, "judge", bad)
+        self._take(kept, found)
 
-    def _judged_as(self, seen: Observed, outcome: CheckOutcome) -> None:
-        self._metrics.quality_checks.labels(seen.role, seen.variant, "judge", outcome).inc()
+    async def _examine(self, kept: _Kept, task: Examination) -> Findings:
+        """Have an answer examined, and engines asked what that takes. Raises UnansweredError or ShedError."""
+        session = 0
+        try:
+            step = await self._checks.step(task, kept.record)
+            while step.ask is not None:
+                session, asked = step.session, step.ask
+                try:
+                    reply = Resume(session, await self._ask(asked.variant, asked.path, asked.body))
+                except UnansweredError as error:
+                    reply = Resume(session, None, str(error))
+                session, step = 0, await self._checks.step(reply)
+        except LostError as error:
+            raise UnansweredError(str(error)) from None
+        finally:
+            if session:
+                self._checks.submit(Forget(session), b"", lambda _: None)
+        if step.findings is None:
+            raise UnansweredError(step.error)
+        return step.findings
 
-    def _judge_shed(self, seen: Observed) -> None:
-        self._judged_as(seen, CheckOutcome.SKIPPED)
+    async def _ask(self, variant: str, path: str, body: bytes) -> bytes:
+        assert self._inquiry
+        if variant:
+            return await self._inquiry.ask(variant, path, body)
+        judge = self._config.watch.judge
+        assert judge
+        return await self._inquiry.ask_judge(judge.model, self._config.reference, body)
 
-    def _emit(self, name: str, label: str, score: float | None, seen: Observed) -> None:
-        emit(
-            name,
-            label,
-            score,
-            role=seen.role,
-            variant=seen.variant,
-            model=self._config.model.name,
-            request_id=seen.request_id,
-        )
+    def _judged_as(self, kept: _Kept, outcome: CheckOutcome) -> None:
+        self._metrics.quality_checks.labels(kept.role, kept.variant, "judge", outcome).inc()
 
-    def _compared(self, seen: Observed, result: Result) -> None:
-        self._metrics.shadow.labels(seen.role, seen.variant, result.value).inc()
-
-
-def _message(answer: Answer) -> dict[str, Any]:
-    """Its first choice, as an engine would have sent it whole."""
-    calls = [{"function": {"name": name, "arguments": said}} for name, said in answer.tool_calls]
-    return {"content": answer.texts[0] if answer.texts else "", "tool_calls": calls}
-
-
-def _asked(body: Body) -> dict[str, Any] | None:
-    """The request as an engine would be asked it again; None where that cannot be compared."""
-    if len(body.raw("messages")) + len(body.raw("prompt")) > LONGEST_SHADOW:
-        return None
-    try:
-        request = body.everything()
-    except BadRequestError:
-        return None
-    if isinstance(request.get("messages"), list) or isinstance(request.get("prompt"), str):
-        return request
-    return None
+    def _compared(self, kept: _Kept, result: Result) -> None:
+        self._metrics.shadow.labels(kept.role, kept.variant, result).inc()
 
 
-def _in(request_id: str, what: str, below: int) -> bool:
-    """Whether a request is in a sample: by a hash of its id, so that it does not depend on load or time."""
-    return below >= _SHARE or zlib.crc32(f"{what}\0{request_id}".encode()) < below
+def _in(sample_id: str, what: str, below: int) -> bool:
+    """Whether an answer is in a sample. Samples are independent of each other and of any other hash of the
+    same number: a checksum would not be, since checksums of texts that differ by what is before them differ
+    by a constant."""
+    if below >= _SHARE or below == 0:
+        return below > 0
+    digest = hashlib.blake2b(sample_id.encode(), digest_size=4, person=what.encode()).digest()
+    return int.from_bytes(digest) < below

@@ -16,10 +16,10 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 from typing import Any
 
 from gateway.quality.claims import extract
+from gateway.quality.records import Result
 
 UNLIKELY = math.log(0.1)
 """Log-ratio to the reference's favourite token below which a token is unlikely to it."""
@@ -35,19 +35,6 @@ it into other tokens, so that only whole texts can be compared: what nobody woul
 LABEL_WORDS = 6
 """An answer of so many words or fewer is a label, which is right or wrong as a whole."""
 _WORD = re.compile(r"\w+")
-
-
-class Result(StrEnum):
-    """What came of putting an answer before the reference."""
-
-    AGREED = "agreed"
-    DISPUTED = "disputed"
-    INCOMPARABLE = "incomparable"
-    """There is no text, or more than one, or too much of it."""
-    NO_LOGPROBS = "no_logprobs"
-    SHED = "shed"
-    """Given up before it was asked, for users' requests."""
-    ERROR = "error"
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,82 +13,18 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import (
-    Boolean,
-    Column,
-    Connection,
-    Float,
-    Index,
-    Integer,
-    MetaData,
-    String,
-    Table,
-    Text,
-    create_engine,
-    delete,
-    event,
-    func,
-    insert,
-    select,
-    update,
-)
+from sqlalchemy import Connection, create_engine, delete, event, func, insert, select, update
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import NoSuchModuleError, SQLAlchemyError
 from sqlalchemy.pool import StaticPool
 
-from gateway.quality.cells import Cell, Event, EventKind, Key, Outcome
+from gateway.quality.cells import Cell, CellKey, EventKind, Outcome, WatchEvent
+from gateway.quality.tables import BUCKETS, CELLS, EVENTS, FACTS, FORMAT, META, OUTCOMES
 
-FORMAT = "1"
-"""Of the tables. A database of another format is refused."""
 BUCKET_S = 10
 """Seconds that are added up for the charts."""
 KEPT_BUCKETS_S = 14 * 86_400
 KEPT_EVENTS = 10_000
-
-_META = MetaData()
-_KEY = ("variant", "version", "role")
-
-
-def _key_columns(primary: bool = False) -> list[Column[Any]]:
-    return [Column(name, String(200), primary_key=primary, nullable=False) for name in _KEY]
-
-
-OUTCOMES = Table(
-    "watch_outcomes",
-    _META,
-    Column("id", Integer, primary_key=True, autoincrement=True),
-    *_key_columns(),
-    Column("check_name", String(40), nullable=False),
-    Column("bad", Boolean, nullable=False),
-    Column("value", Float),
-    Column("probation", Boolean, nullable=False),
-    Column("at", Float, nullable=False),
-)
-CELLS = Table("watch_cells", _META, *_key_columns(primary=True), Column("state", Text, nullable=False))
-EVENTS = Table(
-    "watch_events",
-    _META,
-    Column("id", Integer, primary_key=True, autoincrement=True),
-    Column("kind", String(40), nullable=False),
-    *_key_columns(),
-    Column("at", Float, nullable=False),
-    Column("why", Text, nullable=False),
-    Column("evidence", Text, nullable=False),
-    Index("watch_events_at", "at"),
-)
-BUCKETS = Table(
-    "watch_buckets",
-    _META,
-    Column("start", Integer, primary_key=True),
-    *_key_columns(primary=True),
-    Column("check_name", String(40), primary_key=True),
-    Column("answers", Integer, nullable=False),
-    Column("bad", Integer, nullable=False),
-    Column("total", Float, nullable=False),
-)
-FACTS = Table(
-    "watch_facts", _META, Column("name", String(40), primary_key=True), Column("value", Text, nullable=False)
-)
 
 
 class StoreError(RuntimeError):
@@ -100,7 +36,7 @@ class Bucket:
     """Outcomes of one check within ``BUCKET_S`` seconds. ``total``: of their values."""
 
     start: int
-    key: Key
+    key: CellKey
     check: str
     answers: int
     bad: int
@@ -126,7 +62,7 @@ class Store:
             event.listen(self._engine, "connect", _patient)
         with self._begin() as connection:
             try:
-                _META.create_all(connection)
+                META.create_all(connection)
             except SQLAlchemyError as error:
                 raise self._error(error) from None
             found = _fact(connection, "format")
@@ -186,7 +122,7 @@ class Store:
             if raw and json.loads(raw)[0] == self._holder:
                 _set_fact(connection, "leader", json.dumps([None, json.loads(raw)[1]]))
 
-    def unfolded(self, most: int = 5000) -> tuple[list[tuple[int, Outcome]], dict[Key, Cell]]:
+    def unfolded(self, most: int = 5000) -> tuple[list[tuple[int, Outcome]], dict[CellKey, Cell]]:
         """Outcomes that are in no cell yet, in order, and all cells as they are."""
         with self._begin() as connection:
             rows = connection.execute(select(OUTCOMES).order_by(OUTCOMES.c.id).limit(most)).all()
@@ -195,7 +131,7 @@ class Store:
             (
                 row.id,
                 Outcome(
-                    Key(variant=row.variant, version=row.version, role=row.role),
+                    CellKey(variant=row.variant, version=row.version, role=row.role),
                     row.check_name,
                     row.bad,
                     row.at,
@@ -212,7 +148,7 @@ class Store:
         ids: Iterable[int],
         outcomes: Sequence[Outcome],
         cells: Iterable[Cell],
-        events: Sequence[Event],
+        events: Sequence[WatchEvent],
         beats: int | None = None,
     ) -> None:
         """Write what has come of outcomes, and forget them: all of it or nothing.
@@ -237,11 +173,11 @@ class Store:
             self._write_events(connection, events)
             self._add_to_buckets(connection, outcomes)
 
-    def change(self, cells: Iterable[Cell], events: Sequence[Event]) -> None:
+    def change(self, cells: Iterable[Cell], events: Sequence[WatchEvent]) -> None:
         """Cells changed by a person."""
         self.folded((), (), cells, events)
 
-    def cells(self) -> dict[Key, Cell]:
+    def cells(self) -> dict[CellKey, Cell]:
         with self._begin() as connection:
             return self._cells(connection)
 
@@ -250,7 +186,7 @@ class Store:
         with self._begin() as connection:
             return int(_fact(connection, "decisions") or 0)
 
-    def events(self, most: int = 100, since: float = 0.0, kind: EventKind | None = None) -> list[Event]:
+    def events(self, most: int = 100, since: float = 0.0, kind: EventKind | None = None) -> list[WatchEvent]:
         """The newest first."""
         wanted = select(EVENTS).where(EVENTS.c.at >= since).order_by(EVENTS.c.id.desc()).limit(most)
         if kind is not None:
@@ -258,9 +194,9 @@ class Store:
         with self._begin() as connection:
             rows = connection.execute(wanted).all()
         return [
-            Event(
+            WatchEvent(
                 EventKind(row.kind),
-                Key(variant=row.variant, version=row.version, role=row.role),
+                CellKey(variant=row.variant, version=row.version, role=row.role),
                 row.at,
                 row.why,
                 json.loads(row.evidence),
@@ -276,7 +212,7 @@ class Store:
         return [
             Bucket(
                 row.start,
-                Key(variant=row.variant, version=row.version, role=row.role),
+                CellKey(variant=row.variant, version=row.version, role=row.role),
                 row.check_name,
                 row.answers,
                 row.bad,
@@ -309,7 +245,7 @@ class Store:
         reason = str(getattr(error, "orig", None) or error).splitlines()[0]
         return StoreError(f"watch.store: {self._shown}: {reason}; give a database that can be written")
 
-    def _cells(self, connection: Connection) -> dict[Key, Cell]:
+    def _cells(self, connection: Connection) -> dict[CellKey, Cell]:
         rows = connection.execute(select(CELLS.c.state)).scalars()
         cells = [Cell.model_validate_json(state) for state in rows]
         return {cell.key: cell for cell in cells}
@@ -330,7 +266,7 @@ class Store:
         if decided:
             _set_fact(connection, "decisions", str(int(_fact(connection, "decisions") or 0) + 1))
 
-    def _write_events(self, connection: Connection, events: Sequence[Event]) -> None:
+    def _write_events(self, connection: Connection, events: Sequence[WatchEvent]) -> None:
         if events:
             rows = [
                 {
@@ -345,7 +281,7 @@ class Store:
             connection.execute(insert(EVENTS), rows)
 
     def _add_to_buckets(self, connection: Connection, outcomes: Sequence[Outcome]) -> None:
-        added: dict[tuple[int, Key, str], list[float]] = {}
+        added: dict[tuple[int, CellKey, str], list[float]] = {}
         for one in outcomes:
             check = f"{one.check} (probation)" if one.probation else one.check
             sums = added.setdefault((int(one.at // BUCKET_S * BUCKET_S), one.key, check), [0, 0, 0.0])

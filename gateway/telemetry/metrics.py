@@ -157,6 +157,16 @@ class Metrics:
         self.watch_dropped = counter(
             "tiercel_watch_outcomes_dropped_total", "Outcomes lost while the watch's store did not answer"
         )
+        self.quality_dropped = counter(
+            "tiercel_quality_dropped_total",
+            "Answers that were not looked at: full, too_long; or not in time to hold them back: late",
+            "reason",
+        )
+        self.quality_errors = counter(
+            "tiercel_quality_errors_total",
+            "Defects and lost processes of what looks at answers; it has gone on since",
+            "part",
+        )
         self.escalations = counter(
             "tiercel_escalations_total",
             "Answers asked again of a higher precision before the client saw them",

@@ -256,7 +256,7 @@ class TappedStreamReader(StreamReader):
     def _shown(self, shown: bytes, payload: bytes, at: float) -> bytes:
         data = object_of(payload)
         if not self.confused:
-            self.confused = not listen(self.answer, data, at)
+            self.confused = not listen(self.answer, data, at, payload)
         kept = without_logprobs(data, self._options)
         if kept is data:
             return shown
@@ -266,7 +266,7 @@ class TappedStreamReader(StreamReader):
 
     def _usage_event(self, event: bytes, payload: bytes, usage: Raw, at: float) -> bytes:
         if not self.confused:
-            self.confused = not listen(self.answer, object_of(payload), at)
+            self.confused = not listen(self.answer, object_of(payload), at, payload)
         return super()._usage_event(event, payload, usage, at)
 
 
@@ -355,10 +355,11 @@ def _usage_event(last: bytes, usage: Usage, said: Raw | None) -> bytes:
     return _written(b"", {**fields, "choices": [], "usage": counted if said is None else said})
 
 
-def listen(answer: Answer, data: dict[str, Any], at: float) -> bool:
-    """Whether it was understood: an engine may send what we have never seen, which breaks no request."""
+def listen(answer: Answer, data: dict[str, Any], at: float, raw: bytes) -> bool:
+    """Whether it was understood: an engine may send what we have never seen, which breaks no request. ``raw``
+    is ``data`` as it came."""
     try:
-        answer.add(data, at)
+        answer.add(data, at, raw)
     except Exception:
         return False
     return True

@@ -142,7 +142,7 @@ class TappedWholeReader(WholeReader):
             self.confused = True
             return data
         whole = object_of(data)
-        self.confused = not listen(self.answer, whole, at)
+        self.confused = not listen(self.answer, whole, at, data)
         kept = without_logprobs(whole, self._options)
         return data if kept is whole else msgspec.json.encode(kept)
 

@@ -168,6 +168,10 @@ class Stack:
     def sample(self, name: str, **labels: str) -> float:
         return self.registry.get_sample_value(name, labels) or 0.0
 
+    def settled(self) -> bool:
+        """Whether all answers so far have been looked at, and engines asked about them."""
+        return self.gateway.checks.idle and self.gateway._inquiry.idle
+
     def requests(self, outcome: str) -> float:
         """Requests that ended so, whatever their other labels."""
         return sum(

@@ -7,13 +7,22 @@ from typing import Any
 
 import pytest
 
-from gateway.quality.cells import LEARNED, Cell, Event, EventKind, Key, Outcome, Policy, Status
+from gateway.quality.cells import (
+    LEARNED,
+    Cell,
+    CellKey,
+    DemotionPolicy,
+    EventKind,
+    Outcome,
+    Status,
+    WatchEvent,
+)
 from gateway.quality.sequential import threshold
 
-KEY = Key(variant="int4", version="0" * 12, role="classifier")
+KEY = CellKey(variant="int4", version="0" * 12, role="classifier")
 
 
-def policy(**changes: Any) -> Policy:
+def policy(**changes: Any) -> DemotionPolicy:
     fields: dict[str, Any] = {
         "alarm": threshold(1e6, 4),
         "agree": 2,
@@ -27,13 +36,13 @@ def policy(**changes: Any) -> Policy:
         "alpha": 0.05,
         "beta": 0.01,
     }
-    return Policy(**fields | changes)
+    return DemotionPolicy(**fields | changes)
 
 
 def fold(
     cell: Cell, check: str, bads: list[bool], at: float = 0.0, probation: bool = False, **more: Any
-) -> list[Event]:
-    events: list[Event] = []
+) -> list[WatchEvent]:
+    events: list[WatchEvent] = []
     for bad in bads:
         outcome = Outcome(KEY, check, bad, at, probation=probation)
         events += cell.fold(outcome, policy(), **more)
@@ -98,8 +107,8 @@ def test_a_slower_engine_is_said_and_not_demoted() -> None:
     rules = policy(rates={"memory": (0.1, 0.5)}, said=frozenset({"memory"}))
     cell = Cell(key=KEY)
 
-    def read(value: float, times: int) -> list[Event]:
-        events: list[Event] = []
+    def read(value: float, times: int) -> list[WatchEvent]:
+        events: list[WatchEvent] = []
         for number in range(times):
             outcome = Outcome(KEY, "memory", False, 0.0, value + number % 10)
             events += cell.fold(outcome, rules)

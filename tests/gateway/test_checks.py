@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.proxy.body import Body
-from gateway.quality.answer import Answer
-from gateway.quality.checks import failures
+from gateway.quality import checks
+from gateway.quality.schemas import Schemas
+from gateway.quality.transcript import Transcript
 
 WEATHER = {
     "type": "function",
@@ -24,17 +24,20 @@ PRICE = {"type": "object", "properties": {"price": {"type": "number"}}, "require
 SCHEMA = {"type": "json_schema", "json_schema": {"name": "price", "schema": PRICE}}
 
 
-def body(**more: Any) -> Body:
-    return Body(json.dumps({"messages": [{"role": "user", "content": "hello"}], **more}).encode())
+def body(**more: Any) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": "hello"}], **more}
 
 
-def answer(text: str | None = None, finish: str = "stop", **message: Any) -> Answer:
-    made = Answer()
-    made.add({"choices": [{"message": {"content": text, **message}, "finish_reason": finish}]}, 0.0)
-    return made
+def failures(request: dict[str, Any], made: Transcript) -> dict[str, bool]:
+    return checks.failures(request, made, Schemas())
 
 
-def call(name: str, arguments: str) -> Answer:
+def answer(text: str | None = None, finish: str = "stop", **message: Any) -> Transcript:
+    whole = {"choices": [{"message": {"content": text, **message}, "finish_reason": finish}]}
+    return Transcript.of([json.dumps(whole).encode()])
+
+
+def call(name: str, arguments: str) -> Transcript:
     return answer(None, "tool_calls", tool_calls=[{"function": {"name": name, "arguments": arguments}}])
 
 
@@ -89,20 +92,20 @@ def call(name: str, arguments: str) -> Answer:
         ("invented", {}, answer("Water boils at 373 kelvin."), None),
     ],
 )
-def test_a_check(check: str, asked: dict[str, Any], given: Answer, bad: bool | None) -> None:
+def test_a_check(check: str, asked: dict[str, Any], given: Transcript, bad: bool | None) -> None:
     assert failures(body(**asked), given).get(check) is bad
 
 
 def test_a_stream_is_checked_like_a_whole_answer() -> None:
-    made = Answer()
+    made = Transcript()
     for part in (
         {"tool_calls": [{"index": 0, "function": {"name": "weather", "arguments": ""}}]},
         {"tool_calls": [{"index": 0, "function": {"arguments": '{"ci'}}]},
         {"tool_calls": [{"index": 0, "function": {"arguments": 'ty": "Oslo"}'}}]},
         {"tool_calls": [{"index": 1, "function": {"name": "weather", "arguments": '{"city": "Bonn"}'}}]},
     ):
-        made.add({"choices": [{"index": 0, "delta": part}]}, 0.0)
-    made.add({"choices": [{"index": 0, "delta": {}, "finish_reason": "tool_calls"}]}, 0.0)
+        made.add({"choices": [{"index": 0, "delta": part}]})
+    made.add({"choices": [{"index": 0, "delta": {}, "finish_reason": "tool_calls"}]})
     assert made.tool_calls == [("weather", '{"city": "Oslo"}'), ("weather", '{"city": "Bonn"}')]
     assert failures(body(tools=[WEATHER]), made) == {
         "tool": False,

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+from prometheus_client import CollectorRegistry
 
 from gateway.quality import judge
 from gateway.quality.detectors import Lexical, detector
 from gateway.quality.grounded import Grounded, Label
+from gateway.quality.process import CheckProcess
+from gateway.quality.records import AnswerRecord, Look, Step, encode
+from gateway.telemetry.metrics import Metrics
 
 CONTEXT = "Order C2390\ncustomer: Greta Vidal\ntotal: $277\nArthur's Magazine was an American periodical."
 
@@ -87,6 +92,36 @@ def test_a_classifier_in_a_directory(tmp_path: Path, kind: str, bad: int) -> Non
     assert found.bad == bad
     assert all(0 <= risk <= 1 for risk in found.risks)
     assert detector("classifier", tmp_path).check("", CONTEXT).sentences == ()
+
+
+async def test_a_classifier_is_loaded_beside_the_loop_and_again_only_for_another(tmp_path: Path) -> None:
+    first, other = str(write_classifier(tmp_path / "first", "sequence")), str(tmp_path / "other")
+    body = {"messages": [{"role": "user", "content": CONTEXT}]}
+    said = {"choices": [{"message": {"content": "Greta Vidal."}, "finish_reason": "stop"}]}
+    record = encode(AnswerRecord(json.dumps(body).encode(), [json.dumps(said).encode()]))
+    checks = CheckProcess("checks", Metrics(CollectorRegistry(), ()))
+    running = asyncio.create_task(checks.run())
+    found: asyncio.Queue[tuple[Step | None, int | None]] = asyncio.Queue()
+    try:
+        pids = []
+        for directory, outcome in ((first, "passed"), (first, "passed"), (None, "passed"), (other, "error")):
+            checks.submit(
+                Look("classifier"),
+                record,
+                lambda step: found.put_nowait((step, checks.pid)),
+                300.0,
+                directory,
+            )
+            async with asyncio.timeout(300):
+                step, pid = await found.get()
+            assert step is not None
+            assert step.findings is not None
+            assert step.findings.outcomes["grounded"] == outcome, step.findings.problems
+            pids.append(pid)
+        assert pids[0] == pids[1] == pids[2] != pids[3]
+    finally:
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
 
 
 def test_a_directory_without_a_classifier_is_refused(tmp_path: Path) -> None:

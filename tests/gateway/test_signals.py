@@ -8,6 +8,7 @@ import pytest
 
 from gateway.quality.answer import Answer
 from gateway.quality.signals import entropy, measure
+from gateway.quality.transcript import Transcript
 
 
 def token(p: float, *others: float, name: str = "a") -> dict[str, object]:
@@ -53,7 +54,8 @@ def test_answer_is_the_same_streamed_or_whole() -> None:
         counted = usage | {"completion_tokens": index + 1}
         streamed.add({"choices": [delta], "usage": counted}, 1.0 + index)
     for answer in (whole, streamed):
-        assert answer.texts == ["Hello"]
         assert (answer.prompt_tokens, answer.completion_tokens) == (7, 2)
-        assert answer.meter.result() == measure(content)
+        said = Transcript.of(answer.events)
+        assert said.texts == ["Hello"]
+        assert said.signals == measure(content)
     assert streamed.gaps_s == [1.0]

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from sqlalchemy import create_engine, text
 
-from gateway.quality.cells import Cell, Event, EventKind, Key, Outcome
+from gateway.quality.cells import Cell, CellKey, EventKind, Outcome, WatchEvent
 from gateway.quality.store import BUCKET_S, Store, StoreError
 
-KEY = Key(variant="int4", version="0" * 12, role="classifier")
+KEY = CellKey(variant="int4", version="0" * 12, role="classifier")
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
@@ -59,7 +59,7 @@ def test_outcomes_come_in_order_and_go_when_they_are_folded(opened: Open) -> Non
     assert [outcome for _, outcome in rows] == given
     assert cells == {}
     cell = Cell(key=KEY)
-    event = Event(EventKind.ALARM, KEY, 3.0, "shadow alone", {"shadow": 9.0})
+    event = WatchEvent(EventKind.ALARM, KEY, 3.0, "shadow alone", {"shadow": 9.0})
     one.folded([number for number, _ in rows], given, [cell], [event])
     assert other.unfolded() == ([], {KEY: cell})
     assert other.events() == [event]
@@ -77,7 +77,7 @@ def test_the_second_who_folds_the_same_gives_way_and_writes_nothing(opened: Open
     one.append(outcomes(3))
     rows, _ = one.unfolded()
     ids = [number for number, _ in rows]
-    event = Event(EventKind.DEMOTED, KEY, 1.0, "x")
+    event = WatchEvent(EventKind.DEMOTED, KEY, 1.0, "x")
     one.folded(ids, [], [Cell(key=KEY)], [])
     with pytest.raises(StoreError, match="gives way"):
         other.folded(ids, outcomes(3), [Cell(key=KEY, why="twice")], [event])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,17 @@ from gateway_stack import Stack, eventually, make_config, running_gateway
 
 from gateway.config import ConfigError
 from gateway.identity import hash_of
+from gateway.quality import observe
 from gateway.quality.cells import Cell, Track
 from gateway.quality.store import Store
 from gateway.quality.watch import store_url
+
+
+@pytest.fixture(autouse=True)
+def _patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client waits for a check as long as a busy machine takes for it."""
+    monkeypatch.setattr(observe, "ESCALATION_S", 10.0)
+
 
 ROLE = {"x-agent-role": "intent_classifier"}
 EAGER = {"rate": 1.0, "probation_rate": 1.0, "probation_after_s": 3600.0}
@@ -71,7 +80,7 @@ def harm(stack: Stack) -> None:
 async def test_harm_is_noticed_and_routed_around() -> None:
     async with watching() as stack:
         assert set(await ask(stack, 5)) == {"int4-kv8"}
-        await eventually(lambda: stack.gateway._inquiry.idle)
+        await eventually(stack.settled, within_s=20)
         await eventually(lambda: healthy(stack))
         harm(stack)
         for _ in range(30):
@@ -105,7 +114,7 @@ async def test_one_check_alone_is_not_enough_evidence() -> None:
         stack.engines["bf16"].script.text = stack.engines["int4-kv8"].script.text
         for _ in range(8):
             await ask(stack, 4)
-            await eventually(lambda: stack.gateway._inquiry.idle, within_s=5)
+            await eventually(stack.settled, within_s=20)
             await asyncio.sleep(0.1)
         await eventually(lambda: alarmed(stack), within_s=5)
         assert (await cell(stack))["verdict"] == "not enough evidence"
@@ -196,7 +205,7 @@ async def test_a_reference_that_is_down_or_talks_nonsense_harms_nobody() -> None
             for name, value in trouble.items():
                 setattr(stack.engines["bf16"].script, name, value)
             assert set(await ask(stack, 3)) == {"int4-kv8"}
-            await eventually(lambda: stack.gateway._inquiry.idle)
+            await eventually(stack.settled, within_s=20)
             stack.engines["bf16"].script.status, stack.engines["bf16"].script.garbage = 200, False
         labels = {"role": "intent_classifier", "variant": "int4-kv8"}
         assert stack.sample("tiercel_shadow_compared_total", result="error", **labels) == 9
@@ -214,18 +223,20 @@ async def test_an_engine_that_knows_no_priorities_is_asked_without() -> None:
 async def test_the_watch_gives_way_to_users() -> None:
     async with watching(watch={"busy_at": 1, "queue": 2}) as stack:
         reference = stack.engines["bf16"]
-        reference.script.token_delay_s = 0.2
+        reference.script.token_delay_s, reference.script.text = 0.1, "so " * 1000  # until its client leaves
         async with stack.post({"stream": True}, headers={"x-agent-role": "core"}):
             await eventually(lambda: reference.running == 1)
             await ask(stack, 5)
             labels = {"role": "intent_classifier", "variant": "int4-kv8", "result": "shed"}
-            await eventually(lambda: stack.sample("tiercel_shadow_compared_total", **labels) == 5)
+            shed = partial(stack.sample, "tiercel_shadow_compared_total", **labels)
+            await eventually(lambda: shed() == 5, within_s=20)
         assert all("prompt_logprobs" not in body for body in reference.requests)
 
 
 async def test_without_log_probabilities_there_is_nothing_to_compare() -> None:
     async with watching(quality={"logprobs": False}) as stack:
         await ask(stack, 2)
+        await eventually(stack.settled, within_s=20)
         assert (await cell(stack))["verdict"] == "no evidence"
 
 

@@ -1,0 +1,214 @@
+"""What passes between the gateway's event loop and the process that reads content: plain records, as bytes.
+
+One message goes to the process at a time, and one ``Step`` comes back for each: what was found, or what an
+engine is to be asked. The loop decodes no more than that: prompts, answers and what engines say are bytes to
+it.
+"""
+
+from __future__ import annotations
+
+import struct
+from enum import StrEnum
+
+import msgspec
+
+HEADER = struct.Struct(">III")
+"""Before a message to the process: the bytes of its task and of the record that this is about, and the
+milliseconds that it may take. Before a step: its bytes, and two zeros."""
+
+
+class CheckOutcome(StrEnum):
+    PASSED = "passed"
+    FAILED = "failed"
+    SKIPPED = "skipped"
+    """There was nothing to check: no log-probabilities, no text, or too much of it."""
+    ERROR = "error"
+
+
+class Result(StrEnum):
+    """What came of putting an answer before the reference."""
+
+    AGREED = "agreed"
+    DISPUTED = "disputed"
+    INCOMPARABLE = "incomparable"
+    """There is no text, or more than one, or too much of it."""
+    NO_LOGPROBS = "no_logprobs"
+    SHED = "shed"
+    """Given up before it was asked, for users' requests."""
+    ERROR = "error"
+
+
+class AnswerRecord(msgspec.Struct, array_like=True, gc=False):
+    """A finished answer and its request, as they passed by."""
+
+    body: bytes
+    """The request's JSON."""
+    events: list[bytes]
+    """Those of the answer, or the whole of one that was not streamed."""
+    cache_salt: str = ""
+    """The tenant's: engines that are asked about the answer are given it."""
+
+
+# to the process
+
+
+class Prepare(msgspec.Struct, tag="prepare", array_like=True):
+    """The first message. ``classifier``: the directory of a detector's model, to be loaded."""
+
+    classifier: str | None = None
+
+
+class Look(msgspec.Struct, tag="look", array_like=True):
+    """Check the record's answer by itself. ``detector``: who looks for what it makes up; None for nobody."""
+
+    detector: str | None = None
+    classifier: str | None = None
+
+
+class Suffices(msgspec.Struct, tag="suffices", array_like=True):
+    """Whether an answer is good enough to be sent. ``confidence``: the least geometric mean probability of
+    its tokens, if any."""
+
+    confidence: float | None = None
+
+
+class Score(msgspec.Struct, tag="score", array_like=True):
+    """Let the reference score an answer."""
+
+    reference: str
+
+
+class Regenerate(msgspec.Struct, tag="regenerate", array_like=True):
+    """Compare an answer with the reference's own."""
+
+    reference: str
+
+
+class Resample(msgspec.Struct, tag="resample", array_like=True):
+    """Ask a variant again, at a temperature, whether it says the same."""
+
+    variant: str
+
+
+class Copy(msgspec.Struct, tag="copy", array_like=True):
+    """Let another variant answer the request, and judge that by the reference and by rules."""
+
+    variant: str
+    reference: str
+
+
+class Judge(msgspec.Struct, tag="judge", array_like=True):
+    """Let a model label the answer's sentences."""
+
+    max_tokens: int
+
+
+class Resume(msgspec.Struct, tag="resume", array_like=True):
+    """An engine's answer to what a session has asked; None, with the reason, where there was none."""
+
+    session: int
+    answer: bytes | None
+    why: str = ""
+
+
+class Forget(msgspec.Struct, tag="forget", array_like=True):
+    """A session will not be resumed."""
+
+    session: int
+
+
+Examination = Score | Regenerate | Resample | Copy | Judge
+Task = Prepare | Look | Suffices | Score | Regenerate | Resample | Copy | Judge | Resume | Forget
+
+
+# from the process
+
+
+class Ask(msgspec.Struct, array_like=True):
+    """A POST to an engine of ``variant``; to the judge where that is empty. ``body`` is a JSON object that is
+    not empty and names no priority."""
+
+    variant: str
+    path: str
+    body: bytes
+
+
+class Note(msgspec.Struct, array_like=True):
+    """An outcome for the watch."""
+
+    check: str
+    bad: bool
+    value: float | None = None
+
+
+class Evaluation(msgspec.Struct, array_like=True):
+    """For OpenTelemetry. ``score``: 1 is best, None for none."""
+
+    name: str
+    label: str
+    score: float | None
+
+
+class Findings(msgspec.Struct, omit_defaults=True):
+    """What was found. Nothing of it quotes a prompt or an answer."""
+
+    outcomes: dict[str, CheckOutcome] = {}
+    """By check."""
+    scores: dict[str, float] = {}
+    """By check; 1 is best."""
+    sentences: dict[str, int] = {}
+    """How many, by label."""
+    notes: list[Note] = []
+    evaluations: list[Evaluation] = []
+    problems: list[str] = []
+    """For the log."""
+    nll_mean: float | None = None
+    """Mean -log p of the answer's tokens, and the highest entropy, in nats."""
+    entropy_max: float | None = None
+    askable: bool = False
+    """An engine can be asked the same request."""
+    incomparable: Result | None = None
+    """Why the answer cannot be put before the reference; None where it can."""
+    one_text: bool = False
+    """It has exactly one choice."""
+    compared: Result | None = None
+    """What came of putting it before the reference, and how far they are apart (``shadow.Scored``)."""
+    divergence: float | None = None
+    disagreement: float | None = None
+    insufficient: str | None = None
+    """The check for which the answer should not be sent."""
+
+
+class Step(msgspec.Struct, omit_defaults=True):
+    """What a message has led to: findings, or a question after whose answer ``session`` goes on. Neither
+    where the message could not be understood; ``error`` then says why."""
+
+    findings: Findings | None = None
+    session: int = 0
+    ask: Ask | None = None
+    error: str = ""
+
+
+_ENCODER = msgspec.msgpack.Encoder()
+_TASKS: msgspec.msgpack.Decoder[Task] = msgspec.msgpack.Decoder(Task)
+_STEPS = msgspec.msgpack.Decoder(Step)
+_ANSWERS = msgspec.msgpack.Decoder(AnswerRecord)
+
+
+def encode(message: Task | Step | AnswerRecord) -> bytes:
+    return _ENCODER.encode(message)
+
+
+def decode_task(message: bytes) -> Task:
+    """Raises msgspec.MsgspecError."""
+    return _TASKS.decode(message)
+
+
+def decode_step(message: bytes) -> Step:
+    """Raises msgspec.MsgspecError."""
+    return _STEPS.decode(message)
+
+
+def decode_answer(record: bytes) -> AnswerRecord:
+    """Raises msgspec.MsgspecError."""
+    return _ANSWERS.decode(record)
