@@ -165,7 +165,8 @@ class Attempts:
         options, endpoint = exchange.options, exchange.endpoint
         if endpoint.form is not Form.COMPLETIONS:
             return NamedStreamReader() if options.stream else WholeReader()
-        if exchange.model not in self._limits.adapters and (self._sampled() or self._escalates(exchange)):
+        may_listen = endpoint.text and exchange.model not in self._limits.adapters
+        if may_listen and (self._sampled() or self._escalates(exchange)):
             return TappedReader(options)
         return StreamReader(options) if options.stream else WholeReader()
 

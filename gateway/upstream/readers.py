@@ -57,6 +57,7 @@ class _NamedEvent(msgspec.Struct):
 
 
 _WHOLE = msgspec.json.Decoder(_Whole)
+_LIST = msgspec.json.Decoder(list[msgspec.Raw])
 _USAGE = msgspec.json.Decoder(_Counts)
 _NAMED = msgspec.json.Decoder(_NamedEvent)
 _TAIL = re.compile(rb"(\{[^{}]*(?:\{[^{}]*\}[^{}]*)*\}|null)\}")
@@ -65,6 +66,12 @@ _USAGE_KEY = b',"usage":'
 _FLAT_USAGE, _USAGE_END = b',"usage":{', b"}}\n\n"
 _ERROR = b'data: {"error"'
 _NOT_AN_ANSWER = (_ERROR, b"data:{", b"data: [", b"data: \n")
+
+
+def _of_list(data: bytes) -> _Whole:
+    """What an engine renders of several prompts: a list, which has no usage."""
+    _LIST.decode(data)
+    return _Whole()
 
 
 class Reader(Protocol):
@@ -97,7 +104,7 @@ class WholeReader:
 
     def feed(self, data: bytes, at: float) -> bytes:
         try:
-            whole = _WHOLE.decode(data)
+            whole = _WHOLE.decode(data) if data[:1] != b"[" else _of_list(data)
         except (msgspec.MsgspecError, RecursionError):
             raise garbage(data) from None
         self.done = True
