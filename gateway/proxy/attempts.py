@@ -166,7 +166,7 @@ class Attempts:
 
     def _listened(self, exchange: Exchange) -> bool:
         """Whether an answer is listened to."""
-        if exchange.model in self._limits.adapters:
+        if exchange.model in self._limits.adapters or not exchange.endpoint.text:
             return False
         return self._sampled() or self._escalates(exchange)
 

@@ -40,6 +40,8 @@ class Endpoint:
     engine: str = ""
     """Where an engine serves it, if that is not ``path``."""
     aliases: tuple[str, ...] = ()
+    text: bool = True
+    """Its answers are text, which can be listened to; else token ids."""
 
     @property
     def engine_path(self) -> str:
@@ -132,7 +134,7 @@ _ALL = (
     Endpoint("/v1/responses/input_tokens", Form.PLAIN, _RESPONSES_PROMPT),
     Endpoint("/v1/systemone", Form.PLAIN),
     Endpoint("/generative_scoring", Form.PLAIN),
-    Endpoint("/inference/v1/generate", Form.COMPLETIONS, ("token_ids",)),
+    Endpoint("/inference/v1/generate", Form.COMPLETIONS, ("token_ids",), text=False),
     *(
         Endpoint(f"/v1/{name}/render", Form.PLAIN)
         for name in ("chat/completions", "completions", "responses")

@@ -79,6 +79,7 @@ class _Whole(msgspec.Struct, gc=False):
 
 
 _WHOLE = msgspec.json.Decoder(_Whole, strict=False)
+_LIST = msgspec.json.Decoder(list[msgspec.Raw])
 _NO_ANSWERS = (b"text/html", b"text/event-stream")
 
 
@@ -112,6 +113,9 @@ class WholeReader:
 
     def _read(self, data: bytes) -> None:
         try:
+            if data.startswith(b"["):
+                _LIST.decode(data)  # what an engine renders of several prompts, which has no usage
+                return
             whole = _WHOLE.decode(data)
         except UNREADABLE:
             object_of(data)  # what is an object is an answer, whatever its usage says

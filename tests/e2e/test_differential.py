@@ -76,12 +76,12 @@ def urls(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Urls]:
     """An engine of the demo model, and two gateways before it."""
     stop_stack()
     directory = tmp_path_factory.mktemp("differential")
-    parser = ("--enable-auto-tool-choice", "--tool-call-parser", "hermes")
+    flags = ("--enable-auto-tool-choice", "--tool-call-parser", "hermes", "--enable-scale-out")
     settings = Engine(
         python=ROOT / ".venv-engine/bin/python",
         env={"OMP_NUM_THREADS": "1"},
         max_num_seqs=16,
-        extra_args=parser,
+        extra_args=flags,
     )
     card = demo_card()
     place = directory / "variants/bf16" / card.version

@@ -67,6 +67,7 @@ class Engine:
     async def serving(self) -> AsyncIterator[str]:
         app = web.Application()
         app.router.add_post(CHAT, self._chat)
+        app.router.add_post("/v1/completions/render", self._render)
         app.router.add_get("/health", self._health)
         app.router.add_get("/metrics", self._health)
         runner = web.AppRunner(app)
@@ -76,6 +77,9 @@ class Engine:
             yield f"http://127.0.0.1:{runner.addresses[0][1]}"
         finally:
             await runner.cleanup()
+
+    async def _render(self, request: web.Request) -> web.Response:
+        return web.json_response([{"token_ids": [5, 6]} for _ in (await request.json())["prompt"]])
 
     async def _health(self, _: web.Request) -> web.Response:
         return web.Response()
@@ -164,3 +168,14 @@ async def test_the_gateway_is_as_wide_as_the_engine(sample_rate: float) -> None:
             for question in questions():
                 raw = json.dumps(question).encode()
                 assert await ask(stack.url, raw) == await ask(direct, raw), question
+
+
+async def test_an_answer_may_be_a_list() -> None:
+    """As vLLM renders several prompts."""
+    async with Engine().serving() as direct:
+        pools = dict.fromkeys(("bf16", "int8", "int4-kv8"), (direct,))
+        async with running_gateway(pools=pools) as stack:
+            for path in ("/v1/completions/render", "/completions/render/"):
+                async with stack.http.post(stack.url + path, json={"prompt": ["a", "b"]}) as response:
+                    assert response.status == 200
+                    assert await response.json() == [{"token_ids": [5, 6]}] * 2

@@ -226,3 +226,11 @@ async def test_all_origins_can_be_let_in() -> None:
         assert response.headers["access-control-allow-origin"] == "*"
         assert "vary" not in response.headers
         assert json.loads(await response.text())["choices"]
+
+
+def test_token_ids_are_not_listened_to() -> None:
+    """The watch would take an answer without text for one that says nothing."""
+    for path in SERVED:
+        endpoint = endpoint_of(path)
+        assert endpoint is not None
+        assert endpoint.text is (path != "/inference/v1/generate")
