@@ -131,7 +131,7 @@ class _Stopwatch:
 def answer_headers(answer: Any) -> dict[str, str]:
     """The HTTP headers behind a LiteLLM answer, stream or error, by lower-case name.
 
-    LiteLLM 1.106 keeps them in ``_response_headers`` of a stream or an answer, in
+    LiteLLM 1.108 keeps them in ``_response_headers`` of a stream or an answer, in
     ``_hidden_params`` with a prefix, or in ``litellm_response_headers`` or ``response`` of an error.
     """
     hidden = getattr(answer, "_hidden_params", None) or {}

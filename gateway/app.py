@@ -27,7 +27,6 @@ from gateway.proxy.hops import Admit, ChooseRoute, Identify, Observe, ReadBody
 from gateway.proxy.pipeline import Pipeline
 from gateway.proxy.plane import DataPlane, Snapshot
 from gateway.proxy.record import Record
-from gateway.proxy.reply import Reply
 from gateway.quality.detectors import detector
 from gateway.quality.grounded import Grounded
 from gateway.quality.inquiry import Inquiry
@@ -47,7 +46,6 @@ from gateway.telemetry.metrics import Metrics
 from gateway.upstream.litellm import LiteLLM
 from gateway.upstream.vllm import Engines
 from gateway.wire.client import ClientConnection
-from gateway.wire.cors import Cors
 from gateway.workers.board import Board
 from gateway.workers.channel import ToParent
 from gateway.workers.sheet import Sheet, Sheets
@@ -140,8 +138,6 @@ class Gateway:
             detect = self._detectors.get(trace_of(config.quality), lambda: make_detector(config.quality))
             observer = Observer(config, self.metrics, self.watch, self._inquiry, detect, self.providers.once)
         plane, observe = self.plane, Observe(observer)
-        cors = Cors(config.gateway.cors_origins) if config.gateway.cors_origins else None
-        reply = Reply(cors)
         names = (config.model.name, *config.roles, *config.adapters, *router.known_models())
         pipeline = Pipeline(
             before=(
@@ -154,7 +150,7 @@ class Gateway:
                 router=router,
                 engines=Engines(config),  # there, as bytes
                 providers=self.providers,
-                reply=reply,  # what the client gets of it, part by part
+                reply=plane.reply,  # what the client gets of it, part by part
                 lines=plane.lines,
                 clock=self._clock,
                 checks=observer,
@@ -162,7 +158,7 @@ class Gateway:
                 escalated=lambda exchange, why: self._escalated(observe, exchange, why),
                 may_hedge=self.hedging.allow,
             ),
-            reply=reply,
+            reply=plane.reply,
             after=(
                 lambda record, _: plane.ledger.record(record, log=config.gateway.access_log),
                 lambda record, exchange: self._end_span(record, exchange, config.model.name),
@@ -181,7 +177,6 @@ class Gateway:
             pipeline=pipeline,
             observer=observer,
             model=config.model.name,
-            cors=cors,
         )
 
     def _took(self, exchange: Exchange, seconds: float) -> None:
@@ -265,6 +260,7 @@ class Gateway:
             finally:
                 await self.plane.close()
                 await self.supervisor.stop()
+                await self.providers.close()
                 await prober.stop()
                 self._count_dropped()
                 await asyncio.to_thread(self.log.writer.close)

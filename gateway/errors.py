@@ -19,6 +19,7 @@ GatewayError
 ├── UpstreamError             502  the upstream failed
 │   ├── UpstreamRefusedError  4xx  the upstream's own answer, its status and envelope kept
 │   ├── UpstreamTimeoutError  504
+│   ├── UpstreamOverloadedError 503  it says that it has too much to do; with retry-after if it said when
 │   └── NeverReachedError     502  no work was done on the request: the only error that is retried
 ├── ClientGoneError           499  never sent, the client is away; logged and counted
 └── UnexpectedError           500  a defect of ours; the log has it, the client does not
@@ -47,6 +48,8 @@ class GatewayError(Exception):
     type: str = "internal_error"
     code: str | int | None = None
     retry_after_s: int | None = None
+    retry_after_ms: int | None = None
+    """Where an upstream gave it so; besides ``retry_after_s``, which is never less."""
 
     def __init__(self, message: str, *, param: str | None = None, internal: str | None = None) -> None:
         super().__init__(message)
@@ -173,6 +176,12 @@ class UpstreamError(GatewayError):
 class UpstreamTimeoutError(UpstreamError):
     status = 504
     code = "upstream_timeout"
+
+
+class UpstreamOverloadedError(UpstreamError):
+    status = 503
+    type = "service_unavailable"
+    code = "upstream_overloaded"
 
 
 class NeverReachedError(UpstreamError):

@@ -219,7 +219,9 @@ async def _lane(
         if rng.random() < 0.05:
             await asyncio.sleep(RECENT_S * 1.5)
         connection = pool.kept() or await pool.connect()
-        waiter = Waiter(number)
+        waiter, before = Waiter(number), connection in doomed
+        if answers[number].ending == "late":
+            doomed.add(connection)
         connection.send(
             waiter, b"POST / HTTP/1.1\r\n" + json.dumps({"n": number}).encode() + b"#%d!" % number
         )
@@ -236,9 +238,7 @@ async def _lane(
             await asyncio.sleep(0)
         if rng.random() < 0.2:
             connection.pause()  # it is not its own any more: without effect
-        problems += waiter.judge(answers[number], read=number in read, doomed=connection in doomed)
-        if answers[number].ending == "late":
-            doomed.add(connection)
+        problems += waiter.judge(answers[number], read=number in read, doomed=before)
 
 
 async def _leave(rng: Random, connection: EngineConnection, waiter: Waiter) -> None:

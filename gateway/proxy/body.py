@@ -220,6 +220,8 @@ class Body:
         if "model" in self:
             fields.model = self._model(given.get("model"))
         fields.n = _coerced(_INT, given.get("n"))
+        if fields.priority is not UNSET:
+            fields.priority = _coerced(_INT, fields.priority, fields.priority)
         if reads is Reads.NAMES:
             fields.stream, fields.stream_options = None, UNSET
             return fields

@@ -16,6 +16,7 @@ from gateway.proxy.record import Record
 from gateway.quality.observe import Observed, Observer
 from gateway.routing.router import Router
 from gateway.upstream.options import STREAM, OutputOptions
+from gateway.wire.cors import Cors
 from gateway.wire.encodings import decoded
 from gateway.wire.flow import Admission
 from gateway.wire.heads import RequestHead
@@ -30,6 +31,10 @@ class Admitted(msgspec.Struct, frozen=True, gc=False):
     """None for what the application answers."""
     sender: Sender | None
     admission: Admission
+    more: bytes = b""
+    """Header lines of its answers."""
+    preflight: bytes | None = None
+    """The head of the answer to a browser that asks whether it may send a request."""
 
 
 class Admit:
@@ -39,7 +44,7 @@ class Admit:
     def __init__(self, config: Config) -> None:
         self._identities = Identities(config)
         self._max_body_bytes = config.gateway.max_body_bytes
-        self._preflights = bool(config.gateway.cors_origins)
+        self.cors = Cors(config.gateway.cors_origins) if config.gateway.cors_origins else None
 
     def __call__(self, head: RequestHead) -> Admitted:
         """Raises MethodNotAllowedError or UnauthenticatedError."""
@@ -49,9 +54,10 @@ class Admit:
             return admitted
         endpoint = endpoint_of(head.path)
         sender, tenant = None, ""
-        if head.method == "OPTIONS" and self._preflights:
-            endpoint = None  # a browser asks before it sends a key
-        if endpoint is not None:
+        preflight = self.cors.preflight(head) if self.cors is not None else None
+        if preflight is not None:
+            pass  # it has no key, and asks for nothing but whether it may ask
+        elif endpoint is not None:
             if head.method != "POST":
                 raise MethodNotAllowedError(
                     f"{head.method[:20]} {head.path[:80]}: this endpoint takes POST only."
@@ -62,7 +68,9 @@ class Admit:
             # The application looks at keys itself; a body is kept only for somebody who has one.
             key = self._identities.key(head.headers)
             tenant = key.tenant if key is not None else ""
-        admitted = Admitted(self, endpoint, sender, Admission(tenant, self._max_body_bytes))
+        more = self.cors.lines(head.path, head.headers) if self.cors is not None else b""
+        admission = Admission(tenant, self._max_body_bytes)
+        admitted = Admitted(self, endpoint, sender, admission, more, preflight)
         head.memo = admitted
         return admitted
 
@@ -72,19 +80,18 @@ class ReadBody:
 
     def __init__(self, config: Config) -> None:
         self._model = config.model.name
-        self._max_body_bytes = config.gateway.max_body_bytes
 
     def __call__(self, exchange: Exchange) -> None:
         head, endpoint = exchange.head, exchange.endpoint
         kind = head.headers.get("content-type", "")
         if kind != "application/json" and kind.partition(";")[0].strip().lower() != "application/json":
             # Also what keeps a web page from posting here unasked: browsers send this type only after a
-            # preflight request, which the gateway does not answer.
+            # preflight request, which is answered for the origins in `gateway.cors_origins` alone.
             raise BadRequestError(
                 "content-type: send the header `content-type: application/json`", param="content-type"
             )
         if coding := head.headers.get("content-encoding"):
-            exchange.raw = decoded(exchange.raw, coding, self._max_body_bytes)
+            exchange.raw = decoded(exchange.raw, coding, head.memo.admission.max_body_bytes)
         body = exchange.body = Body(exchange.raw, endpoint.reads)
         endpoint = exchange.endpoint = endpoint.of(body)
         # Where none is named, vLLM takes the one that it has.

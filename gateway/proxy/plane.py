@@ -20,6 +20,7 @@ from gateway.proxy.endpoints import ANY, errors_of
 from gateway.proxy.exchange import Exchange, request_id
 from gateway.proxy.hops import Admit
 from gateway.proxy.pipeline import Pipeline
+from gateway.proxy.reply import Reply
 from gateway.proxy.waiting import WaitingLines
 from gateway.quality.observe import Observer
 from gateway.routing.breaker import Clock
@@ -31,7 +32,6 @@ from gateway.telemetry.metrics import Metrics
 from gateway.telemetry.traces import Traces, traces
 from gateway.wire.asgi import AsgiCall
 from gateway.wire.client import STATUS_LINES, Call, ClientConnection
-from gateway.wire.cors import Cors
 from gateway.wire.flow import Admission, Intake
 from gateway.wire.heads import RequestHead
 from quantize.card import Card
@@ -52,7 +52,6 @@ class Snapshot:
     observer: Observer
     model: str
     """As engines know it."""
-    cors: Cors | None = None
 
 
 class DataPlane:
@@ -67,6 +66,7 @@ class DataPlane:
         self.log = log or AccessLog()
         self.ledger = Ledger(metrics, self.log)
         self.traces: Traces | None = traces()
+        self.reply = Reply()
         self.lines = WaitingLines(clock)
         self.intake = Intake(lambda: self.snapshot.config.gateway)
         self.clients: set[ClientConnection] = set()
@@ -93,14 +93,14 @@ class DataPlane:
 
     def serve(self, client: ClientConnection, head: RequestHead, body: bytes) -> Call | None:
         snapshot = self.snapshot
-        endpoint, cors, date = snapshot.admit(head).endpoint, snapshot.cors, snapshot.pipeline.reply.date
-        if cors is not None and (allowed := cors.preflight(head)) is not None:
-            client.send_whole(allowed + date(), b"")
+        admitted = snapshot.admit(head)
+        endpoint = admitted.endpoint
+        if admitted.preflight is not None:
+            client.send_whole(admitted.preflight + self.reply.date(), b"")
             return None
         if endpoint is None:
             assert self.app is not None
-            more = cors.lines(head.path, head.headers) if cors is not None else b""
-            return AsgiCall(self.app, client, head, body, date, more)
+            return AsgiCall(self.app, client, head, body, self.reply.date, admitted.more)
         exchange = Exchange(snapshot.pipeline, client, endpoint, head, body, self.clock())
         self.active.add(exchange)
         if self.traces is not None:
@@ -109,7 +109,7 @@ class DataPlane:
         return None if exchange.finished else exchange
 
     def refuse(self, client: ClientConnection, error: GatewayError, head: RequestHead | None) -> None:
-        endpoint = errors_of(head.path) if head is not None else ANY
+        endpoint = errors_of(head.path) if head else ANY
         self.metrics.requests.labels("other", "other", "none", str(error.status)).inc()
         identity = request_id(head.headers.get("x-request-id") if head else None).encode()
         line = STATUS_LINES.get(error.status) or b"HTTP/1.1 %d Error\r\n" % error.status
@@ -120,13 +120,13 @@ class DataPlane:
             more = b"www-authenticate: Bearer\r\n"
         if error.retry_after_s is not None:
             more += b"retry-after: %d\r\n" % error.retry_after_s
-        snapshot = self.snapshot
-        if head is not None and snapshot.cors is not None:
-            more += snapshot.cors.lines(head.path, head.headers)
+        if head is not None and (cors := self.snapshot.admit.cors) is not None:
+            more += cors.lines(head.path, head.headers)
         client.send_whole(
             b"%b%bcontent-type: application/json\r\n%b%b"
-            % (line, snapshot.pipeline.reply.date(), endpoint.id_lines(identity), more),
+            % (line, self.reply.date(), endpoint.id_lines(identity), more),
             endpoint.error_body(error),
+            no_body=head is not None and head.method == "HEAD",
         )
 
     def ended(self, exchange: Exchange) -> None:

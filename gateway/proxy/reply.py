@@ -9,7 +9,6 @@ from gateway.errors import GatewayError
 from gateway.proxy.exchange import Exchange
 from gateway.routing.router import Route
 from gateway.wire.client import STATUS_LINES
-from gateway.wire.cors import Cors
 
 JSON = b"application/json"
 EVENT_STREAM = b"text/event-stream; charset=utf-8"
@@ -23,8 +22,7 @@ _COLON = ord(":")
 class Reply:
     """Writes answers. Most of an answer's head is the same for all answers of a route within a second."""
 
-    def __init__(self, cors: Cors | None = None) -> None:
-        self._cors = cors
+    def __init__(self) -> None:
         self._date = b""
         self._second = -1
         self._heads: dict[tuple[bytes, str, str, str] | bytes, bytes] = {}
@@ -77,6 +75,8 @@ class Reply:
         head = self._head(exchange, error.status, JSON)
         if error.retry_after_s is not None:
             head += b"retry-after: %d\r\n" % error.retry_after_s
+        if error.retry_after_ms is not None:
+            head += b"retry-after-ms: %d\r\n" % error.retry_after_ms
         if error.status == 401:
             head += b"www-authenticate: Bearer\r\n"
         exchange.client.send_whole(head, exchange.endpoint.error_body(error))
@@ -96,25 +96,19 @@ class Reply:
             )
             if len(self._heads) < _MOST_HEADS:
                 self._heads[key] = head
-        return b"%b%b" % (head, self._own(exchange))
-
-    def _own(self, exchange: Exchange) -> bytes:
-        """The header lines that are no other request's."""
-        lines = exchange.endpoint.id_lines(exchange.request_id.encode())
-        if self._cors is None:
-            return lines
-        return lines + self._cors.lines(exchange.head.path, exchange.head.headers)
+        return b"%b%b" % (head, _ids(exchange))
 
     def _head(self, exchange: Exchange, status: int, content_type: bytes) -> bytes:
         line = STATUS_LINES.get(status) or b"HTTP/1.1 %d Error\r\n" % status
         placed = _placed(exchange.route)
-        return b"%b%bcontent-type: %b\r\n%b%b" % (
-            line,
-            self.date(),
-            content_type,
-            placed,
-            self._own(exchange),
-        )
+        return b"%b%bcontent-type: %b\r\n%b%b" % (line, self.date(), content_type, placed, _ids(exchange))
+
+
+def _ids(exchange: Exchange) -> bytes:
+    """The lines that are this request's own."""
+    lines = exchange.endpoint.id_lines(exchange.request_id.encode())
+    admitted = exchange.head.memo
+    return lines if admitted is None else lines + bytes(admitted.more)
 
 
 def _placed(route: Route | None) -> bytes:

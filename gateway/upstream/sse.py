@@ -84,4 +84,5 @@ def _event(raw: bytes) -> ServerEvent:
 
 
 def garbage(raw: bytes) -> UpstreamError:
-    return UpstreamError("The engine sent something that is no answer.", internal=f"{raw[:120]!r}")
+    said = "The engine sent something that is no answer"
+    return UpstreamError(f"{said}.", internal=f"{said}: {len(raw)} bytes")

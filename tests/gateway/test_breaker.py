@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 
 import pytest
+from gateway_stack import eventually, running_gateway
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
@@ -168,6 +170,30 @@ def test_the_last_pool_tries_one_rather_than_refuse_all() -> None:
     for replica in pair:
         replica.breaker.not_reached()
     assert pool.pick(PickQuery(), last=True) is None, "nobody is there"
+
+
+async def test_a_gateway_lets_one_request_find_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gateway.routing.breaker.FIRST_BACK_OFF_S", 3600.0)
+    async with running_gateway(watch={"rate": 0}) as stack:
+        engine = stack.engines["bf16"]
+
+        async def status() -> int:
+            async with stack.post() as response:
+                await response.read()
+                return int(response.status)
+
+        engine.script.status = 500
+        assert [await status() for _ in range(5)] == [502, 502, 502, 503, 503]
+        assert len(engine.requests) == 3
+        engine.script.status, engine.script.first_token_delay_s = 200, 1.5
+        monkeypatch.setattr("gateway.routing.breaker.FIRST_BACK_OFF_S", 0.0)
+        first = asyncio.ensure_future(status())
+        await eventually(lambda: engine.running)
+        assert [await status() for _ in range(4)] == [503] * 4
+        assert len(engine.requests) == 4, "the others are refused at once"
+        assert await first == 200
+        engine.script.first_token_delay_s = 0.0
+        assert await asyncio.gather(*(status() for _ in range(4))) == [200] * 4
 
 
 class Breakers(RuleBasedStateMachine):

@@ -22,6 +22,7 @@ from gateway.routing.policies import (
 from gateway.routing.pools import Reading, Replica
 from gateway.routing.prefixes import (
     BLOCK_BYTES,
+    GROWTH,
     MOST_BLOCKS,
     CacheIndex,
     Chain,
@@ -137,7 +138,7 @@ def test_an_index_is_what_a_cache_of_that_size_holds(chains: list[list[int]], ca
     for path in chains:
         hashes = [hash(tuple(path[: n + 1])) for n in range(len(path))]
         ends = [BLOCK_BYTES * (n + 1) for n in range(len(path))]
-        chain = Chain(hashes, ends, ends[-1])
+        chain = Chain(hashes, ends)
         expected = next((n for n, block in enumerate(hashes) if block not in model), len(hashes))
         assert index.cached(chain) == expected * BLOCK_BYTES
         index.add(chain, capacity * BLOCK_BYTES)
@@ -163,7 +164,7 @@ def test_a_prompt_that_goes_on_has_the_chain_of_the_one_before(
     short = block_chain(parts)
     long = block_chain([*parts[:-1], parts[-1] + random.Random(more).randbytes(more)])
     assert short.ends == sorted(set(short.ends))
-    assert short.size == sum(map(len, parts))
+    assert 0 <= sum(map(len, parts)) - short.size < max(BLOCK_BYTES, sum(map(len, parts)) / GROWTH)
     same = [n for n, (a, b) in enumerate(zip(short.hashes, long.hashes, strict=False)) if a == b]
     assert same == list(range(len(same)))
     unfinished = len(parts[-1]) < BLOCK_BYTES  # a single block that is not finished is a block of its own
@@ -172,7 +173,7 @@ def test_a_prompt_that_goes_on_has_the_chain_of_the_one_before(
     index.add(short, 1 << 30)
     assert index.cached(short) == short.size
     if not unfinished:
-        assert index.cached(long) == short.size, "where the prompt before ended is known to the byte"
+        assert index.cached(long) == short.size
 
 
 def test_a_difference_anywhere_is_seen() -> None:
@@ -193,8 +194,8 @@ def test_a_difference_anywhere_is_seen() -> None:
 
 
 def test_what_a_chain_costs_is_bounded() -> None:
-    """Blocks, of which each is hashed in at most three windows or within the first bytes."""
-    for size, most in ((1_000, 2), (16_000, 20), (200_000, 40), (4_000_000, 60), (64_000_000, 80)):
+    """Blocks, of which each is hashed in at most two windows or within the first bytes."""
+    for size, most in ((1_000, 2), (16_000, 30), (200_000, 70), (4_000_000, 120), (64_000_000, 170)):
         assert len(block_chain([bytes(size)]).hashes) <= most, size
 
 

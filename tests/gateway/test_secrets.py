@@ -290,5 +290,12 @@ async def test_the_log_has_no_word_of_a_request(monkeypatch: pytest.MonkeyPatch)
             async with stack.post(headers=headers) as response:
                 assert response.status == (status if status < 500 else 502)
                 assert (MARKER in await response.text()) is (status < 500), "the client may know"
-        await eventually(lambda: len(lines) >= 10)
+        for engine in stack.engines.values():
+            engine.script.status, engine.script.garbage = 200, True
+            for replica in stack.gateway.plane.snapshot.pools.replicas():
+                replica.breaker.answered()
+        async with stack.post({"stream": True}, headers=headers) as response:
+            await response.read()
+        await eventually(lambda: len(lines) >= 11)
         assert MARKER not in repr(lines)
+        assert "html" not in repr(lines)

@@ -1,0 +1,133 @@
+"""LiteLLM itself: its own mock, its thread, and when it is imported."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+import aiohttp
+import pytest
+from dialects import WEATHER, ProviderServer
+from gateway_stack import running_gateway
+from openai_schema import CHUNK, WHOLE, check
+from provider_stack import (
+    KEY,
+    Providers,
+    provided,
+)
+
+from gateway.app import Gateway
+from gateway.upstream.providers.library import import_litellm
+
+
+@pytest.fixture(scope="module", autouse=True)
+def imported() -> None:
+    """Before a test's own time limits begin."""
+    import_litellm()
+
+
+@pytest.fixture
+async def one(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Providers]:
+    """Where the sample does not matter."""
+    monkeypatch.setenv("PROVIDER_KEY", KEY)
+    async with provided() as running:
+        yield running
+
+
+# LiteLLM's own mock
+
+
+@pytest.fixture
+async def mocked(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[tuple[Providers, dict[str, Any]]]:
+    """A gateway whose LiteLLM answers by itself, as ``mock`` says; no client can have it do that."""
+    entry = {"model": "mock", "litellm_model": "openai/gpt-4o"}
+    mock: dict[str, Any] = {}
+    async with running_gateway(providers=(entry,), quality={"sample_rate": 0.0}) as stack:
+        module: Any = sys.modules["litellm"]
+        complete = module.acompletion
+
+        async def mocked_complete(**given: Any) -> Any:
+            answer = await complete(**given, **mock)
+            if given.get("stream"):  # of which the mock never says that it is complete
+                answer.received_finish_reason = "stop"
+            return answer
+
+        monkeypatch.setattr(module, "acompletion", mocked_complete)
+        yield Providers(stack, ProviderServer()), mock
+
+
+async def test_litellms_own_mock(mocked: tuple[Providers, dict[str, Any]]) -> None:
+    providers, mock = mocked
+    mock["mock_response"] = "Said by nobody."
+    answer = await providers.whole("mock")
+    check(answer, WHOLE)
+    assert answer["choices"][0]["message"]["content"] == "Said by nobody."
+    events = await providers.stream("mock", stream_options={"include_usage": True})
+    for event in events:
+        check(event, CHUNK)
+    said = [c["delta"].get("content") or "" for e in events for c in e["choices"]]
+    assert "".join(said) == "Said by nobody."
+    function = {"name": "weather", "arguments": '{"city": "Oslo"}'}
+    mock.update(mock_tool_calls=[{"id": "call_1", "type": "function", "function": function}])
+    answer = await providers.whole("mock", tools=[WEATHER])
+    check(answer, WHOLE)
+    assert answer["choices"][0]["message"]["tool_calls"][0]["function"] == function
+    mock.clear()
+    for said_error, status in (
+        ("litellm.RateLimitError", 429),
+        ("litellm.ContextWindowExceededError", 400),
+        ("litellm.InternalServerError", 502),
+    ):
+        mock["mock_response"] = said_error
+        got, _, _ = await providers.failed("mock")
+        assert got == status, said_error
+
+
+# LiteLLM itself
+
+
+def test_without_providers_litellm_is_not_imported() -> None:
+    """In a process of its own, since others here import it."""
+    code = (
+        "import sys; sys.path.insert(0, 'tests/gateway'); import gateway_stack as g; "
+        "from gateway.app import Gateway; Gateway(g.make_config(), {}); print('litellm' in sys.modules)"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout.strip() == "False"
+
+
+async def test_the_loop_goes_on_while_a_provider_blocks_litellms(one: Providers) -> None:
+    """Whatever LiteLLM waits for over a blocking connection, other clients do not."""
+    library = one.stack.gateway.providers._library
+    library.start_soon(_blocks(1.0))
+    async with asyncio.timeout(0.8), aiohttp.ClientSession() as session:
+        for _ in range(3):
+            async with session.post(
+                one.stack.url + "/v1/chat/completions",
+                json={"model": "assistant", "messages": [{"role": "user", "content": "x"}]},
+            ) as response:
+                assert response.status == 200
+
+
+async def _blocks(seconds: float) -> None:
+    time.sleep(seconds)  # noqa: ASYNC251  that is what it is about
+
+
+def test_gateways_come_and_go() -> None:
+    """Loops of their own, one after the other: nothing of the last one's is used again."""
+
+    async def once() -> None:
+        server = ProviderServer()
+        async with server.serving() as url:
+            entry = {"model": "m", "litellm_model": "openai/x", "api_base": url + "/v1"}
+            async with running_gateway(providers=(entry,)) as stack:
+                await Providers(stack, server).whole("m")
+                gateway: Gateway = stack.gateway
+            assert gateway.providers._library._thread is None
+
+    for _ in range(2):
+        asyncio.run(once())
