@@ -59,9 +59,10 @@ class Server(uvicorn.Server):
         self._tasks: set[asyncio.Task[None]] = set()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
         if self._parent is not None:
             self._tasks.add(asyncio.create_task(self._obey(self._parent)))
+            await self._parent.may_begin.wait()
+        await super().startup(sockets)
 
     def serve_until_stopped(self, listening: socket.socket) -> None:
         """Serve until a signal, then let running requests finish. What is left after that does not keep the
@@ -98,6 +99,8 @@ class Server(uvicorn.Server):
         if self.should_exit and number == signal.SIGINT:
             self.force_exit = True
         self.should_exit = True
+        if self._parent is not None:
+            self._parent.may_begin.set()
 
     async def _obey(self, parent: ToParent) -> None:
         """Until the parent is gone: then this worker ends too, for nobody would start it again."""

@@ -1,7 +1,8 @@
 """What parent and worker say to each other: JSON, a line per message, over a pair of sockets.
 
-The parent's first line has the configuration to begin with. A worker says that it is ready, and what a
-client has sent as a new configuration. The parent hands a configuration to all workers in two steps: each
+The parent's first line has the configuration to begin with. A worker that is about to listen says so, and
+begins when it is told to, so that none serves a configuration that was replaced meanwhile. It hands on what
+a client has sent as a new configuration. The parent hands a configuration to all workers in two steps: each
 prepares it and says whether it can be used; only then all are told to commit it, or else to drop it. When
 the parent is gone, its workers end.
 """
@@ -78,6 +79,8 @@ class ToParent:
         self._numbers = itertools.count()
         self._asked: dict[int, asyncio.Future[str | None]] = {}
         self._preparing: asyncio.Task[None] | None = None
+        self.may_begin = asyncio.Event()
+        """The worker has the present configuration, or the parent is gone."""
 
     async def run(self, reloads: Reloads) -> None:
         """Say that the worker is ready, and obey until the parent is gone."""
@@ -90,6 +93,8 @@ class ToParent:
                     reloads.commit()
                     self._generation = generation
                     self._lines.send({"committed": generation})
+                case {"begin": _}:
+                    self.may_begin.set()
                 case {"drop": _}:
                     if self._preparing is not None:
                         self._preparing.cancel()  # it may still be at it
@@ -100,7 +105,10 @@ class ToParent:
 
         await self._lines.connect()
         self._lines.send({"ready": self._generation})
-        await self._lines.each(received)
+        try:
+            await self._lines.each(received)
+        finally:
+            self.may_begin.set()
 
     async def _prepare(self, reloads: Reloads, text: str, generation: int) -> None:
         error = None

@@ -48,6 +48,8 @@ class Worker:
         self.number = number
         self.process: asyncio.subprocess.Process | None = None
         self.ready = asyncio.Event()
+        self.generation = 0
+        """The number of the configuration that it has."""
         self._lines: Lines | None = None
         self._answers: dict[tuple[str, int], asyncio.Future[str | None]] = {}
 
@@ -192,9 +194,9 @@ class Parent:
         match message:
             case {"ready": generation}:
                 self._begun = True
+                worker.generation = generation
                 worker.ready.set()
-                if generation != self._generation:
-                    self._spawn(self._catch_up(worker))
+                self._spawn(self._catch_up(worker))
             case {"replace": text, "number": number}:
                 self._spawn(self._replace_for(worker, text, number))
 
@@ -233,21 +235,23 @@ class Parent:
                 raise ConfigError(error)
             self._config, self._text, self._generation = config, text, generation
             await asyncio.gather(*(self._commit(worker, generation) for worker in ready))
-            for worker in self._workers:
-                if worker.ready.is_set() and worker not in ready:  # it became ready meanwhile
-                    self._spawn(self._catch_up(worker))
 
     async def _commit(self, worker: Worker, generation: int) -> None:
         if await worker.ask({"commit": generation}, "committed", generation) is not None:
             worker.signal(signal.SIGKILL)  # it would serve the old configuration for ever
+        worker.generation = generation
 
     async def _catch_up(self, worker: Worker) -> None:
-        """A worker began before the present configuration was accepted."""
+        """Have a worker begin, with the configuration that was accepted since it was started, if any."""
         async with self._reloading:
             generation = self._generation
+            if worker.generation == generation:
+                worker.tell({"begin": generation})
+                return
             prepare = {"prepare": self._text, "generation": generation}
             if await worker.ask(prepare, "prepared", generation) is None:
                 await self._commit(worker, generation)
+                worker.tell({"begin": generation})
             else:
                 worker.signal(signal.SIGTERM)
 

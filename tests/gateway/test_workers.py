@@ -92,7 +92,7 @@ async def running(directory: Path, port: int, url: str, **changes: Any) -> Async
             return False
 
     try:
-        await eventually(ready, within_s=90)
+        await eventually(ready, within_s=180)
         yield gateway_process
     finally:
         if process.returncode is None:
