@@ -41,7 +41,8 @@ from gateway.routing.breaker import Clock
 from gateway.routing.discovery import INTERVAL_S, Discovery
 from gateway.routing.health import Prober
 from gateway.routing.hedging import Hedging
-from gateway.routing.pools import Pools, Replica
+from gateway.routing.pools import Pools
+from gateway.routing.replicas import Replica
 from gateway.routing.router import Router
 from gateway.telemetry.counters import Family, GaugeFamily
 from gateway.telemetry.engines import EngineReader

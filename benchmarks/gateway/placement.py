@@ -28,8 +28,8 @@ from pathlib import Path
 from typing import Any
 
 from gateway.routing.policies import POLICIES, PickQuery, PrefixAware, SelectionPolicy
-from gateway.routing.pools import Reading, Replica
 from gateway.routing.prefixes import BLOCK_BYTES
+from gateway.routing.replicas import Reading, Replica
 
 SCALE = 8
 TOKENS_PER_BLOCK = 64

@@ -17,7 +17,7 @@ from gateway.console.history import INTERVAL_S, KEPT, History, Totals, add_total
 from gateway.identity import Caller
 from gateway.proxy.plane import DataPlane, Snapshot
 from gateway.quality.watch import Watch
-from gateway.routing.pools import STALE_READING_S, Replica
+from gateway.routing.replicas import STALE_READING_S, Replica
 from gateway.telemetry.counters import GaugeFamily
 from gateway.telemetry.metrics import Metrics
 from gateway.workers.sheet import Sheets

@@ -36,7 +36,8 @@ from gateway.proxy.record import Spent, Usage
 from gateway.proxy.reply import Reply, only_comments
 from gateway.proxy.waiting import WaitingLines
 from gateway.quality.answer import Answer
-from gateway.routing.pools import PROVIDER, Replica
+from gateway.routing.pools import PROVIDER
+from gateway.routing.replicas import Replica
 from gateway.routing.router import Reason, Route
 from gateway.upstream.readers import Reader, reader_for
 

@@ -18,7 +18,7 @@ from gateway.identity import Caller
 from gateway.proxy.body import EMPTY, Body
 from gateway.proxy.endpoints import Endpoint
 from gateway.proxy.record import Spent
-from gateway.routing.pools import Replica
+from gateway.routing.replicas import Replica
 from gateway.routing.router import Route
 from gateway.upstream.options import WHOLE, OutputOptions
 from gateway.upstream.readers import Reader, TappedReader

@@ -16,7 +16,8 @@ import msgspec
 
 from gateway.config import WatchSettings
 from gateway.quality.examiner import CHAT, TOKENIZE, UnansweredError
-from gateway.routing.pools import Pools, Replica
+from gateway.routing.pools import Pools
+from gateway.routing.replicas import Replica
 from gateway.telemetry.logs import EVENTS
 from gateway.telemetry.metrics import Metrics
 

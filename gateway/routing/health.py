@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 
 import aiohttp
 
-from gateway.routing.pools import Replica
+from gateway.routing.replicas import Replica
 
 PROBE_TIMEOUT_S = 5.0
 

@@ -19,7 +19,6 @@ from weakref import WeakKeyDictionary
 
 import msgspec
 
-from gateway.routing.pools import Replica
 from gateway.routing.prefixes import (
     BLOCK_BYTES,
     MOST_BYTES,
@@ -28,6 +27,7 @@ from gateway.routing.prefixes import (
     SharedBeginnings,
     block_chain,
 )
+from gateway.routing.replicas import Replica
 
 OWN_WEIGHT = 8.0
 """What a block costs that is computed again, above its time: it drives others out, and is asked for again."""

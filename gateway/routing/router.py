@@ -23,8 +23,9 @@ from gateway.proxy.body import Body
 from gateway.proxy.endpoints import Endpoint
 from gateway.routing.hedging import Hedging, Kind
 from gateway.routing.policies import PickQuery, RoundRobin
-from gateway.routing.pools import PROVIDER, Pool, Pools, Replica
+from gateway.routing.pools import PROVIDER, Pool, Pools
 from gateway.routing.prefixes import Buffer
+from gateway.routing.replicas import Replica
 from quantize.card import Card, Outcome
 from quantize.gate import judge
 

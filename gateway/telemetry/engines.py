@@ -13,7 +13,7 @@ import psutil
 from prometheus_client.parser import text_string_to_metric_families
 
 from gateway.routing.breaker import Clock
-from gateway.routing.pools import Reading, Replica
+from gateway.routing.replicas import Reading, Replica
 from gateway.telemetry.metrics import Metrics
 
 SCRAPE_TIMEOUT_S = 5.0

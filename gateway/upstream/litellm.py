@@ -23,7 +23,7 @@ from gateway.config import GatewaySettings, Provider
 from gateway.errors import BadRequestError, UpstreamError, UpstreamTimeoutError
 from gateway.proxy.endpoints import CHAT, EMBEDDINGS
 from gateway.proxy.exchange import Exchange
-from gateway.routing.pools import Replica
+from gateway.routing.replicas import Replica
 from gateway.upstream.options import usage_wanted
 from gateway.upstream.providers.errors import Failure, Outcome, failure, secrets_of
 from gateway.upstream.providers.library import Library

@@ -19,7 +19,7 @@ from gateway.errors import NeverReachedError, UpstreamError, UpstreamRefusedErro
 from gateway.identity import sent_priority
 from gateway.proxy.endpoints import Form
 from gateway.proxy.exchange import Attempt, Exchange
-from gateway.routing.pools import Replica
+from gateway.routing.replicas import Replica
 from gateway.telemetry.propagation import carried
 from gateway.upstream.options import changes_for_engine
 from gateway.upstream.readers import refusal

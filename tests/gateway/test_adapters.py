@@ -9,7 +9,7 @@ from gateway_stack import eventually, make_config, running_gateway
 from pydantic import ValidationError
 
 from gateway.routing.policies import PickQuery, PrefixAware
-from gateway.routing.pools import Reading, Replica
+from gateway.routing.replicas import Reading, Replica
 from gateway.telemetry.engines import parse_reading
 
 ADAPTERS = {"legal": {"variants": ["bf16", "int8"]}, "tone": {}}

@@ -13,7 +13,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from gateway.routing.breaker import FAILURES_IN_A_ROW, LONGEST_BACK_OFF_S, Breaker
 from gateway.routing.policies import PickQuery, RoundRobin
-from gateway.routing.pools import Lease, Pool, Reading, Replica
+from gateway.routing.pools import Pool
+from gateway.routing.replicas import Lease, Reading, Replica
 
 
 class Clock:

@@ -19,7 +19,6 @@ from gateway.routing.policies import (
     RoundRobin,
     SessionAffinity,
 )
-from gateway.routing.pools import Reading, Replica
 from gateway.routing.prefixes import (
     BLOCK_BYTES,
     GROWTH,
@@ -29,6 +28,7 @@ from gateway.routing.prefixes import (
     SharedBeginnings,
     block_chain,
 )
+from gateway.routing.replicas import Reading, Replica
 
 
 class Clock:

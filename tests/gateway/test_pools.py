@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gateway.routing.policies import PickQuery, RoundRobin
-from gateway.routing.pools import Lease, Pool, Pools, Reading, Replica
+from gateway.routing.pools import Pool, Pools
+from gateway.routing.replicas import Lease, Reading, Replica
 from gateway.telemetry.engines import parse_reading
 
 

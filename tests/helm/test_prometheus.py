@@ -18,7 +18,7 @@ from aiohttp import web
 from prometheus_client import CollectorRegistry
 
 from deploy.dashboards import DASHBOARDS, render
-from gateway.routing.pools import Replica
+from gateway.routing.replicas import Replica
 from gateway.telemetry.engines import EngineReader
 from gateway.telemetry.metrics import Metrics
 from gateway.upstream.fake import FakeEngine

@@ -3,7 +3,7 @@
 import { ApiError, getJson, postJson, send } from "./api.js";
 import { freshId, h, setText } from "./dom.js";
 import { bytes, digits, moment, percent } from "./format.js";
-import { standing, VERDICTS } from "./precision.js";
+import { standing, VERDICTS } from "./verdicts.js";
 
 const ORDERS = {
   demote: ["Demote", (v, r) => `Demote ${v} for ${r}?`, (v) => `Requests stop going to ${v} within a second. Probation may bring it back; a pin is taken off.`, "is demoted"],

@@ -3,7 +3,7 @@
 import { scatter } from "./charts.js";
 import { h, setOptions, setText, Table } from "./dom.js";
 import { bytes, digits, NONE, percent } from "./format.js";
-import { VERDICTS } from "./precision.js";
+import { VERDICTS } from "./verdicts.js";
 import { searchBox } from "./search.js";
 
 const SIGNS = { passed: "✓", failed: "✕", not_enough_evidence: "?", demoted: "!", reference: "=" };
