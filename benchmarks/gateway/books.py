@@ -22,6 +22,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -145,9 +146,11 @@ async def run(options: argparse.Namespace) -> dict[str, Any]:
                 wrong = await balanced(gateway, lambda: trial.expected(replicas))
             finally:
                 gateway.stop()
+    statuses = Counter(outcome.status for outcome in trial.outcomes.values())  # 0: nothing came
     return {
         "seed": options.seed,
         "requests": asked,
+        "statuses": {str(status): count for status, count in sorted(statuses.items())},
         "attempts": sum(len(engine.account) for engine in engines),
         "restarts": gateway.restarts,
         "seconds": round(time.monotonic() - began, 1),
