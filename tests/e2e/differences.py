@@ -244,7 +244,10 @@ _IDS = re.compile(
 )
 
 
-_OURS = re.compile(r"(priority|model|stream|stream_options[.a-z_]*): is |model: |The body is |n: Exceeds")
+_OURS = re.compile(
+    r"(priority|background|previous_response_id|store|model|stream|stream_options[.a-z_]*): is "
+    r"|model: |The body is |n: Exceeds"
+)
 """How the gateway's own refusals begin: of what it has to read itself, and vLLM cannot read either."""
 _SAMPLED = re.compile(rb'"temperature": (1|1.0|1.5|2|true|"1"|"2.0"|"true")[,}]|"sampling_params": {("a"|})')
 """Sampled without a seed, which Anthropic's requests do not have."""
@@ -288,6 +291,14 @@ ALLOWED: tuple[tuple[str, Callable[["Answer", "Answer", Case], bool]], ...] = (
         lambda direct, through, case: b'"priority": ' in case.body and through.status in (200, direct.status),
     ),
     (
+        "the gateway keeps responses itself: what needs a store is served, an unknown one is OpenAI's error",
+        lambda direct, through, case: (
+            case.path == "/v1/responses"
+            and re.search(rb'"(background|previous_response_id|store)": ', case.body) is not None
+            and through.status in (200, 400)
+        ),
+    ),
+    (
         "two random answers differ",
         lambda direct, through, case: (
             direct.status == through.status == 200
@@ -309,7 +320,9 @@ class Answer:
         """What the gateway made of it that nobody allowed."""
         if self.plain == through.plain or any(holds(self, through, case) for _, holds in ALLOWED):
             return None
-        return f"{self.status} became {through.status}" if self.status != through.status else "differs"
+        if self.status != through.status:
+            return f"{self.status} became {through.status}"
+        return "; ".join(_paths(self.plain, through.plain))
 
     @property
     def plain(self) -> Any:
@@ -333,8 +346,20 @@ class Answer:
         return f"{self.status} {self.kind} {self.body[:600]!r}"
 
 
+def _paths(left: Any, right: Any, where: str = "") -> list[str]:
+    """Where two answers differ, and how."""
+    if isinstance(left, dict) and isinstance(right, dict) and left.keys() == right.keys():
+        return [found for name in left for found in _paths(left[name], right[name], f"{where}.{name}")]
+    if isinstance(left, list | tuple) and isinstance(right, list | tuple) and len(left) == len(right):
+        pairs = enumerate(zip(left, right, strict=True))
+        return [found for at, (one, other) in pairs for found in _paths(one, other, f"{where}[{at}]")]
+    return [] if left == right else [f"{where}: {str(left)[:300]} became {str(right)[:300]}"]
+
+
 def _masked(value: Any) -> Any:
     if isinstance(value, dict):
+        if value.get("object") == "response":  # the gateway keeps responses itself, and says so
+            value = {name: held for name, held in value.items() if name != "store"}
         return {name: "*" if name in _RANDOM else _masked(held) for name, held in value.items()}
     if isinstance(value, list):
         return [_masked(held) for held in value]

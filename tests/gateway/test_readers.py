@@ -155,6 +155,15 @@ def test_a_choice_that_says_nothing_has_the_usage_of_all(kind: type[StreamReader
 
 
 @READERS
+@pytest.mark.parametrize("said", [{"token_ids": [5]}, {"text": ""}, {"logprobs": {"tokens": [""]}}])
+def test_a_choice_without_words_is_part_of_the_answer(kind: type[StreamReader], said: Any) -> None:
+    """vLLM's answers in token ids have no text, and half a letter has none yet."""
+    one = {"id": "1", "choices": [{"index": 0, "finish_reason": None, **said}]}
+    reader = kind(OutputOptions(chat=False, stream=True))
+    assert got(reader.feed(compact({**one, "usage": usage(9, 1)}), 0.0)) == [one]
+
+
+@READERS
 def test_a_usage_after_chunks_without_one_is_of_all_choices(kind: type[StreamReader]) -> None:
     body = Body(json.dumps({"model": "m", "prompt": ["a", "b"], "stream": True}).encode())
     reader = kind(OutputOptions.of(body.fields, chat=False, body=body))
