@@ -574,3 +574,12 @@ def test_each_form_has_its_reader() -> None:
     assert isinstance(reader_for(Form.ANTHROPIC, whole), WholeReader)
     assert isinstance(reader_for(Form.PLAIN, whole, b"audio/wav"), WholeReader)
     assert event_of(DONE).done
+
+
+@READERS
+@pytest.mark.parametrize("said", [{"token_ids": [5]}, {"text": ""}, {"logprobs": {"tokens": [""]}}])
+def test_a_choice_without_words_is_part_of_the_answer(kind: type[StreamReader], said: Any) -> None:
+    """vLLM's answers in token ids have no text, and half a letter has none yet."""
+    one = {"id": "1", "choices": [{"index": 0, "finish_reason": None, **said}]}
+    reader = kind(OutputOptions(chat=False, stream=True))
+    assert got(reader.feed(compact({**one, "usage": usage(9, 1)}), 0.0)) == [one]
