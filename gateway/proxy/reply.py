@@ -70,8 +70,11 @@ class Reply:
 
     def error(self, exchange: Exchange, error: GatewayError) -> None:
         """An error: a status, or the last event of a stream that breaks off."""
+        held = exchange.reader.flush() if exchange.reader is not None else b""
+        if held and not exchange.begun and exchange.options.stream:
+            self.part(exchange, held, exchange.heard_at)
+            held = b""
         if exchange.begun:
-            held = exchange.reader.flush() if exchange.reader is not None else b""
             exchange.client.end(held + exchange.endpoint.error_event(error))
             return
         head = self._head(exchange, error.status, JSON)

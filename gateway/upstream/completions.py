@@ -71,6 +71,7 @@ class StreamReader:
         "_last",
         "_options",
         "_splitter",
+        "_unsent",
         "_usual",
         "began",
         "done",
@@ -99,6 +100,8 @@ class StreamReader:
         self._held: dict[int, list[bytes]] | None = None
         """Events that end a choice, by the choice's index."""
         self._held_bytes = 0
+        self._unsent = b""
+        """What came together with an error, before it."""
         self._usual = False
         """The shortcut may be taken."""
         self.began = False
@@ -125,13 +128,21 @@ class StreamReader:
 
     def feed(self, data: bytes, at: float) -> bytes:
         splitter = self._splitter
-        if self._usual and not splitter.pending and (shown := self._shortcut(data)) is not None:
-            return shown
-        return b"".join([self._shortcut(one) or self._grammar(one, at) for one in splitter.split(data)])
+        if self._usual and not splitter.pending and (usual := self._shortcut(data)) is not None:
+            return usual
+        shown: list[bytes] = []
+        try:
+            for one in splitter.split(data):
+                shown.append(self._shortcut(one) or self._grammar(one, at))
+        except UpstreamError:  # what came before it is the client's
+            self._unsent = b"".join(shown)
+            raise
+        return b"".join(shown)
 
     def flush(self) -> bytes:
         held, self._held, self._held_bytes = self._held, None, 0
-        return b"".join([event for events in (held or {}).values() for event in events])
+        unsent, self._unsent = self._unsent, b""
+        return unsent + b"".join([event for events in (held or {}).values() for event in events])
 
     def _shortcut(self, event: bytes) -> bytes | None:
         """What ``_grammar`` gives for nearly all events: those of one choice that goes on, with the usage as

@@ -10,6 +10,7 @@ from typing import Protocol
 
 import msgspec
 
+from gateway.errors import UpstreamError
 from gateway.proxy.endpoints import Form
 from gateway.proxy.record import NO_USAGE, Usage
 from gateway.quality.answer import Answer
@@ -179,10 +180,11 @@ class NamedStreamReader:
     ``last_event`` is the data (JSON) of the event that ended a response; empty until then.
     """
 
-    __slots__ = ("_split", "began", "done", "last_event", "usage")
+    __slots__ = ("_split", "_unsent", "began", "done", "last_event", "usage")
 
     def __init__(self) -> None:
         self._split = EventSplitter().split
+        self._unsent = b""
         self.usage = NO_USAGE
         self.last_event = b""
         self.began = False
@@ -190,12 +192,17 @@ class NamedStreamReader:
 
     def feed(self, data: bytes, at: float) -> bytes:
         events = self._split(data)
-        for event in events:
-            self._read(event)
+        for number, event in enumerate(events):
+            try:
+                self._read(event)
+            except UpstreamError:  # what came before it is the client's
+                self._unsent = b"".join(events[:number])
+                raise
         return events[0] if len(events) == 1 else b"".join(events)
 
     def flush(self) -> bytes:
-        return b""
+        unsent, self._unsent = self._unsent, b""
+        return unsent
 
     def _read(self, event: bytes) -> None:
         start, end = event.find(b"\ndata: {"), len(event) - 2

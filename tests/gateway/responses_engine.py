@@ -39,9 +39,13 @@ class ResponsesEngine(FakeEngine):
 
     def app(self) -> web.Application:
         app = super().app()
-        app.router.add_post("/v1/responses", self._respond)
         app.router.add_post("/v1/responses/input_tokens", self._count)
         return app
+
+    async def _complete(self, request: web.Request) -> web.StreamResponse:
+        if request.path == "/v1/responses":
+            return await self._respond(request)
+        return await super()._complete(request)
 
     async def _respond(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ from gateway.upstream.fake.script import Script
 
 TOKEN_P = 0.9
 """Probability of every token that a fake engine says; its alternatives share half of the rest."""
+_numbers = itertools.count(1)
 
 
 class Answer(Protocol):
@@ -155,6 +157,7 @@ class Response:
 
     def __init__(self, body: dict[str, Any], text: str, script: Script) -> None:
         self._body, self._script = body, script
+        self._id = f"resp_{next(_numbers):016x}"
         pieces = pieces_of(text)
         self._tokens = pieces[: body.get("max_output_tokens") or len(pieces)]
         self.prompt = len(_words([body.get("instructions"), body.get("input")]))
@@ -187,7 +190,7 @@ class Response:
 
     def _head(self, status: str) -> dict[str, Any]:
         model = self._body.get("model")
-        return {"id": "resp_1", "object": "response", "created_at": 1, "status": status, "model": model}
+        return {"id": self._id, "object": "response", "created_at": 1, "status": status, "model": model}
 
 
 def event(data: dict[str, Any], script: Script, name: str = "") -> bytes:
