@@ -261,6 +261,7 @@ def test_large_numbers_stay_numbers() -> None:
 def test_the_store_and_providers_come_from_secrets() -> None:
     objects = render(scenario("scaled"))
     assert gateway_config(objects).watch.store_env == "TIERCEL_WATCH_STORE"
+    assert gateway_config(objects).responses.store_env == "TIERCEL_WATCH_STORE"
     (gateway,) = (pod for owner, pod in pods(objects) if owner["metadata"]["name"] == RELEASE)
     environment = {entry["name"]: entry for entry in gateway["spec"]["containers"][0]["env"]}
     assert environment["TIERCEL_WATCH_STORE"]["valueFrom"]["secretKeyRef"] == {
