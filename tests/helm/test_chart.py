@@ -545,6 +545,11 @@ async def test_helm_test_sends_a_real_request() -> None:
         ("scaled", {"gateway": {"autoscaling": {"minReplicas": 20}}}, "20 is above maxReplicas 12"),
         ("scaled", {"watch": {"storeSecret": {"name": ""}}}, "several gateways must share"),
         (
+            "scaled",
+            {"gateway": {"config": {"responses": {"store": "postgresql://u:p@db/tiercel"}}}},
+            "gateway.config.responses.store: may hold a password",
+        ),
+        (
             "two-precisions",
             {"gateway": {"config": {"roles": {"core": {"canary": {"variant": "int2"}}}}}},
             'roles.core.canary.variant: "int2" has no pool; add one, or use one of: bf16, int4-kv8',
