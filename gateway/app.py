@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import asynccontextmanager, suppress
+from functools import partial
 from typing import Any
 
 import aiohttp
@@ -184,9 +185,9 @@ class Gateway:
             ),
             reply=plane.reply,
             after=(
-                lambda record, _: plane.ledger.record(record, log=config.gateway.access_log),
+                partial(plane.ledger.record, log=config.gateway.access_log),  # books and log
+                *((partial(self._end_span, model=config.model.name),) if plane.traces is not None else ()),
                 Settle(self.settlement),  # what no engine has counted
-                lambda record, exchange: self._end_span(record, exchange, config.model.name),
                 observe,  # has answers checked that were listened to
             ),
             known_models=names,

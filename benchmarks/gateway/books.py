@@ -22,6 +22,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -41,7 +42,7 @@ class Gateway:
     """A gateway of two workers, and its books as they grow."""
 
     def __init__(self, command: list[str], port: int, http: aiohttp.ClientSession) -> None:
-        self._http = http
+        self._http, self._port = http, port
         self.url = f"http://127.0.0.1:{port}"
         self._log = (WORK / "books.log").open("wb")
         self._process = subprocess.Popen(command, cwd=ROOT, stdout=self._log, stderr=self._log)
@@ -83,7 +84,8 @@ class Gateway:
         """End one worker after the other, as an operator would; the parent starts it again."""
         while True:
             await asyncio.sleep(every_s)
-            if len(workers := self._workers()) == 2:
+            workers = self._workers()
+            if len(workers) == 2 and all(map(self._listens, workers)):
                 rng.choice(workers).send_signal(signal.SIGTERM)
                 self.restarts += 1
 
@@ -91,6 +93,13 @@ class Gateway:
         self._process.terminate()
         self._process.wait(60)
         self._log.close()
+
+    def _listens(self, worker: psutil.Process) -> bool:
+        try:
+            found = worker.net_connections("tcp")
+        except psutil.Error:
+            return False
+        return any(one.status == psutil.CONN_LISTEN and one.laddr.port == self._port for one in found)
 
     def _workers(self) -> list[psutil.Process]:
         return psutil.Process(self._process.pid).children()
@@ -145,9 +154,11 @@ async def run(options: argparse.Namespace) -> dict[str, Any]:
                 wrong = await balanced(gateway, lambda: trial.expected(replicas))
             finally:
                 gateway.stop()
+    statuses = Counter(outcome.status for outcome in trial.outcomes.values())  # 0: nothing came
     return {
         "seed": options.seed,
         "requests": asked,
+        "statuses": {str(status): count for status, count in sorted(statuses.items())},
         "attempts": sum(len(engine.account) for engine in engines),
         "restarts": gateway.restarts,
         "seconds": round(time.monotonic() - began, 1),

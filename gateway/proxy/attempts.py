@@ -33,7 +33,7 @@ from gateway.proxy.endpoints import Form
 from gateway.proxy.escalations import Escalations
 from gateway.proxy.exchange import Attempt, Exchange
 from gateway.proxy.record import Spent, Usage
-from gateway.proxy.reply import Reply, only_comments
+from gateway.proxy.reply import JSON, Reply, only_comments
 from gateway.proxy.waiting import WaitingLines
 from gateway.quality.answer import Answer
 from gateway.routing.pools import PROVIDER
@@ -128,7 +128,8 @@ class Attempts:
         assert caller is not None
         wait_s = self._limits.wait_s.get(caller.role, 0.0)
         if not wait_s:
-            self._choose_and_ask(exchange)
+            self._choose(exchange)
+            self._ask(exchange)
             return
         key = (caller.role, exchange.model)
         if not self._lines.waits(key):
@@ -162,14 +163,14 @@ class Attempts:
         attempt.start()
 
     def _reader(self, exchange: Exchange) -> Reader:
-        options, form = exchange.options, exchange.endpoint.form
-        return reader_for(form, options, tapped=form is Form.COMPLETIONS and self._listened(exchange))
-
-    def _listened(self, exchange: Exchange) -> bool:
-        """Whether an answer is listened to."""
-        if exchange.model in self._limits.adapters or not exchange.endpoint.text:
-            return False
-        return self._sampled() or self._escalates(exchange)
+        form, limits = exchange.endpoint.form, self._limits
+        tapped = (
+            form is Form.COMPLETIONS
+            and (self._sampled() or (bool(limits.escalates) and self._escalates(exchange)))
+            and exchange.model not in limits.adapters
+            and exchange.endpoint.text
+        )
+        return reader_for(form, exchange.options, tapped=tapped)
 
     def _escalates(self, exchange: Exchange) -> bool:
         escalates, caller = self._limits.escalates, exchange.caller
@@ -259,19 +260,13 @@ class Attempts:
             if exchange.tapped is not None and self._escalates(exchange):
                 self._spawn(exchange, self._check(exchange, attempt, out))
             else:
-                self._deliver(exchange, out, now, content_type)
+                exchange.overhead_s += self._clock() - now
+                self._reply.whole(exchange, out, content_type or JSON)
+                exchange.pipeline.finish(exchange)
         except GatewayError as error:
             exchange.pipeline.fail(exchange, error)
         except Exception as error:
             exchange.pipeline.defect(exchange, error)
-
-    def _deliver(self, exchange: Exchange, out: bytes, now: float, content_type: bytes | None = None) -> None:
-        exchange.overhead_s += self._clock() - now
-        if content_type is None:
-            self._reply.whole(exchange, out)
-        else:
-            self._reply.whole(exchange, out, content_type)
-        exchange.pipeline.finish(exchange)
 
     def broke(self, attempt: Attempt, error: UpstreamError) -> None:
         """An attempt failed: another one is made if it did no work; a hedged pair is left to the other."""
@@ -333,7 +328,9 @@ class Attempts:
             return
         now = self._clock()
         if higher is None or why is None:
-            self._deliver(exchange, out, now)
+            exchange.overhead_s += self._clock() - now
+            self._reply.whole(exchange, out)
+            exchange.pipeline.finish(exchange)
             return
         self._escalated(exchange, why)
         spent = Spent(route.variant, route.replica.name, tapped.usage, "escalated")

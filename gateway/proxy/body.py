@@ -201,9 +201,11 @@ class Body:
         if not changes:
             return self._raw
         head = self._raw.rstrip(_SPACE)[:-1]
-        ours = b",".join([b'"%b":%b' % (name.encode(), value) for name, value in changes.items()])
-        empty = head.rstrip(_SPACE).endswith(b"{")
-        return b"%b%b}" % (head, ours) if empty else b"%b,%b}" % (head, ours)
+        ours = b""
+        for name, value in changes.items():
+            ours += b',"%b":%b' % (name.encode(), value)
+        empty = head.endswith(b"{") or head.rstrip(_SPACE).endswith(b"{")
+        return b"%b%b}" % (head, ours[1:] if empty else ours)
 
     def everything(self) -> dict[str, Any]:
         """All values, as a copy."""

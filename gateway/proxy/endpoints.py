@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
@@ -42,18 +42,17 @@ class Endpoint:
     aliases: tuple[str, ...] = ()
     text: bool = True
     """Its answers are text, which can be listened to; else token ids."""
+    reads: Reads = field(init=False)
+    """How much of a request's body is looked at."""
+
+    def __post_init__(self) -> None:
+        other = Reads.NAMES if self.form is Form.PLAIN else Reads.STREAM
+        object.__setattr__(self, "reads", Reads.OPTIONS if self.form is Form.COMPLETIONS else other)
 
     @property
     def engine_path(self) -> str:
         """Where an engine serves it."""
         return self.engine or self.path
-
-    @property
-    def reads(self) -> Reads:
-        """How much of a request's body is looked at."""
-        if self.form is Form.PLAIN:
-            return Reads.NAMES
-        return Reads.OPTIONS if self.form is Form.COMPLETIONS else Reads.STREAM
 
     def of(self, body: Body) -> Endpoint:
         """The endpoint that a request really asks: ``/invocations`` takes bodies of several."""

@@ -145,9 +145,9 @@ class Exchange:
         self.raw = raw
         self.received = self.heard_at = now
         """``heard_at``: when the present attempt was made, or its engine was heard of last."""
-        self.number = next(_ids)
+        number = self.number = next(_ids)
         given = head.headers.get("x-request-id")
-        self.request_id = own_id(self.number) if given is None else request_id(given, self.number)
+        self.request_id = f"{_ID_PREFIX}{number:012x}" if given is None else request_id(given, number)
         self.attempts: list[Attempt] = []
 
     @property

@@ -10,7 +10,7 @@ from gateway.config import Config
 from gateway.errors import BadRequestError, MethodNotAllowedError, NoWebSocketError
 from gateway.identity import Identities, Sender
 from gateway.proxy.body import Body
-from gateway.proxy.endpoints import Endpoint, Form, endpoint_of
+from gateway.proxy.endpoints import INVOCATIONS, Endpoint, Form, endpoint_of
 from gateway.proxy.exchange import Attempt, Exchange
 from gateway.proxy.record import NO_USAGE, Record, Usage
 from gateway.quality.observe import Observed, Observer
@@ -96,7 +96,8 @@ class ReadBody:
         if coding := head.headers.get("content-encoding"):
             exchange.raw = decoded(exchange.raw, coding, head.memo.admission.max_body_bytes)
         body = exchange.body = Body(exchange.raw, endpoint.reads)
-        endpoint = exchange.endpoint = endpoint.of(body)
+        if endpoint is INVOCATIONS:
+            endpoint = exchange.endpoint = endpoint.of(body)
         # Where none is named, vLLM takes the one that it has.
         exchange.model = body.fields.model = body.fields.model or self._model
         if endpoint.form is Form.COMPLETIONS:

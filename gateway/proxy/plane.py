@@ -89,11 +89,17 @@ class DataPlane:
 
     def admit(self, head: RequestHead) -> Admission:
         """Whether a request may come in, by its head alone. Raises GatewayError."""
+        memo = head.memo
+        if memo is not None and memo.by is self.snapshot.admit:
+            known: Admission = memo.admission
+            return known
         return self.snapshot.admit(head).admission
 
     def serve(self, client: ClientConnection, head: RequestHead, body: bytes) -> Call | None:
         snapshot = self.snapshot
-        admitted = snapshot.admit(head)
+        admitted = head.memo
+        if admitted is None or admitted.by is not snapshot.admit:
+            admitted = snapshot.admit(head)
         endpoint = admitted.endpoint
         if admitted.preflight is not None:
             client.send_whole(admitted.preflight + self.reply.date(), b"")
@@ -134,7 +140,7 @@ class DataPlane:
     def ended(self, exchange: Exchange) -> None:
         """An exchange has come to its end: there may be room for one that waits."""
         self.active.discard(exchange)
-        if self.lines:
+        if self.lines.lines:
             self.lines.wake()
 
     # from time to time

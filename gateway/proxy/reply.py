@@ -6,6 +6,7 @@ import time
 from email.utils import formatdate
 
 from gateway.errors import GatewayError
+from gateway.proxy.endpoints import Form
 from gateway.proxy.exchange import Exchange
 from gateway.routing.router import Route
 from gateway.wire.client import STATUS_LINES
@@ -83,7 +84,9 @@ class Reply:
         exchange.client.send_whole(head, exchange.endpoint.error_body(error))
 
     def _ok(self, exchange: Exchange, content_type: bytes) -> bytes:
-        date, route = self.date(), exchange.route
+        route, now = exchange.route, int(time.time())
+        if now != self._second:
+            self.date()  # and all heads begin anew
         key: tuple[bytes, str, str, str] | bytes = content_type
         if route is not None:
             key = (content_type, route.variant, route.replica.name, route.reason)
@@ -91,13 +94,16 @@ class Reply:
         if head is None:
             head = b"%b%bcontent-type: %b\r\n%b" % (
                 STATUS_LINES[200],
-                date,
+                self._date,
                 content_type,
                 _placed(route),
             )
             if len(self._heads) < _MOST_HEADS:
                 self._heads[key] = head
-        return b"%b%b" % (head, _ids(exchange))
+        identity, more = exchange.request_id.encode(), exchange.head.memo.more
+        if exchange.endpoint.form is Form.ANTHROPIC:
+            return b"%b%b%b" % (head, exchange.endpoint.id_lines(identity), more)
+        return b"%bx-request-id: %b\r\n%b" % (head, identity, more)
 
     def _head(self, exchange: Exchange, status: int, content_type: bytes) -> bytes:
         line = STATUS_LINES.get(status) or b"HTTP/1.1 %d Error\r\n" % status

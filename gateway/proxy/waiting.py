@@ -21,18 +21,18 @@ class WaitingLines:
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
-        self._lines: dict[LineKey, dict[Exchange, asyncio.Event]] = {}
+        self.lines: dict[LineKey, dict[Exchange, asyncio.Event]] = {}
 
     def __len__(self) -> int:
-        return sum(map(len, self._lines.values()))
+        return sum(map(len, self.lines.values()))
 
     def waits(self, key: LineKey) -> bool:
         """Whether somebody is in line already: a new request goes behind, or it would jump the queue."""
-        return key in self._lines
+        return key in self.lines
 
     def wake(self) -> None:
         """A request has ended: there may be room."""
-        for line in self._lines.values():
+        for line in self.lines.values():
             next(iter(line.values())).set()
 
     async def wait(
@@ -40,7 +40,7 @@ class WaitingLines:
     ) -> None:
         """Call ``attempt`` until it finds a replica. Raises what it raises, NoReplicaError when ``until`` (of
         the clock) has come."""
-        line = self._lines.setdefault(key, {})
+        line = self.lines.setdefault(key, {})
         woken = line[exchange] = asyncio.Event()
         woken.set()
         try:
@@ -61,4 +61,4 @@ class WaitingLines:
             if line:
                 next(iter(line.values())).set()
             else:
-                del self._lines[key]
+                del self.lines[key]

@@ -55,7 +55,8 @@ class Lease:
         if self.released:
             return
         self.released = True
-        self.began()
+        if self._work:
+            self.began()
         if self._ticket:
             self._replica.breaker.abandoned(self._ticket)
         self._replica.leave()

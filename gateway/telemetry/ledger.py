@@ -98,8 +98,8 @@ class Ledger:
         self._books: dict[_Kind, _Books] = {}
         self._accounts: dict[_Account, _Tokens] = {}
 
-    def record(self, record: Record, *, log: bool) -> None:
-        """``log``: a line of the access log, too; errors have one anyway."""
+    def record(self, record: Record, _exchange: object = None, *, log: bool) -> None:
+        """The hop after a request. ``log``: a line of the access log, too; errors have one anyway."""
         role, variant = record.role, record.variant
         if role is not None and variant is not None:
             kind = (record.key, role, record.model, variant, record.reason or "", record.status)

@@ -51,6 +51,8 @@ _FIELDS = msgspec.json.Decoder(dict[str, Raw])
 _OF_EVERY_CHUNK = ("id", "object", "created", "model", "choices")
 _ASKED_FOR = ("usage", "metrics")
 """What vLLM writes only for who asks for the usage."""
+_SAYING = ("delta", "text", "message", "token_ids", "logprobs", "finish_reason")
+"""Fields of a choice that are part of an answer. vLLM's answers in token ids have no text."""
 
 
 class StreamReader:
@@ -301,9 +303,7 @@ def _ends(choices: list[_Choice]) -> bool:
 def _hollow(payload: bytes) -> bool:
     """Whether no choice of an event says anything."""
     for choice in object_of(payload)["choices"]:
-        if isinstance(choice, dict) and any(
-            choice.get(name) not in (None, {}) for name in ("delta", "text", "message", "finish_reason")
-        ):
+        if isinstance(choice, dict) and any(choice.get(name) not in (None, {}, []) for name in _SAYING):
             return False
     return True
 

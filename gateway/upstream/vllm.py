@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Protocol
 
+import msgspec
 from msgspec import UNSET
 
 from gateway.config import Config
@@ -55,13 +56,10 @@ class Engines:
         self._config = config
         self._same_name = frozenset((config.model.name, *config.adapters))
         """Model ids that engines know as they are."""
+        self._model = msgspec.json.encode(config.model.name)
 
     def attempt(self, listener: Listener, exchange: Exchange, replica: Replica, work: float) -> EngineAttempt:
         """One request to one engine, which ``start`` sends."""
-        return EngineAttempt(listener, exchange, replica, self._request(exchange, replica), work)
-
-    def _request(self, exchange: Exchange, replica: Replica) -> bytes:
-        """The bytes of the request to an engine."""
         endpoint, caller, model = exchange.endpoint, exchange.caller, exchange.model
         changes: dict[str, bytes] = {}
         tapped = exchange.tapped is not None
@@ -70,29 +68,30 @@ class Engines:
         if caller is not None and caller.cache_salt:
             changes["cache_salt"] = b'"%b"' % caller.cache_salt.encode()
         if model not in self._same_name:
-            changes["model"] = b'"%b"' % self._config.model.name.encode()
-        given, more = exchange.body.fields.priority, _trace_headers(exchange)
+            changes["model"] = self._model
+        given, more = exchange.body.fields.priority, b""
+        if exchange.span is not None or not exchange.head.headers.keys().isdisjoint(PASSED_ON):
+            more = _trace_headers(exchange)
         if caller is not None and (caller.priority or given is not UNSET):
             priority = sent_priority(caller, None if given is UNSET else given) or 0
             changes["priority"] = b"%d" % priority
             # vLLM's own header, for the endpoints whose body has no such field.
             more += b"x-vllm-priority: %d\r\n" % priority if priority else b""
         raw = exchange.body.with_(changes)
-        return b"%bx-request-id: %b\r\n%bcontent-length: %d\r\n\r\n%b" % (
+        request = b"%bx-request-id: %b\r\n%bcontent-length: %d\r\n\r\n%b" % (
             replica.request_head(endpoint),
             exchange.request_id.encode(),
             more,
             len(raw),
             raw,
         )
+        return EngineAttempt(listener, exchange, replica, request, work)
 
 
 def _trace_headers(exchange: Exchange) -> bytes:
     given: Mapping[str, str] = exchange.head.headers
     if exchange.span is not None:
         given = {**given, **carried(exchange.span)}
-    if given.keys().isdisjoint(PASSED_ON):
-        return b""
     lines = [f"{name}: {given[name]}\r\n" for name in PASSED_ON if name in given]
     return "".join(lines).encode("latin-1")
 

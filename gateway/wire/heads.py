@@ -112,6 +112,10 @@ def parse_answer(head: bytes) -> AnswerHead:
     connection = _header(low, b"\r\nconnection:")
     current = head[7:8] == b"1"
     keep_alive = current if connection is None else _keeps_alive(connection, default=current)
+    if status >= 500:
+        # Servers close behind an answer to what broke in them (uvicorn does), and do not say so: the next
+        # request would be sent into that.
+        keep_alive = False
     coding, given = _header(low, b"\r\ntransfer-encoding:"), _header(low, b"\r\ncontent-length:")
     if status < 200 or status in (204, 304):
         length = 0

@@ -23,7 +23,8 @@ from gateway.config import Engine
 from quantize.card import Card, write_card
 from quantize.files import point
 from tests.e2e.conftest import ROOT, stop_stack
-from tests.e2e.differences import Answer, Case, cases
+from tests.e2e.differences import Answer
+from tests.e2e.request_cases import Case, cases
 
 pytestmark = pytest.mark.engine
 

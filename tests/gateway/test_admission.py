@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import socket
 from random import Random
@@ -74,9 +75,9 @@ async def test_a_client_that_pipelines_and_does_not_read(stack: Stack) -> None:
 async def test_nothing_is_kept_of_a_client_without_a_key() -> None:
     async with running_gateway(**KEYS) as stack:
         size = 8 << 20
-        for _ in range(3):
+        for path in (CHAT, "/nowhere", "/v1/embeddings"):
             async with connected(stack) as client:
-                await client.send(request(b"x" * 100_000, f"content-length: {size}"))
+                await client.send(request(b"x" * 100_000, f"content-length: {size}", path=path))
                 status, headers, _ = await client.answer()
                 assert (status, headers["connection"]) == (401, "close")
                 assert stack.gateway.plane.intake.buffered == 0
@@ -91,7 +92,6 @@ async def test_paths_and_methods_are_refused_before_the_body() -> None:
     async with running_gateway() as stack:
         for raw, status in (
             (request(b"", f"content-length: {64 << 20}"), 413),
-            (request(b"", f"content-length: {8 << 20}", path="/nowhere"), 413),
             (request(b"", "content-length: 1000").replace(b"POST", b"PUT"), 405),
         ):
             async with connected(stack) as client:
@@ -168,7 +168,7 @@ async def test_requests_behind_one_that_is_answered_are_counted_too() -> None:
     """Where there is no room for them, the first one is answered still, and the others are refused."""
     async with running_gateway(gateway={"max_buffered_bytes": 20_000}) as stack, connected(stack) as client:
         engine = stack.engines["bf16"]
-        engine.script.first_token_delay_s = 0.2
+        engine.script.first_token_delay_s = 1.5
         await client.send(request())
         await eventually(lambda: engine.running)
         await client.send(request(b" " * 50_000))
@@ -178,6 +178,15 @@ async def test_requests_behind_one_that_is_answered_are_counted_too() -> None:
         answer = await client.answer()
         assert (answer[0], answer[1]["connection"]) == (503, "close")
         assert "gateway.max_buffered_bytes" in said(answer)
+
+
+async def rest(client: Client) -> bytes:
+    """What comes until the end of the connection, or until it is reset because we were still sending."""
+    got = b""
+    with contextlib.suppress(ConnectionError):
+        while part := await client.reader.read(1 << 16):
+            got += part
+    return got
 
 
 @pytest.mark.parametrize("sent", ["head", "body", "nothing"])
@@ -190,11 +199,11 @@ async def test_a_client_that_trickles(sent: str) -> None:
             await client.send(request(b"", "content-length: 1000000"))
         elif sent == "head":
             await client.send(b"POST / HTTP/1.1\r\nx: ")
-        ended = asyncio.create_task(client.reader.read())
+        ended = asyncio.create_task(rest(client))
         for _ in range(200):
             client.writer.write(b"\r\n" if sent == "nothing" else b"x")
             await asyncio.sleep(0.05)
-            if ended.done() or client.reader.at_eof():
+            if ended.done():
                 break
         answer = await asyncio.wait_for(ended, 5)
         assert answer.startswith(b"HTTP/1.1 408 ") if setting else not answer

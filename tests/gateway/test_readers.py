@@ -15,6 +15,7 @@ from gateway.errors import UpstreamError, UpstreamRefusedError
 from gateway.proxy.body import Body
 from gateway.proxy.endpoints import Form
 from gateway.proxy.record import NO_USAGE, Usage
+from gateway.quality.transcript import Transcript
 from gateway.upstream import sse
 from gateway.upstream.completions import StreamReader, TappedStreamReader
 from gateway.upstream.options import OutputOptions
@@ -415,7 +416,7 @@ def test_log_probabilities_are_cut_to_what_was_asked_for(
     expected = answer(shown)
     del expected["usage"]
     assert got(reader.feed(write(answer(5)), 0.0)) == [expected]
-    assert reader.answer.texts == ["é"]
+    assert Transcript.of(reader.answer.events).texts == ["é"]
     whole = TappedWholeReader(OutputOptions(chat=True, stream=False, logprobs=asked, top_logprobs=top))
     assert json.loads(whole.feed(json.dumps(answer(5)).encode(), 0.0)) == answer(shown)
 
@@ -488,12 +489,19 @@ def test_content_that_is_no_json_passes() -> None:
 
 
 @pytest.mark.parametrize("content_type", [None, b"application/json", b"text/html", b"text/event-stream"])
-@pytest.mark.parametrize("raw", [b"<html>", b"[]", b"", b"{", b"5", b'{"usage":"\xff"}', b"[" * 100_000])
+@pytest.mark.parametrize("raw", [b"<html>", b"", b"{", b"5", b'{"usage":"\xff"}', b"[" * 100_000])
 def test_a_page_is_no_answer(content_type: bytes | None, raw: bytes) -> None:
     for reader in (WholeReader(content_type), TappedWholeReader(PLAIN, content_type)):
         with pytest.raises(UpstreamError, match="no answer"):
             reader.feed(raw, 0.0)
         assert not reader.done
+
+
+def test_a_list_is_an_answer_without_a_usage() -> None:
+    """Of engines that render prompts."""
+    reader = WholeReader()
+    assert reader.feed(b'[{"usage": 1}]', 0.0) == b'[{"usage": 1}]'
+    assert (reader.done, reader.usage) == (True, NO_USAGE)
 
 
 def test_counts_that_are_none_leave_the_books_alone() -> None:
@@ -566,3 +574,12 @@ def test_each_form_has_its_reader() -> None:
     assert isinstance(reader_for(Form.ANTHROPIC, whole), WholeReader)
     assert isinstance(reader_for(Form.PLAIN, whole, b"audio/wav"), WholeReader)
     assert event_of(DONE).done
+
+
+@READERS
+@pytest.mark.parametrize("said", [{"token_ids": [5]}, {"text": ""}, {"logprobs": {"tokens": [""]}}])
+def test_a_choice_without_words_is_part_of_the_answer(kind: type[StreamReader], said: Any) -> None:
+    """vLLM's answers in token ids have no text, and half a letter has none yet."""
+    one = {"id": "1", "choices": [{"index": 0, "finish_reason": None, **said}]}
+    reader = kind(OutputOptions(chat=False, stream=True))
+    assert got(reader.feed(compact({**one, "usage": usage(9, 1)}), 0.0)) == [one]

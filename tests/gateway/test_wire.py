@@ -83,6 +83,8 @@ def test_an_answer() -> None:
     assert (found.status, found.length, found.keep_alive, found.get("x")) == (200, 5, True, "y")
     assert parse_answer(b"HTTP/1.1 200\r\nTransfer-Encoding: chunked").length == CHUNKED
     assert parse_answer(b"HTTP/1.1 204 No Content").length == 0
+    broken = parse_answer(b"HTTP/1.1 500 Internal Server Error\r\ncontent-length: 2")
+    assert not broken.keep_alive, "servers close behind it and do not say so"
     closing = parse_answer(b"HTTP/1.1 200 OK\r\nserver: x")
     assert (closing.length, closing.keep_alive) == (UNTIL_CLOSE, False)
     for bad in (

@@ -133,7 +133,11 @@ class FakeEngine:
         self._saw(request, body)
         entry = self.account.open(request.headers.get("x-request-id", ""), request.path)
         with self._counted(entry):
-            return await self._answer(request, body, entry)
+            try:
+                return await self._answer(request, body, entry)
+            except ConnectionError:  # the client has left, and aiohttp would log it as a defect
+                self.aborted += 1
+                return web.Response()
 
     def _saw(self, request: web.Request, body: dict[str, Any]) -> None:
         if self.keep_requests:
@@ -218,11 +222,7 @@ class FakeEngine:
                 await asyncio.sleep(script.token_delay_s)
             entry.produce(tokens)
             written += tokens
-            try:
-                await response.write(data)
-            except ConnectionError:
-                self.aborted += 1
-                return response
+            await response.write(data)
         if script.usage_shape != "none":
             entry.end(REPORTED)
         return response
@@ -244,7 +244,7 @@ class _Counted:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._engine.running -= 1
-        if kind is not None and issubclass(kind, asyncio.CancelledError | ConnectionError):
+        if kind is not None and issubclass(kind, asyncio.CancelledError):
             self._engine.aborted += 1
         self._entry.end(BROKEN)
 
