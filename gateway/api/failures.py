@@ -55,7 +55,12 @@ def add_error_handlers(app: FastAPI) -> None:
 
     async def ours(request: Request, error: Exception) -> Response:
         assert isinstance(error, GatewayError)
-        return answer(request, error, error.status)
+        more = {}
+        if error.retry_after_s is not None:
+            more["retry-after"] = str(error.retry_after_s)
+        if error.status == 401:
+            more["www-authenticate"] = "Bearer"
+        return answer(request, error, error.status, more)
 
     async def unexpected(request: Request, error: Exception) -> Response:
         return answer(request, UnexpectedError(error), 500)

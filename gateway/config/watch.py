@@ -40,7 +40,9 @@ class WatchSettings(Section):
         default=32, ge=1, description="requests at a replica from which on the watch leaves it alone"
     )
     priority: int = Field(
-        default=1000, ge=0, description="vLLM's: higher comes later; users' requests have 0"
+        default=1000,
+        ge=0,
+        description="vLLM's: higher comes later; users' requests have those of their keys and roles",
     )
     timeout_s: float = Field(default=60.0, gt=0)
     answers_per_false_alarm: float = Field(

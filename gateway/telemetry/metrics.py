@@ -1,4 +1,5 @@
-"""Every metric of the gateway. The registry is passed in; labels come from bounded sets only.
+"""Every metric of the gateway. The registry is passed in; labels come from bounded sets only, and none is
+named like one that Prometheus adds itself (``job``, ``instance``).
 
 Roles, variants and replicas come from the configuration, so what clients invent never becomes a label
 value. ``outcome`` of a request is its status as a number in words of HTTP: 200, 400 …, 499 for a client
@@ -174,12 +175,12 @@ class Metrics:
             "check",
         )
         self.job_up = gauge(
-            "tiercel_background_job_up", "1 while a background job of this process runs", "job"
+            "tiercel_background_job_up", "1 while a background job of this process runs", "task"
         )
         self.job_restarts = counter(
             "tiercel_background_job_restarts_total",
             "Times that a background job failed and began anew",
-            "job",
+            "task",
         )
         self.loop_lag = histogram(
             "tiercel_event_loop_lag_seconds", "How much later than asked for the event loop woke", _LAG_S

@@ -76,9 +76,9 @@ async def test_every_job_goes_on_after_a_failure(
     async with running_gateway() as stack:
         await eventually(lambda: failing.calls > 2, within_s=20)
         restarted = "tiercel_background_job_restarts_total"
-        await eventually(lambda: stack.sample(restarted, job=job) >= 1)
-        await eventually(lambda: stack.sample("tiercel_background_job_up", job=job) == 1)
-        restarts = stack.sample("tiercel_background_job_restarts_total", job=job)
+        await eventually(lambda: stack.sample(restarted, task=job) >= 1)
+        await eventually(lambda: stack.sample("tiercel_background_job_up", task=job) == 1)
+        restarts = stack.sample("tiercel_background_job_restarts_total", task=job)
         assert restarts >= 1
         told = [record for record in caplog.records if f"background job {job} failed" in record.message]
         assert len(told) == restarts
@@ -86,7 +86,7 @@ async def test_every_job_goes_on_after_a_failure(
         async with stack.post() as response:
             assert response.status == 200
         others = set(JOBS) - {job}
-        assert all(stack.sample("tiercel_background_job_restarts_total", job=one) == 0 for one in others)
+        assert all(stack.sample("tiercel_background_job_restarts_total", task=one) == 0 for one in others)
 
 
 async def test_the_list_of_jobs_is_whole() -> None:

@@ -409,6 +409,8 @@ async def test_a_database_that_is_down_stops_nobody_who_does_not_need_it() -> No
             status, code, message = await refusal(call)
             assert (status, code) == (503, "store_down")
             assert "127.0.0.1" not in message
+        async with stack.http.get(f"{stack.url}/v1/responses/{first.id}") as response:
+            assert (response.status, response.headers["retry-after"]) == (503, "1")
         async with stack.http.get(stack.url + "/health") as response:
             assert response.status == 200
 

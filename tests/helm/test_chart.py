@@ -261,6 +261,7 @@ def test_large_numbers_stay_numbers() -> None:
 def test_the_store_and_providers_come_from_secrets() -> None:
     objects = render(scenario("scaled"))
     assert gateway_config(objects).watch.store_env == "TIERCEL_WATCH_STORE"
+    assert gateway_config(objects).responses.store_env == "TIERCEL_WATCH_STORE"
     (gateway,) = (pod for owner, pod in pods(objects) if owner["metadata"]["name"] == RELEASE)
     environment = {entry["name"]: entry for entry in gateway["spec"]["containers"][0]["env"]}
     assert environment["TIERCEL_WATCH_STORE"]["valueFrom"]["secretKeyRef"] == {
@@ -543,6 +544,11 @@ async def test_helm_test_sends_a_real_request() -> None:
         ("scaled", {"engine": {"autoscaling": {"prometheus": ""}}}, "autoscaling.prometheus: is empty"),
         ("scaled", {"gateway": {"autoscaling": {"minReplicas": 20}}}, "20 is above maxReplicas 12"),
         ("scaled", {"watch": {"storeSecret": {"name": ""}}}, "several gateways must share"),
+        (
+            "scaled",
+            {"gateway": {"config": {"responses": {"store": "postgresql://u:p@db/tiercel"}}}},
+            "gateway.config.responses.store: may hold a password",
+        ),
         (
             "two-precisions",
             {"gateway": {"config": {"roles": {"core": {"canary": {"variant": "int2"}}}}}},

@@ -103,6 +103,11 @@ def test_every_record_is_read(name: str) -> None:
     assert any(name in text for text in readers)
 
 
+def test_no_metric_has_a_label_that_prometheus_adds() -> None:
+    """It would be renamed to ``exported_…`` when it is scraped, and no rule would find it."""
+    assert {name for name, labels in gateway_metrics().items() if labels & SCRAPED} == set()
+
+
 def check_names(expression: str) -> None:
     """Every series of an expression exists, and has the labels that it is selected by."""
     ours, engines = gateway_metrics(), vllm_metrics()

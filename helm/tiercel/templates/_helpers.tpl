@@ -150,6 +150,9 @@ imagePullSecrets: {{- toYaml . | nindent 2 }}
 {{- if $watch.store -}}
 {{- fail "gateway.config.watch.store: may hold a password and does not belong into a ConfigMap; put the URL into a secret and name it in watch.storeSecret" -}}
 {{- end -}}
+{{- if (.Values.gateway.config.responses | default dict).store -}}
+{{- fail "gateway.config.responses.store: may hold a password and does not belong into a ConfigMap; put the URL into a secret, name it in watch.storeSecret or gateway.extraEnv, and the variable in gateway.config.responses.store_env (TIERCEL_WATCH_STORE is watch.storeSecret's)" -}}
+{{- end -}}
 {{- $several := or (gt (int .Values.gateway.replicas) 1) .Values.gateway.autoscaling.enabled -}}
 {{- $watched := ne (toString $watch.enabled) "false" -}}
 {{- if and $several $watched (not .Values.watch.storeSecret.name) -}}
@@ -293,6 +296,7 @@ imagePullSecrets: {{- toYaml . | nindent 2 }}
 {{- $_ := unset $config "keys" -}}
 {{- $_ := unset $config "gateway" -}}
 {{- $_ := unset $config "watch" -}}
+{{- $_ := unset $config "responses" -}}
 {{- $_ := unset $config "providers" -}}
 {{- $_ := set $config "engine" (mergeOverwrite (dict "python" .Values.quantize.enginePython "max_model_len" (int .Values.engine.maxModelLen)) ($config.engine | default dict)) -}}
 {{- toJson $config -}}
