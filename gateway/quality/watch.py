@@ -26,8 +26,9 @@ from gateway.quality.cells import Cell, CellKey, EventKind, Outcome, Status, Wat
 from gateway.quality.folding import Action, act, fold
 from gateway.quality.rates import Watched
 from gateway.quality.report import JudgeErrors, event_as_json, show_buckets, show_cells
-from gateway.quality.store import Store, StoreError
+from gateway.quality.store import Store
 from gateway.quality.webhook import Webhook
+from gateway.store.database import StoreError
 from gateway.telemetry.logs import EVENTS
 from gateway.telemetry.metrics import Metrics
 from quantize.card import Card

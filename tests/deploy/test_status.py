@@ -28,7 +28,7 @@ from deploy.commands.asking import GatewayClient
 from deploy.commands.frames import Look, frame, look
 from deploy.commands.readings import comparable, flows, parse, percentiles, quantile, seconds_text, span_text
 from gateway.identity import hash_of
-from gateway.quality.store import StoreError
+from gateway.store.database import StoreError
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "gateway"))
 
