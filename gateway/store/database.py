@@ -15,13 +15,25 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import NoSuchModuleError, SQLAlchemyError
 from sqlalchemy.pool import StaticPool
 
-from gateway.config.section import shown_url
+from gateway.config.section import ConfigError, shown_url
 
 MEMORY = "sqlite://"
 """A database in this process's memory."""
 _MEMORY_TOO = (MEMORY, "sqlite:///:memory:")
 _CONNECT_TIMEOUT_S = 3
 _STATEMENT_TIMEOUT_S = 5
+
+
+def configured_url(section: str, url: str | None, variable: str | None) -> str | None:
+    """What a section of the configuration says of its store, itself or by an environment variable; None where
+    it says nothing. Raises ConfigError for a variable that is not set."""
+    if variable is None:
+        return url
+    if not (found := os.environ.get(variable)):
+        raise ConfigError(
+            f"{section}.store_env: the environment has no {variable!r}; set it to a database's URL"
+        )
+    return found
 
 
 class StoreError(RuntimeError):

@@ -9,7 +9,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from sqlalchemy import create_engine, text
 
 from gateway.quality.cells import Cell, CellKey, EventKind, Outcome, WatchEvent
 from gateway.quality.store import BUCKET_S, Store
@@ -23,13 +22,8 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """A database without anything in it."""
     if request.param == "sqlite":
         return f"sqlite:///{tmp_path / 'watch.db'}"
-    server: str = request.getfixturevalue("postgresql")
-    engine = create_engine(server)
-    with engine.begin() as connection:
-        connection.execute(text("drop schema public cascade"))
-        connection.execute(text("create schema public"))
-    engine.dispose()
-    return server
+    empty: str = request.getfixturevalue("empty_postgresql")
+    return empty
 
 
 Open = Callable[[str], Store]
