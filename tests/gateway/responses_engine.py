@@ -39,14 +39,17 @@ class ResponsesEngine(FakeEngine):
 
     def app(self) -> web.Application:
         app = super().app()
-        app.router.add_post("/v1/responses", self._respond)
         app.router.add_post("/v1/responses/input_tokens", self._count)
         return app
 
+    async def _complete(self, request: web.Request) -> web.StreamResponse:
+        if request.path == "/v1/responses":
+            return await self._respond(request)
+        return await super()._complete(request)
+
     async def _respond(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()
-        self.requests.append(body)
-        self.headers.append(request.headers)
+        self._saw(request, body)
         if self.refuses is not None:
             return web.json_response({"error": self.refuses}, status=400)
         self.running += 1
@@ -63,7 +66,7 @@ class ResponsesEngine(FakeEngine):
 
     async def _count(self, request: web.Request) -> web.Response:
         body = await request.json()
-        self.requests.append(body)
+        self._saw(request, body)
         return web.json_response({"object": "response.input_tokens", "input_tokens": len(body["input"])})
 
     async def _wait(self) -> None:

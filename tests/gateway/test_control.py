@@ -85,7 +85,7 @@ async def test_every_job_goes_on_after_a_failure(
     failing = Failing(getattr(module, name), times=2, job=job)
     monkeypatch.setattr(module, name, failing)
     async with running_gateway() as stack:
-        await eventually(lambda: failing.calls > 2, within_s=20)
+        await eventually(lambda: failing.calls > 2)
         restarted = "tiercel_background_job_restarts_total"
         await eventually(lambda: stack.sample(restarted, job=job) >= 1)
         await eventually(lambda: stack.sample("tiercel_background_job_up", job=job) == 1)
@@ -209,9 +209,8 @@ async def test_jobs_end_in_order_and_in_time(supervised: tuple[Supervisor, Metri
     supervisor.keep("stubborn", job("stubborn", stubborn=True))
     supervisor.keep("reader", job("reader"))
     await asyncio.sleep(0)
-    began = time.monotonic()
-    await supervisor.stop(within_s=0.3)
-    assert time.monotonic() - began < 5
+    async with asyncio.timeout(25):
+        await supervisor.stop(within_s=0.3)
     assert ended[0] == "reader", "what began last ends first"
     assert "stubborn" not in ended
     release.set()
@@ -345,7 +344,7 @@ async def test_reloads_come_one_after_another(tmp_path: Path, monkeypatch: pytes
     with pytest.raises(ConfigError):
         await reloads.prepare("refused")
     with pytest.raises(ConfigError):
-        await asyncio.wait_for(reloads.replace("refused"), 5)
+        await asyncio.wait_for(reloads.replace("refused"), 25)
 
 
 async def test_what_cannot_change_is_refused_by_its_name() -> None:
@@ -373,7 +372,7 @@ async def test_an_interval_that_a_reload_changes_is_kept_soon(monkeypatch: pytes
         monkeypatch.setattr("gateway.routing.health.probe", probe)
         quick = make_config(pools=snapshot.config.pools, gateway={"health_interval_s": 0.05})
         await gateway.reloads.apply(lambda: (quick, snapshot.cards))
-        await eventually(lambda: probed > 3, within_s=20)
+        await eventually(lambda: probed > 3)
 
 
 # names that are looked up
