@@ -22,7 +22,8 @@ from tqdm import tqdm
 from agents.prompts import CORE, INTENT_CLASSIFIER, SUMMARIZER, SYSTEM_PROMPTS
 from agents.team import MAX_TOKENS, ROLES, TicketResult, read_tickets, run_team, user_text
 from deploy.making import cpu_line, evaluate_variants
-from deploy.report import DemoReport, Machine, RoleReport, VariantReport, format_table, write_report
+from deploy.report import format_table, write_report
+from deploy.report_data import DemoReport, Machine, RoleReport, VariantReport
 from deploy.second_act import Clock, second_act
 from deploy.supervisor import Stack
 from gateway.config import Config

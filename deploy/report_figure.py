@@ -19,7 +19,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import FancyBboxPatch
 from matplotlib.ticker import MaxNLocator
 
-from deploy.report import DemoReport, memory, milliseconds, number, percent
+from deploy.report_data import DemoReport, memory, milliseconds, number, percent
 from quantize.page import GRID, INK, MUTED, OUTCOMES, PALETTE, PAPER
 
 FIRST, WHOLE = "#9aa4af", INK

@@ -6,7 +6,7 @@ from html import escape
 from itertools import pairwise
 from math import inf
 
-from deploy.report import DemoReport, Incident, incident_lines, percent, role_rows, variant_rows
+from deploy.report_data import DemoReport, Incident, incident_lines, percent, role_rows, variant_rows
 from deploy.report_figure import PANELS, render_svg
 from deploy.watch_page import Mark, Share, gathered, over_time
 from quantize.page import document, framed, row, table, verdict

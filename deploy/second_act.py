@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from agents.team import ROLES, Ticket, TicketResult, run_team
 from deploy.damage import damaged
-from deploy.report import Answer, Demotion, Incident
+from deploy.report_data import Answer, Demotion, Incident
 from deploy.supervisor import Stack
 
 FAULT = "two-bits"

@@ -10,8 +10,8 @@ from pydantic import BaseModel, Field
 
 from gateway.errors import StoreDownError
 from gateway.quality.report import JudgeErrors, event_as_json
-from gateway.quality.store import StoreError
 from gateway.quality.watch import Watch
+from gateway.store.database import StoreError
 
 
 class Order(BaseModel):

@@ -13,22 +13,16 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Connection, create_engine, delete, event, func, insert, select, update
-from sqlalchemy.engine import make_url
-from sqlalchemy.exc import NoSuchModuleError, SQLAlchemyError
-from sqlalchemy.pool import StaticPool
+from sqlalchemy import Connection, delete, func, insert, select, update
 
 from gateway.quality.cells import Cell, CellKey, EventKind, Outcome, WatchEvent
 from gateway.quality.tables import BUCKETS, CELLS, EVENTS, FACTS, FORMAT, META, OUTCOMES
+from gateway.store.database import Database, StoreError
 
 BUCKET_S = 10
 """Seconds that are added up for the charts."""
 KEPT_BUCKETS_S = 14 * 86_400
 KEPT_EVENTS = 10_000
-
-
-class StoreError(RuntimeError):
-    """The database cannot be used. The text names it, the reason and the fix."""
 
 
 @dataclass(frozen=True)
@@ -49,33 +43,11 @@ class Store:
     def __init__(self, url: str, holder: str) -> None:
         """``holder``: this process, as no other is called."""
         self._holder = holder
-        self._shown = make_url(url).render_as_string(hide_password=True)
-        memory = url in ("sqlite://", "sqlite:///:memory:")
-        more: dict[str, Any] = (
-            {"poolclass": StaticPool, "connect_args": {"check_same_thread": False}} if memory else {}
-        )
-        try:
-            self._engine = create_engine(url, **more)
-        except (ImportError, NoSuchModuleError) as error:
-            raise StoreError(f"watch.store: {self._shown}: {error}; install its driver with pip") from None
-        if self._engine.dialect.name == "sqlite":
-            event.listen(self._engine, "connect", _patient)
-        with self._begin() as connection:
-            try:
-                META.create_all(connection)
-            except SQLAlchemyError as error:
-                raise self._error(error) from None
-            found = _fact(connection, "format")
-            if found is None:
-                _set_fact(connection, "format", FORMAT)
-            elif found != FORMAT:
-                raise StoreError(
-                    f"watch.store: {self._shown} has tables of format {found}, not {FORMAT}; "
-                    "give another database"
-                )
+        self._database = Database(url, "watch.store")
+        self._database.create(META, self._check_format)
 
     def close(self) -> None:
-        self._engine.dispose()
+        self._database.close()
 
     def append(self, outcomes: Sequence[Outcome]) -> None:
         """Add to what is to be folded, and to the charts."""
@@ -91,7 +63,7 @@ class Store:
             for outcome in outcomes
         ]
         if rows:
-            with self._begin() as connection:
+            with self._database.begin() as connection:
                 connection.execute(insert(OUTCOMES), rows)
 
     def lead(self, beats_seen: int, lost: bool) -> tuple[bool, int]:
@@ -100,7 +72,7 @@ class Store:
         ``lost``: the leader has not been heard of for too long, by this process's own clock, while it had
         said so ``beats_seen`` times; clocks of two machines are never compared.
         """
-        with self._begin() as connection:
+        with self._database.begin() as connection:
             raw = _fact(connection, "leader")
             holder, beats = json.loads(raw) if raw else (None, 0)
             if holder == self._holder or holder is None or (lost and beats == beats_seen):
@@ -117,14 +89,14 @@ class Store:
 
     def resign(self) -> None:
         """Let another process fold at once."""
-        with self._begin() as connection:
+        with self._database.begin() as connection:
             raw = _fact(connection, "leader")
             if raw and json.loads(raw)[0] == self._holder:
                 _set_fact(connection, "leader", json.dumps([None, json.loads(raw)[1]]))
 
     def unfolded(self, most: int = 5000) -> tuple[list[tuple[int, Outcome]], dict[CellKey, Cell]]:
         """Outcomes that are in no cell yet, in order, and all cells as they are."""
-        with self._begin() as connection:
+        with self._database.begin() as connection:
             rows = connection.execute(select(OUTCOMES).order_by(OUTCOMES.c.id).limit(most)).all()
             cells = self._cells(connection)
         found = [
@@ -157,7 +129,7 @@ class Store:
         a StoreError: outcomes that were never written are not among the ``ids`` that would tell.
         """
         ids = list(ids)
-        with self._begin() as connection:
+        with self._database.begin() as connection:
             if beats is not None:
                 mine = json.dumps([self._holder, beats])
                 leads = connection.execute(
@@ -178,12 +150,12 @@ class Store:
         self.folded((), (), cells, events)
 
     def cells(self) -> dict[CellKey, Cell]:
-        with self._begin() as connection:
+        with self._database.begin() as connection:
             return self._cells(connection)
 
     def decisions(self) -> int:
         """A number that grows whenever a cell begins or ceases to serve, so that looking is cheap."""
-        with self._begin() as connection:
+        with self._database.begin() as connection:
             return int(_fact(connection, "decisions") or 0)
 
     def events(self, most: int = 100, since: float = 0.0, kind: EventKind | None = None) -> list[WatchEvent]:
@@ -191,7 +163,7 @@ class Store:
         wanted = select(EVENTS).where(EVENTS.c.at >= since).order_by(EVENTS.c.id.desc()).limit(most)
         if kind is not None:
             wanted = wanted.where(EVENTS.c.kind == kind.value)
-        with self._begin() as connection:
+        with self._database.begin() as connection:
             rows = connection.execute(wanted).all()
         return [
             WatchEvent(
@@ -207,7 +179,7 @@ class Store:
     def buckets(self, since: float) -> list[Bucket]:
         """For charts, by time."""
         wanted = select(BUCKETS).where(BUCKETS.c.start >= since - BUCKET_S).order_by(BUCKETS.c.start)
-        with self._begin() as connection:
+        with self._database.begin() as connection:
             rows = connection.execute(wanted).all()
         return [
             Bucket(
@@ -223,27 +195,30 @@ class Store:
 
     def remember(self, name: str, value: dict[str, Any]) -> None:
         """Keep a small thing for all gateways."""
-        with self._begin() as connection:
+        with self._database.begin() as connection:
             _set_fact(connection, name, json.dumps(value))
 
     def remembered(self, name: str) -> dict[str, Any] | None:
-        with self._begin() as connection:
+        with self._database.begin() as connection:
             found = _fact(connection, name)
         return json.loads(found) if found else None
 
     def prune(self, now: float) -> None:
         """Forget what is too old for a chart, and all but the newest events."""
-        with self._begin() as connection:
+        with self._database.begin() as connection:
             connection.execute(delete(BUCKETS).where(BUCKETS.c.start < now - KEPT_BUCKETS_S))
             newest = connection.execute(select(func.max(EVENTS.c.id))).scalar() or 0
             connection.execute(delete(EVENTS).where(EVENTS.c.id <= newest - KEPT_EVENTS))
 
-    def _begin(self) -> _Transaction:
-        return _Transaction(self)
-
-    def _error(self, error: SQLAlchemyError) -> StoreError:
-        reason = str(getattr(error, "orig", None) or error).splitlines()[0]
-        return StoreError(f"watch.store: {self._shown}: {reason}; give a database that can be written")
+    def _check_format(self, connection: Connection) -> None:
+        found = _fact(connection, "format")
+        if found is None:
+            _set_fact(connection, "format", FORMAT)
+        elif found != FORMAT:
+            raise StoreError(
+                f"watch.store: {self._database.shown} has tables of format {found}, not {FORMAT}; "
+                "give another database"
+            )
 
     def _cells(self, connection: Connection) -> dict[CellKey, Cell]:
         rows = connection.execute(select(CELLS.c.state)).scalars()
@@ -301,39 +276,6 @@ class Store:
             )
             if not changed.rowcount:
                 connection.execute(insert(BUCKETS).values(**values, answers=answers, bad=bad, total=total))
-
-
-class _Transaction:
-    """``with store._begin() as connection``: all of it or nothing, and errors in our own words."""
-
-    def __init__(self, store: Store) -> None:
-        self._store = store
-        self._context: Any = None
-
-    def __enter__(self) -> Connection:
-        try:
-            self._context = self._store._engine.begin()
-            connection: Connection = self._context.__enter__()
-        except SQLAlchemyError as error:
-            raise self._store._error(error) from None
-        return connection
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        try:
-            self._context.__exit__(kind, error, trace)
-        except SQLAlchemyError as failed:
-            raise self._store._error(failed) from None
-        if isinstance(error, SQLAlchemyError):
-            raise self._store._error(error) from None
-
-
-def _patient(connection: Any, _: Any) -> None:
-    """Several processes share the file: wait for each other, and let readers go on meanwhile."""
-    cursor = connection.cursor()
-    cursor.execute("PRAGMA busy_timeout=5000")
-    cursor.execute("PRAGMA journal_mode=WAL")
-    cursor.execute("PRAGMA synchronous=NORMAL")
-    cursor.close()
 
 
 def _fact(connection: Connection, name: str) -> str | None:

@@ -20,14 +20,15 @@ from typing import Any, TypeVar
 
 import aiohttp
 
-from gateway.config import Config, ConfigError
+from gateway.config import Config
 from gateway.errors import BadRequestError
 from gateway.quality.cells import Cell, CellKey, EventKind, Outcome, Status, WatchEvent
 from gateway.quality.folding import Action, act, fold
 from gateway.quality.rates import Watched
 from gateway.quality.report import JudgeErrors, event_as_json, show_buckets, show_cells
-from gateway.quality.store import Store, StoreError
+from gateway.quality.store import Store
 from gateway.quality.webhook import Webhook
+from gateway.store.database import StoreError, configured_url
 from gateway.telemetry.logs import EVENTS
 from gateway.telemetry.metrics import Metrics
 from quantize.card import Card
@@ -321,10 +322,5 @@ class Watch:
 def store_url(config: Config) -> str:
     """Where the watch keeps what it knows. Raises ConfigError for a variable that is not set."""
     settings = config.watch
-    if settings.store_env is not None:
-        if not (url := os.environ.get(settings.store_env)):
-            raise ConfigError(
-                f"watch.store_env: the environment has no {settings.store_env!r}; set it to a database's URL"
-            )
-        return url
-    return settings.store or f"sqlite:///{config.run_dir / 'watch.db'}"
+    given = configured_url("watch", settings.store, settings.store_env)
+    return given or f"sqlite:///{config.run_dir / 'watch.db'}"

@@ -10,16 +10,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
-from gateway.config import ApiKey, Config, ConfigError, ResponsesSettings
+from gateway.config import ApiKey, Config, ResponsesSettings
 from gateway.errors import StoreDownError
 from gateway.responses.store import ResponseStore, Stored
-from gateway.store.database import MEMORY, StoreError
+from gateway.store.database import MEMORY, StoreError, configured_url
 from gateway.telemetry.logs import EVENTS
 from gateway.telemetry.metrics import Metrics
 
@@ -245,13 +244,7 @@ def owner_of(key: ApiKey | None) -> str:
 def store_url(config: Config) -> str:
     """Where responses are kept. Raises ConfigError for a variable that is not set."""
     settings = config.responses
-    if settings.store_env is not None:
-        if not (url := os.environ.get(settings.store_env)):
-            raise ConfigError(
-                f"responses.store_env: the environment has no {settings.store_env!r}; set it to a "
-                "database's URL"
-            )
-        return url
-    if settings.store is not None:
-        return settings.store
+    given = configured_url("responses", settings.store, settings.store_env)
+    if given is not None:
+        return given
     return MEMORY if config.gateway.workers == 1 else f"sqlite:///{config.run_dir / 'responses.db'}"

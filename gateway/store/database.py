@@ -6,6 +6,7 @@ Functions block; whoever runs in the event loop calls them in a thread.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,25 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import NoSuchModuleError, SQLAlchemyError
 from sqlalchemy.pool import StaticPool
 
-from gateway.config.section import shown_url
+from gateway.config.section import ConfigError, shown_url
 
 MEMORY = "sqlite://"
 """A database in this process's memory."""
 _MEMORY_TOO = (MEMORY, "sqlite:///:memory:")
 _CONNECT_TIMEOUT_S = 3
 _STATEMENT_TIMEOUT_S = 5
+
+
+def configured_url(section: str, url: str | None, variable: str | None) -> str | None:
+    """What a section of the configuration says of its store, itself or by an environment variable; None where
+    it says nothing. Raises ConfigError for a variable that is not set."""
+    if variable is None:
+        return url
+    if not (found := os.environ.get(variable)):
+        raise ConfigError(
+            f"{section}.store_env: the environment has no {variable!r}; set it to a database's URL"
+        )
+    return found
 
 
 class StoreError(RuntimeError):
@@ -35,7 +48,8 @@ class Database:
         a SQLite file is made for its owner alone, and what is deleted is overwritten."""
         self._setting = setting
         parsed = make_url(url)
-        self._shown = shown_url(url)
+        self.shown = shown_url(url)
+        """The URL without its password."""
         self.in_memory = url in _MEMORY_TOO
         more: dict[str, Any] = {"pool_pre_ping": True}
         if self.in_memory:
@@ -45,7 +59,7 @@ class Database:
         try:
             self.engine = create_engine(url, **more)
         except (ImportError, NoSuchModuleError) as error:
-            raise StoreError(f"{setting}: {self._shown}: {error}; install its driver with pip") from None
+            raise StoreError(f"{setting}: {self.shown}: {error}; install its driver with pip") from None
         self.dialect = self.engine.dialect.name
         if self.dialect == "sqlite":
             event.listen(self.engine, "connect", _private if private else _patient)
@@ -54,15 +68,22 @@ class Database:
         elif self.dialect == "postgresql":
             event.listen(self.engine, "connect", _impatient)
 
-    def create(self, tables: MetaData) -> None:
-        """Make the tables that do not exist."""
+    def create(self, tables: MetaData, fill: Callable[[Connection], None] = lambda _: None) -> None:
+        """Make the tables that do not exist. ``fill`` writes what they must have and do not; it is called
+        anew, in a transaction of its own, where another process does the same at the same time."""
         try:
-            with self.begin() as connection:
-                tables.create_all(connection)
+            self._create(tables, fill)
         except StoreError:
             # Two processes that start together both found them missing: by now they are there.
-            with self.begin() as connection:
-                tables.create_all(connection)
+            self._create(tables, fill)
+
+    def _create(self, tables: MetaData, fill: Callable[[Connection], None]) -> None:
+        with self.begin() as connection:
+            if self.dialect == "sqlite":
+                # Its driver would end the transaction at each table, and another process see a part.
+                connection.exec_driver_sql("BEGIN IMMEDIATE")
+            tables.create_all(connection)
+            fill(connection)
 
     def begin(self) -> Transaction:
         """``with database.begin() as connection``: all of it or nothing, and errors in our own words."""
@@ -73,7 +94,7 @@ class Database:
 
     def error(self, error: Exception) -> StoreError:
         reason = str(getattr(error, "orig", None) or error).splitlines()[0]
-        return StoreError(f"{self._setting}: {self._shown}: {reason}; give a database that can be written")
+        return StoreError(f"{self._setting}: {self.shown}: {reason}; give a database that can be written")
 
     def _make_private(self, path: Path) -> None:
         try:

@@ -144,7 +144,7 @@ async def test_order_progress_and_concurrency(gateway: Any) -> None:
 async def test_being_cancelled_stops_the_run(gateway: Any) -> None:
     gateway.delay_s = 30
     run = asyncio.create_task(run_team([ticket(1)], gateway.url, "assistant"))
-    await asyncio.wait_for(gateway.asked.wait(), timeout=10)
+    await asyncio.wait_for(gateway.asked.wait(), timeout=25)
     run.cancel()
     with pytest.raises(asyncio.CancelledError):
         await run

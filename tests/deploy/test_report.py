@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from deploy.report import DemoReport, format_table, memory, milliseconds, write_report
+from deploy.report import format_table, write_report
+from deploy.report_data import DemoReport, memory, milliseconds
 
 PASSED = {"outcome": "passed", "reasons": ["is the reference"]}
 FAILED = {"outcome": "failed", "reasons": ["4-bit weights, the role asks for 16 or more"]}

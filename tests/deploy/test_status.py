@@ -28,7 +28,7 @@ from deploy.commands.asking import GatewayClient
 from deploy.commands.frames import Look, frame, look
 from deploy.commands.readings import comparable, flows, parse, percentiles, quantile, seconds_text, span_text
 from gateway.identity import hash_of
-from gateway.quality.store import StoreError
+from gateway.store.database import StoreError
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "gateway"))
 
@@ -58,7 +58,7 @@ async def stack() -> AsyncIterator[Stack]:
 async def reached(stack: Stack) -> None:
     """Wait until the gateway has probed and read all of its engines."""
     replicas = list(stack.gateway.plane.snapshot.pools.replicas())
-    await eventually(lambda: all(one.reachable and one.reading.at for one in replicas), within_s=10)
+    await eventually(lambda: all(one.reachable and one.reading.at for one in replicas))
 
 
 async def ask(stack: Stack, role: str, times: int = 1, **options: Any) -> None:
@@ -113,7 +113,7 @@ async def test_what_is_not_well_is_said_with_what_to_do(
     async with stack.http.post(stack.url + "/admin/watch", json=order) as response:
         assert response.status == 200
     pools = stack.gateway.plane.snapshot.pools.by_variant
-    await eventually(lambda: not pools["int8"].reachable, within_s=10)
+    await eventually(lambda: not pools["int8"].reachable)
     await eventually(
         lambda: stack.sample("tiercel_queue_depth", variant="int4-kv8", replica="int4-kv8-0") == 40
     )

@@ -60,7 +60,7 @@ engine: {{base_port: {free_port("127.0.0.1")}, python: {engine}, start_timeout_s
     return path
 
 
-async def until(condition: Callable[[], bool], seconds: float = 20.0) -> None:
+async def until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline, "did not happen in time"

@@ -16,6 +16,7 @@ import gateway_stack
 import pytest
 import uvloop
 from gateway_stack import Stack, running_gateway
+from sqlalchemy import create_engine, text
 
 from gateway.telemetry.counters import Counter, Gauge, Histogram, SharedCounter, SharedHistogram
 
@@ -72,6 +73,17 @@ def postgresql(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
             yield f"postgresql+psycopg://tiercel@/postgres?host={directory}"
         finally:
             run(str(binaries / "pg_ctl"), "-D", str(data), "-m", "fast", "-w", "stop")
+
+
+@pytest.fixture
+def empty_postgresql(postgresql: str) -> str:
+    """The same, without a table in it."""
+    engine = create_engine(postgresql)
+    with engine.begin() as connection:
+        connection.execute(text("drop schema public cascade"))
+        connection.execute(text("create schema public"))
+    engine.dispose()
+    return postgresql
 
 
 @pytest.fixture

@@ -168,6 +168,10 @@ class Stack:
     def sample(self, name: str, **labels: str) -> float:
         return self.registry.get_sample_value(name, labels) or 0.0
 
+    def asked(self, variant: str) -> list[dict[str, Any]]:
+        """What clients asked a variant's engine, in order."""
+        return from_clients(self.engines[variant])
+
     def settled(self) -> bool:
         """Whether all answers so far have been looked at, and engines asked about them."""
         return self.gateway.checks.idle and self.gateway._inquiry.idle
@@ -182,8 +186,15 @@ class Stack:
         )
 
 
-async def eventually(true: Callable[[], Any], within_s: float = 5.0) -> None:
-    """Wait until ``true()``, which may be a coroutine; fail after ``within_s``."""
+def from_clients(engine: FakeEngine) -> list[dict[str, Any]]:
+    """What clients asked an engine, in order: only their requests have an id, the watch's have none."""
+    heads = zip(engine.requests, engine.headers, strict=True)
+    return [body for body, headers in heads if "x-request-id" in headers]
+
+
+async def eventually(true: Callable[[], Any], within_s: float = 25.0) -> None:
+    """Wait until ``true()``, which may be a coroutine; fail after ``within_s``. The usual time is long for a
+    machine whose cores are busy, and shorter than what engines that are to be left take over an answer."""
     async with asyncio.timeout(within_s):
         while True:
             result = true()

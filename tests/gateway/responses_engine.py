@@ -49,8 +49,7 @@ class ResponsesEngine(FakeEngine):
 
     async def _respond(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()
-        self.requests.append(body)
-        self.headers.append(request.headers)
+        self._saw(request, body)
         if self.refuses is not None:
             return web.json_response({"error": self.refuses}, status=400)
         self.running += 1
@@ -67,7 +66,7 @@ class ResponsesEngine(FakeEngine):
 
     async def _count(self, request: web.Request) -> web.Response:
         body = await request.json()
-        self.requests.append(body)
+        self._saw(request, body)
         return web.json_response({"object": "response.input_tokens", "input_tokens": len(body["input"])})
 
     async def _wait(self) -> None:

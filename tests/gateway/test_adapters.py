@@ -29,7 +29,7 @@ async def test_an_adapter_is_asked_for_by_its_own_name() -> None:
             async with stack.post({"model": model}, headers={"x-agent-role": role}) as response:
                 assert response.status == 200
                 assert response.headers["x-tiercel-variant"] == variant
-            sent = stack.engines[variant].requests[-1]
+            sent = stack.asked(variant)[-1]
             assert sent["model"] == model
             assert ("logprobs" in sent) is (model == "assistant"), "what it says is not held against the base"
         assert stack.sample(

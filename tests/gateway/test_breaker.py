@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable
 
 import pytest
-from gateway_stack import eventually, running_gateway
+from gateway_stack import eventually, from_clients, running_gateway
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
@@ -185,13 +185,13 @@ async def test_a_gateway_lets_one_request_find_out(monkeypatch: pytest.MonkeyPat
 
         engine.script.status = 500
         assert [await status() for _ in range(5)] == [502, 502, 502, 503, 503]
-        assert len(engine.requests) == 3
+        assert len(from_clients(engine)) == 3
         engine.script.status, engine.script.first_token_delay_s = 200, 1.5
         monkeypatch.setattr("gateway.routing.breaker.FIRST_BACK_OFF_S", 0.0)
         first = asyncio.ensure_future(status())
         await eventually(lambda: engine.running)
         assert [await status() for _ in range(4)] == [503] * 4
-        assert len(engine.requests) == 4, "the others are refused at once"
+        assert len(from_clients(engine)) == 4, "the others are refused at once"
         assert await first == 200
         engine.script.first_token_delay_s = 0.0
         assert await asyncio.gather(*(status() for _ in range(4))) == [200] * 4

@@ -238,7 +238,7 @@ async def test_the_playground_shows_what_differs(chromium: Chromium) -> None:
         )
         assert await page.js(first), "time to the first token"
         assert await page.js("document.images.length") == 0
-        assert stack.engines["bf16"].requests[-1]["messages"][-1]["content"] == f"{EVIL} how much?"
+        assert stack.asked("bf16")[-1]["messages"][-1]["content"] == f"{EVIL} how much?"
         await page.click(".side summary")
         await page.says("90 %", ".side tbody")
         await page.click("label", "Streamed")
@@ -283,7 +283,7 @@ async def test_two_hundred_roles_one_of_them_evil(chromium: Chromium) -> None:
                 "(() => { const t = performance.now(); location.hash = ''; location.hash = 'precision';"
                 " document.querySelector('.map').offsetHeight; return performance.now() - t })()"
             )
-            assert await page.js(drawing) < 1000
+            assert await page.js(drawing) < 5000
             await page.click("input[type=search]")
             await page.type("img src")
             await page.until("document.querySelectorAll('.map tbody tr').length === 1")

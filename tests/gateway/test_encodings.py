@@ -103,7 +103,7 @@ async def test_the_engine_gets_what_was_compressed(stack: Stack) -> None:
         headers = {"content-type": "application/json", "content-encoding": name}
         async with stack.http.post(stack.url + CHAT, data=encode(body), headers=headers) as response:
             assert response.status == 200, name
-        assert stack.engines["bf16"].requests[-1]["messages"][0]["content"] == "hi"
+        assert stack.asked("bf16")[-1]["messages"][0]["content"] == "hi"
     headers = {"content-type": "application/json", "content-encoding": "br"}
     async with stack.http.post(stack.url + CHAT, data=body, headers=headers) as response:
         assert response.status == 415

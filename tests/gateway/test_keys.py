@@ -88,20 +88,20 @@ async def test_prefix_caches_of_tenants_are_apart() -> None:
     async with running_gateway(keys=KEYS) as stack:
         for name in ("open", "open", "other", "bound"):
             await status_of(stack, name, {"model": "assistant:bf16"})
-        salts = [request.get("cache_salt") for request in stack.engines["bf16"].requests]
+        salts = [request.get("cache_salt") for request in stack.asked("bf16")]
         assert salts[0] == salts[1]
         assert salts[0] != salts[2]
         assert salts[3] is None, "a key without a tenant"
         async with stack.post({"cache_salt": salts[2]}, headers=bearer("open")) as response:
             assert response.status == 200
-        assert stack.engines["bf16"].requests[-1]["cache_salt"] == salts[0], "nobody picks another's"
+        assert stack.asked("bf16")[-1]["cache_salt"] == salts[0], "nobody picks another's"
         raw = (
             b'{"model": "assistant", "messages": [{"role": "user", "content": "x"}], "cache\\u005fsalt": "a"}'
         )
         headers = bearer("open") | {"content-type": "application/json"}
         async with stack.http.post(stack.url + "/v1/chat/completions", data=raw, headers=headers) as response:
             assert response.status == 200
-        assert stack.engines["bf16"].requests[-1]["cache_salt"] == salts[0], "in no spelling"
+        assert stack.asked("bf16")[-1]["cache_salt"] == salts[0], "in no spelling"
 
 
 async def test_no_client_goes_ahead_of_others() -> None:

@@ -9,10 +9,8 @@ import json
 import logging
 import os
 import signal
-import statistics
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -197,18 +195,14 @@ async def test_requests_go_on_when_nobody_reads_the_log(tmp_path: Path, free_por
 
                 await eventually(up, within_s=60)
 
-                async def ask() -> float:
-                    began = time.monotonic()
+                async def ask() -> None:
                     async with http.post(base + CHAT, json=QUESTION) as response:
                         assert response.status == 200
                         await response.read()
-                    return time.monotonic() - began
 
-                before = [await ask() for _ in range(5)]  # a dozen lines fill the pipe
-                full = [await ask() for _ in range(300)]
-                p99 = statistics.quantiles(full, n=100)[98]
-                # Any time of a loop that waits for the pipe would be without end.
-                assert p99 < 20 * max(before), (p99, before)
+                # A dozen lines fill the pipe; a loop that waited for it would wait without end.
+                for _ in range(300):
+                    await ask()
                 process.send_signal(signal.SIGTERM)
                 async with asyncio.timeout(30):
                     assert await process.wait() == 0, "nor does it hold up the end"

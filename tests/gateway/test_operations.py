@@ -67,7 +67,7 @@ async def test_request_metrics(stack: Stack) -> None:
     assert stack.sample("tiercel_tokens_total", **asked, kind="prompt") > 0
     assert stack.sample("tiercel_route_total", **asked, reason="cheapest_in_budget") == 2
     assert stack.sample("tiercel_variant_weight_bytes", variant="int4-kv8") == 3_000_000
-    await eventually(stack.settled, within_s=20)
+    await eventually(stack.settled)
     assert stack.sample("tiercel_token_nll_mean_sum", **asked) == pytest.approx(2 * 0.10536, abs=1e-4)
     assert stack.sample("tiercel_token_entropy_max_count", **asked) == 2
     text = (await get(stack, "/metrics"))[1]
@@ -83,7 +83,7 @@ async def test_grounded_role_is_checked(stack: Stack) -> None:
             await response.read()
     asked = {"role": "core", "variant": "bf16"}
     checks = "tiercel_quality_checks_total"
-    await eventually(stack.settled, within_s=20)
+    await eventually(stack.settled)
     for outcome in ("failed", "passed"):
         assert stack.sample(checks, **asked, check="grounded", outcome=outcome) == 1
     assert stack.sample("tiercel_quality_score_count", **asked, check="grounded") == 2
@@ -114,7 +114,8 @@ async def test_what_an_engine_throws_out_of_its_cache_is_watched() -> None:
         told.clear()
         await eventually(lambda: ("int8", 0.0) in told)
         stack.engines["int8"].preemptions = 0  # started anew
-        await asyncio.sleep(0.3)
+        seen = len(told)
+        await eventually(lambda: len(told) >= seen + 9)
         assert {value for _, value in told} == {0.0}
 
 
@@ -204,7 +205,7 @@ async def test_process_serves_and_stops_gracefully(tmp_path: Path) -> None:
         lines.append(await asyncio.to_thread(process.stderr.readline))
         assert lines[-1], lines
     process.send_signal(signal.SIGTERM)
-    _, rest = await asyncio.to_thread(process.communicate, timeout=10)
+    _, rest = await asyncio.to_thread(process.communicate, timeout=60)
     assert process.returncode == 0, rest
     assert all(json.loads(line)["level"] == "info" for line in (*lines[1:], *rest.splitlines()))
 
@@ -247,13 +248,13 @@ async def test_sighup_takes_the_file_as_it_is_now(tmp_path: Path) -> None:
         ]
         write_setup(tmp_path, port, roles={"core": {}, "helper": {}})
         process.send_signal(signal.SIGHUP)
-        await eventually(lambda: has("helper"), within_s=10)
+        await eventually(lambda: has("helper"))
         path.write_text(path.read_text() + "servs: 1\n")
         process.send_signal(signal.SIGHUP)
-        await eventually(lambda: any("servs" in line and "did you mean" in line for line in log), within_s=10)
+        await eventually(lambda: any("servs" in line and "did you mean" in line for line in log))
         write_setup(tmp_path, free_port(), roles={"core": {}, "other": {}})
         process.send_signal(signal.SIGHUP)
-        await eventually(lambda: any("gateway.port" in line for line in log), within_s=10)
+        await eventually(lambda: any("gateway.port" in line for line in log))
         assert await has("helper")
         assert not await has("other")
     finally:

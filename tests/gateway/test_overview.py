@@ -95,7 +95,7 @@ async def test_replicas_are_shown_as_engines_and_the_gateway_see_them() -> None:
             full, down = found["int8-0"], found["int4-kv8-0"]
             return (full["kv_cache_usage"], full["waiting"]) == (0.25, 3) and down["reachable"] is False
 
-        await eventually(seen, within_s=5)
+        await eventually(seen)
 
 
 @pytest.mark.usefixtures("quick")
@@ -110,7 +110,7 @@ async def test_rates_of_the_last_minute_and_samples_for_charts() -> None:
             found.update(await overview(stack))
             return len(found["last_minute"]["series"]) == 3
 
-        await eventually(sampled, within_s=5)
+        await eventually(sampled)
         minute = found["last_minute"]
         series = {(role, variant): figures for role, variant, *figures in minute["series"]}
         requests, errors, tokens, p50, p95, first50, _ = series["intent_classifier", "int4-kv8"]
@@ -207,7 +207,7 @@ async def test_several_workers_are_added_up(tmp_path: Path, free_port: int) -> N
             rates = {(role, variant): figures for role, variant, *figures in found["last_minute"]["series"]}
             return found["requests"] == 12 and round(rates[ALL][0] * found["last_minute"]["seconds"]) == 12
 
-        await eventually(counted, within_s=20)
+        await eventually(counted)
 
 
 def sums(metrics: Metrics, requests: float) -> list[float]:

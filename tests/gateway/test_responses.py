@@ -44,7 +44,7 @@ async def client(stack: Stack) -> AsyncIterator[openai.AsyncOpenAI]:
 
 def asked(stack: Stack) -> list[dict[str, Any]]:
     """What engines were asked, whichever of them."""
-    return [body for engine in stack.engines.values() for body in engine.requests]
+    return [body for variant in stack.engines for body in stack.asked(variant)]
 
 
 async def refusal(call: Any) -> Any:
@@ -72,7 +72,7 @@ async def test_a_conversation_goes_on_at_another_replica_and_another_variant(
     assert third.output_text == "int8: 5 items, the last three"
     assert second.previous_response_id == first.id
     assert third.previous_response_id == second.id
-    sent = stack.engines["int8"].requests[-1]
+    sent = stack.asked("int8")[-1]
     assert sent["store"] is False
     assert sent["previous_response_id"] is None
     assert "instructions" not in sent, "they are of one request"
@@ -121,7 +121,7 @@ async def test_tools_and_reasoning_go_back_to_the_engine(stack: Stack, client: o
     output = {"type": "function_call_output", "call_id": call.call_id, "output": "sunny"}
     second = await client.responses.create(model="summarizer", input=[output], previous_response_id=first.id)
     assert second.output_text == "int8: 4 items, the last sunny"
-    kinds = [item["type"] for item in engine.requests[-1]["input"]]
+    kinds = [item["type"] for item in stack.asked("int8")[-1]["input"]]
     assert kinds == ["message", "reasoning", "function_call", "function_call_output"]
 
 

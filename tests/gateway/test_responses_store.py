@@ -12,7 +12,6 @@ import hypothesis
 import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
-from sqlalchemy import create_engine, text
 
 from gateway.config import ResponsesSettings
 from gateway.responses.store import SILENT_S, ResponseStore, Stored
@@ -26,12 +25,8 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
         return "sqlite://"
     if request.param == "sqlite":
         return f"sqlite:///{tmp_path / 'responses.db'}"
-    server: str = request.getfixturevalue("postgresql")
-    engine = create_engine(server)
-    with engine.begin() as connection:
-        connection.execute(text("drop table if exists tiercel_responses"))
-    engine.dispose()
-    return server
+    empty: str = request.getfixturevalue("empty_postgresql")
+    return empty
 
 
 class Clock:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import sqlite3
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from sqlalchemy import create_engine, text
 
 from gateway.quality.cells import Cell, CellKey, EventKind, Outcome, WatchEvent
-from gateway.quality.store import BUCKET_S, Store, StoreError
+from gateway.quality.store import BUCKET_S, Store
+from gateway.store.database import StoreError
 
 KEY = CellKey(variant="int4", version="0" * 12, role="classifier")
 
@@ -20,13 +22,8 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     """A database without anything in it."""
     if request.param == "sqlite":
         return f"sqlite:///{tmp_path / 'watch.db'}"
-    server: str = request.getfixturevalue("postgresql")
-    engine = create_engine(server)
-    with engine.begin() as connection:
-        connection.execute(text("drop schema public cascade"))
-        connection.execute(text("create schema public"))
-    engine.dispose()
-    return server
+    empty: str = request.getfixturevalue("empty_postgresql")
+    return empty
 
 
 Open = Callable[[str], Store]
@@ -141,6 +138,20 @@ def test_state_survives_a_restart(opened: Open) -> None:
     assert len(again.unfolded()[0]) == 2
 
 
+def test_gateways_that_start_at_once_share_a_new_database(opened: Open) -> None:
+    together = threading.Barrier(6)
+
+    def start(holder: str) -> str:
+        together.wait(60)
+        opened(holder).append(outcomes(1))
+        return holder
+
+    holders = [f"gateway {number}" for number in range(together.parties)]
+    with ThreadPoolExecutor(together.parties) as pool:
+        assert list(pool.map(start, holders)) == holders
+    assert len(opened("another").unfolded()[0]) == together.parties
+
+
 def test_old_sums_and_events_are_forgotten(opened: Open) -> None:
     store = opened("one")
     store.folded([], outcomes(1, at=1000.0) + outcomes(1, at=2e6), [], [])
@@ -172,5 +183,5 @@ def test_a_database_that_cannot_be_used_is_named(tmp_path: Path, make: object, w
 def test_a_password_is_not_said() -> None:
     with pytest.raises(StoreError) as caught:
         Store("nosuchdatabase://user:secret@host/name", "one")
-    assert "user:***@host/name" in str(caught.value)
+    assert "user:…@host/name" in str(caught.value)
     assert "install its driver" in str(caught.value)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from gateway_stack import eventually, running_gateway
+from gateway_stack import eventually, from_clients, running_gateway
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
@@ -40,7 +40,7 @@ async def test_a_request_is_a_span(spans: InMemorySpanExporter, stream: bool) ->
         async with stack.post({"stream": stream}, headers=HEADERS) as response:
             await response.read()
         (span,) = await finished(spans)
-        (engine,) = (e for e in stack.engines.values() if e.requests)
+        (engine,) = (e for e in stack.engines.values() if from_clients(e))
         assert span.name == "chat assistant"
         assert span.kind is SpanKind.SERVER
         assert span.context is not None
@@ -60,7 +60,7 @@ async def test_a_request_is_a_span(spans: InMemorySpanExporter, stream: bool) ->
         assert said["http.response.status_code"] == 200
         assert ("gen_ai.response.time_to_first_chunk" in said) is stream
         assert not any("how much" in str(value) for value in said.values()), "never a prompt"
-        sent = engine.headers[-1]["traceparent"]
+        sent = engine.headers[0]["traceparent"]
         assert sent == f"00-{TRACE}-{span.context.span_id:016x}-01", "the engine's spans come below ours"
 
 
@@ -83,5 +83,5 @@ async def test_without_a_provider_the_clients_headers_pass() -> None:
     async with running_gateway() as stack:
         async with stack.post(headers=HEADERS) as response:
             await response.read()
-        (engine,) = (e for e in stack.engines.values() if e.requests)
-        assert engine.headers[-1]["traceparent"] == HEADERS["traceparent"]
+        (engine,) = (e for e in stack.engines.values() if from_clients(e))
+        assert engine.headers[0]["traceparent"] == HEADERS["traceparent"]

@@ -80,10 +80,10 @@ def harm(stack: Stack) -> None:
 async def test_harm_is_noticed_and_routed_around() -> None:
     async with watching() as stack:
         assert set(await ask(stack, 5)) == {"int4-kv8"}
-        await eventually(stack.settled, within_s=20)
+        await eventually(stack.settled)
         await eventually(lambda: healthy(stack))
         harm(stack)
-        for _ in range(30):
+        for _ in range(300):
             if "int8" in await ask(stack, 2):
                 break
             await asyncio.sleep(0.1)
@@ -114,9 +114,9 @@ async def test_one_check_alone_is_not_enough_evidence() -> None:
         stack.engines["bf16"].script.text = stack.engines["int4-kv8"].script.text
         for _ in range(8):
             await ask(stack, 4)
-            await eventually(stack.settled, within_s=20)
+            await eventually(stack.settled)
             await asyncio.sleep(0.1)
-        await eventually(lambda: alarmed(stack), within_s=5)
+        await eventually(lambda: alarmed(stack))
         assert (await cell(stack))["verdict"] == "not enough evidence"
         assert set(await ask(stack, 3)) == {"int4-kv8"}
         # The reference was asked to answer itself, and said the same.
@@ -163,9 +163,9 @@ async def test_probation_judges_copies_that_no_client_gets() -> None:
     async with watching(watch={"probation_after_s": 0.1}) as stack:
         harm(stack)
         await order(stack, "demote")
-        await eventually(lambda: on_probation(stack), within_s=5)
+        await eventually(lambda: on_probation(stack))
         assert set(await ask(stack, 6)) == {"int8"}
-        await eventually(lambda: failed(stack), within_s=10)
+        await eventually(lambda: failed(stack))
         stack.engines["int4-kv8"].script.text = "The total is $277."
         for _ in range(200):
             if (await ask(stack, 4))[0] == "int4-kv8":
@@ -205,7 +205,7 @@ async def test_a_reference_that_is_down_or_talks_nonsense_harms_nobody() -> None
             for name, value in trouble.items():
                 setattr(stack.engines["bf16"].script, name, value)
             assert set(await ask(stack, 3)) == {"int4-kv8"}
-            await eventually(stack.settled, within_s=20)
+            await eventually(stack.settled)
             stack.engines["bf16"].script.status, stack.engines["bf16"].script.garbage = 200, False
         labels = {"role": "intent_classifier", "variant": "int4-kv8"}
         assert stack.sample("tiercel_shadow_compared_total", result="error", **labels) == 9
@@ -229,14 +229,14 @@ async def test_the_watch_gives_way_to_users() -> None:
             await ask(stack, 5)
             labels = {"role": "intent_classifier", "variant": "int4-kv8", "result": "shed"}
             shed = partial(stack.sample, "tiercel_shadow_compared_total", **labels)
-            await eventually(lambda: shed() == 5, within_s=20)
+            await eventually(lambda: shed() == 5)
         assert all("prompt_logprobs" not in body for body in reference.requests)
 
 
 async def test_without_log_probabilities_there_is_nothing_to_compare() -> None:
     async with watching(quality={"logprobs": False}) as stack:
         await ask(stack, 2)
-        await eventually(stack.settled, within_s=20)
+        await eventually(stack.settled)
         assert (await cell(stack))["verdict"] == "no evidence"
 
 
@@ -269,7 +269,7 @@ async def test_events_are_posted() -> None:
         url = f"http://127.0.0.1:{runner.addresses[0][1]}/hook"
         async with watching(watch={"webhook": url}) as stack:
             await order(stack, "demote", why="for the hook")
-            await eventually(lambda: len(posted) == 2, within_s=5)
+            await eventually(lambda: len(posted) == 2)
     finally:
         await runner.cleanup()
     assert posted[0] == posted[1]
@@ -366,7 +366,7 @@ async def test_what_is_not_asked_again(
     async with watching(**escalating(**role)) as stack:
         stack.engines["int4-kv8"].script.text, stack.engines["int8"].script.text = texts
         assert await ask(stack, **body) == ["int4-kv8"]
-        assert stack.engines["int8"].requests == []
+        assert stack.asked("int8") == []
 
 
 async def test_an_unsure_answer_is_asked_again() -> None:
@@ -448,19 +448,19 @@ async def test_an_unusual_answer_is_asked_for_again() -> None:
     async with watching(watch={"rate": 0.0}) as stack:
         engine = stack.engines["int4-kv8"]
         await ask(stack)
-        await eventually(lambda: signals_seen(stack), within_s=5)
+        await eventually(lambda: signals_seen(stack))
         watch = stack.gateway.watch
         assert watch is not None
         key = watch.key("int4-kv8", "intent_classifier")
         assert key is not None
         taught = Cell(key=key, tracks={"signals": Track(usual=(0.5, 0.6))})  # a fake's answers are at 0.105
         await watch._in_thread(lambda: watch._open().change([taught], []))
-        await eventually(lambda: watch.unusual(key, 0.105), within_s=5)
+        await eventually(lambda: watch.unusual(key, 0.105))
         await ask(stack)
-        await eventually(lambda: len(engine.requests) == 5, within_s=5)
+        await eventually(lambda: len(engine.requests) == 5)
         assert [body["temperature"] for body in engine.requests[2:]] == [1.0] * 3
         labels = {"role": "intent_classifier", "variant": "int4-kv8", "check": "consistency"}
-        await eventually(lambda: stack.sample("tiercel_quality_score_sum", **labels) == 1.0, within_s=5)
+        await eventually(lambda: stack.sample("tiercel_quality_score_sum", **labels) == 1.0)
 
 
 async def signals_seen(stack: Stack) -> bool:

@@ -16,7 +16,7 @@ from typing import Any
 import aiohttp
 import psutil
 import pytest
-from gateway_stack import eventually, settings, write_variants
+from gateway_stack import eventually, from_clients, settings, write_variants
 from prometheus_client import CollectorRegistry
 
 from gateway.telemetry.metrics import Metrics
@@ -143,7 +143,7 @@ async def test_workers(tmp_path: Path, free_port: int) -> None:
         limits = {"gateway": {"max_in_flight": 3}, "roles": roles}
         async with workers(tmp_path, free_port, engine_url, **limits) as url:
             statuses = await asyncio.gather(*(ask(url) for _ in range(24)))
-            assert statuses.count(200) == len(engine.requests)
+            assert statuses.count(200) == len(from_clients(engine))
             assert 3 <= statuses.count(200) <= 5, "about three at a time, whichever worker they came to"
             assert set(statuses) == {200, 503}
             for _ in range(5):
@@ -190,7 +190,7 @@ async def test_a_worker_that_is_killed_takes_no_count_with_it(tmp_path: Path, fr
         assert seen == sorted(seen), "a total that falls would be traffic without end"
         # A request is counted when its answer has been written: at most those under way were not.
         total = await metric(gateway.url, 'tiercel_requests_total{model="assistant"')
-        counted = len(engine.requests)
+        counted = len(from_clients(engine))
         assert answered - 3 * 4 <= total <= counted
 
         async def restarts() -> bool:
