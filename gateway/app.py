@@ -241,6 +241,8 @@ class Gateway:
                 snapshot.router.avoid(self.watch.demoted())
             self.plane.snapshot = snapshot
             gone = set(before.pools.replicas()) - set(snapshot.pools.replicas())
+            for replica in gone:
+                replica.connections.close()
             self.metrics.forget((replica.variant, replica.name) for replica in gone)
 
         return commit

@@ -72,6 +72,9 @@ class Driver(Protocol):
 
     def client_resumed(self, exchange: Exchange) -> None: ...
 
+    def sweep(self, exchange: Exchange, now: float) -> None:
+        """Called from time to time: end what takes too long, by the limits that it began with."""
+
     def fail(self, exchange: Exchange, error: GatewayError) -> None:
         """End it with an error, in whatever way is still open."""
 

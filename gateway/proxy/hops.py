@@ -72,7 +72,7 @@ class Admit:
             key = self._identities.key(head.headers)
             tenant = key.tenant if key is not None else ""
         more = self.cors.lines(head.path, head.headers) if self.cors is not None else b""
-        admission = Admission(tenant, self._max_body_bytes)
+        admission = Admission(tenant, self._max_body_bytes if preflight is None else 0)
         admitted = Admitted(self, endpoint, sender, admission, more, preflight)
         head.memo = admitted
         return admitted

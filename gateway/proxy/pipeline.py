@@ -105,6 +105,9 @@ class Pipeline:
         for attempt in exchange.attempts:
             attempt.resume()
 
+    def sweep(self, exchange: Exchange, now: float) -> None:
+        self.attempts.sweep(exchange, now)
+
     # ending
 
     def fail(self, exchange: Exchange, error: GatewayError) -> None:

@@ -164,9 +164,8 @@ class DataPlane:
 
     def _sweep(self) -> None:
         now = self.clock()
-        attempts = self.snapshot.pipeline.attempts
         for exchange in tuple(self.active):
-            attempts.sweep(exchange, now)
+            exchange.pipeline.sweep(exchange, now)
         for client in tuple(self.clients):
             client.sweep(time.monotonic())
         for replica in self.snapshot.pools.replicas():

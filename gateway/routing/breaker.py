@@ -20,6 +20,8 @@ its lease is released, whatever others report meanwhile; a request that ends wit
 client has left or another replica was faster, has just given it back.
 
 * A client's mistake (4xx) is an answer: the engine works.
+* Some requests make a sound engine answer 500. Where there are several keys, whole 5xx answers open it only
+  when they went to two of them: nobody takes a replica away from others by sending such requests.
 * ``silent`` is for an engine from which no byte of an answer came and which made no progress with any other
   request either, by its own count of tokens. An answer that takes long is nobody's failure.
 * A probe closes only what was opened because the replica could not be reached: one that answers 500 often
@@ -48,6 +50,8 @@ class Breaker:
         """None while it is closed."""
         self._back_off = FIRST_BACK_OFF_S
         self._failures = 0
+        self._blamed: set[str] = set()
+        """Whose requests have failed since it last answered."""
         self._unreachable = False
         self._tried_at = 0.0
         """When it was opened, or a request was let in."""
@@ -93,6 +97,7 @@ class Breaker:
         self._close()
         self._back_off = FIRST_BACK_OFF_S
         self._failures = 0
+        self._blamed.clear()
         self.no_failures = True
 
     def heard(self) -> None:
@@ -101,11 +106,13 @@ class Breaker:
             self._close()
             self._failures = FAILURES_IN_A_ROW - 1
 
-    def errored(self) -> None:
-        """It answered with a 5xx, or broke its answer off."""
+    def errored(self, whose: str = "") -> None:
+        """It answered with a 5xx, or broke its answer off. ``whose``: the key of the request, where there are
+        several and the request itself may be the reason; one key's requests alone do not open it."""
         self._failures += 1
+        self._blamed.add(whose)
         self.no_failures = False
-        if self._failures >= FAILURES_IN_A_ROW:
+        if self._failures >= FAILURES_IN_A_ROW and ("" in self._blamed or len(self._blamed) > 1):
             self._open()
 
     def silent(self) -> None:

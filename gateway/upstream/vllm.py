@@ -57,6 +57,7 @@ class Engines:
         self._same_name = frozenset((config.model.name, *config.adapters))
         """Model ids that engines know as they are."""
         self._model = msgspec.json.encode(config.model.name)
+        self._several_keys = len(config.keys) > 1
 
     def attempt(self, listener: Listener, exchange: Exchange, replica: Replica, work: float) -> EngineAttempt:
         """One request to one engine, which ``start`` sends."""
@@ -85,7 +86,8 @@ class Engines:
             len(raw),
             raw,
         )
-        return EngineAttempt(listener, exchange, replica, request, work)
+        blamed = caller.key.name if self._several_keys and caller is not None and caller.key else ""
+        return EngineAttempt(listener, exchange, replica, request, work, blamed)
 
 
 def _trace_headers(exchange: Exchange) -> bytes:
@@ -100,6 +102,7 @@ class EngineAttempt:
     """One request to one engine: the ``ResponseHandler`` of its connection."""
 
     __slots__ = (
+        "_blamed",
         "_connection",
         "_head",
         "_lease",
@@ -116,9 +119,17 @@ class EngineAttempt:
     )
 
     def __init__(
-        self, listener: Listener, exchange: Exchange, replica: Replica, request: bytes, work: float = 0.0
+        self,
+        listener: Listener,
+        exchange: Exchange,
+        replica: Replica,
+        request: bytes,
+        work: float = 0.0,
+        blamed: str = "",
     ) -> None:
-        """``work``: blocks that it adds to the replica's queue, until its first token."""
+        """``work``: blocks that it adds to the replica's queue, until its first token. ``blamed``: the key
+        whose request may be the reason if the engine fails at it, where there are several."""
+        self._blamed = blamed
         self.exchange = exchange
         self.replica = replica
         self.over = False
@@ -244,7 +255,7 @@ class EngineAttempt:
         if isinstance(error, UpstreamRefusedError):
             self.replica.breaker.answered()
         else:
-            self.replica.breaker.errored()
+            self.replica.breaker.errored(self._blamed)
         if error.retry_after_s is None:
             error.retry_after_s = _retry_after(head)
         self._listener.broke(self, error)

@@ -287,3 +287,22 @@ class Breakers(RuleBasedStateMachine):
 
 Breakers.TestCase.settings = settings(max_examples=200, stateful_step_count=40, deadline=None)
 test_any_sequence = Breakers.TestCase
+
+
+def test_one_keys_requests_alone_do_not_open_it() -> None:
+    breaker = Breaker(lambda: 0.0)
+    for _ in range(10):
+        breaker.errored("mallory")
+    assert breaker.closed
+    breaker.errored("alice")
+    assert not breaker.closed, "two keys' requests failed in a row"
+
+
+def test_who_was_blamed_is_forgotten_with_an_answer() -> None:
+    breaker = Breaker(lambda: 0.0)
+    for _ in range(3):
+        breaker.errored("alice")
+        breaker.answered()
+        for _ in range(5):
+            breaker.errored("mallory")
+    assert breaker.closed

@@ -202,3 +202,14 @@ def test_other_addresses_need_keys() -> None:
     make_config(gateway={"host": "0.0.0.0"}, keys=KEYS)
     for host in ("127.0.0.1", "::1", "localhost", "127.8.8.8"):
         make_config(gateway={"host": host})
+
+
+async def test_one_tenants_requests_take_no_replica_away_from_others() -> None:
+    """Some requests make a sound engine answer 500."""
+    async with running_gateway(keys=KEYS) as stack:
+        engine = stack.engines["bf16"]
+        engine.script.status = 500
+        for _ in range(8):
+            assert (await status_of(stack, "open"))[0] == 502
+        engine.script.status = 200
+        assert (await status_of(stack, "other"))[0] == "bf16"
