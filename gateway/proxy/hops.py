@@ -22,6 +22,9 @@ from gateway.wire.encodings import decoded
 from gateway.wire.flow import Admission
 from gateway.wire.heads import RequestHead
 
+PAGE_BODY_BYTES = 1 << 20
+"""What the application is sent at most: orders and configurations, no prompts with images."""
+
 
 class Admitted(msgspec.Struct, frozen=True, gc=False):
     """What a request's head alone decides. It is kept with the head, for the next request that has it."""
@@ -72,7 +75,8 @@ class Admit:
             key = self._identities.key(head.headers)
             tenant = key.tenant if key is not None else ""
         more = self.cors.lines(head.path, head.headers) if self.cors is not None else b""
-        admission = Admission(tenant, self._max_body_bytes if preflight is None else 0)
+        most = self._max_body_bytes if endpoint is not None else min(PAGE_BODY_BYTES, self._max_body_bytes)
+        admission = Admission(tenant, most if preflight is None else 0)
         admitted = Admitted(self, endpoint, sender, admission, more, preflight)
         head.memo = admitted
         return admitted
