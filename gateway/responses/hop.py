@@ -125,7 +125,7 @@ class ContinueResponse:
         if previous is not None:
             changes |= {"input": previous.input, "previous_response_id": b"null"}
         new = conversation.own_input(asked.input)
-        set_body(exchange, conversation.with_fields(exchange.body.json, changes))
+        set_body(exchange, exchange.body.with_(changes))
         shown = {
             "previous_response_id": msgspec.json.encode(previous and previous.id),
             "store": b"true" if keeps else b"false",
