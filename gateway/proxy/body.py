@@ -371,7 +371,8 @@ def _plain(value: Any) -> Any:
 
 
 def _bad(field: str, value: Any, fix: str) -> BadRequestError:
-    return BadRequestError(f"{field}: is {_shown(value)}; {fix}", param=field)
+    said = f"{field}: is {_kind(value)}; {fix}"  # what it is may be anything that a client has put there
+    return BadRequestError(f"{field}: is {_shown(value)}; {fix}", param=field, internal=said)
 
 
 def _shown(value: Any) -> str:

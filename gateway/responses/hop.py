@@ -113,7 +113,10 @@ class ContinueResponse:
         if conversation.is_id(response_id):
             found = await self._responses.chain(owner, response_id, read)
         if found is None:
-            raise PreviousResponseError(f"Previous response with id '{response_id[:80]}' not found.")
+            raise PreviousResponseError(
+                f"Previous response with id '{response_id[:80]}' not found.",
+                internal="previous_response_id: was not found",
+            )
         return found
 
     def _begin(self, exchange: Exchange, asked: Asked, previous: Previous | None, *, keeps: bool) -> None:
