@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import socket
 import sys
@@ -25,6 +26,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--channel", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
+    fill_standard_descriptors()
     try:
         if options.worker is not None:
             work(options.config, options.worker, socket.socket(fileno=options.channel))
@@ -34,6 +36,19 @@ def main(arguments: list[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return CANNOT_START
     return 0
+
+
+def fill_standard_descriptors() -> None:
+    """Whoever has closed standard error wants no log: but the next file that is opened, be it a database or a
+    client's connection, would get its number, and then the log."""
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:
+            opened = os.open(os.devnull, os.O_RDWR)
+            if opened != number:
+                os.dup2(opened, number)
+                os.close(opened)
 
 
 def start(path: Path) -> int:

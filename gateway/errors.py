@@ -100,8 +100,8 @@ class UnsupportedCodingError(BadRequestError):
 class PreviousResponseError(BadRequestError):
     code = "previous_response_not_found"
 
-    def __init__(self, message: str) -> None:
-        super().__init__(message, param="previous_response_id")
+    def __init__(self, message: str, *, internal: str | None = None) -> None:
+        super().__init__(message, param="previous_response_id", internal=internal)
 
 
 class ConversationTooLongError(BadRequestError):

@@ -21,6 +21,8 @@ _PLAIN_SESSION = re.compile(r"[A-Za-z0-9._:/-]+")
 _MOST_PRIORITY = 2**31 - 1
 MOST_CALLERS = 16
 """Callers that are remembered with the headers of one connection."""
+LONGEST_MODEL = 256
+"""Letters of a model's name that is remembered so: whatever a client sends is one, of megabytes too."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +133,7 @@ class Sender:
             known = self._callers.get(asked.model)
             if known is None:
                 known = self._caller(asked, self._session)
-                if len(self._callers) < MOST_CALLERS:
+                if len(self._callers) < MOST_CALLERS and len(asked.model) <= LONGEST_MODEL:
                     self._callers[asked.model] = known
             return known
         return self._caller(asked, self._session or _session_of(asked))

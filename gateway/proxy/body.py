@@ -16,9 +16,10 @@ its value and the fix.
 
 from __future__ import annotations
 
+import contextlib
 import enum
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, cast
 
 import msgspec
@@ -26,11 +27,18 @@ from msgspec import UNSET, UnsetType
 from pydantic import TypeAdapter, ValidationError
 
 from gateway.errors import BadRequestError
+from gateway.proxy.lenient import in_utf8, without_lone_surrogates
 
-LARGEST_READ_BYTES = 256 << 10
+LARGEST_READ_BYTES = 64 << 10
 """Of a field that the gateway reads besides the engine. A larger one passes unread: what says who asks is
 short, and decoding megabytes would hold everybody up."""
+LARGEST_LENIENT_BYTES = 64 << 10
+"""Of a body that is not the JSON of RFC 8259 and that Python takes (NaN, for one). It has to be made objects
+of as a whole, which takes a second for a few megabytes."""
+PROMPT_FIELDS = ("input", "instructions", "messages", "prompt", "system", "texts", "token_ids", "tools")
+"""What becomes prompts, at one endpoint or another."""
 _SPACE = b" \t\r\n"
+_STREAM_OPTIONS_FIX = 'send an object such as {"include_usage": true}'
 _TOO_DEEP = "The body is nested too deeply; send a flatter JSON object."
 
 
@@ -97,6 +105,11 @@ class _Usual(RequestFields, kw_only=True):
 
 _USUAL = msgspec.json.Decoder(_Usual)
 _FIELDS = msgspec.json.Decoder(dict[str, msgspec.Raw])
+_KNOWN_NAMES = (*RequestFields.__struct_fields__, *PROMPT_FIELDS)
+_KNOWN: msgspec.json.Decoder[Any] = msgspec.json.Decoder(
+    msgspec.defstruct("_Known", [(name, msgspec.Raw | UnsetType, UNSET) for name in _KNOWN_NAMES], gc=False)
+)
+"""The fields that are ever looked at one by one: however many others there are, they are skipped."""
 _BOOL: TypeAdapter[bool | None] = TypeAdapter(bool | None)
 _INT: TypeAdapter[int | None] = TypeAdapter(int | None)
 
@@ -104,13 +117,14 @@ _INT: TypeAdapter[int | None] = TypeAdapter(int | None)
 class Body:
     """A JSON object by its first-level fields, and ``fields``, what matters of them here."""
 
-    __slots__ = ("_all", "_raw", "_values", "fields")
+    __slots__ = ("_all", "_known", "_raw", "_values", "fields")
 
     def __init__(self, raw: bytes, reads: Reads = Reads.OPTIONS) -> None:
         """Raises BadRequestError for what is no JSON object, and for a field that is needed here and that
         vLLM could not read either."""
         self._raw = raw
         self._all: dict[str, msgspec.Raw] | None = None
+        self._known: dict[str, msgspec.Raw] | None = None
         self._values: dict[str, Any] = {}
         self.fields: RequestFields
         try:
@@ -138,20 +152,43 @@ class Body:
 
     @property
     def _fields(self) -> dict[str, msgspec.Raw]:
+        """All of them."""
         if self._all is None:
-            try:
-                self._all = _FIELDS.decode(self._raw)
-                if not self._raw.isascii():
-                    self._raw.decode()
-            except msgspec.ValidationError:
-                raise BadRequestError(
-                    f"The body is {_kind_of_json(self._raw)}; send a JSON object."
-                ) from None
-            except RecursionError:
-                raise BadRequestError(_TOO_DEEP) from None
-            except (msgspec.DecodeError, UnicodeDecodeError):
-                self._all = self._as_python_reads_it()
+            self._all = self._decoded(_FIELDS.decode)
         return self._all
+
+    def _field(self, field: str) -> msgspec.Raw | None:
+        if field not in _KNOWN_NAMES:
+            return self._fields.get(field)
+        if self._known is None:
+            self._known = self._decoded(_known)
+        return self._known.get(field)
+
+    def _decoded(self, decode: Callable[[bytes], dict[str, msgspec.Raw]]) -> dict[str, msgspec.Raw]:
+        """What ``decode`` finds. Raises BadRequestError."""
+        try:
+            try:
+                return _strictly(decode, self._raw)
+            except (msgspec.DecodeError, UnicodeDecodeError) as error:
+                if isinstance(error, msgspec.ValidationError):
+                    raise
+                if (unified := in_utf8(self._raw)) is None:
+                    raise
+                self._raw = unified
+                return _strictly(decode, self._raw)
+        except msgspec.ValidationError:
+            raise BadRequestError(f"The body is {_kind_of_json(self._raw)}; send a JSON object.") from None
+        except RecursionError:
+            raise BadRequestError(_TOO_DEEP) from None
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            if len(self._raw) <= LARGEST_LENIENT_BYTES:
+                return self._as_python_reads_it()
+            with contextlib.suppress(msgspec.MsgspecError, UnicodeDecodeError):
+                # Engines get them as they are; the gateway reads past them.
+                return _strictly(decode, without_lone_surrogates(self._raw))
+            raise BadRequestError(
+                f"The body is not valid JSON ({error}); send a JSON object as RFC 8259 has it."
+            ) from None
 
     def _as_python_reads_it(self) -> dict[str, msgspec.Raw]:
         """What RFC 8259 does not know and ``json`` does. The body becomes what was read of it, so that nobody
@@ -168,27 +205,28 @@ class Body:
         self._values = values
         pairs = [b"%b:%b" % (json.dumps(name).encode(), value) for name, value in fields.items()]
         self._raw = b"{%b}" % b",".join(pairs)
-        return {name: msgspec.Raw(value) for name, value in fields.items()}
+        self._all = self._known = {name: msgspec.Raw(value) for name, value in fields.items()}
+        return self._all
 
     def __contains__(self, field: str) -> bool:
-        return field in self._fields
+        return self._field(field) is not None
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._fields)
 
     def raw(self, field: str) -> bytes:
         """A field's JSON; empty when it is absent."""
-        value = self._fields.get(field)
+        value = self._field(field)
         return b"" if value is None else bytes(value)
 
     def view(self, field: str) -> memoryview:
         """The same without a copy."""
-        value = self._fields.get(field)
+        value = self._field(field)
         return memoryview(b"" if value is None else value)
 
     def get(self, field: str) -> Any:
         """A field's value; None when it is absent."""
-        raw = self._fields.get(field)
+        raw = self._field(field)
         if raw is None:
             return None
         if field not in self._values:
@@ -216,10 +254,11 @@ class Body:
         given = {
             name: _plain(self.get(name))
             for name in RequestFields.__struct_fields__
-            if name in self and len(bytes(self._fields[name])) <= LARGEST_READ_BYTES
+            if (raw := self._field(name)) is not None and len(memoryview(raw)) <= LARGEST_READ_BYTES
         }
         fields = RequestFields(**given)
         if "model" in self:
+            self._refuse_large("model", "send a model id, or leave it out")
             fields.model = self._model(given.get("model"))
         fields.n = _coerced(_INT, given.get("n"))
         if fields.priority is not UNSET:
@@ -228,16 +267,24 @@ class Body:
             fields.stream, fields.stream_options = None, UNSET
             return fields
         if "stream" in self:
+            self._refuse_large("stream", "send true or false")
             fields.stream = _needed(_BOOL, "stream", self.get("stream"), "send true or false")
         if reads is Reads.OPTIONS:
             if not fields.stream:
                 fields.stream_options = UNSET  # whatever it is, the engine says what it thinks of it
             elif "stream_options" in self:
+                self._refuse_large("stream_options", _STREAM_OPTIONS_FIX)
                 fields.stream_options = _stream_options(self.get("stream_options"))
             fields.logprobs = _coerced(_BOOL, fields.logprobs, fields.logprobs)
             if isinstance(fields.top_logprobs, float):
                 fields.top_logprobs = _coerced(_INT, fields.top_logprobs, fields.top_logprobs)
         return fields
+
+    def _refuse_large(self, field: str, fix: str) -> None:
+        """Raises BadRequestError for a field that has to be read, and takes too long to read."""
+        size = len(self.view(field))
+        if size > LARGEST_READ_BYTES:
+            raise BadRequestError(f"{field}: has {size} bytes; {fix}", param=field)
 
     def _model(self, model: Any) -> str:
         if model is None and self.get("model") is None:
@@ -250,8 +297,20 @@ class Body:
 EMPTY = Body(b"{}")
 
 
+def _known(raw: bytes) -> dict[str, msgspec.Raw]:
+    found = _KNOWN.decode(raw)
+    return {name: value for name in _KNOWN_NAMES if (value := getattr(found, name)) is not UNSET}
+
+
+def _strictly(decode: Callable[[bytes], dict[str, msgspec.Raw]], raw: bytes) -> dict[str, msgspec.Raw]:
+    found = decode(raw)
+    if not raw.isascii():
+        raw.decode()
+    return found
+
+
 def _stream_options(given: Any) -> dict[str, Any] | None:
-    fix = 'send an object such as {"include_usage": true}'
+    fix = _STREAM_OPTIONS_FIX
     if given is None:
         return None
     if not isinstance(given, dict):
@@ -280,7 +339,7 @@ def _coerced(adapter: TypeAdapter[Any], value: Any, otherwise: Any = None) -> An
 
 def _small(raw: msgspec.Raw) -> Any:
     """The value of a field that says who asks, which is small."""
-    if len(bytes(raw)) > LARGEST_READ_BYTES:
+    if len(memoryview(raw)) > LARGEST_READ_BYTES:
         return None
     try:
         return _value("metadata", raw)
@@ -312,7 +371,8 @@ def _plain(value: Any) -> Any:
 
 
 def _bad(field: str, value: Any, fix: str) -> BadRequestError:
-    return BadRequestError(f"{field}: is {_shown(value)}; {fix}", param=field)
+    said = f"{field}: is {_kind(value)}; {fix}"  # what it is may be anything that a client has put there
+    return BadRequestError(f"{field}: is {_shown(value)}; {fix}", param=field, internal=said)
 
 
 def _shown(value: Any) -> str:

@@ -15,7 +15,8 @@ _MONTH = (
     r"(?:Jan(?:uary)?|Feb(?:ruary)?|Mar(?:ch)?|Apr(?:il)?|May|June?|July?|Aug(?:ust)?|Sept?(?:ember)?|"
     r"Oct(?:ober)?|Nov(?:ember)?|Dec(?:ember)?)"
 )
-_NUMBER = r"\d+(?:,\d{3})*(?:\.\d+)?"
+# Whatever is looked for ahead is bounded: a text of nothing but beginnings would else take for ever.
+_NUMBER = r"\d+(?:,\d{3}){0,9}(?:\.\d+)?"
 _PATTERNS = tuple(
     (kind, re.compile(pattern, re.IGNORECASE))
     for kind, pattern in (
@@ -32,7 +33,11 @@ _PATTERNS = tuple(
         ("time", r"\b(?P<h>\d{1,2})(?P<min>)\s*(?P<half>[ap])\.?m\b\.?"),
         ("money", rf"(?P<unit>[$€£¥])\s?(?P<n>{_NUMBER})"),
         ("money", rf"\b(?P<n>{_NUMBER})\s?(?P<unit>[$€£¥]|USD\b|EUR\b|GBP\b|dollars?\b|euros?\b|pounds?\b)"),
-        ("identifier", r"(?<![\w$€£¥])(?=[\w-]*\d)(?=[\w-]*[a-z])(?!\d+(?:st|nd|rd|th)\b)[a-z0-9][\w-]*\w\b"),
+        (
+            "identifier",
+            r"(?<![\w$€£¥])(?=[a-z0-9])(?=[\w-]{0,31}\d)(?=[\w-]{0,31}[a-z])(?!\d+(?:st|nd|rd|th)\b)"
+            r"[a-z0-9][\w-]*\w\b",
+        ),
         ("number", rf"(?<![\w.]){_NUMBER}"),
     )
 )

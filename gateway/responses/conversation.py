@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import msgspec
-from msgspec import Raw
+from msgspec import UNSET, Raw, UnsetType
 from pydantic import TypeAdapter, ValidationError
 
 from gateway.errors import BadRequestError
@@ -70,18 +70,24 @@ class Previous:
 def read(raw: bytes) -> Asked | None:
     """None for what is no JSON object, as RFC 8259 has it: it goes to the engine as it is."""
     try:
-        fields = _OBJECT.decode(raw)
-        given = {name: fields[name] for name in _SMALL if name in fields}
+        fields = _ASKED.decode(raw)
+        given = {name: value for name in _SMALL if (value := getattr(fields, name)) is not UNSET}
         small = {name: _LARGE if len(value) > 1024 else _decoded(value) for name, value in given.items()}
     except (msgspec.MsgspecError, RecursionError):
         return None
-    return Asked(input=fields.get("input", Raw(b"")), **small)
+    return Asked(input=Raw(b"") if fields.input is UNSET else fields.input, **small)
 
 
 def _decoded(value: Raw) -> Any:
     return msgspec.json.decode(value)
 
 
+_ASKED: msgspec.json.Decoder[Any] = msgspec.json.Decoder(
+    msgspec.defstruct(
+        "_Asked", [(name, Raw | UnsetType, UNSET) for name in Asked.__struct_fields__], gc=False
+    )
+)
+"""The same, not looked into. Whatever else a request has is skipped, however many fields that are."""
 _SMALL = tuple(name for name in Asked.__struct_fields__ if name != "input")
 _LARGE = ("…",)
 """Stands for a value that is none of those that mean something."""

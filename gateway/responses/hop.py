@@ -113,7 +113,10 @@ class ContinueResponse:
         if conversation.is_id(response_id):
             found = await self._responses.chain(owner, response_id, read)
         if found is None:
-            raise PreviousResponseError(f"Previous response with id '{response_id[:80]}' not found.")
+            raise PreviousResponseError(
+                f"Previous response with id '{response_id[:80]}' not found.",
+                internal="previous_response_id: was not found",
+            )
         return found
 
     def _begin(self, exchange: Exchange, asked: Asked, previous: Previous | None, *, keeps: bool) -> None:
@@ -125,7 +128,7 @@ class ContinueResponse:
         if previous is not None:
             changes |= {"input": previous.input, "previous_response_id": b"null"}
         new = conversation.own_input(asked.input)
-        set_body(exchange, conversation.with_fields(exchange.body.json, changes))
+        set_body(exchange, exchange.body.with_(changes))
         shown = {
             "previous_response_id": msgspec.json.encode(previous and previous.id),
             "store": b"true" if keeps else b"false",

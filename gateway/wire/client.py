@@ -309,6 +309,8 @@ class ClientConnection(AnswerWriter, asyncio.Protocol):
         elif state is IDLE:
             if waited > handler.keep_alive_s:
                 self._close()
+            else:
+                self._reader.forget_large_head()
         elif state is HEAD:
             limit = handler.header_timeout_s
             if waited > limit:

@@ -31,6 +31,7 @@ def decoded(body: bytes, coding: str, limit: int) -> bytes:
         raise UnsupportedCodingError(
             f"content-encoding: {coding[:80]!r} is not known; use one of {', '.join(CODINGS)}",
             param="content-encoding",
+            internal="content-encoding: is not known",
         )
     name = names[0].removeprefix("x-")
     try:

@@ -9,6 +9,8 @@ from gateway.wire.bodies import Body, body_of
 from gateway.wire.flow import UNCOUNTED_BYTES, UNKNOWN, Admission, Intake, Reservation
 from gateway.wire.heads import CHUNKED, END, LONGEST_HEAD_BYTES, RequestHead, parse_request
 
+LARGE_HEAD_BYTES = 4 << 10
+"""A head of more is not kept on a connection that waits for the next request."""
 _LENGTH = re.compile(rb"\r\ncontent-length:[ \t]*(\d{1,18})\r\n", re.IGNORECASE)
 _EMPTY_LINES = re.compile(rb"(?:\r\n)+")
 
@@ -20,6 +22,7 @@ class RequestReader:
     __slots__ = (
         "_backlog",
         "_body",
+        "_head_size",
         "_parts",
         "admission",
         "data",
@@ -34,6 +37,7 @@ class RequestReader:
         self.data = b""
         self._backlog = Reservation(intake)
         self.head: RequestHead | None = None
+        self._head_size = 0
         self.is_head = False
         """The request's method is HEAD, as far as is known."""
         self.admission = Admission("", 0)
@@ -63,6 +67,7 @@ class RequestReader:
             return False
         self.prefix = b""
         head = self.head = parse_request(data[:end])
+        self._head_size = end
         self.data = data[end + 4 :]
         if head.length > 0 and not head.waits_for_continue:
             # A client's requests mostly differ in their length alone: then the rest is not read again (and
@@ -139,6 +144,12 @@ class RequestReader:
     @property
     def waits(self) -> bool:
         return bool(self.data or self._backlog.size)
+
+    def forget_large_head(self) -> None:
+        """Keep no large head of an answered request: clients may leave many connections open."""
+        head = self.head
+        if head is not None and self._head_size > LARGE_HEAD_BYTES:
+            self.head, self.prefix, self.suffix = None, b"", b""
 
     def drop(self) -> None:
         """Keep nothing of what has come."""

@@ -12,7 +12,15 @@ from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 
 from gateway.errors import BadRequestError
-from gateway.proxy.body import LARGEST_READ_BYTES, Body, Reads, RequestFields
+from gateway.proxy.body import (
+    LARGEST_LENIENT_BYTES,
+    LARGEST_READ_BYTES,
+    PROMPT_FIELDS,
+    Body,
+    Reads,
+    RequestFields,
+)
+from gateway.proxy.endpoints import KNOWN_PATHS, endpoint_of
 
 OURS = {"cache_salt": b'"ours"', "priority": b"0", "model": b'"assistant"'}
 
@@ -211,3 +219,53 @@ def test_a_prompt_never_becomes_an_object() -> None:
     body = Body(raw)
     assert body.with_({"model": b'"other"'}).startswith(raw[:-1])
     assert body.with_({}) is raw
+
+
+def test_a_field_that_must_be_read_is_refused_when_it_is_large() -> None:
+    large = b"[%b1]" % (b"[]," * LARGEST_READ_BYTES)
+    for raw, says in (
+        (b'{"stream": %b}' % large, "stream: has "),
+        (b'{"model": %b}' % large, "model: has "),
+        (b'{"stream": true, "stream_options": {"x": %b}}' % large, "stream_options: has "),
+    ):
+        with pytest.raises(BadRequestError, match=says):
+            Body(raw)
+    assert Body(b'{"stream": 0, "messages": %b}' % large).raw("messages") == large
+
+
+@pytest.mark.parametrize("coding", ["utf-8-sig", "utf-16", "utf-16-le", "utf-32"])
+def test_large_bodies_in_other_encodings_are_read_as_json(coding: str) -> None:
+    """Without making objects of what is in them."""
+    text = '{"model": "m", "messages": ["%s"]}' % ("é" * LARGEST_LENIENT_BYTES)
+    body = Body(text.encode(coding))
+    assert (body.fields.model, body.json) == ("m", text.encode())
+
+
+def test_half_characters_pass_in_a_body_of_any_size() -> None:
+    """JavaScript writes them where it has cut a text within one."""
+    for filled in (1, LARGEST_LENIENT_BYTES):
+        for half in (r"\ud83d", r"\ude00", r"\ud83d\ud83d", r"\ud83d\ude00\ude00"):
+            raw = b'{"model": "m", "messages": ["%b%b"]}' % (half.encode(), b"x" * filled)
+            body = Body(raw)
+            assert body.fields.model == "m"
+            assert same(json.loads(body.with_({})), json.loads(raw))
+
+
+def test_what_only_python_reads_is_read_while_it_is_small() -> None:
+    """It has to be made objects of, on the event loop: seconds for some megabytes."""
+    assert Body(b'{"model": "m", "x": NaN}').fields.model == "m"
+    with pytest.raises(BadRequestError, match="not valid JSON"):
+        Body(b'{"model": "m", "x": NaN, "messages": [%b1]}' % (b"[]," * LARGEST_LENIENT_BYTES))
+
+
+def test_fields_that_nobody_asks_for_are_skipped_however_many_there_are() -> None:
+    body = Body(b"{%b}" % b",".join(b'"%d":1' % number for number in range(1000)))
+    assert "messages" not in body
+    assert body.get("stream") is None
+    assert body._all is None
+    assert len(body.everything()) == 1000
+
+
+def test_the_prompts_of_all_endpoints_are_known_fields() -> None:
+    endpoints = [endpoint for path in KNOWN_PATHS if (endpoint := endpoint_of(path)) is not None]
+    assert {name for endpoint in endpoints for name in endpoint.prompt} <= set(PROMPT_FIELDS)

@@ -14,6 +14,8 @@ from urllib.parse import urlsplit
 import pytest
 from gateway_stack import CHAT, Stack, eventually, running_gateway
 
+from gateway.wire.requests import LARGE_HEAD_BYTES
+
 QUESTION = json.dumps({"model": "assistant", "messages": [{"role": "user", "content": "hi"}]}).encode()
 
 
@@ -254,3 +256,16 @@ async def test_a_client_that_leaves_frees_the_engine_at_once(stack: Stack, when:
             await eventually(lambda: engine.running == 0)
             took.append(time.monotonic() - left)
     assert min(took) < 1.0, "the engine would be busy for half a minute"
+
+
+async def test_idle_connections_keep_no_large_heads() -> None:
+    """Ten thousand of them would else keep a gigabyte, and nobody has to have a key for it."""
+    async with running_gateway() as stack, connected(stack) as client:
+        head = f"GET /health HTTP/1.1\r\nhost: a\r\nx-long: {'x' * LARGE_HEAD_BYTES}\r\n\r\n".encode()
+        await client.send(head)
+        assert (await client.answer())[0] == 200
+        (connection,) = stack.gateway.plane.clients
+        await eventually(lambda: connection._reader.head is None)
+        await client.send(head + request())
+        assert [(await client.answer())[0] for _ in range(2)] == [200, 200]
+        assert connection._reader.head is not None

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from gateway.config import ApiKey
 from gateway.errors import BadRequestError, UnauthenticatedError
-from gateway.identity import Caller, Identities, Sampler, hash_of, may_use, sent_priority
+from gateway.identity import LONGEST_MODEL, Caller, Identities, Sampler, hash_of, may_use, sent_priority
 from gateway.proxy.body import RequestFields
 
 
@@ -195,3 +195,11 @@ def test_a_share_is_sampled_and_nobody_chooses() -> None:
     assert 0.23 < sum(drawn) / len(drawn) < 0.27
     assert all(Sampler(1.0)() for _ in range(1000))
     assert not any(Sampler(0.0)() for _ in range(1000))
+
+
+def test_long_names_of_models_are_not_remembered() -> None:
+    """A connection lives long, and what a client calls a model may have megabytes."""
+    sender = Identities(make_config()).sender({})
+    for name in ("assistant", "x" * (LONGEST_MODEL + 1)):
+        sender.caller(RequestFields(model=name))
+    assert list(sender._callers) == ["assistant"]

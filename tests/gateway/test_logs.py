@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import signal
+import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -210,3 +211,16 @@ async def test_requests_go_on_when_nobody_reads_the_log(tmp_path: Path, free_por
             os.close(read)
             if process.returncode is None:
                 process.kill()
+
+
+def test_no_file_gets_the_log_where_standard_error_is_closed() -> None:
+    """The next file that is opened would get its number."""
+    script = (
+        "import os\n"
+        "from gateway.__main__ import fill_standard_descriptors\n"
+        "for number in (0, 1, 2):\n"
+        "    os.close(number)\n"
+        "fill_standard_descriptors()\n"
+        "os._exit(0 if os.open(os.devnull, os.O_RDONLY) > 2 and os.write(2, b'x') == 1 else 1)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", script], timeout=120, check=False).returncode == 0

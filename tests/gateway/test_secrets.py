@@ -280,10 +280,19 @@ async def test_the_log_has_no_word_of_a_request(monkeypatch: pytest.MonkeyPatch)
             ({}, {"x-agent-name": MARKER, "x-session-id": MARKER, "x-request-id": MARKER}),
             ({"user": MARKER, "metadata": {"agent_role": MARKER}}, {}),
             ({"priority": MARKER}, {}),
+            ({"stream": MARKER}, {}),
+            ({"stream": True, "stream_options": MARKER}, {}),
+            ({"stream": True, "stream_options": {"include_usage": MARKER}}, {}),
+            ({"model": [MARKER]}, {}),
+            ({}, {"content-encoding": MARKER}),
             ({"messages": [{"role": "user", "content": MARKER}]}, {}),
         ):
             async with stack.post(body, headers=headers | more) as response:
                 await response.read()
+        went_on = {"previous_response_id": MARKER, "input": MARKER}
+        async with stack.post(went_on, "/v1/responses", headers=headers) as response:
+            assert response.status == 400
+            assert MARKER in await response.text(), "the client may know"
         for status in (400, 422, 500):
             for engine in stack.engines.values():
                 engine.script.status, engine.script.message = status, f"what is {MARKER}?"
@@ -296,6 +305,6 @@ async def test_the_log_has_no_word_of_a_request(monkeypatch: pytest.MonkeyPatch)
                 replica.breaker.answered()
         async with stack.post({"stream": True}, headers=headers) as response:
             await response.read()
-        await eventually(lambda: len(lines) >= 11)
+        await eventually(lambda: len(lines) >= 17)
         assert MARKER not in repr(lines)
         assert "html" not in repr(lines)
