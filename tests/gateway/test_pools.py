@@ -43,6 +43,9 @@ class OneWorkersBoard:
     def others(self, slot: int) -> int:
         return 100
 
+    def free(self, slot: int) -> None:
+        """A replica is gone."""
+
 
 @settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 2000)), max_size=60), st.randoms())
