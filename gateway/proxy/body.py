@@ -38,6 +38,8 @@ of as a whole, which takes a second for a few megabytes."""
 PROMPT_FIELDS = ("input", "instructions", "messages", "prompt", "system", "texts", "token_ids", "tools")
 """What becomes prompts, at one endpoint or another."""
 _SPACE = b" \t\r\n"
+_USUAL_ENDS = (b'"}', b"]}", b"}}", b"e}", *(b"%d}" % digit for digit in range(10)))
+"""Of an object that is not empty."""
 _STREAM_OPTIONS_FIX = 'send an object such as {"include_usage": true}'
 _TOO_DEEP = "The body is nested too deeply; send a flatter JSON object."
 
@@ -238,10 +240,13 @@ class Body:
         client sent of the same names, in whatever spelling, and how often, the last one counts."""
         if not changes:
             return self._raw
-        head = self._raw.rstrip(_SPACE)[:-1]
         ours = b""
         for name, value in changes.items():
             ours += b',"%b":%b' % (name.encode(), value)
+        raw = self._raw
+        if raw.endswith(_USUAL_ENDS):  # nearly always: no space before the brace that ends it
+            return b"%b%b}" % (raw[:-1], ours)
+        head = raw.rstrip(_SPACE)[:-1]
         empty = head.endswith(b"{") or head.rstrip(_SPACE).endswith(b"{")
         return b"%b%b}" % (head, ours[1:] if empty else ours)
 

@@ -33,7 +33,7 @@ class Spent(msgspec.Struct, frozen=True, gc=False):
     """``escalated`` or ``hedged``."""
 
 
-class Record(msgspec.Struct, frozen=True, gc=False, kw_only=True):
+class Record(msgspec.Struct, frozen=True, gc=False):
     """One finished request. Never a prompt or an answer. Seconds are of the gateway's own clock."""
 
     request_id: str
