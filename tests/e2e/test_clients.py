@@ -257,4 +257,8 @@ async def test_answers_are_what_openais_document_says(stack: Stack, http: aiohtt
     assert problems("CreateCompletionResponse", text) == []
     async with http.get(stack.url + "/v1/models") as response:
         assert problems("ListModelsResponse", await response.json()) == []
-    assert problems("ErrorResponse", json.loads(await post("/v1/chat/completions"))) == []
+    ours = json.loads(await post("/v1/chat/completions", **chat, model="nobody's"))
+    assert problems("ErrorResponse", ours) == []
+    # What is the engine's to refuse has vLLM's own words, whose code is a number.
+    theirs = json.loads(await post("/v1/chat/completions"))["error"]
+    assert (theirs["code"], bool(theirs["message"])) == (400, True)
