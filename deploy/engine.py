@@ -8,6 +8,7 @@ import os
 import re
 import signal
 import socket
+import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,8 @@ SITE = Path(__file__).with_name("engine_site")
 """What an engine's interpreter runs at start, and the CPU server's entry."""
 _ERROR_NAME = re.compile(r"\b[A-Z]\w*(?:Error|Exception): .+")
 LAST_LINES = 12
+PORT_FREE_S = 10.0
+"""For the port of an engine that has been stopped to be free again."""
 """Lines of an engine's log that an error message shows."""
 
 
@@ -200,6 +203,10 @@ class EngineProcess:
                 break
         with contextlib.suppress(ProcessLookupError):  # workers that outlived their parent
             os.killpg(self._process.pid, signal.SIGKILL)
+        # They have inherited its socket, and hold the port until the last of them is gone.
+        deadline = time.monotonic() + PORT_FREE_S
+        while port_in_use(self.spec.host, self.spec.port) and time.monotonic() < deadline:
+            await asyncio.sleep(0.02)
 
     def last_words(self) -> str:
         """The last lines of the engine's log, without vLLM's prefixes being cut."""
