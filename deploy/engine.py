@@ -22,9 +22,9 @@ SITE = Path(__file__).with_name("engine_site")
 """What an engine's interpreter runs at start, and the CPU server's entry."""
 _ERROR_NAME = re.compile(r"\b[A-Z]\w*(?:Error|Exception): .+")
 LAST_LINES = 12
+"""Lines of an engine's log that an error message shows."""
 PORT_FREE_S = 10.0
 """For the port of an engine that has been stopped to be free again."""
-"""Lines of an engine's log that an error message shows."""
 
 
 class EngineStartError(RuntimeError):
@@ -206,7 +206,7 @@ class EngineProcess:
         # They have inherited its socket, and hold the port until the last of them is gone.
         deadline = time.monotonic() + PORT_FREE_S
         while port_in_use(self.spec.host, self.spec.port) and time.monotonic() < deadline:
-            await asyncio.sleep(0.02)
+            await asyncio.sleep(0.02)  # noqa: ASYNC110 -- the system has no event to wait for
 
     def last_words(self) -> str:
         """The last lines of the engine's log, without vLLM's prefixes being cut."""
