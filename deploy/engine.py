@@ -205,8 +205,8 @@ class EngineProcess:
             os.killpg(self._process.pid, signal.SIGKILL)
         # They have inherited its socket, and hold the port until the last of them is gone.
         deadline = time.monotonic() + PORT_FREE_S
-        while port_in_use(self.spec.host, self.spec.port) and time.monotonic() < deadline:
-            await asyncio.sleep(0.02)  # noqa: ASYNC110 -- the system has no event to wait for
+        while port_in_use(self.spec.host, self.spec.port) and time.monotonic() < deadline:  # noqa: ASYNC110
+            await asyncio.sleep(0.02)
 
     def last_words(self) -> str:
         """The last lines of the engine's log, without vLLM's prefixes being cut."""
