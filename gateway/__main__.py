@@ -13,7 +13,7 @@ from gateway.app import Gateway
 from gateway.cards import load_cards
 from gateway.config import Config, ConfigError, load_config, parse_config
 from gateway.server import Server, listen
-from gateway.telemetry.logs import AccessLog, log_to_stderr
+from gateway.telemetry.logs import AccessLog, logging_to_stderr
 from gateway.workers.channel import ToParent
 from gateway.workers.parent import CANNOT_START, receive_first, run_workers
 from quantize.card import Card, CardError
@@ -67,11 +67,8 @@ def start(path: Path) -> int:
         load_cards(config)
         return config
 
-    writer = log_to_stderr()
-    try:
+    with logging_to_stderr():
         return run_workers(config, text, path, check)
-    finally:
-        writer.close()
 
 
 def work(path: Path, worker: int, connection: socket.socket) -> None:
@@ -97,12 +94,9 @@ def serve(
         fresh = load_config(path)
         return fresh, load_cards(fresh)
 
-    writer = log_to_stderr()
-    try:
+    with logging_to_stderr() as writer:
         gateway = Gateway(config, cards, load=load, worker=worker, parent=parent, log=AccessLog(writer))
         Server(gateway, parent).serve_until_stopped(listening)
-    finally:
-        writer.close()
 
 
 if __name__ == "__main__":

@@ -2,7 +2,26 @@
 
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Iterator
+
+import pytest
 
 # LiteLLM fetches its price list from the net when it is imported, unless it is told not to.
 os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")
+
+
+def _logging() -> tuple[int, list[str]]:
+    """The root logger's level and handlers, pytest's own left out."""
+    handlers = [repr(one) for one in logging.root.handlers if not type(one).__module__.startswith("_pytest")]
+    return logging.root.level, handlers
+
+
+@pytest.fixture(autouse=True)
+def _logging_is_left_alone() -> Iterator[None]:
+    """A test that leaves the process's log changed makes others fail, and which ones is chance."""
+    before = _logging()
+    yield
+    after, logging.root.level = _logging(), before[0]
+    assert after == before, "the root logger is not as it was before the test"

@@ -7,6 +7,7 @@ not get.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -14,6 +15,7 @@ import select
 import sys
 import threading
 from collections import deque
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from typing import Any
 
@@ -142,12 +144,13 @@ class QueueHandler(logging.Handler):
             self._writer.drop()
 
 
-def log_to_stderr() -> LogWriter:
-    """Send every logger's records to standard error, as JSON lines, and what Python itself would print there
-    beside it: warnings, and exceptions that nobody catches. The writer is to be closed at the end."""
-    writer = LogWriter(2)
-    logging.basicConfig(level=logging.INFO, handlers=[QueueHandler(writer)], force=True)
-    logging.captureWarnings(True)
+@contextlib.contextmanager
+def logging_to_stderr() -> Iterator[LogWriter]:
+    """Within the block every logger's records go to standard error, as JSON lines, and so does what Python
+    itself would print there: warnings, and exceptions that nobody catches. Afterwards all is as it was."""
+    root, writer = logging.getLogger(), LogWriter(2)
+    level, handlers = root.level, root.handlers[:]
+    in_threads, unraisables = threading.excepthook, sys.unraisablehook
     events = logging.getLogger(EVENTS)
 
     def in_thread(error: threading.ExceptHookArgs) -> None:
@@ -160,9 +163,18 @@ def log_to_stderr() -> LogWriter:
             "%s: %r", error.err_msg or "an exception was ignored in", error.object, exc_info=error.exc_value
         )
 
-    threading.excepthook = in_thread
-    sys.unraisablehook = unraisable
-    return writer
+    root.handlers[:] = [QueueHandler(writer)]
+    root.setLevel(logging.INFO)
+    logging.captureWarnings(True)
+    threading.excepthook, sys.unraisablehook = in_thread, unraisable
+    try:
+        yield writer
+    finally:
+        threading.excepthook, sys.unraisablehook = in_threads, unraisables
+        logging.captureWarnings(False)
+        root.setLevel(level)
+        root.handlers[:] = handlers
+        writer.close()
 
 
 class AccessLog:

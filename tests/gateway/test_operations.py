@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import os
 import signal
 import socket
 import ssl
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import aiohttp
@@ -193,7 +195,10 @@ def test_a_cost_without_figures_stops_a_start(tmp_path: Path, capsys: pytest.Cap
     text = yaml.safe_load(config.read_text())
     text["gateway"]["cost"] = "memory_time"
     config.write_text(yaml.safe_dump(text))
+    before = (logging.root.level, logging.root.handlers[:], sys.unraisablehook, threading.excepthook)
     assert main(["--config", str(config)]) == 2
+    after = (logging.root.level, logging.root.handlers[:], sys.unraisablehook, threading.excepthook)
+    assert after == before, "a process that embeds the gateway keeps its own log"
     assert "gateway.cost: memory_time needs the speed of every variant" in capsys.readouterr().err
 
 
