@@ -23,17 +23,17 @@ from deploy.engine import EngineStartError
 from deploy.supervisor import UpError, run_until_stopped
 from gateway.config import ConfigError, load_config
 from gateway.errors import GatewayError
-from quantize.calibration import CalibrationError
 from quantize.card import CardError
-from quantize.checkpoint import CheckpointError
-from quantize.compress import QuantizeError
+from quantize.core.checkpoint import CheckpointError
+from quantize.core.methods import MethodError
+from quantize.core.schemes import SchemeError
+from quantize.core.targets import TargetError
 from quantize.evaluate.bench import BenchError
 from quantize.evaluate.client import EngineError
 from quantize.evaluate.tasks import TaskError
-from quantize.methods import MethodError
-from quantize.planner import PlanError
-from quantize.schemes import SchemeError
-from quantize.target import TargetError
+from quantize.make.calibration import CalibrationError
+from quantize.make.compress import QuantizeError
+from quantize.plan.planner import PlanError
 
 USER_ERRORS = (
     ConfigError,

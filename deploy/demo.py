@@ -28,10 +28,10 @@ from deploy.second_act import Clock, second_act
 from deploy.supervisor import Stack
 from gateway.config import Config
 from quantize.card import Card
-from quantize.compare import format_variants
 from quantize.evaluate.client import EngineClient
 from quantize.evaluate.statistics import percentile
-from quantize.gate import wilson_interval
+from quantize.gate.judgement import wilson_interval
+from quantize.report.tables import format_variants
 
 CONCURRENCY = 6
 """Tickets in work at once; two cores serve three engines here."""

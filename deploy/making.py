@@ -17,24 +17,24 @@ from typing import TypeVar
 
 from deploy.engine import EngineLoadError, EngineSpec, running
 from gateway.config import Config
-from quantize.calibration import read_calibration
 from quantize.card import Card, Evaluation, Speed
 from quantize.check import estimate, refuse_short, refuse_unfit
-from quantize.checkpoint import open_checkpoint
-from quantize.compress import QuantizeError
+from quantize.core.checkpoint import open_checkpoint
+from quantize.core.methods import parse_method
+from quantize.core.modules import read_modules
+from quantize.core.plan import Plan, uniform
+from quantize.core.recipes import RECIPES
+from quantize.core.targets import Target, detect, target
 from quantize.evaluate.client import EngineClient, EngineError
 from quantize.evaluate.journal import Journal
 from quantize.evaluate.measure import Measurement, measure, measurement_key, read_measurement
 from quantize.evaluate.pairing import compare
 from quantize.evaluate.speed import measure_speed
 from quantize.evaluate.tasks import Item, read_items
-from quantize.gate import QualityBudget, gate_p_values, judge
-from quantize.methods import parse_method
-from quantize.modules import read_modules
-from quantize.plan import Plan, uniform
-from quantize.recipes import RECIPES
+from quantize.gate.judgement import QualityBudget, gate_p_values, judge
+from quantize.make.calibration import read_calibration
+from quantize.make.compress import QuantizeError
 from quantize.registry import Registry
-from quantize.target import Target, detect, target
 
 ENGINES_AT_ONCE = 2
 """While one engine answers, the next one starts, or answers too where it has threads of its own."""

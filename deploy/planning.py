@@ -1,4 +1,4 @@
-"""``tiercel quantize sensitivity`` and ``plan``: the workshop, set up from the YAML."""
+"""``tiercel quantize sensitivity`` and ``plan``: the session, set up from the YAML."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from typing import Any
 from deploy.engine import SITE
 from deploy.making import role_tasks
 from gateway.config import Config
-from quantize import controls
-from quantize.calibration import load_tokenizer, read_calibration
 from quantize.card import Card
 from quantize.check import estimate, refuse_short, refuse_unfit
-from quantize.checkpoint import open_checkpoint
-from quantize.compare import align, kl_text, megabytes
-from quantize.controls import Controls, Kind
+from quantize.core.checkpoint import open_checkpoint
+from quantize.core.modules import read_modules
+from quantize.core.plan import Plan
+from quantize.core.targets import detect, target
 from quantize.evaluate.bench import Bench, Span
-from quantize.modules import read_modules
-from quantize.paired_kl import PairedKl
-from quantize.plan import Plan
-from quantize.planner import Candidate, PlanError
+from quantize.make.calibration import load_tokenizer, read_calibration
+from quantize.plan import controls
+from quantize.plan.controls import Controls, Kind
+from quantize.plan.paired_kl import PairedKl
+from quantize.plan.planner import Candidate, PlanError
+from quantize.plan.sensitivity import Sensitivity
+from quantize.plan.session import METHODS, PlanningSession
 from quantize.registry import Registry
-from quantize.sensitivity import Sensitivity
-from quantize.target import detect, target
-from quantize.workshop import METHODS, Workshop
+from quantize.report.tables import align, kl_text, megabytes
 
 Say = Callable[[str], None]
 
@@ -35,13 +35,13 @@ REPORTED_CONVERSATIONS = 240
 """Held-out conversations, of all roles together, on which a plan is compared with its controls."""
 
 
-def open_workshop(
+def open_session(
     config: Config,
     target_name: str | None,
     methods: Sequence[str] = METHODS,
     schemes: Sequence[str] | None = None,
-) -> Workshop:
-    """The workshop for the configured model; everything it makes lies in ``variants_dir/.workshop``."""
+) -> PlanningSession:
+    """The session for the configured model; everything it makes lies in ``variants_dir/.planning``."""
     checkpoint = open_checkpoint(config.model.path)
     refuse_unfit(checkpoint)
     where = target(target_name or detect())
@@ -50,8 +50,8 @@ def open_workshop(
     for method in methods:
         cost = estimate(checkpoint, read_modules(checkpoint), sum(tokens), max(tokens), method)
         refuse_short(cost, config.variants_dir)
-    directory = config.variants_dir / ".workshop"
-    return Workshop(directory, checkpoint, calibration, where, methods=methods, schemes=schemes)
+    directory = config.variants_dir / ".planning"
+    return PlanningSession(directory, checkpoint, calibration, where, methods=methods, schemes=schemes)
 
 
 @contextlib.contextmanager
@@ -71,10 +71,10 @@ def open_bench(config: Config) -> Iterator[Bench]:
 
 def sensitivity(config: Config, target_name: str | None) -> tuple[Sensitivity, Path]:
     """Analyse the configured model; returns the rows and where they were written."""
-    workshop = open_workshop(config, target_name)
+    session = open_session(config, target_name)
     with open_bench(config) as bench:
-        found = workshop.sensitivity(bench)
-    return found, workshop.directory / "sensitivity.json"
+        found = session.sensitivity(bench)
+    return found, session.directory / "sensitivity.json"
 
 
 def known_sensitivity(config: Config) -> Sensitivity | None:
@@ -110,13 +110,13 @@ def plan(
         raise PlanError(f"--kv {' '.join(kv)} has no meaning with --loss, which is of the weights; drop one")
     if kv_tokens and budget is None:
         raise PlanError("--concurrency and --context count in a budget of bytes; give it with --bytes")
-    workshop = open_workshop(config, target_name, methods, schemes)
-    for problem in (p for one in kv for p in workshop.target.kv_problems(one, workshop.checkpoint.head_dim)):
+    session = open_session(config, target_name, methods, schemes)
+    for problem in (p for one in kv for p in session.target.kv_problems(one, session.checkpoint.head_dim)):
         raise PlanError(str(problem))
-    weights, other = sum(group.weights for group in workshop.modules), workshop.modules.other_bytes
+    weights, other = sum(group.weights for group in session.modules), session.modules.other_bytes
     if budget is None:
         budget = other + int((bits or 4.5) * weights / 8)
-    if loss is None and budget < (least := workshop.least_bytes(kv_tokens, kv)):
+    if loss is None and budget < (least := session.least_bytes(kv_tokens, kv)):
         raise PlanError(
             f"a budget of {budget} bytes is below the least possible, {least} bytes "
             f"({8 * (least - other) / weights:.3f} bits per weight beside {other} bytes of embeddings, head "
@@ -124,37 +124,37 @@ def plan(
         )
     with open_bench(config) as bench:
         if loss is not None:
-            candidates = [workshop.for_loss(bench, loss)]
+            candidates = [session.for_loss(bench, loss)]
         else:
-            candidates = workshop.within(bench, budget, kv_tokens, kv, tries)
+            candidates = session.within(bench, budget, kv_tokens, kv, tries)
     best = candidates[0]
     wanted = best.plan.model_copy(update={"tuned": tuned})
     say(format_candidates(candidates))
 
     def make(chosen: Plan, out: Path) -> None:
-        if (after := workshop.make(chosen, out)) is not None:
+        if (after := session.make(chosen, out)) is not None:
             say(f"tuned: KL in torch {after.before:.5f} -> {after.after:.5f} on the choosing conversations")
 
     registry = Registry(config.variants_dir, config.model.name, config.reference)
     card = registry.add(
-        workshop.checkpoint,
+        session.checkpoint,
         name,
         wanted,
-        workshop.calibration,
+        session.calibration,
         make=lambda out: make(wanted, out),
-        target=workshop.target.name,
+        target=session.target.name,
         predicted_kl=best.predicted_kl,
     )
     if compare_with:
-        compared = compare(config, workshop, card, wanted, registry.path(name), compare_with, say)
+        compared = compare(config, session, card, wanted, registry.path(name), compare_with, say)
         say(format_controls(compared))
-        say(f"written to {compared.write(workshop.directory)}; `tiercel variants report` draws it")
+        say(f"written to {compared.write(session.directory)}; `tiercel variants report` draws it")
     return card, candidates
 
 
 def compare(
     config: Config,
-    workshop: Workshop,
+    session: PlanningSession,
     card: Card,
     plan: Plan,
     directory: Path,
@@ -166,15 +166,15 @@ def compare(
     spans: Sequence[Span]
     spans, what = held_out(config), "held-out conversations of the roles"
     if not spans:
-        spans, what = workshop.choosing, "the conversations that the plan was chosen on, which favours it"
+        spans, what = session.choosing, "the conversations that the plan was chosen on, which favours it"
     with open_bench(config) as bench:
         key = hashlib.sha256(repr((bench.identity, spans)).encode()).hexdigest()[:12]
-        work = workshop.directory / f"compared-{key}"
-        paired = PairedKl(workshop.checkpoint.path, bench, spans, work, workshop.make)
+        work = session.directory / f"compared-{key}"
+        paired = PairedKl(session.checkpoint.path, bench, spans, work, session.make)
         paired.take(plan, directory)
-        budget = plan.weight_bytes(workshop.modules)
-        rivals = list(controls.plans(workshop, workshop.planner(bench), budget, kinds, say))
-        rows = controls.measure(workshop, paired, card.variant, plan, rivals)
+        budget = plan.weight_bytes(session.modules)
+        rivals = list(controls.plans(session, session.planner(bench), budget, kinds, say))
+        rows = controls.measure(session, paired, card.variant, plan, rivals)
     return Controls(
         variant=card.variant,
         version=card.version,
@@ -214,7 +214,7 @@ def known_controls(config: Config, cards: Sequence[Card]) -> Controls | None:
 
 
 def _newest(config: Config, name: str) -> Path | None:
-    paths = (config.variants_dir / ".workshop").glob(f"*/{name}")
+    paths = (config.variants_dir / ".planning").glob(f"*/{name}")
     return max(paths, key=lambda path: path.stat().st_mtime, default=None)
 
 
@@ -236,7 +236,7 @@ def format_candidates(candidates: Sequence[Candidate]) -> str:
     """The plans that were measured on the engine, best first."""
     rows = [["plan", "weights", "predicted", "in torch", "on the engine"]]
     for number, one in enumerate(candidates, 1):
-        figures = (one.predicted_kl, one.fake_kl, one.served_kl)
+        figures = (one.predicted_kl, one.simulated_kl, one.served_kl)
         rows.append([str(number), megabytes(one.weight_bytes), *map(kl_text, figures)])
     return align(rows) + "\nMean KL, nats per token, on the conversations that plans are chosen on."
 

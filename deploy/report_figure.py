@@ -20,7 +20,7 @@ from matplotlib.patches import FancyBboxPatch
 from matplotlib.ticker import MaxNLocator
 
 from deploy.report_data import DemoReport, memory, milliseconds, number, percent
-from quantize.page import GRID, INK, MUTED, OUTCOMES, PALETTE, PAPER
+from quantize.report.page import GRID, INK, MUTED, OUTCOMES, PALETTE, PAPER
 
 FIRST, WHOLE = "#9aa4af", INK
 """First token and whole answer: greys, because colours stand for variants."""

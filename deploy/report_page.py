@@ -9,7 +9,7 @@ from math import inf
 from deploy.report_data import DemoReport, Incident, incident_lines, percent, role_rows, variant_rows
 from deploy.report_figure import PANELS, render_svg
 from deploy.watch_page import Mark, Share, gathered, over_time
-from quantize.page import document, framed, row, table, verdict
+from quantize.report.page import document, framed, row, table, verdict
 
 STYLE = """
 .time { overflow-x: auto; } .time svg { min-width: 34rem; }

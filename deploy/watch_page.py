@@ -11,10 +11,10 @@ from html import escape
 from typing import Any
 
 from gateway.quality.rates import ENGINE
-from quantize.compare import align
-from quantize.figures import Scale, draw_line, draw_path, draw_text, svg
-from quantize.gate import wilson_interval
-from quantize.page import PALETTE, document, table
+from quantize.gate.judgement import wilson_interval
+from quantize.report.figures import Scale, draw_line, draw_path, draw_text, svg
+from quantize.report.page import PALETTE, document, table
+from quantize.report.tables import align
 
 MOST_POINTS = 60
 VALUES = ("signals", "divergence")

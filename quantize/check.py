@@ -23,12 +23,12 @@ from pathlib import Path
 import psutil
 from pydantic import BaseModel, ConfigDict
 
-from quantize.checkpoint import Checkpoint, CheckpointError
-from quantize.legality import LADDER, Target, is_experts
-from quantize.methods import AUTOROUND_ITERATIONS, parse_method
-from quantize.modules import Modules, read_modules
-from quantize.plan import uniform
-from quantize.schemes import BF16_BYTES, KV_SCHEMES, scheme
+from quantize.core.checkpoint import Checkpoint, CheckpointError
+from quantize.core.legality import LADDER, Target, is_experts
+from quantize.core.methods import AUTOROUND_ITERATIONS, parse_method
+from quantize.core.modules import Modules, read_modules
+from quantize.core.plan import uniform
+from quantize.core.schemes import BF16_BYTES, KV_SCHEMES, scheme
 
 ARCHITECTURES: tuple[str, ...] = (
     *("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM"),
@@ -36,7 +36,8 @@ ARCHITECTURES: tuple[str, ...] = (
     *("ArceeForCausalLM", "CohereForCausalLM", "Cohere2ForCausalLM", "Ernie4_5ForCausalLM"),
     *("Exaone4ForCausalLM", "Glm4ForCausalLM"),
 )
-"""Whose fused modules are those of :mod:`quantize.modules`: each was made, loaded and asked on the engine."""
+"""Whose fused modules are those of :mod:`quantize.core.modules`; each was made, loaded and asked on the
+engine."""
 
 SHOWN = (*LADDER, "w4a16-g16", "w3a16-g128", "w2a16-g64", "w4a8-g128", "w8a8-static")
 RANKS = (1, 2, 4, 8)

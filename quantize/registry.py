@@ -28,7 +28,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from quantize.calibration import CalibrationSet
 from quantize.card import (
     CARD_NAME,
     CURRENT,
@@ -42,13 +41,14 @@ from quantize.card import (
     verify_files,
     write_card,
 )
-from quantize.checkpoint import Checkpoint, base_sha256, weight_bytes
-from quantize.compress import compress, versions
-from quantize.files import Say, held_bytes, link_or_copy, locked, make_read_only, point, share
-from quantize.modules import Modules, read_modules
-from quantize.outside import examine
-from quantize.plan import Plan
-from quantize.schemes import kv_scheme, scheme
+from quantize.core.checkpoint import Checkpoint, base_sha256, weight_bytes
+from quantize.core.files import Say, held_bytes, link_or_copy, locked, make_read_only, point, share
+from quantize.core.modules import Modules, read_modules
+from quantize.core.plan import Plan
+from quantize.core.schemes import kv_scheme, scheme
+from quantize.make.calibration import CalibrationSet
+from quantize.make.compress import compress, versions
+from quantize.register.examine import examine
 
 
 @dataclass(frozen=True)

@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import Any
 
 from deploy.assistant.corpus import Utterance, clinc150, intent_messages, record_conversation
-from quantize.calibration import CalibrationSet, load_tokenizer
 from quantize.card import Calibration, sha256_of
 from quantize.evaluate.bench import Span
+from quantize.make.calibration import CalibrationSet, load_tokenizer
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 CALIBRATION_SEEDS, CHOSEN_SEEDS, REPORTED_SEEDS = 40_000_000, 41_000_000, 42_000_000

@@ -19,16 +19,16 @@ from tqdm import tqdm
 
 from benchmarks.quantization import data
 from benchmarks.quantization.run import DEMO, WORK
-from quantize.checkpoint import open_checkpoint
+from quantize.core.checkpoint import open_checkpoint
+from quantize.core.modules import FUSED, Modules, read_modules
+from quantize.core.plan import Plan
+from quantize.core.quantization_config import quantization_config
+from quantize.core.schemes import scheme
+from quantize.core.targets import TARGETS, Target, detect
 from quantize.evaluate.bench import Bench
-from quantize.methods import quantization_config
-from quantize.modules import FUSED, Modules, read_modules
-from quantize.plan import Plan
-from quantize.planner import Planner
-from quantize.schemes import scheme
-from quantize.sensitivity import Row, Sensitivity
-from quantize.shelf import Shelf
-from quantize.target import TARGETS, Target, detect
+from quantize.plan.parts import PartStore
+from quantize.plan.planner import Planner
+from quantize.plan.sensitivity import Row, Sensitivity
 
 
 def random_planner(modules: Modules, where: Target, rng: random.Random) -> Planner:
@@ -88,7 +88,7 @@ def main() -> None:
         if problems := TARGETS[name].check_plan(plan, modules, checkpoint.head_dim):
             sys.exit(f"the planner emitted an illegal plan for {name}: {problems[0]}")
         plans.append((name, plan))
-    shelf = Shelf(WORK / "plans-shelf", checkpoint, modules, data.calibration(DEMO))
+    parts = PartStore(WORK / "plans-parts", checkpoint, modules, data.calibration(DEMO))
     with Bench(options.python, WORK / "plans.log", site=Path("deploy/engine_site")) as bench:
         refused = bench.parse([case(plan, modules, name == here) for name, plan in plans])
         for (name, plan), words in zip(plans, refused, strict=True):
@@ -102,7 +102,7 @@ def main() -> None:
         loaded = 0
         for plan in tqdm(mine, desc="load", unit="plan", file=sys.stderr):
             out = WORK / "plans-candidate"
-            shelf.assemble(plan, out)
+            parts.assemble(plan, out)
             words = bench.load_error(out, kv=plan.kv)
             loaded += words is None
             if words:

@@ -21,21 +21,21 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.quantization import data, outlier_model, show
-from quantize import autoscheme
-from quantize.checkpoint import open_checkpoint
-from quantize.controls import RANDOM_PLANS, random_plan
+from quantize.core.checkpoint import open_checkpoint
+from quantize.core.modules import read_modules
+from quantize.core.plan import Plan
+from quantize.core.targets import target
 from quantize.evaluate.bench import Bench
-from quantize.fake import FakeModel
-from quantize.modules import read_modules
-from quantize.paired_kl import PairedKl
-from quantize.plan import Plan
-from quantize.planner import Planner
-from quantize.search import search
-from quantize.sensitivity import Choice, ServedKl, analyse, measure
-from quantize.shelf import Shelf
-from quantize.target import target
-from quantize.tune import tune, write_tuned
-from quantize.workshop import shortlist
+from quantize.plan import autoscheme
+from quantize.plan.controls import RANDOM_PLANS, random_plan
+from quantize.plan.paired_kl import PairedKl
+from quantize.plan.parts import PartStore
+from quantize.plan.planner import Planner
+from quantize.plan.search import search
+from quantize.plan.sensitivity import Choice, ServedKl, analyse, measure
+from quantize.plan.session import shortlist
+from quantize.plan.simulated import SimulatedModel
+from quantize.plan.tune import tune, write_tuned
 
 WORK = Path("var/benchmarks/quantization")
 DEMO = Path("deploy/assistant/model")
@@ -64,15 +64,15 @@ def run(
     checkpoint = open_checkpoint(checkpoint_dir)
     modules = read_modules(checkpoint)
     calibration = data.calibration(checkpoint_dir)
-    shelf = Shelf(work / "shelf", checkpoint, modules, calibration)
+    parts = PartStore(work / "parts", checkpoint, modules, calibration)
     chosen = data.chosen(checkpoint_dir, *((30, 10) if quick else ()))
     reported_spans = data.reported(checkpoint_dir, *((60, 15) if quick else ()))
-    fake = FakeModel(shelf, chosen)
+    simulated = SimulatedModel(parts, chosen)
 
     def make(plan: Plan, folder: Path) -> None:
-        shelf.assemble(plan, folder)
+        parts.assemble(plan, folder)
         if plan.tuned:
-            write_tuned(tune(fake, plan, folder, calibration.sequences), folder)
+            write_tuned(tune(simulated, plan, folder, calibration.sequences), folder)
 
     reported = PairedKl(checkpoint_dir, bench, reported_spans, work, make)
     where = target("vllm-cpu")
@@ -126,21 +126,21 @@ def run(
         for group in modules
     }
     began = time.monotonic()
-    found = analyse(fake, choices, work / "rows.jsonl")
-    sensitivity = measure(fake, found, bench, chosen, work / "chosen")
+    found = analyse(simulated, choices, work / "rows.jsonl")
+    sensitivity = measure(simulated, found, bench, chosen, work / "chosen")
     seconds = time.monotonic() - began
     planner = Planner(modules, sensitivity)
-    served = ServedKl(fake, bench, chosen, work / "chosen")
-    reference = fake.log_probabilities()
+    served = ServedKl(simulated, bench, chosen, work / "chosen")
+    reference = simulated.log_probabilities()
     linears = sum(group.weights for group in modules)
     rng = random.Random(0)
     comparisons = []
     one_layer = plans["layer 0 at 8 bits"].bits_per_weight(modules)
     for bits in sorted({*budgets, one_layer}):
         budget = modules.other_bytes + round(bits * linears / 8)
-        result = search(planner, fake, served, reference, budget, tries=tries, finalists=3)
+        result = search(planner, simulated, served, reference, budget, tries=tries, finalists=3)
         best = result[0]
-        found_kl = {"predicted": best.predicted_kl, "fake": best.fake_kl, "chosen": best.served_kl}
+        found_kl = {"predicted": best.predicted_kl, "simulated": best.simulated_kl, "chosen": best.served_kl}
         mine = report(f"planned at {bits:.3g} bits", "planned", best.plan, **found_kl)
         tuned = best.plan.model_copy(update={"tuned": True})
         if tunes or reported.knows(tuned):

@@ -19,8 +19,8 @@ from deploy.commands.findings import Finding, Findings, Subject, failure, ok, wa
 from deploy.engine import has_cuda
 from gateway.telemetry.engines import engine_pids
 from quantize.card import CardError, read_card, variant_directory
-from quantize.legality import ENGINE
-from quantize.target import TargetError, detect
+from quantize.core.legality import ENGINE
+from quantize.core.targets import TargetError, detect
 
 CONSTRAINTS = Path(__file__).resolve().parents[1] / "constraints"
 OLDEST_PYTHON = (3, 11)

@@ -35,8 +35,8 @@ from gateway.quality.watch import store_url
 from gateway.routing.discovery import PREFIX
 from gateway.telemetry.engines import ENGINES_FILE, engine_pids
 from quantize.card import CardError, Outcome, read_card, refuse_broken, variant_directory
-from quantize.gate import judge
-from quantize.recipes import RECIPES
+from quantize.core.recipes import RECIPES
+from quantize.gate.judgement import judge
 
 PROBE_S = 3.0
 STORE_S = 5

@@ -10,15 +10,15 @@ from deploy.commands import add_command, add_json, print_json, run_engines, say
 from deploy.commands.variants import card_as_json
 from gateway.config import Config, load_config
 from quantize.card import Card
-from quantize.checkpoint import open_checkpoint
-from quantize.controls import KINDS
-from quantize.methods import parse_method
-from quantize.modules import read_modules
-from quantize.plan import Plan
-from quantize.recipes import RECIPES
+from quantize.core.checkpoint import open_checkpoint
+from quantize.core.methods import parse_method
+from quantize.core.modules import read_modules
+from quantize.core.plan import Plan
+from quantize.core.recipes import RECIPES
+from quantize.core.schemes import kv_scheme, scheme
+from quantize.core.targets import detect, target
+from quantize.plan.controls import KINDS
 from quantize.registry import Registry
-from quantize.schemes import kv_scheme, scheme
-from quantize.target import detect, target
 
 COMMANDS = ("check", "make", "sensitivity", "plan", "register", "-h", "--help")
 TARGET_HELP = "where it is to be loaded (default: this machine)"
@@ -189,7 +189,7 @@ def _reference(config: Config) -> Card:
 
 def _judge(config: Config, cards: Sequence[Card], options: argparse.Namespace) -> None:
     from deploy.making import evaluate_variants
-    from quantize.compare import format_variants
+    from quantize.report.tables import format_variants
 
     if options.evaluate:
         cards = run_engines(evaluate_variants(config, cards, say))

@@ -28,7 +28,7 @@ from deploy.commands.readings import (
     span_text,
 )
 from gateway.config import ConfigError
-from quantize.compare import align
+from quantize.report.tables import align
 
 TIMEOUT_S = 10.0
 FULL_CACHE, LONG_QUEUE = 0.95, 32

@@ -9,8 +9,8 @@ from typing import Any
 from deploy.commands import add_command, add_json, print_json, say
 from gateway.config import Config, load_config
 from quantize.card import Card, CardError
-from quantize.distributions import Distributions
 from quantize.registry import Registry
+from quantize.report.distributions import Distributions
 
 COMMANDS = ("list", "show", "compare", "use", "delete", "report", "-h", "--help")
 DISTRIBUTION_SAMPLES = 32
@@ -63,7 +63,7 @@ def card_as_json(card: Card) -> dict[str, Any]:
 
 
 def list_variants(options: argparse.Namespace) -> None:
-    from quantize.compare import format_variants
+    from quantize.report.tables import format_variants
 
     config = load_config(options.config)
     registry = _registry(config)
@@ -75,7 +75,7 @@ def list_variants(options: argparse.Namespace) -> None:
 
 
 def show(options: argparse.Namespace) -> None:
-    from quantize.compare import format_card
+    from quantize.report.tables import format_card
 
     registry = _registry(load_config(options.config))
     card = registry.card(options.variant)
@@ -86,7 +86,7 @@ def show(options: argparse.Namespace) -> None:
 
 
 def compare(options: argparse.Namespace) -> None:
-    from quantize.compare import format_comparison
+    from quantize.report.tables import format_comparison
 
     registry = _registry(load_config(options.config))
     cards = [registry.card(name) for name in options.variants]
@@ -107,7 +107,7 @@ def delete(options: argparse.Namespace) -> None:
 
 def report(options: argparse.Namespace) -> None:
     from deploy.planning import known_controls, known_sensitivity
-    from quantize.report import Report, write_report
+    from quantize.report.report import Report, write_report
 
     config = load_config(options.config)
     registry = _registry(config)
@@ -126,10 +126,10 @@ def report(options: argparse.Namespace) -> None:
 
 def _distributions(config: Config, registry: Registry, cards: tuple[Card, ...]) -> dict[str, Distributions]:
     """Of every variant whose layout is known; computed once per version."""
-    from quantize.calibration import read_calibration
-    from quantize.checkpoint import open_checkpoint
-    from quantize.distributions import compute_distributions, load_distributions, save_distributions
-    from quantize.modules import read_modules
+    from quantize.core.checkpoint import open_checkpoint
+    from quantize.core.modules import read_modules
+    from quantize.make.calibration import read_calibration
+    from quantize.report.distributions import compute_distributions, load_distributions, save_distributions
 
     checkpoint = open_checkpoint(config.model.path)
     modules = read_modules(checkpoint)

@@ -69,7 +69,7 @@ def show(options: argparse.Namespace) -> None:
 
 def report(options: argparse.Namespace) -> None:
     from deploy.watch_page import render_watch
-    from quantize.files import write_whole
+    from quantize.core.files import write_whole
 
     found = client(options).ask(f"{PATH}?since_s={3600 * options.hours}&events=1000")
     options.out.parent.mkdir(parents=True, exist_ok=True)

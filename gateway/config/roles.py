@@ -10,7 +10,7 @@ from pydantic import Field, field_validator, model_validator
 from gateway.config.access import PRIORITY
 from gateway.config.section import Section
 from gateway.config.watch import WATCHED
-from quantize.gate import QualityBudget
+from quantize.gate.judgement import QualityBudget
 
 
 class WhenFull(StrEnum):

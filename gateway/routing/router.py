@@ -27,7 +27,7 @@ from gateway.routing.pools import PROVIDER, Pool, Pools
 from gateway.routing.prefixes import Buffer
 from gateway.routing.replicas import Replica
 from quantize.card import Card, Outcome
-from quantize.gate import judge
+from quantize.gate.judgement import judge
 
 KV_TOKENS = 65_536
 """Tokens in the KV cache at which the memory of variants is compared: a busy engine."""

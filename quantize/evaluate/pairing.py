@@ -9,7 +9,7 @@ from quantize.evaluate.grounding import Grounding
 from quantize.evaluate.measure import Measurement, ScoredAnswer, Tasks, tasks_sha256
 from quantize.evaluate.statistics import compare_tokens
 from quantize.evaluate.tasks import Item, Suite, TaskError
-from quantize.paired import mcnemar_p
+from quantize.gate.paired import mcnemar_p
 
 Items = Mapping[int, Item]
 """Items of a role by their place in its list."""

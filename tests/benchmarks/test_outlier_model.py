@@ -26,7 +26,7 @@ from benchmarks.quantization.outlier_model import (
     training_key,
     write_planted,
 )
-from quantize.checkpoint import open_checkpoint
+from quantize.core.checkpoint import open_checkpoint
 from tests.quantize.tiny import make_checkpoint
 
 SEQUENCES = [list(range(1, 40)), list(range(700, 760, 3))]

@@ -12,9 +12,9 @@ from deploy.supervisor import engine_specs
 from gateway.cards import load_cards
 from gateway.config import Config, load_config
 from quantize.card import Card, CardError
-from quantize.checkpoint import open_checkpoint
-from quantize.modules import read_modules
-from quantize.plan import uniform
+from quantize.core.checkpoint import open_checkpoint
+from quantize.core.modules import read_modules
+from quantize.core.plan import uniform
 from quantize.registry import Registry
 from tests.quantize.small import write_base
 

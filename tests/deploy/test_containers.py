@@ -267,7 +267,7 @@ def test_the_quantizer_has_the_libraries_that_its_command_line_reads() -> None:
     image = CONTAINERS / "quantize.Dockerfile"
     assert json.loads(last(image, "ENTRYPOINT")) == ["tiercel", "quantize"]
     (extras,) = re.findall(r'"\.\[(.+)\]"', last_run_of_pip(image))
-    run = "import deploy.making, quantize.compress, deploy.cli; deploy.cli.main(['quantize', '-h'])"
+    run = "import deploy.making, quantize.make.compress, deploy.cli; deploy.cli.main(['quantize', '-h'])"
     environment = {**os.environ, "ABSENT": json.dumps(kept_out(*extras.split(",")))}
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", f"{BLOCK}\n{run}"],

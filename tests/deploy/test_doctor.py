@@ -30,7 +30,7 @@ from deploy.commands.findings import Finding, Level, Subject, ok
 from gateway.config import load_config
 from gateway.quality.store import Store
 from gateway.upstream.fake import FakeEngine
-from quantize.target import TargetError
+from quantize.core.targets import TargetError
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "gateway"))
 

@@ -23,7 +23,7 @@ import yaml
 from gateway.config import parse_config
 from gateway.upstream.fake import FakeEngine
 from quantize.card import write_card
-from quantize.files import point
+from quantize.core.files import point
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "gateway"))
 

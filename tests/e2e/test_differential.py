@@ -21,7 +21,7 @@ from deploy.engine import EngineSpec, command, environment
 from deploy.making import free_port
 from gateway.config import Engine
 from quantize.card import Card, write_card
-from quantize.files import point
+from quantize.core.files import point
 from tests.e2e.conftest import ROOT, stop_stack
 from tests.e2e.differences import Answer
 from tests.e2e.request_cases import Case, cases

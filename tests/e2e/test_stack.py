@@ -15,7 +15,7 @@ from agents.prompts import SYSTEM_PROMPTS
 from agents.team import read_tickets, run_team
 from deploy.assistant.records import HELD_OUT_SEED, make_record
 from quantize.card import Outcome, variant_directory, verify_files
-from quantize.gate import wilson_interval
+from quantize.gate.judgement import wilson_interval
 from tests.e2e.conftest import CLINC150, ROOT, Stack, clinc150_items
 
 pytestmark = pytest.mark.engine

@@ -20,7 +20,7 @@ from gateway.app import Gateway
 from gateway.config import Config
 from gateway.upstream.fake import FakeEngine, Script
 from quantize.card import Card, Evaluation, RoleEvaluation, TextEvaluation, write_card
-from quantize.files import point
+from quantize.core.files import point
 
 CHAT = "/v1/chat/completions"
 RECORD = "Order C2390\ncustomer: Greta Vidal\ntotal: $277\n\nhow much does order C2390 cost"

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from quantize.calibration import CalibrationError, read_calibration
-from quantize.checkpoint import open_checkpoint
+from quantize.core.checkpoint import open_checkpoint
+from quantize.make.calibration import CalibrationError, read_calibration
 
 MODEL = Path(__file__).parents[2] / "deploy/assistant/model"
 
@@ -37,7 +37,7 @@ class TemplateAlone:
 def test_bad_calibration_data(
     tmp_path: Path, text: str, sentence: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("quantize.calibration.load_tokenizer", TemplateAlone)
+    monkeypatch.setattr("quantize.make.calibration.load_tokenizer", TemplateAlone)
     path = tmp_path / "calibration.jsonl"
     path.write_text(text, encoding="utf-8")
     with pytest.raises(CalibrationError, match=sentence):

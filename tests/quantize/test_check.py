@@ -17,9 +17,9 @@ from quantize.check import (
     refuse_short,
     refuse_unfit,
 )
-from quantize.checkpoint import Checkpoint, CheckpointError, open_checkpoint
-from quantize.modules import read_modules
-from quantize.target import TARGETS
+from quantize.core.checkpoint import Checkpoint, CheckpointError, open_checkpoint
+from quantize.core.modules import read_modules
+from quantize.core.targets import TARGETS
 
 
 def write_model(

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from quantize.checkpoint import CheckpointError, open_checkpoint, weight_bytes
+from quantize.core.checkpoint import CheckpointError, open_checkpoint, weight_bytes
 
 CONFIG = {
     "hidden_size": 256,

@@ -7,14 +7,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from quantize.checkpoint import Checkpoint, open_checkpoint
-from quantize.distributions import (
+from quantize.core.checkpoint import Checkpoint, open_checkpoint
+from quantize.core.modules import read_modules
+from quantize.report.distributions import (
     compute_distributions,
     load_distributions,
     outliers,
     save_distributions,
 )
-from quantize.modules import read_modules
 from tests.quantize.tiny import make_checkpoint
 
 SEQUENCES = [list(range(5, 45)), list(range(100, 130))]

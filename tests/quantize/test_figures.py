@@ -6,9 +6,14 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 
-from quantize.compare import Point, pareto
-from quantize.distributions import ActivationFigures, WeightFigures
-from quantize.figures import Scale, activations_before_and_after, loss_against_bytes, weights_before_and_after
+from quantize.report.distributions import ActivationFigures, WeightFigures
+from quantize.report.figures import (
+    Scale,
+    activations_before_and_after,
+    loss_against_bytes,
+    weights_before_and_after,
+)
+from quantize.report.tables import Point, pareto
 
 MEASURED = (
     Point("int8", 5_280_000, 0.0004, 0.0003, 0.0005),

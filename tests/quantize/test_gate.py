@@ -5,8 +5,8 @@ import random
 import pytest
 
 from quantize.card import Card, Evaluation, LongContext, Outcome, Paired, RoleEvaluation, TextEvaluation
-from quantize.gate import QualityBudget, gate_p_values, judge
-from quantize.paired import (
+from quantize.gate.judgement import QualityBudget, gate_p_values, judge
+from quantize.gate.paired import (
     ALPHA,
     detectable_drop,
     drop_p,

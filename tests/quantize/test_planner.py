@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quantize.modules import Group, Linear, Modules
-from quantize.planner import Option, PlanError, Planner, fewest_bytes, front, least_loss
-from quantize.schemes import scheme
-from quantize.sensitivity import Row, Sensitivity, plan_of
+from quantize.core.modules import Group, Linear, Modules
+from quantize.core.schemes import scheme
+from quantize.plan.planner import Option, PlanError, Planner, fewest_bytes, front, least_loss
+from quantize.plan.sensitivity import Row, Sensitivity, plan_of
 
 OPTIONS = st.lists(
     st.builds(Option, name=st.just("x"), bytes=st.integers(1, 40), loss=st.floats(0, 10, allow_nan=False)),

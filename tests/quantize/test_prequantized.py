@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 
 from quantize.card import CardError, hash_files
-from quantize.checkpoint import CheckpointError, open_checkpoint
-from quantize.modules import Linear
-from quantize.prequantized import Prequantized, read_prequantized
+from quantize.core.checkpoint import CheckpointError, open_checkpoint
+from quantize.core.dequantize import linear_weight
+from quantize.core.modules import Linear
+from quantize.core.schemes import scheme
+from quantize.core.tensors import read_parts
+from quantize.register.formats import Prequantized, read_prequantized
 from quantize.registry import Registry
-from quantize.schemes import scheme
-from quantize.shelf import read_parts
-from quantize.stored import linear_weight
 from tests.quantize.small import CONFIG, Tensors, base_tensors, linears, write_base, write_checkpoint
 
 NAMES = [f"model.layers.{layer}.{name}" for layer in (0, 1) for name in ("self_attn.q_proj", "mlp.down_proj")]

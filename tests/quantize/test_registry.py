@@ -12,10 +12,10 @@ import pytest
 
 from quantize import registry as module
 from quantize.card import Calibration, CardError, read_card, refuse_broken
-from quantize.checkpoint import Checkpoint, open_checkpoint
-from quantize.compress import CalibrationSet
-from quantize.modules import read_modules
-from quantize.plan import Plan, uniform
+from quantize.core.checkpoint import Checkpoint, open_checkpoint
+from quantize.core.modules import read_modules
+from quantize.core.plan import Plan, uniform
+from quantize.make.compress import CalibrationSet
 from quantize.registry import Registry
 from tests.quantize.small import CONFIG, make_evaluation, write_base
 

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 
 from quantize.card import Card, Outcome, Verdict
-from quantize.checkpoint import open_checkpoint
-from quantize.compare import format_card, format_comparison, format_variants
-from quantize.controls import Compared, Controls
-from quantize.distributions import compute_distributions
-from quantize.modules import read_modules
-from quantize.report import Report, render_report, write_report
+from quantize.core.checkpoint import open_checkpoint
+from quantize.core.modules import read_modules
+from quantize.plan.controls import Compared, Controls
+from quantize.report.distributions import compute_distributions
+from quantize.report.report import Report, render_report, write_report
+from quantize.report.tables import format_card, format_comparison, format_variants
 from tests.quantize.small import make_evaluation, write_base
 
 BASE = {

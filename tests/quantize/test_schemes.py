@@ -6,10 +6,11 @@ import re
 
 import pytest
 
-from quantize.methods import MethodError, config_groups, parse_method, pattern
-from quantize.modules import Group, Linear, Modules
-from quantize.plan import Plan, uniform
-from quantize.schemes import SchemeError, kv_scheme, scheme
+from quantize.core.methods import MethodError, parse_method
+from quantize.core.modules import Group, Linear, Modules
+from quantize.core.plan import Plan, uniform
+from quantize.core.quantization_config import config_groups, pattern
+from quantize.core.schemes import SchemeError, kv_scheme, scheme
 
 
 @pytest.mark.parametrize(

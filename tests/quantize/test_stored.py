@@ -8,9 +8,9 @@ from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from safetensors.torch import save_file
 
-from quantize.schemes import scheme
-from quantize.shelf import read_parts
-from quantize.stored import linear_weight
+from quantize.core.dequantize import linear_weight
+from quantize.core.schemes import scheme
+from quantize.core.tensors import read_parts
 
 N, K = 48, 128
 FORMATS = {

@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from quantize.legality import LADDER, Kind, kind_of, shards
-from quantize.modules import Group, Linear, Modules
-from quantize.plan import Plan, uniform
-from quantize.schemes import KV_SCHEMES, scheme
-from quantize.target import TARGETS, Target, TargetError, detect, detect_cpu, detect_cuda, target
+from quantize.core.legality import LADDER, Kind, kind_of, shards
+from quantize.core.modules import Group, Linear, Modules
+from quantize.core.plan import Plan, uniform
+from quantize.core.schemes import KV_SCHEMES, scheme
+from quantize.core.targets import TARGETS, Target, TargetError, detect, detect_cpu, detect_cuda, target
 
 AMX, VNNI, AVX512, AVX2 = (TARGETS[f"vllm-cpu-{kind}"] for kind in ("amx", "vnni", "avx512", "avx2"))
 AMPERE, ADA, HOPPER, BLACKWELL = (

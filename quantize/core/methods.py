@@ -1,0 +1,84 @@
+"""How the numbers of a variant are found: each method is one word, and words can be joined by ``+``.
+
+A method ends in a *solver*, which chooses the stored integers, after any *transforms*, which rewrite the
+model into an equal one that quantizes better:
+
+=============== ============ ==============================================================================
+``rtn``         solver       round to nearest, ranges from minimum and maximum; needs no data
+``mse``         solver       round to nearest, ranges of least squared error; needs no data
+``imatrix``     solver       ranges of least squared error weighted by E[x²] of each input
+``gptq``        solver       error of each column passed on to the next ones (arXiv:2210.17323)
+``autoround``   solver       rounding and clipping learned block by block (arXiv:2309.05516)
+``awq``         transform    scales salient input channels up (arXiv:2306.00978); alone: ``awq+rtn``
+``smoothquant`` transform    moves outliers from inputs to weights (arXiv:2211.10438); alone: ``…+gptq``
+``rotation``    transform    Hadamard rotations folded into the weights (arXiv:2405.16406, R1 and R2);
+                             alone: ``rotation+gptq``
+=============== ============ ==============================================================================
+
+All of them are llm-compressor's (AutoRound through it); this module only puts its modifiers together.
+``imatrix+gptq`` is GPTQ with importance-weighted ranges.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from quantize.core.plan import Plan
+from quantize.core.schemes import kv_scheme, scheme
+
+SOLVERS: Mapping[str, str] = {
+    "rtn": "memoryless_minmax",
+    "mse": "memoryless_mse",
+    "imatrix": "imatrix_mse",
+    "gptq": "memoryless_minmax",
+    "autoround": "memoryless_minmax",
+}
+"""Solver to llm-compressor's observer of weight ranges."""
+ALONE: Mapping[str, str] = {"awq": "rtn", "smoothquant": "gptq", "rotation": "gptq"}
+"""Transform to the solver that it is followed by when none is named."""
+AUTOROUND_ITERATIONS = 200
+
+
+class MethodError(ValueError):
+    """A method's name is not understood, or does not fit the plan."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """Transforms in order, the solver, and the observer of weight ranges."""
+
+    name: str
+    transforms: tuple[str, ...]
+    solver: str
+    observer: str
+
+    def needs_data(self, plan: Plan) -> bool:
+        """Whether calibration data are used at all."""
+        return (
+            bool(self.transforms)
+            or self.solver not in ("rtn", "mse")
+            or kv_scheme(plan.kv).calibrated
+            or any(scheme(name).needs_calibration for name in plan.groups.values())
+        )
+
+
+def parse_method(name: str) -> Method:
+    """Read a method's name such as ``gptq``, ``awq`` or ``smoothquant+imatrix+gptq``. Raises MethodError."""
+    words = name.split("+")
+    transforms = [word for word in words if word in ALONE]
+    solvers = [word for word in words if word in SOLVERS]
+    unknown = [word for word in words if word not in ALONE and word not in SOLVERS]
+    if unknown:
+        raise MethodError(
+            f"unknown method {unknown[0]!r} in {name!r}; transforms: {', '.join(ALONE)}; "
+            f"solvers: {', '.join(SOLVERS)}; join them by +, for example awq+gptq"
+        )
+    if words != transforms + solvers or len(set(words)) != len(words):
+        raise MethodError(f"method {name!r}: transforms come first, each word once, for example awq+gptq")
+    if not solvers:
+        solvers = [ALONE[transforms[-1]]]
+    *ranges, solver = solvers
+    if len(ranges) > 1 or (ranges and (solver != "gptq" or ranges[0] not in ("imatrix", "mse"))):
+        raise MethodError(f"method {name!r}: of two solvers, the first must be imatrix or mse, the last gptq")
+    return Method(name, tuple(transforms), solver, SOLVERS[ranges[0] if ranges else solver])

@@ -1,0 +1,35 @@
+"""The variants that ``tiercel quantize`` makes when none is described: names for common plans."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from quantize.core.modules import Modules
+from quantize.core.plan import Plan, uniform
+from quantize.core.targets import Target
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A uniform plan by name."""
+
+    variant: str
+    scheme: str
+    method: str = "gptq"
+    kv: str = "auto"
+
+    def plan(self, modules: Modules, where: Target) -> Plan:
+        """The plan on that target: where it computes the scheme badly, the one that stands in for it."""
+        return uniform(modules, where.instead(self.scheme), kv=self.kv, method=self.method)
+
+
+RECIPES: Mapping[str, Recipe] = {
+    recipe.variant: recipe
+    for recipe in (
+        Recipe("int8", "w8a8"),
+        Recipe("int4", "w4a16-g64"),
+        Recipe("int4-kv8", "w4a16-g64", kv="fp8"),
+    )
+}
+"""Variant name to recipe."""

@@ -1,0 +1,76 @@
+"""Calibration data: conversations, encoded as the model will see them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from quantize.card import Calibration, sha256_of
+from quantize.core.checkpoint import Checkpoint, CheckpointError
+
+MIN_CALIBRATION_SAMPLES = 16
+CALIBRATION_LENGTH = 512
+"""Longest calibration sequence, tokens; longer ones are cut."""
+
+
+class CalibrationError(ValueError):
+    """Calibration data cannot be used. The text names the file, the line and the fix."""
+
+
+@dataclass(frozen=True)
+class CalibrationSet:
+    """Token sequences for calibration, and where they came from."""
+
+    sequences: list[list[int]]
+    description: Calibration
+
+
+def read_calibration(path: Path | None, checkpoint: Checkpoint) -> CalibrationSet:
+    """Read conversations from JSON Lines ({"messages": [...]}) and encode them with the chat template.
+
+    Raises CalibrationError when the file is missing, malformed or holds too few conversations.
+    """
+    if path is None:
+        raise CalibrationError("calibration is not set; give a JSON Lines file of conversations in the YAML")
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        raise CalibrationError(
+            f"calibration file {path} does not exist; set calibration in the YAML"
+        ) from None
+    tokenizer = load_tokenizer(checkpoint.path)
+    sequences = []
+    for number, line in enumerate(lines, 1):
+        try:
+            messages = json.loads(line)["messages"]
+            encoded = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)
+        except Exception as error:  # whatever a template raises, the line is at fault
+            raise CalibrationError(
+                f"{path}:{number}: not a conversation ({type(error).__name__}: {error}); "
+                'each line must be {"messages": [{"role": …, "content": …}, …]}'
+            ) from None
+        sequences.append(list(encoded["input_ids"])[:CALIBRATION_LENGTH])
+    if len(sequences) < MIN_CALIBRATION_SAMPLES:
+        raise CalibrationError(
+            f"{path} has {len(sequences)} conversations; calibration needs {MIN_CALIBRATION_SAMPLES} or more"
+        )
+    described = Calibration(
+        source=path.name,
+        sha256=sha256_of(path),
+        samples=len(sequences),
+        tokens=sum(len(sequence) for sequence in sequences),
+    )
+    return CalibrationSet(sequences, described)
+
+
+def load_tokenizer(path: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+    if not tokenizer.chat_template:
+        raise CheckpointError(
+            f"{path}: the tokenizer has no chat template; add chat_template.jinja beside it"
+        )
+    return tokenizer

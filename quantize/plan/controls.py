@@ -1,0 +1,207 @@
+"""What a planned variant is compared with at its bytes: plans that anybody would try without a planner."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict
+
+from quantize.core.files import write_whole
+from quantize.core.plan import Plan
+from quantize.core.schemes import scheme
+from quantize.plan import autoscheme
+from quantize.plan.paired_kl import PairedKl
+from quantize.plan.planner import Planner
+from quantize.plan.session import PlanningSession
+
+Kind = Literal["uniform", "random", "ends", "autoscheme"]
+KINDS: tuple[Kind, ...] = ("uniform", "random", "ends", "autoscheme")
+RANDOM_PLANS = 3
+FILE = "controls.json"
+
+
+class Compared(BaseModel):
+    """A plan as it was measured. KL is in nats per token, ``half`` half of its 95 % interval.
+
+    ``ratio`` is the planned variant's KL over this one's, with its paired 95 % interval.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    label: str
+    kind: Literal["planned", Kind]
+    bytes: int
+    bits: float
+    kl: float
+    half: float
+    ratio: float | None = None
+    low: float | None = None
+    high: float | None = None
+
+
+class Controls(BaseModel):
+    """A planned variant beside its controls, on the same conversations."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    variant: str
+    version: str
+    measured_on: str
+    conversations: int
+    tokens: int
+    rows: tuple[Compared, ...]
+
+    def write(self, directory: Path) -> Path:
+        """Keep it in ``directory``; a reader sees the old file or the new one."""
+        write_whole(directory / FILE, self.model_dump_json(indent=1))
+        return directory / FILE
+
+
+def random_plan(planner: Planner, budget: int, rng: random.Random) -> Plan:
+    """Groups get random choices, in random order, for as long as the budget lasts."""
+    names = [group.name for group in planner.modules]
+    smallest = planner.smallest()
+    picked: dict[str, tuple[str, str]] = {}
+    for _ in range(100):
+        trial = dict(smallest)
+        for name in rng.sample(names, len(names)):
+            changed = trial | {name: rng.choice(planner.choices_of(name))}
+            if planner.weight_bytes(changed) <= budget:
+                trial = changed
+        if not picked or planner.weight_bytes(trial) > planner.weight_bytes(picked):
+            picked = trial
+        if planner.weight_bytes(picked) > 0.97 * budget:
+            break
+    return planner.plan(picked)
+
+
+def plans(
+    session: PlanningSession,
+    planner: Planner,
+    budget: int,
+    kinds: Sequence[Kind],
+    say: Callable[[str], None],
+    seed: int = 0,
+) -> Iterator[tuple[str, Kind, Plan]]:
+    """The controls that take at most ``budget`` bytes. ``say`` hears which kinds have none."""
+    made: dict[Kind, Callable[[], Mapping[str, Plan]]] = {
+        "uniform": lambda: _uniform(session),
+        "random": lambda: _random(planner, budget, seed),
+        "ends": lambda: _ends(session, budget),
+        "autoscheme": lambda: _autoscheme(session, budget),
+    }
+    for kind in kinds:
+        fitting = {
+            label: plan
+            for label, plan in made[kind]().items()
+            if plan.weight_bytes(session.modules) <= budget
+        }
+        if not fitting:
+            say(f"controls: no {kind} plan fits in {budget} bytes")
+        for label, plan in fitting.items():
+            yield label, kind, plan
+
+
+def _random(planner: Planner, budget: int, seed: int) -> dict[str, Plan]:
+    rng = random.Random(seed)
+    return {f"random {n}": random_plan(planner, budget, rng) for n in range(1, RANDOM_PLANS + 1)}
+
+
+def _uniform(session: PlanningSession) -> dict[str, Plan]:
+    """Every scheme that all groups may have, by every method that the planner mixes, and by rounding."""
+    made = {}
+    for name in _for_all(session):
+        for method in dict.fromkeys(("rtn", *session.methods)):
+            made[f"{name} {method}"] = Plan(groups=_all(session, name), method=method)
+    return made
+
+
+def _ends(session: PlanningSession, budget: int) -> dict[str, Plan]:
+    """The first layer, the last, or both at eight bits; all else at the largest four-bit scheme that fits."""
+    layers = session.modules.layers
+    names = _for_all(session)
+    eights = [name for name in names if scheme(name).weight_bits == 8]
+    fours = [name for name in names if scheme(name).weight_bits < 8]
+    wanted = {"first layer": {0}, "last layer": {layers - 1}, "first and last layer": {0, layers - 1}}
+    made = {}
+    for label, high in wanted.items():
+        trials = [
+            Plan(
+                groups={g.name: eight if g.layer in high else four for g in session.modules},
+                method=session.methods[-1],
+            )
+            for eight in eights
+            for four in fours
+        ]
+        trials = [plan for plan in trials if plan.weight_bytes(session.modules) <= budget]
+        if trials:
+            plan = max(trials, key=lambda plan: plan.weight_bytes(session.modules))
+            eight, four = plan.groups[_in(session, high)], plan.groups[_in(session, high, outside=True)]
+            made[f"{label} {eight}, rest {four}"] = plan
+    return made
+
+
+def _in(session: PlanningSession, layers: set[int], outside: bool = False) -> str:
+    found = (g.name for g in session.modules if (g.layer in layers) != outside)
+    return next(found, next(iter(session.modules)).name)
+
+
+def _autoscheme(session: PlanningSession, budget: int) -> dict[str, Plan]:
+    """AutoRound's own choice of 4 and 8 bits at the average that the budget allows."""
+    names = _for_all(session)
+    four = next((name for name in names if name.startswith("w4a16")), None)
+    eight = next((name for name in names if name.startswith("w8a8")), None)
+    if four is None or eight is None:
+        return {}
+    weights = sum(group.weights for group in session.modules)
+    average = round(8 * (budget - session.modules.other_bytes) / weights, 3)
+    found = autoscheme.assign(
+        session.checkpoint.path,
+        session.modules,
+        [average],
+        session.directory,
+        session.calibration.sequences,
+    )[average]
+    groups = {name: eight if bits == 8 else four for name, bits in found.items()}
+    return {f"AutoScheme at {average:g} bits": Plan(groups=groups, method=session.methods[-1])}
+
+
+def _for_all(session: PlanningSession) -> list[str]:
+    """Schemes that every group has among its choices."""
+    legal = [{name for name, _ in choices} for choices in session.choices().values()]
+    return [name for name in session.schemes if all(name in names for names in legal)]
+
+
+def _all(session: PlanningSession, name: str) -> dict[str, str]:
+    return {group.name: name for group in session.modules}
+
+
+def measure(
+    session: PlanningSession,
+    paired: PairedKl,
+    label: str,
+    planned: Plan,
+    controls: Sequence[tuple[str, Kind, Plan]],
+) -> tuple[Compared, ...]:
+    """The planned variant and every control, on the same conversations; by bytes."""
+
+    def row(name: str, kind: Literal["planned", Kind], plan: Plan) -> Compared:
+        kl, half = paired.interval(plan)
+        ratio = None if kind == "planned" else paired.ratio(planned, plan)
+        return Compared(
+            label=name,
+            kind=kind,
+            bytes=plan.weight_bytes(session.modules),
+            bits=plan.bits_per_weight(session.modules),
+            kl=kl,
+            half=half,
+            ratio=ratio.ratio if ratio else None,
+            low=ratio.low if ratio else None,
+            high=ratio.high if ratio else None,
+        )
+
+    rows = [row(label, "planned", planned), *(row(*control) for control in controls)]
+    return tuple(sorted(rows, key=lambda one: (one.bytes, one.kl)))

@@ -1,0 +1,229 @@
+"""From a checkpoint and calibration data to the best plan within a budget, step by step and resumable.
+
+planning_dir/<key>/    the key is of the checkpoint, the calibration data and the target
+  parts/               parts of variants (:mod:`quantize.plan.parts`)
+  rows.jsonl           sensitivity, a line per finished row
+  served/              what was measured on the engine
+  sensitivity.json     the whole analysis
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from quantize.core.checkpoint import Checkpoint, base_sha256
+from quantize.core.files import write_whole
+from quantize.core.modules import Modules, read_modules
+from quantize.core.plan import Plan
+from quantize.core.schemes import BF16_BYTES, kv_scheme, scheme
+from quantize.core.targets import Target
+from quantize.evaluate.bench import Bench, Span
+from quantize.make.calibration import CalibrationSet
+from quantize.make.compress import QuantizeError
+from quantize.plan.parts import PartStore
+from quantize.plan.planner import Candidate, PlanError, Planner
+from quantize.plan.search import search
+from quantize.plan.sensitivity import KEPT, Choice, Sensitivity, ServedKl, analyse, measure
+from quantize.plan.simulated import SimulatedModel
+from quantize.plan.tune import Tuned, tune, write_tuned
+
+METHODS = ("gptq", "imatrix+gptq")
+"""Whose parts a plan may mix, unless told otherwise."""
+CHOOSING_SHARE = 4
+"""One conversation in so many is kept from calibration, and plans are chosen on it."""
+MIN_CHOOSING = 8
+LOSS_ROUNDS = 6
+SHORTLIST = (
+    *("w4a16-g128", "w4a16-g64", "w4a16-g32", "nvfp4"),
+    *("w8a8-r7", "w8a8", "fp8-dynamic", "w8a16-g128"),
+)
+"""Schemes that are planned with where the target has them; each costs a quantization of the whole model."""
+
+
+def shortlist(where: Target, modules: Modules, tensor_parallel: int = 1) -> tuple[str, ...]:
+    """The schemes of ``SHORTLIST`` that at least one group can have on the target."""
+    legal = {name for group in modules for name in where.candidates(group, tensor_parallel)}
+    return tuple(name for name in SHORTLIST if name in legal)
+
+
+class PlanningSession:
+    """The parts, the analysis and the search for one checkpoint on one target."""
+
+    def __init__(
+        self,
+        directory: Path,
+        checkpoint: Checkpoint,
+        calibration: CalibrationSet,
+        where: Target,
+        methods: Sequence[str] = METHODS,
+        schemes: Sequence[str] | None = None,
+        tensor_parallel: int = 1,
+        choosing: Sequence[Span] | None = None,
+    ) -> None:
+        self.checkpoint, self.target, self.methods = checkpoint, where, tuple(methods)
+        self.modules = read_modules(checkpoint)
+        self.schemes = tuple(schemes or shortlist(where, self.modules, tensor_parallel))
+        calibrating = calibration
+        if choosing is None:
+            calibrating, choosing = split(calibration)
+        decides = (base_sha256(checkpoint), calibration.description.sha256, where.name, len(choosing))
+        self.directory = directory / hashlib.sha256(repr(decides).encode()).hexdigest()[:12]
+        self.calibration, self.choosing = calibrating, choosing
+        self.parts = PartStore(self.directory / "parts", checkpoint, self.modules, calibrating)
+        self._ranks = tensor_parallel
+        self._simulated: SimulatedModel | None = None
+
+    @property
+    def simulated(self) -> SimulatedModel:
+        """The model in torch, loaded when first needed."""
+        if self._simulated is None:
+            self._simulated = SimulatedModel(self.parts, self.choosing)
+        return self._simulated
+
+    def choices(self) -> dict[str, Sequence[Choice]]:
+        """What the planner may give each group: legal schemes, each by the methods that suit it."""
+        found: dict[str, Sequence[Choice]] = {}
+        for group in self.modules:
+            legal = self.target.candidates(group, self._ranks)
+            names = [name for name in self.schemes if name in legal]
+            found[group.name] = [
+                (name, method)
+                for name in names
+                for method in (self.methods if scheme(name).weight_bits < 8 else self.methods[:1])
+            ]
+        if not any(found.values()):
+            raise PlanError(f"{self.target.name} loads no quantized scheme for any module of this model")
+        return found
+
+    def least_bytes(self, kv_tokens: int = 0, kv: Sequence[str] = ("auto",)) -> int:
+        """The smallest budget that a plan can be found for; known before any work."""
+        sizes = {group.name: group.weights * BF16_BYTES for group in self.modules}
+        for group in self.modules:
+            for name, _ in self.choices()[group.name]:
+                sizes[group.name] = min(sizes[group.name], group.stored_bytes(scheme(name)))
+        cache = min(kv_tokens * self._kv_bytes(name) + self._kv_scale_bytes(name) for name in kv)
+        return self.modules.other_bytes + sum(sizes.values()) + cache
+
+    def sensitivity(self, bench: Bench) -> Sensitivity:
+        """The whole analysis; what was finished before is kept."""
+        rows = analyse(self.simulated, self.choices(), self.directory / "rows.jsonl")
+        found = measure(self.simulated, rows, bench, self.choosing, self.directory / "served")
+        write_whole(self.directory / "sensitivity.json", found.model_dump_json(indent=1))
+        return found
+
+    def planner(self, bench: Bench) -> Planner:
+        """The planner over that analysis."""
+        return Planner(self.modules, self.sensitivity(bench))
+
+    def within(
+        self,
+        bench: Bench,
+        budget: int,
+        kv_tokens: int = 0,
+        kv: Sequence[str] = ("auto",),
+        tries: int = 200,
+        finalists: int = 4,
+    ) -> list[Candidate]:
+        """Plans of at most ``budget`` bytes, weights and ``kv_tokens`` tokens of cache; best first.
+
+        Raises PlanError with the least possible budget when it is below that.
+        """
+        planner = self.planner(bench)
+        served = self._served(bench)
+        losses = {name: self._kv_loss(served, name) for name in kv}
+        per_token = {name: self._kv_bytes(name) for name in kv}
+        fitting: dict[str, float] = {}
+        errors = []
+        for name in kv:
+            left = budget - kv_tokens * per_token[name] - self._kv_scale_bytes(name)
+            try:
+                fitting[name] = planner.predicted(planner.within(left)) + losses[name]
+            except PlanError as error:
+                errors.append(f"with KV cache {name}: {error}")
+        if not fitting:
+            raise PlanError("; ".join(errors))
+        chosen = min(fitting, key=lambda name: fitting[name])
+        left = budget - kv_tokens * per_token[chosen] - self._kv_scale_bytes(chosen)
+        reference = self.simulated.log_probabilities()
+        found = search(planner, self.simulated, served, reference, left, tries=tries, finalists=finalists)
+        return [self._with_kv(candidate, chosen, losses[chosen], served) for candidate in found]
+
+    def for_loss(self, bench: Bench, loss: float) -> Candidate:
+        """The fewest bytes whose KL, measured on the engine, is at most ``loss`` nats per token."""
+        planner = self.planner(bench)
+        served = self._served(bench)
+        reference = self.simulated.log_probabilities()
+        wanted = loss
+        for _ in range(LOSS_ROUNDS):
+            choices = planner.for_loss(wanted)
+            measured = served(choices)
+            if measured <= loss:
+                return Candidate(
+                    plan=planner.plan(choices),
+                    weight_bytes=planner.weight_bytes(choices),
+                    predicted_kl=planner.predicted(choices),
+                    simulated_kl=self.simulated.kl(choices, reference),
+                    served_kl=measured,
+                )
+            wanted *= min(0.95, loss / measured)
+        raise PlanError(
+            f"no plan was measured at a loss of {loss:g} or less after {LOSS_ROUNDS} attempts; raise --loss"
+        )
+
+    def make(self, plan: Plan, out: Path) -> Tuned | None:
+        """Write the checkpoint of ``plan`` into ``out``; a plan that says so is tuned."""
+        self.parts.assemble(plan, out)
+        if not plan.tuned:
+            return None
+        tuned = tune(self.simulated, plan, out, self.calibration.sequences)
+        write_tuned(tuned, out)
+        return tuned
+
+    def _served(self, bench: Bench) -> ServedKl:
+        return ServedKl(self.simulated, bench, self.choosing, self.directory / "served")
+
+    def _kv_loss(self, served: ServedKl, kv: str) -> float:
+        return 0.0 if kv == "auto" else served({group.name: KEPT for group in self.modules}, kv)
+
+    def _kv_bytes(self, kv: str) -> int:
+        config = self.checkpoint.config
+        heads = config.get("num_key_value_heads") or config["num_attention_heads"]
+        return kv_scheme(kv).bytes_per_token(
+            config["num_hidden_layers"], int(heads), self.checkpoint.head_dim
+        )
+
+    def _kv_scale_bytes(self, kv: str) -> int:
+        return 4 * self.modules.layers if kv_scheme(kv).calibrated else 0
+
+    def _with_kv(self, candidate: Candidate, kv: str, loss: float, served: ServedKl) -> Candidate:
+        if kv == "auto":
+            return candidate
+        plan = candidate.plan.model_copy(update={"kv": kv})
+        choices: Mapping[str, Choice] = {
+            group.name: (plan.groups[group.name], plan.method_of(group.name)) for group in self.modules
+        }
+        return Candidate(
+            plan=plan,
+            weight_bytes=plan.weight_bytes(self.modules),
+            predicted_kl=candidate.predicted_kl + loss,
+            simulated_kl=None,
+            served_kl=served(choices, kv),
+        )
+
+
+def split(calibration: CalibrationSet) -> tuple[CalibrationSet, list[Span]]:
+    """Keep one conversation in four from calibration, to choose plans on. Raises QuantizeError."""
+    everything = calibration.sequences
+    chosen = [(sequence, 1) for sequence in everything[::CHOOSING_SHARE] if len(sequence) > 1]
+    left = [sequence for number, sequence in enumerate(everything) if number % CHOOSING_SHARE]
+    if len(chosen) < MIN_CHOOSING:
+        raise QuantizeError(
+            f"{calibration.description.source} has {len(everything)} conversations; planning needs "
+            f"{CHOOSING_SHARE * MIN_CHOOSING} or more, a quarter of which plans are chosen on"
+        )
+    described = calibration.description.model_copy(
+        update={"samples": len(left), "tokens": sum(len(sequence) for sequence in left)}
+    )
+    return CalibrationSet(left, described), list(chosen)

@@ -1,0 +1,151 @@
+"""A model in torch whose module groups can be swapped for quantized ones, to steer the search.
+
+The weights are the real ones of a variant, dequantized; inputs are rounded as the scheme says. What it
+cannot show is what an engine's kernels do on top, so a plan that was found here is measured on the
+engine before anything is concluded (decision: fake-quantized numbers accept nothing).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from quantize.core.dequantize import dequantized
+from quantize.core.modules import Group, Modules
+from quantize.core.plan import Plan
+from quantize.core.schemes import Numbers, scheme
+from quantize.evaluate.bench import Span
+from quantize.plan.parts import PartStore
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+BATCH_TOKENS = 512
+"""Tokens of a forward pass; the logits of so many take 4 bytes x vocabulary each."""
+
+
+def round_inputs(x: Tensor, how: Numbers) -> Tensor:
+    """Inputs (…, K) as a kernel would see them, one range per token, in the dtype of ``x``."""
+    import torch
+
+    wide: Tensor = x.float()
+    if how.kind == "float":
+        top = torch.finfo(torch.float8_e4m3fn).max
+        scale = (wide.abs().amax(-1, keepdim=True) / top).clamp_min(1e-12)
+        wide = (wide / scale).to(torch.float8_e4m3fn).float() * scale
+        return wide.to(x.dtype)
+    levels = 2 ** (how.bits - 1) - 1
+    if how.symmetric:
+        scale = (wide.abs().amax(-1, keepdim=True) / levels).clamp_min(1e-12)
+        wide = (wide / scale).round().clamp(-levels - 1, levels) * scale
+        return wide.to(dtype=x.dtype)
+    low, high = wide.amin(-1, keepdim=True).clamp_max(0), wide.amax(-1, keepdim=True).clamp_min(0)
+    scale = ((high - low) / (2**how.bits - 1)).clamp_min(1e-12)
+    wide = ((wide - low) / scale).round() * scale + low
+    return wide.to(x.dtype)
+
+
+class SimulatedModel:
+    """The reference in torch, and any plan over it. ``choice`` is (scheme, method) of a group."""
+
+    def __init__(self, parts: PartStore, spans: Sequence[Span], dtype: torch.dtype | None = None) -> None:
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        self.parts, self.modules = parts, parts.modules
+        self.spans = spans
+        self.model: Any = AutoModelForCausalLM.from_pretrained(
+            parts.checkpoint.path, dtype=dtype or torch.float32, local_files_only=True
+        ).eval()
+        for parameter in self.model.parameters():
+            parameter.requires_grad_(False)
+        self._quantized: dict[tuple[str, str, str], list[Tensor]] = {}
+
+    def weights(self, group: Group, scheme_name: str, method: str) -> list[Tensor]:
+        """Dequantized weights of a group's members, read once."""
+        key = (group.name, scheme_name, method)
+        if key not in self._quantized:
+            tensors = self.parts.tensors(self.parts.part(scheme_name, method))
+            self._quantized[key] = [
+                dequantized(tensors, member.name, scheme(scheme_name)).to(self.model.dtype)
+                for member in group.members
+            ]
+        return self._quantized[key]
+
+    @contextlib.contextmanager
+    def swapped(self, choices: Mapping[str, tuple[str, str]]) -> Iterator[None]:
+        """Within the block, the groups named in ``choices`` are quantized as chosen."""
+        kept, hooks = [], []
+        try:
+            for group in self.modules:
+                name, method = choices.get(group.name, ("bf16", ""))
+                how = scheme(name)
+                if how.weights is None:
+                    continue
+                for member, weight in zip(group.members, self.weights(group, name, method), strict=True):
+                    module = self.model.get_submodule(member.name)
+                    kept.append((module, module.weight.data))
+                    module.weight.data = weight
+                    if how.activations:
+                        hooks.append(module.register_forward_pre_hook(_rounding(how.activations)))
+            yield
+        finally:
+            for module, weight in kept:
+                module.weight.data = weight
+            for hook in hooks:
+                hook.remove()
+
+    def log_probabilities(self, spans: Sequence[Span] | None = None) -> list[Tensor]:
+        """Per span, (scored tokens, vocabulary) float32.
+
+        Spans of like length share a batch, padded on the right, which a causal model does not look at.
+        """
+        import torch
+
+        wanted = self.spans if spans is None else spans
+        rows: dict[int, Tensor] = {}
+        with torch.inference_mode():
+            for batch in _batches([len(tokens) for tokens, _ in wanted]):
+                width = max(len(wanted[number][0]) for number in batch)
+                ids = torch.zeros(len(batch), width, dtype=torch.long)
+                for line, number in enumerate(batch):
+                    tokens = wanted[number][0]
+                    ids[line, : len(tokens)] = torch.tensor(list(tokens))
+                logits = self.model(ids, use_cache=False).logits
+                for line, number in enumerate(batch):
+                    tokens, start = wanted[number]
+                    scored = logits[line, start - 1 : len(tokens) - 1]
+                    rows[number] = torch.log_softmax(scored.float(), -1)
+        return [rows[number] for number in range(len(wanted))]
+
+    def kl(self, choices: Mapping[str, tuple[str, str]], reference: Sequence[Tensor]) -> float:
+        """Mean KL(reference || quantized) in nats per scored token."""
+        with self.swapped(choices):
+            return mean_kl(reference, self.log_probabilities())
+
+
+def _batches(lengths: Sequence[int]) -> Iterator[list[int]]:
+    """Indices of sequences, by length, in batches of at most ``BATCH_TOKENS`` padded tokens."""
+    batch: list[int] = []
+    for number in sorted(range(len(lengths)), key=lambda one: lengths[one]):
+        if batch and lengths[number] * (len(batch) + 1) > BATCH_TOKENS:
+            yield batch
+            batch = []
+        batch.append(number)
+    if batch:
+        yield batch
+
+
+def plan_choices(plan: Plan, modules: Modules) -> dict[str, tuple[str, str]]:
+    return {group.name: (plan.groups[group.name], plan.method_of(group.name)) for group in modules}
+
+
+def mean_kl(reference: Sequence[Tensor], other: Sequence[Tensor]) -> float:
+    total = sum(float((p.exp() * (p - q)).sum()) for p, q in zip(reference, other, strict=True))
+    return total / sum(len(p) for p in reference)
+
+
+def _rounding(how: Numbers) -> Any:
+    return lambda _module, inputs: (round_inputs(inputs[0], how), *inputs[1:])

@@ -1,0 +1,232 @@
+"""Tunes what a variant keeps in 16 bits, so that the whole model says again what the reference says.
+
+The stored integers stay as they are; scales, and the weights of norms, are trained by gradient descent to
+lower the KL divergence from the reference on the calibration data (the second stage of EfficientQAT,
+arXiv:2407.11062, with soft labels). No byte is added. The choosing conversations, which training does not
+see, say when to stop. Memory: the model in 32 bits, its gradients for one batch, and the reference's
+log-probabilities of the calibration tokens.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
+
+from quantize.core.dequantize import read_tensor, unpack
+from quantize.core.plan import Plan
+from quantize.core.schemes import Numbers, Scheme, scheme
+from quantize.core.tensors import Part, read_parts
+from quantize.evaluate.bench import Span
+from quantize.plan.simulated import SimulatedModel, mean_kl, plan_choices, round_inputs
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+STEPS = 240
+CHECK_EVERY = 20
+SEQUENCES = 8
+"""Conversations of a step."""
+RATE = 2e-3
+"""Adam's learning rate of the logarithms of scales, and of norms' weights relative to what they were."""
+
+
+@dataclass
+class Tuned:
+    """New values of tensors by name, and the loss on the choosing conversations before and after."""
+
+    tensors: dict[str, Tensor]
+    before: float
+    after: float
+
+
+class _Scaled:
+    """A quantized linear module: fixed integers, trained scales."""
+
+    def __init__(self, tensors: Mapping[str, Part], module: str, how: Scheme) -> None:
+        import torch
+
+        assert how.weights is not None
+        part = {
+            name: read_tensor(tensors[f"{module}.{name}"])
+            for name in ("weight", "weight_packed", "weight_zero_point", "weight_shape")
+            if f"{module}.{name}" in tensors
+        }
+        self.scale = read_tensor(tensors[f"{module}.weight_scale"])
+        if "weight_packed" in part:
+            n, k = (int(size) for size in part["weight_shape"])
+            values = unpack(part["weight_packed"], how.weights.bits, k)
+            if "weight_zero_point" in part and not how.weights.symmetric:
+                zero = unpack(part["weight_zero_point"].T, how.weights.bits, n).T
+                values = values - zero.repeat_interleave(-(-k // zero.shape[1]), 1)[:, :k]
+        else:
+            values = part["weight"].float()
+        self.values, self.inputs = values, how.activations
+        self.change = torch.zeros_like(self.scale, dtype=torch.float32, requires_grad=True)
+
+    def scales(self) -> Tensor:
+        """As they are stored: in the checkpoint's own 16 bits; gradients pass through the rounding."""
+        wide = self.scale.float() * self.change.exp()
+        return wide + (wide.to(self.scale.dtype).float() - wide).detach()
+
+    def weight(self) -> Tensor:
+        scale, k = self.scales(), self.values.shape[1]
+        if scale.ndim == 2 and scale.shape[1] > 1:
+            scale = scale.repeat_interleave(-(-k // scale.shape[1]), 1)[:, :k]
+        return self.values * scale
+
+
+def tune(
+    model: SimulatedModel,
+    plan: Plan,
+    assembled: Path,
+    calibration: Sequence[Sequence[int]],
+    steps: int = STEPS,
+    seed: int = 0,
+) -> Tuned:
+    """Train the scales and norms of ``plan``, whose checkpoint lies in ``assembled``.
+
+    Returns new tensors only if they are better on the model's choosing conversations.
+    """
+    import torch
+
+    torch.manual_seed(seed)
+    tensors = read_parts(assembled)
+    spans: list[Span] = [(tokens, 1) for tokens in calibration if len(tokens) > 1]
+    labels = model.log_probabilities(spans)
+    reference = model.log_probabilities()
+    before = model.kl(plan_choices(plan, model.modules), reference)
+    linears = {
+        member.name: _Scaled(tensors, member.name, scheme(plan.groups[group.name]))
+        for group in model.modules
+        if scheme(plan.groups[group.name]).weights is not None
+        for member in group.members
+    }
+    norms = _norms(model.model, tensors)
+    kept = {name: model.model.get_submodule(name).weight for name in (*linears, *norms)}
+    changes = [one.change for one in linears.values()] + [change for _, change in norms.values()]
+    optimizer = torch.optim.Adam(changes, lr=RATE, betas=(0.9, 0.95))
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    rng, order = random.Random(seed), list(range(len(spans)))
+    best, found = before, {}
+    hooks = [
+        model.model.get_submodule(name).register_forward_pre_hook(_rounding(one.inputs))
+        for name, one in linears.items()
+        if one.inputs is not None
+    ]
+    try:
+        with tqdm(range(1, steps + 1), desc="tune", unit="step", file=sys.stderr) as bar:
+            for step in bar:
+                picked = rng.sample(order, min(SEQUENCES, len(order)))
+                _set(model.model, linears, norms)
+                loss = _loss(model.model, [spans[i] for i in picked], [labels[i] for i in picked])
+                optimizer.zero_grad()
+                torch.autograd.backward(loss)
+                optimizer.step()
+                schedule.step()
+                if step % CHECK_EVERY == 0 or step == steps:
+                    with torch.no_grad():
+                        _set(model.model, linears, norms)
+                        now = mean_kl(reference, model.log_probabilities())
+                    bar.set_postfix(kl=f"{now:.5f}", before=f"{before:.5f}")
+                    if now < best:
+                        best, found = now, _stored(linears, norms)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for name, weight in kept.items():
+            _restore(model.model.get_submodule(name), weight)
+    return Tuned(found, before, best)
+
+
+def _norms(model: Any, tensors: Mapping[str, Part]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Norm modules by name: the stored weight, and the change to train (relative to it)."""
+    import torch
+
+    found = {}
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        if weight is not None and weight.ndim == 1 and f"{name}.weight" in tensors:
+            stored = read_tensor(tensors[f"{name}.weight"])
+            found[name] = (stored, torch.zeros_like(stored, dtype=torch.float32, requires_grad=True))
+    return found
+
+
+def _norm_weight(stored: Tensor, change: Tensor) -> Tensor:
+    wide = stored.float() * (1 + change)
+    return wide + (wide.to(stored.dtype).float() - wide).detach()
+
+
+def _set(model: Any, linears: Mapping[str, _Scaled], norms: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+    """Put the weights as they are now into the modules, as tensors that gradients flow through."""
+    for name, one in linears.items():
+        _replace(model.get_submodule(name), one.weight())
+    for name, (stored, change) in norms.items():
+        _replace(model.get_submodule(name), _norm_weight(stored, change))
+
+
+def _replace(module: Any, weight: Tensor) -> None:
+    module._parameters.pop("weight", None)
+    module.__dict__["weight"] = weight
+
+
+def _restore(module: Any, weight: Any) -> None:
+    module.__dict__.pop("weight", None)
+    module._parameters["weight"] = weight
+
+
+def _stored(linears: Mapping[str, _Scaled], norms: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+    import torch
+
+    with torch.no_grad():
+        found = {f"{name}.weight_scale": one.scales().to(one.scale.dtype) for name, one in linears.items()}
+        for name, (stored, change) in norms.items():
+            found[f"{name}.weight"] = _norm_weight(stored, change).to(stored.dtype)
+    return found
+
+
+def _loss(model: Any, spans: Sequence[Span], labels: Sequence[Tensor]) -> Tensor:
+    """Mean KL over the tokens of a few conversations, padded on the right."""
+    import torch
+
+    width = max(len(tokens) for tokens, _ in spans)
+    ids = torch.zeros(len(spans), width, dtype=torch.long)
+    for line, (tokens, _) in enumerate(spans):
+        ids[line, : len(tokens)] = torch.tensor(list(tokens))
+    logits = model(ids, use_cache=False).logits
+    total, count = torch.zeros(()), 0
+    for line, ((tokens, start), p) in enumerate(zip(spans, labels, strict=True)):
+        q = torch.log_softmax(logits[line, start - 1 : len(tokens) - 1].float(), -1)
+        total = total + (p.exp() * (p - q)).sum()
+        count += len(p)
+    return total / count
+
+
+def _rounding(how: Numbers | None) -> Any:
+    assert how is not None
+
+    def hook(_module: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        x = inputs[0]
+        return (x + (round_inputs(x, how) - x).detach(), *inputs[1:])
+
+    return hook
+
+
+def write_tuned(tuned: Tuned, assembled: Path) -> None:
+    """Put the new values into the assembled checkpoint, in place of the old ones of the same shape."""
+    import torch
+
+    for name, part in read_parts(assembled).items():
+        if name in tuned.tensors:
+            value = tuned.tensors[name].contiguous()
+            raw = value.reshape(-1).view(torch.uint8).numpy().tobytes()
+            if len(raw) != part.bytes:
+                raise ValueError(f"{name}: {len(raw)} bytes in place of {part.bytes}")
+            with part.file.open("r+b") as file:
+                file.seek(part.offset)
+                file.write(raw)

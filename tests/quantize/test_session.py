@@ -1,0 +1,37 @@
+"""What a session knows before it has done anything."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from gateway.config import load_config
+from quantize.core.checkpoint import open_checkpoint
+from quantize.core.plan import Plan
+from quantize.core.targets import target
+from quantize.make.calibration import read_calibration
+from quantize.plan.planner import PlanError
+from quantize.plan.session import PlanningSession
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_least_budget(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(ROOT / "deploy/assistant/model")
+    calibration = read_calibration(ROOT / "deploy/assistant/data/calibration.jsonl", checkpoint)
+    session = PlanningSession(tmp_path, checkpoint, calibration, target("vllm-cpu-avx512"))
+    smallest = Plan(groups={group.name: "w4a16-g128" for group in session.modules}, method="gptq")
+    assert session.least_bytes() == smallest.weight_bytes(session.modules)
+    more = session.least_bytes(1000, ["auto"]) - session.least_bytes()
+    assert more == 1000 * 2 * 2 * 4 * 128, "keys and values of 1,000 tokens, 16 bits, 4 layers, 128 wide"
+
+
+def test_a_budget_below_it_is_refused_before_any_engine(tmp_path: Path) -> None:
+    from deploy.planning import plan
+
+    config = load_config(ROOT / "tiercel.yaml")
+    engine = config.engine.model_copy(update={"python": tmp_path / "no-such-python"})
+    config = config.model_copy(update={"engine": engine, "run_dir": tmp_path, "variants_dir": tmp_path})
+    with pytest.raises(PlanError, match=r"below the least possible, \d+ bytes \(4.126 bits per weight"):
+        plan(config, "planned", print, target_name="vllm-cpu-avx512", bits=2.0)
