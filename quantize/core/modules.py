@@ -118,5 +118,7 @@ def read_modules(checkpoint: Checkpoint) -> Modules:
         for (layer, prefix, within), linears in sorted(members.items(), key=lambda entry: entry[0][0])
     )
     quantizable = {f"{member.name}.weight" for group in groups for member in group.members}
-    other = sum(tensor.bytes for name, tensor in tensors.items() if name not in quantizable)
+    other = sum(
+        checkpoint.kept(name, tensor).bytes for name, tensor in tensors.items() if name not in quantizable
+    )
     return Modules(groups, other)
