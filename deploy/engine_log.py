@@ -1,8 +1,8 @@
 """Why an engine ended, from its log.
 
 A vLLM that fails to start writes several tracebacks: that of the process where it happened (a worker, the
-engine's core), and those of the processes that noticed, which say "Engine core initialization failed. See root
-cause above". The cause is the last error before the first of those.
+engine's core), and those of the processes that noticed, which say "Engine core initialization failed. See
+root cause above". The cause is the last error before the first of those.
 """
 
 from __future__ import annotations
