@@ -11,8 +11,8 @@ import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from quantize.core.checkpoint import own_files
 from quantize.core.dequantize import dequantized
+from quantize.core.loading import load_model
 from quantize.core.modules import Group, Modules
 from quantize.core.plan import Plan
 from quantize.core.schemes import Numbers, scheme
@@ -53,14 +53,10 @@ class SimulatedModel:
 
     def __init__(self, parts: PartStore, spans: Sequence[Span], dtype: torch.dtype | None = None) -> None:
         import torch
-        from transformers import AutoModelForCausalLM
 
         self.parts, self.modules = parts, parts.modules
         self.spans = spans
-        with own_files(parts.checkpoint) as directory:
-            self.model: Any = AutoModelForCausalLM.from_pretrained(
-                directory, dtype=dtype or torch.float32, local_files_only=True
-            ).eval()
+        self.model: Any = load_model(parts.checkpoint, dtype or torch.float32).eval()
         for parameter in self.model.parameters():
             parameter.requires_grad_(False)
         self._quantized: dict[tuple[str, str, str], list[Tensor]] = {}
