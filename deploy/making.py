@@ -133,6 +133,7 @@ async def evaluate_variants(
     answering = Turns(answering_at_once(config))
     speeds: dict[str, Speed] = {}
     of_reference = next(card for card in cards if card.variant == config.reference)
+    reference = registry.path(config.reference, of_reference.version)
     kept = reference_path(Journal(registry.measurement_path(of_reference, key)))
     reference_measured = asyncio.Event()
 
@@ -160,7 +161,9 @@ async def evaluate_variants(
                     port=free_port(config.engine.host),
                     log=config.variants_dir / ".logs" / f"engine-{card.variant}.log",
                 )
-                await stack.enter_async_context(running(spec, config.engine, say))
+                beside = {"TIERCEL_REFERENCE": str(reference.resolve())}
+                settings = config.engine.model_copy(update={"env": {**beside, **config.engine.env}})
+                await stack.enter_async_context(running(spec, settings, say))
                 url = spec.url
             client = await stack.enter_async_context(EngineClient(url, card.model))
             async with answering.one():
