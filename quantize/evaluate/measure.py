@@ -86,19 +86,25 @@ def measurement_key(tasks: Tasks, engine: Mapping[str, str]) -> str:
 def read_measurement(journal: Journal, reference: Path | None = None) -> Measurement:
     """What the journal holds so far; ``done`` when nothing is missing.
 
-    ``reference`` is the file that a variant is compared with, None for the reference's own journal. Figures
-    to what is not in it any more (it was lost, or is of another run) are left out: they are taken anew.
+    ``reference`` is the file that a variant is compared with. Figures to what is not in it any more (it was
+    lost, or is of another run) are left out, as are a reference's own that are not in its file: they are
+    taken anew.
     """
     measurement = Measurement()
     for entry in journal.read():
         measurement.add(entry)
-    kept = ReferenceFile(reference or reference_path(journal))
+    beside, given = ReferenceFile(reference_path(journal)), ReferenceFile(reference) if reference else None
+
+    def is_outdated(role: str, index: int, against: str) -> bool:
+        if against == "":
+            return given is not None or beside.digest(role, index) is None
+        return given is not None and given.digest(role, index) != against
+
     outdated = [
         (role, index)
         for role, answers in measurement.scored.items()
         for index, answer in answers.items()
-        if (digest := kept.digest(role, index)) is None
-        or (reference is not None and digest != answer.scored.against)
+        if is_outdated(role, index, answer.scored.against)
     ]
     for role, index in outdated:
         del measurement.scored[role][index]
