@@ -32,7 +32,8 @@ from quantize.plan.paired_kl import PairedKl
 from quantize.plan.parts import PartStore
 from quantize.plan.planner import Planner
 from quantize.plan.search import search
-from quantize.plan.sensitivity import Choice, ServedKl, analyse, measure
+from quantize.plan.sensitivity import analyse, measure
+from quantize.plan.served import Choice, ServedKl
 from quantize.plan.session import shortlist
 from quantize.plan.simulated import SimulatedModel
 from quantize.plan.tune import tune, write_tuned
