@@ -64,6 +64,9 @@ class TextEvaluation(_Strict):
     )
     kl_se: float = Field(default=0.0, ge=0, description="standard error of kl_mean, clustered by sequence")
     kl_interval: tuple[float, float] | None = Field(default=None, description="95 % of kl_mean, clustered")
+    kl_upper: float | None = Field(default=None, description="upper bound of the KL: what a gate tests")
+    kl_upper_se: float | None = Field(default=None, ge=0, description="its standard error, clustered")
+    delta_log_perplexity_skewness: float | None = Field(default=None, description="over conversations")
     sequences: int = Field(default=0, ge=0, description="conversations that the tokens are of; 0: not kept")
     top1_agreement: float = Field(ge=0, le=1)
 

@@ -1,0 +1,94 @@
+"""Evidence that can never come: which roles' items are too few, said before any engine is started."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from quantize.gate.budget import QualityBudget
+from quantize.gate.family import holm
+from quantize.gate.limits import reference_floor
+from quantize.gate.means import LEAST_SEQUENCES
+from quantize.gate.paired import ALPHA, fewest_items, flips_p
+from quantize.gate.shares import fewest_answers, share_p
+
+
+@dataclass(frozen=True)
+class ItemCounts:
+    """How many items a role has, by what can be measured on them."""
+
+    task: int
+    grounded: int = 0
+    structured: int = 0
+    long_context: int = 0
+
+
+@dataclass(frozen=True)
+class _Best:
+    """A limit at its best: no flips, all answers good, as many conversations as there are."""
+
+    key: str
+    p: float
+    items: int
+    kind: str
+    fewest: int | None
+    """Items with which the strictest step of Holm's procedure could be passed; None: no number."""
+
+    def sentence(self, gates: int) -> str:
+        have = f"{self.key} has {self.items} {self.kind}, on which even faultless answers do not pass"
+        together = f" among {gates} gates" if gates > 1 else ""
+        if self.fewest is None:
+            return f"{have}{together}, and no number would; change the limit, or leave it out"
+        return f"{have}{together}: at least {self.fewest} are needed"
+
+
+def hopeless(
+    items: Mapping[str, ItemCounts], budgets: Mapping[str, QualityBudget], variants: int
+) -> dict[str, tuple[str, ...]]:
+    """Role to the reasons why none of ``variants`` (the reference not counted) can pass it.
+
+    A role is judged as if every variant answered every item as the reference does, and well; roles that could
+    pass then are not in the result. Roles without budget or items are left out.
+    """
+    roles = [role for role in items if role in budgets]
+    gates = max(1, variants) * len(roles)
+    strictest = ALPHA / max(1, gates)
+    best = {role: list(_best(items[role], budgets[role], strictest)) for role in roles}
+    family = {
+        f"{variant}/{role}": max(limit.p for limit in limits)
+        for role, limits in best.items()
+        for variant in range(max(1, variants))
+    }
+    adjusted = holm(family)
+    return {
+        role: tuple(limit.sentence(gates) for limit in limits if limit.p > strictest)
+        for role, limits in best.items()
+        if any(adjusted[f"{variant}/{role}"] > ALPHA for variant in range(max(1, variants)))
+    }
+
+
+def _best(items: ItemCounts, budget: QualityBudget, level: float) -> Iterator[_Best]:
+    for key, margin, count, kind in (
+        ("max_accuracy_drop", budget.max_accuracy_drop, items.task, "items"),
+        ("max_grounded_drop", budget.max_grounded_drop, items.grounded, "items with grounds"),
+    ):
+        if margin is not None:
+            p = flips_p(count, 0, 0, margin) if count else 1.0
+            floor = reference_floor(margin, budget)
+            if floor and share_p(count, count, floor) > ALPHA:
+                p = 1.0
+            needed = [fewest_items(margin, level), fewest_answers(floor, ALPHA)]
+            fewest = None if None in needed else max(one for one in needed if one is not None)
+            yield _Best(key, p, count, kind, fewest)
+    for key, least, count, kind in (
+        ("min_accuracy", budget.min_accuracy, items.task, "items"),
+        ("min_valid_json", budget.min_valid_json, items.structured, "items with json_schema"),
+    ):
+        if least is not None:
+            yield _Best(key, share_p(count, count, least), count, kind, fewest_answers(least, level))
+    for key, limit, count, kind in (
+        ("max_kl", budget.max_kl, items.task, "conversations"),
+        ("max_long_context_loss", budget.max_long_context_loss, items.long_context, "long_context items"),
+    ):
+        if limit is not None:
+            yield _Best(key, float(count < LEAST_SEQUENCES), count, kind, LEAST_SEQUENCES)
