@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from quantize.gate.budget import QualityBudget
@@ -43,27 +43,33 @@ class _Best:
 
 
 def hopeless(
-    items: Mapping[str, ItemCounts], budgets: Mapping[str, QualityBudget], variants: int
+    items: Mapping[str, ItemCounts], budgets: Mapping[str, QualityBudget], weight_bits: Sequence[int]
 ) -> dict[str, tuple[str, ...]]:
-    """Role to the reasons why none of ``variants`` (the reference not counted) can pass it.
+    """Role to the reasons why none of the variants can pass it, however good they are.
 
-    A role is judged as if every variant answered every item as the reference does, and well; roles that could
-    pass then are not in the result. Roles without budget or items are left out.
+    ``weight_bits`` has an entry for every variant that will be judged, the reference left out. They are taken
+    to answer every item as the reference does, and well, and are judged together by Holm's procedure; roles
+    that could pass then are not in the result. A variant that ``min_weight_bits`` refuses is not judged.
     """
-    roles = [role for role in items if role in budgets]
-    gates = max(1, variants) * len(roles)
-    strictest = ALPHA / max(1, gates)
-    best = {role: list(_best(items[role], budgets[role], strictest)) for role in roles}
+    roles = {
+        role: sum(bits >= (budgets[role].min_weight_bits or 0) for bits in weight_bits)
+        for role in items
+        if role in budgets
+    }
+    gates = sum(roles.values())
+    best = {
+        role: list(_best(items[role], budgets[role], ALPHA / gates)) for role, count in roles.items() if count
+    }
     family = {
-        f"{variant}/{role}": max(limit.p for limit in limits)
+        f"{number}/{role}": max(limit.p for limit in limits)
         for role, limits in best.items()
-        for variant in range(max(1, variants))
+        for number in range(roles[role])
     }
     adjusted = holm(family)
     return {
-        role: tuple(limit.sentence(gates) for limit in limits if limit.p > strictest)
+        role: tuple(limit.sentence(gates) for limit in limits if limit.p > ALPHA / gates)
         for role, limits in best.items()
-        if any(adjusted[f"{variant}/{role}"] > ALPHA for variant in range(max(1, variants)))
+        if all(adjusted[f"{number}/{role}"] > ALPHA for number in range(roles[role]))
     }
 
 

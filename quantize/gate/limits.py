@@ -138,7 +138,7 @@ def _kl_test(text: TextEvaluation, limit: float) -> LimitTest:
         fix = "the true KL may be any larger: measure it on an engine that gives the whole vocabulary"
         return LimitTest(1.0, text.kl_mean > limit, found, lambda _level: fix)
     kind = "mean KL" if mean == text.kl_mean else f"mean KL between {text.kl_mean:.5f} and"
-    where = f"on {text.tokens} tokens; budget {limit:.5f}"
+    where = f"({text.tokens} tokens); budget {limit:.5f}"
     estimate = positive_mean(mean, error, text.sequences)
     return _mean_test("mean KL", estimate, limit, f"{kind} {mean:.5f}", where, text.kl_mean > limit)
 
@@ -152,7 +152,8 @@ def _loss_test(text: TextEvaluation, limit: float) -> LimitTest:
         text.delta_log_perplexity, text.delta_log_perplexity_se, text.sequences, skewness
     )
     begin = f"at long context right answers lose {estimate.mean:+.5f}"
-    return _mean_test("loss at long context", estimate, limit, begin, f"budget {limit:.5f}")
+    where = f"({text.tokens} tokens); budget {limit:.5f}"
+    return _mean_test("loss at long context", estimate, limit, begin, where)
 
 
 def _mean_test(

@@ -45,7 +45,8 @@ _TIE = 1e-9
 """Scores this close are equal ones, rounded differently."""
 _STEP = 0.25
 """Of the first search for the worst p01, in standard errors."""
-_BISECTIONS = 40
+_PRECISION = 1e-6
+"""Of bounds and margins that are searched."""
 _NORMAL = NormalDist()
 
 
@@ -91,15 +92,16 @@ def flips_p(items: int, to_bad: int, to_good: int, margin: float) -> float:
 @lru_cache(maxsize=4096)
 def flips_bound(items: int, to_bad: int, to_good: int, alpha: float) -> float:
     """:func:`drop_upper_bound` of ``to_bad`` and ``to_good`` flips among ``items``."""
-    low, high = (to_bad - to_good) / items, 1.0
-    for _ in range(_BISECTIONS):
+    low = (to_bad - to_good) / items
+    high = min(1.0, low + 4 * (math.sqrt(to_bad + to_good) + 3) / items)
+    if flips_p.__wrapped__(items, to_bad, to_good, high) > alpha:
+        low, high = high, 1.0
+    while high - low > _PRECISION:
         middle = (low + high) / 2
         if flips_p.__wrapped__(items, to_bad, to_good, middle) > alpha:
             low = middle
         else:
             high = middle
-        if high - low < 1e-7:
-            break
     return high
 
 
@@ -168,7 +170,7 @@ def provable_drop(paired: Paired, alpha: float = ALPHA, power: float = POWER) ->
     """
     flips = (paired.flips_to_bad + paired.flips_to_good + 1) / (paired.items + 2)
     low, high = 0.0, 1.0
-    for _ in range(_BISECTIONS):
+    while high - low > _PRECISION:
         middle = (low + high) / 2
         if items_needed(0.0, flips, middle, alpha, power) <= paired.items:
             high = middle
