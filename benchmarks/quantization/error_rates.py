@@ -197,7 +197,7 @@ def _power_panel(axes: Axes, power: dict[float, Array]) -> None:
         ylim=(0, 102),
     )
     _ticks(axes, ITEMS[::2])
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
 
 
 def _means_panel(axes: Axes, ours: dict[str, Array], plain: dict[str, Array]) -> None:

@@ -35,11 +35,11 @@ class _Best:
     """Items with which the strictest step of Holm's procedure could be passed; None: no number."""
 
     def sentence(self, gates: int) -> str:
-        have = f"{self.key} has {self.items} {self.kind}, on which even faultless answers do not pass"
         together = f" among {gates} gates" if gates > 1 else ""
+        have = f"{self.key}: faultless answers to {self.items} {self.kind} do not pass{together}"
         if self.fewest is None:
-            return f"{have}{together}, and no number would; change the limit, or leave it out"
-        return f"{have}{together}: at least {self.fewest} are needed"
+            return f"{have}, and no number would; change the limit, or set it to null"
+        return f"{have}; at least {self.fewest} are needed"
 
 
 def hopeless(

@@ -70,7 +70,7 @@ def useless_reference(paired: Paired, margin: float, budget: QualityBudget) -> s
     least = share_lower_bound(paired.reference_good, paired.items)
     return (
         f"{paired.reference_good} of the reference's {paired.items} answers are good, which shows a share of "
-        f"{least:.3f} with 95 % confidence, not more than {floor:.3f}"
+        f"at least {least:.3f} with 95 % confidence, not more than {floor:.3f}"
     )
 
 
@@ -90,8 +90,8 @@ def _drop_test(
 ) -> LimitTest:
     if why := useless_reference(paired, margin, budget):
         fix = (
-            "give the role items that the reference can do or a better reference; where right answers mean "
-            "nothing, leave out the limit on the drop and judge by max_kl"
+            "give the role items that the reference can do, or a better reference; where items have no right "
+            "answers, set the limit on the drop to null and judge by max_kl"
         )
         said = f"{what}: the reference itself cannot do this role: {why}"
         return LimitTest(1.0, False, said, lambda _level: fix)

@@ -25,7 +25,7 @@ def test_thirty_items_never_show_a_drop_of_two_percent() -> None:
 def test_gates_that_are_judged_together_need_more() -> None:
     budget = QualityBudget(max_accuracy_drop=0.02)
     (why,) = reasons(ItemCounts(task=149), budget, variants=3)
-    assert "among 3 gates: at least 219 are needed" in why
+    assert "among 3 gates; at least 219 are needed" in why
     assert reasons(ItemCounts(task=219), budget, variants=3) == ()
 
 
@@ -46,7 +46,7 @@ def test_every_limit_says_what_it_lacks() -> None:
         max_long_context_loss=0.01,
     )
     found = reasons(ItemCounts(task=12, structured=40, long_context=3), budget)
-    assert [why.split(" has ")[0] for why in found] == [
+    assert [why.split(":")[0] for why in found] == [
         "max_grounded_drop",
         "min_accuracy",
         "min_valid_json",
@@ -61,9 +61,9 @@ def test_every_limit_says_what_it_lacks() -> None:
 
 def test_what_no_number_of_items_shows_is_said_so() -> None:
     (why,) = reasons(ItemCounts(task=500), QualityBudget(max_accuracy_drop=0.0))
-    assert why.endswith("and no number would; change the limit, or leave it out")
+    assert why.endswith("and no number would; change the limit, or set it to null")
     (why,) = reasons(ItemCounts(task=500, structured=500), QualityBudget(min_valid_json=1.0))
-    assert why.startswith("min_valid_json has 500")
+    assert why.startswith("min_valid_json: faultless answers to 500")
 
 
 def test_what_policy_refuses_needs_no_items() -> None:
