@@ -16,9 +16,7 @@ def reasons(counts: ItemCounts, budget: QualityBudget, variants: int = 1) -> tup
 
 def test_thirty_items_never_show_a_drop_of_two_percent() -> None:
     (why,) = reasons(ItemCounts(task=30), QualityBudget(max_accuracy_drop=0.02))
-    assert why == (
-        "max_accuracy_drop has 30 items, on which even faultless answers do not pass: at least 149 are needed"
-    )
+    assert why == ("max_accuracy_drop: faultless answers to 30 items do not pass; at least 149 are needed")
     assert reasons(ItemCounts(task=149), QualityBudget(max_accuracy_drop=0.02)) == ()
 
 
