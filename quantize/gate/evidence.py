@@ -43,14 +43,16 @@ class _Best:
 
 
 def hopeless(
-    items: Mapping[str, ItemCounts], budgets: Mapping[str, QualityBudget], weight_bits: Sequence[int]
+    items: Mapping[str, ItemCounts], budgets: Mapping[str, QualityBudget], variants: Sequence[int] | int
 ) -> dict[str, tuple[str, ...]]:
     """Role to the reasons why none of the variants can pass it, however good they are.
 
-    ``weight_bits`` has an entry for every variant that will be judged, the reference left out. They are taken
-    to answer every item as the reference does, and well, and are judged together by Holm's procedure; roles
-    that could pass then are not in the result. A variant that ``min_weight_bits`` refuses is not judged.
+    ``variants`` are the weights' bits of every one that will be judged, the reference left out; a number
+    stands for so many of 8 bits. They are taken to answer every item as the reference does, and well, and are
+    judged together by Holm's procedure; roles that could pass then are not in the result. A variant that
+    ``min_weight_bits`` refuses is not judged.
     """
+    weight_bits = [8] * variants if isinstance(variants, int) else variants
     roles = {
         role: sum(bits >= (budgets[role].min_weight_bits or 0) for bits in weight_bits)
         for role in items

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -126,11 +127,8 @@ def _share_test(what: str, paired: Paired, least: float) -> LimitTest:
 
 def _kl_test(text: TextEvaluation, limit: float) -> LimitTest:
     """Tests the KL's upper bound, or the KL itself where it is exact; a lower bound alone shows nothing."""
-    if text.kl_upper is not None and text.kl_upper_se is not None:
-        mean, error = text.kl_upper, text.kl_upper_se
-    elif text.kl_exact:
-        mean, error = text.kl_mean, text.kl_se
-    else:
+    mean, error = (text.kl_mean, text.kl_se) if text.kl_exact else (text.kl_upper, text.kl_upper_se)
+    if not (math.isfinite(mean) and math.isfinite(error)):
         found = (
             f"mean KL {text.kl_mean:.5f} nats per token on {text.tokens} tokens, a lower bound from "
             f"{text.kl_vocabulary} tokens of the vocabulary; budget {limit:.5f}"

@@ -11,7 +11,7 @@ from quantize.gate.shares import fewest_answers, share_p
 
 
 def reasons(counts: ItemCounts, budget: QualityBudget, variants: int = 1) -> tuple[str, ...]:
-    return hopeless({"core": counts}, {"core": budget}, [8] * variants).get("core", ())
+    return hopeless({"core": counts}, {"core": budget}, variants).get("core", ())
 
 
 def test_thirty_items_never_show_a_drop_of_two_percent() -> None:

@@ -1,5 +1,7 @@
 """The gate must not let a worse variant through, nor pass one on too few items."""
 
+import math
+
 import pytest
 from pydantic import ValidationError
 
@@ -156,7 +158,7 @@ def test_a_limit_is_a_test_of_its_own(
 
 
 def test_a_lower_bound_of_the_kl_passes_nothing_and_fails_what_it_can() -> None:
-    bound = TEXT.model_copy(update={"kl_exact": False})
+    bound = TEXT.model_copy(update={"kl_exact": False, "kl_upper": math.inf, "kl_upper_se": math.inf})
     verdict = judge(card(GOOD.model_copy(update={"text": bound})), "core", QualityBudget(max_kl=1.0))
     assert verdict.outcome == Outcome.NOT_ENOUGH_EVIDENCE
     assert "a lower bound from 128 tokens" in " ".join(verdict.reasons)
