@@ -59,6 +59,7 @@ class TextEvaluation(_Strict):
     reference_perplexity: float
     delta_log_perplexity: float = Field(description="ln(perplexity) minus the reference's, nats")
     delta_log_perplexity_se: float = Field(description="standard error of that difference, paired")
+    delta_log_perplexity_skewness: float | None = Field(default=None, description="over conversations")
     kl_mean: float = Field(description="KL(reference || variant), nats per token")
     kl_p99: float
     kl_vocabulary: int = Field(description="tokens of the vocabulary that the KL sums over")

@@ -25,8 +25,8 @@ from quantize.evaluate.scores import Scored
 from quantize.evaluate.tasks import Item, TaskError
 
 SCORED_TOKENS, SCORED_CONVERSATIONS = 1000, 80
-"""Per role: right answers are scored until there are so many tokens, or so many conversations. All
-conversations of a long context are scored."""
+"""Per role: tokens of right answers that are scored, spread over so many conversations: of answers that are
+longer than their part of it, a stretch is. All conversations of a long context are scored as they are."""
 QUESTIONS = 3
 """Raised whenever the code asks something else of the same items; kept measurements are made anew."""
 BATCH = 32
@@ -226,7 +226,10 @@ def _scoring(
 
 
 async def _chosen(client: EngineClient, items: Sequence[Item]) -> list[tuple[int, list[int], int]]:
-    """Items whose right answers are scored: place, tokens of the conversation, the answer's first."""
+    """Stretches of right answers that are scored: item's place, tokens up to the stretch's end, its first.
+
+    Conversations are what a gate counts, so none of them takes the tokens of others.
+    """
 
     async def conversation(index: int) -> tuple[int, list[int], int]:
         item = items[index]
@@ -238,11 +241,29 @@ async def _chosen(client: EngineClient, items: Sequence[Item]) -> list[tuple[int
     task = [task[int(number * step)] for number in range(min(len(task), SCORED_CONVERSATIONS))]
     others = [index for index, item in enumerate(items) if item.suite != "task"]
     found = await asyncio.gather(*(conversation(index) for index in [*task, *others]))
-    kept, count = [], 0
-    for index, tokens, start in found:
-        if items[index].suite != "task":
-            kept.append((index, tokens, start))
-        elif count < SCORED_TOKENS:
-            kept.append((index, tokens, start))
-            count += len(tokens) - start
-    return kept
+    most = _spread([len(tokens) - start for _, tokens, start in found[: len(task)]], SCORED_TOKENS)
+    return [
+        *(_stretch(index, tokens, start, most) for index, tokens, start in found[: len(task)]),
+        *found[len(task) :],
+    ]
+
+
+def _spread(lengths: Sequence[int], budget: int) -> int:
+    """Tokens that each answer may give, so that all of them together give ``budget`` at most; at least 1."""
+    left, most = budget, max(lengths, default=1)
+    for place, length in enumerate(sorted(lengths)):
+        part = left // (len(lengths) - place)
+        if length > part:
+            return max(1, part)
+        left -= length
+    return max(1, most)
+
+
+def _stretch(index: int, tokens: list[int], start: int, most: int) -> tuple[int, list[int], int]:
+    """At most ``most`` tokens of an answer, from a place that the conversation's own tokens decide: so the
+    beginning of answers counts no more than the rest."""
+    spare = len(tokens) - start - most
+    if spare > 0:
+        digest = hashlib.sha256(json.dumps(tokens).encode()).digest()
+        start += int.from_bytes(digest[:8], "big") % (spare + 1)
+    return index, tokens[: start + most], start

@@ -12,7 +12,9 @@ from quantize.evaluate.client import EngineClient, EngineError
 from quantize.evaluate.journal import Journal
 from quantize.evaluate.measure import (
     BATCH,
+    SCORED_TOKENS,
     Measurement,
+    _chosen,
     measure,
     measurement_key,
     read_measurement,
@@ -100,8 +102,9 @@ async def test_a_variant_that_loses_shows_it_everywhere(tmp_path: Path) -> None:
     assert core.grounded is not None
     assert (core.grounded.good, core.grounded.reference_good) == (0, 54)
     assert core.text.kl_mean > 0.01
-    # Right answers of about 24 letters, until there are a thousand; long contexts are not among them.
-    assert 40 < core.text.sequences < 50
+    # A thousand letters of right answers of about 24 each, spread over all; long contexts not among them.
+    assert core.text.sequences == 60
+    assert 900 < core.text.tokens <= 1000
     assert core.text.kl_interval is not None
     assert core.text.kl_interval[0] < core.text.kl_mean < core.text.kl_interval[1]
     assert core.text.top1_agreement < 1
@@ -307,3 +310,35 @@ async def test_a_short_answer_of_the_route_is_an_error(monkeypatch: pytest.Monke
         monkeypatch.setattr(EngineClient, "_request", cut)
         with pytest.raises(EngineError, match=r"answered \d+ bytes for 2 tokens"):
             await client.score_and_keep([1, 2, 3], 1)
+
+
+async def chosen(items: list[Item]) -> list[tuple[int, list[int], int]]:
+    async with ScriptedEngine(echo).serve() as url, EngineClient(url, "assistant") as client:
+        return await _chosen(client, items)
+
+
+async def test_long_answers_do_not_take_the_tokens_of_others() -> None:
+    """Of 30 answers of 150 letters a stretch each is scored, at a place that differs."""
+    items = [ask(f"question {i}", f"{i:03d}" + "x" * 147) for i in range(30)]
+    found = await chosen(items)
+    assert [index for index, _, _ in found] == list(range(30))
+    assert {len(tokens) - start for _, tokens, start in found} == {SCORED_TOKENS // 30}
+    assert len({start for _, _, start in found}) > 10
+    assert found == await chosen(items)
+
+
+async def test_short_answers_leave_their_tokens_to_long_ones() -> None:
+    items = [ask(f"question {i}", "x" * (4 if i % 2 else 400)) for i in range(20)]
+    parts = [len(tokens) - start for _, tokens, start in await chosen(items)]
+    short, long = parts[1], parts[0]
+    assert short < 10
+    assert set(parts) == {short, long}
+    assert SCORED_TOKENS - 10 < sum(parts) <= SCORED_TOKENS
+
+
+async def test_every_conversation_is_scored_where_there_are_more_than_tokens(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("quantize.evaluate.measure.SCORED_TOKENS", 7)
+    found = await chosen([ask(f"question {i}", "x" * 9) for i in range(12)])
+    assert [len(tokens) - start for _, tokens, start in found] == [1] * 12
