@@ -150,7 +150,11 @@ class Attempts:
         route = exchange.route
         assert route is not None
         if exchange.reader is None:
-            exchange.read_with(self._reader(exchange), stream=exchange.options.stream)
+            sampled = self._sampled()
+            if sampled or self._limits.escalates or exchange.follower is not None:
+                exchange.read_with(self._reader(exchange, sampled), stream=exchange.options.stream)
+            else:
+                exchange.reader = reader_for(exchange.endpoint.form, exchange.options)
         self._attempt(exchange, route.replica, route.work)
         if route.hedge_after_s is not None and not exchange.hedged:
             asyncio.get_running_loop().call_later(route.hedge_after_s, self._hedge, exchange, route)
@@ -159,14 +163,15 @@ class Attempts:
         upstream = self._providers if replica.variant == PROVIDER else self._engines
         attempt = upstream.attempt(self, exchange, replica, work)
         exchange.attempts.append(attempt)
-        exchange.heard_at = self._clock()
+        if exchange.task is not None or exchange.tries or exchange.hedged or exchange.spent:
+            exchange.heard_at = self._clock()  # else it has come in this very step
         attempt.start()
 
-    def _reader(self, exchange: Exchange) -> Reader:
+    def _reader(self, exchange: Exchange, sampled: bool) -> Reader:
         form, limits = exchange.endpoint.form, self._limits
         tapped = (
             form is Form.COMPLETIONS
-            and (self._sampled() or (bool(limits.escalates) and self._escalates(exchange)))
+            and (sampled or self._escalates(exchange))
             and exchange.model not in limits.adapters
             and exchange.endpoint.text
         )
@@ -246,7 +251,11 @@ class Attempts:
             return
         attempt.replica.heard_at = now
         try:
-            self._win(exchange, attempt, now)
+            route = exchange.route
+            if exchange.hedged or not attempt.replica.breaker.no_failures or (route and route.kind):
+                self._win(exchange, attempt, now)
+            else:
+                exchange.winner = attempt
             if content_type is not None or exchange.options.stream:  # not what was asked for
                 options = dataclasses.replace(exchange.options, stream=False)
                 tapped = exchange.tapped is not None

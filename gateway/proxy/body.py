@@ -238,12 +238,13 @@ class Body:
     def with_(self, changes: Mapping[str, bytes]) -> bytes:
         """The body's JSON with some fields set anew; ``changes`` are JSON too. They come last: whatever the
         client sent of the same names, in whatever spelling, and how often, the last one counts."""
-        if not changes:
-            return self._raw
-        ours = b""
-        for name, value in changes.items():
-            ours += b',"%b":%b' % (name.encode(), value)
+        return self.with_fields(fields_of(changes))
+
+    def with_fields(self, ours: bytes) -> bytes:
+        """The same with what ``fields_of`` made of the changes."""
         raw = self._raw
+        if not ours:
+            return raw
         if raw.endswith(_USUAL_ENDS):  # nearly always: no space before the brace that ends it
             return b"%b%b}" % (raw[:-1], ours)
         head = raw.rstrip(_SPACE)[:-1]
@@ -300,6 +301,11 @@ class Body:
 
 
 EMPTY = Body(b"{}")
+
+
+def fields_of(changes: Mapping[str, bytes]) -> bytes:
+    """Fields of an object, each with a comma before it."""
+    return b"".join([b',"%b":%b' % (name.encode(), value) for name, value in changes.items()])
 
 
 def _known(raw: bytes) -> dict[str, msgspec.Raw]:
