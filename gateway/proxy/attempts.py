@@ -62,7 +62,7 @@ class Upstream(Protocol):
 class Sufficient(Protocol):
     """Says what is wrong with an answer of a role that escalates; None if nothing, or no time to look."""
 
-    async def insufficient(self, role: str, body: bytes, answer: Answer) -> str | None: ...
+    async def insufficient(self, role: str, body: bytes, answer: Answer, salt: str) -> str | None: ...
 
 
 class Limits(msgspec.Struct, frozen=True):
@@ -178,13 +178,8 @@ class Attempts:
         return reader_for(form, exchange.options, tapped=tapped)
 
     def _escalates(self, exchange: Exchange) -> bool:
-        escalates, caller = self._limits.escalates, exchange.caller
-        return (
-            bool(escalates)
-            and not exchange.options.stream
-            and caller is not None
-            and caller.role in escalates
-        )
+        caller = exchange.caller
+        return not exchange.options.stream and caller is not None and caller.role in self._limits.escalates
 
     def _hedge(self, exchange: Exchange, route: Route) -> None:
         """Ask a second replica when the first one is slower than nearly always."""
@@ -251,11 +246,7 @@ class Attempts:
             return
         attempt.replica.heard_at = now
         try:
-            route = exchange.route
-            if exchange.hedged or not attempt.replica.breaker.no_failures or (route and route.kind):
-                self._win(exchange, attempt, now)
-            else:
-                exchange.winner = attempt
+            self._win(exchange, attempt, now)
             if content_type is not None or exchange.options.stream:  # not what was asked for
                 options = dataclasses.replace(exchange.options, stream=False)
                 tapped = exchange.tapped is not None
@@ -330,7 +321,8 @@ class Attempts:
         assert route is not None
         why = higher = None
         if exchange.escalated is None and route.reason is not Reason.EXPLICIT_VARIANT:
-            why = await self._checks.insufficient(route.role, exchange.body.json, tapped.answer)
+            salt = exchange.caller.cache_salt if exchange.caller else ""
+            why = await self._checks.insufficient(route.role, exchange.body.json, tapped.answer, salt)
             if self._escalations.allows(route.role, why is not None):
                 higher = self._router.higher(route)
         if exchange.finished:
