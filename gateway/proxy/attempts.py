@@ -384,8 +384,8 @@ class Attempts:
 
 def may_try_again(exchange: Exchange, error: UpstreamError) -> bool:
     """Whether a request may be sent once more: only when its last attempt provably did no work (no
-    connection could be made, or a kept one closed within milliseconds of the send), nobody has got a byte,
-    and it has not come to nothing too often. Never after an engine may have begun."""
+    connection could be made, or nothing was acknowledged of what was sent over a kept one), nobody has got
+    a byte, and it has not come to nothing too often. Never after an engine may have begun."""
     return isinstance(error, NeverReachedError) and not exchange.begun and exchange.tries + 1 < MOST_TRIES
 
 
