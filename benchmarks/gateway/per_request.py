@@ -43,6 +43,9 @@ class Sink:
     def _count(self, data: bytes) -> None:
         self.parts += 1
 
+    def writelines(self, parts: Any) -> None:
+        self.parts += 1
+
     def is_closing(self) -> bool:
         return False
 

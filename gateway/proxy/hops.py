@@ -9,7 +9,7 @@ import msgspec
 from gateway.config import Config
 from gateway.errors import BadRequestError, MethodNotAllowedError, NoWebSocketError
 from gateway.identity import Identities, Sender
-from gateway.proxy.body import Body
+from gateway.proxy.body import LARGE_BYTES, Body
 from gateway.proxy.endpoints import INVOCATIONS, Endpoint, Form, endpoint_of
 from gateway.proxy.exchange import Attempt, Exchange
 from gateway.proxy.record import NO_USAGE, Record, Usage
@@ -116,9 +116,12 @@ class ReadBody:
             raise BadRequestError(
                 "content-type: send the header `content-type: application/json`", param="content-type"
             )
+        raw, utf8 = exchange.raw, False
         if admitted.coding:
-            exchange.raw = decoded(exchange.raw, admitted.coding, admitted.admission.max_body_bytes)
-        body = exchange.body = Body(exchange.raw, endpoint.reads)
+            raw = exchange.raw = decoded(raw, admitted.coding, admitted.admission.max_body_bytes)
+        elif len(raw) > LARGE_BYTES:
+            utf8 = exchange.client.utf8
+        body = exchange.body = Body(raw, endpoint.reads, utf8=utf8)
         if endpoint is INVOCATIONS:
             endpoint = exchange.endpoint = endpoint.of(body)
         # Where none is named, vLLM takes the one that it has.

@@ -18,19 +18,20 @@ from msgspec import UNSET
 from gateway.config import Config
 from gateway.errors import NeverReachedError, UpstreamError, UpstreamRefusedError
 from gateway.identity import LONGEST_MODEL, sent_priority
-from gateway.proxy.body import fields_of
+from gateway.proxy.body import LARGE_BYTES, fields_of
 from gateway.proxy.endpoints import Form
 from gateway.proxy.exchange import Attempt, Exchange
 from gateway.routing.replicas import Lease, Replica
 from gateway.telemetry.propagation import PASSED_ON, carried
 from gateway.upstream.options import changes_for_engine
 from gateway.upstream.readers import refusal
-from gateway.wire.engine import EngineConnection
+from gateway.wire.engine import EngineConnection, Request
 from gateway.wire.heads import AnswerHead
 
 COMPLETIONS = Form.COMPLETIONS
 LARGEST_ANSWER_BYTES = 256 << 20
 _MOST_TAILS = 1024
+_HEAD = b"%bx-request-id: %b\r\n%bcontent-length: %d\r\n\r\n%b"
 _LONGEST_WAIT_DIGITS = 6
 
 
@@ -83,14 +84,16 @@ class Engines:
             more = _trace_headers(exchange)
         if priority:  # vLLM's own header, for the endpoints whose body has no such field
             more += b"x-vllm-priority: %d\r\n" % priority
-        raw = body.with_fields(added + tail)
-        request = b"%bx-request-id: %b\r\n%bcontent-length: %d\r\n\r\n%b" % (
-            replica.heads.get(endpoint.path) or replica.request_head(endpoint),
-            exchange.request_id.encode(),
-            more,
-            len(raw),
-            raw,
-        )
+        head = replica.heads.get(endpoint.path) or replica.request_head(endpoint)
+        identity = exchange.request_id.encode()
+        request: Request
+        if body.size > LARGE_BYTES:
+            first, last = body.parts(added + tail)
+            size = len(first) + len(last)
+            request = (_HEAD % (head, identity, more, size, b""), first, last)
+        else:
+            raw = body.with_fields(added + tail)
+            request = _HEAD % (head, identity, more, len(raw), raw)
         blamed = caller.key.name if self._several_keys and caller.key else ""
         return EngineAttempt(listener, exchange, replica, request, replica.take(work), blamed)
 
@@ -123,7 +126,7 @@ class EngineAttempt(msgspec.Struct, eq=False):
     _listener: Listener
     exchange: Exchange
     replica: Replica
-    _request: bytes
+    _request: Request
     _lease: Lease
     _blamed: str = ""
     """The key whose request may be the reason if the engine fails at it, where there are several."""
@@ -137,7 +140,10 @@ class EngineAttempt(msgspec.Struct, eq=False):
     _size: int = 0
 
     def request_body(self) -> bytes | None:
-        return self._request.partition(b"\r\n\r\n")[2]
+        request = self._request
+        if isinstance(request, bytes):
+            return request.partition(b"\r\n\r\n")[2]
+        return b"".join(request[1:])
 
     def start(self) -> None:
         """Send it, over a kept connection or else a new one."""

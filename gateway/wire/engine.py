@@ -27,6 +27,9 @@ READING, CLOSED = EngineState.READING, EngineState.CLOSED
 _SENT, _PART, _KEPT = EngineEvent.SENT, EngineEvent.PART, EngineEvent.KEPT
 
 
+Request = bytes | tuple[bytes | memoryview, ...]
+
+
 class ResponseHandler(Protocol):
     """Who waits for an answer. After ``whole``, ``ended`` or ``lost`` nothing more is called, and the
     connection is not its own any more."""
@@ -93,8 +96,9 @@ class EngineConnection(asyncio.Protocol):
 
     # what its user does
 
-    def send(self, handler: ResponseHandler, request: bytes) -> None:
-        """Send a request; ``handler`` hears of the answer, and never within this call."""
+    def send(self, handler: ResponseHandler, request: Request) -> None:
+        """Send a request, whole or a large one in parts; ``handler`` hears of the answer, and never within
+        this call."""
         closed = self.state is CLOSED
         self.state = ENGINE[self.state][_SENT]
         self._handler = handler
@@ -104,8 +108,12 @@ class EngineConnection(asyncio.Protocol):
             return
         self._heard = False
         self._sent_before = self._sent
-        self._sent += len(request)
-        self.transport.write(request)
+        if isinstance(request, bytes):
+            self._sent += len(request)
+            self.transport.write(request)
+        else:
+            self._sent += sum(map(len, request))
+            self.transport.writelines(request)
 
     def close(self) -> None:
         """Close at once, upon which vLLM aborts the request. Nobody is told."""
