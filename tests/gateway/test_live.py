@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -260,4 +261,4 @@ async def test_a_large_body_that_is_no_text_is_refused(end: bytes) -> None:
 
 
 def _send(stack: Stack, body: bytes) -> Any:
-    return stack.http.post(stack.url + CHAT, data=body, headers={"content-type": "application/json"})
+    return stack.http.post(stack.url + CHAT, data=io.BytesIO(body), headers={"content-type": "application/json"})
