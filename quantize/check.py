@@ -23,21 +23,13 @@ from pathlib import Path
 import psutil
 from pydantic import BaseModel, ConfigDict
 
+from quantize.core.architectures import architecture
 from quantize.core.checkpoint import Checkpoint, CheckpointError
 from quantize.core.legality import LADDER, Target, is_experts
 from quantize.core.methods import AUTOROUND_ITERATIONS, parse_method
 from quantize.core.modules import Modules, read_modules
 from quantize.core.plan import uniform
 from quantize.core.schemes import BF16_BYTES, KV_SCHEMES, scheme
-
-ARCHITECTURES: tuple[str, ...] = (
-    *("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM"),
-    *("MistralForCausalLM", "Phi3ForCausalLM", "GemmaForCausalLM", "Gemma3ForCausalLM"),
-    *("ArceeForCausalLM", "CohereForCausalLM", "Cohere2ForCausalLM", "Ernie4_5ForCausalLM"),
-    *("Exaone4ForCausalLM", "Glm4ForCausalLM"),
-)
-"""Whose fused modules are those of :mod:`quantize.core.modules`; each was made, loaded and asked on the
-engine."""
 
 SHOWN = (*LADDER, "w4a16-g16", "w3a16-g128", "w2a16-g64", "w4a8-g128", "w8a8-static")
 RANKS = (1, 2, 4, 8)
@@ -112,22 +104,18 @@ class CheckReport(_Frozen):
 
 def refuse_unfit(checkpoint: Checkpoint) -> str:
     """The architecture, if it is one that can be quantized and the tokenizer fits. Raises CheckpointError."""
-    found = checkpoint.config.get("architectures") or []
-    name = str(found[0]) if found else "none"
-    if name not in ARCHITECTURES:
-        raise CheckpointError(
-            f"{checkpoint.path / 'config.json'}: architecture {name} is not known to fuse its modules as "
-            f"this quantizer expects; known: {', '.join(ARCHITECTURES)}"
-        )
+    known = architecture(checkpoint.config)
+    if known.refused:
+        raise CheckpointError(f"{checkpoint.path / 'config.json'}: {known.name}: {known.refused}")
     if checkpoint.config.get("quantization_config"):
         raise CheckpointError(f"{checkpoint.path} is quantized already; register it, or give its original")
-    largest, vocabulary = largest_token(checkpoint.path), int(checkpoint.config["vocab_size"])
+    largest, vocabulary = largest_token(checkpoint.path), int(checkpoint.text_config["vocab_size"])
     if largest is not None and largest >= vocabulary:
         raise CheckpointError(
             f"{checkpoint.path}: the tokenizer's largest id is {largest}, the model's vocab_size "
             f"{vocabulary}; put the model's own tokenizer beside it"
         )
-    return name
+    return known.name
 
 
 def largest_token(path: Path) -> int | None:
@@ -156,7 +144,7 @@ def estimate(checkpoint: Checkpoint, modules: Modules, tokens: int, longest: int
     hessians = chosen.solver == "gptq"
     if chosen.solver in ("rtn", "mse") and not chosen.transforms:
         tokens = 0
-    hidden = int(checkpoint.config["hidden_size"])
+    hidden = int(checkpoint.text_config["hidden_size"])
     widest = max(group.weights for group in modules)
     states = 2 * tokens * hidden * BF16_BYTES + longest * max(m.out_features for m in modules.linears) * 16
     by_layer: dict[int, int] = {}
@@ -187,8 +175,9 @@ def estimate(checkpoint: Checkpoint, modules: Modules, tokens: int, longest: int
 
 def _share(checkpoint: Checkpoint, experts: bool) -> float:
     """The share of a group's weights that a token passes through."""
-    of = checkpoint.config.get("num_experts") or checkpoint.config.get("num_local_experts")
-    return float(checkpoint.config["num_experts_per_tok"]) / float(of) if experts and of else 1.0
+    config = checkpoint.text_config
+    of = config.get("num_experts") or config.get("num_local_experts")
+    return float(config["num_experts_per_tok"]) / float(of) if experts and of else 1.0
 
 
 def check_report(
@@ -268,7 +257,7 @@ def _scheme_row(checkpoint: Checkpoint, target: Target, modules: Modules, name: 
 
 
 def _kv_row(checkpoint: Checkpoint, target: Target, name: str) -> KvRow:
-    config = checkpoint.config
+    config = checkpoint.text_config
     heads = int(config.get("num_key_value_heads") or config["num_attention_heads"])
     per_token = KV_SCHEMES[name].bytes_per_token(int(config["num_hidden_layers"]), heads, checkpoint.head_dim)
     found = target.kv_problems(name, checkpoint.head_dim)
@@ -282,8 +271,8 @@ def _kv_row(checkpoint: Checkpoint, target: Target, name: str) -> KvRow:
 
 def _fits(checkpoint: Checkpoint, target: Target, modules: Modules, ranks: int) -> str | None:
     """Why the unquantized model cannot be split over that many ranks; None if it can."""
-    heads = int(checkpoint.config["num_attention_heads"])
-    kv_heads = int(checkpoint.config.get("num_key_value_heads") or heads)
+    heads = int(checkpoint.text_config["num_attention_heads"])
+    kv_heads = int(checkpoint.text_config.get("num_key_value_heads") or heads)
     if heads % ranks:
         return f"{heads} attention heads are not a multiple of {ranks}"
     if kv_heads % ranks and ranks % kv_heads:

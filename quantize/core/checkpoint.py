@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from quantize.card import sha256_of
+from quantize.core.architectures import architecture
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
@@ -26,18 +28,24 @@ class Checkpoint:
     config: dict[str, Any]
 
     @property
+    def text_config(self) -> Mapping[str, Any]:
+        """The configuration of the text part: of the whole, or a multimodal wrapper's."""
+        return architecture(self.config).text_config(self.config)
+
+    @property
     def head_dim(self) -> int:
-        explicit = self.config.get("head_dim")
-        return int(explicit or self.config["hidden_size"] // self.config["num_attention_heads"])
+        config = self.text_config
+        return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
 
     def kv_bytes_per_token(self, bytes_per_value: int) -> int:
         """Bytes that one token takes in the KV cache: keys and values of every layer."""
-        heads = self.config.get("num_key_value_heads") or self.config["num_attention_heads"]
-        return int(2 * self.config["num_hidden_layers"] * heads * self.head_dim * bytes_per_value)
+        config = self.text_config
+        heads = config.get("num_key_value_heads") or config["num_attention_heads"]
+        return int(2 * config["num_hidden_layers"] * heads * self.head_dim * bytes_per_value)
 
     @property
     def max_model_len(self) -> int:
-        return int(self.config["max_position_embeddings"])
+        return int(self.text_config["max_position_embeddings"])
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -58,9 +66,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
         raise CheckpointError(
             f"{path} has no tokenizer ({', '.join(TOKENIZER_FILES)}); save the model's tokenizer beside it"
         )
-    missing = [
-        key for key in ("hidden_size", "num_attention_heads", "num_hidden_layers") if key not in config
-    ]
+    text = architecture(config).text_config(config)
+    missing = [key for key in ("hidden_size", "num_attention_heads", "num_hidden_layers") if key not in text]
     if missing:
         raise CheckpointError(
             f"{config_path} lacks {', '.join(missing)}; only decoder language models can be used"

@@ -188,7 +188,7 @@ class PlanningSession:
         return 0.0 if kv == "auto" else served({group.name: KEPT for group in self.modules}, kv)
 
     def _kv_bytes(self, kv: str) -> int:
-        config = self.checkpoint.config
+        config = self.checkpoint.text_config
         heads = config.get("num_key_value_heads") or config["num_attention_heads"]
         return kv_scheme(kv).bytes_per_token(
             config["num_hidden_layers"], int(heads), self.checkpoint.head_dim
