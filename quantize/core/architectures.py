@@ -34,8 +34,8 @@ class Architecture:
     """What is particular to an architecture. ``refused`` says why it cannot be quantized, if it cannot."""
 
     name: str
-    text_key: str | None = None
-    """Key of ``config.json`` under which a wrapper keeps the configuration of its text part."""
+    wrapper: bool = False
+    """Whether it is a multimodal wrapper, whose text part alone is quantized."""
     prefixes: tuple[str, ...] = ("model.",)
     """What may stand before ``layers.<n>.`` of the text part on disk (empty: anything); matrices elsewhere,
     as in a vision tower, are left as they are."""
@@ -43,14 +43,9 @@ class Architecture:
     """Whether the head is the embeddings, where the configuration does not say so."""
     refused: str | None = None
 
-    def text_config(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
-        """The configuration of the text part: hidden size, heads, layers."""
-        inner = config.get(self.text_key) if self.text_key else None
-        return inner if isinstance(inner, Mapping) else config
-
-    def tied(self, config: Mapping[str, Any]) -> bool:
+    def tied(self, config: Mapping[str, Any], text_config: Mapping[str, Any]) -> bool:
         """Whether the head is the embeddings' own matrix, as the engine will have it."""
-        said = self.text_config(config).get("tie_word_embeddings", config.get("tie_word_embeddings"))
+        said = text_config.get("tie_word_embeddings", config.get("tie_word_embeddings"))
         return self.ties if said is None else bool(said)
 
     def locate(self, module: str) -> tuple[str, int, str] | None:
@@ -78,8 +73,8 @@ def _known() -> dict[str, Architecture]:
     )
     made = [*map(Architecture, plain), *(Architecture(name, ties=True) for name in tied)]
     made += [
-        Architecture("Gemma3ForConditionalGeneration", "text_config", _WRAPPED, ties=True),
-        Architecture("Mistral3ForConditionalGeneration", "text_config", _WRAPPED),
+        Architecture("Gemma3ForConditionalGeneration", wrapper=True, prefixes=_WRAPPED, ties=True),
+        Architecture("Mistral3ForConditionalGeneration", wrapper=True, prefixes=_WRAPPED),
     ]
     interleaved = (
         "its experts are released in MXFP4, one tensor for all of a layer, which no method here makes anew"

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from quantize.core.architectures import EMBEDDINGS, FUSED, ROUTERS, Architecture, architecture
-from quantize.core.checkpoint import Checkpoint, CheckpointError, Tensor, read_tensors
+from quantize.core.checkpoint import Checkpoint, CheckpointError, read_tensors
 from quantize.core.schemes import BF16_BYTES, Scheme
 
 __all__ = ["FUSED", "HEAD", "Group", "Linear", "Modules", "read_modules"]
@@ -102,7 +102,7 @@ class Modules:
 def read_modules(checkpoint: Checkpoint) -> Modules:
     """Find the linear modules of an unquantized checkpoint. Raises CheckpointError if there are none."""
     tensors, known = read_tensors(checkpoint.path), architecture(checkpoint.config)
-    tied = known.tied(checkpoint.config)
+    tied = known.tied(checkpoint.config, checkpoint.text_config)
     members: dict[tuple[int, str, str], list[Linear]] = {}
     head, other, embeddings, towers = None, 0, 0, 0
     for name, tensor in tensors.items():
@@ -114,13 +114,13 @@ def read_modules(checkpoint: Checkpoint) -> Modules:
         leaf = module.rpartition(".")[2]
         if leaf == HEAD and tied:
             continue  # a copy of the embeddings, which engines do not load
-        size = _served_bytes(tensor)
+        size = checkpoint.kept(name, tensor).bytes
         other += size
         if leaf == HEAD and matrix:
             head = Group(module, HEAD, NO_LAYER, (Linear(module, *tensor.shape),))
         elif leaf == "embed_tokens":
             embeddings += size
-        elif known.text_key and not name.startswith(known.prefixes):
+        elif known.wrapper and not name.startswith(known.prefixes):
             towers += size
     if not members:
         raise CheckpointError(
@@ -145,8 +145,3 @@ def _group_key(known: Architecture, module: str) -> tuple[int, str, str] | None:
         return layer, prefix, expert[1]
     parent, dot, leaf = within.rpartition(".")
     return layer, prefix, parent + dot + _FUSED_NAME.get(leaf, leaf)
-
-
-def _served_bytes(tensor: Tensor) -> int:
-    """Bytes of a tensor that is not quantized, in a variant: float32 sources are made in 16 bits."""
-    return tensor.bytes // 2 if tensor.dtype == "F32" else tensor.bytes

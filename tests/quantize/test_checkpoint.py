@@ -17,6 +17,7 @@ CONFIG = {
     "num_hidden_layers": 4,
     "head_dim": 64,
     "max_position_embeddings": 1024,
+    "vocab_size": 512,
 }
 
 
@@ -36,6 +37,7 @@ def checkpoint(tmp_path: Path) -> Path:
     path.mkdir()
     (path / "config.json").write_text(json.dumps(CONFIG), encoding="utf-8")
     (path / "tokenizer.json").write_text("{}", encoding="utf-8")
+    (path / "chat_template.jinja").write_text("{{ messages }}", encoding="utf-8")
     write_safetensors(path / "model.safetensors", {"a": b"12345", "b": b"678"})
     return path
 

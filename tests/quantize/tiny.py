@@ -76,7 +76,7 @@ def make_checkpoint(
         "num_key_value_heads": 2,
         "head_dim": 32,
         "max_position_embeddings": 256,
-        "tie_word_embeddings": False,
+        "tie_word_embeddings": text.startswith("gemma"),  # engines know no other Gemma
         "bos_token_id": 1,
         "eos_token_id": 2,
         "pad_token_id": 0,
