@@ -59,7 +59,7 @@ def find_grid(
 
     w = how.weights
     assert w is not None
-    n, k = weight.shape
+    k = weight.shape[1]
     if w.kind == "float":
         return _float_grid(weight, w.strategy, stored)
     bits = how.range_bits or w.bits

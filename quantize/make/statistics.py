@@ -103,9 +103,7 @@ def observe(
     return BlockStatistics(found, max(k for k, _ in largest), max(v for _, v in largest))
 
 
-def _add(
-    found: dict[str, InputStatistics], lock: threading.Lock, name: str, x: Tensor, whole: bool
-) -> None:
+def _add(found: dict[str, InputStatistics], lock: threading.Lock, name: str, x: Tensor, whole: bool) -> None:
     """Add float32 rows (tokens, K) to the sums under ``name``."""
     import torch
 
