@@ -18,13 +18,14 @@ from typing import TypeVar
 from deploy.engine import EngineLoadError, EngineSpec, running
 from gateway.config import Config
 from quantize.card import Card, Evaluation, Speed
-from quantize.check import estimate, refuse_short, refuse_unfit
+from quantize.check import estimate, reference_bytes, refuse_pattern, refuse_short, refuse_unfit
 from quantize.core.checkpoint import open_checkpoint
 from quantize.core.methods import parse_method
 from quantize.core.modules import read_modules
 from quantize.core.plan import Plan, uniform
 from quantize.core.recipes import RECIPES
 from quantize.core.targets import Target, detect, target
+from quantize.core.tensors import refuse_not_finite
 from quantize.evaluate.client import EngineClient, EngineError
 from quantize.evaluate.journal import Journal
 from quantize.evaluate.measure import Measurement, measure, measurement_key, read_measurement
@@ -44,7 +45,11 @@ T = TypeVar("T")
 
 
 def make_variants(
-    config: Config, variants: Sequence[str], say: Say, target_name: str | None = None
+    config: Config,
+    variants: Sequence[str],
+    say: Say,
+    target_name: str | None = None,
+    before: Callable[[], None] | None = None,
 ) -> list[Card]:
     """Make the reference and the named ``variants`` if they are not there yet. Returns their cards."""
     unknown = [name for name in variants if name not in RECIPES and name != config.reference]
@@ -54,7 +59,7 @@ def make_variants(
     where = target(target_name or detect())
     modules = read_modules(open_checkpoint(config.model.path))
     plans = {name: RECIPES[name].plan(modules, where) for name in variants if name != config.reference}
-    return make_plans(config, plans, where, say)
+    return make_plans(config, plans, where, say, before)
 
 
 def make_one(
@@ -65,33 +70,49 @@ def make_one(
     kv: str,
     say: Say,
     target_name: str | None = None,
+    before: Callable[[], None] | None = None,
 ) -> list[Card]:
     """Make the reference and one uniform variant, called after what it is unless ``name`` says otherwise."""
     where = target(target_name or detect())
     plan = uniform(read_modules(open_checkpoint(config.model.path)), scheme, kv=kv, method=method)
     kv_name = "" if kv == "auto" else f"-{kv}"
     called = name or f"{scheme}-{method.replace('+', '-')}{kv_name}"
-    return make_plans(config, {called: plan}, where, say)
+    return make_plans(config, {called: plan}, where, say, before)
 
 
-def make_plans(config: Config, plans: Mapping[str, Plan], where: Target, say: Say) -> list[Card]:
-    """Make the reference and a variant per plan. Raises QuantizeError for a plan that would not load."""
+def make_plans(
+    config: Config,
+    plans: Mapping[str, Plan],
+    where: Target,
+    say: Say,
+    before: Callable[[], None] | None = None,
+) -> list[Card]:
+    """Make the reference and a variant per plan. Raises QuantizeError for a plan that would not load.
+
+    ``before`` is what else is looked at before work: it comes after what is quicker.
+    """
     checkpoint = open_checkpoint(config.model.path)
-    refuse_unfit(checkpoint)
     modules = read_modules(checkpoint)
     for name, plan in plans.items():
         if problems := where.check_plan(plan, modules, checkpoint.head_dim):
             more = f" (and {len(problems) - 2} more)" if len(problems) > 2 else ""
             raise QuantizeError(f"{name}: " + "; ".join(str(problem) for problem in problems[:2]) + more)
+    refuse_pattern(config.variants_dir)
+    if before is not None:
+        before()
+    refuse_unfit(checkpoint)
+    for note in checkpoint.notes:
+        say(note)
+    needs_data = any(parse_method(plan.method).needs_data(plan) for plan in plans.values())
+    calibration = read_calibration(config.calibration, checkpoint) if needs_data else None
+    tokens = [len(sequence) for sequence in calibration.sequences] if calibration else [0]
+    costs = [estimate(checkpoint, modules, sum(tokens), max(tokens), plan.method) for plan in plans.values()]
+    reference = reference_bytes(checkpoint, config.variants_dir)
+    refuse_short(costs, config.variants_dir, more_bytes=reference)
+    refuse_not_finite(checkpoint.path)
     registry = Registry(config.variants_dir, config.model.name, config.reference, say)
     cards = [registry.add_reference(checkpoint)]
     if plans:
-        needs_data = any(parse_method(plan.method).needs_data(plan) for plan in plans.values())
-        calibration = read_calibration(config.calibration, checkpoint) if needs_data else None
-        tokens = [len(sequence) for sequence in calibration.sequences] if calibration else [0]
-        for plan in plans.values():
-            cost = estimate(checkpoint, modules, sum(tokens), max(tokens), plan.method)
-            refuse_short(cost, config.variants_dir)
         for number, (name, plan) in enumerate(plans.items(), 1):
             say(f"[{number}/{len(plans)}] {name}: {plan.describe()} by {plan.method}")
             cards.append(registry.add(checkpoint, name, plan, calibration, target=where.name))

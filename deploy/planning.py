@@ -13,11 +13,12 @@ from deploy.engine import SITE
 from deploy.making import role_tasks
 from gateway.config import Config
 from quantize.card import Card
-from quantize.check import estimate, refuse_short, refuse_unfit
+from quantize.check import estimate, refuse_pattern, refuse_short, refuse_unfit
 from quantize.core.checkpoint import open_checkpoint
 from quantize.core.modules import read_modules
 from quantize.core.plan import Plan
 from quantize.core.targets import detect, target
+from quantize.core.tensors import refuse_not_finite
 from quantize.evaluate.bench import Bench, Span
 from quantize.make.calibration import load_tokenizer, read_calibration
 from quantize.plan import controls
@@ -43,7 +44,9 @@ def open_session(
 ) -> PlanningSession:
     """The session for the configured model; everything it makes lies in ``variants_dir/.planning``."""
     checkpoint = open_checkpoint(config.model.path)
+    refuse_pattern(config.variants_dir)
     refuse_unfit(checkpoint)
+    refuse_not_finite(checkpoint.path)
     where = target(target_name or detect())
     calibration = read_calibration(config.calibration, checkpoint)
     tokens = [len(sequence) for sequence in calibration.sequences]
@@ -99,17 +102,21 @@ def plan(
     schemes: Sequence[str] | None = None,
     tuned: bool = True,
     compare_with: Sequence[Kind] = (),
+    before: Callable[[], None] | None = None,
 ) -> tuple[Card, list[Candidate]]:
     """Find the best plan, make it, and register it as variant ``name``; evaluation comes after.
 
     One of ``bits`` (per weight of the linear modules), ``budget`` (bytes of weights and ``kv_tokens`` tokens
     of cache) and ``loss`` (nats per token) says what is wanted. ``compare_with`` names kinds of controls,
-    which are measured on held-out conversations beside the variant. Raises PlanError.
+    which are measured on held-out conversations beside the variant. ``before`` is what else is looked at
+    before work. Raises PlanError.
     """
     if loss is not None and tuple(kv) != ("auto",):
         raise PlanError(f"--kv {' '.join(kv)} has no meaning with --loss, which is of the weights; drop one")
     if kv_tokens and budget is None:
         raise PlanError("--concurrency and --context count in a budget of bytes; give it with --bytes")
+    if before is not None:
+        before()
     session = open_session(config, target_name, methods, schemes)
     for problem in (p for one in kv for p in session.target.kv_problems(one, session.checkpoint.head_dim)):
         raise PlanError(str(problem))

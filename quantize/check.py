@@ -15,29 +15,24 @@ alone and was not measured.
 
 from __future__ import annotations
 
-import json
+import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import psutil
 from pydantic import BaseModel, ConfigDict
 
+from quantize.core.account import refuse_other_tensors
+from quantize.core.architectures import architecture
 from quantize.core.checkpoint import Checkpoint, CheckpointError
+from quantize.core.companions import largest_token
 from quantize.core.legality import LADDER, Target, is_experts
 from quantize.core.methods import AUTOROUND_ITERATIONS, parse_method
 from quantize.core.modules import Modules, read_modules
 from quantize.core.plan import uniform
 from quantize.core.schemes import BF16_BYTES, KV_SCHEMES, scheme
-
-ARCHITECTURES: tuple[str, ...] = (
-    *("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM"),
-    *("MistralForCausalLM", "Phi3ForCausalLM", "GemmaForCausalLM", "Gemma3ForCausalLM"),
-    *("ArceeForCausalLM", "CohereForCausalLM", "Cohere2ForCausalLM", "Ernie4_5ForCausalLM"),
-    *("Exaone4ForCausalLM", "Glm4ForCausalLM"),
-)
-"""Whose fused modules are those of :mod:`quantize.core.modules`; each was made, loaded and asked on the
-engine."""
+from quantize.core.tokenizer import refuse_bad_tokenizer
 
 SHOWN = (*LADDER, "w4a16-g16", "w3a16-g128", "w2a16-g64", "w4a8-g128", "w8a8-static")
 RANKS = (1, 2, 4, 8)
@@ -111,40 +106,24 @@ class CheckReport(_Frozen):
 
 
 def refuse_unfit(checkpoint: Checkpoint) -> str:
-    """The architecture, if it is one that can be quantized and the tokenizer fits. Raises CheckpointError."""
-    found = checkpoint.config.get("architectures") or []
-    name = str(found[0]) if found else "none"
-    if name not in ARCHITECTURES:
-        raise CheckpointError(
-            f"{checkpoint.path / 'config.json'}: architecture {name} is not known to fuse its modules as "
-            f"this quantizer expects; known: {', '.join(ARCHITECTURES)}"
-        )
-    if checkpoint.config.get("quantization_config"):
+    """The architecture, if it can be quantized, its tensors are all there, and the tokenizer fits.
+
+    Imports transformers, and reads headers: seconds. Raises CheckpointError.
+    """
+    known = architecture(checkpoint.config)
+    if known.refused:
+        raise CheckpointError(f"{checkpoint.path / 'config.json'}: {known.name}: {known.refused}")
+    if checkpoint.config.get("quantization_config") or checkpoint.quantize_config:
         raise CheckpointError(f"{checkpoint.path} is quantized already; register it, or give its original")
-    largest, vocabulary = largest_token(checkpoint.path), int(checkpoint.config["vocab_size"])
+    largest, vocabulary = largest_token(checkpoint.path), int(checkpoint.text_config["vocab_size"])
     if largest is not None and largest >= vocabulary:
         raise CheckpointError(
             f"{checkpoint.path}: the tokenizer's largest id is {largest}, the model's vocab_size "
             f"{vocabulary}; put the model's own tokenizer beside it"
         )
-    return name
-
-
-def largest_token(path: Path) -> int | None:
-    """The largest id in ``tokenizer.json``; None without that file. Raises CheckpointError."""
-    file = path / "tokenizer.json"
-    if not file.is_file():
-        return None
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        vocabulary = content["model"]["vocab"]
-        ids = vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary))
-        added = (token["id"] for token in content.get("added_tokens") or ())
-        return max((*ids, *added), default=None)
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"{file} is no tokenizer ({type(error).__name__}: {error}); save the model's tokenizer again"
-        ) from None
+    refuse_other_tensors(checkpoint)
+    refuse_bad_tokenizer(checkpoint)
+    return known.name
 
 
 def estimate(checkpoint: Checkpoint, modules: Modules, tokens: int, longest: int, method: str) -> Cost:
@@ -156,7 +135,7 @@ def estimate(checkpoint: Checkpoint, modules: Modules, tokens: int, longest: int
     hessians = chosen.solver == "gptq"
     if chosen.solver in ("rtn", "mse") and not chosen.transforms:
         tokens = 0
-    hidden = int(checkpoint.config["hidden_size"])
+    hidden = int(checkpoint.text_config["hidden_size"])
     widest = max(group.weights for group in modules)
     states = 2 * tokens * hidden * BF16_BYTES + longest * max(m.out_features for m in modules.linears) * 16
     by_layer: dict[int, int] = {}
@@ -187,8 +166,9 @@ def estimate(checkpoint: Checkpoint, modules: Modules, tokens: int, longest: int
 
 def _share(checkpoint: Checkpoint, experts: bool) -> float:
     """The share of a group's weights that a token passes through."""
-    of = checkpoint.config.get("num_experts") or checkpoint.config.get("num_local_experts")
-    return float(checkpoint.config["num_experts_per_tok"]) / float(of) if experts and of else 1.0
+    config = checkpoint.text_config
+    of = config.get("num_experts") or config.get("num_local_experts")
+    return float(config["num_experts_per_tok"]) / float(of) if experts and of else 1.0
 
 
 def check_report(
@@ -228,7 +208,7 @@ def check_report(
         cost=cost,
         memory_free=memory,
         disk_free=disk,
-        warnings=tuple(_warnings(cost, memory, disk, target, ranks[tensor_parallel])),
+        warnings=(*checkpoint.notes, *_warnings(cost, memory, disk, target, ranks[tensor_parallel])),
     )
 
 
@@ -268,7 +248,7 @@ def _scheme_row(checkpoint: Checkpoint, target: Target, modules: Modules, name: 
 
 
 def _kv_row(checkpoint: Checkpoint, target: Target, name: str) -> KvRow:
-    config = checkpoint.config
+    config = checkpoint.text_config
     heads = int(config.get("num_key_value_heads") or config["num_attention_heads"])
     per_token = KV_SCHEMES[name].bytes_per_token(int(config["num_hidden_layers"]), heads, checkpoint.head_dim)
     found = target.kv_problems(name, checkpoint.head_dim)
@@ -282,8 +262,8 @@ def _kv_row(checkpoint: Checkpoint, target: Target, name: str) -> KvRow:
 
 def _fits(checkpoint: Checkpoint, target: Target, modules: Modules, ranks: int) -> str | None:
     """Why the unquantized model cannot be split over that many ranks; None if it can."""
-    heads = int(checkpoint.config["num_attention_heads"])
-    kv_heads = int(checkpoint.config.get("num_key_value_heads") or heads)
+    heads = int(checkpoint.text_config["num_attention_heads"])
+    kv_heads = int(checkpoint.text_config.get("num_key_value_heads") or heads)
     if heads % ranks:
         return f"{heads} attention heads are not a multiple of {ranks}"
     if kv_heads % ranks and ranks % kv_heads:
@@ -295,29 +275,60 @@ def _fits(checkpoint: Checkpoint, target: Target, modules: Modules, ranks: int) 
 def _warnings(cost: Cost, memory: int, disk: int, target: Target, unsplit: str | None) -> Iterable[str]:
     if unsplit:
         yield f"tensor parallelism: {unsplit}; choose a size that fits"
-    yield from _shortages(cost, memory, disk)
+    yield from _shortages([cost], cost.disk_bytes, memory, disk)
     if not target.measured:
         yield f"the rules of {target.name} were read in {target.engine}'s sources, not run"
 
 
-def _shortages(cost: Cost, memory: int, disk: int) -> Iterable[str]:
-    if cost.memory_bytes > memory:
+def _shortages(costs: Sequence[Cost], disk_needed: int, memory: int, disk: int) -> Iterable[str]:
+    if (most := max((cost.memory_bytes for cost in costs), default=0)) > memory:
         yield (
-            f"memory: calibration needs about {_size(cost.memory_bytes)}, free are {_size(memory)}; "
+            f"memory: calibration needs about {_size(most)}, free are {_size(memory)}; "
             "use fewer calibration tokens, method rtn, or a larger machine"
         )
-    if cost.disk_bytes > disk:
-        yield (
-            f"disk: a variant takes up to {_size(cost.disk_bytes)}, free are {_size(disk)}; make room first"
-        )
+    if disk_needed > disk:
+        many = "a variant takes" if len(costs) == 1 else f"{len(costs)} variants take"
+        yield f"disk: {many} up to {_size(disk_needed)}, free are {_size(disk)}; make room first"
 
 
-def refuse_short(cost: Cost, out: Path, memory_free: int | None = None, disk_free: int | None = None) -> None:
-    """Raise CheckpointError, before any work, when memory or the disk of ``out`` cannot hold it."""
+def refuse_short(
+    costs: Cost | Sequence[Cost],
+    out: Path,
+    memory_free: int | None = None,
+    disk_free: int | None = None,
+    more_bytes: int = 0,
+) -> None:
+    """Raise CheckpointError, before any work, when memory or the disk of ``out`` cannot hold it.
+
+    Several ``costs`` are of variants that are made one after another and all kept: the most memory and the
+    sum of their bytes count. ``more_bytes`` are taken beside them, such as a copy of the reference.
+    """
+    together = [costs] if isinstance(costs, Cost) else list(costs)
     memory = psutil.virtual_memory().available if memory_free is None else memory_free
     disk = shutil.disk_usage(_existing(out)).free if disk_free is None else disk_free
-    if found := list(_shortages(cost, memory, disk)):
+    needed = sum(cost.disk_bytes for cost in together) + more_bytes
+    if found := list(_shortages(together, needed, memory, disk)):
         raise CheckpointError("; ".join(found))
+
+
+def reference_bytes(checkpoint: Checkpoint, out: Path) -> int:
+    """Bytes that a copy of the checkpoint takes on the disk of ``out``: none where files can be linked."""
+    there = _existing(out).stat().st_dev
+    taken = 0
+    for name in checkpoint.files:
+        status = (checkpoint.path / name).stat()
+        linked = status.st_dev == there and status.st_uid in (os.geteuid(), 0)
+        taken += 0 if linked else status.st_size
+    return taken
+
+
+def refuse_pattern(variants_dir: Path) -> None:
+    """Raise CheckpointError for a directory whose name vLLM reads as a pattern: it finds no weights there."""
+    if found := sorted(set("*?[") & set(str(variants_dir))):
+        raise CheckpointError(
+            f"variants_dir {variants_dir} has {' and '.join(found)} in its path, which vLLM reads as a "
+            "pattern and finds no weights by; choose a path without"
+        )
 
 
 def _size(value: int) -> str:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from deploy.commands import add_command, add_json, print_json, run_engines, say
+from deploy.commands.before import refuse_unmeasurable
 from deploy.commands.variants import card_as_json
 from gateway.config import Config, load_config
 from quantize.card import Card
@@ -117,15 +119,16 @@ def make(options: argparse.Namespace) -> None:
     from deploy.making import make_one, make_variants
 
     config = load_config(options.config)
+    before = _before(config, options)
     if options.scheme:
         scheme(options.scheme)
         kv_scheme(options.kv)
         parse_method(options.method)
         cards = make_one(
-            config, options.name, options.scheme, options.method, options.kv, say, options.target
+            config, options.name, options.scheme, options.method, options.kv, say, options.target, before
         )
     else:
-        cards = make_variants(config, options.variants or list(RECIPES), say, options.target)
+        cards = make_variants(config, options.variants or list(RECIPES), say, options.target, before)
     _judge(config, cards, options)
 
 
@@ -163,16 +166,24 @@ def plan(options: argparse.Namespace) -> None:
         schemes=options.schemes,
         tuned=options.tune,
         compare_with=KINDS if options.controls == [] else options.controls or (),
+        before=_before(config, options),
     )
     _judge(config, [_reference(config), card], options)
 
 
 def register(options: argparse.Namespace) -> None:
+    from quantize.check import refuse_pattern, refuse_unfit
+
     config = load_config(options.config)
+    _before(config, options)()
+    checkpoint = open_checkpoint(config.model.path)
+    refuse_pattern(config.variants_dir)
+    refuse_unfit(checkpoint)
+    for note in checkpoint.notes:
+        say(note)
     reference = _reference(config)
     registry = Registry(config.variants_dir, config.model.name, config.reference, say)
-    checkpoint = open_checkpoint(config.model.path)
-    card = registry.register(options.directory, options.name, checkpoint)
+    card = registry.register(options.directory, options.name, checkpoint, target(detect()))
     if card.schemes:
         found = target(detect()).check_plan(
             Plan(groups=card.schemes, kv=card.kv), read_modules(checkpoint), checkpoint.head_dim
@@ -180,6 +191,11 @@ def register(options: argparse.Namespace) -> None:
         for problem in found:
             say(f"{options.name} may not load here: {problem}")
     _judge(config, [reference, card], options)
+
+
+def _before(config: Config, options: argparse.Namespace) -> Callable[[], None]:
+    """What is looked at before work, for variants that are to be measured."""
+    return functools.partial(refuse_unmeasurable, config) if options.evaluate else lambda: None
 
 
 def _reference(config: Config) -> Card:

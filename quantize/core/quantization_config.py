@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from quantize.core.modules import FUSED, Group, Modules
+from quantize.core.modules import FUSED, HEAD, Group, Modules
 from quantize.core.plan import Plan
 from quantize.core.schemes import Scheme, kv_scheme, scheme
 
@@ -14,6 +14,8 @@ def pattern(group: Group) -> str:
 
     Without the prefix before ``layers``: engines name the outer modules of a model in their own way.
     """
+    if group.kind == HEAD:
+        return rf"re:(.*\.)?{HEAD}$"
     place = group.name.removesuffix(group.kind).rpartition("layers.")[2]
     parent, _, leaf = group.kind.rpartition(".")
     if leaf == "experts":
@@ -29,7 +31,7 @@ def pattern(group: Group) -> str:
 def config_groups(plan: Plan, modules: Modules, observer: str) -> tuple[dict[str, Any], list[str]]:
     """compressed-tensors' ``config_groups`` and ``ignore`` for a plan; one config group per scheme."""
     targets: dict[str, list[str]] = {}
-    ignore = ["lm_head"]
+    ignore = [] if any(group.kind == HEAD for group in modules) else [HEAD]
     for group in modules:
         name = plan.groups[group.name]
         if scheme(name).weights is None:

@@ -20,12 +20,12 @@ from typing import Any
 
 from tqdm import tqdm
 
-from quantize.core.checkpoint import Checkpoint
+from quantize.core.checkpoint import Checkpoint, copy_companions, own_files
 from quantize.core.methods import Method, parse_method
 from quantize.core.modules import Modules
 from quantize.core.plan import Plan
 from quantize.core.schemes import scheme
-from quantize.make.calibration import CalibrationSet, load_tokenizer
+from quantize.make.calibration import CalibrationSet
 from quantize.make.modifiers import modifiers
 from quantize.make.streaming import QuantizeError, streams
 
@@ -88,11 +88,12 @@ def compress_whole(
     ):
         import torch
         from llmcompressor import oneshot
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoModelForCausalLM, GenerationConfig
 
-        model = AutoModelForCausalLM.from_pretrained(
-            checkpoint.path, dtype=torch.bfloat16, local_files_only=True
-        )
+        with own_files(checkpoint) as directory:
+            model = AutoModelForCausalLM.from_pretrained(
+                directory, dtype=torch.bfloat16, local_files_only=True
+            )
         refuse_damaged(checkpoint, model)
         torch.manual_seed(0)
         with _patches(method):
@@ -102,8 +103,11 @@ def compress_whole(
                 **(_data(calibration, method) if calibration and method.needs_data(plan) else {}),
             )
         check_quantized(model, modules, plan, log)
+        # The checkpoint's own is copied: transformers refuses to save many that it loads.
+        model.generation_config = GenerationConfig()
         model.save_pretrained(out, save_compressed=True)
-        load_tokenizer(checkpoint.path).save_pretrained(out)
+        (out / "generation_config.json").unlink(missing_ok=True)
+        copy_companions(checkpoint, out)
         bar.update(100 - bar.n)
     _settle_config(out)
 

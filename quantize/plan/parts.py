@@ -22,7 +22,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from quantize.core.checkpoint import Checkpoint, base_sha256
+from quantize.core.checkpoint import Checkpoint, base_sha256, copy_companions
 from quantize.core.methods import MethodError, parse_method
 from quantize.core.modules import Group, Modules
 from quantize.core.plan import Plan
@@ -91,7 +91,11 @@ class PartStore:
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         log = self.directory / ".logs" / f"{out.name}.log"
-        compress(self.checkpoint, self.modules, plan, self.calibration, partial, log, label)
+        try:
+            compress(self.checkpoint, self.modules, plan, self.calibration, partial, log, label)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
         partial.rename(out)
         return out
 
@@ -125,15 +129,22 @@ class PartStore:
             theirs = self.tensors(self.kv_part(plan.kv, transforms))
             tensors |= {key: part for key, part in theirs.items() if key.endswith(KV_SCALES)}
         out.mkdir(parents=True, exist_ok=True)
-        write_tensors(tensors, out / "model.safetensors")
-        for path in self.checkpoint.path.iterdir():
-            if path.is_file() and not path.name.startswith("model") and path.name != "config.json":
-                shutil.copyfile(path, out / path.name)
+        write_tensors(tensors, out / "model.safetensors", self._kept_dtypes(tensors))
+        copy_companions(self.checkpoint, out)
         config = json.loads((base / "config.json").read_text(encoding="utf-8"))
         config.pop("quantization_config", None)
         if quantized or kv_arguments is not None:
             config["quantization_config"] = self._quantization_config(quantized, settings, kv_arguments)
         (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+    def _kept_dtypes(self, tensors: Mapping[str, Part]) -> dict[str, str]:
+        """What the checkpoint's own tensors are written in, where that is not what they are stored in."""
+        known = self.checkpoint.tensors
+        return {
+            name: self.checkpoint.kept(name, known[name]).dtype
+            for name, part in tensors.items()
+            if name in known and known[name].dtype == part.dtype
+        }
 
     def _transforms(self, plan: Plan) -> tuple[str, ...]:
         names = {plan.method_of(g.name) for g in self.modules if scheme(plan.groups[g.name]).weights}

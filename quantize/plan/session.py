@@ -25,7 +25,8 @@ from quantize.make.compress import QuantizeError
 from quantize.plan.parts import PartStore
 from quantize.plan.planner import Candidate, PlanError, Planner
 from quantize.plan.search import search
-from quantize.plan.sensitivity import KEPT, Choice, Sensitivity, ServedKl, analyse, measure
+from quantize.plan.sensitivity import Sensitivity, analyse, measure
+from quantize.plan.served import KEPT, Choice, ServedKl
 from quantize.plan.simulated import SimulatedModel
 from quantize.plan.tune import Tuned, tune, write_tuned
 
@@ -188,7 +189,7 @@ class PlanningSession:
         return 0.0 if kv == "auto" else served({group.name: KEPT for group in self.modules}, kv)
 
     def _kv_bytes(self, kv: str) -> int:
-        config = self.checkpoint.config
+        config = self.checkpoint.text_config
         heads = config.get("num_key_value_heads") or config["num_attention_heads"]
         return kv_scheme(kv).bytes_per_token(
             config["num_hidden_layers"], int(heads), self.checkpoint.head_dim

@@ -11,6 +11,7 @@ import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from quantize.core.checkpoint import own_files
 from quantize.core.dequantize import dequantized
 from quantize.core.modules import Group, Modules
 from quantize.core.plan import Plan
@@ -56,9 +57,10 @@ class SimulatedModel:
 
         self.parts, self.modules = parts, parts.modules
         self.spans = spans
-        self.model: Any = AutoModelForCausalLM.from_pretrained(
-            parts.checkpoint.path, dtype=dtype or torch.float32, local_files_only=True
-        ).eval()
+        with own_files(parts.checkpoint) as directory:
+            self.model: Any = AutoModelForCausalLM.from_pretrained(
+                directory, dtype=dtype or torch.float32, local_files_only=True
+            ).eval()
         for parameter in self.model.parameters():
             parameter.requires_grad_(False)
         self._quantized: dict[tuple[str, str, str], list[Tensor]] = {}

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from quantize.core.checkpoint import Checkpoint
+from quantize.core.checkpoint import Checkpoint, own_files
 from quantize.core.dequantize import linear_weight, read_tensor
 from quantize.core.modules import Group, Modules
 from quantize.core.schemes import scheme
@@ -159,7 +159,8 @@ def _largest_inputs(
     import torch
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(base.path, dtype=torch.float32, local_files_only=True).eval()
+    with own_files(base) as own:
+        model = AutoModelForCausalLM.from_pretrained(own, dtype=torch.float32, local_files_only=True).eval()
     before = _pass_through(model, modules, sequences)
     parts = read_parts(directory)
     linears = {f"{m.name}.weight": (m.name, group.name) for group in modules for m in group.members}
