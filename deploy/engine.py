@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import re
 import signal
 import socket
 import time
@@ -15,12 +14,12 @@ from pathlib import Path
 
 import aiohttp
 
+from deploy.engine_log import reason
 from gateway.config import Engine as EngineSettings
 from quantize.card import Card
 
 SITE = Path(__file__).with_name("engine_site")
 """What an engine's interpreter runs at start, and the CPU server's entry."""
-_ERROR_NAME = re.compile(r"\b[A-Z]\w*(?:Error|Exception): .+")
 LAST_LINES = 12
 """Lines of an engine's log that an error message shows."""
 PORT_FREE_S = 10.0
@@ -37,13 +36,6 @@ class EngineLoadError(EngineStartError):
     def __init__(self, text: str, words: str) -> None:
         super().__init__(text)
         self.words = words
-
-
-def reason(log: str) -> str:
-    """The last line of an engine's log that names an error, without the logger's prefix; else the last."""
-    lines = [line.strip() for line in log.splitlines() if line.strip()]
-    named = [found[0] for line in lines if (found := _ERROR_NAME.search(line))]
-    return (named or lines or ["it said nothing"])[-1]
 
 
 @dataclass(frozen=True)
@@ -65,7 +57,7 @@ def command(spec: EngineSpec, settings: EngineSettings) -> list[str]:
     """vLLM's command line for a variant, from its card."""
     arguments = [
         str(settings.python),
-        *(["-m", "vllm.entrypoints.openai.api_server"] if has_cuda() else [str(SITE / "serve_vllm.py")]),
+        str(SITE / ("serve_scored.py" if has_cuda() else "serve_vllm.py")),
         *("--model", str(spec.directory)),
         *("--served-model-name", spec.card.model),
         *("--host", spec.host),

@@ -20,7 +20,8 @@ from tqdm import tqdm
 from quantize.core.modules import Modules
 from quantize.core.plan import Plan
 from quantize.core.schemes import scheme
-from quantize.plan.sensitivity import KEPT, Choice, Sensitivity, plan_of
+from quantize.plan.sensitivity import Sensitivity
+from quantize.plan.served import KEPT, Choice, plan_of
 
 if TYPE_CHECKING:
     import numpy as np

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from quantize.plan.planner import Candidate, Choices, Planner
-from quantize.plan.sensitivity import ServedKl
+from quantize.plan.served import ServedKl
 from quantize.plan.simulated import SimulatedModel
 
 if TYPE_CHECKING:

@@ -22,11 +22,9 @@ as they come, so that an interrupted run goes on.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import sys
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,18 +33,14 @@ from pydantic import BaseModel, ConfigDict
 from tqdm import tqdm
 
 from quantize.core.modules import Group
-from quantize.core.plan import Plan
 from quantize.core.schemes import scheme
 from quantize.evaluate.bench import Bench, Span
+from quantize.plan.served import Choice, ServedKl
 from quantize.plan.simulated import SimulatedModel, round_inputs
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-Choice = tuple[str, str]
-"""A scheme and a method."""
-KEPT: Choice = ("bf16", "rtn")
-"""The choice of a group that is not quantized."""
 FIDELITY = 1.25
 """Engine and torch may differ by this factor in the KL of a uniform variant before rows are measured
 on the engine itself."""
@@ -254,48 +248,3 @@ def measure(
         tokens=sum(len(tokens) - start for tokens, start in spans),
         fidelity=fidelity,
     )
-
-
-def plan_of(choices: Mapping[str, Choice], kv: str = "auto") -> Plan:
-    """The plan that gives every group its choice."""
-    methods = {name: choice[1] for name, choice in choices.items() if choice[0] != "bf16"}
-    main = Counter(methods.values()).most_common(1)[0][0] if methods else "rtn"
-    return Plan(
-        groups={name: choice[0] for name, choice in choices.items()},
-        method=main,
-        methods={name: method for name, method in methods.items() if method != main},
-        kv=kv,
-    )
-
-
-class ServedKl:
-    """Measures plans on the engine's kernels, and remembers what it measured.
-
-    The reference is scored once. ``kv`` is the KV cache's scheme.
-    """
-
-    def __init__(self, model: SimulatedModel, bench: Bench, spans: Sequence[Span], workdir: Path) -> None:
-        self._model, self._bench, self._spans, self._workdir = model, bench, spans, workdir
-        workdir.mkdir(parents=True, exist_ok=True)
-        self._reference, self._file = workdir / "reference.npy", workdir / "served.jsonl"
-        self._known: dict[str, float] = {}
-        if self._file.exists():
-            for line in self._file.read_text(encoding="utf-8").splitlines():
-                key, value = json.loads(line)
-                self._known[key] = value
-        self.measured = 0
-
-    def __call__(self, choices: Mapping[str, Choice], kv: str = "auto") -> float:
-        plan = plan_of({g.name: choices.get(g.name, KEPT) for g in self._model.modules}, kv)
-        key = f"{self._bench.identity} {plan.model_dump_json()}"
-        if key not in self._known:
-            folder = self._workdir / "candidate"
-            self._model.parts.assemble(plan, folder)
-            if not self._reference.exists():
-                self._bench.score(self._model.parts.checkpoint.path, self._spans, save=self._reference)
-            scores = self._bench.score(folder, self._spans, kv=kv, reference=self._reference)
-            self._known[key] = float(scores.kl.mean())
-            self.measured += 1
-            with self._file.open("a", encoding="utf-8") as file:
-                file.write(json.dumps([key, self._known[key]]) + "\n")
-        return self._known[key]

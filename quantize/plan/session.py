@@ -25,7 +25,8 @@ from quantize.make.compress import QuantizeError
 from quantize.plan.parts import PartStore
 from quantize.plan.planner import Candidate, PlanError, Planner
 from quantize.plan.search import search
-from quantize.plan.sensitivity import KEPT, Choice, Sensitivity, ServedKl, analyse, measure
+from quantize.plan.sensitivity import Sensitivity, analyse, measure
+from quantize.plan.served import KEPT, Choice, ServedKl
 from quantize.plan.simulated import SimulatedModel
 from quantize.plan.tune import Tuned, tune, write_tuned
 

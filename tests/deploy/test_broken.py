@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from deploy.engine import EngineLoadError, EngineSpec, reason, running
+from deploy.engine import EngineLoadError, EngineSpec, running
+from deploy.engine_log import reason
 from deploy.making import free_port, unless_broken
 from deploy.supervisor import engine_specs
 from gateway.cards import load_cards

@@ -256,7 +256,7 @@ def test_kv_types_that_load_are_those_that_answer_rightly(matrix: Matrix) -> Non
     assert HERE is not None
     rng = random.Random(0)
     spans: list[Span] = [([rng.randrange(3, VOCABULARY) for _ in range(96)], 1) for _ in range(3)]
-    reference = matrix.directory / "reference.npy"
+    reference = matrix.directory / "reference.npz"
     matrix.bench.score(DEMO, spans, save=reference)
     head_dim = open_checkpoint(DEMO).head_dim
 

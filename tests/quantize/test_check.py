@@ -12,13 +12,22 @@ from quantize.check import (
     check_report,
     estimate,
     format_check,
-    largest_token,
+    reference_bytes,
+    refuse_pattern,
     refuse_short,
     refuse_unfit,
 )
 from quantize.core.checkpoint import Checkpoint, CheckpointError, open_checkpoint
+from quantize.core.companions import largest_token
 from quantize.core.modules import read_modules
 from quantize.core.targets import TARGETS
+
+
+@pytest.fixture(autouse=True)
+def without_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it is asked about (tests/quantize/test_account.py) takes ten seconds of import."""
+    for name in ("refuse_other_tensors", "refuse_bad_tokenizer"):
+        monkeypatch.setattr(f"quantize.check.{name}", lambda _: None)
 
 
 def write_model(
@@ -51,8 +60,12 @@ def write_model(
         "max_position_embeddings": 1024, "vocab_size": vocabulary, **config,
     }  # fmt: skip
     (path / "config.json").write_text(json.dumps(settings), encoding="utf-8")
-    tokens = {"model": {"vocab": {"a": 0, "b": vocabulary - 2}}, "added_tokens": [{"id": vocabulary - 1}]}
+    tokens = {
+        "model": {"vocab": {"a": 0, "b": vocabulary - 2}},
+        "added_tokens": [{"id": vocabulary - 1, "content": "<|turn|>"}],
+    }
     (path / "tokenizer.json").write_text(json.dumps(tokens), encoding="utf-8")
+    (path / "chat_template.jinja").write_text("<|turn|>{{ messages }}", encoding="utf-8")
     return open_checkpoint(path)
 
 
@@ -158,9 +171,9 @@ def test_largest_token(tmp_path: Path) -> None:
     assert largest_token(tmp_path) is None
     file.write_text(json.dumps({"model": {"vocab": [["a", 0.0], ["b", -1.0]]}}), encoding="utf-8")
     assert largest_token(tmp_path) == 1
-    for damaged in ("{", "{}", '{"model": {"vocab": 3}}'):
+    for damaged in ("{", "{}", '{"model": {"vocab": 3}}', "[]"):
         file.write_text(damaged, encoding="utf-8")
-        with pytest.raises(CheckpointError, match="is no tokenizer"):
+        with pytest.raises(CheckpointError, match=r"is no tokenizer|is not valid JSON|holds no JSON object"):
             largest_token(tmp_path)
 
 
@@ -172,3 +185,41 @@ def test_too_little_room_is_said_before_work(tmp_path: Path) -> None:
         refuse_short(cost, tmp_path, memory_free=10**6)
     with pytest.raises(CheckpointError, match="disk: a variant takes up to"):
         refuse_short(cost, tmp_path, memory_free=10**12, disk_free=10**3)
+
+
+def test_an_added_token_beyond_the_vocabulary_counts_where_the_template_writes_it(tmp_path: Path) -> None:
+    write_model(tmp_path)
+    file = tmp_path / "tokenizer.json"
+    tokens = json.loads(file.read_text(encoding="utf-8"))
+    tokens["added_tokens"].append({"id": 512, "content": "<image_soft_token>"})
+    file.write_text(json.dumps(tokens), encoding="utf-8")
+    refuse_unfit(open_checkpoint(tmp_path))  # as Gemma 3 has it
+    (tmp_path / "chat_template.jinja").write_text("<image_soft_token>{{ messages }}", encoding="utf-8")
+    with pytest.raises(CheckpointError, match="largest id is 512, the model's vocab_size 512"):
+        refuse_unfit(open_checkpoint(tmp_path))
+
+
+def test_disk_is_counted_for_all_copies(tmp_path: Path) -> None:
+    checkpoint = write_model(tmp_path / "model")
+    cost = estimate(checkpoint, read_modules(checkpoint), tokens=0, longest=512, method="rtn")
+    room = 2 * cost.disk_bytes + 5
+    refuse_short([cost, cost], tmp_path, memory_free=10**12, disk_free=room, more_bytes=5)
+    with pytest.raises(CheckpointError, match="disk: 3 variants take up to"):
+        refuse_short([cost, cost, cost], tmp_path, memory_free=10**12, disk_free=room)
+    with pytest.raises(CheckpointError, match="disk: 2 variants take up to"):
+        refuse_short([cost, cost], tmp_path, memory_free=10**12, disk_free=room, more_bytes=6)
+    assert reference_bytes(checkpoint, tmp_path / "variants") == 0  # links
+    assert reference_bytes(checkpoint, Path("/proc/1")) > 2 * 512 * 256
+
+
+def test_a_path_that_the_engine_reads_as_a_pattern_is_refused(tmp_path: Path) -> None:
+    refuse_pattern(tmp_path / "plain")
+    with pytest.raises(CheckpointError, match=r"has \[ in its path, which vLLM reads as a pattern"):
+        refuse_pattern(tmp_path / "a[b]")
+
+
+def test_settings_of_a_quantizer_in_a_file_of_their_own_are_seen(tmp_path: Path) -> None:
+    checkpoint = write_model(tmp_path)
+    (tmp_path / "quantize_config.json").write_text('{"bits": 4, "group_size": 64}', encoding="utf-8")
+    with pytest.raises(CheckpointError, match="quantized already; register it"):
+        refuse_unfit(checkpoint)
