@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING
 from quantize.core.checkpoint import Checkpoint, base_sha256, read_header
 from quantize.core.files import READ_ONLY, link_or_copy, locked, write_whole
 from quantize.core.methods import MethodError, parse_method
-from quantize.core.modules import Group, Modules
+from quantize.core.modules import HEAD, Group, Modules
 from quantize.core.plan import Plan
 from quantize.core.quantization_config import quantization_config
 from quantize.core.schemes import kv_scheme, scheme
@@ -87,7 +87,9 @@ class PartStore:
         return self._place(label, data=True) / "kv.safetensors"
 
     def _kept_directory(self, transforms: tuple[str, ...]) -> Path:
-        return self._place("-".join(("kept", *transforms)), data=bool(transforms))
+        # A head that is among the groups is not among what is kept.
+        head = ["bare"] if any(group.kind == HEAD for group in self.modules) else []
+        return self._place("-".join(("kept", *head, *transforms)), data=bool(transforms))
 
     def _place(self, label: str, data: bool) -> Path:
         described = self.calibration.description if self.calibration and data else None

@@ -33,11 +33,20 @@ from quantize.make.compress import compress
 from quantize.make.linears import exchanged, find_linears, load_model, observing
 from quantize.plan.simulated import round_inputs
 from tests.e2e.test_matrix import random_tokens
-from tests.quantize.tiny import VOCABULARY, as_hub_cache, change_config, make_checkpoint, split_in_shards
+from tests.quantize.tiny import (
+    VOCABULARY,
+    add_outliers,
+    as_hub_cache,
+    change_config,
+    make_checkpoint,
+    split_in_shards,
+)
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+
+pytestmark = pytest.mark.engine
 
 ROOT = Path(__file__).resolve().parents[2]
 HERE = TARGETS.get(detect_cpu() or "")
@@ -67,8 +76,8 @@ def read_only(path: Path) -> None:
     path.chmod(0o555)
 
 
-SPREAD: Mapping[str, Any] = {"initializer_range": 0.15}
-"""Weights so large that what a scheme changes is far above what two engines differ by."""
+SPREAD: Mapping[str, Any] = {"initializer_range": 0.1}
+"""Weights so large that what a scheme changes is far above what 16-bit arithmetic does."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +90,7 @@ class Source:
 
     def make(self, path: Path) -> Path:
         make_checkpoint(path, self.architecture, **{**SPREAD, **self.shape})
+        add_outliers(path)
         if self.dress:
             self.dress(path)
         return path
@@ -182,7 +192,7 @@ def test_every_matrix_is_made_as_planned(sources: Callable[[str], Made], name: s
     """Also experts, and for a GPU, which has kernels for them; what is not planned is the source's own."""
     where, made = TARGETS["vllm-cuda-hopper"], sources(name)
     before = read_parts(made.path)
-    for kind, worst in (("w4a16-g32", 0.15), ("w8a8", 0.02)):
+    for kind, worst in (("w4a16-g32", 0.3), ("w8a8", 0.08)):
         out, plan, modules = made.variant(kind, where)
         after = read_parts(out)
         assert set(plan.groups.values()) == {kind}
@@ -192,14 +202,9 @@ def test_every_matrix_is_made_as_planned(sources: Callable[[str], Made], name: s
             weight = read_tensor(before[f"{member.name}.weight"]).float()
             error = (dequantized(after, member.name, scheme(kind)) - weight).norm() / weight.norm()
             assert 0 < error < worst, member.name
-        kept = {
-            name for name in before if not name.endswith(tuple(f"{m.name}.weight" for m in modules.linears))
-        }
-        for tensor in kept:
-            same = read_tensor(after[tensor]) == read_tensor(before[tensor]).to(
-                read_tensor(after[tensor]).dtype
-            )
-            assert same.all(), tensor
+        for tensor in before.keys() - {f"{member.name}.weight" for member in modules.linears}:
+            kept = read_tensor(after[tensor])
+            assert (kept == read_tensor(before[tensor]).to(kept.dtype)).all(), tensor
     assert not list(out.glob("consolidated*"))
     assert not (out / "params.json").exists()
     assert (out / "chat_template.jinja").read_bytes() == (made.path / "chat_template.jinja").read_bytes()
@@ -218,7 +223,7 @@ def in_torch(made: Made, plan: Plan | None, variant: Path, modules: Modules) -> 
     model, stored, rows = load_model(made.path, torch.bfloat16), read_parts(variant), []
     schemes = {m.name: scheme(plan.groups[g.name]) for g in modules for m in g.members} if plan else {}
     weights = {
-        name: dequantized(stored, name, how).bfloat16() for name, how in schemes.items() if how.weights
+        name: dequantized(stored, name, how).to(model.dtype) for name, how in schemes.items() if how.weights
     }
     rounded = {name: how.activations for name, how in schemes.items() if how.activations}
     places = find_linears(model, modules.linears)
@@ -250,7 +255,6 @@ ENVIRONMENT = {"VLLM_CPU_INT4_W4A8": "0"}
 """So that int4 is what it says on AMX too."""
 
 
-@pytest.mark.engine
 @pytest.mark.parametrize(("name", "kind"), CASES)
 def test_the_engine_computes_what_was_made(
     sources: Callable[[str], Made], bench: Bench, name: str, kind: str
