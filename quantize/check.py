@@ -210,7 +210,7 @@ def check_report(
         processor=target.processor,
         engine=target.engine,
         untried=target.untried,
-        kept=tuple(_kept(modules, target, min(row.bytes for row in rows))),
+        kept=tuple(kept_rows(modules, target, min(row.bytes for row in rows))),
         groups=len(modules.groups),
         weights=sum(group.weights for group in modules),
         bf16_bytes=uniform(modules, "bf16").weight_bytes(modules),
@@ -260,7 +260,7 @@ def _scheme_row(checkpoint: Checkpoint, target: Target, modules: Modules, name: 
     )
 
 
-def _kept(modules: Modules, target: Target, least: int) -> Iterable[KeptRow]:
+def kept_rows(modules: Modules, target: Target, least: int) -> Iterable[KeptRow]:
     """Embeddings, head and towers, beside ``least`` bytes of the smallest uniform variant."""
     lookup = "no target looks embeddings up in fewer bits"
     if modules.head is None:
