@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from quantize.core.checkpoint import Checkpoint, weight_files
 from quantize.core.modules import Modules
 from quantize.make.linears import Place, decoder_layers, find_linears
+from quantize.make.threads import side_by_side
 
 if TYPE_CHECKING:
     import torch
@@ -112,7 +113,7 @@ class Blocks:
         self.dtype = dtype or serving_dtype(checkpoint)
         self.files = Files(checkpoint.path)
         self.model = _skeleton(checkpoint, self.dtype)
-        self.layers = decoder_layers(self.model)
+        self.layers: Any = decoder_layers(self.model)
         self.linears = modules.linears
         self.places: Mapping[str, Place] = find_linears(self.model, modules.linears)
         mine = next(name for name, one in self.model.named_modules() if one is self.layers)
@@ -178,8 +179,9 @@ class Blocks:
                 parent, _, leaf = name.rpartition(".")
                 block.get_submodule(parent)._parameters[leaf] = parameter
 
-    def start(self, sequences: Sequence[Sequence[int]], copies: int = 1) -> States:
-        """Hidden states before the first block. ``copies`` is how many of them will be kept at once."""
+    def start(self, sequences: Sequence[Sequence[int]], copies: int = 1, alone: bool = False) -> States:
+        """Hidden states before the first block. ``copies`` is how many of them will be kept at once;
+        ``alone`` gives every sequence a batch of its own."""
         import torch
 
         tokens = sum(map(len, sequences))
@@ -190,7 +192,8 @@ class Blocks:
         limit = BATCH_TOKENS if self.device.type == "cpu" else GPU_BATCH_TOKENS
         with torch.no_grad():
             # Experts see rows without their places, so that padding could not be told from tokens.
-            limit = limit if all(place.expert is None for place in self.places.values()) else 0
+            if alone or any(place.expert is not None for place in self.places.values()):
+                limit = 0
             for numbers in batched(lengths, limit):
                 width = max(lengths[number] for number in numbers)
                 ids = torch.zeros(len(numbers), width, dtype=torch.long)
@@ -217,23 +220,56 @@ class Blocks:
             seen.append(kwargs)
             return hidden
 
+        with self._instead_of_blocks(stub), torch.no_grad():
+            self.decoder(input_ids=ids, use_cache=False)
+        return first[0], seen
+
+    @contextlib.contextmanager
+    def _instead_of_blocks(self, stub: Any) -> Iterator[None]:
         for block in self.layers:
             block.forward = stub
         try:
-            with torch.no_grad():
-                self.decoder(input_ids=ids, use_cache=False)
+            yield
         finally:
             for block in self.layers:
                 del block.forward
-        return first[0], seen
+
+    @contextlib.contextmanager
+    def head_only(self) -> Iterator[Callable[[Tensor], Tensor]]:
+        """A function from last hidden states (1, tokens, hidden) to logits, as the model makes them: last
+        norm, head, and what else its architecture does there."""
+        import torch
+
+        head = self.model.get_output_embeddings()
+        empty = head.weight
+        head.weight = torch.nn.Parameter(self.head(), requires_grad=False)
+        current: list[Tensor] = []
+
+        def logits_of(hidden: Tensor) -> Tensor:
+            current[:] = [hidden]
+            ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
+            found: Tensor = self.model(input_ids=ids, use_cache=False).logits
+            return found
+
+        try:
+            with self._instead_of_blocks(lambda *_args, **_kwargs: current[0]):
+                yield logits_of
+        finally:
+            head.weight = empty
 
     def forward(self, layer: int, states: States, kv: Any = None) -> None:
         """Take all hidden states through the loaded block; ``kv`` is given keys and values as a cache is."""
         import torch
 
-        with torch.no_grad():
-            for batch in states.batches:
+        def work(batch: Batch) -> None:
+            with torch.no_grad():
                 batch.hidden.copy_(self.through(layer, batch, batch.hidden, kv))
+
+        if self.device.type == "cpu":
+            side_by_side(work, states.batches)
+        else:
+            for batch in states.batches:
+                work(batch)
 
     def through(self, layer: int, batch: Batch, hidden: Tensor, kv: Any = None) -> Tensor:
         """The block's output for one batch."""
@@ -256,11 +292,10 @@ def best_device() -> torch.device:
 
 
 def serving_dtype(checkpoint: Checkpoint) -> torch.dtype:
-    """The type that an engine computes in: the configuration's where that is of 16 bits, else bfloat16."""
+    """The type that an engine computes in, as torch has it."""
     import torch
 
-    named = checkpoint.config.get("dtype") or checkpoint.config.get("torch_dtype")
-    return torch.float16 if str(named) in ("float16", "half") else torch.bfloat16
+    return torch.float16 if checkpoint.serving_dtype == "F16" else torch.bfloat16
 
 
 def batched(lengths: Sequence[int], limit: int) -> Iterator[list[int]]:

@@ -25,7 +25,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from quantize.core.checkpoint import Checkpoint, base_sha256, read_header
+from quantize.core.architectures import architecture
+from quantize.core.checkpoint import Checkpoint, base_sha256, copy_companions, read_header
 from quantize.core.files import READ_ONLY, link_or_copy, locked, write_whole
 from quantize.core.methods import MethodError, parse_method
 from quantize.core.modules import HEAD, Group, Modules
@@ -46,11 +47,6 @@ NUMERICS = 1
 SHARD_BYTES = 5_000_000_000
 MakeWhole = Callable[[Plan, Path, str], None]
 """Writes the whole checkpoint of a plan into a directory: llm-compressor, for what is not streamed."""
-COMPANIONS = (
-    *("tokenizer*", "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json"),
-    *("chat_template*", "generation_config.json", "LICENSE*", "NOTICE*"),
-)
-"""What travels with a variant's weights, copied byte for byte."""
 INDEX = "model.safetensors.index.json"
 
 
@@ -179,9 +175,11 @@ class PartStore:
         self._whole(plan, folder, label)
         return folder
 
-    def _copy(self, tensors: Mapping[str, Part], target: Path) -> None:
+    def _copy(
+        self, tensors: Mapping[str, Part], target: Path, dtypes: Mapping[str, str] | None = None
+    ) -> None:
         target.parent.mkdir(parents=True, exist_ok=True)
-        write_tensors(tensors, target)
+        write_tensors(tensors, target, dtypes)
         target.chmod(READ_ONLY)
 
     def _kept(self, transforms: tuple[str, ...]) -> Path:
@@ -192,19 +190,17 @@ class PartStore:
             method = "+".join((*transforms, "rtn"))
             self.make({group.name: [("bf16", method)] for group in self.modules})
             return file
-        linear = {f"{member.name}.weight" for member in self.modules.linears}
-        kept = {name: part for name, part in read_parts(self.checkpoint.path).items() if name not in linear}
-        wide = {name for name, part in kept.items() if part.dtype == "F32"} if self._is_wide() else set()
-        if not wide:
-            self._copy(kept, file)
-        else:
-            _save(_narrowed(kept, self.checkpoint), file)
+        left_out = {f"{member.name}.weight" for member in self.modules.linears}
+        config, text = self.checkpoint.config, self.checkpoint.text_config
+        if architecture(config).tied(config, text):
+            left_out.add(f"{HEAD}.weight")  # a copy of the embeddings, which engines do not load
+        stored = read_parts(self.checkpoint.path)
+        kept = {name: part for name, part in stored.items() if name not in left_out}
+        self._copy(kept, file, {name: self._kept_dtype(name) for name in kept})
         return file
 
-    def _is_wide(self) -> bool:
-        """Whether the checkpoint's own matrices are of 32 bits, which no variant keeps."""
-        first = f"{self.modules.linears[0].name}.weight"
-        return read_parts(self.checkpoint.path)[first].dtype == "F32"
+    def _kept_dtype(self, name: str) -> str:
+        return self.checkpoint.kept(name, self.checkpoint.tensors[name]).dtype
 
     def files(self, plan: Plan) -> dict[str, Path]:
         """Every file of ``plan`` by its name in a linked directory; parts that are missing are made."""
@@ -235,7 +231,7 @@ class PartStore:
         self._describe(plan, out)
 
     def assemble(self, plan: Plan, out: Path) -> None:
-        """Write the checkpoint of ``plan`` into ``out``, in files of its own: tensors, configuration, tokenizer.
+        """Write the checkpoint of ``plan`` into ``out``, in files of its own.
 
         Raises MethodError when the parts of the plan's methods do not fit together.
         """
@@ -247,13 +243,13 @@ class PartStore:
 
     def _describe(self, plan: Plan, out: Path) -> None:
         config = dict(self.checkpoint.config)
-        if self._is_wide():
-            config["dtype"] = "bfloat16"
+        if self.checkpoint.dtype not in ("BF16", "F16"):
+            config["dtype"] = "float16" if self.checkpoint.serving_dtype == "F16" else "bfloat16"
             config.pop("torch_dtype", None)
         if any(scheme(name).weights for name in plan.groups.values()) or kv_scheme(plan.kv).arguments():
             config["quantization_config"] = quantization_config(plan, self.modules)
         write_whole(out / "config.json", json.dumps(config, indent=2) + "\n")
-        _copy_companions(self.checkpoint.path, out)
+        copy_companions(self.checkpoint, out)
 
     def _choice(self, plan: Plan, group: str, transforms: tuple[str, ...]) -> Choice:
         name = plan.groups[group]
@@ -274,7 +270,7 @@ class PartStore:
 
 
 def write_shards(tensors: Mapping[str, Part], out: Path) -> None:
-    """Write ``model.safetensors``, or shards and their index where it would be larger than ``SHARD_BYTES``."""
+    """Write ``model.safetensors``, or shards and their index where it would be over ``SHARD_BYTES``."""
     shards: list[dict[str, Part]] = [{}]
     size = 0
     for name, part in sorted(tensors.items()):
@@ -306,13 +302,6 @@ def read_file_parts(file: Path) -> dict[str, Part]:
     return found
 
 
-def _copy_companions(source: Path, out: Path) -> None:
-    for pattern in COMPANIONS:
-        for path in source.glob(pattern):
-            if path.is_file():
-                shutil.copyfile(path, out / path.name)
-
-
 def _of(group: Group, tensors: Mapping[str, Part]) -> dict[str, Part]:
     names = tuple(f"{member.name}." for member in group.members)
     return {
@@ -329,17 +318,6 @@ def _save(tensors: Mapping[str, Tensor], target: Path) -> None:
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, {"format": "pt"})
     partial.chmod(READ_ONLY)
     partial.rename(target)
-
-
-def _narrowed(kept: Mapping[str, Part], checkpoint: Checkpoint) -> dict[str, Tensor]:
-    from quantize.core.dequantize import read_tensor
-    from quantize.make.blocks import serving_dtype
-
-    dtype = serving_dtype(checkpoint)
-    return {
-        name: read_tensor(part).to(dtype) if part.dtype == "F32" else read_tensor(part)
-        for name, part in kept.items()
-    }
 
 
 def _attention(group: Group) -> str:

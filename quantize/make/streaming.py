@@ -1,8 +1,8 @@
 """Makes parts of variants in one pass over the model: block by block, all schemes and methods together.
 
-Per block: its weights are mapped, calibration's hidden states go through it, and what went into its linears
-(:mod:`quantize.make.statistics`) serves every scheme and method. Inputs are those of the unquantized model, so
-that a part does not depend on what the groups before it became, and any mixture of parts is consistent.
+Per block: its weights are mapped, calibration's hidden states go through it, and what went into its
+linears (:mod:`quantize.make.statistics`) serves every scheme and method. Inputs are those of the unquantized
+model, so that a part does not depend on what the groups before it became, and any mixture of parts fits.
 
 Memory: one block, its second moments (4 K² bytes per kind of input), hidden states (on disk where they are
 many), and what GPTQ works on. Ranges alone, without data (``rtn``, ``mse``), take no pass at all.
@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from quantize.core.checkpoint import Checkpoint
 from quantize.core.methods import Method, parse_method
-from quantize.core.modules import Group, Modules
+from quantize.core.modules import HEAD, Group, Modules
 from quantize.core.schemes import Scheme, scheme
 from quantize.make.blocks import Blocks, Files, best_device, serving_dtype
 from quantize.make.gptq import gptq
@@ -83,6 +83,9 @@ def make_parts(
     """
     groups = [group for group in modules if wanted.get(group.name)]
     data = {group.name for group in groups if any(map(needs_data, wanted[group.name]))}
+    for group in groups:
+        if group.kind == HEAD and group.name in data:
+            raise QuantizeError("the head is quantized by ranges alone, without data: rtn or mse")
     if (data or keep_kv) and not sequences:
         raise QuantizeError("these methods need calibration data; set calibration in the YAML")
     where = device or best_device()
@@ -113,6 +116,9 @@ def make_parts(
                 keep_kv(layer, found.keys, found.values)
         for group in mine:
             _make_group(group, wanted[group.name], blocks.files, found, where, blocks.dtype, keep)
+    for group in groups:
+        if group.kind == HEAD:
+            _make_group(group, wanted[group.name], blocks.files, None, where, blocks.dtype, keep)
 
 
 def _make_group(

@@ -17,7 +17,7 @@ from quantize.core.modules import Group, Modules
 from quantize.core.plan import Plan
 from quantize.core.schemes import Numbers, scheme
 from quantize.evaluate.bench import Span
-from quantize.plan.parts import PartStore
+from quantize.make.parts import PartStore
 
 if TYPE_CHECKING:
     import torch
@@ -69,7 +69,8 @@ class SimulatedModel:
         """Dequantized weights of a group's members, read once."""
         key = (group.name, scheme_name, method)
         if key not in self._quantized:
-            tensors = self.parts.tensors(self.parts.part(scheme_name, method))
+            self.parts.make({group.name: [(scheme_name, method)]})
+            tensors = self.parts.tensors(self.parts.file(group.name, (scheme_name, method)))
             self._quantized[key] = [
                 dequantized(tensors, member.name, scheme(scheme_name)).to(self.model.dtype)
                 for member in group.members
