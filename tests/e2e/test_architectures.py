@@ -87,10 +87,12 @@ class Source:
     architecture: str = "llama"
     shape: Mapping[str, Any] = field(default_factory=dict)
     dress: Dress | None = None
+    outliers: str = ""
+    """Part of the names of matrices that have some; all have by default."""
 
     def make(self, path: Path) -> Path:
         make_checkpoint(path, self.architecture, **{**SPREAD, **self.shape})
-        add_outliers(path)
+        add_outliers(path, self.outliers)
         if self.dress:
             self.dress(path)
         return path
@@ -98,11 +100,13 @@ class Source:
 
 EVERY = ("w4a16-g32", "w8a8", "mixture")
 SOURCES: Mapping[str, tuple[Source, tuple[str, ...]]] = {
-    "llama": (Source(), (*EVERY, "head")),
+    "llama": (Source(), EVERY),
+    "llama, head": (Source(outliers="lm_head"), ("head",)),
     "llama, tied": (Source(shape={"tie_word_embeddings": True}), EVERY),
     "qwen2 with biases": (Source("qwen2"), EVERY),
     "qwen3": (Source("qwen3"), EVERY),
-    "qwen3_moe": (Source("qwen3_moe"), (*EVERY, "head")),
+    "qwen3_moe": (Source("qwen3_moe"), EVERY),
+    "qwen3_moe, head": (Source("qwen3_moe", outliers="lm_head"), ("head",)),
     "mixtral": (Source("mixtral"), EVERY),
     "gemma2": (Source("gemma2"), EVERY),
     "gemma3": (Source("gemma3_text"), EVERY),
