@@ -402,8 +402,9 @@ def _described(plan: Plan, modules: Modules, checkpoint: Checkpoint) -> dict[str
         for member in group.members
     }
     kv = kv_scheme(plan.kv)
-    heads = checkpoint.config.get("num_key_value_heads") or checkpoint.config["num_attention_heads"]
-    layers = checkpoint.config["num_hidden_layers"]
+    text = checkpoint.text_config
+    heads = text.get("num_key_value_heads") or text["num_attention_heads"]
+    layers = text["num_hidden_layers"]
     return {
         "scheme": plan.describe(),
         "schemes": dict(plan.groups),

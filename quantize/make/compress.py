@@ -28,16 +28,17 @@ from quantize.core.plan import Plan
 from quantize.core.schemes import scheme
 from quantize.make.calibration import CalibrationSet
 from quantize.make.modifiers import modifiers
+from quantize.make.streaming import QuantizeError, streams
 
+__all__ = ["QuantizeError", "compress", "compress_whole", "versions"]
+
+PARTS = ".parts"
+"""Directory of parts beside the variants; it can be removed at any time."""
 MAX_ROUND_TRIP_ERROR = 0.75
 """Relative error of a dequantized weight above which it cannot be right: 2-bit rounding stays below."""
 SERVING = {"BF16": "bfloat16", "F16": "float16"}
 """What an engine computes in, in torch's words."""
 _STEP = re.compile(r"\((\d+)/(\d+)\): (Calibrating|Propagating)")
-
-
-class QuantizeError(RuntimeError):
-    """The variant cannot be made. The text says why and what to change."""
 
 
 def versions() -> dict[str, str]:
@@ -55,14 +56,34 @@ def compress(
     log: Path,
     label: str,
 ) -> None:
-    """Quantize ``checkpoint`` by ``plan`` with ``plan.method`` for all groups, into ``out``.
+    """Quantize ``checkpoint`` by ``plan`` into ``out``.
 
-    llm-compressor's own output goes to ``log``. Raises QuantizeError when the weights are damaged, or
-    when a module was not quantized as intended.
+    What :func:`quantize.make.streaming.streams` is made block by block, from parts that are kept beside
+    ``out``; the rest is llm-compressor's, whose output goes to ``log``. Raises QuantizeError when the weights
+    are damaged, or when a module was not quantized as intended.
     """
     method = parse_method(plan.method)
     if method.needs_data(plan) and calibration is None:
         raise QuantizeError(f"method {method.name} needs calibration data; set calibration in the YAML")
+    if all(streams((name, plan.method_of(group))) for group, name in plan.groups.items()):
+        from quantize.make.parts import PartStore
+
+        PartStore(out.parent / PARTS, checkpoint, modules, calibration).assemble(plan, out)
+        return
+    compress_whole(checkpoint, modules, plan, calibration, out, log, label)
+
+
+def compress_whole(
+    checkpoint: Checkpoint,
+    modules: Modules,
+    plan: Plan,
+    calibration: CalibrationSet | None,
+    out: Path,
+    log: Path,
+    label: str,
+) -> None:
+    """Quantize the whole model by llm-compressor, with ``plan.method`` for all groups, into ``out``."""
+    method = parse_method(plan.method)
     log.unlink(missing_ok=True)
     with (
         tqdm(total=100, desc=label, unit="%", file=sys.stderr, bar_format="{l_bar}{bar}| {elapsed}") as bar,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from quantize.core.plan import Plan
 from quantize.evaluate.bench import Bench, Span
-from quantize.plan.simulated import SimulatedModel
+from quantize.make.parts import PartStore
 
 Choice = tuple[str, str]
 """A scheme and a method."""
@@ -36,8 +36,8 @@ class ServedKl:
     KV cache's scheme.
     """
 
-    def __init__(self, model: SimulatedModel, bench: Bench, spans: Sequence[Span], workdir: Path) -> None:
-        self._model, self._bench, self._spans, self._workdir = model, bench, spans, workdir
+    def __init__(self, parts: PartStore, bench: Bench, spans: Sequence[Span], workdir: Path) -> None:
+        self._parts, self._bench, self._spans, self._workdir = parts, bench, spans, workdir
         workdir.mkdir(parents=True, exist_ok=True)
         self._reference, self._file = workdir / "reference.npz", workdir / "served.jsonl"
         self._known: dict[str, float] = {}
@@ -46,15 +46,16 @@ class ServedKl:
                 key, value = json.loads(line)
                 self._known[key] = value
         self.measured = 0
+        self.tokens = sum(len(tokens) - start for tokens, start in spans)
 
     def __call__(self, choices: Mapping[str, Choice], kv: str = "auto") -> float:
-        plan = plan_of({g.name: choices.get(g.name, KEPT) for g in self._model.modules}, kv)
+        plan = plan_of({g.name: choices.get(g.name, KEPT) for g in self._parts.modules}, kv)
         key = f"{self._bench.identity} {plan.model_dump_json()}"
         if key not in self._known:
             folder = self._workdir / "candidate"
-            self._model.parts.assemble(plan, folder)
+            self._parts.link(plan, folder)
             if not self._reference.exists():
-                self._bench.score(self._model.parts.checkpoint.path, self._spans, save=self._reference)
+                self._bench.score(self._parts.checkpoint.path, self._spans, save=self._reference)
             scores = self._bench.score(folder, self._spans, kv=kv, reference=self._reference)
             self._known[key] = float(scores.kl.mean())
             self.measured += 1
