@@ -21,7 +21,9 @@ from tqdm import tqdm
 
 from agents.prompts import CORE, INTENT_CLASSIFIER, SUMMARIZER, SYSTEM_PROMPTS
 from agents.team import MAX_TOKENS, ROLES, TicketResult, read_tickets, run_team, user_text
-from deploy.making import cpu_line, evaluate_variants
+from deploy.engine import EngineSpec
+from deploy.machine import cpu_line
+from deploy.measuring import evaluate_variants
 from deploy.report import format_table, write_report
 from deploy.report_data import DemoReport, Machine, RoleReport, VariantReport
 from deploy.second_act import Clock, second_act
@@ -48,7 +50,7 @@ async def run_demo(
     began = time.monotonic()
     tickets = read_tickets(Path(str(files("deploy.assistant") / "data" / "messages.jsonl")))[:messages]
 
-    async def gate(engines: dict[str, str]) -> None:
+    async def gate(engines: dict[str, EngineSpec]) -> None:
         nonlocal cards
         say("3/5 gate: measuring each variant on its own engine")
         cards = await evaluate_variants(config, cards, say, engines)

@@ -188,7 +188,7 @@ def _reference(config: Config) -> Card:
 
 
 def _judge(config: Config, cards: Sequence[Card], options: argparse.Namespace) -> None:
-    from deploy.making import evaluate_variants
+    from deploy.measuring import evaluate_variants
     from quantize.report.tables import format_variants
 
     if options.evaluate:

@@ -10,12 +10,15 @@
    within a millisecond: its socket takes one message at a time, and ZeroMQ looks only so often whether
    that has gone. The reader would notice 5 s later. So the writer's socket takes all of them.
 3. One more route hands out log-probabilities in binary: :mod:`score_route`.
+4. Another one tells what the engine has loaded: :mod:`account_route`.
 """
 
 import os
+import sys
 
 import vllm.plugins
 import zmq  # type: ignore[import-not-found]
+from account_route import AccountRoute  # type: ignore[import-not-found]
 from score_route import ScoreRoute, keep_arrays  # type: ignore[import-not-found]
 from vllm.distributed.device_communicators.shm_broadcast import SpinCondition
 from vllm.entrypoints.launchers.api_server.entry import main
@@ -61,7 +64,7 @@ _load_endpoint_plugins = vllm.plugins.load_endpoint_plugins
 
 
 def _load_with_score_route(supported_tasks: object = None) -> list[object]:
-    return [*_load_endpoint_plugins(supported_tasks), ScoreRoute()]
+    return [*_load_endpoint_plugins(supported_tasks), ScoreRoute(), AccountRoute()]
 
 
 # An entry point would need VLLM_PLUGINS, which also switches off every plugin that it does not name.
@@ -69,4 +72,6 @@ vllm.plugins.load_endpoint_plugins = _load_with_score_route
 keep_arrays()
 
 if __name__ == "__main__":
+    if not any(argument.partition("=")[0] == "--worker-extension-cls" for argument in sys.argv):
+        sys.argv += ["--worker-extension-cls", "account_worker.AccountWorker"]
     main()

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from deploy.engine import EngineLoadError, EngineSpec, reason, running
-from deploy.making import free_port, unless_broken
+from deploy.engine import EngineSpec, free_port, running
+from deploy.engine_failures import EngineLoadError, reason
+from deploy.measuring import unless_broken
 from deploy.supervisor import engine_specs
 from gateway.cards import load_cards
 from gateway.config import Config, load_config

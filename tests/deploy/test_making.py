@@ -7,7 +7,7 @@ import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 
-from deploy.making import Turns, answering_at_once, speed_or_none
+from deploy.measuring import Turns, answering_at_once, speed_or_none
 from gateway.config import load_config
 from quantize.evaluate.client import EngineClient
 from tests.deploy.test_supervisor import ROOT

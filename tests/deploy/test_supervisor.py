@@ -21,8 +21,7 @@ import psutil
 import pytest
 
 from deploy.cli import main
-from deploy.engine import EngineProcess, EngineStartError, command, environment
-from deploy.making import free_port
+from deploy.engine import EngineProcess, EngineStartError, command, environment, free_port
 from deploy.supervisor import Stack, engine_specs
 from gateway.config import Config, load_config
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from deploy.engine import EngineSpec, running
-from deploy.making import free_port
+from deploy.engine import free_port
 from gateway.config import load_config
 from quantize.core.checkpoint import open_checkpoint
 from quantize.evaluate.client import EngineClient, EngineError

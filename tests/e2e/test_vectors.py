@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from deploy.engine import EngineSpec, command, environment
-from deploy.making import free_port
+from deploy.engine import free_port
 from gateway.config import Engine
 from quantize.card import variant_directory
 from tests.e2e.conftest import ROOT, Stack, stop_stack
