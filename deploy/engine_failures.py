@@ -111,7 +111,8 @@ def reason(log: str) -> str:
     a validation error the line below it is taken, which says what is wrong. Else the last line.
     """
     lines = [line.strip() for line in log.splitlines() if line.strip()]
-    named, hearsay = [], []
+    named: list[str] = []
+    hearsay: list[str] = []
     for number, line in enumerate(lines):
         if (found := _ERROR_NAME.search(line)) is None:
             continue

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from gateway.config import Config
+from gateway.config import Config, RoleSettings
 from quantize.card import Card
 from quantize.check import estimate, refuse_short, refuse_unfit
 from quantize.core.checkpoint import open_checkpoint
@@ -91,9 +91,21 @@ def role_tasks(config: Config) -> dict[str, list[Item]]:
     tasks: dict[str, list[Item]] = {}
     for name, role in config.roles.items():
         if role.tasks:
-            tasks[name] = read_items(role.tasks, name)
+            items = read_items(role.tasks, name)
             if role.long_context:
-                tasks[name] += read_items(role.long_context, name, "long_context")
+                items += read_items(role.long_context, name, "long_context")
+            tasks[name] = [_as_asked(item, role) for item in items]
     if not tasks:
         raise QuantizeError("no role has tasks; give roles.<role>.tasks, or use --no-evaluate")
     return tasks
+
+
+def _as_asked(item: Item, role: RoleSettings) -> Item:
+    """The item with what its role sets and it does not set itself."""
+    of_role = {"max_tokens": role.max_tokens, "chat_template_kwargs": role.chat_template_kwargs or None}
+    missing = {
+        name: value
+        for name, value in of_role.items()
+        if value is not None and name not in item.model_fields_set
+    }
+    return item.model_copy(update=missing)

@@ -8,6 +8,8 @@ asked and on what (:func:`deploy.machine.engine_identity`): after an upgrade it 
 from __future__ import annotations
 
 import asyncio
+import importlib
+import importlib.util
 import inspect
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -33,6 +35,7 @@ from quantize.evaluate.speed import measure_speed
 from quantize.evaluate.tasks import Item
 from quantize.gate.judgement import QualityBudget, gate_p_values, judge
 from quantize.registry import Registry
+from quantize.report.tables import served_text
 
 ENGINES_AT_ONCE = 2
 """While one engine answers, the next one starts, or answers too where it has cores of its own."""
@@ -96,6 +99,29 @@ async def evaluate_variants(
         if card.variant in evaluations:
             work.registry.adopt(card)
     return done
+
+
+def say_hopeless(config: Config, variants: int, say: Say) -> None:
+    """Before any work: say which roles none of ``variants`` can pass on their items, however good it is.
+
+    Raises QuantizeError and TaskError where there are no items at all.
+    """
+    tasks = role_tasks(config)
+    if importlib.util.find_spec("quantize.gate.evidence") is None:
+        return
+    evidence = importlib.import_module("quantize.gate.evidence")
+    counts = {
+        role: evidence.ItemCounts(
+            task=sum(item.suite == "task" for item in items),
+            grounded=sum(item.grounds is not None for item in items),
+            structured=sum(item.json_schema is not None for item in items),
+            long_context=sum(item.suite == "long_context" for item in items),
+        )
+        for role, items in tasks.items()
+    }
+    budgets = {name: role.budget for name, role in config.roles.items()}
+    for role, reasons in evidence.hopeless(counts, budgets, variants).items():
+        say(f"no variant can pass for {role}: {'; '.join(reasons)}")
 
 
 def _context(config: Config, card: Card) -> int:
@@ -205,24 +231,10 @@ class _Work:
 
 
 def account_text(account: EngineAccount | None) -> str:
-    """What an engine said of itself, in a line."""
+    """What an engine said of itself, as a sentence."""
     if account is None:
         return "its engine does not tell what it serves; nothing was compared with the card"
-    kernels = ", ".join(
-        f"{name} x {kernel.count}" + (f" ({kernel.bytes / 1e6:,.1f} MB)" if kernel.bytes else "")
-        for name, kernel in account.kernels.items()
-    )
-    parts = [
-        f"quantization {account.quantization}",
-        kernels,
-        account.kv_dtype and f"KV cache {account.kv_dtype}",
-    ]
-    if account.weight_bytes is not None:
-        parts.append(f"{account.weight_bytes / 1e6:,.1f} MB of weights")
-    if account.device_bytes is not None:
-        parts.append(f"{account.device_bytes / 1e9:,.2f} GB on the device")
-    told = "the engine serves" if account.source == "workers" else "the engine's log shows"
-    return f"{told} {'; '.join(part for part in parts if part)}"
+    return f"the engine serves {served_text(account)}, as the card says"
 
 
 def _with_findings(card: Card, found: Found, evaluation: Evaluation, say: Say) -> Card:

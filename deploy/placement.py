@@ -110,7 +110,8 @@ def _on_gpus(
         if len(free) < ranks:
             return None
         chosen = tuple(sorted(gpu.index for gpu in free[:ranks]))
-        added = ("--gpu-memory-utilization", "0.05", "--kv-cache-memory-bytes", str(need.kv_bytes // ranks))
+        added: tuple[str, ...] = ("--gpu-memory-utilization", "0.05")
+        added += ("--kv-cache-memory-bytes", str(need.kv_bytes // ranks))
         if ranks > 1:
             added += ("--tensor-parallel-size", str(ranks))
         listed = ",".join(map(str, chosen))

@@ -42,8 +42,7 @@ from quantize.card import (
     verify_files,
     write_card,
 )
-from quantize.core.checkpoint import Checkpoint, base_sha256, weight_bytes
-from quantize.core.companions import served_files
+from quantize.core.checkpoint import Checkpoint, base_sha256, weight_bytes, weight_files
 from quantize.core.files import Say, held_bytes, link_or_copy, locked, make_read_only, point, share
 from quantize.core.modules import Modules, read_modules
 from quantize.core.plan import Plan
@@ -52,6 +51,20 @@ from quantize.make.calibration import CalibrationSet
 from quantize.make.compress import compress, versions
 from quantize.register.examine import examine
 from quantize.versions import is_proven, usable_version, why_kept
+
+_COMPANIONS = (
+    *("config.json", "generation_config.json", "model.safetensors.index.json"),
+    *(
+        "tokenizer*",
+        "vocab.*",
+        "merges.txt",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "chat_template*",
+    ),
+    *("preprocessor_config.json", "processor_config.json", "LICENSE*", "NOTICE*"),
+)
+"""Files of a base checkpoint that are served with its weights; whatever else lies there is not."""
 
 
 @dataclass(frozen=True)
@@ -246,7 +259,7 @@ class Registry:
         """
 
         def fill(partial: Path) -> dict[str, Any]:
-            for source in served_files(checkpoint):
+            for source in _served_files(checkpoint.path):
                 link_or_copy(source, partial / source.name)
             return {
                 "scheme": str(checkpoint.config.get("dtype", "bfloat16")),
@@ -443,6 +456,15 @@ class Registry:
                 self._say(f"{error}; it is made again now")
             return False
         return True
+
+
+def _served_files(path: Path) -> list[Path]:
+    """Weights, configuration, tokenizer and templates of a base checkpoint."""
+    found = {file for pattern in _COMPANIONS for file in path.glob(pattern) if file.is_file()}
+    weights = set(weight_files(path))
+    if path / "model.safetensors" in weights:
+        found.discard(path / "model.safetensors.index.json")
+    return sorted(found | weights)
 
 
 def _described(plan: Plan, modules: Modules, checkpoint: Checkpoint) -> dict[str, Any]:

@@ -115,8 +115,11 @@ def check(options: argparse.Namespace) -> None:
 
 def make(options: argparse.Namespace) -> None:
     from deploy.making import make_one, make_variants
+    from deploy.measuring import say_hopeless
 
     config = load_config(options.config)
+    if options.evaluate:
+        say_hopeless(config, 1 if options.scheme else len(options.variants or RECIPES), say)
     if options.scheme:
         scheme(options.scheme)
         kv_scheme(options.kv)

@@ -97,7 +97,7 @@ def _bits(module: Any, method: Any, scheme: Any, parameters: dict[str, list[Any]
     unquantized = type(method).__name__.startswith("Unquantized")
     if unquantized and (kind := getattr(module, "params_dtype", None)) is not None:
         return WEIGHT_BITS.get(str(kind).removeprefix("torch."), 0)
-    largest = max(parameters.values(), key=lambda entry: entry[1], default=["", 0])[0]
+    largest = str(max(parameters.values(), key=lambda entry: int(entry[1]), default=["", 0])[0])
     return 8 if largest.startswith("float8") else WEIGHT_BITS.get(largest, 0)
 
 
