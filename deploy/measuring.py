@@ -36,6 +36,7 @@ from quantize.evaluate.tasks import Item
 from quantize.gate.judgement import QualityBudget, gate_p_values, judge
 from quantize.registry import Registry
 from quantize.report.tables import served_text
+from quantize.versions import stale
 
 ENGINES_AT_ONCE = 2
 """While one engine answers, the next one starts, or answers too where it has cores of its own."""
@@ -166,7 +167,7 @@ class _Work:
         own = card.variant == self.config.reference
         journals = self._journals(card)
         known = [read_measurement(journal) for journal in journals.values()]
-        if card.speed is not None and card.account is not None and all(one.done for one in known):
+        if card.speed is not None and not stale(card, self.engine) and all(one.done for one in known):
             if own:
                 self._reference_is_done(next(iter(journals.values())))
             return Found(known, card.speed, card.account)
@@ -330,8 +331,9 @@ async def unless_broken(registry: Registry, card: Card, work: Awaitable[T], say:
         if card.variant == card.reference:
             raise
         registry.mark_broken(card, error.words)
-        how = "it is not what its card says" if isinstance(error, ServedOtherwiseError) else "cannot load it"
-        say(f"{card.variant} {card.version} is broken, the engine {how}: {error.words}")
+        otherwise = isinstance(error, ServedOtherwiseError)
+        why = "it is not what its card says" if otherwise else "the engine cannot load it"
+        say(f"{card.variant} {card.version} is broken, {why}: {error.words}")
         return None
     except (EngineRoomError, PlacementError) as error:
         if card.variant == card.reference:

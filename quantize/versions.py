@@ -58,7 +58,7 @@ def stale(card: Card, identity: Mapping[str, str]) -> tuple[str, ...]:
         return ()
     measured = card.evaluation.engine
     return tuple(
-        f"{name} {measured.get(name) or 'unknown'}, now {now or 'none'}"
+        f"{name} {measured.get(name, 'unknown') or 'none'}, now {now or 'none'}"
         for name, now in identity.items()
         if measured.get(name, "") != now
     )

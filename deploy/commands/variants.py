@@ -89,7 +89,7 @@ def stale_variants(config: Config, cards: Sequence[Card]) -> dict[str, tuple[str
     from quantize.versions import stale
 
     now = identity(config, look())
-    if "vllm" not in now:
+    if "engine" not in now:
         return {card.variant: () for card in cards}
     return {card.variant: stale(card, now) for card in cards}
 
