@@ -25,7 +25,11 @@ Say = Callable[[str], None]
 
 
 def make_variants(
-    config: Config, variants: Sequence[str], say: Say, target_name: str | None = None
+    config: Config,
+    variants: Sequence[str],
+    say: Say,
+    target_name: str | None = None,
+    before: Callable[[], None] | None = None,
 ) -> list[Card]:
     """Make the reference and the named ``variants`` if they are not there yet. Returns their cards."""
     unknown = [name for name in variants if name not in RECIPES and name != config.reference]
@@ -35,7 +39,7 @@ def make_variants(
     where = target(target_name or detect())
     modules = read_modules(open_checkpoint(config.model.path))
     plans = {name: RECIPES[name].plan(modules, where) for name in variants if name != config.reference}
-    return make_plans(config, plans, where, say)
+    return make_plans(config, plans, where, say, before)
 
 
 def make_one(
@@ -46,18 +50,28 @@ def make_one(
     kv: str,
     say: Say,
     target_name: str | None = None,
+    before: Callable[[], None] | None = None,
 ) -> list[Card]:
     """Make the reference and one uniform variant, called after what it is unless ``name`` says otherwise."""
     where = target(target_name or detect())
     plan = uniform(read_modules(open_checkpoint(config.model.path)), scheme, kv=kv, method=method)
     kv_name = "" if kv == "auto" else f"-{kv}"
     called = name or f"{scheme}-{method.replace('+', '-')}{kv_name}"
-    return make_plans(config, {called: plan}, where, say)
+    return make_plans(config, {called: plan}, where, say, before)
 
 
-def make_plans(config: Config, plans: Mapping[str, Plan], where: Target, say: Say) -> list[Card]:
+def make_plans(
+    config: Config,
+    plans: Mapping[str, Plan],
+    where: Target,
+    say: Say,
+    before: Callable[[], None] | None = None,
+) -> list[Card]:
     """Make the reference and a variant per plan. A plan that would not load on the target is left out, which
-    is said. Raises QuantizeError where none is left."""
+    is said. Raises QuantizeError where none is left.
+
+    ``before`` is what else is looked at before work: it comes after what is quicker.
+    """
     checkpoint = open_checkpoint(config.model.path)
     refuse_unfit(checkpoint)
     modules = read_modules(checkpoint)
@@ -71,6 +85,8 @@ def make_plans(config: Config, plans: Mapping[str, Plan], where: Target, say: Sa
     for name, why in refused.items():
         say(f"{name} is left out, {where.name} does not serve it: {why}")
     plans = {name: plan for name, plan in plans.items() if name not in refused}
+    if before is not None:
+        before()
     registry = Registry(config.variants_dir, config.model.name, config.reference, say)
     cards = [registry.add_reference(checkpoint)]
     if plans:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -118,17 +119,17 @@ def make(options: argparse.Namespace) -> None:
     from deploy.measuring import say_hopeless
 
     config = load_config(options.config)
-    if options.evaluate:
-        say_hopeless(config, 1 if options.scheme else len(options.variants or RECIPES), say)
+    many = 1 if options.scheme else len(options.variants or RECIPES)
+    before = functools.partial(say_hopeless, config, many, say) if options.evaluate else None
     if options.scheme:
         scheme(options.scheme)
         kv_scheme(options.kv)
         parse_method(options.method)
         cards = make_one(
-            config, options.name, options.scheme, options.method, options.kv, say, options.target
+            config, options.name, options.scheme, options.method, options.kv, say, options.target, before
         )
     else:
-        cards = make_variants(config, options.variants or list(RECIPES), say, options.target)
+        cards = make_variants(config, options.variants or list(RECIPES), say, options.target, before)
     _judge(config, cards, options)
 
 

@@ -119,7 +119,7 @@ def test_what_was_made_is_one_document_too(tmp_path: Path, capsys: pytest.Captur
     main(["variants", "show", "bf16", "--json", "--config", str(path)])
     shown = json.loads(capsys.readouterr().out)
     assert re.fullmatch("[0-9a-f]{12}", made["version"])
-    assert shown == made | {"all_versions": [made["version"]]}
+    assert shown == made | {"all_versions": [made["version"]], "stale": []}
 
 
 def test_exit_statuses(config: list[str], capsys: pytest.CaptureFixture[str]) -> None:

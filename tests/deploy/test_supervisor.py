@@ -6,6 +6,7 @@ the port that it is given, so everything but vLLM is the real thing.
 
 import asyncio
 import contextlib
+import dataclasses
 import itertools
 import os
 import signal
@@ -164,9 +165,14 @@ def test_command_line_comes_from_the_card(config_path: Path) -> None:
     config = load_config(config_path)
     spec = engine_specs(config)[0]
     card = spec.card.model_copy(update={"kv": "fp8", "max_model_len": 512})
-    line = command(type(spec)(card, spec.directory, spec.host, spec.port, spec.log), config.engine)
+    spec = dataclasses.replace(spec, card=card)
+    line = command(spec, config.engine)
     pairs = dict(itertools.pairwise(line))
     assert pairs["--kv-cache-dtype"] == "fp8"
     assert pairs["--max-model-len"] == "512"
     assert pairs["--served-model-name"] == "assistant"
-    assert environment(config.engine)["VLLM_CPU_KVCACHE_SPACE"] == "1"
+    assert pairs["--load-format"] == "safetensors"
+    assert pairs["--config-format"] == "hf"
+    started = environment(spec, config.engine)
+    assert started["VLLM_CPU_KVCACHE_SPACE"] == "1"
+    assert started["OMP_NUM_THREADS"].isdigit()
