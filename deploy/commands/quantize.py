@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import functools
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from deploy.commands import add_command, add_json, print_json, run_engines, say
+from deploy.commands import NOT_WELL, add_command, add_json, print_json, run_engines, say
 from deploy.commands.variants import card_as_json
 from gateway.config import Config, load_config
 from quantize.card import Card
@@ -192,12 +193,15 @@ def _reference(config: Config) -> Card:
 
 
 def _judge(config: Config, cards: Sequence[Card], options: argparse.Namespace) -> None:
-    from deploy.measuring import evaluate_variants
     from quantize.report.tables import format_variants
 
     if options.evaluate:
+        from deploy.measuring import evaluate_variants
+
         cards = run_engines(evaluate_variants(config, cards, say))
     if options.json:
         print_json([card_as_json(card) for card in cards])
     else:
         print(format_variants(cards))
+    if options.evaluate and any(card.evaluation is None and card.state == "ready" for card in cards):
+        sys.exit(NOT_WELL)  # said above: there was no room for its engine

@@ -115,7 +115,9 @@ def paired_text(paired: Paired | None) -> str:
 
 
 def state_text(card: Card) -> str:
-    return card.state if card.state == "ready" else f"broken: {card.engine_words}"
+    if card.state == "broken":
+        return f"broken: {card.engine_words}"
+    return "suspicious" if card.doubts else card.state
 
 
 def served_text(account: EngineAccount | None) -> str:
