@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from deploy.engine import EngineProcess, EngineSpec, EngineStartError, need_of, port_in_use
 from deploy.engine_account import refuse_otherwise
+from deploy.engine_failures import EngineLoadError
 from deploy.machine import look
 from deploy.placement import Placed, PlacementError, place
 from gateway.config import Config
@@ -140,9 +141,11 @@ class Stack:
         with tqdm(total=len(self.engines), desc="starting", unit="engine", mininterval=0.5) as bar:
 
             async def bring_up(engine: EngineProcess) -> None:
-                await engine.start()
-                await engine.wait_ready()
-                await refuse_otherwise(engine)
+                try:
+                    await _bring_up(engine)
+                except EngineLoadError as error:
+                    engine = self._instead(engine, error)
+                    await _bring_up(engine)
                 bar.set_postfix_str(f"{engine.spec.card.variant} ready")
                 bar.update()
 
@@ -161,6 +164,23 @@ class Stack:
         for name, engine in self.engines.items():
             self._watchers[name] = asyncio.create_task(self._watch_engine(engine))
         self._watchers[_GATEWAY] = asyncio.create_task(self._watch_gateway())
+
+    def _instead(self, failed: EngineProcess, error: EngineLoadError) -> EngineProcess:
+        """An engine of the newest version that passed, where the one in use does not load: it is marked
+        broken. Raises the error where there is none, as of the reference."""
+        card = failed.spec.card
+        if card.variant == card.reference:
+            raise error
+        registry = Registry(
+            self.config.variants_dir, self.config.model.name, self.config.reference, self._say
+        )
+        registry.mark_broken(card, error.words)
+        directory = registry.path(card.variant)
+        if directory.name == card.version:
+            raise error
+        spec = dataclasses.replace(failed.spec, card=registry.card(card.variant), directory=directory)
+        engine = self.engines[card.variant] = EngineProcess(spec, self.config.engine)
+        return engine
 
     async def _follow_choice(self) -> None:
         """Serve what is in use now: the gateway reads those cards, and a gate may have chosen others."""
@@ -268,6 +288,18 @@ class Stack:
                     break
         await asyncio.gather(*(engine.stop() for engine in self.engines.values()))
         (self.config.run_dir / "engines.json").unlink(missing_ok=True)
+
+
+async def _bring_up(engine: EngineProcess) -> None:
+    """Start an engine, and see that it serves what its card says. Raises EngineStartError; it is stopped then
+    where it does not load."""
+    await engine.start()
+    try:
+        await engine.wait_ready()
+        await refuse_otherwise(engine)
+    except EngineLoadError:
+        await engine.stop()
+        raise
 
 
 async def _is_ready(session: aiohttp.ClientSession, url: str) -> bool:
