@@ -129,7 +129,8 @@ def dead_engine(config_path: Path, script: str) -> Config:
     return config
 
 
-async def test_a_version_that_does_not_load_gives_way_to_one_that_passed(config_path: Path) -> None:
+def with_a_version_that_fails(config_path: Path) -> tuple[Config, Registry, str, str]:
+    """The configuration with an int4 of two versions: the first passed, and the second, in use, fails."""
     text = config_path.read_text(encoding="utf-8").replace("serve: [bf16]", "serve: [bf16, int4]")
     config_path.write_text(text, encoding="utf-8")
     config = load_config(config_path)
@@ -155,12 +156,17 @@ async def test_a_version_that_does_not_load_gives_way_to_one_that_passed(config_
     assert config.engine.python is not None
     script = FAKE_ENGINE.replace("#!/bin/sh\n", "#!/bin/sh\n" + fails)
     config.engine.python.write_text(script, encoding="utf-8")
+    return config, registry, good.version, bad.version
+
+
+async def test_a_version_that_does_not_load_gives_way_to_one_that_passed(config_path: Path) -> None:
+    config, registry, good, bad = with_a_version_that_fails(config_path)
     said: list[str] = []
     async with Stack(config, config_path, said.append) as stack:
         assert await status(stack.url + "/readiness") == 200
-        assert stack.engines["int4"].spec.directory.name == good.version
-    assert registry.current("int4") == good.version
-    assert registry.card("int4", bad.version).engine_words == "ValueError: group size 48"
+        assert stack.engines["int4"].spec.directory.name == good
+    assert registry.current("int4") == good
+    assert registry.card("int4", bad).engine_words == "ValueError: group size 48"
     assert any("is used instead of" in line for line in said)
 
 
