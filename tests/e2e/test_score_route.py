@@ -7,8 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from deploy.engine import EngineSpec, running
-from deploy.engine import free_port
+from deploy.engine import EngineSpec, free_port, running
 from gateway.config import load_config
 from quantize.core.checkpoint import open_checkpoint
 from quantize.evaluate.client import EngineClient, EngineError
