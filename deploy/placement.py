@@ -149,8 +149,10 @@ def _divides(ranks: int, heads: Sequence[int]) -> bool:
 
 
 def threads_each(cores: int, at_once: int) -> int:
-    """Cores of one engine where ``at_once`` run side by side."""
-    return max(1, cores // max(1, at_once))
+    """Threads that compute, of one engine where ``at_once`` run side by side: one core of its share is for
+    its other processes, where the share has more than one. vLLM's own default leaves one free as well."""
+    share = cores // max(1, at_once)
+    return max(1, share - 1)
 
 
 def _on_cores(

@@ -85,7 +85,7 @@ def test_two_engines_on_two_cores_get_one_each() -> None:
     assert (first.cores, second.cores) == ((0,), (1,))
     alone = place(TWO_CORES, need, [], 1, {})
     assert alone is not None
-    assert alone.env["OMP_NUM_THREADS"] == "2"
+    assert alone.env["OMP_NUM_THREADS"] == "1"  # the other core is for the engine's other processes
 
 
 def test_engines_on_two_nodes_stay_on_their_own() -> None:
@@ -94,8 +94,8 @@ def test_engines_on_two_nodes_stay_on_their_own() -> None:
     assert first is not None
     second = place(TWO_NODES, need, [first], 2, {})
     assert second is not None
-    assert first.env == {"OMP_NUM_THREADS": "4", "VLLM_CPU_OMP_THREADS_BIND": "0,1,2,3"}
-    assert second.env["VLLM_CPU_OMP_THREADS_BIND"] == "4,5,6,7"
+    assert first.env == {"OMP_NUM_THREADS": "3", "VLLM_CPU_OMP_THREADS_BIND": "0,1,2"}
+    assert second.env["VLLM_CPU_OMP_THREADS_BIND"] == "4,5,6"
 
 
 def test_threads_that_the_user_sets_are_kept_and_counted() -> None:
