@@ -167,9 +167,12 @@ class _Work:
         own = card.variant == self.config.reference
         journals = self._journals(card)
         known = [read_measurement(journal) for journal in journals.values()]
-        if card.speed is not None and not stale(card, self.engine) and all(one.done for one in known):
+        first = next(iter(journals.values()))
+        place = self._kept(first) if own else None
+        whole = (place is None or place.exists()) and all(one.done for one in known)
+        if whole and card.speed is not None and not stale(card, self.engine):
             if own:
-                self._reference_is_done(next(iter(journals.values())))
+                self._reference_is_done(first)
             return Found(known, card.speed, card.account)
         async with AsyncExitStack() as stack:
             url, account = await self._engine(stack, card)
@@ -205,9 +208,14 @@ class _Work:
             return {}
         return {"reference": None if itself else self.reference_kept}
 
+    def _kept(self, journal: Journal) -> Path | None:
+        """Where what variants need of the reference is kept beside its journal, where that is done."""
+        where = getattr(measuring, "reference_path", None)
+        return where(journal) if where is not None else None
+
     def _reference_is_done(self, journal: Journal) -> None:
-        if not self.reference_done.is_set() and (where := getattr(measuring, "reference_path", None)):
-            self.reference_kept = where(journal)
+        if not self.reference_done.is_set():
+            self.reference_kept = self._kept(journal)
         self.reference_done.set()
 
     async def _engine(self, stack: AsyncExitStack, card: Card) -> tuple[str, EngineAccount | None]:
