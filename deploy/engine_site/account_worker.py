@@ -12,6 +12,8 @@ from typing import Any
 
 _NAMED_BITS = re.compile(r"W(\d+)A\d+")
 """Bits of weights in the names of vLLM's schemes, such as ``CompressedTensorsW8A8Int8``."""
+_BESIDE_WEIGHTS = re.compile("scale|zero|bias|g_idx|shape|azp")
+"""In names of parameters that are not the matrix itself."""
 WEIGHT_BITS = {"float32": 32, "float16": 16, "bfloat16": 16, "int8": 8, "uint8": 8}
 """Bits of a weight that is stored as it is; packed types (int32) hold several weights each."""
 
@@ -73,7 +75,8 @@ def _describe(module: Any, method: Any) -> dict[str, Any]:
 def _bytes_in_kernel(module: Any, bits: int, parameters: dict[str, list[Any]]) -> int:
     """Bytes of a matrix that a CPU kernel has taken over, so that its parameter is empty: by its shape."""
     shape = [getattr(module, f"{side}_size_per_partition", 0) for side in ("input", "output")]
-    return 0 if any(size for _, size in parameters.values() if size) else shape[0] * shape[1] * bits // 8
+    matrices = [size for name, (_, size) in parameters.items() if not _BESIDE_WEIGHTS.search(name)]
+    return 0 if any(matrices) else shape[0] * shape[1] * bits // 8
 
 
 def _kernel(owner: Any) -> str | None:
