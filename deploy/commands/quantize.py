@@ -22,7 +22,7 @@ from quantize.core.targets import detect, target
 from quantize.plan.controls import KINDS
 from quantize.registry import Registry
 
-COMMANDS = ("check", "make", "sensitivity", "plan", "register", "-h", "--help")
+COMMANDS = ("check", "make", "measure", "sensitivity", "plan", "register", "-h", "--help")
 TARGET_HELP = "where it is to be loaded (default: this machine)"
 
 
@@ -47,6 +47,12 @@ def add_quantize(parser: argparse.ArgumentParser) -> None:
     making.add_argument("--name", help="the variant's name, with --scheme")
     making.add_argument("--target", help=TARGET_HELP)
     _unmeasured(making)
+
+    text = "measure and judge variants that are there, on the engine at hand"
+    measuring = add_command(commands, "measure", measure, text)
+    measuring.add_argument("variants", nargs="*", help="which (default: all)")
+    add_json(measuring)
+    measuring.set_defaults(evaluate=True)
 
     looking = add_command(commands, "sensitivity", sensitivity, "what each group loses at each scheme")
     looking.add_argument("--target", help=TARGET_HELP)
@@ -131,6 +137,18 @@ def make(options: argparse.Namespace) -> None:
         )
     else:
         cards = make_variants(config, options.variants or list(RECIPES), say, options.target, before)
+    _judge(config, cards, options)
+
+
+def measure(options: argparse.Namespace) -> None:
+    from deploy.measuring import say_hopeless
+
+    config = load_config(options.config)
+    registry = Registry(config.variants_dir, config.model.name, config.reference, say)
+    names = options.variants or registry.variants()
+    others = [name for name in dict.fromkeys(names) if name != config.reference]
+    cards = [registry.card(name) for name in (config.reference, *others)]
+    say_hopeless(config, len(others), say)
     _judge(config, cards, options)
 
 

@@ -198,8 +198,8 @@ def stale_lines(stale: Mapping[str, Sequence[str]]) -> list[str]:
         if differences:
             together.setdefault(tuple(differences), []).append(variant)
     return [
-        f"{', '.join(names)}: measured on another engine ({'; '.join(differences)}); `tiercel quantize "
-        f"{' '.join(names)}` measures again"
+        f"{', '.join(names)}: measured on another engine ({'; '.join(differences)}); "
+        f"`tiercel quantize measure {' '.join(names)}` measures again"
         for differences, names in together.items()
     ]
 

@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs/commands.md").read_text(encoding="utf-8")
 LISTING = {
     "quantize check",
+    "quantize measure",
     "quantize sensitivity",
     "variants list",
     "variants show",
