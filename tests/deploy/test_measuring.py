@@ -27,7 +27,7 @@ from quantize.registry import Registry
 from quantize.versions import stale
 from tests.quantize.scripted_engine import ScriptedEngine
 from tests.quantize.small import write_base
-from tests.quantize.test_account import module as told_module
+from tests.quantize.test_engine_account import module as told_module
 
 MACHINE = Machine({0: (0, 1)}, 1 << 40)
 
