@@ -1,10 +1,12 @@
 """The command line. Errors that a person can mend are one sentence on standard error and status 2; what is
-found to be unwell is status 1 (docs/commands.md)."""
+found to be unwell is status 1 (docs/commands.md). See :mod:`deploy.commands.errors` for all others."""
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import os
+import signal
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -13,45 +15,15 @@ from pathlib import Path
 from deploy.commands import add_command, run_engines, say
 from deploy.commands.completion import add_completion
 from deploy.commands.doctor import add_doctor
+from deploy.commands.errors import explain
 from deploy.commands.gateway import add_gateway
 from deploy.commands.quantize import add_quantize, with_make
 from deploy.commands.status import add_status
 from deploy.commands.top import add_top
 from deploy.commands.variants import add_variants, with_list
 from deploy.commands.watch import add_watch, with_show
-from deploy.engine import EngineStartError
-from deploy.supervisor import UpError, run_until_stopped
-from gateway.config import ConfigError, load_config
-from gateway.errors import GatewayError
-from quantize.card import CardError
-from quantize.core.checkpoint import CheckpointError
-from quantize.core.methods import MethodError
-from quantize.core.schemes import SchemeError
-from quantize.core.targets import TargetError
-from quantize.evaluate.bench import BenchError
-from quantize.evaluate.client import EngineError
-from quantize.evaluate.tasks import TaskError
-from quantize.make.calibration import CalibrationError
-from quantize.make.compress import QuantizeError
-from quantize.plan.planner import PlanError
-
-USER_ERRORS = (
-    ConfigError,
-    CardError,
-    CheckpointError,
-    CalibrationError,
-    QuantizeError,
-    MethodError,
-    PlanError,
-    SchemeError,
-    TargetError,
-    BenchError,
-    TaskError,
-    EngineStartError,
-    EngineError,
-    GatewayError,
-    UpError,
-)
+from deploy.supervisor import run_until_stopped
+from gateway.config import load_config
 
 
 def up(options: argparse.Namespace) -> None:
@@ -101,23 +73,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         say("tiercel: interrupted; what was finished is kept")
         sys.exit(130)
-    except USER_ERRORS as error:
-        say(f"tiercel: {error}")
-        sys.exit(2)
-    except BaseExceptionGroup as group:  # the first failure of several engines at once
-        known, unknown = group.split(USER_ERRORS)
-        if known is None or unknown is not None:
-            raise
-        say(f"tiercel: {_first(known)}")
-        sys.exit(2)
-
-
-def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
-    """The first exception of a group that is not a group."""
-    error: BaseException = group
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return error
+    except BrokenPipeError:  # whoever read the output has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
+    except (Exception, BaseExceptionGroup) as error:
+        text, status = explain(error, options)
+        say(f"tiercel: {text}")
+        sys.exit(status)
 
 
 if __name__ == "__main__":

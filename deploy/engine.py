@@ -89,7 +89,7 @@ def command(spec: EngineSpec, settings: EngineSettings) -> list[str]:
     """vLLM's command line for a variant, from its card."""
     arguments = [
         str(settings.python),
-        *(["-m", "vllm.entrypoints.openai.api_server"] if has_cuda() else [str(SITE / "serve_vllm.py")]),
+        str(SITE / ("serve_scored.py" if has_cuda() else "serve_vllm.py")),
         *("--model", str(spec.directory)),
         *("--served-model-name", spec.card.model),
         *("--host", spec.host),

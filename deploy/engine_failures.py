@@ -15,6 +15,8 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
+from deploy.engine_log import reason
+
 Cause = Literal["files", "memory", "port", "device", "killed", "settings", "environment"]
 
 _ERROR_NAME = re.compile(r"\b[A-Z]\w*(?:Error|Exception): .+")
@@ -23,8 +25,6 @@ _HEARSAY = re.compile(
     r"|Failed to start \d* ?worker|cancelled"
 )
 """Errors of processes that only noticed that another one had failed."""
-_VALIDATION = re.compile(r"\d+ validation errors? for \w+")
-
 _CAUSES: tuple[tuple[Cause, re.Pattern[str]], ...] = (
     (
         "memory",
@@ -102,25 +102,6 @@ class Diagnosis:
             return EngineLoadError(text, self.words)
         kind = EngineSetupError if self.cause in ("settings", "environment") else EngineRoomError
         return kind(f"{text}\n{self.words}: {self.fix}" if self.words not in text else f"{text}\n{self.fix}")
-
-
-def reason(log: str) -> str:
-    """The last line of an engine's log that names an error of its own, without the logger's prefix.
-
-    Errors that only report another process's end are passed over while there is one that does not; of
-    a validation error the line below it is taken, which says what is wrong. Else the last line.
-    """
-    lines = [line.strip() for line in log.splitlines() if line.strip()]
-    named: list[str] = []
-    hearsay: list[str] = []
-    for number, line in enumerate(lines):
-        if (found := _ERROR_NAME.search(line)) is None:
-            continue
-        words = found[0]
-        if _VALIDATION.search(words):
-            words = next((_bare(below) for below in lines[number + 1 : number + 4] if "rror" in below), words)
-        (hearsay if _HEARSAY.search(words) else named).append(words)
-    return (named or hearsay or lines or ["it said nothing"])[-1]
 
 
 def _bare(line: str) -> str:

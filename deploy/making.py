@@ -9,13 +9,14 @@ from collections.abc import Callable, Mapping, Sequence
 
 from gateway.config import Config, RoleSettings
 from quantize.card import Card
-from quantize.check import estimate, refuse_short, refuse_unfit
+from quantize.check import estimate, reference_bytes, refuse_pattern, refuse_short, refuse_unfit
 from quantize.core.checkpoint import open_checkpoint
 from quantize.core.methods import parse_method
 from quantize.core.modules import read_modules
 from quantize.core.plan import Plan, uniform
 from quantize.core.recipes import RECIPES
 from quantize.core.targets import Target, detect, target
+from quantize.core.tensors import refuse_not_finite
 from quantize.evaluate.tasks import Item, read_items
 from quantize.make.calibration import read_calibration
 from quantize.make.compress import QuantizeError
@@ -73,7 +74,6 @@ def make_plans(
     ``before`` is what else is looked at before work: it comes after what is quicker.
     """
     checkpoint = open_checkpoint(config.model.path)
-    refuse_unfit(checkpoint)
     modules = read_modules(checkpoint)
     refused = {}
     for name, plan in plans.items():
@@ -85,17 +85,22 @@ def make_plans(
     for name, why in refused.items():
         say(f"{name} is left out, {where.name} does not serve it: {why}")
     plans = {name: plan for name, plan in plans.items() if name not in refused}
+    refuse_pattern(config.variants_dir)
     if before is not None:
         before()
+    refuse_unfit(checkpoint)
+    for note in checkpoint.notes:
+        say(note)
+    needs_data = any(parse_method(plan.method).needs_data(plan) for plan in plans.values())
+    calibration = read_calibration(config.calibration, checkpoint) if needs_data else None
+    tokens = [len(sequence) for sequence in calibration.sequences] if calibration else [0]
+    costs = [estimate(checkpoint, modules, sum(tokens), max(tokens), plan.method) for plan in plans.values()]
+    reference = reference_bytes(checkpoint, config.variants_dir)
+    refuse_short(costs, config.variants_dir, more_bytes=reference)
+    refuse_not_finite(checkpoint.path)
     registry = Registry(config.variants_dir, config.model.name, config.reference, say)
     cards = [registry.add_reference(checkpoint)]
     if plans:
-        needs_data = any(parse_method(plan.method).needs_data(plan) for plan in plans.values())
-        calibration = read_calibration(config.calibration, checkpoint) if needs_data else None
-        tokens = [len(sequence) for sequence in calibration.sequences] if calibration else [0]
-        for plan in plans.values():
-            cost = estimate(checkpoint, modules, sum(tokens), max(tokens), plan.method)
-            refuse_short(cost, config.variants_dir)
         for number, (name, plan) in enumerate(plans.items(), 1):
             say(f"[{number}/{len(plans)}] {name}: {plan.describe()} by {plan.method}")
             cards.append(registry.add(checkpoint, name, plan, calibration, target=where.name))

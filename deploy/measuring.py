@@ -8,14 +8,11 @@ asked and on what (:func:`deploy.machine.engine_identity`): after an upgrade it 
 from __future__ import annotations
 
 import asyncio
-import importlib
-import importlib.util
-import inspect
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from deploy.engine import EngineSpec, free_port, need_of, running, shared_flags
 from deploy.engine_account import ServedOtherwiseError, checked_account, refuse_otherwise
@@ -26,13 +23,19 @@ from deploy.placement import Machine, PlacementError, Seats
 from gateway.config import Config
 from quantize.account import suspicion
 from quantize.card import Card, EngineAccount, Evaluation, Speed
-from quantize.evaluate import measure as measuring
 from quantize.evaluate.client import EngineClient, EngineError
 from quantize.evaluate.journal import Journal
-from quantize.evaluate.measure import Measurement, measure, measurement_key, read_measurement
+from quantize.evaluate.measure import (
+    Measurement,
+    measure,
+    measurement_key,
+    read_measurement,
+    reference_path,
+)
 from quantize.evaluate.pairing import compare
 from quantize.evaluate.speed import measure_speed
 from quantize.evaluate.tasks import Item
+from quantize.gate.evidence import ItemCounts, hopeless
 from quantize.gate.judgement import QualityBudget, gate_p_values, judge
 from quantize.registry import Registry
 from quantize.report.tables import served_text
@@ -68,8 +71,8 @@ async def evaluate_variants(
     put to use.
     """
     tasks, machine = role_tasks(config), look()
-    work = _Work(config, tasks, identity(config, machine), machine, say, engines or {})
     reference = next(card for card in cards if card.variant == config.reference)
+    work = _Work(config, tasks, identity(config, machine), machine, say, engines or {}, reference)
     ordered = [reference, *(card for card in cards if card is not reference)]
     for card in ordered:
         if card.max_model_len > (taken := _context(config, card)) and config.engine.max_model_len is None:
@@ -108,11 +111,8 @@ def say_hopeless(config: Config, variants: int, say: Say) -> None:
     Raises QuantizeError and TaskError where there are no items at all.
     """
     tasks = role_tasks(config)
-    if importlib.util.find_spec("quantize.gate.evidence") is None:
-        return
-    evidence = importlib.import_module("quantize.gate.evidence")
     counts = {
-        role: evidence.ItemCounts(
+        role: ItemCounts(
             task=sum(item.suite == "task" for item in items),
             grounded=sum(item.grounds is not None for item in items),
             structured=sum(item.json_schema is not None for item in items),
@@ -121,7 +121,7 @@ def say_hopeless(config: Config, variants: int, say: Say) -> None:
         for role, items in tasks.items()
     }
     budgets = {name: role.budget for name, role in config.roles.items()}
-    for role, reasons in evidence.hopeless(counts, budgets, variants).items():
+    for role, reasons in hopeless(counts, budgets, variants).items():
         say(f"no variant can pass for {role}: {'; '.join(reasons)}")
 
 
@@ -148,8 +148,8 @@ class _Work:
     machine: Machine
     say: Say
     engines: Mapping[str, EngineSpec]
+    reference: Card
     reference_done: asyncio.Event = field(default_factory=asyncio.Event)
-    reference_kept: Path | None = None
 
     def __post_init__(self) -> None:
         config = self.config
@@ -166,13 +166,13 @@ class _Work:
         """Measure one variant, or read what was measured on the same engine before."""
         own = card.variant == self.config.reference
         journals = self._journals(card)
-        known = [read_measurement(journal) for journal in journals.values()]
-        first = next(iter(journals.values()))
-        place = self._kept(first) if own else None
-        whole = (place is None or place.exists()) and all(one.done for one in known)
-        if whole and card.speed is not None and not stale(card, self.engine):
+        known = [
+            read_measurement(journal, self._compared_with(card, number))
+            for number, journal in enumerate(journals.values())
+        ]
+        if card.speed is not None and not stale(card, self.engine) and all(one.done for one in known):
             if own:
-                self._reference_is_done(first)
+                self.reference_done.set()
             return Found(known, card.speed, card.account)
         async with AsyncExitStack() as stack:
             url, account = await self._engine(stack, card)
@@ -182,14 +182,19 @@ class _Work:
             async with self.turns.one():
                 passes = []
                 for number, (name, journal) in enumerate(journals.items()):
-                    more = self._reference(own and number == 0)
                     passes.append(
                         await measure(
-                            client, self.tasks, self.engine, name, journal, backwards=number > 0, **more
+                            client,
+                            self.tasks,
+                            self.engine,
+                            name,
+                            journal,
+                            reference=self._compared_with(card, number),
+                            backwards=number > 0,
                         )
                     )
                     if own:
-                        self._reference_is_done(journal)
+                        self.reference_done.set()
             async with self.turns.alone():
                 speed = await speed_or_none(client, card.variant, self.say)
             return Found(passes, speed or card.speed, account)
@@ -202,21 +207,11 @@ class _Work:
             journals[f"{card.variant} again"] = Journal(again)
         return journals
 
-    def _reference(self, itself: bool) -> dict[str, Any]:
-        """What was kept of the reference, as an argument of ``measure`` where it takes one."""
-        if "reference" not in inspect.signature(measure).parameters:
-            return {}
-        return {"reference": None if itself else self.reference_kept}
-
-    def _kept(self, journal: Journal) -> Path | None:
-        """Where what variants need of the reference is kept beside its journal, where that is done."""
-        where = getattr(measuring, "reference_path", None)
-        return where(journal) if where is not None else None
-
-    def _reference_is_done(self, journal: Journal) -> None:
-        if not self.reference_done.is_set():
-            self.reference_kept = self._kept(journal)
-        self.reference_done.set()
+    def _compared_with(self, card: Card, number: int) -> Path | None:
+        """What is kept of the reference's first pass, with which all others are compared."""
+        if card.variant == self.config.reference and number == 0:
+            return None
+        return reference_path(Journal(self.registry.measurement_path(self.reference, self._key)))
 
     async def _engine(self, stack: AsyncExitStack, card: Card) -> tuple[str, EngineAccount | None]:
         """The address of the variant's engine, running and compared with the card."""
@@ -233,7 +228,11 @@ class _Work:
             log=self.config.variants_dir / ".logs" / f"engine-{card.variant}.log",
             placed=placed,
         )
-        engine = await stack.enter_async_context(running(spec, settings, self.say))
+        # A head that is not the variant's own is read from the reference's files.
+        beside = self.registry.path(self.reference.variant, self.reference.version).resolve()
+        env = {"TIERCEL_REFERENCE": str(beside), **settings.env}
+        started = running(spec, settings.model_copy(update={"env": env}), self.say)
+        engine = await stack.enter_async_context(started)
         account = await refuse_otherwise(engine)
         self.say(f"{card.variant}: {account_text(account)}")
         return spec.url, account

@@ -9,15 +9,18 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from deploy.engine import SITE
 from deploy.making import role_tasks
 from gateway.config import Config
 from quantize.card import Card
-from quantize.check import estimate, refuse_short, refuse_unfit
+from quantize.check import estimate, refuse_pattern, refuse_short, refuse_unfit
 from quantize.core.checkpoint import open_checkpoint
 from quantize.core.modules import read_modules
 from quantize.core.plan import Plan
 from quantize.core.targets import detect, target
+from quantize.core.tensors import refuse_not_finite
 from quantize.evaluate.bench import Bench, Span
 from quantize.make.calibration import load_tokenizer, read_calibration
 from quantize.plan import controls
@@ -25,7 +28,7 @@ from quantize.plan.controls import Controls, Kind
 from quantize.plan.paired_kl import PairedKl
 from quantize.plan.planner import Candidate, PlanError
 from quantize.plan.sensitivity import Sensitivity
-from quantize.plan.session import METHODS, PlanningSession
+from quantize.plan.session import METHODS, TRIES, PlanningSession
 from quantize.registry import Registry
 from quantize.report.tables import align, kl_text, megabytes
 
@@ -33,6 +36,8 @@ Say = Callable[[str], None]
 
 BENCH_CONTEXT = 1024
 """Tokens of a conversation that planning measures, where engine.max_model_len says nothing else."""
+TUNING_S = 300.0
+"""Seconds that tuning may take."""
 REPORTED_CONVERSATIONS = 240
 """Held-out conversations, of all roles together, on which a plan is compared with its controls."""
 
@@ -45,7 +50,9 @@ def open_session(
 ) -> PlanningSession:
     """The session for the configured model; everything it makes lies in ``variants_dir/.planning``."""
     checkpoint = open_checkpoint(config.model.path)
+    refuse_pattern(config.variants_dir)
     refuse_unfit(checkpoint)
+    refuse_not_finite(checkpoint.path)
     where = target(target_name or detect())
     calibration = read_calibration(config.calibration, checkpoint)
     tokens = [len(sequence) for sequence in calibration.sequences]
@@ -96,22 +103,26 @@ def plan(
     loss: float | None = None,
     kv: Sequence[str] = ("auto",),
     kv_tokens: int = 0,
-    tries: int = 200,
+    tries: int = TRIES,
     methods: Sequence[str] = METHODS,
     schemes: Sequence[str] | None = None,
     tuned: bool = True,
     compare_with: Sequence[Kind] = (),
+    before: Callable[[], None] | None = None,
 ) -> tuple[Card, list[Candidate]]:
     """Find the best plan, make it, and register it as variant ``name``; evaluation comes after.
 
     One of ``bits`` (per weight of the linear modules), ``budget`` (bytes of weights and ``kv_tokens`` tokens
     of cache) and ``loss`` (nats per token) says what is wanted. ``compare_with`` names kinds of controls,
-    which are measured on held-out conversations beside the variant. Raises PlanError.
+    which are measured on held-out conversations beside the variant. ``before`` is what else is looked at
+    before work. Raises PlanError.
     """
     if loss is not None and tuple(kv) != ("auto",):
         raise PlanError(f"--kv {' '.join(kv)} has no meaning with --loss, which is of the weights; drop one")
     if kv_tokens and budget is None:
         raise PlanError("--concurrency and --context count in a budget of bytes; give it with --bytes")
+    if before is not None:
+        before()
     session = open_session(config, target_name, methods, schemes)
     for problem in (p for one in kv for p in session.target.kv_problems(one, session.checkpoint.head_dim)):
         raise PlanError(str(problem))
@@ -130,6 +141,7 @@ def plan(
         else:
             candidates = session.within(bench, budget, kv_tokens, kv, tries)
     best = candidates[0]
+    tuned = tuned and _can_tune(session, say)
     wanted = best.plan.model_copy(update={"tuned": tuned})
     say(format_candidates(candidates))
 
@@ -152,6 +164,19 @@ def plan(
         say(format_controls(compared))
         say(f"written to {compared.write(session.directory)}; `tiercel variants report` draws it")
     return card, candidates
+
+
+def _can_tune(session: PlanningSession, say: Say) -> bool:
+    """Whether tuning fits into memory and ``TUNING_S``; says so where it does not."""
+    memory, seconds = session.tuning_cost()
+    free = psutil.virtual_memory().available
+    if memory <= free and seconds <= TUNING_S:
+        return True
+    say(
+        f"scales are not tuned: that would take about {memory / 1e9:.1f} GB (free {free / 1e9:.1f} GB) and "
+        f"{seconds / 60:.0f} minutes (at most {TUNING_S / 60:.0f} are spent on it)"
+    )
+    return False
 
 
 def compare(
@@ -236,9 +261,9 @@ def format_controls(found: Controls) -> str:
 
 def format_candidates(candidates: Sequence[Candidate]) -> str:
     """The plans that were measured on the engine, best first."""
-    rows = [["plan", "weights", "predicted", "in torch", "on the engine"]]
+    rows = [["plan", "weights", "predicted", "on the engine"]]
     for number, one in enumerate(candidates, 1):
-        figures = (one.predicted_kl, one.simulated_kl, one.served_kl)
+        figures = (one.predicted_kl, one.served_kl)
         rows.append([str(number), megabytes(one.weight_bytes), *map(kl_text, figures)])
     return align(rows) + "\nMean KL, nats per token, on the conversations that plans are chosen on."
 
@@ -249,13 +274,10 @@ def format_sensitivity(found: Sensitivity) -> str:
     for row in found.rows:
         worst[row.group] = max(worst.get(row.group, 0.0), row.loss)
     rows = sorted(found.rows, key=lambda row: (-worst[row.group], row.group, row.bytes))
-    header = ["group", "scheme", "method", "bytes", "SQNR dB", "Fisher", "KL", "KL engine"]
-    table = [header]
+    table = [["group", "scheme", "method", "bytes", "SQNR dB", "Fisher", "loss"]]
     for row in rows:
-        served = "" if row.kl_served is None else f"{1000 * row.kl_served:.3f}"
-        figures = [f"{row.sqnr_db:.1f}", f"{1000 * row.fisher:.3f}", f"{1000 * row.kl:.3f}", served]
+        figures = [f"{row.sqnr_db:.1f}", f"{1000 * row.fisher:.3f}", f"{1000 * row.loss:.3f}"]
         table.append([row.group, row.scheme, row.method, str(row.bytes), *figures])
-    text = align(table)
-    differing = [f"{name} x {ratio:.2f}" for name, ratio in found.fidelity.items() if not 0.8 < ratio < 1.25]
-    note = f"\nOn the engine, uniform variants lose differently from torch: {', '.join(differing)}."
-    return text + "\nFisher and KL in 1/1000 nat per token." + (note if differing else "")
+    uniform = ", ".join(f"{name} {kl_text(kl)}" for name, kl in found.uniform.items())
+    note = f"\nUniform variants on the engine: {uniform}." if uniform else ""
+    return align(table) + "\nFisher and loss in 1/1000 nat per token; the loss is scaled by scheme." + note

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 from enum import StrEnum
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 CARD_NAME = "card.json"
 FORMAT: Literal[3] = 3
@@ -53,11 +54,14 @@ class Verdict(_Strict):
 class TextEvaluation(_Strict):
     """Token statistics on right answers in their context, paired with the reference on the same tokens."""
 
+    model_config = ConfigDict(ser_json_inf_nan="strings")
+
     tokens: int = Field(ge=1)
     perplexity: float = Field(description="of right answers, given what was asked")
     reference_perplexity: float
     delta_log_perplexity: float = Field(description="ln(perplexity) minus the reference's, nats")
     delta_log_perplexity_se: float = Field(description="standard error of that difference, paired")
+    delta_log_perplexity_skewness: float | None = Field(default=None, description="over conversations")
     kl_mean: float = Field(description="KL(reference || variant), nats per token")
     kl_p99: float
     kl_vocabulary: int = Field(description="tokens of the vocabulary that the KL sums over")
@@ -66,8 +70,22 @@ class TextEvaluation(_Strict):
     )
     kl_se: float = Field(default=0.0, ge=0, description="standard error of kl_mean, clustered by sequence")
     kl_interval: tuple[float, float] | None = Field(default=None, description="95 % of kl_mean, clustered")
+    kl_upper: float = Field(
+        default=math.inf,
+        ge=0,
+        description="upper bound of kl_mean, equal where it is exact; infinite where nothing bounds it",
+    )
+    kl_upper_se: float = Field(default=math.inf, ge=0, description="standard error of kl_upper")
     sequences: int = Field(default=0, ge=0, description="conversations that the tokens are of; 0: not kept")
     top1_agreement: float = Field(ge=0, le=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _exact_is_its_own_bound(cls, data: Any) -> Any:
+        """An exact KL need not be given twice."""
+        if isinstance(data, dict) and data.get("kl_exact") and "kl_upper" not in data:
+            return {**data, "kl_upper": data.get("kl_mean"), "kl_upper_se": data.get("kl_se", 0.0)}
+        return data
 
 
 class Paired(_Strict):

@@ -15,29 +15,24 @@ alone and was not measured.
 
 from __future__ import annotations
 
-import json
+import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import psutil
 from pydantic import BaseModel, ConfigDict
 
+from quantize.core.account import refuse_other_tensors
+from quantize.core.architectures import architecture
 from quantize.core.checkpoint import Checkpoint, CheckpointError
+from quantize.core.companions import largest_token
 from quantize.core.legality import LADDER, Target, is_experts
 from quantize.core.methods import AUTOROUND_ITERATIONS, parse_method
 from quantize.core.modules import Modules, read_modules
 from quantize.core.plan import uniform
 from quantize.core.schemes import BF16_BYTES, KV_SCHEMES, scheme
-
-ARCHITECTURES: tuple[str, ...] = (
-    *("LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM", "Qwen3MoeForCausalLM"),
-    *("MistralForCausalLM", "Phi3ForCausalLM", "GemmaForCausalLM", "Gemma3ForCausalLM"),
-    *("ArceeForCausalLM", "CohereForCausalLM", "Cohere2ForCausalLM", "Ernie4_5ForCausalLM"),
-    *("Exaone4ForCausalLM", "Glm4ForCausalLM"),
-)
-"""Whose fused modules are those of :mod:`quantize.core.modules`; each was made, loaded and asked on the
-engine."""
+from quantize.core.tokenizer import refuse_bad_tokenizer
 
 SHOWN = (*LADDER, "w4a16-g16", "w3a16-g128", "w2a16-g64", "w4a8-g128", "w8a8-static")
 RANKS = (1, 2, 4, 8)
@@ -78,6 +73,15 @@ class KvRow(_Frozen):
     computes: str | None
 
 
+class KeptRow(_Frozen):
+    """What stays at 16 bits in every uniform variant, and its share of the smallest one's bytes."""
+
+    what: str
+    bytes: int
+    share: float
+    why: str
+
+
 class Cost(_Frozen):
     """An estimate; see the module's text for the model behind it."""
 
@@ -95,13 +99,15 @@ class CheckReport(_Frozen):
     target: str
     processor: str
     engine: str
-    measured: bool
+    untried: tuple[str, ...]
+    """Schemes and KV-cache types whose rules were read in the engine's sources, not run on such a machine."""
     groups: int
     weights: int
     bf16_bytes: int
     tensor_parallel: int
     schemes: tuple[SchemeRow, ...]
     kv: tuple[KvRow, ...]
+    kept: tuple[KeptRow, ...]
     ranks: dict[int, str | None]
     """Tensor-parallel size to the reason why it does not fit; None where it does."""
     cost: Cost
@@ -111,40 +117,24 @@ class CheckReport(_Frozen):
 
 
 def refuse_unfit(checkpoint: Checkpoint) -> str:
-    """The architecture, if it is one that can be quantized and the tokenizer fits. Raises CheckpointError."""
-    found = checkpoint.config.get("architectures") or []
-    name = str(found[0]) if found else "none"
-    if name not in ARCHITECTURES:
-        raise CheckpointError(
-            f"{checkpoint.path / 'config.json'}: architecture {name} is not known to fuse its modules as "
-            f"this quantizer expects; known: {', '.join(ARCHITECTURES)}"
-        )
-    if checkpoint.config.get("quantization_config"):
+    """The architecture, if it can be quantized, its tensors are all there, and the tokenizer fits.
+
+    Imports transformers, and reads headers: seconds. Raises CheckpointError.
+    """
+    known = architecture(checkpoint.config)
+    if known.refused:
+        raise CheckpointError(f"{checkpoint.path / 'config.json'}: {known.name}: {known.refused}")
+    if checkpoint.config.get("quantization_config") or checkpoint.quantize_config:
         raise CheckpointError(f"{checkpoint.path} is quantized already; register it, or give its original")
-    largest, vocabulary = largest_token(checkpoint.path), int(checkpoint.config["vocab_size"])
+    largest, vocabulary = largest_token(checkpoint.path), int(checkpoint.text_config["vocab_size"])
     if largest is not None and largest >= vocabulary:
         raise CheckpointError(
             f"{checkpoint.path}: the tokenizer's largest id is {largest}, the model's vocab_size "
             f"{vocabulary}; put the model's own tokenizer beside it"
         )
-    return name
-
-
-def largest_token(path: Path) -> int | None:
-    """The largest id in ``tokenizer.json``; None without that file. Raises CheckpointError."""
-    file = path / "tokenizer.json"
-    if not file.is_file():
-        return None
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        vocabulary = content["model"]["vocab"]
-        ids = vocabulary.values() if isinstance(vocabulary, dict) else range(len(vocabulary))
-        added = (token["id"] for token in content.get("added_tokens") or ())
-        return max((*ids, *added), default=None)
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"{file} is no tokenizer ({type(error).__name__}: {error}); save the model's tokenizer again"
-        ) from None
+    refuse_other_tensors(checkpoint)
+    refuse_bad_tokenizer(checkpoint)
+    return known.name
 
 
 def estimate(checkpoint: Checkpoint, modules: Modules, tokens: int, longest: int, method: str) -> Cost:
@@ -156,7 +146,7 @@ def estimate(checkpoint: Checkpoint, modules: Modules, tokens: int, longest: int
     hessians = chosen.solver == "gptq"
     if chosen.solver in ("rtn", "mse") and not chosen.transforms:
         tokens = 0
-    hidden = int(checkpoint.config["hidden_size"])
+    hidden = int(checkpoint.text_config["hidden_size"])
     widest = max(group.weights for group in modules)
     states = 2 * tokens * hidden * BF16_BYTES + longest * max(m.out_features for m in modules.linears) * 16
     by_layer: dict[int, int] = {}
@@ -187,8 +177,9 @@ def estimate(checkpoint: Checkpoint, modules: Modules, tokens: int, longest: int
 
 def _share(checkpoint: Checkpoint, experts: bool) -> float:
     """The share of a group's weights that a token passes through."""
-    of = checkpoint.config.get("num_experts") or checkpoint.config.get("num_local_experts")
-    return float(checkpoint.config["num_experts_per_tok"]) / float(of) if experts and of else 1.0
+    config = checkpoint.text_config
+    of = config.get("num_experts") or config.get("num_local_experts")
+    return float(config["num_experts_per_tok"]) / float(of) if experts and of else 1.0
 
 
 def check_report(
@@ -211,24 +202,26 @@ def check_report(
     memory = psutil.virtual_memory().available if memory_free is None else memory_free
     disk = shutil.disk_usage(_existing(out or checkpoint.path)).free
     ranks = {ranks: _fits(checkpoint, target, modules, ranks) for ranks in sorted({*RANKS, tensor_parallel})}
+    rows = tuple(_scheme_row(checkpoint, target, modules, name, tensor_parallel) for name in SHOWN)
     return CheckReport(
         model=str(checkpoint.path),
         architecture=architecture,
         target=target.name,
         processor=target.processor,
         engine=target.engine,
-        measured=target.measured,
+        untried=target.untried,
+        kept=tuple(kept_rows(modules, target, min(row.bytes for row in rows))),
         groups=len(modules.groups),
         weights=sum(group.weights for group in modules),
         bf16_bytes=uniform(modules, "bf16").weight_bytes(modules),
         tensor_parallel=tensor_parallel,
-        schemes=tuple(_scheme_row(checkpoint, target, modules, name, tensor_parallel) for name in SHOWN),
+        schemes=rows,
         kv=tuple(_kv_row(checkpoint, target, name) for name in KV_SCHEMES),
         ranks=ranks,
         cost=cost,
         memory_free=memory,
         disk_free=disk,
-        warnings=tuple(_warnings(cost, memory, disk, target, ranks[tensor_parallel])),
+        warnings=(*checkpoint.notes, *_warnings(cost, memory, disk, target, ranks[tensor_parallel])),
     )
 
 
@@ -267,8 +260,27 @@ def _scheme_row(checkpoint: Checkpoint, target: Target, modules: Modules, name: 
     )
 
 
+def kept_rows(modules: Modules, target: Target, least: int) -> Iterable[KeptRow]:
+    """Embeddings, head and towers, beside ``least`` bytes of the smallest uniform variant."""
+    lookup = "no target looks embeddings up in fewer bits"
+    if modules.head is None:
+        yield from _kept_row("embeddings, which are the head too", modules.embedding_bytes, least, lookup)
+    else:
+        taken = [name for name in target.candidates(modules.head) if name != "bf16"]
+        why = f"{target.name} would take it in {' or '.join(taken)}" if taken else "it has no kernel for it"
+        yield from _kept_row("embeddings", modules.embedding_bytes, least, lookup)
+        yield from _kept_row("output head", modules.head_bytes, least, why)
+    tower = "only the text part is quantized"
+    yield from _kept_row("other towers of the model", modules.tower_bytes, least, tower)
+
+
+def _kept_row(what: str, size: int, least: int, why: str) -> Iterable[KeptRow]:
+    if size:
+        yield KeptRow(what=what, bytes=size, share=size / least, why=why)
+
+
 def _kv_row(checkpoint: Checkpoint, target: Target, name: str) -> KvRow:
-    config = checkpoint.config
+    config = checkpoint.text_config
     heads = int(config.get("num_key_value_heads") or config["num_attention_heads"])
     per_token = KV_SCHEMES[name].bytes_per_token(int(config["num_hidden_layers"]), heads, checkpoint.head_dim)
     found = target.kv_problems(name, checkpoint.head_dim)
@@ -282,8 +294,8 @@ def _kv_row(checkpoint: Checkpoint, target: Target, name: str) -> KvRow:
 
 def _fits(checkpoint: Checkpoint, target: Target, modules: Modules, ranks: int) -> str | None:
     """Why the unquantized model cannot be split over that many ranks; None if it can."""
-    heads = int(checkpoint.config["num_attention_heads"])
-    kv_heads = int(checkpoint.config.get("num_key_value_heads") or heads)
+    heads = int(checkpoint.text_config["num_attention_heads"])
+    kv_heads = int(checkpoint.text_config.get("num_key_value_heads") or heads)
     if heads % ranks:
         return f"{heads} attention heads are not a multiple of {ranks}"
     if kv_heads % ranks and ranks % kv_heads:
@@ -295,29 +307,63 @@ def _fits(checkpoint: Checkpoint, target: Target, modules: Modules, ranks: int) 
 def _warnings(cost: Cost, memory: int, disk: int, target: Target, unsplit: str | None) -> Iterable[str]:
     if unsplit:
         yield f"tensor parallelism: {unsplit}; choose a size that fits"
-    yield from _shortages(cost, memory, disk)
-    if not target.measured:
-        yield f"the rules of {target.name} were read in {target.engine}'s sources, not run"
-
-
-def _shortages(cost: Cost, memory: int, disk: int) -> Iterable[str]:
-    if cost.memory_bytes > memory:
+    yield from _shortages([cost], cost.disk_bytes, memory, disk)
+    if target.untried:
         yield (
-            f"memory: calibration needs about {_size(cost.memory_bytes)}, free are {_size(memory)}; "
+            f"of {target.name}, these rules were read in {target.engine}'s sources and not run on such a "
+            f"machine: {', '.join(target.untried)}"
+        )
+
+
+def _shortages(costs: Sequence[Cost], disk_needed: int, memory: int, disk: int) -> Iterable[str]:
+    if (most := max((cost.memory_bytes for cost in costs), default=0)) > memory:
+        yield (
+            f"memory: calibration needs about {_size(most)}, free are {_size(memory)}; "
             "use fewer calibration tokens, method rtn, or a larger machine"
         )
-    if cost.disk_bytes > disk:
-        yield (
-            f"disk: a variant takes up to {_size(cost.disk_bytes)}, free are {_size(disk)}; make room first"
-        )
+    if disk_needed > disk:
+        many = "a variant takes" if len(costs) == 1 else f"{len(costs)} variants take"
+        yield f"disk: {many} up to {_size(disk_needed)}, free are {_size(disk)}; make room first"
 
 
-def refuse_short(cost: Cost, out: Path, memory_free: int | None = None, disk_free: int | None = None) -> None:
-    """Raise CheckpointError, before any work, when memory or the disk of ``out`` cannot hold it."""
+def refuse_short(
+    costs: Cost | Sequence[Cost],
+    out: Path,
+    memory_free: int | None = None,
+    disk_free: int | None = None,
+    more_bytes: int = 0,
+) -> None:
+    """Raise CheckpointError, before any work, when memory or the disk of ``out`` cannot hold it.
+
+    Several ``costs`` are of variants that are made one after another and all kept: the most memory and the
+    sum of their bytes count. ``more_bytes`` are taken beside them, such as a copy of the reference.
+    """
+    together = [costs] if isinstance(costs, Cost) else list(costs)
     memory = psutil.virtual_memory().available if memory_free is None else memory_free
     disk = shutil.disk_usage(_existing(out)).free if disk_free is None else disk_free
-    if found := list(_shortages(cost, memory, disk)):
+    needed = sum(cost.disk_bytes for cost in together) + more_bytes
+    if found := list(_shortages(together, needed, memory, disk)):
         raise CheckpointError("; ".join(found))
+
+
+def reference_bytes(checkpoint: Checkpoint, out: Path) -> int:
+    """Bytes that a copy of the checkpoint takes on the disk of ``out``: none where files can be linked."""
+    there = _existing(out).stat().st_dev
+    taken = 0
+    for name in checkpoint.files:
+        status = (checkpoint.path / name).stat()
+        linked = status.st_dev == there and status.st_uid in (os.geteuid(), 0)
+        taken += 0 if linked else status.st_size
+    return taken
+
+
+def refuse_pattern(variants_dir: Path) -> None:
+    """Raise CheckpointError for a directory whose name vLLM reads as a pattern: it finds no weights there."""
+    if found := sorted(set("*?[") & set(str(variants_dir))):
+        raise CheckpointError(
+            f"variants_dir {variants_dir} has {' and '.join(found)} in its path, which vLLM reads as a "
+            "pattern and finds no weights by; choose a path without"
+        )
 
 
 def _size(value: int) -> str:
@@ -343,6 +389,11 @@ def format_check(report: CheckReport) -> str:
         figures = [_size(row.bytes), f"{row.bits_per_weight:.2f}"] if row.legal else ["-", "-"]
         rows.append([row.scheme, share if row.legal else "no", *figures, "; ".join(said + more)])
     lines += [*_table(rows), "where a scheme is not legal in all groups, bytes are with bf16 in the rest", ""]
+    lines += [
+        f"{kept.what}: {_size(kept.bytes)} at 16 bits, {kept.share:.0%} of the smallest of these: {kept.why}"
+        for kept in report.kept
+    ]
+    lines += [""]
     rows = [["KV cache", "bytes/token", ""]]
     for cache in report.kv:
         said_kv = cache.problem or (f"computes {cache.computes}" if cache.computes else "")

@@ -42,29 +42,16 @@ from quantize.card import (
     verify_files,
     write_card,
 )
-from quantize.core.checkpoint import Checkpoint, base_sha256, weight_bytes, weight_files
+from quantize.core.checkpoint import Checkpoint, base_sha256, copy_companions, weight_bytes
 from quantize.core.files import Say, held_bytes, link_or_copy, locked, make_read_only, point, share
 from quantize.core.modules import Modules, read_modules
 from quantize.core.plan import Plan
 from quantize.core.schemes import kv_scheme, scheme
+from quantize.core.targets import Target
 from quantize.make.calibration import CalibrationSet
 from quantize.make.compress import compress, versions
 from quantize.register.examine import examine
 from quantize.versions import is_proven, usable_version, why_kept
-
-_COMPANIONS = (
-    *("config.json", "generation_config.json", "model.safetensors.index.json"),
-    *(
-        "tokenizer*",
-        "vocab.*",
-        "merges.txt",
-        "special_tokens_map.json",
-        "added_tokens.json",
-        "chat_template*",
-    ),
-    *("preprocessor_config.json", "processor_config.json", "LICENSE*", "NOTICE*"),
-)
-"""Files of a base checkpoint that are served with its weights; whatever else lies there is not."""
 
 
 @dataclass(frozen=True)
@@ -259,8 +246,10 @@ class Registry:
         """
 
         def fill(partial: Path) -> dict[str, Any]:
-            for source in _served_files(checkpoint.path):
-                link_or_copy(source, partial / source.name)
+            copy_companions(checkpoint, partial)
+            for name in checkpoint.files:
+                if not (partial / name).exists():
+                    link_or_copy(checkpoint.path / name, partial / name)
             return {
                 "scheme": str(checkpoint.config.get("dtype", "bfloat16")),
                 "method": "none",
@@ -316,21 +305,28 @@ class Registry:
 
         return self._add(variant, inputs, fill, checkpoint, base, parent=self._reference_version(base))
 
-    def register(self, directory: Path, variant: str, checkpoint: Checkpoint) -> Card:
+    def register(
+        self, directory: Path, variant: str, checkpoint: Checkpoint, where: Target | None = None
+    ) -> Card:
         """Take in a quantized checkpoint that was made elsewhere, without changing a byte of it.
 
         compressed-tensors, AWQ, GPTQ and AutoRound formats are read; ``checkpoint`` is the base model that
-        it was made from. What was supplied or noticed is in the card's notes. Raises CheckpointError.
+        it was made from. What was supplied or noticed is in the card's notes. Raises CheckpointError, for an
+        order of columns that ``where`` does not load as well.
         """
         if variant == self.reference:
             raise CardError(f"{variant!r} is the reference's name; register {directory} under another one")
         modules = read_modules(checkpoint)
-        found = examine(directory, checkpoint, modules)
+        found = examine(directory, checkpoint, modules, where)
         base = base_sha256(checkpoint)
 
         def fill(partial: Path) -> dict[str, Any]:
-            for source in found.files:
-                link_or_copy(source, partial / source.name)
+            for written, text in found.written.items():
+                (partial / written).write_text(text, encoding="utf-8")
+            for source, name in found.files:
+                (partial / name).parent.mkdir(parents=True, exist_ok=True)
+                if not (partial / name).exists():
+                    link_or_copy(source, partial / name)
             return _described(found.plan, modules, checkpoint) | {
                 "origin": "registered",
                 "bits_per_weight": found.bits_per_weight,
@@ -338,7 +334,7 @@ class Registry:
                 "notes": found.notes,
             }
 
-        contents = {path.name: sha256_of(path) for path in found.files}
+        contents = {name.as_posix(): sha256_of(path) for path, name in found.files}
         inputs = {"base": base, "registered": contents}
         return self._add(variant, inputs, fill, checkpoint, base, parent=self._reference_version(base))
 
@@ -458,15 +454,6 @@ class Registry:
         return True
 
 
-def _served_files(path: Path) -> list[Path]:
-    """Weights, configuration, tokenizer and templates of a base checkpoint."""
-    found = {file for pattern in _COMPANIONS for file in path.glob(pattern) if file.is_file()}
-    weights = set(weight_files(path))
-    if path / "model.safetensors" in weights:
-        found.discard(path / "model.safetensors.index.json")
-    return sorted(found | weights)
-
-
 def _described(plan: Plan, modules: Modules, checkpoint: Checkpoint) -> dict[str, Any]:
     """The fields of a card that follow from a plan."""
     bits = {
@@ -475,8 +462,9 @@ def _described(plan: Plan, modules: Modules, checkpoint: Checkpoint) -> dict[str
         for member in group.members
     }
     kv = kv_scheme(plan.kv)
-    heads = checkpoint.config.get("num_key_value_heads") or checkpoint.config["num_attention_heads"]
-    layers = checkpoint.config["num_hidden_layers"]
+    text = checkpoint.text_config
+    heads = text.get("num_key_value_heads") or text["num_attention_heads"]
+    layers = text["num_hidden_layers"]
     return {
         "scheme": plan.describe(),
         "schemes": dict(plan.groups),

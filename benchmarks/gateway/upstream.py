@@ -72,7 +72,7 @@ class Engine(asyncio.Protocol):
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
-        self._data = b""
+        self._data = bytearray()
         self._busy = False
         self._gone = False
 
@@ -88,11 +88,11 @@ class Engine(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         self._data += data
         while (end := self._data.find(b"\r\n\r\n")) >= 0:
-            head = self._data[:end].lower()
+            head = bytes(self._data[:end]).lower()
             length, body = self._framing(head, end + 4)
             if length is None:
                 return
-            self._data = self._data[end + 4 + length :]
+            del self._data[: end + 4 + length]
             self._answer(head, body)
 
     def _framing(self, head: bytes, start: int) -> tuple[int | None, bytes]:
@@ -100,13 +100,13 @@ class Engine(asyncio.Protocol):
         if (at := head.find(b"content-length:")) >= 0:
             length = int(head[at + 15 : head.find(b"\r", at) if head.find(b"\r", at) > 0 else None])
             return (
-                (length, self._data[start : start + length])
+                (length, bytes(self._data[start : start + length]))
                 if len(self._data) - start >= length
                 else (None, b"")
             )
         if b"transfer-encoding: chunked" in head:
             end = self._data.find(b"\r\n0\r\n\r\n", start - 2)
-            return (end + 7 - start, self._data[start:end]) if end >= 0 else (None, b"")
+            return (end + 7 - start, bytes(self._data[start:end])) if end >= 0 else (None, b"")
         return 0, b""
 
     def _answer(self, head: bytes, body: bytes) -> None:

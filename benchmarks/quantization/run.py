@@ -20,6 +20,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from quantize.plan.parts import PartStore
+
 from benchmarks.quantization import data, outlier_model, show
 from quantize.core.checkpoint import open_checkpoint
 from quantize.core.modules import read_modules
@@ -29,10 +31,10 @@ from quantize.evaluate.bench import Bench
 from quantize.plan import autoscheme
 from quantize.plan.controls import RANDOM_PLANS, random_plan
 from quantize.plan.paired_kl import PairedKl
-from quantize.plan.parts import PartStore
 from quantize.plan.planner import Planner
 from quantize.plan.search import search
-from quantize.plan.sensitivity import Choice, ServedKl, analyse, measure
+from quantize.plan.sensitivity import analyse, measure
+from quantize.plan.served import Choice, ServedKl
 from quantize.plan.session import shortlist
 from quantize.plan.simulated import SimulatedModel
 from quantize.plan.tune import tune, write_tuned

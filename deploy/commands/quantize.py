@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import functools
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from deploy.commands import NOT_WELL, add_command, add_json, print_json, run_engines, say
+from deploy.commands.before import refuse_unmeasurable
 from deploy.commands.variants import card_as_json
 from gateway.config import Config, load_config
 from quantize.card import Card
@@ -68,12 +68,10 @@ def add_quantize(parser: argparse.ArgumentParser) -> None:
     planning.add_argument("--kv", nargs="+", default=["auto"], help="KV-cache schemes to choose from")
     planning.add_argument("--concurrency", type=int, default=0, help="requests whose cache counts in --bytes")
     planning.add_argument("--context", type=int, default=0, help="tokens of each of those")
-    planning.add_argument("--tries", type=int, default=200, help="measured changes of the plan")
+    planning.add_argument("--tries", type=int, default=12, help="plans that are measured on the engine")
     planning.add_argument("--no-tune", dest="tune", action="store_false", help="keep scales as they come")
     planning.add_argument("--schemes", nargs="+", help="what to choose from (default: the target's usual)")
-    planning.add_argument(
-        "--methods", nargs="+", default=["gptq", "imatrix+gptq"], help="whose parts may be mixed"
-    )
+    planning.add_argument("--methods", nargs="+", default=["imatrix+gptq"], help="whose parts may be mixed")
     planning.add_argument(
         "--controls",
         nargs="*",
@@ -123,11 +121,9 @@ def check(options: argparse.Namespace) -> None:
 
 def make(options: argparse.Namespace) -> None:
     from deploy.making import make_one, make_variants
-    from deploy.measuring import say_hopeless
 
     config = load_config(options.config)
-    many = 1 if options.scheme else len(options.variants or RECIPES)
-    before = functools.partial(say_hopeless, config, many, say) if options.evaluate else None
+    before = _before(config, options, 1 if options.scheme else len(options.variants or RECIPES))
     if options.scheme:
         scheme(options.scheme)
         kv_scheme(options.kv)
@@ -186,16 +182,24 @@ def plan(options: argparse.Namespace) -> None:
         schemes=options.schemes,
         tuned=options.tune,
         compare_with=KINDS if options.controls == [] else options.controls or (),
+        before=_before(config, options),
     )
     _judge(config, [_reference(config), card], options)
 
 
 def register(options: argparse.Namespace) -> None:
+    from quantize.check import refuse_pattern, refuse_unfit
+
     config = load_config(options.config)
+    _before(config, options)()
+    checkpoint = open_checkpoint(config.model.path)
+    refuse_pattern(config.variants_dir)
+    refuse_unfit(checkpoint)
+    for note in checkpoint.notes:
+        say(note)
     reference = _reference(config)
     registry = Registry(config.variants_dir, config.model.name, config.reference, say)
-    checkpoint = open_checkpoint(config.model.path)
-    card = registry.register(options.directory, options.name, checkpoint)
+    card = registry.register(options.directory, options.name, checkpoint, target(detect()))
     if card.schemes:
         found = target(detect()).check_plan(
             Plan(groups=card.schemes, kv=card.kv), read_modules(checkpoint), checkpoint.head_dim
@@ -203,6 +207,18 @@ def register(options: argparse.Namespace) -> None:
         for problem in found:
             say(f"{options.name} may not load here: {problem}")
     _judge(config, [reference, card], options)
+
+
+def _before(config: Config, options: argparse.Namespace, variants: int = 1) -> Callable[[], None]:
+    """What is looked at before work, for so many variants that are to be measured."""
+
+    def look() -> None:
+        from deploy.measuring import say_hopeless
+
+        refuse_unmeasurable(config)
+        say_hopeless(config, variants, say)
+
+    return look if options.evaluate else lambda: None
 
 
 def _reference(config: Config) -> Card:

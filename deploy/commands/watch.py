@@ -13,6 +13,7 @@ from deploy.commands import add_json, print_json, say
 from deploy.commands.asking import add_asking, client
 from gateway.config import ConfigError, load_config
 from gateway.quality.judge import JudgeError, read, request
+from quantize.core.jsonl import read_lines
 
 COMMANDS = ("show", "report", "judge", "demote", "restore", "pin", "unpin", "-h", "--help")
 PATH = "/admin/watch"
@@ -133,11 +134,11 @@ class Labelled(BaseModel):
 def read_labelled(path: Path) -> list[Labelled]:
     """Raises ConfigError for a file that cannot be used, with the line and the fix."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
+        lines = read_lines(path)
+    except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from None
     found = []
-    for number, line in enumerate(lines, 1):
+    for number, line in lines:
         try:
             found.append(Labelled.model_validate_json(line))
         except ValidationError as error:

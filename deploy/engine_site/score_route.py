@@ -1,67 +1,54 @@
-"""One more route of vLLM's server: log-probabilities of a prompt as numbers in binary, not as JSON.
+"""One more route of vLLM's server: exact figures of a prompt's tokens, and their KL to a reference.
 
-``GET /tiercel/score`` tells the size of the vocabulary. ``POST /tiercel/score`` takes ``tokens`` (ids),
-``start`` (index of the first token that is scored, at least 1) and ``top`` (0 for the whole vocabulary).
-The answer is raw little-endian data, n = len(tokens) - start rows in the order of the tokens:
+``GET /tiercel/score`` tells the ``vocabulary``, ``width`` and ``dtype`` of the final hidden states, a
+fingerprint of the ``head`` and the model ``runner``; 501 with the reason where this engine cannot score.
 
-- ``top`` 0: float32 (n, vocabulary), natural-log probabilities by token id;
-- else: float32 (n, top + 1), then int32 (n, top + 1) token ids; the first column is the token that came.
+``POST /tiercel/score`` takes one line of JSON, a newline, and perhaps bytes. The line holds ``tokens`` (ids),
+``start`` (index of the first token that is scored, at least 1), ``keep`` (return the final hidden states),
+and ``head``, ``width`` and ``dtype`` of the hidden states of a reference that follow in bytes: n rows, n =
+len(tokens) - start, row i being of the token before ``tokens[start + i]``. The answer is built alike: a line
+with ``columns``, the names and bytes of what follows, little-endian, n values each:
 
-It is an endpoint plugin in vLLM's sense: it reaches the engine as vLLM's own handlers do, by
-``EngineClient.generate``. vLLM would turn every number into Python objects of four lists first, which is
-most of the cost; :func:`keep_arrays` keeps the engine's arrays as they came for requests of this route.
+- ``came`` float64, natural-log probability of the token that came; ``top1`` int32, the likeliest token;
+- with a reference ``kl`` float64, KL(reference || this), nats, over the whole vocabulary, and
+  ``reference_top1`` int32;
+- with ``keep`` ``hidden``, (n, width) of the engine's own dtype.
+
+It is an endpoint plugin in vLLM's sense: it reaches the engine as vLLM's own handlers do, by ``generate`` and
+``collective_rpc``. Numbers are reduced in the workers, by :mod:`score_worker`.
 """
 
 from __future__ import annotations
 
+import asyncio
+import json
+import os
 import uuid
 from argparse import Namespace
 from typing import Any
 
-import numpy as np
 from fastapi import FastAPI, HTTPException, Request, Response
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, ValidationError
+from score_worker import disagreement  # type: ignore[import-not-found]
 from starlette.datastructures import State
 from vllm import SamplingParams
 from vllm.engine.protocol import EngineClient
 from vllm.inputs import TokensPrompt
-from vllm.v1.engine.logprobs import LogprobsProcessor
 
 PATH = "/tiercel/score"
-LARGEST_ANSWER = 1 << 30
-"""Bytes; a request whose arrays would be larger is refused before any work."""
-
-
-class Rows(list[Any]):
-    """Arrays of prompt log-probabilities, one set per chunk of the prompt: (token ids, values)."""
+REFERENCE = "TIERCEL_REFERENCE"
+"""Environment variable: directory of the reference's checkpoint, of which the head is read where the
+variant's own is another."""
+COLUMNS = ("came", "top1", "kl", "reference_top1", "hidden")
 
 
 class ScoreRequest(BaseModel):
     tokens: list[int] = Field(min_length=2)
     start: int = Field(ge=1)
-    top: int = Field(default=0, ge=0)
-
-
-def keep_arrays() -> None:
-    """Let requests with flat prompt log-probabilities keep the engine's arrays. Others are untouched."""
-    update, create = LogprobsProcessor._update_prompt_logprobs, LogprobsProcessor.from_new_request
-
-    def from_new_request(tokenizer: Any, request: Any) -> Any:
-        processor = create(tokenizer, request)
-        parameters = request.sampling_params
-        if parameters.flat_logprobs and parameters.prompt_logprobs is not None:
-            processor.prompt_logprobs = Rows()
-        return processor
-
-    def keep(self: Any, tensors: Any) -> None:
-        if not isinstance(self.prompt_logprobs, Rows):
-            update(self, tensors)
-            return
-        token_ids, values, *_ = tensors
-        self.prompt_logprobs.append((np.asarray(token_ids), np.asarray(values)))
-
-    LogprobsProcessor.from_new_request = staticmethod(from_new_request)
-    LogprobsProcessor._update_prompt_logprobs = keep
+    keep: bool = False
+    head: str = ""
+    width: int = 0
+    dtype: str = ""
 
 
 class ScoreRoute:
@@ -75,47 +62,102 @@ class ScoreRoute:
         app.add_api_route(PATH, self.score, methods=["POST"])
 
     async def init_state(self, engine_client: EngineClient | None, state: State, args: Namespace) -> None:
-        state.tiercel_engine = engine_client
+        state.tiercel_engine, state.tiercel_described = engine_client, None
+        state.tiercel_reference_head, state.tiercel_loading = None, asyncio.Lock()
 
-    async def describe(self, request: Request) -> dict[str, int]:
-        return {"vocabulary": _engine(request).model_config.get_vocab_size()}
+    async def describe(self, request: Request) -> dict[str, Any]:
+        state, engine = request.app.state, request.app.state.tiercel_engine
+        if engine is None:
+            raise HTTPException(503, "this server has no engine")
+        if state.tiercel_described is None:
+            try:
+                ranks = await engine.collective_rpc("tiercel_describe")
+            except Exception as error:
+                raise HTTPException(501, f"the engine's workers cannot score: {error}") from None
+            state.tiercel_described = next((one for one in ranks if one.get("head")), ranks[0])
+        if reason := state.tiercel_described["refusal"]:
+            raise HTTPException(501, reason)
+        described: dict[str, Any] = state.tiercel_described
+        return described
 
-    async def score(self, body: ScoreRequest, request: Request) -> Response:
-        engine = _engine(request)
-        vocabulary = engine.model_config.get_vocab_size()
-        rows, columns = len(body.tokens) - body.start, body.top or vocabulary
-        if rows < 1:
-            raise HTTPException(400, f"start: {body.start} leaves none of {len(body.tokens)} tokens to score")
-        if body.top >= vocabulary:
-            raise HTTPException(400, f"top: {body.top} is not below the vocabulary's {vocabulary}; send 0")
-        if (size := len(body.tokens) * columns * 8) > LARGEST_ANSWER:
-            raise HTTPException(413, f"{size} bytes of log-probabilities; send fewer tokens or a smaller top")
-        wanted = SamplingParams(
-            max_tokens=1,
-            temperature=0,
-            prompt_logprobs=body.top or -1,
-            flat_logprobs=True,
-            detokenize=False,
-        )
-        prompt, kept = TokensPrompt(prompt_token_ids=body.tokens), Rows()
+    async def score(self, request: Request) -> Response:
+        line, _, reference = (await request.body()).partition(b"\n")
         try:
-            async for output in engine.generate(prompt, wanted, f"score-{uuid.uuid4().hex}"):
-                kept.extend(output.prompt_logprobs or ())
+            body = ScoreRequest.model_validate_json(line)
+        except ValidationError as error:
+            raise HTTPException(400, str(error)) from None
+        described = await self.describe(request)
+        engine, key = request.app.state.tiercel_engine, f"tiercel-{uuid.uuid4().hex}"
+        other_head = bool(reference) and body.head != described["head"] and bool(os.environ.get(REFERENCE))
+        if other_head:
+            described = {**described, "head": await self._reference_head(request)}
+        if problem := unfit(body, len(reference), described):
+            raise HTTPException(400, problem)
+        prompt = TokensPrompt(prompt_token_ids=body.tokens)
+        # The token it draws is compared with ours: that of the right row of the right request.
+        wanted = SamplingParams(
+            max_tokens=1, temperature=0, logprobs=0, detokenize=False, skip_reading_prefix_cache=True
+        )
+        drawn: list[tuple[int, float]] = []
+        try:
+            await engine.collective_rpc(
+                "tiercel_begin",
+                args=(key, body.start, body.tokens, reference or None, body.keep, other_head),
+            )
+            try:
+                async for output in engine.generate(prompt, wanted, key):
+                    for token, values in zip(
+                        output.outputs[0].token_ids, output.outputs[0].logprobs or (), strict=False
+                    ):
+                        drawn.append((token, values[token].logprob))
+            finally:
+                ranks = await engine.collective_rpc("tiercel_end", args=(key,))
         except ValueError as error:
             raise HTTPException(400, str(error)) from None
-        ids = np.concatenate([part[0] for part in kept])[-rows:]
-        values = np.concatenate([part[1] for part in kept])[-rows:].astype("<f4")
-        if body.top:
-            return Response(
-                values.tobytes() + ids.astype("<i4").tobytes(), media_type="application/octet-stream"
+        found = [one for one in ranks if one is not None]
+        problem = next((one["error"] for one in found if "error" in one), "")
+        if problem := problem or disagreement(found, drawn):
+            raise HTTPException(500, problem)
+        columns = {name: found[0][name] for name in COLUMNS if name in found[0]}
+        head = {**described, "columns": [[name, len(raw)] for name, raw in columns.items()]}
+        return Response(
+            json.dumps(head).encode() + b"\n" + b"".join(columns.values()),
+            media_type="application/octet-stream",
+        )
+
+    async def _reference_head(self, request: Request) -> str:
+        """Fingerprint of the reference's head, which is loaded when it is first needed."""
+        state = request.app.state
+        async with state.tiercel_loading:
+            if state.tiercel_reference_head is None:
+                try:
+                    heads = await state.tiercel_engine.collective_rpc(
+                        "tiercel_load_head", args=(os.environ[REFERENCE],)
+                    )
+                except Exception as error:
+                    raise HTTPException(500, f"the reference's head was not loaded: {error}") from None
+                state.tiercel_reference_head = next(filter(None, heads), "")
+        return str(state.tiercel_reference_head)
+
+
+def unfit(body: ScoreRequest, reference_bytes: int, described: dict[str, Any]) -> str:
+    """Why a request cannot be scored, before any work; an empty string where it can."""
+    rows = len(body.tokens) - body.start
+    if rows < 1:
+        return f"start: {body.start} leaves none of {len(body.tokens)} tokens to score"
+    if wrong := next((token for token in body.tokens if not 0 <= token < described["vocabulary"]), None):
+        return f"tokens: {wrong} is out of vocabulary, which has {described['vocabulary']} tokens"
+    if not reference_bytes:
+        return ""
+    for name in ("width", "dtype", "head"):
+        if (theirs := getattr(body, name)) != (ours := described[name]):
+            return (
+                f"the reference's hidden states are of another model or head ({name} {theirs}, here {ours}); "
+                f"for a variant whose head is quantized set {REFERENCE} to the reference's checkpoint"
             )
-        whole = np.empty((rows, vocabulary), "<f4")
-        np.put_along_axis(whole, ids.astype(np.int64), values, axis=1)
-        return Response(whole.tobytes(), media_type="application/octet-stream")
-
-
-def _engine(request: Request) -> Any:
-    engine = request.app.state.tiercel_engine
-    if engine is None:
-        raise HTTPException(503, "this server has no engine")
-    return engine
+    size = 4 if body.dtype == "float32" else 2
+    if reference_bytes != (expected := rows * body.width * size):
+        return (
+            f"{reference_bytes} bytes of hidden states for {rows} rows of {body.width}; {expected} expected"
+        )
+    return ""

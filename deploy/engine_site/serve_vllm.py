@@ -9,17 +9,14 @@
    sleeps must be woken by every message, and vLLM's writer may lose a wake-up that follows another one
    within a millisecond: its socket takes one message at a time, and ZeroMQ looks only so often whether
    that has gone. The reader would notice 5 s later. So the writer's socket takes all of them.
-3. One more route hands out log-probabilities in binary: :mod:`score_route`.
-4. Another one tells what the engine has loaded: :mod:`account_route`.
+3. It can be measured: :mod:`serve_scored`.
 """
 
 import os
 import sys
 
-import vllm.plugins
 import zmq  # type: ignore[import-not-found]
-from account_route import AccountRoute  # type: ignore[import-not-found]
-from score_route import ScoreRoute, keep_arrays  # type: ignore[import-not-found]
+from serve_scored import add_scoring  # type: ignore[import-not-found]
 from vllm.distributed.device_communicators.shm_broadcast import SpinCondition
 from vllm.entrypoints.launchers.api_server.entry import main
 from vllm.platforms.cpu import CpuPlatform
@@ -60,18 +57,6 @@ def _init_that_wakes(
 
 SpinCondition.__init__ = _init_that_wakes
 
-_load_endpoint_plugins = vllm.plugins.load_endpoint_plugins
-
-
-def _load_with_score_route(supported_tasks: object = None) -> list[object]:
-    return [*_load_endpoint_plugins(supported_tasks), ScoreRoute(), AccountRoute()]
-
-
-# An entry point would need VLLM_PLUGINS, which also switches off every plugin that it does not name.
-vllm.plugins.load_endpoint_plugins = _load_with_score_route
-keep_arrays()
-
 if __name__ == "__main__":
-    if not any(argument.partition("=")[0] == "--worker-extension-cls" for argument in sys.argv):
-        sys.argv += ["--worker-extension-cls", "account_worker.AccountWorker"]
+    add_scoring(sys.argv)
     main()

@@ -62,7 +62,7 @@ class Upstream(Protocol):
 class Sufficient(Protocol):
     """Says what is wrong with an answer of a role that escalates; None if nothing, or no time to look."""
 
-    async def insufficient(self, role: str, body: bytes, answer: Answer) -> str | None: ...
+    async def insufficient(self, role: str, body: bytes, answer: Answer, salt: str) -> str | None: ...
 
 
 class Limits(msgspec.Struct, frozen=True):
@@ -150,7 +150,11 @@ class Attempts:
         route = exchange.route
         assert route is not None
         if exchange.reader is None:
-            exchange.read_with(self._reader(exchange), stream=exchange.options.stream)
+            sampled = self._sampled()
+            if sampled or self._limits.escalates or exchange.follower is not None:
+                exchange.read_with(self._reader(exchange, sampled), stream=exchange.options.stream)
+            else:
+                exchange.reader = reader_for(exchange.endpoint.form, exchange.options)
         self._attempt(exchange, route.replica, route.work)
         if route.hedge_after_s is not None and not exchange.hedged:
             asyncio.get_running_loop().call_later(route.hedge_after_s, self._hedge, exchange, route)
@@ -159,27 +163,23 @@ class Attempts:
         upstream = self._providers if replica.variant == PROVIDER else self._engines
         attempt = upstream.attempt(self, exchange, replica, work)
         exchange.attempts.append(attempt)
-        exchange.heard_at = self._clock()
+        if exchange.task is not None or exchange.tries or exchange.hedged or exchange.spent:
+            exchange.heard_at = self._clock()  # else it has come in this very step
         attempt.start()
 
-    def _reader(self, exchange: Exchange) -> Reader:
+    def _reader(self, exchange: Exchange, sampled: bool) -> Reader:
         form, limits = exchange.endpoint.form, self._limits
         tapped = (
             form is Form.COMPLETIONS
-            and (self._sampled() or (bool(limits.escalates) and self._escalates(exchange)))
+            and (sampled or self._escalates(exchange))
             and exchange.model not in limits.adapters
             and exchange.endpoint.text
         )
         return reader_for(form, exchange.options, tapped=tapped)
 
     def _escalates(self, exchange: Exchange) -> bool:
-        escalates, caller = self._limits.escalates, exchange.caller
-        return (
-            bool(escalates)
-            and not exchange.options.stream
-            and caller is not None
-            and caller.role in escalates
-        )
+        caller = exchange.caller
+        return not exchange.options.stream and caller is not None and caller.role in self._limits.escalates
 
     def _hedge(self, exchange: Exchange, route: Route) -> None:
         """Ask a second replica when the first one is slower than nearly always."""
@@ -321,7 +321,8 @@ class Attempts:
         assert route is not None
         why = higher = None
         if exchange.escalated is None and route.reason is not Reason.EXPLICIT_VARIANT:
-            why = await self._checks.insufficient(route.role, exchange.body.json, tapped.answer)
+            salt = exchange.caller.cache_salt if exchange.caller else ""
+            why = await self._checks.insufficient(route.role, exchange.body.json, tapped.answer, salt)
             if self._escalations.allows(route.role, why is not None):
                 higher = self._router.higher(route)
         if exchange.finished:
@@ -383,8 +384,8 @@ class Attempts:
 
 def may_try_again(exchange: Exchange, error: UpstreamError) -> bool:
     """Whether a request may be sent once more: only when its last attempt provably did no work (no
-    connection could be made, or a kept one closed within milliseconds of the send), nobody has got a byte,
-    and it has not come to nothing too often. Never after an engine may have begun."""
+    connection could be made, or nothing was acknowledged of what was sent over a kept one), nobody has got
+    a byte, and it has not come to nothing too often. Never after an engine may have begun."""
     return isinstance(error, NeverReachedError) and not exchange.begun and exchange.tries + 1 < MOST_TRIES
 
 

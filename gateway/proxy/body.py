@@ -24,9 +24,19 @@ from typing import Any, cast
 
 import msgspec
 from msgspec import UNSET, UnsetType
-from pydantic import TypeAdapter, ValidationError
 
 from gateway.errors import BadRequestError
+from gateway.proxy.coercions import (
+    BOOL,
+    INT,
+    STREAM_OPTIONS_FIX,
+    bad,
+    coerced,
+    kind_of,
+    kind_of_json,
+    needed,
+    stream_options_of,
+)
 from gateway.proxy.lenient import in_utf8, without_lone_surrogates
 
 LARGEST_READ_BYTES = 64 << 10
@@ -35,12 +45,13 @@ short, and decoding megabytes would hold everybody up."""
 LARGEST_LENIENT_BYTES = 64 << 10
 """Of a body that is not the JSON of RFC 8259 and that Python takes (NaN, for one). It has to be made objects
 of as a whole, which takes a second for a few megabytes."""
+LARGE_BYTES = 256 << 10
+"""Of a body that is worth not being copied, or looked at twice."""
 PROMPT_FIELDS = ("input", "instructions", "messages", "prompt", "system", "texts", "token_ids", "tools")
 """What becomes prompts, at one endpoint or another."""
 _SPACE = b" \t\r\n"
 _USUAL_ENDS = (b'"}', b"]}", b"}}", b"e}", *(b"%d}" % digit for digit in range(10)))
 """Of an object that is not empty."""
-_STREAM_OPTIONS_FIX = 'send an object such as {"include_usage": true}'
 _TOO_DEEP = "The body is nested too deeply; send a flatter JSON object."
 
 
@@ -112,8 +123,6 @@ _KNOWN: msgspec.json.Decoder[Any] = msgspec.json.Decoder(
     msgspec.defstruct("_Known", [(name, msgspec.Raw | UnsetType, UNSET) for name in _KNOWN_NAMES], gc=False)
 )
 """The fields that are ever looked at one by one: however many others there are, they are skipped."""
-_BOOL: TypeAdapter[bool | None] = TypeAdapter(bool | None)
-_INT: TypeAdapter[int | None] = TypeAdapter(int | None)
 
 
 class Body:
@@ -121,9 +130,9 @@ class Body:
 
     __slots__ = ("_all", "_known", "_raw", "_values", "fields")
 
-    def __init__(self, raw: bytes, reads: Reads = Reads.OPTIONS) -> None:
-        """Raises BadRequestError for what is no JSON object, and for a field that is needed here and that
-        vLLM could not read either."""
+    def __init__(self, raw: bytes, reads: Reads = Reads.OPTIONS, *, utf8: bool = False) -> None:
+        """``utf8``: ``raw`` is known to be that. Raises BadRequestError for what is no JSON object, and for a
+        field that is needed here and that vLLM could not read either."""
         self._raw = raw
         self._all: dict[str, msgspec.Raw] | None = None
         self._known: dict[str, msgspec.Raw] | None = None
@@ -131,7 +140,7 @@ class Body:
         self.fields: RequestFields
         try:
             fields = _USUAL.decode(raw)
-            if not raw.isascii():
+            if not (utf8 or raw.isascii()):
                 raw.decode()  # msgspec does not look into what it skips
         except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError):
             self.fields = self._read(reads)
@@ -179,7 +188,7 @@ class Body:
                 self._raw = unified
                 return _strictly(decode, self._raw)
         except msgspec.ValidationError:
-            raise BadRequestError(f"The body is {_kind_of_json(self._raw)}; send a JSON object.") from None
+            raise BadRequestError(f"The body is {kind_of_json(self._raw)}; send a JSON object.") from None
         except RecursionError:
             raise BadRequestError(_TOO_DEEP) from None
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
@@ -198,7 +207,7 @@ class Body:
         try:
             values = json.loads(self._raw)
             if not isinstance(values, dict):
-                raise BadRequestError(f"The body is {_kind(values)}; send a JSON object.")
+                raise BadRequestError(f"The body is {kind_of(values)}; send a JSON object.")
             fields = {name: json.dumps(value).encode() for name, value in values.items()}
         except RecursionError:
             raise BadRequestError(_TOO_DEEP) from None
@@ -238,17 +247,25 @@ class Body:
     def with_(self, changes: Mapping[str, bytes]) -> bytes:
         """The body's JSON with some fields set anew; ``changes`` are JSON too. They come last: whatever the
         client sent of the same names, in whatever spelling, and how often, the last one counts."""
-        if not changes:
-            return self._raw
-        ours = b""
-        for name, value in changes.items():
-            ours += b',"%b":%b' % (name.encode(), value)
+        return self.with_fields(fields_of(changes))
+
+    def with_fields(self, ours: bytes) -> bytes:
+        """The same with what ``fields_of`` made of the changes."""
         raw = self._raw
+        if not ours:
+            return raw
         if raw.endswith(_USUAL_ENDS):  # nearly always: no space before the brace that ends it
             return b"%b%b}" % (raw[:-1], ours)
         head = raw.rstrip(_SPACE)[:-1]
         empty = head.endswith(b"{") or head.rstrip(_SPACE).endswith(b"{")
         return b"%b%b}" % (head, ours[1:] if empty else ours)
+
+    def parts(self, ours: bytes) -> tuple[memoryview, bytes]:
+        """The same in two parts, of which the first is the body's own bytes: megabytes are not copied."""
+        raw = self._raw
+        if raw.endswith(_USUAL_ENDS):
+            return memoryview(raw)[:-1], ours + b"}"
+        return memoryview(self.with_fields(ours)), b""
 
     def everything(self) -> dict[str, Any]:
         """All values, as a copy."""
@@ -265,24 +282,24 @@ class Body:
         if "model" in self:
             self._refuse_large("model", "send a model id, or leave it out")
             fields.model = self._model(given.get("model"))
-        fields.n = _coerced(_INT, given.get("n"))
+        fields.n = coerced(INT, given.get("n"))
         if fields.priority is not UNSET:
-            fields.priority = _coerced(_INT, fields.priority, fields.priority)
+            fields.priority = coerced(INT, fields.priority, fields.priority)
         if reads is Reads.NAMES:
             fields.stream, fields.stream_options = None, UNSET
             return fields
         if "stream" in self:
             self._refuse_large("stream", "send true or false")
-            fields.stream = _needed(_BOOL, "stream", self.get("stream"), "send true or false")
+            fields.stream = needed(BOOL, "stream", self.get("stream"), "send true or false")
         if reads is Reads.OPTIONS:
             if not fields.stream:
                 fields.stream_options = UNSET  # whatever it is, the engine says what it thinks of it
             elif "stream_options" in self:
-                self._refuse_large("stream_options", _STREAM_OPTIONS_FIX)
-                fields.stream_options = _stream_options(self.get("stream_options"))
-            fields.logprobs = _coerced(_BOOL, fields.logprobs, fields.logprobs)
+                self._refuse_large("stream_options", STREAM_OPTIONS_FIX)
+                fields.stream_options = stream_options_of(self.get("stream_options"))
+            fields.logprobs = coerced(BOOL, fields.logprobs, fields.logprobs)
             if isinstance(fields.top_logprobs, float):
-                fields.top_logprobs = _coerced(_INT, fields.top_logprobs, fields.top_logprobs)
+                fields.top_logprobs = coerced(INT, fields.top_logprobs, fields.top_logprobs)
         return fields
 
     def _refuse_large(self, field: str, fix: str) -> None:
@@ -295,11 +312,16 @@ class Body:
         if model is None and self.get("model") is None:
             return ""
         if not isinstance(model, str):
-            raise _bad("model", self.get("model"), "send a model id as a string, or leave it out")
+            raise bad("model", self.get("model"), "send a model id as a string, or leave it out")
         return model
 
 
 EMPTY = Body(b"{}")
+
+
+def fields_of(changes: Mapping[str, bytes]) -> bytes:
+    """Fields of an object, each with a comma before it."""
+    return b"".join([b',"%b":%b' % (name.encode(), value) for name, value in changes.items()])
 
 
 def _known(raw: bytes) -> dict[str, msgspec.Raw]:
@@ -312,34 +334,6 @@ def _strictly(decode: Callable[[bytes], dict[str, msgspec.Raw]], raw: bytes) -> 
     if not raw.isascii():
         raw.decode()
     return found
-
-
-def _stream_options(given: Any) -> dict[str, Any] | None:
-    fix = _STREAM_OPTIONS_FIX
-    if given is None:
-        return None
-    if not isinstance(given, dict):
-        raise _bad("stream_options", given, fix)
-    read = dict(given)
-    for name in ("include_usage", "continuous_usage_stats"):
-        if name in read:
-            read[name] = _needed(_BOOL, f"stream_options.{name}", read[name], "send true or false")
-    return read
-
-
-def _needed(adapter: TypeAdapter[Any], field: str, value: Any, fix: str) -> Any:
-    try:
-        return adapter.validate_python(value)
-    except ValidationError:
-        raise _bad(field, value, fix) from None
-
-
-def _coerced(adapter: TypeAdapter[Any], value: Any, otherwise: Any = None) -> Any:
-    """What vLLM makes of a value; ``otherwise`` where it can make nothing of it, and says so itself."""
-    try:
-        return adapter.validate_python(value)
-    except ValidationError:
-        return otherwise
 
 
 def _small(raw: msgspec.Raw) -> Any:
@@ -373,28 +367,3 @@ def _plain(value: Any) -> Any:
     except UnicodeEncodeError:
         return json.loads(text.encode(errors="replace"))
     return value
-
-
-def _bad(field: str, value: Any, fix: str) -> BadRequestError:
-    said = f"{field}: is {_kind(value)}; {fix}"  # what it is may be anything that a client has put there
-    return BadRequestError(f"{field}: is {_shown(value)}; {fix}", param=field, internal=said)
-
-
-def _shown(value: Any) -> str:
-    """A value as an error shows it, and of what kind it is: never much of it."""
-    if value is None or isinstance(value, dict | list):
-        return _kind(value)
-    return f"{_kind(value)} ({json.dumps(value)[:40]})"
-
-
-def _kind(value: Any) -> str:
-    """The JSON name of a value's type, with its article."""
-    if value is None:
-        return "null"
-    names = {bool: "a boolean", str: "a string", list: "an array", dict: "an object"}
-    return names.get(type(value), "a number")
-
-
-def _kind_of_json(raw: bytes) -> str:
-    examples: dict[bytes, Any] = {b'"': "", b"[": [], b"n": None, b"t": True, b"f": False}
-    return _kind(examples.get(raw.lstrip()[:1], 0))

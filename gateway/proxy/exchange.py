@@ -88,49 +88,43 @@ class Driver(Protocol):
 class Exchange:
     """A request, the decisions on it, and its answer. Times are seconds of the gateway's clock."""
 
-    body: Body = EMPTY
-    model = ""
-    """As the client named it."""
-    # what the hops decide
-    options: OutputOptions = WHOLE
-    caller: Caller | None = None
-    route: Route | None = None
-    """Of a hedged request, from the first part of an answer on: that of the winner."""
-    reader: Reader | None = None
-    follower: Follower | None = None
-    """Of an answer that is kept."""
-    tapped: TappedReader | None = None
-    """The reader, when the answer is listened to."""
-    # how it goes
-    winner: Attempt | None = None
-    """The attempt whose answer the client gets."""
-    hedged = False
-    """A second attempt has been made because the first was slow."""
-    won: str | None = None
-    """Of a hedged request: ``first`` or ``second``."""
-    escalated: str | None = None
-    """The check that a cheaper variant's answer failed, which nobody got."""
-    spent: tuple[Spent, ...] = ()
-    """Answers that nobody got."""
-    owing: tuple[Attempt, ...] = ()
-    """Attempts that are over, may have done work, and had no usage or no final one."""
-    task: asyncio.Task[None] | None = None
-    """What is being waited for: a connection, a replica, a provider."""
-    span: Any = None
-    """OpenTelemetry's, where the process has a tracer provider."""
-    tries = 0
-    """Attempts that did no work."""
-    begun = False
-    """Part of an answer has been sent: from here on nothing is tried again and no status can change."""
-    finished = False
-    error: GatewayError | None = None
-    paused_at: float | None = None
-    first_at: float | None = None
-    last_at = 0.0
-    gaps: list[float] | None = None
-    """Seconds between the parts of a stream."""
-    overhead_s = 0.0
-    """Seconds of our own work so far."""
+    __slots__ = (
+        "attempts",
+        "begun",
+        "body",
+        "caller",
+        "client",
+        "endpoint",
+        "error",
+        "escalated",
+        "finished",
+        "first_at",
+        "follower",
+        "gaps",
+        "head",
+        "heard_at",
+        "hedged",
+        "last_at",
+        "model",
+        "number",
+        "options",
+        "overhead_s",
+        "owing",
+        "paused_at",
+        "pipeline",
+        "raw",
+        "reader",
+        "received",
+        "request_id",
+        "route",
+        "span",
+        "spent",
+        "tapped",
+        "task",
+        "tries",
+        "winner",
+        "won",
+    )
 
     def __init__(
         self,
@@ -152,6 +146,49 @@ class Exchange:
         given = head.headers.get("x-request-id")
         self.request_id = f"{_ID_PREFIX}{number:012x}" if given is None else request_id(given, number)
         self.attempts: list[Attempt] = []
+        # what the hops decide
+        self.body: Body = EMPTY
+        self.model = ""
+        """As the client named it."""
+        self.options: OutputOptions = WHOLE
+        self.caller: Caller | None = None
+        self.route: Route | None = None
+        """Of a hedged request, from the first part of an answer on: that of the winner."""
+        self.reader: Reader | None = None
+        self.follower: Follower | None = None
+        """Of an answer that is kept."""
+        self.tapped: TappedReader | None = None
+        """The reader, when the answer is listened to."""
+        # how it goes
+        self.winner: Attempt | None = None
+        """The attempt whose answer the client gets."""
+        self.hedged = False
+        """A second attempt has been made because the first was slow."""
+        self.won: str | None = None
+        """Of a hedged request: ``first`` or ``second``."""
+        self.escalated: str | None = None
+        """The check that a cheaper variant's answer failed, which nobody got."""
+        self.spent: tuple[Spent, ...] = ()
+        """Answers that nobody got."""
+        self.owing: tuple[Attempt, ...] = ()
+        """Attempts that are over, may have done work, and had no usage or no final one."""
+        self.task: asyncio.Task[None] | None = None
+        """What is being waited for: a connection, a replica, a provider."""
+        self.span: Any = None
+        """OpenTelemetry's, where the process has a tracer provider."""
+        self.tries = 0
+        """Attempts that did no work."""
+        self.begun = False
+        """Part of an answer has been sent: from here on nothing is tried again and no status can change."""
+        self.finished = False
+        self.error: GatewayError | None = None
+        self.paused_at: float | None = None
+        self.first_at: float | None = None
+        self.last_at = 0.0
+        self.gaps: list[float] | None = None
+        """Seconds between the parts of a stream."""
+        self.overhead_s = 0.0
+        """Seconds of our own work so far."""
 
     @property
     def sample_id(self) -> str:

@@ -9,12 +9,13 @@ import msgspec
 from gateway.config import Config
 from gateway.errors import BadRequestError, MethodNotAllowedError, NoWebSocketError
 from gateway.identity import Identities, Sender
-from gateway.proxy.body import Body
+from gateway.proxy.body import LARGE_BYTES, Body
 from gateway.proxy.endpoints import INVOCATIONS, Endpoint, Form, endpoint_of
 from gateway.proxy.exchange import Attempt, Exchange
 from gateway.proxy.record import NO_USAGE, Record, Usage
 from gateway.quality.observe import Observed, Observer
 from gateway.routing.router import Router
+from gateway.telemetry.propagation import PASSED_ON
 from gateway.upstream.options import STREAM, OutputOptions
 from gateway.upstream.settle import Settlement, Unreported, owes_usage
 from gateway.wire.cors import Cors
@@ -22,6 +23,7 @@ from gateway.wire.encodings import decoded
 from gateway.wire.flow import Admission
 from gateway.wire.heads import RequestHead
 
+COMPLETIONS = Form.COMPLETIONS
 PAGE_BODY_BYTES = 1 << 20
 """What the application is sent at most: orders and configurations, no prompts with images."""
 
@@ -39,6 +41,12 @@ class Admitted(msgspec.Struct, frozen=True, gc=False):
     """Header lines of its answers."""
     preflight: bytes | None = None
     """The head of the answer to a browser that asks whether it may send a request."""
+    is_json: bool = True
+    """Its content-type says so."""
+    coding: str = ""
+    """Its body's."""
+    traced: bool = False
+    """There are headers that engines are given."""
 
 
 class Admit:
@@ -77,7 +85,18 @@ class Admit:
         more = self.cors.lines(head.path, head.headers) if self.cors is not None else b""
         most = self._max_body_bytes if endpoint is not None else min(PAGE_BODY_BYTES, self._max_body_bytes)
         admission = Admission(tenant, most if preflight is None else 0)
-        admitted = Admitted(self, endpoint, sender, admission, more, preflight)
+        kind = head.headers.get("content-type", "").partition(";")[0].strip().lower()
+        admitted = Admitted(
+            self,
+            endpoint,
+            sender,
+            admission,
+            more,
+            preflight,
+            kind == "application/json",
+            head.headers.get("content-encoding", ""),
+            not head.headers.keys().isdisjoint(PASSED_ON),
+        )
         head.memo = admitted
         return admitted
 
@@ -89,24 +108,28 @@ class ReadBody:
         self._model = config.model.name
 
     def __call__(self, exchange: Exchange) -> None:
-        head, endpoint = exchange.head, exchange.endpoint
-        kind = head.headers.get("content-type", "")
-        if kind != "application/json" and kind.partition(";")[0].strip().lower() != "application/json":
+        admitted: Admitted = exchange.head.memo
+        endpoint = exchange.endpoint
+        if not admitted.is_json:
             # Also what keeps a web page from posting here unasked: browsers send this type only after a
             # preflight request, which is answered for the origins in `gateway.cors_origins` alone.
             raise BadRequestError(
                 "content-type: send the header `content-type: application/json`", param="content-type"
             )
-        if coding := head.headers.get("content-encoding"):
-            exchange.raw = decoded(exchange.raw, coding, head.memo.admission.max_body_bytes)
-        body = exchange.body = Body(exchange.raw, endpoint.reads)
+        raw, utf8 = exchange.raw, False
+        if admitted.coding:
+            raw = exchange.raw = decoded(raw, admitted.coding, admitted.admission.max_body_bytes)
+        elif len(raw) > LARGE_BYTES:
+            utf8 = exchange.client.utf8
+        body = exchange.body = Body(raw, endpoint.reads, utf8=utf8)
         if endpoint is INVOCATIONS:
             endpoint = exchange.endpoint = endpoint.of(body)
         # Where none is named, vLLM takes the one that it has.
-        exchange.model = body.fields.model = body.fields.model or self._model
-        if endpoint.form is Form.COMPLETIONS:
-            exchange.options = OutputOptions.of(body.fields, chat=endpoint.chat, body=body)
-        elif endpoint.form is not Form.PLAIN and body.fields.stream:
+        fields = body.fields
+        exchange.model = fields.model = fields.model or self._model
+        if endpoint.form is COMPLETIONS:
+            exchange.options = OutputOptions.of(fields, chat=endpoint.chat, body=body)
+        elif endpoint.form is not Form.PLAIN and fields.stream:
             exchange.options = STREAM
 
 

@@ -57,25 +57,28 @@ class Pipeline:
     def start(self, exchange: Exchange) -> None:
         """Take a request in hand."""
         try:
-            self._go(exchange, 0)
+            for index, hop in enumerate(self.before):
+                waiting = hop(exchange)
+                if waiting is not None:
+                    self.spawn(exchange, self._resume(exchange, waiting, index + 1))
+                    break
+            else:
+                self.attempts.begin(exchange)
         except GatewayError as error:
             self.fail(exchange, error)
         except Exception as error:
             self.defect(exchange, error)
         exchange.overhead_s += self._clock() - exchange.received
 
-    def _go(self, exchange: Exchange, first: int) -> None:
-        for index in range(first, len(self.before)):
-            waiting = self.before[index](exchange)
-            if waiting is not None:
-                self.spawn(exchange, self._resume(exchange, waiting, index + 1))
-                return
-        self.attempts.begin(exchange)
-
-    async def _resume(self, exchange: Exchange, waiting: Awaitable[None], index: int) -> None:
+    async def _resume(self, exchange: Exchange, waiting: Awaitable[None], next_hop: int) -> None:
         await waiting
+        for hop in self.before[next_hop:]:
+            if exchange.finished:
+                return
+            if (waiting_too := hop(exchange)) is not None:
+                await waiting_too
         if not exchange.finished:
-            self._go(exchange, index)
+            self.attempts.begin(exchange)
 
     def spawn(self, exchange: Exchange, work: Coroutine[Any, Any, None]) -> None:
         """Do for an exchange what has to be waited for; it ends with the exchange."""

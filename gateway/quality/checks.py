@@ -12,7 +12,7 @@ from typing import Any
 
 from gateway.quality.claims import extract
 from gateway.quality.grounded import context_of
-from gateway.quality.schemas import Schemas
+from gateway.quality.schemas import Schemas, UncheckedError
 from gateway.quality.transcript import Transcript
 
 LONGEST_PERIOD = 40
@@ -122,10 +122,22 @@ HARD = ("json", "tool", "arguments", "repetition", "empty")
 and say something by its change alone."""
 
 
-def failures(request: Request, answer: Transcript, schemas: Schemas) -> dict[str, bool]:
-    """Every check that has a meaning here, and whether the answer fails it."""
-    found = {name: check(request, answer, schemas) for name, check in CHECKS.items()}
-    return {name: bad for name, bad in found.items() if bad is not None}
+def failures(
+    request: Request, answer: Transcript, schemas: Schemas, unchecked: set[str] | None = None
+) -> dict[str, bool]:
+    """Every check that has a meaning here, and whether the answer fails it. To ``unchecked`` those are added
+    whose schema is not looked at."""
+    found = {}
+    for name, check in CHECKS.items():
+        try:
+            bad = check(request, answer, schemas)
+        except UncheckedError:
+            if unchecked is not None:
+                unchecked.add(name)
+            continue
+        if bad is not None:
+            found[name] = bad
+    return found
 
 
 def _loops(text: str) -> bool:

@@ -53,9 +53,11 @@ class Subject:
     answer: Transcript
 
     @classmethod
-    def of(cls, encoded: bytes) -> Subject:
-        """Raises msgspec.MsgspecError for what is no ``AnswerRecord``."""
+    def of(cls, encoded: bytes, tools: Tools | None = None) -> Subject:
+        """``tools`` are told whose it is. Raises msgspec.MsgspecError for what is no ``AnswerRecord``."""
         record = decode_answer(encoded)
+        if tools is not None:
+            tools.schemas.tenant = record.cache_salt
         return cls(record, read_object(record.body) or {}, Transcript.of(record.events))
 
 
@@ -82,7 +84,7 @@ class Tools:
 
 def look(task: Look, record: bytes, tools: Tools) -> Findings:
     """Signals, rules, and what the answer makes up."""
-    subject, found = Subject.of(record), Findings()
+    subject, found = Subject.of(record, tools), Findings()
     _guarded(found, "signals", lambda: _signals(subject, found))
     _guarded(found, "rules", lambda: _rules(subject, found, tools))
     detector = task.detector
@@ -95,7 +97,7 @@ def look(task: Look, record: bytes, tools: Tools) -> Findings:
 
 def suffices(task: Suffices, record: bytes, tools: Tools) -> Findings:
     """Whether an answer is good enough to be sent."""
-    subject = Subject.of(record)
+    subject = Subject.of(record, tools)
     failed = failures(subject.request, subject.answer, tools.schemas)
     signals = subject.answer.signals
     if task.confidence is not None and signals and math.exp(-signals.nll_mean) < task.confidence:
@@ -116,7 +118,10 @@ def _signals(subject: Subject, found: Findings) -> None:
 
 
 def _rules(subject: Subject, found: Findings, tools: Tools) -> None:
-    failed = failures(subject.request, subject.answer, tools.schemas)
+    unchecked: set[str] = set()
+    tools.schemas.tenant = subject.record.cache_salt  # another's may have been looked at meanwhile
+    failed = failures(subject.request, subject.answer, tools.schemas, unchecked)
+    found.outcomes.update(dict.fromkeys(unchecked, CheckOutcome.SKIPPED))
     for name, bad in failed.items():
         found.outcomes[name] = _outcome(bad)
     if failed:

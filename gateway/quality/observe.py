@@ -156,13 +156,13 @@ class Observer:
             async with asyncio.timeout(DRAIN_S):
                 await self._checks.settled()
 
-    async def insufficient(self, role: str, body: bytes, answer: Answer) -> str | None:
+    async def insufficient(self, role: str, body: bytes, answer: Answer, salt: str) -> str | None:
         """The check that an answer fails so plainly that a more precise variant should be asked; None where
-        it fails none, or that cannot be said within ``ESCALATION_S``."""
+        it fails none, or that cannot be said within ``ESCALATION_S``. ``salt``: the tenant's."""
         if answer.too_long or len(body) + answer.size > LONGEST_WAITED_FOR:
             self._escalation.drop("too_long")
             return None
-        record = encode(AnswerRecord(body, answer.events))
+        record = encode(AnswerRecord(body, answer.events, salt))
         try:
             async with asyncio.timeout(ESCALATION_S):
                 task = Suffices(self._config.roles[role].confidence)

@@ -23,6 +23,7 @@ import msgspec
 
 import gateway
 from gateway.quality.records import HEADER, Forget, Prepare, Step, Task, decode_step, encode
+from gateway.quality.schemas import NONE, Deadly, Mark
 from gateway.telemetry.logs import EVENTS
 from gateway.telemetry.metrics import Metrics
 
@@ -90,6 +91,9 @@ class CheckProcess:
         """That of the present process, or of the next one while there is none."""
         self._why = ""
         """Why the present process was ended."""
+        self._begun: Mark | None = None
+        """The schema that it looked at last, for the present message."""
+        self.deadly = Deadly()
         self._replaced = False
         """It was ended for one with another classifier."""
 
@@ -198,7 +202,8 @@ class CheckProcess:
                 await _to_its_end(asyncio.to_thread(self._spawn, theirs.fileno()))
             self._connection = connection
             limit_s = START_S if self._classifier is None else LOAD_S
-            self._send(_Job(encode(Prepare(self._classifier)), b"", self._prepared, limit_s, None))
+            prepare = Prepare(self._classifier, list(self.deadly.marks))
+            self._send(_Job(encode(prepare), b"", self._prepared, limit_s, None))
             await connection.lost
         finally:
             self._ready.clear()
@@ -207,7 +212,11 @@ class CheckProcess:
             if self._process is not None:
                 status = await _to_its_end(asyncio.to_thread(_end, self._process))
                 self._process = None
+            begun = self._begun
             if (job := self._taken()) is not None:
+                if begun is not None and status != 0:
+                    self.deadly.add(begun)
+                    self._log.warning("checks: a schema over which a process was lost is not looked at again")
                 self._finish(job, None)
         return status
 
@@ -261,19 +270,22 @@ class CheckProcess:
             self._connection.close()
 
     def _received(self, message: bytes) -> None:
-        job = self._taken()
-        if job is None:
-            return
         try:
             step = decode_step(message)
         except msgspec.MsgspecError as error:
             step = Step(error=f"{type(error).__name__} in what it said")
+        if step.begins is not None:
+            self._begun = step.begins if step.begins != NONE else None
+            return
+        job = self._taken()
+        if job is None:
+            return
         self._finish(job, step)
         self._next()
 
     def _taken(self) -> _Job | None:
         """What the process is busy with, and now is no longer."""
-        job, self._current = self._current, None
+        job, self._current, self._begun = self._current, None, None
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None

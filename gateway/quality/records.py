@@ -1,8 +1,8 @@
 """What passes between the gateway's event loop and the process that reads content: plain records, as bytes.
 
 One message goes to the process at a time, and one ``Step`` comes back for each: what was found, or what an
-engine is to be asked. The loop decodes no more than that: prompts, answers and what engines say are bytes to
-it.
+engine is to be asked. Before it there may be steps that say which schema is about to be looked at. The loop
+decodes no more than that: prompts, answers and what engines say are bytes to it.
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ import struct
 from enum import StrEnum
 
 import msgspec
+
+from gateway.quality.schemas import Mark
 
 HEADER = struct.Struct(">III")
 """Before a message to the process: the bytes of its task and of the record that this is about, and the
@@ -21,7 +23,8 @@ class CheckOutcome(StrEnum):
     PASSED = "passed"
     FAILED = "failed"
     SKIPPED = "skipped"
-    """There was nothing to check: no log-probabilities, no text, or too much of it."""
+    """There was nothing to check: no log-probabilities, no text, or too much of it; or a process was lost
+    over the schema before."""
     ERROR = "error"
 
 
@@ -56,6 +59,8 @@ class Prepare(msgspec.Struct, tag="prepare", array_like=True):
     """The first message. ``classifier``: the directory of a detector's model, to be loaded."""
 
     classifier: str | None = None
+    deadly: list[Mark] = []
+    """Schemas over which earlier processes were lost, and which are not to be looked at."""
 
 
 class Look(msgspec.Struct, tag="look", array_like=True):
@@ -187,6 +192,8 @@ class Step(msgspec.Struct, omit_defaults=True):
     session: int = 0
     ask: Ask | None = None
     error: str = ""
+    begins: Mark | None = None
+    """Nothing has come of the message yet: this schema is about to be looked at, or ``NONE`` is any more."""
 
 
 _ENCODER = msgspec.msgpack.Encoder()

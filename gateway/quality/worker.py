@@ -14,7 +14,7 @@ import resource
 import signal
 import socket
 import sys
-from collections.abc import Coroutine, Generator
+from collections.abc import Callable, Coroutine, Generator
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ from gateway.quality.records import (
     decode_task,
     encode,
 )
+from gateway.quality.schemas import Deadly, Mark
 
 GRACE_S = 1.0
 """After the time of a message the gateway ends the process; so much later an alarm does, should the gateway
@@ -63,8 +64,10 @@ async def _ask(variant: str, path: str, body: bytes) -> bytes:
 class Worker:
     """Takes messages, and keeps the sessions that wait for an engine."""
 
-    def __init__(self) -> None:
+    def __init__(self, begins: Callable[[Mark], None]) -> None:
+        """``begins`` is told which schema is about to be looked at."""
         self.tools = Tools()
+        self.tools.schemas.begins = begins
         self._sessions: dict[int, Session] = {}
         self._last = 0
 
@@ -100,6 +103,7 @@ class Worker:
                 return self._went(self._last, session, lambda: session.send(None))
 
     def _prepare(self, task: Prepare) -> Step:
+        self.tools.schemas.deadly = Deadly(task.deadly)
         if task.classifier is not None:
             try:
                 self.tools.detectors["classifier"] = detector("classifier", Path(task.classifier))
@@ -127,7 +131,12 @@ class Worker:
 
 def serve(connection: socket.socket) -> None:
     """Answer messages until the gateway closes its end."""
-    worker = Worker()
+
+    def say(step: Step) -> None:
+        message = encode(step)
+        connection.sendall(HEADER.pack(len(message), 0, 0) + message)
+
+    worker = Worker(lambda mark: say(Step(begins=mark)))
     while (header := _exactly(connection, HEADER.size)) is not None:
         size, record_size, limit_ms = HEADER.unpack(header)
         task, record = _exactly(connection, size), _exactly(connection, record_size)
@@ -135,9 +144,9 @@ def serve(connection: socket.socket) -> None:
             return
         # The default action of this signal ends the process, whatever it is busy with.
         signal.setitimer(signal.ITIMER_REAL, limit_ms / 1000 + GRACE_S)
-        answer = encode(worker.handle(task, record))
+        step = worker.handle(task, record)
         signal.setitimer(signal.ITIMER_REAL, 0)
-        connection.sendall(HEADER.pack(len(answer), 0, 0) + answer)
+        say(step)
 
 
 def _exactly(connection: socket.socket, size: int) -> bytes | None:

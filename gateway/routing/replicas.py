@@ -5,6 +5,8 @@ from __future__ import annotations
 import weakref
 from dataclasses import dataclass
 
+import msgspec
+
 from gateway.config import shown_url
 from gateway.proxy.endpoints import Endpoint
 from gateway.routing.breaker import Breaker, Clock
@@ -33,16 +35,13 @@ class Reading:
     at: float = 0.0
 
 
-class Lease:
+class Lease(msgspec.Struct, eq=False, gc=False):
     """A request's place at a replica: one more in flight there, and the work that it brings."""
 
-    __slots__ = ("_replica", "_ticket", "_work", "released")
-
-    def __init__(self, replica: Replica, work: float, ticket: int) -> None:
-        self._replica = replica
-        self._work = work
-        self._ticket = ticket
-        self.released = False
+    _replica: Replica
+    _work: float
+    _ticket: int
+    released: bool = False
 
     def began(self) -> None:
         """Its first token has come: its prompt waits no more. Safe at any time and twice."""
@@ -57,9 +56,14 @@ class Lease:
         self.released = True
         if self._work:
             self.began()
+        replica = self._replica
         if self._ticket:
-            self._replica.breaker.abandoned(self._ticket)
-        self._replica.leave()
+            replica.breaker.abandoned(self._ticket)
+        replica.mine -= 1
+        if not replica.mine:
+            replica.work = 0.0
+        if replica.board is not None:
+            replica.board.write(replica.slot, replica.mine)
 
 
 class Replica:
@@ -79,11 +83,12 @@ class Replica:
         self.name = name
         self.url = url
         self.breaker = Breaker(clock)
-        self._mine = 0
-        self._board = board
-        self._slot = 0 if board is None else board.slot(variant, url)
+        self.mine = 0
+        """Requests of this process in flight there; leases count them."""
+        self.board = board
+        self.slot = 0 if board is None else board.slot(variant, url)
         if board is not None:
-            weakref.finalize(self, board.free, self._slot).atexit = False
+            weakref.finalize(self, board.free, self.slot).atexit = False
         self.work = 0.0
         """Blocks that are not in its cache, of requests whose first token has not come."""
         self.heard_at = 0.0
@@ -96,7 +101,8 @@ class Replica:
         """When something last came of it: a byte of an answer, or tokens by its own count."""
         self._clock = clock
         self.connections = ConnectionPool(url, connect_timeout_s)
-        self._heads: dict[str, bytes] = {}
+        self.heads: dict[str, bytes] = {}
+        """What requests begin with, by endpoint, as far as ``request_head`` was asked."""
 
     @property
     def where(self) -> str:
@@ -106,25 +112,17 @@ class Replica:
     @property
     def in_flight(self) -> int:
         """Requests of ours, of all workers."""
-        board = self._board
-        return self._mine if board is None else self._mine + board.others(self._slot)
+        board = self.board
+        return self.mine if board is None else self.mine + board.others(self.slot)
 
     def take(self, work: float = 0.0) -> Lease:
         """A request goes there. ``work``: blocks of its prompt that are not in the replica's cache."""
-        self._mine += 1
+        self.mine += 1
         self.work += work
-        if self._board is not None:
-            self._board.write(self._slot, self._mine)
+        if self.board is not None:
+            self.board.write(self.slot, self.mine)
         breaker = self.breaker
         return Lease(self, work, 0 if breaker.no_failures else breaker.take())
-
-    def leave(self) -> None:
-        """A lease has ended; for leases alone."""
-        self._mine -= 1
-        if not self._mine:
-            self.work = 0.0
-        if self._board is not None:
-            self._board.write(self._slot, self._mine)
 
     def read(self, reading: Reading) -> None:
         """The engine's own figures have come in."""
@@ -146,11 +144,11 @@ class Replica:
 
     def request_head(self, endpoint: Endpoint) -> bytes:
         """What every request to an endpoint begins with."""
-        head = self._heads.get(endpoint.path)
+        head = self.heads.get(endpoint.path)
         if head is None:
             host = self.connections.netloc
             target = self.connections.base_path + endpoint.engine_path
-            head = self._heads[endpoint.path] = (
+            head = self.heads[endpoint.path] = (
                 f"POST {target} HTTP/1.1\r\nhost: {host}\r\ncontent-type: application/json\r\n".encode()
             )
         return head

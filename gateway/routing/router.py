@@ -189,8 +189,10 @@ class Router:
             plan = self._plan(caller, model)
             if len(self._plans) < MOST_PLANS:
                 self._plans[asked] = plan
-        if (simple := plan.simple) is not None and plan.pool.free(simple.replica):
-            return simple
+        if (simple := plan.simple) is not None:
+            pool = plan.pool
+            if (pool.limit is None and simple.replica.breaker.no_failures) or pool.free(simple.replica):
+                return simple
         if (provider := plan.provider) is not None:
             return provider
         ladder, reason = plan.ladder, plan.reason

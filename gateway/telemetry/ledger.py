@@ -106,7 +106,15 @@ class Ledger:
             books = self._books.get(kind)
             if books is None:
                 books = self._books[kind] = _Books(self._metrics, kind)
-            _enter(books, record)
+            books.requests.value += 1
+            books.routes.value += 1
+            books.duration.observe(record.duration_s)
+            books.overhead.observe(record.overhead_s)
+            books.tokens.add(record.usage)
+            if record.first_token_s is not None:
+                books.first_token.observe(record.first_token_s)
+                for gap in record.gaps_s:
+                    books.gaps.observe(gap)
             for spent in record.spent:
                 self.spend(record.key, role, spent.variant, spent.usage)
             if record.hedged:
@@ -124,18 +132,6 @@ class Ledger:
         if tokens is None:
             tokens = self._accounts[account] = _Tokens(self._metrics, account)
         tokens.add(usage)
-
-
-def _enter(books: _Books, record: Record) -> None:
-    books.requests.value += 1
-    books.routes.value += 1
-    books.duration.observe(record.duration_s)
-    books.overhead.observe(record.overhead_s)
-    books.tokens.add(record.usage)
-    if record.first_token_s is not None:
-        books.first_token.observe(record.first_token_s)
-        for gap in record.gaps_s:
-            books.gaps.observe(gap)
 
 
 def _line(record: Record) -> _Line:

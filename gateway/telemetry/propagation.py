@@ -6,6 +6,8 @@ from opentelemetry.trace import Span, set_span_in_context
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 W3C = TraceContextTextMapPropagator()
+PASSED_ON = ("traceparent", "tracestate", "baggage")
+"""Headers of the client that engines are given: those of tracing, and none that authenticates."""
 
 
 def carried(span: Span) -> dict[str, str]:

@@ -102,8 +102,16 @@ class WholeReader:
 
     def feed(self, data: bytes, at: float) -> bytes:
         self.began = True
-        if self.content_type is None or is_json(self.content_type):
-            self._read(data)
+        kind = self.content_type
+        if kind is None or is_json(kind):
+            try:
+                usage = _WHOLE.decode(data).usage
+            except UNREADABLE:
+                usage = None
+            if usage is not None:
+                self.usage = counted(usage)
+            else:
+                self._read(data)
         elif media_type(self.content_type) in _NO_ANSWERS:
             raise garbage(data)
         self.done = True

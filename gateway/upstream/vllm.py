@@ -17,19 +17,21 @@ from msgspec import UNSET
 
 from gateway.config import Config
 from gateway.errors import NeverReachedError, UpstreamError, UpstreamRefusedError
-from gateway.identity import sent_priority
+from gateway.identity import LONGEST_MODEL, sent_priority
+from gateway.proxy.body import LARGE_BYTES, fields_of
 from gateway.proxy.endpoints import Form
 from gateway.proxy.exchange import Attempt, Exchange
-from gateway.routing.replicas import Replica
-from gateway.telemetry.propagation import carried
+from gateway.routing.replicas import Lease, Replica
+from gateway.telemetry.propagation import PASSED_ON, carried
 from gateway.upstream.options import changes_for_engine
 from gateway.upstream.readers import refusal
-from gateway.wire.engine import EngineConnection
+from gateway.wire.engine import EngineConnection, Request
 from gateway.wire.heads import AnswerHead
 
+COMPLETIONS = Form.COMPLETIONS
 LARGEST_ANSWER_BYTES = 256 << 20
-PASSED_ON = ("traceparent", "tracestate", "baggage")
-"""Headers of the client that engines are given: those of tracing, and none that authenticates."""
+_MOST_TAILS = 1024
+_HEAD = b"%bx-request-id: %b\r\n%bcontent-length: %d\r\n\r\n%b"
 _LONGEST_WAIT_DIGITS = 6
 
 
@@ -58,36 +60,56 @@ class Engines:
         """Model ids that engines know as they are."""
         self._model = msgspec.json.encode(config.model.name)
         self._several_keys = len(config.keys) > 1
+        self._tails: dict[tuple[str, str, int], bytes] = {}
+        """What is added to bodies of a sender and a model where nothing else is: by salt, model, priority."""
 
     def attempt(self, listener: Listener, exchange: Exchange, replica: Replica, work: float) -> EngineAttempt:
         """One request to one engine, which ``start`` sends."""
-        endpoint, caller, model = exchange.endpoint, exchange.caller, exchange.model
-        changes: dict[str, bytes] = {}
+        endpoint, caller, body = exchange.endpoint, exchange.caller, exchange.body
+        assert caller is not None
+        more, added = b"", b""
         tapped = exchange.tapped is not None
-        if endpoint.form is Form.COMPLETIONS and (exchange.options.stream or tapped):
-            changes = changes_for_engine(exchange.body, exchange.options, self._config.quality, tapped=tapped)
-        if caller is not None and caller.cache_salt:
-            changes["cache_salt"] = b'"%b"' % caller.cache_salt.encode()
+        if endpoint.form is COMPLETIONS and (tapped or exchange.options.stream):
+            added = fields_of(changes_for_engine(body, exchange.options, self._config.quality, tapped=tapped))
+        given, priority = body.fields.priority, caller.priority
+        if given is not UNSET:
+            priority = sent_priority(caller, given) or 0
+        of = (caller.cache_salt, exchange.model, priority)
+        tail = self._tails.get(of)
+        if tail is None:
+            tail = self._tail(*of, keep=given is UNSET)
+        if given is not UNSET and not priority:
+            tail += b',"priority":0'
+        if exchange.span is not None or exchange.head.memo.traced:
+            more = _trace_headers(exchange)
+        if priority:  # vLLM's own header, for the endpoints whose body has no such field
+            more += b"x-vllm-priority: %d\r\n" % priority
+        head = replica.heads.get(endpoint.path) or replica.request_head(endpoint)
+        identity = exchange.request_id.encode()
+        request: Request
+        if body.size > LARGE_BYTES:
+            first, last = body.parts(added + tail)
+            size = len(first) + len(last)
+            request = (_HEAD % (head, identity, more, size, b""), first, last)
+        else:
+            raw = body.with_fields(added + tail)
+            request = _HEAD % (head, identity, more, len(raw), raw)
+        blamed = caller.key.name if self._several_keys and caller.key else ""
+        return EngineAttempt(listener, exchange, replica, request, replica.take(work), blamed)
+
+    def _tail(self, salt: str, model: str, priority: int, *, keep: bool) -> bytes:
+        """What a body ends with, but for its brace."""
+        changes: dict[str, bytes] = {}
+        if salt:
+            changes["cache_salt"] = b'"%b"' % salt.encode()
         if model not in self._same_name:
             changes["model"] = self._model
-        given, more = exchange.body.fields.priority, b""
-        if exchange.span is not None or not exchange.head.headers.keys().isdisjoint(PASSED_ON):
-            more = _trace_headers(exchange)
-        if caller is not None and (caller.priority or given is not UNSET):
-            priority = sent_priority(caller, None if given is UNSET else given) or 0
+        if priority:
             changes["priority"] = b"%d" % priority
-            # vLLM's own header, for the endpoints whose body has no such field.
-            more += b"x-vllm-priority: %d\r\n" % priority if priority else b""
-        raw = exchange.body.with_(changes)
-        request = b"%bx-request-id: %b\r\n%bcontent-length: %d\r\n\r\n%b" % (
-            replica.request_head(endpoint),
-            exchange.request_id.encode(),
-            more,
-            len(raw),
-            raw,
-        )
-        blamed = caller.key.name if self._several_keys and caller is not None and caller.key else ""
-        return EngineAttempt(listener, exchange, replica, request, work, blamed)
+        tail = fields_of(changes)
+        if keep and len(self._tails) < _MOST_TAILS and len(model) <= LONGEST_MODEL:
+            self._tails[salt, model, priority] = tail
+        return tail
 
 
 def _trace_headers(exchange: Exchange) -> bytes:
@@ -98,59 +120,37 @@ def _trace_headers(exchange: Exchange) -> bytes:
     return "".join(lines).encode("latin-1")
 
 
-class EngineAttempt:
+class EngineAttempt(msgspec.Struct, eq=False):
     """One request to one engine: the ``ResponseHandler`` of its connection."""
 
-    __slots__ = (
-        "_blamed",
-        "_connection",
-        "_head",
-        "_lease",
-        "_listener",
-        "_parts",
-        "_request",
-        "_size",
-        "_streams",
-        "did_nothing",
-        "exchange",
-        "over",
-        "replica",
-        "sent",
-    )
-
-    def __init__(
-        self,
-        listener: Listener,
-        exchange: Exchange,
-        replica: Replica,
-        request: bytes,
-        work: float = 0.0,
-        blamed: str = "",
-    ) -> None:
-        """``work``: blocks that it adds to the replica's queue, until its first token. ``blamed``: the key
-        whose request may be the reason if the engine fails at it, where there are several."""
-        self._blamed = blamed
-        self.exchange = exchange
-        self.replica = replica
-        self.over = False
-        self.sent = False
-        self.did_nothing = False
-        self._listener = listener
-        self._request = request
-        self._connection: EngineConnection | None = None
-        self._head: AnswerHead | None = None
-        self._streams = False
-        self._parts: list[bytes] = []
-        self._size = 0
-        self._lease = replica.take(work)
+    _listener: Listener
+    exchange: Exchange
+    replica: Replica
+    _request: Request
+    _lease: Lease
+    _blamed: str = ""
+    """The key whose request may be the reason if the engine fails at it, where there are several."""
+    over: bool = False
+    sent: bool = False
+    did_nothing: bool = False
+    _connection: EngineConnection | None = None
+    _head: AnswerHead | None = None
+    _streams: bool = False
+    _parts: list[bytes] = []
+    _size: int = 0
 
     def request_body(self) -> bytes | None:
-        return self._request.partition(b"\r\n\r\n")[2]
+        request = self._request
+        if isinstance(request, bytes):
+            return request.partition(b"\r\n\r\n")[2]
+        return b"".join(request[1:])
 
     def start(self) -> None:
         """Send it, over a kept connection or else a new one."""
         if (connection := self.replica.connections.kept()) is not None:
-            self._send(connection)
+            self._connection = connection
+            self.sent = True
+            connection.send(self, self._request)
         else:
             self.exchange.task = asyncio.get_running_loop().create_task(self._connect())
 
@@ -228,7 +228,9 @@ class EngineAttempt:
 
     def whole(self, head: AnswerHead, body: bytes) -> None:
         self._connection = None
-        self._end()
+        if not self.over:
+            self.over = True
+            self._lease.release()
         if head.status != 200:
             self._refused(head, body)
         elif head.is_stream:

@@ -248,6 +248,7 @@ class ClientConnection(AnswerWriter, asyncio.Protocol):
         self.state = CLIENT[self.state][_REQUEST]
         try:
             if not awaited:
+                self._reader.utf8 = False
                 admission, size = self._handler.admit(head), len(body)
                 if size > UNCOUNTED_BYTES or size > admission.max_body_bytes:
                     self._reader.admit(admission, size)

@@ -20,13 +20,14 @@ FRESH_S = 4.0
 MOST_IDLE = 4096
 RECENT_S = 0.005
 """A connection that has been idle for longer is asked whether it has been closed, before it is used again."""
-STALE_S = 0.01
-"""A connection that is reset so soon after a request was closed before that."""
 
 # Names of their own, since an enum's member takes four times as long to look up.
 FREE, WAITING = EngineState.FREE, EngineState.WAITING
 READING, CLOSED = EngineState.READING, EngineState.CLOSED
 _SENT, _PART, _KEPT = EngineEvent.SENT, EngineEvent.PART, EngineEvent.KEPT
+
+
+Request = bytes | tuple[bytes | memoryview, ...]
 
 
 class ResponseHandler(Protocol):
@@ -64,8 +65,8 @@ class EngineConnection(asyncio.Protocol):
         "pool",
         "state",
         "stream",
-        "taken_at",
         "transport",
+        "was_kept",
         "write_paused",
     )
     transport: asyncio.Transport
@@ -75,8 +76,8 @@ class EngineConnection(asyncio.Protocol):
         self.pool = pool
         self.state = FREE
         self.idle_since = 0.0
-        self.taken_at: float | None = None
-        """When it was taken from the kept ones; None for a new one."""
+        self.was_kept = False
+        """It was taken from the kept ones; else it is new."""
         self.stream: Callable[[bytes], None] | None = None
         """Who takes the parts of a stream, once that has begun; set by the handler."""
         self.write_paused = False
@@ -95,8 +96,9 @@ class EngineConnection(asyncio.Protocol):
 
     # what its user does
 
-    def send(self, handler: ResponseHandler, request: bytes) -> None:
-        """Send a request; ``handler`` hears of the answer, and never within this call."""
+    def send(self, handler: ResponseHandler, request: Request) -> None:
+        """Send a request, whole or a large one in parts; ``handler`` hears of the answer, and never within
+        this call."""
         closed = self.state is CLOSED
         self.state = ENGINE[self.state][_SENT]
         self._handler = handler
@@ -106,8 +108,12 @@ class EngineConnection(asyncio.Protocol):
             return
         self._heard = False
         self._sent_before = self._sent
-        self._sent += len(request)
-        self.transport.write(request)
+        if isinstance(request, bytes):
+            self._sent += len(request)
+            self.transport.write(request)
+        else:
+            self._sent += sum(map(len, request))
+            self.transport.writelines(request)
 
     def close(self) -> None:
         """Close at once, upon which vLLM aborts the request. Nobody is told."""
@@ -189,7 +195,7 @@ class EngineConnection(asyncio.Protocol):
         if handler is not None and self.state is READING and until_close and exc is None:
             self._end(handler, clean=False)
             return
-        self._lose(repr(exc) if exc else "it closed the connection", unread=self._unread(exc))
+        self._lose(repr(exc) if exc else "it closed the connection", unread=self._unread())
 
     # the answer
 
@@ -243,23 +249,21 @@ class EngineConnection(asyncio.Protocol):
         self.pool.forget(self)
         self.transport.abort()
 
-    def _unread(self, exc: Exception | None) -> bool:
+    def _unread(self) -> bool:
         """Whether the engine has provably not begun to work on the request that is lost: it was sent over a
         kept connection that the engine was just closing.
 
-        Proof is that the engine's system has taken nothing of it. If it has, but resets the connection within
-        STALE_S, the engine closed it before it had read all of the request. An end without a reset means that
-        all of it was read.
+        The only proof is that the engine's system has acknowledged nothing of it. A reset proves nothing,
+        however soon it comes: a proxy in between may have passed the request on, and a process that is ended
+        resets what it had begun to read. Where the system cannot tell (TLS, other systems than Linux) there
+        is no proof.
         """
         if self.state is CLOSED:
             return True  # it was never written
-        if self._heard or self.state is not WAITING or self.taken_at is None:
+        if self._heard or self.state is not WAITING or not self.was_kept:
             return False
         taken = self.flow.acknowledged()
-        if taken is not None and taken <= self._sent_before:
-            return True
-        reset = isinstance(exc, (ConnectionResetError, BrokenPipeError))
-        return (reset or taken is None) and monotonic() - self.taken_at <= STALE_S
+        return taken is not None and taken <= self._sent_before
 
 
 class ConnectionPool:
@@ -286,7 +290,7 @@ class ConnectionPool:
             idle_s = now - connection.idle_since
             fresh = idle_s < FRESH_S and not connection.transport.is_closing()
             if fresh and (idle_s < RECENT_S or connection.quiet()):
-                connection.taken_at = now
+                connection.was_kept = True
                 return connection
             connection.close()
         return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import re
 
 from gateway.errors import BodyTooLargeError, GatewayError, MalformedRequestError
@@ -13,6 +14,7 @@ LARGE_HEAD_BYTES = 4 << 10
 """A head of more is not kept on a connection that waits for the next request."""
 _LENGTH = re.compile(rb"\r\ncontent-length:[ \t]*(\d{1,18})\r\n", re.IGNORECASE)
 _EMPTY_LINES = re.compile(rb"(?:\r\n)+")
+_utf8 = codecs.getincrementaldecoder("utf-8")
 
 
 class RequestReader:
@@ -22,6 +24,7 @@ class RequestReader:
     __slots__ = (
         "_backlog",
         "_body",
+        "_decoder",
         "_head_size",
         "_parts",
         "admission",
@@ -31,6 +34,7 @@ class RequestReader:
         "is_head",
         "prefix",
         "suffix",
+        "utf8",
     )
 
     def __init__(self, intake: Intake) -> None:
@@ -43,6 +47,9 @@ class RequestReader:
         self.admission = Admission("", 0)
         self._body: Body | None = None
         self._parts = bytearray()
+        self._decoder: codecs.IncrementalDecoder | None = None
+        self.utf8 = False
+        """The present body is known to be UTF-8: it was looked at as it came, since megabytes take long."""
         self.held = Reservation(intake)
         """Room for the request's body, until it is answered."""
         self.prefix = b""
@@ -105,6 +112,7 @@ class RequestReader:
         if head.length != CHUNKED and head.length > admission.max_body_bytes:
             raise _too_large(admission)
         self._body = body_of(head.length)
+        self.utf8, self._decoder = True, _utf8()
 
     def read_body(self) -> bytes | None:
         """The whole body, once it has come. Raises MalformedRequestError, BodyTooLargeError, and what
@@ -121,10 +129,15 @@ class RequestReader:
             raise _too_large(self.admission)
         self.held.resize(self.admission.tenant, size)
         self._parts += part
+        if self.utf8 and self._decoder is not None:
+            try:
+                self._decoder.decode(part, body.done)
+            except UnicodeDecodeError:
+                self.utf8 = False
         if not body.done:
             return None
         whole = bytes(self._parts)
-        self._body, self._parts = None, bytearray()
+        self._body, self._parts, self._decoder = None, bytearray(), None
         return whole
 
     @property
@@ -154,6 +167,7 @@ class RequestReader:
     def drop(self) -> None:
         """Keep nothing of what has come."""
         self.data, self._parts, self._body, self.prefix = b"", bytearray(), None, b""
+        self._decoder = None
         self._backlog.release()
         self.held.release()
 

@@ -40,11 +40,15 @@ def locked(path: Path, what: str, say: Say) -> Iterator[None]:
 def write_whole(path: Path, text: str) -> None:
     """Write a file on the disk for good; a reader sees the old one or the new one."""
     partial = path.with_name(f".partial-{path.name}")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def link_or_copy(source: Path, target: Path) -> None:

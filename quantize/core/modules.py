@@ -9,29 +9,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from quantize.core.architectures import EMBEDDINGS, FUSED, ROUTERS, Architecture, architecture
 from quantize.core.checkpoint import Checkpoint, CheckpointError, read_tensors
-from quantize.core.schemes import Scheme
+from quantize.core.schemes import BF16_BYTES, Scheme
 
-FUSED: dict[str, tuple[str, ...]] = {
-    "qkv_proj": ("q_proj", "k_proj", "v_proj"),
-    "gate_up_proj": ("gate_proj", "up_proj"),
-    "w13": ("w1", "w3"),
-}
-"""Fused name to the members' names, as vLLM's ``packed_modules_mapping`` has them."""
+__all__ = ["FUSED", "HEAD", "Group", "Linear", "Modules", "read_modules"]
 
 _FUSED_NAME = {member: fused for fused, members in FUSED.items() for member in members}
-_LAYER = re.compile(r"(.*\blayers\.(\d+)\.)(.*)")
 _EXPERT = re.compile(r"(.*\bexperts)\.\d+\.(.*)")
-_KEPT = ("lm_head", "embed_tokens", "embed_positions", "wte", "wpe")
-_ROUTERS = (
-    "mlp.gate",
-    "block_sparse_moe.gate",
-    "feed_forward.router",
-    "mlp.shared_expert_gate",
-    "mlp.router",
-)
+HEAD = "lm_head"
+NO_LAYER = -1
+"""The layer of the head's group, which lies outside of all."""
 
 
 @dataclass(frozen=True)
@@ -67,10 +57,18 @@ class Group:
 
 @dataclass(frozen=True)
 class Modules:
-    """What of a checkpoint can be quantized, and the bytes of all else (embeddings, head, norms, biases)."""
+    """What of a checkpoint can be quantized, and the bytes of all else at 16 bits.
+
+    ``other_bytes`` are embeddings, head, norms, biases, routers and vision towers. What of them are
+    ``embedding_bytes``, ``head_bytes`` (0 where it is the embeddings) and ``tower_bytes`` is said apart.
+    ``head`` is the group of a head that has a matrix of its own: :meth:`with_head` puts it among the groups.
+    """
 
     groups: tuple[Group, ...]
     other_bytes: int
+    head: Group | None = None
+    embedding_bytes: int = 0
+    tower_bytes: int = 0
 
     def __iter__(self) -> Iterator[Group]:
         return iter(self.groups)
@@ -83,6 +81,17 @@ class Modules:
     def layers(self) -> int:
         return 1 + max(group.layer for group in self.groups)
 
+    @property
+    def head_bytes(self) -> int:
+        return BF16_BYTES * self.head.weights if self.head else 0
+
+    def with_head(self) -> Modules:
+        """The same with the head as one of the groups. Raises KeyError where the embeddings serve as head."""
+        if self.head is None:
+            raise KeyError(f"{HEAD}: the model has none of its own; its embeddings serve as head")
+        left = self.other_bytes - self.head_bytes
+        return replace(self, groups=(*self.groups, self.head), other_bytes=left, head=None)
+
     def group_of(self, module: str) -> Group:
         for group in self.groups:
             if any(member.name == module for member in group.members):
@@ -92,22 +101,27 @@ class Modules:
 
 def read_modules(checkpoint: Checkpoint) -> Modules:
     """Find the linear modules of an unquantized checkpoint. Raises CheckpointError if there are none."""
-    tensors = read_tensors(checkpoint.path)
+    tensors, known = read_tensors(checkpoint.path), architecture(checkpoint.config)
+    tied = known.tied(checkpoint.config, checkpoint.text_config)
     members: dict[tuple[int, str, str], list[Linear]] = {}
+    head, other, embeddings, towers = None, 0, 0, 0
     for name, tensor in tensors.items():
         module, _, kind = name.rpartition(".")
-        if kind != "weight" or len(tensor.shape) != 2 or (place := _LAYER.fullmatch(module)) is None:
+        matrix = kind == "weight" and len(tensor.shape) == 2
+        if matrix and (key := _group_key(known, module)) is not None:
+            members.setdefault(key, []).append(Linear(module, *tensor.shape))
             continue
-        prefix, layer, within = place[1], int(place[2]), place[3]
-        if within in _ROUTERS or within.rpartition(".")[2] in _KEPT:
-            continue
-        if expert := _EXPERT.fullmatch(within):
-            within = expert[1]
-        else:
-            parent, dot, leaf = within.rpartition(".")
-            within = parent + dot + _FUSED_NAME.get(leaf, leaf)
-        n, k = tensor.shape
-        members.setdefault((layer, prefix, within), []).append(Linear(module, n, k))
+        leaf = module.rpartition(".")[2]
+        if leaf == HEAD and tied:
+            continue  # a copy of the embeddings, which engines do not load
+        size = checkpoint.kept(name, tensor).bytes
+        other += size
+        if leaf == HEAD and matrix:
+            head = Group(module, HEAD, NO_LAYER, (Linear(module, *tensor.shape),))
+        elif leaf == "embed_tokens":
+            embeddings += size
+        elif known.wrapper and not name.startswith(known.prefixes):
+            towers += size
     if not members:
         raise CheckpointError(
             f"{checkpoint.path} has no linear modules named …layers.<n>.<module>.weight; "
@@ -117,6 +131,17 @@ def read_modules(checkpoint: Checkpoint) -> Modules:
         Group(f"{prefix}{within}", within, layer, tuple(linears))
         for (layer, prefix, within), linears in sorted(members.items(), key=lambda entry: entry[0][0])
     )
-    quantizable = {f"{member.name}.weight" for group in groups for member in group.members}
-    other = sum(tensor.bytes for name, tensor in tensors.items() if name not in quantizable)
-    return Modules(groups, other)
+    return Modules(groups, other, head, embeddings, towers)
+
+
+def _group_key(known: Architecture, module: str) -> tuple[int, str, str] | None:
+    """(layer, what stands before, name within the layer) of the group that a matrix is in, if in any."""
+    if (place := known.locate(module)) is None:
+        return None
+    prefix, layer, within = place
+    if within in ROUTERS or within.rpartition(".")[2] in EMBEDDINGS:
+        return None
+    if expert := _EXPERT.fullmatch(within):
+        return layer, prefix, expert[1]
+    parent, dot, leaf = within.rpartition(".")
+    return layer, prefix, parent + dot + _FUSED_NAME.get(leaf, leaf)

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 from typing import Any
 
-from quantize.core.modules import FUSED, Group, Modules
+from quantize.core.modules import FUSED, HEAD, Group, Modules
 from quantize.core.plan import Plan
 from quantize.core.schemes import Scheme, kv_scheme, scheme
+
+TEXT_PART = "language_model"
 
 
 def pattern(group: Group) -> str:
     """A regular expression that matches a group's modules and the name that vLLM fuses them into.
 
-    Without the prefix before ``layers``: engines name the outer modules of a model in their own way.
+    Without the prefix before ``layers``: engines name the outer modules of a model in their own way, but for
+    ``language_model``, which all have for the text part of a multimodal wrapper.
     """
+    if group.kind == HEAD:
+        return rf"re:(.*\.)?{HEAD}$"
     place = group.name.removesuffix(group.kind).rpartition("layers.")[2]
     parent, _, leaf = group.kind.rpartition(".")
     if leaf == "experts":
@@ -23,13 +28,15 @@ def pattern(group: Group) -> str:
     else:
         names = leaf
     inner = (parent + "." if parent else "").replace(".", r"\.")
-    return rf"re:.*layers\.{place.replace('.', chr(92) + '.')}{inner}{names}$"
+    # A wrapper's other towers have layers of the same names.
+    outer = rf"{TEXT_PART}\..*" if f"{TEXT_PART}." in group.name else ""
+    return rf"re:.*{outer}layers\.{place.replace('.', chr(92) + '.')}{inner}{names}$"
 
 
 def config_groups(plan: Plan, modules: Modules, observer: str) -> tuple[dict[str, Any], list[str]]:
     """compressed-tensors' ``config_groups`` and ``ignore`` for a plan; one config group per scheme."""
     targets: dict[str, list[str]] = {}
-    ignore = ["lm_head"]
+    ignore = [] if any(group.kind == HEAD for group in modules) else [HEAD]
     for group in modules:
         name = plan.groups[group.name]
         if scheme(name).weights is None:

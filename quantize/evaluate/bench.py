@@ -2,10 +2,10 @@
 
 The planner measures dozens of candidates, and a served engine takes half a minute to start. Here vLLM
 is imported once, and every candidate is loaded in a forked child: same engine, same kernels, same KV
-cache, without the HTTP server, in about four seconds for a small model. What it returns is exact: log-
-probabilities over the whole vocabulary. A gate still asks the engine that serves.
+cache, without the HTTP server, in about four seconds for a small model. What it returns is exact, over the
+whole vocabulary, by the code that served engines have too. A gate still asks the engine that serves.
 
-Needs disk for the reference's log-probabilities: tokens x vocabulary x 4 bytes.
+Needs disk for the reference's final hidden states: tokens x width x 2 bytes.
 """
 
 from __future__ import annotations
@@ -51,7 +51,12 @@ class Scores:
 
 
 class Bench:
-    """One process of the engine environment. Use as a context manager; one request at a time."""
+    """One process of the engine environment. Use as a context manager; one request at a time.
+
+    ``site`` is the folder of ``score_worker.py``; ``options`` are further ones of vLLM's ``LLM``, such as
+    ``{"gpu_memory_utilization": 0.5}``, or ``{"tensor_parallel_size": 2, "distributed_executor_backend":
+    "mp"}``.
+    """
 
     def __init__(
         self,
@@ -59,11 +64,14 @@ class Bench:
         log: Path,
         max_model_len: int = 1024,
         env: Mapping[str, str] | None = None,
-        site: Path | None = None,
+        *,
+        site: Path,
         timeout_s: float = 600.0,
+        options: Mapping[str, Any] | None = None,
     ) -> None:
         self._python, self._log, self._max_model_len = python, log, max_model_len
         self._env, self._site, self._timeout_s = dict(env or {}), site, timeout_s
+        self._options = dict(options or {})
         self._process: subprocess.Popen[str] | None = None
         self.version = ""
 
@@ -84,7 +92,7 @@ class Bench:
             "PYTHONUNBUFFERED": "1",
             "TMPDIR": self._folder.name,
             "PYTHONWARNINGS": "ignore",
-            **({"PYTHONPATH": str(self._site)} if self._site else {}),
+            "PYTHONPATH": str(self._site),
         }
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
@@ -118,8 +126,9 @@ class Bench:
 
     @property
     def identity(self) -> str:
-        """What decides the numbers besides the checkpoint: the engine's version and environment."""
-        return " ".join((self.version, *(f"{name}={value}" for name, value in sorted(self._env.items()))))
+        """What decides the numbers besides the checkpoint: the engine's version, environment and options."""
+        decides = {**self._env, **self._options}
+        return " ".join((self.version, *(f"{name}={value}" for name, value in sorted(decides.items()))))
 
     def score(
         self,
@@ -132,8 +141,8 @@ class Bench:
     ) -> Scores:
         """Score ``spans`` with the checkpoint in ``directory``.
 
-        ``save`` keeps its log-probabilities as float32 (tokens, vocabulary), which is what ``reference``
-        is later compared with: the same spans in the same order. Raises BenchError.
+        ``save`` keeps its final hidden states, (tokens, width), with which later candidates are compared as
+        ``reference``: on the same spans in the same order. Raises BenchError.
         """
         import numpy as np
 
@@ -196,7 +205,7 @@ class Bench:
             "model": str(directory.resolve()),
             "kv": kv,
             "max_model_len": self._max_model_len,
-            "options": {},
+            "options": self._options,
             "env": dict(env or {}),
             "timeout_s": self._timeout_s,
             **more,

@@ -2,16 +2,18 @@
 
 Reads requests as JSON lines on standard input and answers each with one JSON line. vLLM is imported
 once; every request is served by a forked child, so that an engine that aborts takes nothing with it
-and all its memory is given back. Imports nothing of this project.
+and all its memory is given back. Of this project it imports what is made for engines alone.
 
-Whole-vocabulary log-probabilities are taken where vLLM has computed them: in its model runner, just
-before it would pick the most likely ones for an answer. One sequence is in the engine at a time, so
-that the numbers do not depend on what shares its batch.
+Figures come from the worker extension that served engines have too (``score_worker.py`` in the engine's
+site, which is on the path): exact over the whole vocabulary, compared with the final hidden states that were
+kept of the reference. One sequence is in the engine at a time, so that the numbers do not depend on what
+shares its batch.
 """
 
 from __future__ import annotations
 
 import gc
+import hashlib
 import importlib
 import json
 import os
@@ -19,6 +21,7 @@ import signal
 import sys
 import time
 import traceback
+import uuid
 from typing import Any
 
 Request = dict[str, Any]
@@ -29,51 +32,67 @@ def load(request: Request) -> Any:
     """A vLLM engine in this process, with the checkpoint's own quantization."""
     from vllm import LLM
 
+    options = {
+        "max_model_len": request["max_model_len"],
+        "max_num_batched_tokens": request["max_model_len"],
+        "max_num_seqs": 8,
+        "enforce_eager": True,
+        "distributed_executor_backend": "uni",
+        **request["options"],
+    }
     return LLM(
         model=request["model"],
         kv_cache_dtype=request["kv"],
-        max_model_len=request["max_model_len"],
-        max_num_batched_tokens=request["max_model_len"],
-        max_num_seqs=8,
-        max_logprobs=-1,
-        enforce_eager=True,
         skip_tokenizer_init=True,
         enable_prefix_caching=False,
-        distributed_executor_backend="uni",
         disable_log_stats=True,
         seed=0,
-        **request["options"],
+        worker_extension_cls="score_worker.ScoreWorker",
+        **options,
     )
 
 
-def runner_of(llm: Any) -> Any:
-    """vLLM's model runner, which lives in this process (no multiprocessing, uniprocess executor)."""
-    worker = llm.llm_engine.engine_core.engine_core.model_executor.driver_worker
-    return getattr(worker, "worker", worker).model_runner
+def described(llm: Any) -> dict[str, Any]:
+    """What the workers say of hidden states and head. Raises RuntimeError with the reason where they cannot
+    score."""
+    ranks: list[dict[str, Any]] = llm.collective_rpc("tiercel_describe")
+    if ranks[0]["refusal"]:
+        raise RuntimeError(ranks[0]["refusal"])
+    return next(one for one in ranks if one["head"])
 
 
-def log_probabilities(llm: Any, sequences: list[list[int]]) -> Any:
-    """Yields, per sequence of n tokens, an (n - 1, vocabulary) float32 array; row i predicts token i + 1."""
-    import numpy as np
+def figures(
+    llm: Any,
+    tokens: list[int],
+    start: int,
+    reference: bytes | None = None,
+    keep: bool = False,
+    loaded_head: bool = False,
+) -> dict[str, Any]:
+    """``came``, ``top1`` and, with what is asked for, ``kl`` and ``hidden`` of ``tokens[start:]``, as bytes
+    (:meth:`score_worker.Watched.result`). Raises RuntimeError."""
+    from score_worker import disagreement  # type: ignore[import-not-found]
     from vllm import SamplingParams
     from vllm.inputs import TokensPrompt
 
-    sampler = runner_of(llm).sampler
-    gather, rows = sampler.gather_logprobs, []
-
-    def keep(scores: Any, _wanted: int, targets: Any) -> Any:
-        rows.append(scores.float().cpu().numpy().copy())
-        return gather(scores, 0, targets)
-
-    sampler.gather_logprobs = keep
-    parameters = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=1, detokenize=False)
-    for tokens in sequences:
-        rows.clear()
-        llm.generate([TokensPrompt(prompt_token_ids=tokens)], parameters, use_tqdm=False)
-        whole = np.concatenate(rows)
-        if whole.shape[0] != len(tokens) - 1:
-            raise RuntimeError(f"the engine scored {whole.shape[0]} of {len(tokens) - 1} tokens")
-        yield whole
+    key, engine, drawn = f"tiercel-{uuid.uuid4().hex}", llm.llm_engine, []
+    wanted = SamplingParams(
+        max_tokens=1, temperature=0, logprobs=0, detokenize=False, skip_reading_prefix_cache=True
+    )
+    llm.collective_rpc("tiercel_begin", args=(key, start, tokens, reference, keep, loaded_head))
+    try:
+        engine.add_request(key, TokensPrompt(prompt_token_ids=tokens), wanted)
+        while engine.has_unfinished_requests():
+            for output in engine.step():
+                ids, values = output.outputs[0].token_ids, output.outputs[0].logprobs or ()
+                drawn += [(token, row[token].logprob) for token, row in zip(ids, values, strict=False)]
+    finally:
+        ranks = llm.collective_rpc("tiercel_end", args=(key,))
+    found: list[dict[str, Any]] = [one for one in ranks if one is not None]
+    problem = next((one["error"] for one in found if "error" in one), "")
+    if problem := problem or disagreement(found, drawn):
+        raise RuntimeError(problem)
+    return found[0]
 
 
 def score(request: Request) -> dict[str, Any]:
@@ -86,32 +105,52 @@ def score(request: Request) -> dict[str, Any]:
     llm = load(request)
     loaded = time.monotonic()
     count = sum(len(tokens) - start for tokens, start in sequences)
-    columns = {name: np.empty(count, np.float64) for name in ("logp", "kl", "top1")}
-    reference = np.load(request["reference"], mmap_mode="r") if request["reference"] else None
-    saved, at = None, 0
-    for (tokens, start), whole in zip(
-        sequences, log_probabilities(llm, [tokens for tokens, _ in sequences]), strict=True
-    ):
-        rows, end = whole[start - 1 :], at + len(tokens) - start
-        if request["save"] and saved is None:
-            saved = np.lib.format.open_memmap(
-                request["save"], mode="w+", dtype=np.float32, shape=(count, rows.shape[1])
-            )
-        columns["logp"][at:end] = rows[np.arange(len(rows)), tokens[start:]]
-        columns["top1"][at:end] = rows.argmax(axis=1)
-        if saved is not None:
-            saved[at:end] = rows
-        if reference is not None:
-            before = np.asarray(reference[at:end], np.float64)
-            terms = np.exp(before) * (before - rows.astype(np.float64))
-            columns["kl"][at:end] = np.where(np.isneginf(before), 0.0, terms).sum(axis=1)
+    columns: dict[str, Any] = {name: np.zeros(count, np.float64) for name in ("logp", "kl", "top1")}
+    about = described(llm)
+    about = {name: about[name] for name in ("width", "dtype", "head")} | {"spans": _digest(sequences)}
+    reference, other_head = None, False
+    if request["reference"]:
+        reference, other_head = read_reference(llm, request["reference"], about)
+    saved, at = [], 0
+    for tokens, start in sequences:
+        end = at + len(tokens) - start
+        before = None if reference is None else reference[at:end].tobytes()
+        found = figures(llm, tokens, start, before, bool(request["save"]), other_head)
+        columns["logp"][at:end] = np.frombuffer(found["came"], "<f8")
+        columns["top1"][at:end] = np.frombuffer(found["top1"], "<i4")
+        if before is not None:
+            columns["kl"][at:end] = np.frombuffer(found["kl"], "<f8")
+        if request["save"]:
+            saved.append(np.frombuffer(found["hidden"], np.uint8).reshape(end - at, -1))
         at = end
-    if saved is not None:
-        saved.flush()
-    if reference is None:
-        columns["kl"][:] = 0.0
-    np.savez(request["out"], logp=columns["logp"], kl=columns["kl"], top1=columns["top1"])
+    if request["save"]:
+        with open(request["save"], "wb") as out:
+            kept = json.dumps({**about, "model": request["model"]})
+            np.savez(out, hidden=np.concatenate(saved), about=kept)
+    np.savez(request["out"], **columns)
     return {"tokens": count, "load_s": loaded - began, "score_s": time.monotonic() - loaded}
+
+
+def read_reference(llm: Any, path: str, about: dict[str, Any]) -> tuple[Any, bool]:
+    """(tokens, bytes of a hidden state), of which ``about`` must be true, and whether the reference's head is
+    another: it is loaded then. Raises RuntimeError."""
+    import numpy as np
+
+    with np.load(path) as kept:
+        theirs = json.loads(str(kept["about"]))
+        if other := theirs["head"] != about["head"]:
+            heads = llm.collective_rpc("tiercel_load_head", args=(theirs["model"],))
+            about = {**about, "head": next(filter(None, heads), "")}
+        if wrong := [name for name in about if theirs.get(name) != about[name]]:
+            raise RuntimeError(
+                f"{path} is of other {' and '.join(wrong)}: a variant is compared with the reference on the "
+                "same spans"
+            )
+        return kept["hidden"], other
+
+
+def _digest(sequences: list[tuple[list[int], int]]) -> str:
+    return hashlib.sha256(json.dumps(sequences).encode()).hexdigest()[:32]
 
 
 def answers(request: Request) -> dict[str, Any]:
@@ -122,8 +161,8 @@ def answers(request: Request) -> dict[str, Any]:
     vocabulary = llm.llm_engine.model_config.get_vocab_size()
     rng = np.random.default_rng(0)
     prompts = [rng.integers(0, vocabulary, size=size).tolist() for size in (1, 3, 40)]
-    for whole in log_probabilities(llm, prompts[1:]):
-        if not np.isfinite(whole).all():
+    for prompt in prompts[1:]:
+        if not np.isfinite(np.frombuffer(figures(llm, prompt, 1)["came"], "<f8")).all():
             raise RuntimeError("the engine answered with log-probabilities that are not finite")
     from vllm import SamplingParams
     from vllm.inputs import TokensPrompt

@@ -2,29 +2,36 @@
 
 Anything that the engine computes differently from a fake-quantized model (kernels, KV cache,
 defaults) is in these answers, which is the point of asking the engine. An engine that we started has a
-route that hands out log-probabilities in binary (``score_route.py`` beside its entry); any other vLLM
-answers in JSON, which is so slow that only the likeliest tokens are asked for.
+route that computes the exact KL to a reference (``score_route.py`` beside its entry), from the final hidden
+states that were kept of it. Any other vLLM tells some tokens' log-probabilities, which bound the KL
+(:mod:`quantize.evaluate.bounds`): those of the reference's likeliest tokens where it runs the V2 model
+runner, its own likeliest ones where not.
 """
 
 from __future__ import annotations
 
 import asyncio
+import base64
+import io
 import json
 from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import aiohttp
 
-from quantize.evaluate.scores import Scored, from_rows, from_table
+from quantize.evaluate.bounds import kl_bounds
+from quantize.evaluate.reference import Kept
+from quantize.evaluate.scores import Likeliest, Scored, from_rows
 
-SCORE_ROUTE = "/tiercel/score"
-WHOLE_VOCABULARY = 1 << 15
-"""Vocabularies up to this size are kept whole: 128 KiB per scored token on disk at most."""
-TOP = 1024
-"""Likeliest tokens that are kept of a larger vocabulary, through our route."""
-TOP_IN_JSON = 64
-"""Likeliest tokens that are asked of an engine without it."""
+if TYPE_CHECKING:
+    pass
+
+SCORE_ROUTE, GENERATE_ROUTE = "/tiercel/score", "/inference/v1/generate"
+TOPS_IN_JSON = (64, 20)
+"""Likeliest tokens that are asked of an engine without our route; vLLM gives 20 at most by default."""
+TIMEOUT_S = 600.0
+"""For one request; a long prompt on a busy processor takes minutes."""
 
 
 class EngineError(RuntimeError):
@@ -32,17 +39,28 @@ class EngineError(RuntimeError):
 
 
 class EngineClient:
-    """One engine. Use as an async context manager; at most ``concurrency`` requests are in flight."""
+    """One engine. Use as an async context manager; at most ``concurrency`` requests are in flight.
 
-    def __init__(self, base_url: str, model: str, concurrency: int = 24) -> None:
-        self._base_url, self._model = base_url, model
+    ``softcap`` is the largest magnitude of the model's logits, where it caps them: with it the KL that a
+    server without our route shows is bounded from above.
+    """
+
+    def __init__(
+        self, base_url: str, model: str, concurrency: int = 24, softcap: float | None = None
+    ) -> None:
+        self._base_url, self._model, self._softcap = base_url, model, softcap
+        self._account: dict[str, Any] | None = None
+        self._asked = self._ids_refused = False
+        self._top = TOPS_IN_JSON[0]
         self._slots = asyncio.Semaphore(concurrency)
         self._session: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> EngineClient:
         # vLLM closes a connection that was idle for 5 s; ours must be the shorter patience.
         connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=2.0)
-        self._session = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=300), connector=connector)
+        self._session = aiohttp.ClientSession(
+            timeout=aiohttp.ClientTimeout(total=TIMEOUT_S), connector=connector
+        )
         return self
 
     async def __aexit__(
@@ -93,51 +111,129 @@ class EngineClient:
             body["chat_template_kwargs"] = dict(template)
         return [int(token) for token in (await self._post("/tokenize", body))["tokens"]]
 
-    async def vocabulary(self) -> int | None:
-        """Tokens of the vocabulary, where the engine has our route; None where it has not."""
-        try:
-            return int((await self._get(SCORE_ROUTE))["vocabulary"])
-        except EngineError as error:
-            if " answered 404" in str(error):
-                return None
-            raise
+    async def account(self) -> dict[str, Any] | None:
+        """What the engine says of its hidden states and head; None where it has no route of ours. Raises
+        EngineError where it has, and cannot score (it says why)."""
+        if not self._asked:
+            try:
+                self._account = await self._get(SCORE_ROUTE)
+            except EngineError as error:
+                if " answered 404" not in str(error):
+                    raise
+            self._asked = True
+        return self._account
 
-    async def score(self, tokens: Sequence[int], start: int, vocabulary: int | None) -> Scored:
-        """Log-probabilities of ``tokens[start:]``, each in its context; ``start`` is at least 1.
+    async def score_and_keep(self, tokens: Sequence[int], start: int) -> tuple[Scored, Kept]:
+        """Figures of ``tokens[start:]``, each in its context (``start`` is at least 1), and what is to be
+        kept so that variants can be compared with them."""
+        if (account := await self.account()) is not None:
+            reply = await self._route(tokens, start, {"keep": True}, b"")
+            about = {name: account[name] for name in ("width", "dtype", "head")}
+            return _scored(reply, account["vocabulary"]), Kept("hidden", about, reply["hidden"])
+        likeliest, top = await self._likeliest(tokens, start)
+        scored = Scored(likeliest.of(tokens[start:]), likeliest.top1(), likeliest.ids.shape[1])
+        data = likeliest.ids.astype("<i4").tobytes() + likeliest.values.astype("<f8").tobytes()
+        return scored, Kept("likeliest", {"width": likeliest.ids.shape[1], "top": top}, data)
 
-        ``vocabulary`` is what :meth:`vocabulary` returned: it decides how many are asked for.
-        """
-        if vocabulary is None:
-            return await self.score_by_json(tokens, start, TOP_IN_JSON)
-        return await self.score_by_route(tokens, start, vocabulary)
+    async def score_against(self, tokens: Sequence[int], start: int, kept: Kept) -> Scored:
+        """Figures of ``tokens[start:]`` and their KL to the reference of which ``kept`` was kept."""
+        account = await self.account()
+        if (kept.kind == "hidden") != (account is not None):
+            having = ("has no", "had one") if account is None else ("has a", "had none")
+            raise EngineError(
+                f"{self._base_url} {having[0]} {SCORE_ROUTE} and the reference's engine {having[1]}; measure "
+                "both on engines of the same kind"
+            )
+        if account is not None:
+            reply = await self._route(tokens, start, dict(kept.about), kept.data)
+            return _scored(reply, account["vocabulary"])
+        return await self._bounded(tokens, start, kept)
 
-    async def score_by_json(self, tokens: Sequence[int], start: int, top: int) -> Scored:
-        """By ``prompt_logprobs`` of vLLM's completions, the ``top`` likeliest tokens."""
-        body = {"prompt": list(tokens), "max_tokens": 1, "temperature": 0, "prompt_logprobs": top}
-        rows = (await self._post("/v1/completions", body))["choices"][0]["prompt_logprobs"]
-        kept = [{int(token): float(entry["logprob"]) for token, entry in row.items()} for row in rows[start:]]
-        return from_rows(kept, tokens[start:])
+    async def _route(
+        self, tokens: Sequence[int], start: int, more: dict[str, Any], data: bytes
+    ) -> dict[str, bytes]:
+        line = json.dumps({"tokens": list(tokens), "start": start, **more}).encode()
+        async with self._slots:
+            raw = await self._request("POST", SCORE_ROUTE, line + b"\n" + data)
+        head, _, rest = raw.partition(b"\n")
+        columns, at = {}, 0
+        for name, size in json.loads(head)["columns"]:
+            columns[str(name)] = rest[at : at + size]
+            at += size
+        rows = len(tokens) - start
+        if len(rest) != at or len(columns.get("came", b"")) != rows * 8:
+            raise EngineError(f"{self._base_url}{SCORE_ROUTE} answered {len(rest)} bytes for {rows} tokens")
+        return columns
 
-    async def score_by_route(self, tokens: Sequence[int], start: int, vocabulary: int) -> Scored:
-        """By our route: the whole vocabulary where it is small enough, else the :data:`TOP` likeliest."""
+    async def _bounded(self, tokens: Sequence[int], start: int, kept: Kept) -> Scored:
         import numpy as np
 
-        top = 0 if vocabulary <= WHOLE_VOCABULARY else TOP
-        body = {"tokens": list(tokens), "start": start, "top": top}
-        async with self._slots:
-            raw = await self._request("POST", SCORE_ROUTE, body)
-        rows, columns = len(tokens) - start, top + 1 if top else vocabulary
-        if len(raw) != rows * columns * (8 if top else 4):
-            raise EngineError(
-                f"{self._base_url}{SCORE_ROUTE} answered {len(raw)} bytes for {rows} rows of {columns}"
-            )
-        values = np.frombuffer(raw, "<f4", rows * columns).reshape(rows, columns)
-        if not top:
-            return from_table(values, tokens[start:])
-        ids = np.frombuffer(raw, "<i4", offset=rows * columns * 4).reshape(rows, columns).copy()
-        came = values[:, 0]
-        ids[:, 0] = np.where((ids[:, 1:] == ids[:, :1]).any(axis=1), -1, ids[:, 0])  # else it is there twice
-        return Scored(came, np.where(ids < 0, -np.inf, values).astype(np.float32), ids)
+        ids, values = _split(kept)
+        theirs = Likeliest(ids, values)
+        ours, top1 = await self._told(tokens, start, ids)
+        cap = np.sort(values, axis=1)[:, -int(kept.about["top"])]
+        pairs = [
+            kl_bounds(theirs.row(i), ours.row(i), float(cap[i]), softcap=self._softcap)
+            for i in range(len(values))
+        ]
+        lower, upper = (np.array(side) for side in zip(*pairs, strict=True))
+        return Scored(ours.of(tokens[start:]), top1, ids.shape[1], lower, upper, reference_top1=theirs.top1())
+
+    async def _told(self, tokens: Sequence[int], start: int, ids: Any) -> tuple[Likeliest, Any]:
+        """What this engine tells of the reference's tokens ``ids`` (n, width) and of those that came, and its
+        likeliest token of each place."""
+        import numpy as np
+
+        if not self._ids_refused:
+            try:
+                return await self._by_token_ids(tokens, start, ids)
+            except EngineError as error:
+                if " answered 4" not in str(error) and " answered 501" not in str(error):
+                    raise
+                self._ids_refused = True  # no such route, the V1 runner, or too many ids
+        likeliest, _ = await self._likeliest(tokens, start)
+        return likeliest, likeliest.top1().astype(np.int32)
+
+    async def _by_token_ids(self, tokens: Sequence[int], start: int, ids: Any) -> tuple[Likeliest, Any]:
+        """By ``prompt_logprob_token_ids``, which vLLM's V2 model runner has."""
+        import numpy as np
+
+        came = np.array(tokens[start:], np.int32)[:, None]
+        asked = np.concatenate([np.where(ids == came, -1, ids), came], axis=1)
+        parameters = {
+            "max_tokens": 1,
+            "temperature": 0,
+            "prompt_logprobs": 1,
+            "prompt_logprob_token_ids": asked.tolist(),
+            "prompt_logprob_start": start - 1,
+        }
+        body = {"token_ids": list(tokens), "sampling_params": parameters}
+        reply = await self._post(GENERATE_ROUTE, body)
+        raw = base64.b64decode(reply["prompt_token_id_logprobs"])
+        values = np.load(io.BytesIO(raw), allow_pickle=False).astype(np.float64)
+        if values.shape != asked.shape:
+            shapes = f"{values.shape} log-probabilities for {asked.shape}"
+            raise EngineError(f"{self._base_url}{GENERATE_ROUTE} answered {shapes}")
+        best = [
+            max(row, key=lambda token: float(row[token]["logprob"]))
+            for row in reply["prompt_logprobs"][start:]
+        ]
+        return Likeliest(asked, values), np.array(best, np.int32)
+
+    async def _likeliest(self, tokens: Sequence[int], start: int) -> tuple[Likeliest, int]:
+        """By ``prompt_logprobs`` of vLLM's completions; and how many of the likeliest tokens are told."""
+        while True:
+            top = self._top  # other requests may lower it meanwhile
+            body = {"prompt": list(tokens), "max_tokens": 1, "temperature": 0, "prompt_logprobs": top}
+            try:
+                rows = (await self._post("/v1/completions", body))["choices"][0]["prompt_logprobs"]
+            except EngineError as error:
+                if "max allowed" not in str(error) or top == TOPS_IN_JSON[-1]:
+                    raise
+                self._top = next(fewer for fewer in TOPS_IN_JSON if fewer < top)
+                continue
+            kept = [{int(t): float(entry["logprob"]) for t, entry in row.items()} for row in rows[start:]]
+            return from_rows(kept), top
 
     async def version(self) -> str:
         return str((await self._get("/version"))["version"])
@@ -149,12 +245,13 @@ class EngineClient:
     async def _get(self, path: str) -> dict[str, Any]:
         return _json(await self._request("GET", path, None))
 
-    async def _request(self, method: str, path: str, body: dict[str, Any] | None) -> bytes:
+    async def _request(self, method: str, path: str, body: dict[str, Any] | bytes | None) -> bytes:
         if self._session is None:
             raise EngineError("EngineClient is used outside of its context")
         url = self._base_url + path
         try:
-            async with self._session.request(method, url, json=body) as response:
+            given: dict[str, Any] = {"data": body} if isinstance(body, bytes) else {"json": body}
+            async with self._session.request(method, url, **given) as response:
                 if response.status != 200:
                     raise EngineError(f"{url} answered {response.status}: {(await response.text())[:300]}")
                 return await response.read()
@@ -165,3 +262,27 @@ class EngineClient:
 def _json(raw: bytes) -> dict[str, Any]:
     reply: dict[str, Any] = json.loads(raw)
     return reply
+
+
+def _scored(reply: Mapping[str, bytes], vocabulary: int) -> Scored:
+    import numpy as np
+
+    kl = np.frombuffer(reply["kl"], "<f8") if "kl" in reply else None
+    return Scored(
+        came=np.frombuffer(reply["came"], "<f8"),
+        top1=np.frombuffer(reply["top1"], "<i4"),
+        vocabulary=vocabulary,
+        kl=kl,
+        kl_upper=kl,
+        reference_top1=np.frombuffer(reply["reference_top1"], "<i4") if "reference_top1" in reply else None,
+    )
+
+
+def _split(kept: Kept) -> tuple[Any, Any]:
+    """Ids and log-probabilities, (n, width) each, of a stock server's reference."""
+    import numpy as np
+
+    width = int(kept.about["width"])
+    count = len(kept.data) // 12
+    ids = np.frombuffer(kept.data, "<i4", count).reshape(-1, width)
+    return ids, np.frombuffer(kept.data, "<f8", offset=count * 4).reshape(-1, width)

@@ -1,7 +1,9 @@
 """Asks one engine everything a gate needs, and keeps the answers so that variants can be paired.
 
-Every answer and every scored conversation goes to a journal as it comes, some at a time: a killed
-evaluation goes on where it was. What is asked depends on the items and the engine's tokenizer alone.
+The reference is measured first: what its engine computed of every scored token is kept in a file beside its
+journal (:mod:`quantize.evaluate.reference`), and the variants' engines return the KL to it. Every answer and
+every scored conversation goes to a journal as it comes, some at a time: a killed evaluation goes on where it
+was. What is asked depends on the items and the engine's tokenizer alone.
 """
 
 from __future__ import annotations
@@ -10,20 +12,22 @@ import asyncio
 import hashlib
 import json
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from quantize.evaluate.client import TOP, TOP_IN_JSON, WHOLE_VOCABULARY, EngineClient
+from quantize.evaluate.client import TOPS_IN_JSON, EngineClient
 from quantize.evaluate.journal import Entry, Journal
+from quantize.evaluate.reference import ReferenceFile, span_sha256
 from quantize.evaluate.scores import Scored
-from quantize.evaluate.tasks import Item
+from quantize.evaluate.tasks import Item, TaskError
 
 SCORED_TOKENS, SCORED_CONVERSATIONS = 1000, 80
-"""Per role: right answers are scored until there are so many tokens, or so many conversations. All
-conversations of a long context are scored."""
-QUESTIONS = 2
+"""Per role: tokens of right answers that are scored, spread over so many conversations: of answers that are
+longer than their part of it, a stretch is. All conversations of a long context are scored as they are."""
+QUESTIONS = 3
 """Raised whenever the code asks something else of the same items; kept measurements are made anew."""
 BATCH = 32
 """Results that are written at once; so many may have to be asked again after a kill."""
@@ -69,7 +73,7 @@ class Measurement:
 def tasks_sha256(tasks: Tasks) -> str:
     """Changes whenever an item, or what is measured on it, changes."""
     listing: dict[str, Any] = {role: [item.model_dump() for item in tasks[role]] for role in sorted(tasks)}
-    listing["settings"] = [QUESTIONS, SCORED_TOKENS, SCORED_CONVERSATIONS, TOP, TOP_IN_JSON, WHOLE_VOCABULARY]
+    listing["settings"] = [QUESTIONS, SCORED_TOKENS, SCORED_CONVERSATIONS, *TOPS_IN_JSON]
     return hashlib.sha256(json.dumps(listing, sort_keys=True).encode()).hexdigest()
 
 
@@ -79,12 +83,38 @@ def measurement_key(tasks: Tasks, engine: Mapping[str, str]) -> str:
     return hashlib.sha256(json.dumps(listing, sort_keys=True).encode()).hexdigest()
 
 
-def read_measurement(journal: Journal) -> Measurement:
-    """What the journal holds so far; ``done`` when nothing is missing."""
+def read_measurement(journal: Journal, reference: Path | None = None) -> Measurement:
+    """What the journal holds so far; ``done`` when nothing is missing.
+
+    ``reference`` is the file that a variant is compared with. Figures to what is not in it any more (it was
+    lost, or is of another run) are left out, as are a reference's own that are not in its file: they are
+    taken anew.
+    """
     measurement = Measurement()
     for entry in journal.read():
         measurement.add(entry)
+    beside, given = ReferenceFile(reference_path(journal)), ReferenceFile(reference) if reference else None
+
+    def is_outdated(role: str, index: int, against: str) -> bool:
+        if against == "":
+            return given is not None or beside.digest(role, index) is None
+        return given is not None and given.digest(role, index) != against
+
+    outdated = [
+        (role, index)
+        for role, answers in measurement.scored.items()
+        for index, answer in answers.items()
+        if is_outdated(role, index, answer.scored.against)
+    ]
+    for role, index in outdated:
+        del measurement.scored[role][index]
+    measurement.done = measurement.done and not outdated
     return measurement
+
+
+def reference_path(journal: Journal) -> Path:
+    """Where what is kept of a reference lies: beside its journal."""
+    return journal.path.with_name(journal.path.name + ".reference")
 
 
 async def measure(
@@ -93,16 +123,21 @@ async def measure(
     engine: dict[str, str],
     name: str,
     journal: Journal,
+    *,
+    reference: Path | None = None,
     backwards: bool = False,
 ) -> Measurement:
     """Answer every item greedily and score right answers, with a progress bar; what is there is kept.
 
-    ``backwards`` asks in the opposite order, so that other requests share the engine's batches.
+    Without ``reference`` this is the reference's own measurement, and what variants need of it is kept in
+    :func:`reference_path`, which is a variant's ``reference``. ``backwards`` asks in the opposite order, so
+    that other requests share the engine's batches. Raises TaskError where the variant splits a right answer
+    into other tokens than the reference, or the reference's file lacks it.
     """
-    measurement = read_measurement(journal)
+    measurement = read_measurement(journal, reference)
     if measurement.done:
         return measurement
-    vocabulary = await client.vocabulary()
+    kept = ReferenceFile(reference or reference_path(journal))
     places = [(role, index) for role, items in tasks.items() for index in range(len(items))]
     jobs: list[Job] = [
         _answering(client, tasks[role][index], role, index)
@@ -111,8 +146,10 @@ async def measure(
     ]
     for role, items in tasks.items():
         for index, tokens, start in await _chosen(client, items):
+            if reference is not None:
+                _refuse_other_tokens(kept, role, index, tokens, start)
             if index not in measurement.scored.get(role, {}):
-                jobs.append(_scoring(client, role, index, tokens, start, vocabulary))
+                jobs.append(_scoring(client, role, index, tokens, start, kept, own=reference is None))
     with tqdm(total=len(jobs), desc=f"evaluate {name}", unit="item", mininterval=1) as bar:
         for entry in await _run(jobs[::-1] if backwards else jobs, journal, bar.update):
             measurement.add(entry)
@@ -120,6 +157,20 @@ async def measure(
     journal.append([last])
     measurement.add(last)
     return measurement
+
+
+def _refuse_other_tokens(kept: ReferenceFile, role: str, index: int, tokens: list[int], start: int) -> None:
+    known = kept.tokens_sha256(role, index)
+    if known is None:
+        raise TaskError(
+            f"tasks of role {role}, item {index + 1}: {kept.path} holds nothing of its right answer; measure "
+            "the reference first"
+        )
+    if known != span_sha256(tokens, start):
+        raise TaskError(
+            f"tasks of role {role}, item {index + 1}: the variant's tokenizer splits the right answer in "
+            "another way than the reference's; make the variant from the reference's checkpoint"
+        )
 
 
 async def _run(jobs: Sequence[Job], journal: Journal, advance: Callable[[], object]) -> list[Entry]:
@@ -154,10 +205,15 @@ def _answering(client: EngineClient, item: Item, role: str, index: int) -> Job:
 
 
 def _scoring(
-    client: EngineClient, role: str, index: int, tokens: list[int], start: int, vocabulary: int | None
+    client: EngineClient, role: str, index: int, tokens: list[int], start: int, kept: ReferenceFile, own: bool
 ) -> Job:
     async def job() -> Entry:
-        scored = await client.score(tokens, start, vocabulary)
+        if own:
+            scored, record = await client.score_and_keep(tokens, start)
+            kept.append(role, index, tokens, start, record)  # before the journal says that it is there
+        else:
+            record = kept.read(role, index)
+            scored = replace(await client.score_against(tokens, start, record), against=record.digest)
         return {
             "role": role,
             "index": index,
@@ -170,7 +226,10 @@ def _scoring(
 
 
 async def _chosen(client: EngineClient, items: Sequence[Item]) -> list[tuple[int, list[int], int]]:
-    """Items whose right answers are scored: place, tokens of the conversation, the answer's first."""
+    """Stretches of right answers that are scored: item's place, tokens up to the stretch's end, its first.
+
+    Conversations are what a gate counts, so none of them takes the tokens of others.
+    """
 
     async def conversation(index: int) -> tuple[int, list[int], int]:
         item = items[index]
@@ -184,11 +243,29 @@ async def _chosen(client: EngineClient, items: Sequence[Item]) -> list[tuple[int
     task = [task[int(number * step)] for number in range(min(len(task), SCORED_CONVERSATIONS))]
     others = [index for index, item in enumerate(items) if item.suite != "task"]
     found = await asyncio.gather(*(conversation(index) for index in [*task, *others]))
-    kept, count = [], 0
-    for index, tokens, start in found:
-        if items[index].suite != "task":
-            kept.append((index, tokens, start))
-        elif count < SCORED_TOKENS:
-            kept.append((index, tokens, start))
-            count += len(tokens) - start
-    return kept
+    most = _spread([len(tokens) - start for _, tokens, start in found[: len(task)]], SCORED_TOKENS)
+    return [
+        *(_stretch(index, tokens, start, most) for index, tokens, start in found[: len(task)]),
+        *found[len(task) :],
+    ]
+
+
+def _spread(lengths: Sequence[int], budget: int) -> int:
+    """Tokens that each answer may give, so that all of them together give ``budget`` at most; at least 1."""
+    left, most = budget, max(lengths, default=1)
+    for place, length in enumerate(sorted(lengths)):
+        part = left // (len(lengths) - place)
+        if length > part:
+            return max(1, part)
+        left -= length
+    return max(1, most)
+
+
+def _stretch(index: int, tokens: list[int], start: int, most: int) -> tuple[int, list[int], int]:
+    """At most ``most`` tokens of an answer, from a place that the conversation's own tokens decide: so the
+    beginning of answers counts no more than the rest."""
+    spare = len(tokens) - start - most
+    if spare > 0:
+        digest = hashlib.sha256(json.dumps(tokens).encode()).digest()
+        start += int.from_bytes(digest[:8], "big") % (spare + 1)
+    return index, tokens[: start + most], start

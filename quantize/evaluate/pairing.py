@@ -9,6 +9,7 @@ from quantize.evaluate.grounding import Grounding
 from quantize.evaluate.measure import Measurement, ScoredAnswer, Tasks, tasks_sha256
 from quantize.evaluate.statistics import compare_tokens
 from quantize.evaluate.tasks import Item, Suite, TaskError
+from quantize.gate.evidence import ItemCounts
 from quantize.gate.paired import mcnemar_p
 
 Items = Mapping[int, Item]
@@ -31,6 +32,17 @@ def compare(
         tasks_sha256=tasks_sha256(tasks),
         engine=variant.engine,
         noise=_noise(pooled, reference, again) if again else None,
+    )
+
+
+def count_items(items: Sequence[Item]) -> ItemCounts:
+    """How many of a role's items there are for each limit that a gate can test."""
+    task = _suite(items, "task").values()
+    return ItemCounts(
+        task=len(task),
+        grounded=sum(item.grounds is not None for item in task),
+        structured=sum(item.json_schema is not None for item in task),
+        long_context=len(items) - len(task),
     )
 
 

@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from quantize.core.jsonl import read_lines
+
 Suite = Literal["task", "long_context"]
 
 
@@ -93,11 +95,13 @@ def read_items(path: Path, role: str, suite: Suite = "task") -> list[Item]:
     """Read a role's items from JSON Lines. Raises TaskError."""
     key = f"roles.{role}.{'tasks' if suite == 'task' else suite}"
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = read_lines(path)
     except FileNotFoundError:
         raise TaskError(f"tasks of role {role}: {path} does not exist; set {key}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise TaskError(f"tasks of role {role}: {path} cannot be read ({error}); set {key}") from None
     items = []
-    for number, line in enumerate(lines, 1):
+    for number, line in lines:
         try:
             item = Item.model_validate_json(line)
         except ValidationError as error:

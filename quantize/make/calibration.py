@@ -5,10 +5,13 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from quantize.card import Calibration, sha256_of
-from quantize.core.checkpoint import Checkpoint, CheckpointError
+from quantize.core.checkpoint import Checkpoint
+from quantize.core.jsonl import read_lines
+from quantize.core.tokenizer import load_tokenizer
+
+__all__ = ["CalibrationError", "CalibrationSet", "load_tokenizer", "read_calibration"]
 
 MIN_CALIBRATION_SAMPLES = 16
 CALIBRATION_LENGTH = 512
@@ -35,14 +38,14 @@ def read_calibration(path: Path | None, checkpoint: Checkpoint) -> CalibrationSe
     if path is None:
         raise CalibrationError("calibration is not set; give a JSON Lines file of conversations in the YAML")
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = read_lines(path)
     except FileNotFoundError:
         raise CalibrationError(
             f"calibration file {path} does not exist; set calibration in the YAML"
         ) from None
     tokenizer = load_tokenizer(checkpoint.path)
     sequences = []
-    for number, line in enumerate(lines, 1):
+    for number, line in lines:
         try:
             messages = json.loads(line)["messages"]
             encoded = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)
@@ -63,14 +66,3 @@ def read_calibration(path: Path | None, checkpoint: Checkpoint) -> CalibrationSe
         tokens=sum(len(sequence) for sequence in sequences),
     )
     return CalibrationSet(sequences, described)
-
-
-def load_tokenizer(path: Path) -> Any:
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
-    if not tokenizer.chat_template:
-        raise CheckpointError(
-            f"{path}: the tokenizer has no chat template; add chat_template.jinja beside it"
-        )
-    return tokenizer

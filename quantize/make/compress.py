@@ -20,21 +20,25 @@ from typing import Any
 
 from tqdm import tqdm
 
-from quantize.core.checkpoint import Checkpoint
+from quantize.core.checkpoint import Checkpoint, copy_companions
+from quantize.core.loading import load_model
 from quantize.core.methods import Method, parse_method
 from quantize.core.modules import Modules
 from quantize.core.plan import Plan
 from quantize.core.schemes import scheme
-from quantize.make.calibration import CalibrationSet, load_tokenizer
+from quantize.make.calibration import CalibrationSet
 from quantize.make.modifiers import modifiers
+from quantize.make.streaming import QuantizeError, streams
 
+__all__ = ["QuantizeError", "compress", "compress_whole", "versions"]
+
+PARTS = ".parts"
+"""Directory of parts beside the variants; it can be removed at any time."""
 MAX_ROUND_TRIP_ERROR = 0.75
 """Relative error of a dequantized weight above which it cannot be right: 2-bit rounding stays below."""
+SERVING = {"BF16": "bfloat16", "F16": "float16"}
+"""What an engine computes in, in torch's words."""
 _STEP = re.compile(r"\((\d+)/(\d+)\): (Calibrating|Propagating)")
-
-
-class QuantizeError(RuntimeError):
-    """The variant cannot be made. The text says why and what to change."""
 
 
 def versions() -> dict[str, str]:
@@ -52,14 +56,34 @@ def compress(
     log: Path,
     label: str,
 ) -> None:
-    """Quantize ``checkpoint`` by ``plan`` with ``plan.method`` for all groups, into ``out``.
+    """Quantize ``checkpoint`` by ``plan`` into ``out``.
 
-    llm-compressor's own output goes to ``log``. Raises QuantizeError when the weights are damaged, or
-    when a module was not quantized as intended.
+    What :func:`quantize.make.streaming.streams` is made block by block, from parts that are kept beside
+    ``out``; the rest is llm-compressor's, whose output goes to ``log``. Raises QuantizeError when the weights
+    are damaged, or when a module was not quantized as intended.
     """
     method = parse_method(plan.method)
     if method.needs_data(plan) and calibration is None:
         raise QuantizeError(f"method {method.name} needs calibration data; set calibration in the YAML")
+    if all(streams((name, plan.method_of(group))) for group, name in plan.groups.items()):
+        from quantize.make.parts import PartStore
+
+        PartStore(out.parent / PARTS, checkpoint, modules, calibration).assemble(plan, out)
+        return
+    compress_whole(checkpoint, modules, plan, calibration, out, log, label)
+
+
+def compress_whole(
+    checkpoint: Checkpoint,
+    modules: Modules,
+    plan: Plan,
+    calibration: CalibrationSet | None,
+    out: Path,
+    log: Path,
+    label: str,
+) -> None:
+    """Quantize the whole model by llm-compressor, with ``plan.method`` for all groups, into ``out``."""
+    method = parse_method(plan.method)
     log.unlink(missing_ok=True)
     with (
         tqdm(total=100, desc=label, unit="%", file=sys.stderr, bar_format="{l_bar}{bar}| {elapsed}") as bar,
@@ -67,11 +91,9 @@ def compress(
     ):
         import torch
         from llmcompressor import oneshot
-        from transformers import AutoModelForCausalLM
+        from transformers import GenerationConfig
 
-        model = AutoModelForCausalLM.from_pretrained(
-            checkpoint.path, dtype=torch.bfloat16, local_files_only=True
-        )
+        model = load_model(checkpoint, getattr(torch, SERVING[checkpoint.serving_dtype]))
         refuse_damaged(checkpoint, model)
         torch.manual_seed(0)
         with _patches(method):
@@ -81,8 +103,11 @@ def compress(
                 **(_data(calibration, method) if calibration and method.needs_data(plan) else {}),
             )
         check_quantized(model, modules, plan, log)
+        # The checkpoint's own is copied: transformers refuses to save many that it loads.
+        model.generation_config = GenerationConfig()
         model.save_pretrained(out, save_compressed=True)
-        load_tokenizer(checkpoint.path).save_pretrained(out)
+        (out / "generation_config.json").unlink(missing_ok=True)
+        copy_companions(checkpoint, out)
         bar.update(100 - bar.n)
     _settle_config(out)
 

@@ -71,7 +71,7 @@ class PairedKl:
 
         if self.knows(plan):
             return
-        reference = self._work / "reported.npy"
+        reference = self._work / "reported.npz"
         if not reference.exists():
             self._bench.score(self._base, self._spans, save=reference)
         scores = self._bench.score(directory, self._spans, kv=plan.kv, reference=reference)

@@ -1,33 +1,29 @@
 """Finds the plan with the least loss within a budget of bytes, and the fewest bytes within a loss.
 
-The losses of groups add up well from 8 to 4 bits, so the first plan is an exact multiple-choice knapsack
-over the rows of :mod:`quantize.plan.sensitivity`. Where they do not add up, measuring shows it: the plan is
-measured, and changed by swaps that lower what is measured, first in torch (a forward pass each), then the
-best few on the engine's kernels (a load each).
+The losses of groups add up well from 8 to 4 bits, so a plan is an exact multiple-choice knapsack over the
+rows of :mod:`quantize.plan.sensitivity`. Where they do not add up, measuring plans on the engine shows it
+(:mod:`quantize.plan.search`).
 """
 
 from __future__ import annotations
 
-import random
-import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict
-from tqdm import tqdm
 
 from quantize.core.modules import Modules
 from quantize.core.plan import Plan
 from quantize.core.schemes import scheme
-from quantize.plan.sensitivity import KEPT, Choice, Sensitivity, plan_of
+from quantize.plan.sensitivity import Sensitivity
+from quantize.plan.served import KEPT, Choice, plan_of
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
 Choices = Mapping[str, Choice]
-Measure = Callable[[Choices], float]
 
 
 class PlanError(ValueError):
@@ -116,7 +112,6 @@ class Candidate(BaseModel):
     plan: Plan
     weight_bytes: int
     predicted_kl: float
-    simulated_kl: float | None = None
     served_kl: float | None = None
 
 
@@ -126,12 +121,9 @@ class Planner:
     def __init__(self, modules: Modules, sensitivity: Sensitivity) -> None:
         self.modules = modules
         self._options: dict[str, list[tuple[Choice, Option]]] = {}
-        self._excess: dict[tuple[str, str, str], float] = {}
         for row in sensitivity.rows:
             option = Option(f"{row.scheme}@{row.method}", row.bytes, max(0.0, row.loss))
             self._options.setdefault(row.group, []).append(((row.scheme, row.method), option))
-            if row.kl_served is not None:
-                self._excess[row.group, row.scheme, row.method] = row.kl_served - row.kl
         for group in modules:
             kept = Option("bf16", group.stored_bytes(scheme("bf16")), 0.0)
             self._options.setdefault(group.name, []).append((KEPT, kept))
@@ -139,7 +131,14 @@ class Planner:
     @property
     def classes(self) -> list[list[Option]]:
         """The knapsack's classes, in the order of ``modules``."""
-        return [[option for _, option in self._options[group.name]] for group in self.modules]
+        return self._weighted({})
+
+    def _weighted(self, weights: Mapping[str, float]) -> list[list[Option]]:
+        """The classes with the losses of each group times its weight."""
+        return [
+            [replace(o, loss=o.loss * weights.get(group.name, 1.0)) for _, o in self._options[group.name]]
+            for group in self.modules
+        ]
 
     def _choices(self, picks: Sequence[int]) -> dict[str, Choice]:
         return {
@@ -147,11 +146,14 @@ class Planner:
             for group, pick in zip(self.modules, picks, strict=True)
         }
 
-    def within(self, budget: int) -> dict[str, Choice]:
-        """The least predicted loss with all weights, embeddings and head in ``budget`` bytes."""
+    def within(self, budget: int, weights: Mapping[str, float] | None = None) -> dict[str, Choice]:
+        """The least predicted loss with all weights, embeddings and head in ``budget`` bytes.
+
+        ``weights`` multiplies the losses of groups, by name.
+        """
         left = budget - self.modules.other_bytes
         try:
-            return self._choices(least_loss(self.classes, left))
+            return self._choices(least_loss(self._weighted(weights or {}), left))
         except PlanError:
             least = self.modules.other_bytes + sum(min(o.bytes for o in c) for c in self.classes)
             raise PlanError(
@@ -185,63 +187,5 @@ class Planner:
         """The plan of ``choices``."""
         return plan_of(choices, kv)
 
-    def engine_excess(self, choices: Choices) -> float:
-        """What the engine's kernels add to the loss in torch, of the groups where both were measured."""
-        return sum(self._excess.get((name, *choice), 0.0) for name, choice in choices.items())
-
     def _loss(self, group: str, choice: Choice) -> float:
         return next(option.loss for known, option in self._options[group] if known == choice)
-
-    def refine(
-        self, start: Choices, budget: int, measure: Measure, tries: int, seed: int = 0, label: str = "refine"
-    ) -> list[tuple[float, dict[str, Choice]]]:
-        """Search around ``start`` by measured changes that stay within ``budget``; best first.
-
-        A change gives one to three groups other choices, drawn with a preference for those whose own loss
-        falls, and fills what is left of the budget greedily. A change that measures better is kept.
-        """
-        rng = random.Random(seed)
-        best: dict[str, Choice] = dict(start)
-        found = {_key(best): (measure(best), best)}
-        lowest = found[_key(best)][0]
-        names = [group.name for group in self.modules]
-        with tqdm(range(tries), desc=label, unit="plan", file=sys.stderr) as bar:
-            for _ in bar:
-                trial = dict(best)
-                for name in rng.sample(names, rng.choice((1, 2, 2, 3))):
-                    trial[name] = rng.choice(self._options[name])[0]
-                trial = self._repair(trial, budget, rng)
-                if _key(trial) in found:
-                    continue
-                loss = measure(trial)
-                found[_key(trial)] = (loss, trial)
-                if loss < lowest:
-                    lowest, best = loss, trial
-                    bar.set_postfix(kl=f"{lowest:.5f}")
-        return sorted(found.values(), key=lambda entry: entry[0])
-
-    def _repair(self, trial: dict[str, Choice], budget: int, rng: random.Random) -> dict[str, Choice]:
-        """Make ``trial`` fit: shrink where it costs least per byte, then grow where it gains most."""
-        trial = dict(trial)
-        size = self.weight_bytes(trial)
-        while True:
-            over = size > budget
-            moves = []
-            for name, now in trial.items():
-                have = next(option for known, option in self._options[name] if known == now)
-                for choice, option in self._options[name]:
-                    saved, cost = have.bytes - option.bytes, option.loss - have.loss
-                    if over and saved > 0:
-                        moves.append((cost / saved * rng.uniform(0.7, 1.3), name, choice, saved))
-                    if not over and cost < 0 and size - saved <= budget:
-                        gain = cost / max(1, -saved)
-                        moves.append((gain * rng.uniform(0.7, 1.3), name, choice, saved))
-            if not moves:
-                return trial
-            _, name, choice, saved = min(moves)
-            trial[name] = choice
-            size -= saved
-
-
-def _key(choices: Choices) -> tuple[tuple[str, Choice], ...]:
-    return tuple(sorted(choices.items()))

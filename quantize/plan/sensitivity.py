@@ -1,4 +1,4 @@
-"""What each module group loses at each scheme, three ways, from cheap to dear.
+"""What each module group loses at each choice of scheme and method, from two passes over the model.
 
 ``sqnr_db``
     signal to quantization noise of the group's outputs on real inputs, 10 log10(Σ|Wx|² / Σ|Wx - Ŵx̂|²).
@@ -6,50 +6,59 @@
     second-order estimate of the KL divergence, nats per token: ½ E[(Σ_t g_t·e_t)²] / T, where e_t is the
     error of the group's output at token t and g_t the gradient, with respect to that output, of the
     log-likelihood of labels drawn from the model itself. The cross terms between tokens vanish in
-    expectation, so this is ½ δᵀFδ with the full Fisher matrix F of the group, not its diagonal, and
-    it covers rounded inputs as well as rounded weights (Amari 1998; Kim et al., arXiv:2306.07629 take the
-    diagonal).
-``kl``
-    the mean KL itself with this group alone quantized, in torch.
-``kl_served``
-    the same from the engine's kernels, for schemes that an engine computes differently (see ``measure``).
+    expectation, so this is ½ δᵀFδ with the full Fisher matrix F of the group, not its diagonal (Amari 1998;
+    Kim et al., arXiv:2306.07629 take the diagonal).
+``loss``
+    ``fisher`` times the scheme's scale: what its uniform variant loses through the engine's kernels over
+    the sum of its estimates. The planner adds these up.
 
-One forward and backward pass per sample gives the first two for all groups and schemes; memory is the
-model plus one sample's activations (with gradient checkpointing: of one block) plus the dequantized
-weights of the groups at one scheme. The KL takes one forward pass over the samples per row. Rows are kept
-as they come, so that an interrupted run goes on.
+Σ_t g_t·e_t of a changed weight is the inner product of its change with the gradient of the weight, so that
+one backward pass per sequence serves every choice; rounded inputs add Σ_t (Wᵀg_t)·(x̂_t - x_t). The product
+of the two changes is left out.
+
+The forward pass keeps the hidden states between blocks (on disk where they are many); the backward pass takes
+block by block, from the last to the first, and computes each one again. Memory: one block, its gradients, and
+its changes at all choices. Rows are kept as each block is finished, so that an interrupted run goes on.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import sys
-from collections import Counter
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict
 from tqdm import tqdm
 
+from quantize.core.dequantize import linear_weight
 from quantize.core.modules import Group
-from quantize.core.plan import Plan
 from quantize.core.schemes import scheme
-from quantize.evaluate.bench import Bench, Span
-from quantize.plan.simulated import SimulatedModel, round_inputs
+from quantize.evaluate.bench import Span
+from quantize.make.blocks import Batch, Blocks
+from quantize.make.linears import Place, observing
+from quantize.make.parts import PartStore
+from quantize.make.statistics import first_of
+from quantize.make.threads import side_by_side
+from quantize.plan.served import KEPT, Choice, ServedKl, plan_of
+from quantize.plan.simulated import round_inputs
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-Choice = tuple[str, str]
-"""A scheme and a method."""
-KEPT: Choice = ("bf16", "rtn")
-"""The choice of a group that is not quantized."""
-FIDELITY = 1.25
-"""Engine and torch may differ by this factor in the KL of a uniform variant before rows are measured
-on the engine itself."""
+__all__ = ["KEPT", "Choice", "Row", "Sensitivity", "analyse", "calibrated", "plan_of"]
+
+HEAD_TOKENS = 128
+"""Tokens whose logits are in memory at a time."""
+DRAWS = 3
+"""Labels that are drawn for every token, a backward pass each: an estimate is a mean of squares, one per
+sequence and draw."""
+NOISE_TOKENS = 512
+"""Tokens on which the noise of outputs is taken."""
 
 
 class Row(BaseModel):
@@ -65,13 +74,17 @@ class Row(BaseModel):
     bytes: int
     sqnr_db: float
     fisher: float
-    kl: float
-    kl_served: float | None = None
+    scale: float = 1.0
+
+    @property
+    def kl(self) -> float | None:
+        """None: groups are not measured one by one, for reports that show it where it is."""
+        return None
 
     @property
     def loss(self) -> float:
-        """The best figure there is, nats per token."""
-        return self.kl if self.kl_served is None else self.kl_served
+        """The best estimate there is, nats per token."""
+        return self.fisher * self.scale
 
 
 class Sensitivity(BaseModel):
@@ -81,59 +94,36 @@ class Sensitivity(BaseModel):
 
     rows: tuple[Row, ...]
     tokens: int
-    fidelity: Mapping[str, float]
-    """scheme@method to KL(engine) / KL(torch) of the uniform variant, where both were measured."""
+    uniform: Mapping[str, float] = {}
+    """scheme@method to the KL of the uniform variant on the engine, where it was measured."""
 
     def row(self, group: str, choice: Choice) -> Row:
         return next(r for r in self.rows if (r.group, r.scheme, r.method) == (group, *choice))
 
 
-class Samples:
-    """Outputs' energy, errors and gradients' products, summed over samples."""
-
-    def __init__(self) -> None:
-        self.signal: dict[str, float] = {}
-        self.noise: dict[tuple[str, Choice], float] = {}
-        self.products: dict[tuple[str, Choice], float] = {}
-        self.tokens = 0
-
-
 def analyse(
-    model: SimulatedModel,
+    parts: PartStore,
     choices: Mapping[str, Sequence[Choice]],
+    spans: Sequence[Span],
     keep: Path,
     seed: int = 0,
 ) -> tuple[Row, ...]:
     """Rows for every group (by name) and its ``choices``; finished rows are read from ``keep``."""
-    groups = [group for group in model.modules if group.name in choices]
+    groups = [group for group in parts.modules if choices.get(group.name)]
     known = _read_rows(keep)
-    wanted = [(group, choice) for group in groups for choice in choices[group.name]]
-    missing = [(group, choice) for group, choice in wanted if (group.name, *choice) not in known]
-    if missing:
-        samples = _second_order(model, missing, seed)
-        reference = model.log_probabilities()
+    missing = {
+        group.name: [c for c in choices[group.name] if (group.name, *c) not in known] for group in groups
+    }
+    if any(missing.values()):
+        parts.make(missing, label="quantize for all choices")
         keep.parent.mkdir(parents=True, exist_ok=True)
-        with (
-            keep.open("a", encoding="utf-8") as file,
-            tqdm(missing, desc="sensitivity: KL", unit="row", file=sys.stderr) as bar,
-        ):
-            for group, choice in bar:
-                row = Row(
-                    group=group.name,
-                    kind=group.kind,
-                    layer=group.layer,
-                    scheme=choice[0],
-                    method=choice[1],
-                    bytes=group.stored_bytes(scheme(choice[0])),
-                    sqnr_db=_decibel(samples.signal[group.name], samples.noise[group.name, choice]),
-                    fisher=samples.products[group.name, choice] / 2 / samples.tokens,
-                    kl=model.kl({group.name: choice}, reference),
-                )
-                file.write(row.model_dump_json() + "\n")
+        with keep.open("a", encoding="utf-8") as file:
+            for rows in _Backward(parts, spans, seed).rows(missing):
+                file.writelines(row.model_dump_json() + "\n" for row in rows)
                 file.flush()
                 os.fsync(file.fileno())
-                known[group.name, *choice] = row
-    return tuple(known[group.name, *choice] for group, choice in wanted)
+                known |= {(row.group, row.scheme, row.method): row for row in rows}
+    return tuple(known[group.name, *choice] for group in groups for choice in choices[group.name])
 
 
 def _read_rows(path: Path) -> dict[tuple[str, str, str], Row]:
@@ -148,154 +138,272 @@ def _read_rows(path: Path) -> dict[tuple[str, str, str], Row]:
     return {(row.group, row.scheme, row.method): row for row in rows}
 
 
-def _decibel(signal: float, noise: float) -> float:
-    return 10 * math.log10(max(signal, 1e-30) / max(noise, 1e-30))
+def calibrated(rows: Sequence[Row], served: ServedKl) -> Sensitivity:
+    """Give every row the scale of its scheme: a uniform variant of each is measured on the engine.
 
-
-def _second_order(model: SimulatedModel, wanted: Sequence[tuple[Group, Choice]], seed: int) -> Samples:
-    import torch
-
-    generator = torch.Generator().manual_seed(seed)
-    samples = Samples()
-    chosen: dict[str, list[Choice]] = {}
-    for group, choice in wanted:
-        chosen.setdefault(group.name, []).append(choice)
-    watched = [group for group in model.modules if group.name in chosen]
-    seen: dict[str, tuple[Tensor, Tensor]] = {}
-
-    def watch(name: str) -> Any:
-        def hook(_module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            output.retain_grad()
-            seen[name] = (inputs[0].detach(), output)
-
-        return hook
-
-    hooks = [
-        model.model.get_submodule(member.name).register_forward_hook(watch(member.name))
-        for group in watched
-        for member in group.members
-    ]
-    embedding = model.model.get_input_embeddings()
-    try:
-        for tokens, start in tqdm(
-            model.spans, desc="sensitivity: gradients", unit="sample", file=sys.stderr, leave=False
-        ):
-            with torch.enable_grad():
-                inputs = embedding(torch.tensor([list(tokens)])).detach().requires_grad_()
-                logits = model.model(inputs_embeds=inputs, use_cache=False).logits[0, start - 1 : -1]
-                logp = torch.log_softmax(logits.float(), -1)
-                labels = torch.multinomial(logp.detach().exp(), 1, generator=generator)
-                torch.autograd.backward(logp.gather(1, labels).sum())
-            for group in watched:
-                _add(model, group, chosen[group.name], seen, samples)
-            samples.tokens += len(tokens) - start
-            seen.clear()
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return samples
-
-
-def _add(
-    model: SimulatedModel,
-    group: Group,
-    choices: Sequence[Choice],
-    seen: Mapping[str, tuple[Tensor, Tensor]],
-    samples: Samples,
-) -> None:
-    """Add one sample's sums for one group: the errors of all its members act together."""
-    import torch
-
-    with torch.no_grad():
-        for member in group.members:
-            output = seen[member.name][1]
-            samples.signal[group.name] = samples.signal.get(group.name, 0.0) + float(output.square().sum())
-        for choice in choices:
-            how, product, noise = scheme(choice[0]), 0.0, 0.0
-            for member, weight in zip(group.members, model.weights(group, *choice), strict=True):
-                x, output = seen[member.name]
-                rounded = round_inputs(x, how.activations) if how.activations else x
-                module = model.model.get_submodule(member.name)
-                error = torch.nn.functional.linear(rounded, weight, module.bias) - output
-                noise += float(error.square().sum())
-                if output.grad is not None:
-                    product += float((output.grad * error).sum())
-            key = (group.name, choice)
-            samples.noise[key] = samples.noise.get(key, 0.0) + noise
-            samples.products[key] = samples.products.get(key, 0.0) + product**2
-
-
-def measure(
-    model: SimulatedModel,
-    rows: Sequence[Row],
-    bench: Bench,
-    spans: Sequence[Span],
-    workdir: Path,
-) -> Sensitivity:
-    """Compare every choice's uniform variant on the engine with torch; where they differ by more than
-    ``FIDELITY``, measure each of its rows on the engine. Finished measurements are kept in ``workdir``."""
-    workdir.mkdir(parents=True, exist_ok=True)
-    served = ServedKl(model, bench, spans, workdir)
-    reference = model.log_probabilities()
-    fidelity, refined = {}, {(row.group, row.scheme, row.method): row for row in rows}
-    for choice in dict.fromkeys((row.scheme, row.method) for row in rows):
-        mine = [row for row in rows if (row.scheme, row.method) == choice]
-        together = {row.group: choice for row in mine}
-        ratio = served(together) / max(model.kl(together, reference), 1e-12)
-        fidelity["@".join(choice)] = ratio
-        if 1 / FIDELITY <= ratio <= FIDELITY:
-            continue
-        label = f"sensitivity: {choice[0]} differs on the engine (x {ratio:.2f})"
-        for row in tqdm(mine, desc=label, unit="row", file=sys.stderr):
-            update = {"kl_served": served({row.group: choice})}
-            refined[row.group, row.scheme, row.method] = row.model_copy(update=update)
-    return Sensitivity(
-        rows=tuple(refined.values()),
-        tokens=sum(len(tokens) - start for tokens, start in spans),
-        fidelity=fidelity,
-    )
-
-
-def plan_of(choices: Mapping[str, Choice], kv: str = "auto") -> Plan:
-    """The plan that gives every group its choice."""
-    methods = {name: choice[1] for name, choice in choices.items() if choice[0] != "bf16"}
-    main = Counter(methods.values()).most_common(1)[0][0] if methods else "rtn"
-    return Plan(
-        groups={name: choice[0] for name, choice in choices.items()},
-        method=main,
-        methods={name: method for name, method in methods.items() if method != main},
-        kv=kv,
-    )
-
-
-class ServedKl:
-    """Measures plans on the engine's kernels, and remembers what it measured.
-
-    The reference is scored once. ``kv`` is the KV cache's scheme.
+    It is by the last of the scheme's methods. Groups that do not have the scheme stay at 16 bits in it.
     """
+    by_scheme: dict[str, list[Row]] = {}
+    for row in rows:
+        by_scheme.setdefault(row.scheme, []).append(row)
+    uniform, scales = {}, {}
+    for name, mine in tqdm(by_scheme.items(), desc="uniform variants", unit="engine", file=sys.stderr):
+        method = mine[-1].method
+        chosen = [row for row in mine if row.method == method]
+        measured = served({row.group: (name, method) for row in chosen})
+        uniform[f"{name}@{method}"] = measured
+        scales[name] = measured / max(sum(row.fisher for row in chosen), 1e-12)
+    return Sensitivity(
+        rows=tuple(row.model_copy(update={"scale": scales[row.scheme]}) for row in rows),
+        tokens=served.tokens,
+        uniform=uniform,
+    )
 
-    def __init__(self, model: SimulatedModel, bench: Bench, spans: Sequence[Span], workdir: Path) -> None:
-        self._model, self._bench, self._spans, self._workdir = model, bench, spans, workdir
-        workdir.mkdir(parents=True, exist_ok=True)
-        self._reference, self._file = workdir / "reference.npy", workdir / "served.jsonl"
-        self._known: dict[str, float] = {}
-        if self._file.exists():
-            for line in self._file.read_text(encoding="utf-8").splitlines():
-                key, value = json.loads(line)
-                self._known[key] = value
-        self.measured = 0
 
-    def __call__(self, choices: Mapping[str, Choice], kv: str = "auto") -> float:
-        plan = plan_of({g.name: choices.get(g.name, KEPT) for g in self._model.modules}, kv)
-        key = f"{self._bench.identity} {plan.model_dump_json()}"
-        if key not in self._known:
-            folder = self._workdir / "candidate"
-            self._model.parts.assemble(plan, folder)
-            if not self._reference.exists():
-                self._bench.score(self._model.parts.checkpoint.path, self._spans, save=self._reference)
-            scores = self._bench.score(folder, self._spans, kv=kv, reference=self._reference)
-            self._known[key] = float(scores.kl.mean())
-            self.measured += 1
-            with self._file.open("a", encoding="utf-8") as file:
-                file.write(json.dumps([key, self._known[key]]) + "\n")
-        return self._known[key]
+class _Sums:
+    """Of one (group, choice): Σ (Σ_t g·e)² over sequences, and energies of outputs and errors."""
+
+    def __init__(self) -> None:
+        self.products = self.signal = self.noise = 0.0
+
+    def add(self, product: float, signal: float, noise: float) -> None:
+        self.products += product
+        self.signal += signal
+        self.noise += noise
+
+
+class _Backward:
+    """The two passes: hidden states forwards, gradients backwards."""
+
+    def __init__(self, parts: PartStore, spans: Sequence[Span], seed: int) -> None:
+        import torch
+
+        self.parts, self.spans = parts, spans
+        self.blocks = Blocks(parts.checkpoint, parts.modules)
+        self.generator = torch.Generator().manual_seed(seed)
+        self.tokens = sum(len(tokens) - start for tokens, start in spans)
+
+    def rows(self, wanted: Mapping[str, Sequence[Choice]]) -> Iterable[list[Row]]:
+        """Rows of a block's groups at a time, the last block first."""
+        blocks = self.blocks
+        groups = [group for group in self.parts.modules if wanted.get(group.name)]
+        first = min(group.layer for group in groups)
+        states = blocks.start(
+            [tokens for tokens, _ in self.spans], copies=1 + DRAWS + len(blocks), alone=True
+        )
+        before: list[list[Tensor]] = []
+        with tqdm(total=2 * len(blocks) - first, desc="sensitivity", unit="block", file=sys.stderr) as bar:
+            for layer in range(len(blocks)):
+                before.append([states.room(batch.hidden).copy_(batch.hidden) for batch in states.batches])
+                with blocks.loaded(layer):
+                    blocks.forward(layer, states)
+                bar.update()
+            with blocks.head_only() as logits_of:
+                gradients = [[self._last(batch, logits_of) for _ in range(DRAWS)] for batch in states.batches]
+            for layer in range(len(blocks) - 1, first - 1, -1):
+                mine = [group for group in groups if group.layer == layer]
+                with blocks.loaded(layer):
+                    sums = self._block(layer, states.batches, before.pop(), gradients, mine, wanted)
+                bar.update()
+                yield [self._row(group, c, sums[group.name, c]) for group in mine for c in wanted[group.name]]
+
+    def _row(self, group: Group, choice: Choice, sums: _Sums) -> Row:
+        return Row(
+            group=group.name,
+            kind=group.kind,
+            layer=group.layer,
+            scheme=choice[0],
+            method=choice[1],
+            bytes=group.stored_bytes(scheme(choice[0])),
+            sqnr_db=10 * math.log10(max(sums.signal, 1e-30) / max(sums.noise, 1e-30)),
+            fisher=sums.products / (2 * DRAWS * self.tokens),
+        )
+
+    def _last(self, batch: Batch, logits_of: Callable[[Tensor], Tensor]) -> Tensor:
+        """The gradient of the drawn labels' log-likelihood with respect to the last hidden states."""
+        import torch
+
+        gradient = torch.zeros_like(batch.hidden)
+        tokens, start = self.spans[batch.numbers[0]]
+        for at in range(start - 1, len(tokens) - 1, HEAD_TOKENS):
+            end = min(at + HEAD_TOKENS, len(tokens) - 1)
+            hidden = batch.hidden[:, at:end].clone().requires_grad_()
+            logp = torch.log_softmax(logits_of(hidden)[0].float(), -1)
+            drawn = torch.multinomial(logp.detach().exp().cpu(), 1, generator=self.generator)
+            total = logp.gather(1, drawn.to(logp.device)).sum()
+            gradient[:, at:end] = torch.autograd.grad(total, hidden)[0]
+        return gradient
+
+    def _block(
+        self,
+        layer: int,
+        batches: Sequence[Batch],
+        before: Sequence[Tensor],
+        gradients: Sequence[Sequence[Tensor]],
+        groups: Sequence[Group],
+        wanted: Mapping[str, Sequence[Choice]],
+    ) -> dict[tuple[str, Choice], _Sums]:
+        """Sums of a block's groups; ``gradients`` become those with respect to its inputs."""
+        sums = {(group.name, choice): _Sums() for group in groups for choice in wanted[group.name]}
+        changes = {
+            group.name: [self._changes(group, choice) for choice in wanted[group.name]] for group in groups
+        }
+        places = {m.name: self.blocks.places[m.name] for group in groups for m in group.members}
+        firsts = {first_of(group, m.name) for group in groups for m in group.members}
+        weights = {id(parameter): parameter for parameter in map(_parameter, places.values())}
+        lock, running = threading.Lock(), threading.local()
+        noisy = _first_tokens(batches, NOISE_TOKENS)
+
+        def see(name: str, x: Tensor) -> None:
+            if name in firsts:
+                running.inputs[name] = x
+
+        def work(number: int) -> None:
+            running.inputs = {}
+            for draw, found in enumerate(
+                self._sequence(layer, batches[number], before[number], gradients[number], weights, running)
+            ):
+                slopes = {
+                    n: _part(place, found.weights[id(_parameter(place))]) for n, place in places.items()
+                }
+                for group in groups:
+                    for choice, change in zip(wanted[group.name], changes[group.name], strict=True):
+                        added = _product(group, choice, change, found.inputs, slopes) ** 2
+                        energies = (0.0, 0.0)
+                        if number in noisy and draw == 0:
+                            energies = _energies(self.blocks, group, choice, change, found.inputs)
+                        with lock:
+                            sums[group.name, choice].add(added, *energies)
+
+        for weight in weights.values():
+            weight.requires_grad_(True)
+        with observing(places, see):
+            on_processor = self.blocks.device.type == "cpu"
+            numbers = range(len(batches))
+            side_by_side(work, numbers) if on_processor else list(map(work, numbers))
+        for weight in weights.values():
+            weight.requires_grad_(False)
+        return sums
+
+    def _changes(self, group: Group, choice: Choice) -> dict[str, Tensor]:
+        """Ŵ - W of a group's members, float32."""
+        tensors = self.parts.tensors(self.parts.file(group.name, choice))
+        found = {}
+        for member in group.members:
+            quantized = linear_weight(tensors, member.name, scheme(choice[0])).to(self.blocks.device)
+            found[member.name] = quantized.sub_(self.blocks.places[member.name].weight.float())
+        return found
+
+    def _sequence(
+        self,
+        layer: int,
+        batch: Batch,
+        hidden: Tensor,
+        gradients: Sequence[Tensor],
+        weights: Mapping[int, Any],
+        running: Any,
+    ) -> Iterable[_Found]:
+        """One sequence through the block, and back per draw; ``gradients`` become those of the block's input.
+
+        ``running.inputs`` is filled by a hook with what goes into the linears.
+        """
+        import torch
+
+        with torch.enable_grad():
+            start = hidden.clone().requires_grad_()
+            out = self.blocks.through(layer, batch, start)
+            inputs: dict[str, Tensor] = running.inputs
+            asked = [start, *weights.values(), *inputs.values()]
+        for draw, gradient in enumerate(gradients):
+            more = draw + 1 < len(gradients)
+            found = torch.autograd.grad(out, asked, gradient, allow_unused=True, retain_graph=more)
+            gradient.copy_(found[0])
+            of_input = found[1 + len(weights) :]
+            yield _Found(
+                dict(zip(weights, found[1 : 1 + len(weights)], strict=True)),
+                {name: (x.detach(), g) for (name, x), g in zip(inputs.items(), of_input, strict=True)},
+            )
+
+
+@dataclass(frozen=True)
+class _Found:
+    """Of one sequence: gradients of weights by the parameter's id, and (x, gradient of x) by the name of the
+    first linear on those inputs. None stands for an expert that no token came to."""
+
+    weights: dict[int, Tensor | None]
+    inputs: dict[str, tuple[Tensor, Tensor | None]]
+
+
+def _first_tokens(batches: Sequence[Batch], tokens: int) -> set[int]:
+    """As many sequences as hold so many tokens, from the middle of the order by length."""
+    found: set[int] = set()
+    middle = len(batches) // 2
+    for number in sorted(range(len(batches)), key=lambda one: abs(one - middle)):
+        if sum(batches[one].lengths[0] for one in found) >= tokens:
+            break
+        found.add(number)
+    return found
+
+
+def _parameter(place: Place) -> Any:
+    """The parameter that a linear's weight lies in."""
+    module: Any = place.module
+    if place.expert is None:
+        return module.weight
+    return module.down_proj if place.projection == "down_proj" else module.gate_up_proj
+
+
+def _part(place: Place, gradient: Tensor | None) -> Tensor | None:
+    """A linear's (N, K) part of its parameter's gradient."""
+    if gradient is None or place.expert is None:
+        return gradient
+    mine = gradient[place.expert]
+    half = len(mine) // 2
+    if place.projection == "down_proj":
+        return mine
+    return mine[:half] if place.projection == "gate_proj" else mine[half:]
+
+
+def _product(
+    group: Group,
+    choice: Choice,
+    change: Mapping[str, Tensor],
+    inputs: Mapping[str, tuple[Tensor, Tensor | None]],
+    slopes: Mapping[str, Tensor | None],
+) -> float:
+    """Σ_t g_t·e_t of one sequence: the errors of all members act together."""
+    total = 0.0
+    for member in group.members:
+        slope = slopes[member.name]
+        if slope is not None:
+            total += float((slope.float() * change[member.name]).sum())
+    how = scheme(choice[0]).activations
+    if how is not None:
+        for first in {first_of(group, member.name) for member in group.members}:
+            x, slope = inputs.get(first, (None, None))
+            if x is not None and slope is not None:
+                total += float((slope.float() * (round_inputs(x, how) - x).float()).sum())
+    return total
+
+
+def _energies(
+    blocks: Blocks,
+    group: Group,
+    choice: Choice,
+    change: Mapping[str, Tensor],
+    inputs: Mapping[str, tuple[Tensor, Tensor | None]],
+) -> tuple[float, float]:
+    """A sequence's energies of outputs, and of their errors."""
+    how = scheme(choice[0]).activations
+    signal = noise = 0.0
+    for member in group.members:
+        x, _ = inputs.get(first_of(group, member.name), (None, None))
+        if x is None:
+            continue
+        wide = x[0].float() if x.ndim == 3 else x.float()
+        weight = blocks.places[member.name].weight.float()
+        rounded = round_inputs(wide, how) if how is not None else wide
+        clean = wide @ weight.T
+        noise += float((rounded @ (weight + change[member.name]).T - clean).square().sum())
+        signal += float(clean.square().sum())
+    return signal, noise

@@ -1,7 +1,7 @@
 """From a checkpoint and calibration data to the best plan within a budget, step by step and resumable.
 
 planning_dir/<key>/    the key is of the checkpoint, the calibration data and the target
-  parts/               parts of variants (:mod:`quantize.plan.parts`)
+  parts/               parts of variants (:mod:`quantize.make.parts`)
   rows.jsonl           sensitivity, a line per finished row
   served/              what was measured on the engine
   sensitivity.json     the whole analysis
@@ -15,26 +15,31 @@ from pathlib import Path
 
 from quantize.core.checkpoint import Checkpoint, base_sha256
 from quantize.core.files import write_whole
+from quantize.core.methods import parse_method
 from quantize.core.modules import Modules, read_modules
 from quantize.core.plan import Plan
 from quantize.core.schemes import BF16_BYTES, kv_scheme, scheme
 from quantize.core.targets import Target
 from quantize.evaluate.bench import Bench, Span
 from quantize.make.calibration import CalibrationSet
-from quantize.make.compress import QuantizeError
-from quantize.plan.parts import PartStore
+from quantize.make.compress import QuantizeError, compress_whole
+from quantize.make.parts import PartStore
+from quantize.make.rate import matmul_rate
 from quantize.plan.planner import Candidate, PlanError, Planner
 from quantize.plan.search import search
-from quantize.plan.sensitivity import KEPT, Choice, Sensitivity, ServedKl, analyse, measure
+from quantize.plan.sensitivity import Sensitivity, analyse, calibrated
+from quantize.plan.served import KEPT, Choice, ServedKl
 from quantize.plan.simulated import SimulatedModel
-from quantize.plan.tune import Tuned, tune, write_tuned
+from quantize.plan.tune import SEQUENCES, STEPS, Tuned, tune, write_tuned
 
-METHODS = ("gptq", "imatrix+gptq")
-"""Whose parts a plan may mix, unless told otherwise."""
+METHODS = ("imatrix+gptq",)
+"""Whose parts below 8 bits a plan may mix, unless told otherwise."""
 CHOOSING_SHARE = 4
 """One conversation in so many is kept from calibration, and plans are chosen on it."""
 MIN_CHOOSING = 8
 LOSS_ROUNDS = 6
+TRIES = 12
+"""Plans that are measured on the engine, unless told otherwise."""
 SHORTLIST = (
     *("w4a16-g128", "w4a16-g64", "w4a16-g32", "nvfp4"),
     *("w8a8-r7", "w8a8", "fp8-dynamic", "w8a16-g128"),
@@ -71,7 +76,9 @@ class PlanningSession:
         decides = (base_sha256(checkpoint), calibration.description.sha256, where.name, len(choosing))
         self.directory = directory / hashlib.sha256(repr(decides).encode()).hexdigest()[:12]
         self.calibration, self.choosing = calibrating, choosing
-        self.parts = PartStore(self.directory / "parts", checkpoint, self.modules, calibrating)
+        self.parts = PartStore(
+            self.directory / "parts", checkpoint, self.modules, calibrating, whole=self._whole
+        )
         self._ranks = tensor_parallel
         self._simulated: SimulatedModel | None = None
 
@@ -82,6 +89,15 @@ class PlanningSession:
             self._simulated = SimulatedModel(self.parts, self.choosing)
         return self._simulated
 
+    @property
+    def _plain(self) -> str:
+        """The method of 8-bit schemes: ranges alone, after the transforms of the other methods."""
+        return "+".join((*parse_method(self.methods[0]).transforms, "rtn"))
+
+    def _whole(self, plan: Plan, out: Path, label: str) -> None:
+        log = self.directory / "parts" / ".logs" / f"{label}.log"
+        compress_whole(self.checkpoint, self.modules, plan, self.calibration, out, log, label)
+
     def choices(self) -> dict[str, Sequence[Choice]]:
         """What the planner may give each group: legal schemes, each by the methods that suit it."""
         found: dict[str, Sequence[Choice]] = {}
@@ -91,7 +107,7 @@ class PlanningSession:
             found[group.name] = [
                 (name, method)
                 for name in names
-                for method in (self.methods if scheme(name).weight_bits < 8 else self.methods[:1])
+                for method in (self.methods if scheme(name).weight_bits < 8 else (self._plain,))
             ]
         if not any(found.values()):
             raise PlanError(f"{self.target.name} loads no quantized scheme for any module of this model")
@@ -108,8 +124,8 @@ class PlanningSession:
 
     def sensitivity(self, bench: Bench) -> Sensitivity:
         """The whole analysis; what was finished before is kept."""
-        rows = analyse(self.simulated, self.choices(), self.directory / "rows.jsonl")
-        found = measure(self.simulated, rows, bench, self.choosing, self.directory / "served")
+        rows = analyse(self.parts, self.choices(), self.choosing, self.directory / "rows.jsonl")
+        found = calibrated(rows, self._served(bench))
         write_whole(self.directory / "sensitivity.json", found.model_dump_json(indent=1))
         return found
 
@@ -123,8 +139,7 @@ class PlanningSession:
         budget: int,
         kv_tokens: int = 0,
         kv: Sequence[str] = ("auto",),
-        tries: int = 200,
-        finalists: int = 4,
+        tries: int = TRIES,
     ) -> list[Candidate]:
         """Plans of at most ``budget`` bytes, weights and ``kv_tokens`` tokens of cache; best first.
 
@@ -146,15 +161,13 @@ class PlanningSession:
             raise PlanError("; ".join(errors))
         chosen = min(fitting, key=lambda name: fitting[name])
         left = budget - kv_tokens * per_token[chosen] - self._kv_scale_bytes(chosen)
-        reference = self.simulated.log_probabilities()
-        found = search(planner, self.simulated, served, reference, left, tries=tries, finalists=finalists)
+        found = search(planner, served, left, tries=tries)
         return [self._with_kv(candidate, chosen, losses[chosen], served) for candidate in found]
 
     def for_loss(self, bench: Bench, loss: float) -> Candidate:
         """The fewest bytes whose KL, measured on the engine, is at most ``loss`` nats per token."""
         planner = self.planner(bench)
         served = self._served(bench)
-        reference = self.simulated.log_probabilities()
         wanted = loss
         for _ in range(LOSS_ROUNDS):
             choices = planner.for_loss(wanted)
@@ -164,7 +177,6 @@ class PlanningSession:
                     plan=planner.plan(choices),
                     weight_bytes=planner.weight_bytes(choices),
                     predicted_kl=planner.predicted(choices),
-                    simulated_kl=self.simulated.kl(choices, reference),
                     served_kl=measured,
                 )
             wanted *= min(0.95, loss / measured)
@@ -181,14 +193,27 @@ class PlanningSession:
         write_tuned(tuned, out)
         return tuned
 
+    def tuning_cost(self) -> tuple[int, float]:
+        """Bytes of memory and seconds that tuning takes: the model in 32 bits with the gradients of a batch,
+        the reference's log-probabilities of the calibration tokens; forward and backward passes of every
+        step at this machine's rate of matrix products."""
+        weights = sum(group.weights for group in self.modules)
+        all_weights = weights + self.modules.other_bytes // BF16_BYTES
+        tokens = sum(map(len, self.calibration.sequences))
+        of_step = SEQUENCES * tokens / len(self.calibration.sequences)
+        vocabulary = int(self.checkpoint.text_config["vocab_size"])
+        memory = 4 * (3 * all_weights + int(tokens + 3 * of_step) * vocabulary)
+        operations = 6.0 * all_weights * of_step * STEPS + 2.0 * all_weights * tokens
+        return memory, operations / matmul_rate("float32", "cpu")
+
     def _served(self, bench: Bench) -> ServedKl:
-        return ServedKl(self.simulated, bench, self.choosing, self.directory / "served")
+        return ServedKl(self.parts, bench, self.choosing, self.directory / "served")
 
     def _kv_loss(self, served: ServedKl, kv: str) -> float:
         return 0.0 if kv == "auto" else served({group.name: KEPT for group in self.modules}, kv)
 
     def _kv_bytes(self, kv: str) -> int:
-        config = self.checkpoint.config
+        config = self.checkpoint.text_config
         heads = config.get("num_key_value_heads") or config["num_attention_heads"]
         return kv_scheme(kv).bytes_per_token(
             config["num_hidden_layers"], int(heads), self.checkpoint.head_dim
@@ -208,7 +233,6 @@ class PlanningSession:
             plan=plan,
             weight_bytes=plan.weight_bytes(self.modules),
             predicted_kl=candidate.predicted_kl + loss,
-            simulated_kl=None,
             served_kl=served(choices, kv),
         )
 

@@ -3,67 +3,113 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from quantize.card import CARD_NAME
-from quantize.core.checkpoint import TOKENIZER_FILES, Checkpoint, CheckpointError, read_tensors, weight_files
+from quantize.core.checkpoint import Checkpoint
+from quantize.core.companions import (
+    TOKENIZER_FILES,
+    chat_template,
+    companion_files,
+    read_object,
+    with_file_class,
+    wrong_class,
+)
+from quantize.core.model_config import TEXT_CONFIGS
 from quantize.core.modules import Modules
 from quantize.core.plan import Plan
-from quantize.register.formats import bits_of, read_prequantized
+from quantize.core.targets import Target
+from quantize.core.weights import (
+    CONFIGS,
+    INDEX,
+    CheckpointError,
+    ignored_files,
+    read_tensors,
+    weight_files,
+)
+from quantize.register.formats import Prequantized, bits_of, read_prequantized
 from quantize.register.stored import SAME_FIELDS, check_stored
 
-PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
-"""Weights in formats that run code when they are read: left behind."""
-TOKENIZER_PATTERNS = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt")
-TEMPLATE_PATTERNS = ("chat_template*",)
+RECIPES = ("recipe.yaml",)
+"""What llm-compressor leaves beside the weights: how they were made."""
+TOKENIZER_NAMES = ("token", "vocab", "merges")
+TEMPLATE_NAMES = ("chat_template", "additional_chat_templates")
 
 
 @dataclass(frozen=True)
 class Outside:
-    """What was found. ``files`` are to be taken as they are, the base model's among them."""
+    """What was found. ``files``, each with its name in the variant, are to be taken as they are, the base
+    model's among them; ``written`` are texts by the name of the file that they stand in for."""
 
-    files: tuple[Path, ...]
+    files: tuple[tuple[Path, Path], ...]
     plan: Plan
     module_bits: dict[str, int]
     bits_per_weight: float
     notes: tuple[str, ...]
+    written: Mapping[str, str] = field(default_factory=dict)
 
 
-def examine(directory: Path, base: Checkpoint, modules: Modules) -> Outside:
-    """Check a quantized checkpoint against the base model. Raises CheckpointError with one sentence."""
-    config = _config(directory)
+def examine(directory: Path, base: Checkpoint, modules: Modules, where: Target | None = None) -> Outside:
+    """Check a quantized checkpoint against the base model, and the order of its columns against ``where``.
+
+    Raises CheckpointError with one sentence.
+    """
+    config, written = _config(directory)
+    text_config = next((config[key] for key in TEXT_CONFIGS if isinstance(config.get(key), dict)), config)
     for name in SAME_FIELDS:
-        ours, theirs = base.config.get(name), config.get(name)
+        ours, theirs = base.text_config.get(name), text_config.get(name)
         if ours is not None and theirs is not None and ours != theirs:
             raise CheckpointError(
                 f"{directory}/config.json: {name} is {theirs}, the base model {base.path} has {ours}; "
                 "register it with the model that it was made from"
             )
-    weight_files(directory)
+    read_tensors(directory)
     found = read_prequantized(directory, config, modules.linears)
-    notes = check_stored(directory, base.path, modules, found)
+    _refuse_order(directory, found, where)
+    notes = check_stored(directory, base, modules, found, text_config.get("tie_word_embeddings"))
     plan = Plan(
         groups={group.name: _one_scheme(directory, group.members, found.schemes) for group in modules},
         kv=found.kv,
         method=found.method,
     )
     supplied, more = _supplied(directory, base)
-    files = [path for path in sorted(directory.iterdir()) if _taken(path)]
-    left = [path.name for path in directory.iterdir() if path.suffix in PICKLES]
-    if left:
-        more.append(f"left behind, because reading them can run code: {', '.join(sorted(left))}")
+    files = [(directory / name, name) for name in _files(directory)]
+    if wrong_class(directory) is not None:
+        written["tokenizer_config.json"] = with_file_class(directory / "tokenizer_config.json")
+        more.append(
+            "tokenizer_config.json names PreTrainedTokenizerFast, with which tokenizer.json is read as it is"
+        )
+    names = {name for _, name in files}
+    if left := [name for name in ignored_files(directory) if Path(name) not in names]:
+        more.append(f"left behind, because it is no part of the model: {', '.join(left)}")
     return Outside(
         files=(*files, *supplied),
         plan=plan,
         module_bits=bits_of(found.schemes),
         bits_per_weight=_bits_per_weight(directory, modules),
         notes=(*notes, *more),
+        written=written,
     )
 
 
-def _config(directory: Path) -> dict[str, Any]:
+def _files(directory: Path) -> list[Path]:
+    """What a quantized checkpoint consists of, relative to its directory."""
+    weights = [path.relative_to(directory) for path in weight_files(directory)]
+    named = (Path(name) for name in (*CONFIGS, INDEX, *RECIPES))
+    return [*(name for name in named if (directory / name).is_file()), *weights, *companion_files(directory)]
+
+
+def _refuse_order(directory: Path, found: Prequantized, where: Target | None) -> None:
+    """The columns of a matrix may stand in the order of their activations, which not every engine undoes."""
+    for module, order in found.orders.items() if where else ():
+        if where and (problems := where.act_order_problems(module, order)):
+            raise CheckpointError(f"{directory}: {problems[0]}")
+
+
+def _config(directory: Path) -> tuple[dict[str, Any], dict[str, str]]:
+    """The configuration, and what is written so that an engine finds in it what a file beside it says."""
     path = directory / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -73,11 +119,12 @@ def _config(directory: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path} is not valid JSON ({error}); save the checkpoint again") from None
     if not isinstance(config, dict):
         raise CheckpointError(f"{path} holds no JSON object; save the checkpoint again")
-    return config
-
-
-def _taken(path: Path) -> bool:
-    return path.is_file() and path.name != CARD_NAME and path.name[0] != "." and path.suffix not in PICKLES
+    if not config.get("quantization_config"):
+        for name, method in (("quantize_config.json", "gptq"), ("quant_config.json", "awq")):
+            if settings := read_object(directory / name):
+                config["quantization_config"] = {"quant_method": method, **settings}
+                return config, {"config.json": json.dumps(config, indent=2) + "\n"}
+    return config, {}
 
 
 def _one_scheme(directory: Path, members: Any, schemes: Any) -> str:
@@ -100,33 +147,24 @@ def _bits_per_weight(directory: Path, modules: Modules) -> float:
     return 8 * stored / sum(linear.weights for linear in modules.linears)
 
 
-def _supplied(directory: Path, base: Checkpoint) -> tuple[list[Path], list[str]]:
+def _supplied(directory: Path, base: Checkpoint) -> tuple[list[tuple[Path, Path]], list[str]]:
     """The base model's tokenizer and chat template, where the checkpoint has none."""
     files: list[Path] = []
     notes: list[str] = []
     if not any((directory / name).is_file() for name in TOKENIZER_FILES):
-        files += _matching(base.path, TOKENIZER_PATTERNS)
+        files += [name for name in base.companions if any(part in name.name for part in TOKENIZER_NAMES)]
         notes.append("the tokenizer is the base model's: the checkpoint has none")
     else:
         _same_tokenizer(directory, base.path)
-    if not _has_template(directory) and not any(_has_template(path) for path in files):
-        files += _matching(base.path, TEMPLATE_PATTERNS)
+    if chat_template(directory) is None:
+        if Path("tokenizer_config.json") not in files or not _template_in_config(base.path):
+            files += [name for name in base.companions if name.as_posix().startswith(TEMPLATE_NAMES)]
         notes.append("the chat template is the base model's: the checkpoint has none")
-    names = {path.name for path in directory.iterdir()}
-    return [path for path in files if path.name not in names], notes
+    return [(base.path / name, name) for name in files if not (directory / name).exists()], notes
 
 
-def _matching(directory: Path, patterns: tuple[str, ...]) -> list[Path]:
-    return sorted({path for pattern in patterns for path in directory.glob(pattern) if path.is_file()})
-
-
-def _has_template(path: Path) -> bool:
-    """Of a checkpoint directory, or of a tokenizer_config.json."""
-    if path.is_dir():
-        return bool(_matching(path, TEMPLATE_PATTERNS)) or _has_template(path / "tokenizer_config.json")
-    if path.name != "tokenizer_config.json" or not path.is_file():
-        return False
-    return bool(json.loads(path.read_text(encoding="utf-8")).get("chat_template"))
+def _template_in_config(path: Path) -> bool:
+    return bool(read_object(path / "tokenizer_config.json").get("chat_template"))
 
 
 def _same_tokenizer(directory: Path, base: Path) -> None:

@@ -52,6 +52,8 @@ class Prequantized:
     schemes: Mapping[str, str]
     kv: str = "auto"
     notes: tuple[str, ...] = field(default=())
+    orders: Mapping[str, str] = field(default_factory=dict)
+    """Linear module to the order of its columns, by compressed-tensors' name, where it is not the model's."""
 
 
 def read_prequantized(directory: Path, config: Mapping[str, Any], linears: Iterable[Linear]) -> Prequantized:
@@ -112,12 +114,22 @@ def _compressed_tensors(directory: Path, settings: Mapping[str, Any], names: lis
         for group in settings["config_groups"].values()
     ]
     ignore = settings.get("ignore") or []
-    schemes = {}
+    schemes, orders = {}, {}
     for name in names:
-        found = [how for targets, how in groups if _targeted(name, targets)]
-        schemes[name] = "bf16" if not found or _targeted(name, ignore) else found[0]
+        found = [number for number, (targets, _) in enumerate(groups) if _targeted(name, targets)]
+        kept = not found or _targeted(name, ignore)
+        schemes[name] = "bf16" if kept else groups[found[0]][1]
+        order = (
+            None if kept else list(settings["config_groups"].values())[found[0]]["weights"].get("actorder")
+        )
+        if order:
+            orders[name] = str(order)
     return Prequantized(
-        "compressed-tensors", _method(directory), schemes, _kv(settings.get("kv_cache_scheme"))
+        "compressed-tensors",
+        _method(directory),
+        schemes,
+        _kv(settings.get("kv_cache_scheme")),
+        orders=orders,
     )
 
 
@@ -198,8 +210,14 @@ def _gptq(_: Path, settings: Mapping[str, Any], names: list[str]) -> Prequantize
                 how = None if pattern.startswith("-:") else default | changed
                 break
         schemes[name] = _integers(how["bits"], how["group_size"], how["sym"]) if how else "bf16"
-    notes = ("columns are in the order of their activations (desc_act)",) if settings.get("desc_act") else ()
-    return Prequantized("gptq", _provider(settings, "gptq"), schemes, notes=notes)
+    notes: tuple[str, ...] = ()
+    orders: dict[str, str] = {}
+    if settings.get("desc_act"):
+        notes = ("columns are in the order of their activations (desc_act)",)
+        # One group per output channel has no order; vLLM makes no difference for GPTQ's static groups.
+        if int(settings["group_size"]) != -1:
+            orders = {name: "group" for name, how in schemes.items() if how != "bf16"}
+    return Prequantized("gptq", _provider(settings, "gptq"), schemes, notes=notes, orders=orders)
 
 
 def _flat(entries: Iterable[Any]) -> list[str]:

@@ -1,31 +1,22 @@
-"""The tensors of a quantized checkpoint: do they fit the base model, are they whole, what do they stand for.
+"""The tensors of a quantized checkpoint: do they fit the base model, are they whole, whole.
 
-Layouts of one (N outputs, K inputs) matrix at b bits, with 32 / b values to a word:
-
-compressed-tensors  ``weight_packed`` (N, words of K), ``weight_scale`` (N, groups); or ``weight`` (N, K);
-                    4-bit floats stand two to a byte, with a ``weight_global_scale`` for NVFP4
-gptq                ``qweight`` (words of K, N), ``scales`` (groups, N), ``qzeros`` (groups, words of N)
-awq                 ``qweight`` (K, words of N), the rest as gptq; within a word the columns stand in the
-                    order 0 2 4 6 1 3 5 7
+The layouts are those of :mod:`quantize.core.dequantize`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from quantize.core.checkpoint import CheckpointError, Tensor, read_tensors
+from quantize.core.checkpoint import Checkpoint
 from quantize.core.modules import Linear, Modules
 from quantize.core.schemes import BLOCK, Numbers, Scheme, scheme
-from quantize.core.tensors import Part, read_parts
+from quantize.core.tensors import read_parts, refuse_not_finite, same_bytes
+from quantize.core.weights import CheckpointError, Tensor, read_tensors
 from quantize.register.formats import Prequantized
 
-if TYPE_CHECKING:
-    pass
-
 FLOATS = {"F32", "F16", "BF16"}
-CHUNK_BYTES = 1 << 26
+HEAD = "lm_head.weight"
 SAME_FIELDS = (
     "hidden_size",
     "num_hidden_layers",
@@ -39,19 +30,24 @@ SAME_FIELDS = (
 Shape = tuple[int, ...]
 
 
-def check_stored(directory: Path, base: Path, modules: Modules, found: Prequantized) -> tuple[str, ...]:
+def check_stored(
+    directory: Path, base: Checkpoint, modules: Modules, found: Prequantized, tied: bool | None = None
+) -> tuple[str, ...]:
     """Compare the tensors in ``directory`` with the base checkpoint's and with ``found``.
 
+    ``tied`` is what the configuration in ``directory`` says of head and embeddings, if it says anything.
     Returns what a person should know. Raises CheckpointError, naming the tensor, when one is missing, has
     another shape, or holds NaN or infinity.
     """
-    stored, theirs = read_tensors(directory), read_tensors(base)
+    stored, theirs = read_tensors(directory), base.tensors
     for linear in modules.linears:
         _check_linear(directory, linear, scheme(found.schemes[linear.name]), found.layout, stored)
     linears = {f"{linear.name}.weight" for linear in modules.linears}
     for name, tensor in theirs.items():
-        if name in linears or (name == "lm_head.weight" and name not in stored):
-            continue  # a head that is not stored is the embedding
+        if name in linears:
+            continue
+        if name == HEAD and name not in stored and tied is not False and _is_embedding(base):
+            continue
         if name not in stored:
             raise CheckpointError(f"{directory}: {name} is missing; the base model has it")
         if stored[name].shape != tensor.shape:
@@ -59,12 +55,31 @@ def check_stored(directory: Path, base: Path, modules: Modules, found: Prequanti
                 f"{directory}: {name} has shape {stored[name].shape}, the base model's has {tensor.shape}; "
                 "register it with the model that it was made from"
             )
+    if tied is False and HEAD not in stored and not any(name.startswith("lm_head.") for name in stored):
+        raise CheckpointError(
+            f"{directory}: config.json does not tie the output head to the embeddings, and no {HEAD} is "
+            "stored; save the checkpoint again with its head"
+        )
     refuse_not_finite(directory)
-    return tuple(_notes(stored, found, modules))
+    return tuple(_notes(stored, found, modules, theirs))
 
 
-def _notes(stored: Mapping[str, Tensor], found: Prequantized, modules: Modules) -> Iterator[str]:
+def _is_embedding(base: Checkpoint) -> bool:
+    """Whether the base model's head is its embedding, stored a second time."""
+    parts = read_parts(base.path)
+    return any(
+        name.endswith("embed_tokens.weight") and same_bytes(parts[HEAD], parts[name]) for name in parts
+    )
+
+
+def _notes(
+    stored: Mapping[str, Tensor], found: Prequantized, modules: Modules, theirs: Mapping[str, Tensor]
+) -> Iterator[str]:
     yield from found.notes
+    quantized = {linear.name for linear in modules.linears}
+    more = [name for name in stored if name not in theirs and name.rpartition(".")[0] not in quantized]
+    if more := [name for name in more if not name.endswith(("_scale", "_zero_point"))]:
+        yield f"{len(more)} tensors are not the base model's: {', '.join(more[:3])}"
     wide = [name for name, tensor in stored.items() if tensor.dtype == "F32" and name.endswith(".weight")]
     if wide:
         yield f"{len(wide)} unquantized tensors are stored in 32 bits; an engine loads them in 16"
@@ -129,32 +144,3 @@ def _integer_shapes(w: Numbers, n: int, k: int, layout: str) -> dict[str, Shape]
     groups = _groups(w, k)
     packed = (k, n * w.bits // 32) if layout == "awq" else (k * w.bits // 32, n)
     return {"qweight": packed, "scales": (groups, n), "qzeros": (groups, n * w.bits // 32)}
-
-
-def refuse_not_finite(directory: Path) -> None:
-    """Raise CheckpointError when a scale, or any other 8-, 16- or 32-bit float, is NaN or infinite."""
-    for name, part in read_parts(directory).items():
-        if not _finite(part):
-            raise CheckpointError(f"{directory}: {name} holds NaN or infinity; the checkpoint is damaged")
-
-
-def _finite(part: Part) -> bool:
-    """By the bits of the exponent, so that bfloat16 and FP8 need no conversion."""
-    import numpy as np
-
-    kinds = {"F32": ("<u4", 0x7F800000), "F16": ("<u2", 0x7C00), "BF16": ("<u2", 0x7F80)}
-    if part.dtype == "F8_E4M3":  # has no infinity; NaN is all ones
-        kind, mask = "u1", 0x7F
-    elif part.dtype in kinds:
-        kind, mask = kinds[part.dtype]
-    else:
-        return True
-    with part.file.open("rb") as file:
-        file.seek(part.offset)
-        left = part.bytes
-        while left:
-            block = np.frombuffer(file.read(min(left, CHUNK_BYTES)), dtype=kind)
-            if bool(((block & mask) == mask).any()):
-                return False
-            left -= block.nbytes
-    return True

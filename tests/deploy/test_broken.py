@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from deploy.engine import EngineSpec, free_port, running
-from deploy.engine_failures import EngineLoadError, reason
+from deploy.engine_failures import EngineLoadError
+from deploy.engine_log import reason
 from deploy.measuring import unless_broken
 from deploy.supervisor import engine_specs
 from gateway.cards import load_cards

@@ -411,7 +411,7 @@ def test_grafana_is_given_its_source_and_its_dashboards() -> None:
     mounts = {volume.split(":")[1]: COMPOSE / volume.split(":")[0] for volume in grafana["volumes"]}
     assert mounts["/etc/grafana/provisioning"] == places
     dashboards = mounts[provider["options"]["path"]]
-    assert len(list(dashboards.glob("*.json"))) == 3
+    assert len(list(dashboards.glob("*.json"))) == 4
     home = grafana["environment"]["GF_DASHBOARDS_DEFAULT_HOME_DASHBOARD_PATH"]
     assert (dashboards / Path(home).name).is_file()
 

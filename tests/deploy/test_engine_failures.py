@@ -2,7 +2,7 @@
 
 import pytest
 
-from deploy.engine_failures import EngineLoadError, EngineRoomError, EngineSetupError, diagnose, reason
+from deploy.engine_failures import EngineLoadError, EngineRoomError, EngineSetupError, diagnose
 
 CORE = "(EngineCore pid=412) ERROR 11-26 06:40:11 [core.py:946] "
 SERVER = (
@@ -56,13 +56,6 @@ def test_the_cause_decides(log: str, status: int, kind: type[Exception], cause: 
     assert type(error) is kind
     assert bool(found.fix) == (cause != "files")
     assert found.fix in str(error)
-
-
-def test_the_line_that_says_why_is_the_engines_own() -> None:
-    assert reason(SHAPE) == "ValueError: The output_size 48 is not divisible by 32"
-    assert reason(CONFIG) == "Value error, Quantization method fp9 is not supported"
-    assert "See root cause above" in reason(SERVER)  # nothing better was said
-    assert reason("") == "it said nothing"
 
 
 def test_an_old_error_above_is_no_cause_where_the_last_one_is_about_the_files() -> None:

@@ -14,7 +14,7 @@ from quantize.core.targets import detect, target
 from quantize.evaluate.bench import Bench, BenchError
 from quantize.make.calibration import read_calibration
 from quantize.plan.planner import Planner
-from quantize.plan.sensitivity import ServedKl
+from quantize.plan.served import ServedKl
 from quantize.plan.session import PlanningSession
 from quantize.plan.simulated import SimulatedModel, mean_kl, plan_choices
 from quantize.plan.tune import tune, write_tuned
@@ -51,7 +51,7 @@ def test_a_planned_variant_beats_the_uniform_ones_at_its_bytes(
     assert abs(sum(ratios) / len(ratios)) < 0.5
 
     planner = Planner(session.modules, found)
-    served = ServedKl(session.fake, bench, session.choosing, session.directory / "served")
+    served = ServedKl(session.simulated, bench, session.choosing, session.directory / "served")
     uniform = {group.name: ("w4a16-g32", "imatrix") for group in session.modules}
     budget = planner.weight_bytes(uniform)
     best = session.within(bench, budget, tries=30, finalists=2)[0]
@@ -69,17 +69,17 @@ def test_tuning_lowers_the_loss_and_adds_no_byte(session: PlanningSession, bench
     plan = Plan(groups={group.name: "w4a16-g128" for group in session.modules}, method="imatrix")
     out = session.directory / "tuned"
     session.parts.assemble(plan, out)
-    served = ServedKl(session.fake, bench, session.choosing, session.directory / "served")
+    served = ServedKl(session.simulated, bench, session.choosing, session.directory / "served")
     before = served(plan_choices(plan, session.modules))
-    tuned = tune(session.fake, plan, out, session.calibration.sequences, steps=40)
+    tuned = tune(session.simulated, plan, out, session.calibration.sequences, steps=40)
     write_tuned(tuned, out)
     assert tuned.after < tuned.before
     assert weight_bytes(out) == plan.weight_bytes(session.modules)
-    reference = session.directory / "served" / "reference.npy"
+    reference = session.directory / "served" / "reference.npz"
     after = bench.score(out, session.choosing, reference=reference)
     assert float(after.kl.mean()) < before
     # the model in torch is the reference again
-    assert session.fake.kl({}, session.fake.log_probabilities()) == 0.0
+    assert session.simulated.kl({}, session.simulated.log_probabilities()) == 0.0
 
 
 def test_what_was_measured_is_kept(session: PlanningSession, bench: Bench) -> None:
@@ -99,7 +99,7 @@ def test_what_was_measured_is_kept(session: PlanningSession, bench: Bench) -> No
 
 def test_torch_and_engine_agree_on_four_bit_weights(session: PlanningSession, bench: Bench) -> None:
     plan = Plan(groups={group.name: "w4a16-g64-asym" for group in session.modules}, method="imatrix")
-    fake: SimulatedModel = session.fake
+    fake: SimulatedModel = session.simulated
     reference = fake.log_probabilities()
     with fake.swapped(plan_choices(plan, session.modules)):
         torch = mean_kl(reference, fake.log_probabilities())
@@ -119,7 +119,7 @@ def test_an_fp8_cache_is_assembled_with_its_scales(session: PlanningSession, ben
 
 
 def test_the_reference_against_itself_is_exactly_the_same(session: PlanningSession, bench: Bench) -> None:
-    saved = session.directory / "itself.npy"
+    saved = session.directory / "itself.npz"
     bench.score(MODEL, session.choosing[:5], save=saved)
     again = bench.score(MODEL, session.choosing[:5], reference=saved)
     assert again.kl.max() == 0.0

@@ -36,7 +36,10 @@ def make_card(variant: str, *, passes: tuple[str, ...] = (), **changes: Any) -> 
         delta_log_perplexity_se=0.001,
         kl_mean=0.001,
         kl_p99=0.01,
+        kl_se=0.0001,
         kl_vocabulary=2048,
+        kl_exact=True,
+        sequences=80,
         top1_agreement=0.99,
     )
     good = RoleEvaluation(

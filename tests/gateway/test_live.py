@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import io
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-from gateway_stack import eventually, running_gateway, settings, write_variants
+from gateway_stack import CHAT, Stack, eventually, from_clients, running_gateway, settings, write_variants
 
 from gateway.routing.discovery import Discovery
 
@@ -228,3 +230,37 @@ async def _variant(stack: Any, role: str) -> str:
         await response.read()
         assert response.status == 200
         return str(response.headers["x-tiercel-variant"])
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_large_body_reaches_the_engine_as_it_was_sent(stream: bool) -> None:
+    """It is looked at as it comes, cut anywhere, and not copied."""
+    said = "größe 👋 " * 200_000
+    async with running_gateway() as stack:
+        body = {"messages": [{"role": "user", "content": said}], "stream": stream, "user": "somebody"}
+        async with _send(stack, json.dumps(body, ensure_ascii=False).encode()) as response:
+            assert response.status == 200
+            await response.read()
+        (asked,) = from_clients(stack.engines["bf16"])
+        assert asked["messages"] == body["messages"]
+        assert asked["user"] == "somebody"
+        async with stack.post() as response:
+            assert response.status == 200, "and the connections go on"
+
+
+@pytest.mark.parametrize("end", [b"\xff", b"\xc3"])
+async def test_a_large_body_that_is_no_text_is_refused(end: bytes) -> None:
+    async with running_gateway() as stack:
+        body = b'{"messages":[{"role":"user","content":"%b%b"}]}' % ("ä".encode() * 500_000, end)
+        async with _send(stack, body) as response:
+            assert response.status == 400
+            assert "not valid JSON" in (await response.json())["error"]["message"]
+        assert not from_clients(stack.engines["bf16"])
+        async with _send(stack, b'{"x": "\xff"}') as response:
+            assert response.status == 400, "also a small one after a large one"
+
+
+def _send(stack: Stack, body: bytes) -> Any:
+    return stack.http.post(
+        stack.url + CHAT, data=io.BytesIO(body), headers={"content-type": "application/json"}
+    )

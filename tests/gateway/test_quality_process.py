@@ -31,7 +31,14 @@ from gateway.quality.inquiry import Inquiry
 from gateway.quality.observe import Observed, Observer
 from gateway.quality.process import CheckProcess, LostError
 from gateway.quality.records import AnswerRecord, CheckOutcome, Look, encode
-from gateway.quality.schemas import LONGEST, Schemas
+from gateway.quality.schemas import (
+    DEADLY_KEPT,
+    DEADLY_OF_A_TENANT,
+    LONGEST,
+    Deadly,
+    Mark,
+    Schemas,
+)
 from gateway.telemetry.metrics import Metrics
 from gateway.upstream.litellm import LiteLLM
 
@@ -146,6 +153,52 @@ async def test_a_step_has_a_bound() -> None:
         assert step.findings is not None
         assert checks.pid != first
         assert metrics.registry.get_sample_value("tiercel_quality_errors_total", {"part": "checks"}) == 1
+
+
+async def test_a_schema_over_which_a_process_was_lost_is_not_looked_at_again() -> None:
+    async with running() as (checks, metrics):
+        await ready(checks)
+        with pytest.raises(LostError):
+            await checks.step(Look(), record("{}", **by_schema(bomb())), limit_s=0.5)
+        pid = await ready(checks)
+        again = await checks.step(Look(), record("{}", **by_schema(bomb())), limit_s=SLOW_S)
+        assert again.findings is not None
+        assert again.findings.outcomes["json"] is CheckOutcome.SKIPPED
+        assert again.findings.outcomes["empty"] is CheckOutcome.PASSED
+        other = await checks.step(Look(), record("{}", **by_schema({"type": "object"})), limit_s=SLOW_S)
+        assert other.findings is not None
+        assert other.findings.outcomes["json"] is CheckOutcome.PASSED
+        assert checks.pid == pid
+        assert metrics.registry.get_sample_value("tiercel_quality_errors_total", {"part": "checks"}) == 1
+
+
+async def test_a_process_that_is_lost_over_something_else_blames_no_schema() -> None:
+    async with running() as (checks, _):
+        pid = await ready(checks)
+        assert (await checks.step(Look(), record("{}", **by_schema({"type": "object"})))).findings is not None
+        os.kill(pid, signal.SIGSTOP)
+        with pytest.raises(LostError):
+            await checks.step(Look(), record("{}", **by_schema({"type": "object"})), limit_s=0.2)
+        assert not checks.deadly.marks
+
+
+def test_deadly_schemas_are_a_tenants_own_and_bounded() -> None:
+    def mark(tenant: str, number: int) -> Mark:
+        return Mark(tenant.encode(), b"%d" % number)
+
+    deadly = Deadly(mark("a", number) for number in range(DEADLY_OF_A_TENANT - 1))
+    assert mark("a", 0) in deadly
+    assert mark("a", 1000) not in deadly
+    assert mark("b", 0) not in deadly
+    deadly.add(mark("a", 1))
+    assert mark("a", 1000) not in deadly, "the same one twice is one"
+    deadly.add(mark("a", 999))
+    assert mark("a", 1000) in deadly, "whoever sends so many is not looked at any more"
+    assert mark("b", 1000) not in deadly
+    for number in range(2 * DEADLY_KEPT):
+        deadly.add(mark(f"tenant {number}", 0))
+    assert len(deadly.marks) == DEADLY_KEPT
+    assert mark("a", 0) not in deadly
 
 
 async def test_what_it_cannot_take_is_dropped_and_counted(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,11 +7,14 @@ import json
 from typing import Any
 
 import pytest
+import yaml
 from grafana_foundation_sdk.cog.encoder import JSONEncoder
 from grafana_foundation_sdk.cog.plugins import register_default_plugins
 from grafana_foundation_sdk.models.dashboard import Dashboard as GrafanaDashboard
+from prometheus_client import CollectorRegistry
 
 from deploy.dashboards import COLUMNS, DASHBOARDS, DIRECTORY, Dashboard, render, text_of
+from gateway.telemetry.metrics import Metrics
 from tests.helm.metric_names import filled, selectors
 from tests.helm.test_rules import check_names
 
@@ -121,7 +124,11 @@ def test_variables_are_declared_before_they_are_used(dashboard: Dashboard) -> No
 @EACH
 def test_a_choice_of_roles_and_variants_narrows_every_query_that_has_them(dashboard: Dashboard) -> None:
     """A panel that leaves the choice out would show others' figures under a chosen name."""
-    whole = ("tiercel_gateway", "tiercel_watch_outcomes_dropped_total", "tiercel_variant_weight_bytes")
+    whole = (
+        *("tiercel_gateway", "tiercel_watch_outcomes_dropped_total", "tiercel_variant_weight_bytes"),
+        *("tiercel_usage_settled", "tiercel_quality_dropped", "tiercel_quality_errors", "tiercel_responses"),
+        *("tiercel_background_job", "tiercel_event_loop", "tiercel_log_lines", "tiercel_worker"),
+    )
     for panel in panels(dashboard):
         for target in panel["targets"]:
             for selector in selectors(filled(target["expr"])):
@@ -129,3 +136,18 @@ def test_a_choice_of_roles_and_variants_narrows_every_query_that_has_them(dashbo
                 if "tiercel" in name and not name.startswith(whole) and panel["title"] != "Gateways":
                     chosen = {matcher.name for matcher in selector.matchers.matchers}
                     assert chosen & {"role", "variant"}, (panel["title"], name)
+
+
+def test_every_metric_has_a_panel() -> None:
+    """By itself, or by what the recording rules make of it."""
+    rules = (DIRECTORY.parent / "rules.yaml").read_text(encoding="utf-8")
+    every = [target["expr"] for each in DASHBOARDS for panel in panels(each) for target in panel["targets"]]
+    recorded = {
+        rule["record"]: rule["expr"]
+        for group in yaml.safe_load(rules)["groups"]
+        for rule in group["rules"]
+        if "record" in rule
+    }
+    shown = " ".join([*every, *(expr for name, expr in recorded.items() if name in " ".join(every))])
+    families = Metrics(CollectorRegistry(), ()).families
+    assert {name for name in families if name not in shown} == set()

@@ -105,7 +105,9 @@ def make_evaluation(kl: float, roles: tuple[str, ...] = ("core",)) -> Evaluation
         delta_log_perplexity_se=0.002,
         kl_mean=kl,
         kl_p99=10 * kl,
+        kl_se=0.05 * kl,
         kl_vocabulary=64,
+        sequences=80,
         kl_interval=(0.9 * kl, 1.1 * kl),
         top1_agreement=0.97,
     )

@@ -8,18 +8,27 @@ from typing import Any
 import pytest
 
 from quantize.check import (
-    ARCHITECTURES,
     CheckReport,
     check_report,
     estimate,
     format_check,
-    largest_token,
+    kept_rows,
+    reference_bytes,
+    refuse_pattern,
     refuse_short,
     refuse_unfit,
 )
 from quantize.core.checkpoint import Checkpoint, CheckpointError, open_checkpoint
-from quantize.core.modules import read_modules
+from quantize.core.companions import largest_token
+from quantize.core.modules import Group, Linear, Modules, read_modules
 from quantize.core.targets import TARGETS
+
+
+@pytest.fixture(autouse=True)
+def without_transformers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it is asked about (tests/quantize/test_account.py) takes ten seconds of import."""
+    for name in ("refuse_other_tensors", "refuse_bad_tokenizer"):
+        monkeypatch.setattr(f"quantize.check.{name}", lambda _: None)
 
 
 def write_model(
@@ -52,8 +61,12 @@ def write_model(
         "max_position_embeddings": 1024, "vocab_size": vocabulary, **config,
     }  # fmt: skip
     (path / "config.json").write_text(json.dumps(settings), encoding="utf-8")
-    tokens = {"model": {"vocab": {"a": 0, "b": vocabulary - 2}}, "added_tokens": [{"id": vocabulary - 1}]}
+    tokens = {
+        "model": {"vocab": {"a": 0, "b": vocabulary - 2}},
+        "added_tokens": [{"id": vocabulary - 1, "content": "<|turn|>"}],
+    }
     (path / "tokenizer.json").write_text(json.dumps(tokens), encoding="utf-8")
+    (path / "chat_template.jinja").write_text("<|turn|>{{ messages }}", encoding="utf-8")
     return open_checkpoint(path)
 
 
@@ -91,6 +104,39 @@ def test_a_scheme_that_fits_some_groups_is_counted_with_bf16_in_the_rest(tmp_pat
     assert row.legal == 6  # all but down_proj, whose 720 inputs are no whole groups of 64
     assert any(problem.startswith("mlp.down_proj: K is 720") for problem in row.problems)
     assert "6/8" in format_check(found)
+
+
+def test_what_stays_at_16_bits_is_counted(tmp_path: Path) -> None:
+    checkpoint = write_model(tmp_path, tie_word_embeddings=True)
+    (kept,) = report(checkpoint).kept
+    least = min(row.bytes for row in report(checkpoint).schemes)
+    assert kept.bytes == 2 * 512 * 256
+    assert kept.share == pytest.approx(kept.bytes / least)
+    said = format_check(report(checkpoint))
+    assert "embeddings, which are the head too: 0.26 MB at 16 bits, " in said
+    assert "no target looks embeddings up in fewer bits" in said
+
+
+def test_a_head_of_its_own_says_in_what_it_could_be_served(tmp_path: Path) -> None:
+    modules = read_modules(write_model(tmp_path))
+    head = Group("lm_head", "lm_head", -1, (Linear("lm_head", 512, 256),))
+    whole = Modules(modules.groups, modules.other_bytes + 2 * 512 * 256, head, modules.embedding_bytes)
+    said = {row.what: row.why for row in kept_rows(whole, TARGETS["vllm-cpu-vnni"], 1_000_000)}
+    assert said["output head"] == "vllm-cpu-vnni would take it in w8a8 or w8a8-asym"
+    assert whole.with_head().other_bytes == modules.other_bytes
+    assert whole.with_head().groups[-1] is head
+    assert whole.with_head().layers == modules.layers
+    with pytest.raises(KeyError, match="the model has none of its own"):
+        modules.with_head()
+
+
+def test_rules_that_were_only_read_are_said(tmp_path: Path) -> None:
+    checkpoint = write_model(tmp_path)
+    assert not report(checkpoint).untried
+    said = format_check(report(checkpoint, "vllm-cuda-hopper"))
+    assert "of vllm-cuda-hopper, these rules were read in vLLM 0.32's sources and not run" in said
+    assert "w8a16-g64" in report(checkpoint, "vllm-cuda-hopper").untried
+    assert "w8a16-g128" not in report(checkpoint, "vllm-cuda-hopper").untried
 
 
 def test_ranks_that_do_not_fit_are_said(tmp_path: Path) -> None:
@@ -132,11 +178,12 @@ def test_cost_grows_with_what_it_is_made_of(tmp_path: Path) -> None:
 
 def test_unknown_architecture_is_refused_with_the_known_ones(tmp_path: Path) -> None:
     checkpoint = write_model(tmp_path, architectures=["BertModel"])
-    with pytest.raises(CheckpointError, match=r"architecture BertModel .* known: .*LlamaForCausalLM"):
+    with pytest.raises(
+        CheckpointError, match=r"BertModel: it is not known how an engine fuses .* known: .*LlamaForCausalLM"
+    ):
         report(checkpoint)
-    with pytest.raises(CheckpointError, match="architecture none"):
+    with pytest.raises(CheckpointError, match="none: it is not known how"):
         refuse_unfit(write_model(tmp_path, architectures=[]))
-    assert "LlamaForCausalLM" in ARCHITECTURES
 
 
 def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
@@ -158,9 +205,9 @@ def test_largest_token(tmp_path: Path) -> None:
     assert largest_token(tmp_path) is None
     file.write_text(json.dumps({"model": {"vocab": [["a", 0.0], ["b", -1.0]]}}), encoding="utf-8")
     assert largest_token(tmp_path) == 1
-    for damaged in ("{", "{}", '{"model": {"vocab": 3}}'):
+    for damaged in ("{", "{}", '{"model": {"vocab": 3}}', "[]"):
         file.write_text(damaged, encoding="utf-8")
-        with pytest.raises(CheckpointError, match="is no tokenizer"):
+        with pytest.raises(CheckpointError, match=r"is no tokenizer|is not valid JSON|holds no JSON object"):
             largest_token(tmp_path)
 
 
@@ -172,3 +219,41 @@ def test_too_little_room_is_said_before_work(tmp_path: Path) -> None:
         refuse_short(cost, tmp_path, memory_free=10**6)
     with pytest.raises(CheckpointError, match="disk: a variant takes up to"):
         refuse_short(cost, tmp_path, memory_free=10**12, disk_free=10**3)
+
+
+def test_an_added_token_beyond_the_vocabulary_counts_where_the_template_writes_it(tmp_path: Path) -> None:
+    write_model(tmp_path)
+    file = tmp_path / "tokenizer.json"
+    tokens = json.loads(file.read_text(encoding="utf-8"))
+    tokens["added_tokens"].append({"id": 512, "content": "<image_soft_token>"})
+    file.write_text(json.dumps(tokens), encoding="utf-8")
+    refuse_unfit(open_checkpoint(tmp_path))  # as Gemma 3 has it
+    (tmp_path / "chat_template.jinja").write_text("<image_soft_token>{{ messages }}", encoding="utf-8")
+    with pytest.raises(CheckpointError, match="largest id is 512, the model's vocab_size 512"):
+        refuse_unfit(open_checkpoint(tmp_path))
+
+
+def test_disk_is_counted_for_all_copies(tmp_path: Path) -> None:
+    checkpoint = write_model(tmp_path / "model")
+    cost = estimate(checkpoint, read_modules(checkpoint), tokens=0, longest=512, method="rtn")
+    room = 2 * cost.disk_bytes + 5
+    refuse_short([cost, cost], tmp_path, memory_free=10**12, disk_free=room, more_bytes=5)
+    with pytest.raises(CheckpointError, match="disk: 3 variants take up to"):
+        refuse_short([cost, cost, cost], tmp_path, memory_free=10**12, disk_free=room)
+    with pytest.raises(CheckpointError, match="disk: 2 variants take up to"):
+        refuse_short([cost, cost], tmp_path, memory_free=10**12, disk_free=room, more_bytes=6)
+    assert reference_bytes(checkpoint, tmp_path / "variants") == 0  # links
+    assert reference_bytes(checkpoint, Path("/proc/1")) > 2 * 512 * 256
+
+
+def test_a_path_that_the_engine_reads_as_a_pattern_is_refused(tmp_path: Path) -> None:
+    refuse_pattern(tmp_path / "plain")
+    with pytest.raises(CheckpointError, match=r"has \[ in its path, which vLLM reads as a pattern"):
+        refuse_pattern(tmp_path / "a[b]")
+
+
+def test_settings_of_a_quantizer_in_a_file_of_their_own_are_seen(tmp_path: Path) -> None:
+    checkpoint = write_model(tmp_path)
+    (tmp_path / "quantize_config.json").write_text('{"bits": 4, "group_size": 64}', encoding="utf-8")
+    with pytest.raises(CheckpointError, match="quantized already; register it"):
+        refuse_unfit(checkpoint)

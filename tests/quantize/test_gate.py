@@ -1,21 +1,15 @@
 """The gate must not let a worse variant through, nor pass one on too few items."""
 
-import random
+import math
 
 import pytest
+from pydantic import ValidationError
 
 from quantize.card import Card, Evaluation, LongContext, Outcome, Paired, RoleEvaluation, TextEvaluation
+from quantize.gate.family import holm
 from quantize.gate.judgement import QualityBudget, gate_p_values, judge
-from quantize.gate.paired import (
-    ALPHA,
-    detectable_drop,
-    drop_p,
-    drop_upper_bound,
-    holm,
-    items_that_decide,
-    mcnemar_p,
-    wilson_interval,
-)
+from quantize.gate.paired import drop_p, drop_upper_bound, mcnemar_p
+from quantize.gate.shares import wilson_interval
 
 TEXT = TextEvaluation(
     tokens=1000,
@@ -23,12 +17,14 @@ TEXT = TextEvaluation(
     reference_perplexity=2.0,
     delta_log_perplexity=0.0,
     delta_log_perplexity_se=0.001,
+    delta_log_perplexity_skewness=1.0,
     kl_mean=0.01,
     kl_se=0.001,
     kl_interval=(0.008, 0.012),
     sequences=80,
     kl_p99=0.1,
     kl_vocabulary=128,
+    kl_exact=True,
     top1_agreement=0.99,
 )
 
@@ -111,12 +107,12 @@ FAR = LongContext(prompt_tokens=900, retrieval=paired(40, 0, 0, 30), text=TEXT)
     ("budget", "figures", "outcome", "words"),
     [
         ({"max_kl": 0.011}, {}, Outcome.NOT_ENOUGH_EVIDENCE, "conversations would decide the mean KL"),
-        ({"max_kl": 0.013}, {}, Outcome.PASSED, "mean KL 0.01000 (0.00800 to 0.01200)"),
+        ({"max_kl": 0.013}, {}, Outcome.PASSED, "mean KL 0.01000, at most 0.01244 with 95 % confidence"),
         (
             {"max_kl": 0.1},
             {"text": TEXT.model_copy(update={"sequences": 3})},
             Outcome.NOT_ENOUGH_EVIDENCE,
-            "at least 10 conversations, there are 3",
+            "at least 20 conversations, there are 3",
         ),
         ({"max_grounded_drop": 0.01}, {}, Outcome.NOT_ENOUGH_EVIDENCE, "needs items with grounds"),
         (
@@ -161,16 +157,76 @@ def test_a_limit_is_a_test_of_its_own(
     assert words in "; ".join(verdict.reasons)
 
 
-def test_a_partial_vocabulary_is_called_a_lower_bound() -> None:
-    assert "a lower bound from 128 tokens" in " ".join(judge(card(GOOD), "core", QualityBudget()).reasons)
-    exact = GOOD.model_copy(update={"text": TEXT.model_copy(update={"kl_exact": True})})
-    assert "lower bound" not in " ".join(judge(card(exact), "core", QualityBudget()).reasons)
+def test_a_lower_bound_of_the_kl_passes_nothing_and_fails_what_it_can() -> None:
+    bound = TEXT.model_copy(update={"kl_exact": False, "kl_upper": math.inf, "kl_upper_se": math.inf})
+    verdict = judge(card(GOOD.model_copy(update={"text": bound})), "core", QualityBudget(max_kl=1.0))
+    assert verdict.outcome == Outcome.NOT_ENOUGH_EVIDENCE
+    assert "a lower bound from 128 tokens" in " ".join(verdict.reasons)
+    assert "the true KL may be any larger" in verdict.reasons[-1]
+    verdict = judge(card(GOOD.model_copy(update={"text": bound})), "core", QualityBudget(max_kl=0.005))
+    assert verdict.outcome == Outcome.FAILED
+
+
+@pytest.mark.parametrize(
+    ("upper", "outcome"),
+    [(0.02, Outcome.PASSED), (0.09, Outcome.NOT_ENOUGH_EVIDENCE), (0.2, Outcome.NOT_ENOUGH_EVIDENCE)],
+)
+def test_between_two_bounds_the_upper_one_is_tested(upper: float, outcome: Outcome) -> None:
+    text = TEXT.model_copy(update={"kl_exact": False, "kl_upper": upper, "kl_upper_se": upper / 10})
+    verdict = judge(card(GOOD.model_copy(update={"text": text})), "core", QualityBudget(max_kl=0.1))
+    assert verdict.outcome == outcome, verdict
+    assert f"mean KL between 0.01000 and {upper:.5f}" in " ".join(verdict.reasons)
+
+
+def test_a_loss_without_its_skewness_shows_nothing() -> None:
+    text = TEXT.model_copy(update={"delta_log_perplexity_skewness": None})
+    figures = GOOD.model_copy(update={"long_context": FAR.model_copy(update={"text": text})})
+    verdict = judge(card(figures), "core", QualityBudget(max_long_context_loss=0.01))
+    assert verdict.outcome == Outcome.NOT_ENOUGH_EVIDENCE
+    assert "measure the variant again" in verdict.reasons[-1]
+
+
+@pytest.mark.parametrize("right", [0, 10, 19])
+def test_a_reference_that_cannot_do_the_role_gives_no_verdict(right: int) -> None:
+    """A variant that gets nothing right either would lose nothing."""
+    for to_wrong in (0, right):
+        verdict = judge(card(role_evaluation(200, right, to_wrong, 0)), "core", QualityBudget())
+        assert verdict.outcome == Outcome.NOT_ENOUGH_EVIDENCE
+        assert "the reference itself cannot do this role" in verdict.reasons[0]
+        assert f"{right} of the reference's 200 answers" in verdict.reasons[0]
+    lenient = QualityBudget(min_reference_accuracy=0.0, max_accuracy_drop=0.02)
+    assert judge(card(role_evaluation(800, 40, 0, 0)), "core", lenient).outcome == Outcome.PASSED
+
+
+def test_a_margin_as_large_as_the_reference_says_nothing() -> None:
+    """Where all that the reference gets right may be lost, a variant without any right answer would pass."""
+    figures = role_evaluation(1000, 200, 0, 0)
+    assert judge(card(figures), "core", QualityBudget(max_accuracy_drop=0.1)).outcome == Outcome.PASSED
+    verdict = judge(card(figures), "core", QualityBudget(max_accuracy_drop=0.2))
+    assert verdict.outcome == Outcome.NOT_ENOUGH_EVIDENCE
+    assert "not more than 0.200" in verdict.reasons[0]
+
+
+def test_without_right_answers_the_kl_alone_decides() -> None:
+    budget = QualityBudget(max_accuracy_drop=None, max_kl=0.05)
+    verdict = judge(card(role_evaluation(80, 0, 0, 0)), "core", budget)
+    assert verdict.outcome == Outcome.PASSED
+    assert not any("accuracy" in reason for reason in verdict.reasons)
+    with pytest.raises(ValidationError, match="no limit is set, so nothing could fail"):
+        QualityBudget(max_accuracy_drop=None, max_kl=None)
+
+
+def test_all_of_something_is_never_shown() -> None:
+    figures = GOOD.model_copy(update={"valid_json": paired(300, 0, 0, 300)})
+    verdict = judge(card(figures), "core", QualityBudget(min_valid_json=1.0))
+    assert verdict.outcome == Outcome.NOT_ENOUGH_EVIDENCE
+    assert "no number of answers shows that none is ever bad" in verdict.reasons[-1]
 
 
 def test_the_p_value_inverts_the_bound() -> None:
     for flips in ((0, 0), (3, 2), (9, 3), (2, 9)):
         figures = role_evaluation(400, 380, *flips)
-        assert drop_p(figures.task, drop_upper_bound(figures)) == pytest.approx(0.05)
+        assert drop_p(figures.task, drop_upper_bound(figures)) == pytest.approx(0.05, abs=1e-3)
 
 
 def test_holm_matches_a_worked_example() -> None:
@@ -208,54 +264,9 @@ def test_policy_alone_is_no_test() -> None:
     assert list(gate_p_values(cards, {"core": QualityBudget(min_weight_bits=8)})) == ["b/core"]
 
 
-def test_no_variant_of_many_passes_wrongly_more_often_than_stated() -> None:
-    """Simulated: eight variants, each exactly at the limit. Any pass is wrong."""
-    draw, margin, wrong = random.Random(3), 0.02, 0
-    for _ in range(300):
-        p_values = {}
-        for name in "abcdefgh":
-            flips = [draw.random() for _ in range(400)]
-            to_bad, to_good = sum(f < 0.03 for f in flips), sum(0.03 <= f < 0.04 for f in flips)
-            p_values[name] = drop_p(paired(400, to_bad, to_good, 380), margin)
-        wrong += min(holm(p_values).values()) <= ALPHA
-    assert wrong / 300 < 0.09
-
-
-def test_the_smallest_visible_drop_matches_a_published_sample_size() -> None:
-    """972 pairs show a drop of 2 points at 3 % discordance, one-sided 1 %, power 0.9."""
-    found = detectable_drop(paired(972, 25, 3, 900), alpha=0.01)
-    assert found == pytest.approx(0.02, abs=2e-4)
-    assert detectable_drop(paired(20, 0, 0, 20)) > 0.2
-
-
-def test_the_items_that_decide_would_decide_as_often_as_stated() -> None:
-    sample = paired(300, 5, 3, 280)
-    more = items_that_decide(sample, 0.02)
-    assert more is not None
-    draw, passed = random.Random(5), 0
-    for _ in range(200):
-        flips = [draw.random() for _ in range(more)]
-        to_bad, to_good = sum(f < 5 / 300 for f in flips), sum(5 / 300 <= f < 8 / 300 for f in flips)
-        passed += drop_p(paired(more, to_bad, to_good, more - more // 20), 0.02) <= ALPHA
-    assert 0.84 < passed / 200 <= 0.98
-    assert items_that_decide(paired(300, 12, 0, 280), 0.02) is None
-
-
 def test_the_reference_always_may_serve() -> None:
     verdict = judge(card(None, variant="bf16"), "core", QualityBudget(min_weight_bits=32))
     assert verdict.outcome == Outcome.PASSED
-
-
-def test_upper_bound_covers_the_true_drop_about_as_often_as_it_says() -> None:
-    """Simulated: 2 % true drop, 95 % one-sided bound; it may be short at most a little too often."""
-    draw = random.Random(0)
-    covered = 0
-    for _ in range(600):
-        flips = [draw.random() for _ in range(400)]
-        to_wrong = sum(f < 0.03 for f in flips)
-        to_right = sum(0.03 <= f < 0.04 for f in flips)
-        covered += drop_upper_bound(role_evaluation(400, 380, to_wrong, to_right)) >= 0.02
-    assert covered / 600 > 0.92
 
 
 @pytest.mark.parametrize(("wrong", "right", "p"), [(0, 0, 1.0), (1, 1, 1.0), (5, 0, 0.0625), (10, 2, 0.0386)])

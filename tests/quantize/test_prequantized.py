@@ -17,10 +17,19 @@ from quantize.core.checkpoint import CheckpointError, open_checkpoint
 from quantize.core.dequantize import linear_weight
 from quantize.core.modules import Linear
 from quantize.core.schemes import scheme
+from quantize.core.targets import TARGETS
 from quantize.core.tensors import read_parts
 from quantize.register.formats import Prequantized, read_prequantized
 from quantize.registry import Registry
-from tests.quantize.small import CONFIG, Tensors, base_tensors, linears, write_base, write_checkpoint
+from tests.quantize.small import (
+    CONFIG,
+    Tensors,
+    base_tensors,
+    linears,
+    write_base,
+    write_checkpoint,
+    write_tokenizer,
+)
 
 NAMES = [f"model.layers.{layer}.{name}" for layer in (0, 1) for name in ("self_attn.q_proj", "mlp.down_proj")]
 TOKEN = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "token", "dynamic": True}
@@ -320,3 +329,68 @@ def test_a_scheme_that_splits_a_fused_group_is_refused(
     path = write_checkpoint(tmp_path / "split", tensors, CONFIG | {"quantization_config": settings})
     with pytest.raises(CheckpointError, match=r"must share one scheme: .*q_proj is bf16, .*k_proj is w4a16"):
         registry.register(path, "theirs", open_checkpoint(base))
+
+
+def test_an_order_of_columns_that_the_target_does_not_load_is_refused(
+    registry: Registry, tmp_path: Path, base: Path
+) -> None:
+    tensors, _ = quantized("gptq")
+    settings = SETTINGS["gptq"] | {"desc_act": True}
+    path = write_checkpoint(tmp_path / "ordered", tensors, CONFIG | {"quantization_config": settings})
+    here = TARGETS["vllm-cpu-avx512"]
+    with pytest.raises(
+        CheckpointError, match=r"ordered: .*actorder group.*; quantize it again with actorder"
+    ):
+        registry.register(path, "theirs", open_checkpoint(base), here)
+    assert registry.register(path, "theirs", open_checkpoint(base)).notes[0].startswith("columns are in")
+    assert read(compressed(group(W4G64 | {"actorder": "group"}))).orders == dict.fromkeys(NAMES, "group")
+    assert read(GPTQ | {"desc_act": True, "group_size": -1}).orders == {}  # one group has no order
+
+
+def test_a_head_of_its_own_must_not_be_lost(registry: Registry, tmp_path: Path) -> None:
+    own = base_tensors()
+    own["lm_head.weight"] = base_tensors(seed=1)["lm_head.weight"]
+    base = write_checkpoint(tmp_path / "base", own, CONFIG)
+    write_tokenizer(base)
+    tensors, _ = quantized("gptq")
+    config = CONFIG | {"quantization_config": SETTINGS["gptq"]}
+    del tensors["lm_head.weight"]
+    path = write_checkpoint(tmp_path / "headless", tensors, config)
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight is missing; the base model has it"):
+        registry.register(path, "theirs", open_checkpoint(base))
+
+
+def test_a_head_that_the_configuration_does_not_tie_must_be_stored(
+    registry: Registry, tmp_path: Path, base: Path
+) -> None:
+    tensors, _ = quantized("gptq")
+    del tensors["lm_head.weight"]
+    config = CONFIG | {"quantization_config": SETTINGS["gptq"]}
+    untied = write_checkpoint(tmp_path / "untied", tensors, config | {"tie_word_embeddings": False})
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight is missing"):
+        registry.register(untied, "theirs", open_checkpoint(base))
+    tied = write_checkpoint(tmp_path / "tied", tensors, config | {"tie_word_embeddings": True})
+    assert registry.register(tied, "theirs", open_checkpoint(base)).state == "ready"
+
+
+@pytest.mark.parametrize(("layout", "file"), [("gptq", "quantize_config.json"), ("awq", "quant_config.json")])
+def test_settings_in_a_file_of_their_own_are_read_and_told_to_the_engine(
+    registry: Registry, tmp_path: Path, base: Path, layout: str, file: str
+) -> None:
+    tensors, _ = quantized(layout)
+    path = write_checkpoint(tmp_path / "outside", tensors, CONFIG)
+    alone = {name: value for name, value in SETTINGS[layout].items() if name != "quant_method"}
+    (path / file).write_text(json.dumps(alone), encoding="utf-8")
+    card = registry.register(path, "theirs", open_checkpoint(base))
+    assert card.scheme == "w4a16-g32-asym"
+    written = json.loads((registry.path("theirs") / "config.json").read_text(encoding="utf-8"))
+    assert written == CONFIG | {"quantization_config": {"quant_method": layout, **alone}}
+    assert json.loads((path / "config.json").read_text(encoding="utf-8")) == CONFIG
+
+
+def test_a_second_source_of_weights_is_left_behind(registry: Registry, outside: Path, base: Path) -> None:
+    for name in ("consolidated.safetensors", "params.json", "old.gguf"):
+        (outside / name).write_text("{}", encoding="utf-8")
+    card = registry.register(outside, "theirs", open_checkpoint(base))
+    assert not {"consolidated.safetensors", "params.json", "old.gguf"} & set(card.files)
+    assert any("consolidated.safetensors, old.gguf, params.json" in note for note in card.notes)

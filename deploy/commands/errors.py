@@ -1,0 +1,144 @@
+"""One boundary for what goes wrong: every exception leaves the command line as a sentence.
+
+What a person can mend is said in the words of whoever raised it (``USER_ERRORS``, status 2). What libraries
+and the system raise is put into words here: a full disk, memory that ran out, a file that cannot be read or
+written. The traceback of those, and of what nobody foresaw (status 3), is written to a file that the sentence
+names.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import errno
+import os
+import tempfile
+import traceback
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+
+from deploy.engine import EngineStartError
+from deploy.supervisor import UpError
+from gateway.config import ConfigError, load_config
+from gateway.errors import GatewayError
+from quantize.card import CardError
+from quantize.core.checkpoint import CheckpointError
+from quantize.core.methods import MethodError
+from quantize.core.model_config import first_line
+from quantize.core.schemes import SchemeError
+from quantize.core.targets import TargetError
+from quantize.evaluate.bench import BenchError
+from quantize.evaluate.client import EngineError
+from quantize.evaluate.tasks import TaskError
+from quantize.make.calibration import CalibrationError
+from quantize.make.compress import QuantizeError
+from quantize.plan.planner import PlanError
+
+USER_ERRORS = (
+    ConfigError,
+    CardError,
+    CheckpointError,
+    CalibrationError,
+    QuantizeError,
+    MethodError,
+    PlanError,
+    SchemeError,
+    TargetError,
+    BenchError,
+    TaskError,
+    EngineStartError,
+    EngineError,
+    GatewayError,
+    UpError,
+)
+MENDABLE = 2
+"""Exit status for what a person can mend."""
+UNFORESEEN = 3
+"""Exit status for what nobody foresaw."""
+FULL = (errno.ENOSPC, errno.EDQUOT)
+FULL_WORDS = ("No space left on device", "os error 28", "Disk quota exceeded")
+MEMORY_WORDS = ("out of memory", "can't allocate memory", "Cannot allocate memory", "not enough memory")
+FILES = "Files that were being written are gone; what was finished is kept. Run the command again then."
+
+
+def explain(error: BaseException, options: argparse.Namespace) -> tuple[str, int]:
+    """The sentence for an exception (without the program's name) and the exit status."""
+    chosen = chief(error)
+    if isinstance(chosen, USER_ERRORS):
+        return str(chosen), MENDABLE
+    known = sentence(chosen)
+    where = write_traceback(error, options)
+    kept = f"the traceback is in {where}" if where else "its traceback could not be written anywhere"
+    if known is not None:
+        return f"{known} ({kept})", MENDABLE
+    said = first_line(chosen).removeprefix(f"{type(chosen).__name__}: ")
+    return f"unforeseen: {type(chosen).__name__}: {said} ({kept})", UNFORESEEN
+
+
+def chief(error: BaseException) -> BaseException:
+    """Of several exceptions at once, the one to tell about: what can be mended, else what has a sentence,
+    else the first."""
+    found = list(_leaves(error))
+    found.sort(key=lambda one: (not isinstance(one, USER_ERRORS), sentence(one) is None))
+    return found[0]
+
+
+def _leaves(error: BaseException) -> Iterator[BaseException]:
+    if isinstance(error, BaseExceptionGroup):
+        for one in error.exceptions:
+            yield from _leaves(one)
+    else:
+        yield error
+
+
+def sentence(error: BaseException) -> str | None:
+    """What the system or a library means, and the fix; None for what is not known.
+
+    By types and words alone, so that no library is imported to ask.
+    """
+    text = str(error)
+    place = getattr(error, "filename", None)
+    if getattr(error, "errno", None) in FULL or any(word in text for word in FULL_WORDS):
+        return f"the disk{f' of {place}' if place else ''} is full; make room. {FILES}"
+    if isinstance(error, MemoryError) or any(word in text for word in MEMORY_WORDS):
+        return (
+            f"memory ran out ({first_line(error)}); use fewer calibration tokens, method rtn, or a larger "
+            "machine; `tiercel quantize check` says what is needed"
+        )
+    if isinstance(error, PermissionError) or getattr(error, "errno", None) == errno.EROFS:
+        why = getattr(error, "strerror", None) or text
+        return f"{place or 'a file'}: {why}; change its permissions or choose another place"
+    if isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError) and place:
+        return f"{place}: {error.strerror}; check the path"
+    if isinstance(error, UnicodeDecodeError):
+        return f"a text is not UTF-8 ({error.reason} at byte {error.start}); save it as UTF-8"
+    if type(error).__module__.partition(".")[0] == "safetensors" or type(error).__name__ == "SafetensorError":
+        return (
+            f"a safetensors file cannot be read or written ({first_line(error)}); "
+            "download the checkpoint again"
+        )
+    return None
+
+
+def write_traceback(error: BaseException, options: argparse.Namespace) -> Path | None:
+    """Write the traceback to the variants directory's logs or, where that cannot be, a temporary file."""
+    name = f"error-{datetime.now(UTC).strftime('%Y%m%dT%H%M%S')}-{os.getpid()}.txt"
+    text = "".join(traceback.format_exception(error))
+    for directory in _places(options):
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            (directory / name).write_text(text, encoding="utf-8")
+        except OSError:
+            (directory / name).unlink(missing_ok=True)
+        else:
+            return directory / name
+    return None
+
+
+def _places(options: argparse.Namespace) -> Iterator[Path]:
+    path = getattr(options, "config", None)
+    if isinstance(path, Path):
+        with contextlib.suppress(ConfigError, OSError):
+            yield load_config(path).variants_dir / ".logs"
+    yield Path(tempfile.gettempdir())

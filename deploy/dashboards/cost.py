@@ -1,0 +1,164 @@
+"""What is saved, and what it costs."""
+
+from __future__ import annotations
+
+from deploy.dashboards.model import BOTH, RATE, ROLE, VARIANT, Dashboard, Panel, Row, small
+
+_TOKENS = f"tiercel_tokens_total{{{BOTH}}}"
+_RAISED = f'tiercel_route_total{{{BOTH}, reason=~"raised_.*|escalated"}}'
+_COMPLETION = f'tiercel_tokens_total{{{BOTH}, kind="completion"}}'
+_WEIGHTS = "max by (variant) (tiercel_variant_weight_bytes)"
+_READ = (
+    f"sum(sum by (variant) (rate({_COMPLETION}[{RATE}])) * on (variant) {_WEIGHTS}) "
+    f"/ sum(rate({_COMPLETION}[{RATE}]))"
+)
+_REPLICAS = f"sum by (variant) (max by (variant, replica) (tiercel_replica_reachable{{{VARIANT}}}))"
+
+COST = Dashboard(
+    "cost",
+    "Tiercel / Cost",
+    "What do the answers cost, and what does quantization save?",
+    [
+        Row(
+            "Now",
+            [
+                small("Tokens", "Per second, prompts and answers.", f"sum(rate({_TOKENS}[{RATE}]))"),
+                small(
+                    "Weights behind a token",
+                    "Bytes of weights that an answer's token is computed with, as a share of the largest "
+                    "variant's. 1: everything is served by the reference.",
+                    f"{_READ} / scalar(max(tiercel_variant_weight_bytes))",
+                    "percentunit",
+                ),
+                small("Replicas", "That can be reached.", f"sum({_REPLICAS})"),
+                small("Replicas, per hour", "At the price given above.", f"sum({_REPLICAS}) * $replica_hour"),
+                small(
+                    "Per million tokens",
+                    "Price of all replicas for the tokens of prompts and answers that they handle now.",
+                    f"1e6 * sum({_REPLICAS}) * $replica_hour / (3600 * sum(rate({_TOKENS}[{RATE}])))",
+                ),
+                small(
+                    "Raised, 1 h",
+                    "Share of requests that went to a higher precision than the cheapest that would do.",
+                    f"sum(rate({_RAISED}[1h])) / sum(rate(tiercel_route_total{{{BOTH}}}[1h])) or vector(0)",
+                    "percentunit",
+                    limits=(0.05, 0.2),
+                ),
+            ],
+        ),
+        Row(
+            "Tokens",
+            [
+                Panel(
+                    "By variant",
+                    "Tokens of answers per second.",
+                    [(f"sum by (variant) (rate({_COMPLETION}[{RATE}]))", "{{variant}}")],
+                    stacked=True,
+                ),
+                Panel(
+                    "By role",
+                    "Tokens per second.",
+                    [(f"sum by (role, kind) (rate({_TOKENS}[{RATE}]))", "{{role}} {{kind}}")],
+                    stacked=True,
+                ),
+                Panel(
+                    "By key",
+                    "Tokens in the time shown.",
+                    [(f"sum by (key) (increase(tiercel_key_tokens_total{{{BOTH}}}[$__range]))", "{{key}}")],
+                    kind="bargauge",
+                ),
+                Panel(
+                    "From the prefix cache",
+                    "Share of prompt tokens that an engine did not compute again.",
+                    [
+                        (
+                            f"sum by (instance) (rate(vllm:prefix_cache_hits_total[{RATE}])) "
+                            f"/ sum by (instance) (rate(vllm:prefix_cache_queries_total[{RATE}]))",
+                            "{{instance}}",
+                        )
+                    ],
+                    "percentunit",
+                ),
+                Panel(
+                    "Answered twice",
+                    "Requests that cost double: hedged, or asked again of a higher precision.",
+                    [
+                        (f"sum by (role) (rate(tiercel_hedges_total{{{BOTH}}}[{RATE}]))", "{{role}} hedged"),
+                        (
+                            f"sum by (role) (rate(tiercel_escalations_total{{{BOTH}}}[{RATE}]))",
+                            "{{role}} escalated",
+                        ),
+                    ],
+                    "reqps",
+                ),
+                Panel(
+                    "Served by",
+                    "Share of a role's requests that each variant has answered.",
+                    [
+                        (
+                            f"sum by (role, variant) (rate(tiercel_requests_total{{{BOTH}}}[{RATE}])) "
+                            "/ on (role) group_left () "
+                            f"sum by (role) (rate(tiercel_requests_total{{{ROLE}}}[{RATE}]))",
+                            "{{role}}: {{variant}}",
+                        )
+                    ],
+                    "percentunit",
+                ),
+            ],
+        ),
+        Row(
+            "Engines",
+            [
+                Panel(
+                    "Weights",
+                    "Bytes of each variant's weights.",
+                    [(f"max by (variant) (tiercel_variant_weight_bytes{{{VARIANT}}})", "{{variant}}")],
+                    "bytes",
+                    kind="bargauge",
+                ),
+                Panel("Replicas", "That can be reached.", [(_REPLICAS, "{{variant}}")], stacked=True),
+                Panel(
+                    "Per million tokens",
+                    "Price of a variant's replicas for their tokens: a pool that idles is dear.",
+                    [
+                        (
+                            f"1e6 * $replica_hour * {_REPLICAS} "
+                            f"/ (3600 * sum by (variant) (rate({_TOKENS}[{RATE}])))",
+                            "{{variant}}",
+                        )
+                    ],
+                ),
+                Panel(
+                    "Weights behind a token",
+                    "Mean bytes that an answer's token is computed with, and the largest variant's.",
+                    [(_READ, "served"), ("max(tiercel_variant_weight_bytes)", "largest variant")],
+                    "bytes",
+                    width=12,
+                ),
+                Panel(
+                    "Why requests were raised",
+                    "To a higher precision than the cheapest that would do.",
+                    [
+                        (
+                            f"sum by (reason) (rate({_RAISED}[{RATE}]))",
+                            "{{reason}}",
+                        )
+                    ],
+                    "reqps",
+                    width=12,
+                    stacked=True,
+                ),
+            ],
+        ),
+    ],
+    variables=[
+        {
+            "name": "replica_hour",
+            "label": "Price of a replica's hour",
+            "type": "textbox",
+            "query": "1.00",
+            "current": {"text": "1.00", "value": "1.00"},
+            "hide": 0,
+        }
+    ],
+)

@@ -1,0 +1,328 @@
+"""A decoder model in torch, of which one block at a time is in memory.
+
+The skeleton is transformers' own, on the meta device. Embeddings and norms are mapped from the files, a
+block's tensors while it is at work; so the memory that is taken is one block's, and what of the files the
+operating system keeps. Hidden states go from block to block for all sequences.
+
+>>> blocks = Blocks(checkpoint, modules)
+>>> states = blocks.start(sequences)
+>>> for layer in range(len(blocks)):
+...     with blocks.loaded(layer):
+...         blocks.forward(layer, states)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from quantize.core.checkpoint import Checkpoint, weight_files
+from quantize.core.modules import Modules
+from quantize.make.linears import Place, decoder_layers, find_linears
+from quantize.make.threads import side_by_side
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+BATCH_TOKENS = 2048
+"""Padded tokens of a batch on a processor."""
+GPU_BATCH_TOKENS = 16_384
+MAPPED_BYTES = 256 << 20
+"""Hidden states of more than this lie in files, which the system may drop from memory."""
+
+
+class Files:
+    """Tensors of a checkpoint, mapped from its files and not read before they are used."""
+
+    def __init__(self, directory: Path) -> None:
+        from safetensors import safe_open
+
+        self._of: dict[str, Any] = {}
+        for file in weight_files(directory):
+            opened = safe_open(file, framework="pt")
+            self._of.update(dict.fromkeys(opened.keys(), opened))
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._of
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._of)
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor: Tensor = self._of[name].get_tensor(name)
+        return tensor
+
+
+@dataclass
+class Batch:
+    """Sequences of like length, padded on the right, which a causal model does not look at."""
+
+    numbers: list[int]
+    lengths: list[int]
+    hidden: Tensor
+    arguments: list[dict[str, Any]]
+    """Keyword arguments of every block."""
+
+    @property
+    def real(self) -> Tensor:
+        """Which of the (sequences, tokens) are not padding, as booleans."""
+        import torch
+
+        places = torch.arange(self.hidden.shape[1], device=self.hidden.device)
+        return places < torch.tensor(self.lengths, device=self.hidden.device).unsqueeze(1)
+
+
+@dataclass
+class States:
+    """Hidden states of all sequences before a block."""
+
+    batches: list[Batch]
+    folder: tempfile.TemporaryDirectory[str] | None = None
+    _made: int = field(default=0)
+
+    def room(self, like: Tensor) -> Tensor:
+        """A tensor like ``like`` to keep hidden states in: in memory, or in a file where they are many."""
+        import torch
+
+        if self.folder is None or like.is_cuda:
+            return torch.empty_like(like)
+        self._made += 1
+        name = str(Path(self.folder.name) / f"{self._made}")
+        made = torch.from_file(name, shared=True, size=like.numel(), dtype=like.dtype)
+        return made.view(like.shape)
+
+
+class Blocks:
+    """The skeleton and the files. ``dtype`` is what blocks compute in; the type served by default."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        modules: Modules,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        import torch
+
+        self.device = torch.device(device) if device is not None else best_device()
+        self.dtype = dtype or serving_dtype(checkpoint)
+        self.files = Files(checkpoint.path)
+        self.model = _skeleton(checkpoint, self.dtype)
+        self.layers: Any = decoder_layers(self.model)
+        self.linears = modules.linears
+        self.places: Mapping[str, Place] = find_linears(self.model, modules.linears)
+        mine = next(name for name, one in self.model.named_modules() if one is self.layers)
+        self._inside = mine.removesuffix("layers")
+        self._on_disk = modules.linears[0].name.partition("layers.")[0]
+        self._materialize_outside()
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    @property
+    def decoder(self) -> Any:
+        return self.model.get_decoder()
+
+    def tensor(self, name: str) -> Tensor | None:
+        """The stored tensor of a parameter of the skeleton; None where it is not stored as such."""
+        places = [name]
+        if name.startswith(self._inside):
+            places.append(self._on_disk + name.removeprefix(self._inside))
+        if name.startswith("lm_head"):
+            places.append(f"{self._on_disk.removesuffix('model.')}{name}")
+        return next((self.files[place] for place in places if place in self.files), None)
+
+    def _materialize_outside(self) -> None:
+        """Embeddings and norms; the head stays on the meta device until it is asked for."""
+        for name, parameter in list(self.model.named_parameters(remove_duplicate=False)):
+            if not name.startswith(f"{self._inside}layers.") and not name.startswith("lm_head"):
+                stored = self.tensor(name)
+                if stored is not None and stored.shape == parameter.shape:
+                    _put(self.model, name, stored.to(self.device, self.dtype))
+        for buffer_name, buffer in list(self.model.named_buffers()):
+            parent, _, leaf = buffer_name.rpartition(".")
+            self.model.get_submodule(parent)._buffers[leaf] = buffer.to(self.device)
+
+    def head(self) -> Tensor:
+        """The (vocabulary, hidden) matrix that makes logits, in ``dtype``."""
+        stored = self.tensor("lm_head.weight")
+        if stored is None:  # tied
+            stored = self.model.get_input_embeddings().weight.data
+        return stored.to(self.device, self.dtype)
+
+    @contextlib.contextmanager
+    def loaded(self, layer: int, dtype: torch.dtype | None = None) -> Iterator[Any]:
+        """The block of that number with its weights, in ``dtype``; afterwards they are gone."""
+        import torch
+
+        block = self.layers[layer]
+        kind = dtype or self.dtype
+        empty = dict(block.named_parameters())
+        try:
+            for name, parameter in empty.items():
+                stored = self.tensor(f"{self._inside}layers.{layer}.{name}")
+                if stored is None:  # stacked experts, which are stored one by one
+                    stored = torch.empty(parameter.shape, dtype=kind)
+                _put(block, name, stored.to(self.device, kind))
+            for linear in self.linears:
+                place = self.places[linear.name]
+                if place.expert is not None and f"layers.{layer}." in linear.name:
+                    place.write(self.files[f"{linear.name}.weight"])
+            yield block
+        finally:
+            for name, parameter in empty.items():
+                parent, _, leaf = name.rpartition(".")
+                block.get_submodule(parent)._parameters[leaf] = parameter
+
+    def start(self, sequences: Sequence[Sequence[int]], copies: int = 1, alone: bool = False) -> States:
+        """Hidden states before the first block. ``copies`` is how many of them will be kept at once;
+        ``alone`` gives every sequence a batch of its own."""
+        import torch
+
+        tokens = sum(map(len, sequences))
+        hidden = self.model.get_input_embeddings().weight.shape[1]
+        large = tokens * hidden * self.dtype.itemsize * copies > MAPPED_BYTES
+        states = States([], tempfile.TemporaryDirectory(prefix="tiercel-states-") if large else None)
+        lengths = list(map(len, sequences))
+        limit = BATCH_TOKENS if self.device.type == "cpu" else GPU_BATCH_TOKENS
+        with torch.no_grad():
+            # Experts see rows without their places, so that padding could not be told from tokens.
+            if alone or any(place.expert is not None for place in self.places.values()):
+                limit = 0
+            for numbers in batched(lengths, limit):
+                width = max(lengths[number] for number in numbers)
+                ids = torch.zeros(len(numbers), width, dtype=torch.long)
+                for line, number in enumerate(numbers):
+                    ids[line, : lengths[number]] = torch.tensor(list(sequences[number]))
+                first, arguments = self._outside(ids.to(self.device))
+                room = states.room(first)
+                room.copy_(first)
+                states.batches.append(Batch(numbers, [lengths[n] for n in numbers], room, arguments))
+        return states
+
+    def _outside(self, ids: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
+        """What the decoder itself does around its blocks: the first hidden states, and every block's
+        arguments (positions, masks), by a forward pass in which blocks only say what they were given."""
+        import torch
+
+        seen: list[dict[str, Any]] = []
+        first: list[Tensor] = []
+
+        def stub(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+            if args:
+                raise TypeError(f"{type(self.layers[0]).__name__} is called with positional arguments")
+            first.append(hidden)
+            seen.append(kwargs)
+            return hidden
+
+        with self._instead_of_blocks(stub), torch.no_grad():
+            self.decoder(input_ids=ids, use_cache=False)
+        return first[0], seen
+
+    @contextlib.contextmanager
+    def _instead_of_blocks(self, stub: Any) -> Iterator[None]:
+        for block in self.layers:
+            block.forward = stub
+        try:
+            yield
+        finally:
+            for block in self.layers:
+                del block.forward
+
+    @contextlib.contextmanager
+    def head_only(self) -> Iterator[Callable[[Tensor], Tensor]]:
+        """A function from last hidden states (1, tokens, hidden) to logits, as the model makes them: last
+        norm, head, and what else its architecture does there."""
+        import torch
+
+        head = self.model.get_output_embeddings()
+        empty = head.weight
+        head.weight = torch.nn.Parameter(self.head(), requires_grad=False)
+        current: list[Tensor] = []
+
+        def logits_of(hidden: Tensor) -> Tensor:
+            current[:] = [hidden]
+            ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=hidden.device)
+            found: Tensor = self.model(input_ids=ids, use_cache=False).logits
+            return found
+
+        try:
+            with self._instead_of_blocks(lambda *_args, **_kwargs: current[0]):
+                yield logits_of
+        finally:
+            head.weight = empty
+
+    def forward(self, layer: int, states: States, kv: Any = None) -> None:
+        """Take all hidden states through the loaded block; ``kv`` is given keys and values as a cache is."""
+        import torch
+
+        def work(batch: Batch) -> None:
+            with torch.no_grad():
+                batch.hidden.copy_(self.through(layer, batch, batch.hidden, kv))
+
+        if self.device.type == "cpu":
+            side_by_side(work, states.batches)
+        else:
+            for batch in states.batches:
+                work(batch)
+
+    def through(self, layer: int, batch: Batch, hidden: Tensor, kv: Any = None) -> Tensor:
+        """The block's output for one batch."""
+        arguments = batch.arguments[layer]
+        if kv is not None:
+            arguments = arguments | {"past_key_values": kv}
+        out = self.layers[layer](hidden, **arguments)
+        found: Tensor = out[0] if isinstance(out, tuple) else out
+        return found
+
+
+def best_device() -> torch.device:
+    """The accelerator if there is one, else the processor."""
+    import torch
+
+    found: torch.device | None = (
+        torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    )
+    return found or torch.device("cpu")
+
+
+def serving_dtype(checkpoint: Checkpoint) -> torch.dtype:
+    """The type that an engine computes in, as torch has it."""
+    import torch
+
+    return torch.float16 if checkpoint.serving_dtype == "F16" else torch.bfloat16
+
+
+def batched(lengths: Sequence[int], limit: int) -> Iterator[list[int]]:
+    """Indices of sequences, by length, in batches of at most ``limit`` padded tokens."""
+    batch: list[int] = []
+    for number in sorted(range(len(lengths)), key=lambda one: lengths[one]):
+        if batch and lengths[number] * (len(batch) + 1) > limit:
+            yield batch
+            batch = []
+        batch.append(number)
+    if batch:
+        yield batch
+
+
+def _skeleton(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(checkpoint.path, local_files_only=True)
+    config = config.get_text_config()
+    config.use_cache = False
+    with init_empty_weights(include_buffers=False):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval().requires_grad_(False)
+
+
+def _put(module: Any, name: str, tensor: Tensor) -> None:
+    import torch
+
+    parent, _, leaf = name.rpartition(".")
+    module.get_submodule(parent)._parameters[leaf] = torch.nn.Parameter(tensor, requires_grad=False)

@@ -1,0 +1,338 @@
+"""Ready-made parts of variants, and putting any plan together from them.
+
+A part is one module group at one scheme by one method, in a file of its own. Any mixture is then a
+directory of hard links and an index, so a search over plans costs no quantization and no disk at all.
+
+directory/
+  <scheme>-<method>-<key>/<group>.safetensors    a part; the key is of everything that decides it
+  kept-<transforms>-<key>/kept.safetensors       embeddings, norms, head, biases, as a variant stores them
+  kv-<scheme>-…-<key>/kv.safetensors             scales of the KV cache
+  .lock                                          held while parts are made
+
+Finished files stay when a run is killed; the next one makes what is missing. Parts fit together when their
+methods have the same transforms, and these depend on the calibration data alone. AWQ's scales depend on the
+scheme as well, so its parts are only good for uniform plans.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import struct
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from quantize.core.architectures import architecture
+from quantize.core.checkpoint import Checkpoint, base_sha256, copy_companions, read_header
+from quantize.core.files import READ_ONLY, link_or_copy, locked, write_whole
+from quantize.core.methods import MethodError, parse_method
+from quantize.core.modules import HEAD, Group, Modules
+from quantize.core.plan import Plan
+from quantize.core.quantization_config import quantization_config
+from quantize.core.schemes import kv_scheme, scheme
+from quantize.core.tensors import Part, read_parts, write_tensors
+from quantize.make.calibration import CalibrationSet
+from quantize.make.ranges import FP8_MAX
+from quantize.make.streaming import Choice, make_parts, needs_data, streams
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+KV_SCALES = (".k_scale", ".v_scale")
+NUMERICS = 1
+"""Raised whenever the same inputs would give other parts."""
+SHARD_BYTES = 5_000_000_000
+MakeWhole = Callable[[Plan, Path, str], None]
+"""Writes the whole checkpoint of a plan into a directory: llm-compressor, for what is not streamed."""
+INDEX = "model.safetensors.index.json"
+
+
+class PartStore:
+    """The parts for one checkpoint and one calibration set, made when first asked for."""
+
+    def __init__(
+        self,
+        directory: Path,
+        checkpoint: Checkpoint,
+        modules: Modules,
+        calibration: CalibrationSet | None,
+        whole: MakeWhole | None = None,
+    ) -> None:
+        self.directory, self.checkpoint, self.modules = directory, checkpoint, modules
+        self.calibration, self._whole = calibration, whole
+        self._base = base_sha256(checkpoint)
+        self._read: dict[Path, dict[str, Part]] = {}
+
+    def file(self, group: str, choice: Choice) -> Path:
+        """Where the part lies, once it is made."""
+        scheme_name, method = choice
+        if scheme(scheme_name).weights is None:
+            return self._kept_directory(parse_method(method).transforms) / f"{group}.safetensors"
+        return self._place(f"{scheme_name}-{method}", needs_data(choice)) / f"{group}.safetensors"
+
+    def kept_file(self, transforms: tuple[str, ...]) -> Path:
+        """Embeddings, norms, head and biases, after the transforms."""
+        return self._kept_directory(transforms) / "kept.safetensors"
+
+    def kv_file(self, kv: str, transforms: tuple[str, ...]) -> Path:
+        """Calibrated scales of the KV cache."""
+        label = "-".join(("kv", kv, *transforms))
+        return self._place(label, data=True) / "kv.safetensors"
+
+    def _kept_directory(self, transforms: tuple[str, ...]) -> Path:
+        # A head that is among the groups is not among what is kept.
+        head = ["bare"] if any(group.kind == HEAD for group in self.modules) else []
+        return self._place("-".join(("kept", *head, *transforms)), data=bool(transforms))
+
+    def _place(self, label: str, data: bool) -> Path:
+        described = self.calibration.description if self.calibration and data else None
+        decides = {
+            "base": self._base,
+            "label": label,
+            "calibration": [described.sha256, described.samples, described.tokens] if described else None,
+            "numerics": NUMERICS,
+        }
+        key = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:12]
+        return self.directory / f"{label}-{key}"
+
+    def tensors(self, file: Path) -> Mapping[str, Part]:
+        """Where every tensor of a part lies."""
+        if file not in self._read:
+            self._read[file] = read_file_parts(file)
+        return self._read[file]
+
+    def make(self, choices: Mapping[str, Iterable[Choice]], kv: Iterable[str] = (), label: str = "") -> None:
+        """Make what is missing of ``choices`` by group name and of the schemes ``kv`` of the cache.
+
+        All that is streamed is made in one pass over the model.
+        """
+        with locked(self.directory / ".lock", "parts of variants", lambda text: print(text, file=sys.stderr)):
+            missing = {
+                name: [one for one in dict.fromkeys(wanted) if not self.file(name, one).exists()]
+                for name, wanted in choices.items()
+            }
+            caches = [one for one in kv if kv_scheme(one).calibrated and not self.kv_file(one, ()).exists()]
+            streamed = {name: [one for one in wanted if streams(one)] for name, wanted in missing.items()}
+            if any(streamed.values()) or caches:
+                self._stream(streamed, caches, label or "quantize")
+            others = {one for wanted in missing.values() for one in wanted if not streams(one)}
+            for choice in sorted(others):
+                self._split(choice, {name for name, wanted in missing.items() if choice in wanted})
+
+    def _stream(self, wanted: Mapping[str, Sequence[Choice]], caches: Sequence[str], label: str) -> None:
+        scales: dict[str, tuple[float, float]] = {}
+        attention = {
+            group.layer: f"{_attention(group)}" for group in self.modules if ".self_attn." in group.name
+        }
+
+        def keep(group: Group, choice: Choice, tensors: Mapping[str, Tensor]) -> None:
+            _save(tensors, self.file(group.name, choice))
+
+        def keep_kv(layer: int, keys: float, values: float) -> None:
+            scales[attention[layer]] = (keys, values)
+
+        sequences = self.calibration.sequences if self.calibration else ()
+        make_parts(
+            self.checkpoint,
+            self.modules,
+            wanted,
+            sequences,
+            keep,
+            keep_kv if caches else None,
+            label=label,
+        )
+        for kv in caches:
+            _save(_kv_tensors(scales, self.checkpoint), self.kv_file(kv, ()))
+
+    def _split(self, choice: Choice, groups: set[str]) -> None:
+        """Let llm-compressor make the whole model at a choice, and keep the parts of it."""
+        if self._whole is None:
+            raise MethodError(f"{choice[0]} by {choice[1]} is not made block by block")
+        bare = scheme(choice[0]).weights is None
+        method = "+".join((*parse_method(choice[1]).transforms, "rtn")) if bare else choice[1]
+        plan = Plan(
+            groups={g.name: choice[0] if g.name in groups else "bf16" for g in self.modules}, method=method
+        )
+        folder = self._made_whole(plan, f"{choice[0]}-{method}")
+        tensors = read_parts(folder)
+        for group in self.modules:
+            if group.name in groups:
+                self._copy(_of(group, tensors), self.file(group.name, choice))
+        if bare:
+            linear = {f"{m.name}.weight" for m in self.modules.linears}
+            kept = {name: part for name, part in tensors.items() if name not in linear}
+            self._copy(kept, self.kept_file(parse_method(method).transforms))
+        shutil.rmtree(folder)
+
+    def _made_whole(self, plan: Plan, label: str) -> Path:
+        assert self._whole is not None
+        folder = self.directory / f".whole-{label}"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        self._whole(plan, folder, label)
+        return folder
+
+    def _copy(
+        self, tensors: Mapping[str, Part], target: Path, dtypes: Mapping[str, str] | None = None
+    ) -> None:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_tensors(tensors, target, dtypes)
+        target.chmod(READ_ONLY)
+
+    def _kept(self, transforms: tuple[str, ...]) -> Path:
+        file = self.kept_file(transforms)
+        if file.exists():
+            return file
+        if transforms:
+            method = "+".join((*transforms, "rtn"))
+            self.make({group.name: [("bf16", method)] for group in self.modules})
+            return file
+        left_out = {f"{member.name}.weight" for member in self.modules.linears}
+        config, text = self.checkpoint.config, self.checkpoint.text_config
+        if architecture(config).tied(config, text):
+            left_out.add(f"{HEAD}.weight")  # a copy of the embeddings, which engines do not load
+        stored = read_parts(self.checkpoint.path)
+        kept = {name: part for name, part in stored.items() if name not in left_out}
+        self._copy(kept, file, {name: self._kept_dtype(name) for name in kept})
+        return file
+
+    def _kept_dtype(self, name: str) -> str:
+        return self.checkpoint.kept(name, self.checkpoint.tensors[name]).dtype
+
+    def files(self, plan: Plan) -> dict[str, Path]:
+        """Every file of ``plan`` by its name in a linked directory; parts that are missing are made."""
+        transforms = self._transforms(plan)
+        choices = {group.name: self._choice(plan, group.name, transforms) for group in self.modules}
+        calibrated = kv_scheme(plan.kv).calibrated
+        if calibrated and transforms:
+            raise MethodError(
+                f"a calibrated KV cache ({plan.kv}) is made together with transforms only in a uniform plan"
+            )
+        self.make({name: [choice] for name, choice in choices.items()}, kv=[plan.kv], label=plan.describe())
+        found = {f"{name}.safetensors": self.file(name, choice) for name, choice in choices.items()}
+        found["kept.safetensors"] = self._kept(transforms)
+        if calibrated:
+            found["kv.safetensors"] = self.kv_file(plan.kv, transforms)
+        return found
+
+    def link(self, plan: Plan, out: Path) -> None:
+        """Put ``plan`` together in ``out`` from hard links; what was there before is removed."""
+        files = self.files(plan)
+        shutil.rmtree(out, ignore_errors=True)
+        out.mkdir(parents=True)
+        index = {}
+        for name, file in files.items():
+            link_or_copy(file, out / name)
+            index.update(dict.fromkeys(self.tensors(file), name))
+        write_whole(out / INDEX, json.dumps({"metadata": {}, "weight_map": index}))
+        self._describe(plan, out)
+
+    def assemble(self, plan: Plan, out: Path) -> None:
+        """Write the checkpoint of ``plan`` into ``out``, in files of its own.
+
+        Raises MethodError when the parts of the plan's methods do not fit together.
+        """
+        files = self.files(plan)
+        tensors = {name: part for file in files.values() for name, part in self.tensors(file).items()}
+        out.mkdir(parents=True, exist_ok=True)
+        write_shards(tensors, out)
+        self._describe(plan, out)
+
+    def _describe(self, plan: Plan, out: Path) -> None:
+        config = dict(self.checkpoint.config)
+        if self.checkpoint.dtype not in ("BF16", "F16"):
+            config["dtype"] = "float16" if self.checkpoint.serving_dtype == "F16" else "bfloat16"
+            config.pop("torch_dtype", None)
+        if any(scheme(name).weights for name in plan.groups.values()) or kv_scheme(plan.kv).arguments():
+            config["quantization_config"] = quantization_config(plan, self.modules)
+        write_whole(out / "config.json", json.dumps(config, indent=2) + "\n")
+        copy_companions(self.checkpoint, out)
+
+    def _choice(self, plan: Plan, group: str, transforms: tuple[str, ...]) -> Choice:
+        name = plan.groups[group]
+        if scheme(name).weights is None:
+            return ("bf16", "+".join((*transforms, "rtn")))
+        return (name, plan.method_of(group))
+
+    def _transforms(self, plan: Plan) -> tuple[str, ...]:
+        names = {plan.method_of(g.name) for g in self.modules if scheme(plan.groups[g.name]).weights}
+        found = {parse_method(name).transforms for name in names} or {parse_method(plan.method).transforms}
+        if len(found) > 1:
+            raise MethodError(f"parts of methods {', '.join(sorted(names))} rewrite the model differently")
+        (transforms,) = found
+        mixed = len({(plan.groups[g.name], plan.method_of(g.name)) for g in self.modules}) > 1
+        if "awq" in transforms and mixed:
+            raise MethodError("AWQ's scales belong to one scheme: a plan with several cannot be assembled")
+        return transforms
+
+
+def write_shards(tensors: Mapping[str, Part], out: Path) -> None:
+    """Write ``model.safetensors``, or shards and their index where it would be over ``SHARD_BYTES``."""
+    shards: list[dict[str, Part]] = [{}]
+    size = 0
+    for name, part in sorted(tensors.items()):
+        if size and size + part.bytes > SHARD_BYTES:
+            shards.append({})
+            size = 0
+        shards[-1][name] = part
+        size += part.bytes
+    if len(shards) == 1:
+        write_tensors(shards[0], out / "model.safetensors")
+        return
+    index = {}
+    for number, shard in enumerate(shards, 1):
+        file = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        write_tensors(shard, out / file)
+        index.update(dict.fromkeys(shard, file))
+    total = sum(part.bytes for part in tensors.values())
+    write_whole(out / INDEX, json.dumps({"metadata": {"total_size": total}, "weight_map": index}))
+
+
+def read_file_parts(file: Path) -> dict[str, Part]:
+    """Every tensor of one safetensors file with its place on disk."""
+    with file.open("rb") as opened:
+        start = 8 + struct.unpack("<Q", opened.read(8))[0]
+    found = {}
+    for name, tensor in read_header(file).items():
+        begin, end = tensor["data_offsets"]
+        found[name] = Part(file, start + begin, tensor["dtype"], tuple(tensor["shape"]), end - begin)
+    return found
+
+
+def _of(group: Group, tensors: Mapping[str, Part]) -> dict[str, Part]:
+    names = tuple(f"{member.name}." for member in group.members)
+    return {
+        name: part for name, part in tensors.items() if name.startswith(names) and not name.endswith(".bias")
+    }
+
+
+def _save(tensors: Mapping[str, Tensor], target: Path) -> None:
+    """Write a safetensors file that is there whole or not at all."""
+    from safetensors.torch import save_file
+
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".partial-{target.name}")
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, {"format": "pt"})
+    partial.chmod(READ_ONLY)
+    partial.rename(target)
+
+
+def _attention(group: Group) -> str:
+    return group.name.partition(".self_attn.")[0] + ".self_attn"
+
+
+def _kv_tensors(scales: Mapping[str, tuple[float, float]], checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """Scales of E4M3 keys and values, one per block, as llm-compressor stores them."""
+    import torch
+
+    from quantize.make.blocks import serving_dtype
+
+    dtype = serving_dtype(checkpoint)
+    found = {}
+    for name, pair in scales.items():
+        for leaf, most in zip(KV_SCALES, pair, strict=True):
+            found[name + leaf] = torch.tensor([max(most, 1e-6) / FP8_MAX], dtype=torch.float32).to(dtype)
+    return found

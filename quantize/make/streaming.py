@@ -1,0 +1,212 @@
+"""Makes parts of variants in one pass over the model: block by block, all schemes and methods together.
+
+Per block: its weights are mapped, calibration's hidden states go through it, and what went into its
+linears (:mod:`quantize.make.statistics`) serves every scheme and method. Inputs are those of the unquantized
+model, so that a part does not depend on what the groups before it became, and any mixture of parts fits.
+
+Memory: one block, its second moments (4 K² bytes per kind of input), hidden states (on disk where they are
+many), and what GPTQ works on. Ranges alone, without data (``rtn``, ``mse``), take no pass at all.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from tqdm import tqdm
+
+from quantize.core.checkpoint import Checkpoint
+from quantize.core.methods import Method, parse_method
+from quantize.core.modules import HEAD, Group, Modules
+from quantize.core.schemes import Scheme, scheme
+from quantize.make.blocks import Blocks, Files, best_device, serving_dtype
+from quantize.make.gptq import gptq
+from quantize.make.ranges import Grid, find_grid, restored, rounded
+from quantize.make.statistics import BlockStatistics, InputStatistics, first_of, observe
+from quantize.make.storage import stored_tensors
+from quantize.make.threads import side_by_side
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+Choice = tuple[str, str]
+"""A scheme and a method."""
+Keep = Callable[[Group, Choice, Mapping[str, "Tensor"]], None]
+"""Is given a finished part: its tensors by their names in the checkpoint."""
+KeepKv = Callable[[int, float, float], None]
+"""Is given a block's number and its largest |key| and |value|."""
+RANGES = {"memoryless_minmax": "minmax", "memoryless_mse": "mse", "imatrix_mse": "imatrix"}
+MAX_ROUND_TRIP_ERROR = 0.75
+"""Relative error of a stored weight above which it cannot be right: 2-bit rounding stays below."""
+
+
+class QuantizeError(RuntimeError):
+    """The variant cannot be made. The text says why and what to change."""
+
+
+def streams(choice: Choice) -> bool:
+    """Whether a choice is made here; others are llm-compressor's (transforms, AutoRound, 4-bit floats)."""
+    how, method = scheme(choice[0]), parse_method(choice[1])
+    if how.weights is None:
+        return not method.transforms
+    if method.transforms or method.solver == "autoround":
+        return False
+    if how.weights.kind == "float":
+        return how.weights.bits == 8 and method.solver != "gptq"
+    return True
+
+
+def needs_data(choice: Choice) -> bool:
+    """Whether calibration data decide anything of the part."""
+    how, method = scheme(choice[0]), parse_method(choice[1])
+    return how.weights is not None and (
+        how.needs_calibration or method.solver == "gptq" or method.observer == "imatrix_mse"
+    )
+
+
+def make_parts(
+    checkpoint: Checkpoint,
+    modules: Modules,
+    wanted: Mapping[str, Sequence[Choice]],
+    sequences: Sequence[Sequence[int]],
+    keep: Keep,
+    keep_kv: KeepKv | None = None,
+    device: torch.device | None = None,
+    label: str = "quantize",
+) -> None:
+    """Make the ``wanted`` parts, choices by group name, and hand each to ``keep`` as it is finished.
+
+    With ``keep_kv``, keys and values are measured as well. ``sequences`` are calibration's token ids, needed
+    for methods with data and for the KV cache. Raises QuantizeError for a damaged weight.
+    """
+    groups = [group for group in modules if wanted.get(group.name)]
+    data = {group.name for group in groups if any(map(needs_data, wanted[group.name]))}
+    for group in groups:
+        if group.kind == HEAD and group.name in data:
+            raise QuantizeError("the head is quantized by ranges alone, without data: rtn or mse")
+    if (data or keep_kv) and not sequences:
+        raise QuantizeError("these methods need calibration data; set calibration in the YAML")
+    where = device or best_device()
+    if not data and keep_kv is None:
+        files = Files(checkpoint.path)
+        dtype = serving_dtype(checkpoint)
+        with tqdm(total=len(groups), desc=label, unit="group", file=sys.stderr) as bar:
+
+            def work(group: Group) -> None:
+                _make_group(group, wanted[group.name], files, None, where, dtype, keep)
+                bar.update()
+
+            side_by_side(work, groups)
+        return
+    blocks = Blocks(checkpoint, modules, where)
+    states = blocks.start(sequences)
+    last = (
+        max((g.layer for g in groups if g.name in data), default=-1) if keep_kv is None else len(blocks) - 1
+    )
+    full = {name for name in data if any(parse_method(m).solver == "gptq" for _, m in wanted[name])}
+    for layer in tqdm(range(len(blocks)), desc=label, unit="block", file=sys.stderr):
+        mine = [group for group in groups if group.layer == layer]
+        found = None
+        if layer <= last:
+            with blocks.loaded(layer):
+                found = observe(blocks, layer, states, [g for g in mine if g.name in data], full)
+            if keep_kv is not None:
+                keep_kv(layer, found.keys, found.values)
+        for group in mine:
+            _make_group(group, wanted[group.name], blocks.files, found, where, blocks.dtype, keep)
+    for group in groups:
+        if group.kind == HEAD:
+            _make_group(group, wanted[group.name], blocks.files, None, where, blocks.dtype, keep)
+
+
+def _make_group(
+    group: Group,
+    choices: Sequence[Choice],
+    files: Files,
+    statistics: BlockStatistics | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    keep: Keep,
+) -> None:
+    """Make all parts of one group: those by GPTQ together, per input that they share."""
+    weights = {member.name: _weight(files, member.name, device) for member in group.members}
+    by_input: dict[str, list[str]] = {}
+    for name in weights:
+        by_input.setdefault(first_of(group, name), []).append(name)
+    tensors: dict[Choice, dict[str, Tensor]] = {choice: {} for choice in choices}
+    for choice in choices:
+        if scheme(choice[0]).weights is None:
+            tensors[choice] = {f"{name}.weight": files[f"{name}.weight"].to(dtype) for name in weights}
+    quantized = [choice for choice in choices if scheme(choice[0]).weights is not None]
+    for first, names in by_input.items():
+        inputs = statistics.inputs.get(first) if statistics else None
+        tasks = [(name, choice) for choice in quantized for name in names]
+        for (_, choice), made in zip(tasks, _solved(tasks, weights, inputs, dtype), strict=True):
+            tensors[choice] |= made
+    for choice, made in tensors.items():
+        keep(group, choice, made)
+
+
+def _solved(
+    tasks: Sequence[tuple[str, Choice]],
+    weights: Mapping[str, Tensor],
+    inputs: InputStatistics | None,
+    dtype: torch.dtype,
+) -> list[dict[str, Tensor]]:
+    """Stored tensors of (linear, choice) pairs that share ``inputs``; those by GPTQ are solved together."""
+
+    def grid_of(task: tuple[str, Choice]) -> Grid:
+        name, (scheme_name, method) = task
+        return _grid(weights[name], scheme(scheme_name), parse_method(method), inputs, dtype)
+
+    grids = side_by_side(grid_of, tasks)
+    solved = {}
+    if inputs is not None:
+        numbers = [n for n, (_, choice) in enumerate(tasks) if parse_method(choice[1]).solver == "gptq"]
+        if numbers:
+            found = gptq([(weights[tasks[n][0]], grids[n]) for n in numbers], inputs.moments)
+            solved = dict(zip(numbers, found, strict=True))
+
+    def stored(number: int) -> dict[str, Tensor]:
+        (name, choice), grid = tasks[number], grids[number]
+        q = solved[number] if number in solved else rounded(weights[name], grid)
+        return _checked(name, weights[name], q, grid, scheme(choice[0]), inputs, dtype)
+
+    return side_by_side(stored, range(len(tasks)))
+
+
+def _weight(files: Files, name: str, device: torch.device) -> Tensor:
+    import torch
+
+    weight = files[f"{name}.weight"].to(device, torch.float32)
+    if not torch.isfinite(weight).all():
+        raise QuantizeError(f"{name}.weight holds NaN or infinity; the checkpoint is damaged")
+    return weight
+
+
+def _grid(
+    weight: Tensor, how: Scheme, method: Method, inputs: InputStatistics | None, dtype: torch.dtype
+) -> Grid:
+    ranges = RANGES[method.observer]
+    importance = inputs.importance if inputs is not None else None
+    if ranges == "imatrix" and importance is None:
+        ranges = "mse"  # an expert that no calibration token came to
+    return find_grid(weight, how, ranges, importance, dtype)
+
+
+def _checked(
+    name: str,
+    weight: Tensor,
+    q: Tensor,
+    grid: Grid,
+    how: Scheme,
+    inputs: InputStatistics | None,
+    dtype: torch.dtype,
+) -> dict[str, Tensor]:
+    error = float((restored(q, grid) - weight).norm() / weight.norm().clamp_min(1e-12))
+    if not error <= MAX_ROUND_TRIP_ERROR:
+        raise QuantizeError(f"{name}: its weights at {how.name} are {error:.0%} off; use more bits")
+    stored = stored_tensors(q, grid, how, inputs, dtype)
+    return {f"{name}.{leaf}": tensor for leaf, tensor in stored.items()}

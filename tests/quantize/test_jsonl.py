@@ -1,0 +1,29 @@
+"""JSON Lines as people and tools write them are read whole."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from quantize.core.jsonl import read_lines
+from quantize.evaluate.tasks import TaskError, read_items
+
+
+@pytest.mark.parametrize("inside", ["\u2028", "\u2029", "\u0085", "\x0b", "\x0c", "\x1c"])
+def test_only_a_line_feed_ends_a_line(tmp_path: Path, inside: str) -> None:
+    path = tmp_path / "tasks.jsonl"
+    row = {"messages": [{"role": "user", "content": f"a{inside}b"}], "expected": "y"}
+    text = json.dumps(row, ensure_ascii=inside < " ")
+    path.write_bytes(b"\xef\xbb\xbf" + f"{text}\r\n\r\n{text}\n \n\n".encode())
+    assert [number for number, _ in read_lines(path)] == [1, 3]
+    assert [item.messages[0]["content"] for item in read_items(path, "core")] == [f"a{inside}b"] * 2
+
+
+def test_the_line_of_a_mistake_is_the_files(tmp_path: Path) -> None:
+    path = tmp_path / "tasks.jsonl"
+    path.write_text("\n\n{\n", encoding="utf-8")
+    with pytest.raises(TaskError, match=r"tasks\.jsonl:3:"):
+        read_items(path, "core")
+    path.write_bytes(b'{"a": "\xff"}')
+    with pytest.raises(TaskError, match=r"cannot be read .*; set roles\.core\.tasks"):
+        read_items(path, "core")
