@@ -129,6 +129,7 @@ def test_exit_statuses(config: list[str], capsys: pytest.CaptureFixture[str]) ->
         "0",
         "1",
         "2",
+        "3",
         "130",
     ]
     main(["variants", "list", *config])
