@@ -31,13 +31,14 @@ def up(options: argparse.Namespace) -> None:
 
 
 def demo(options: argparse.Namespace) -> None:
-    from deploy.demo import run_demo
+    from deploy.demo import run_demo, with_what_was_made
     from deploy.making import make_variants
 
     config = load_config(options.config)
     say("1/5 quantize: making the variants")
     cards = make_variants(config, config.serve, say)
-    run_engines(run_demo(config, options.config, cards, options.out, options.messages, say))
+    config, path = with_what_was_made(config, options.config, cards, say)
+    run_engines(run_demo(config, path, cards, options.out, options.messages, say))
 
 
 def parser() -> argparse.ArgumentParser:

@@ -16,17 +16,20 @@ from importlib.resources import files
 from pathlib import Path
 
 import aiohttp
+import yaml
 from prometheus_client.parser import text_string_to_metric_families
 from tqdm import tqdm
 
 from agents.prompts import CORE, INTENT_CLASSIFIER, SUMMARIZER, SYSTEM_PROMPTS
 from agents.team import MAX_TOKENS, ROLES, TicketResult, read_tickets, run_team, user_text
-from deploy.making import cpu_line, evaluate_variants
+from deploy.engine import EngineSpec
+from deploy.machine import cpu_line
+from deploy.measuring import evaluate_variants
 from deploy.report import format_table, write_report
 from deploy.report_data import DemoReport, Machine, RoleReport, VariantReport
 from deploy.second_act import Clock, second_act
 from deploy.supervisor import Stack
-from gateway.config import Config
+from gateway.config import Config, load_config
 from quantize.card import Card
 from quantize.evaluate.client import EngineClient
 from quantize.evaluate.statistics import percentile
@@ -48,7 +51,7 @@ async def run_demo(
     began = time.monotonic()
     tickets = read_tickets(Path(str(files("deploy.assistant") / "data" / "messages.jsonl")))[:messages]
 
-    async def gate(engines: dict[str, str]) -> None:
+    async def gate(engines: dict[str, EngineSpec]) -> None:
         nonlocal cards
         say("3/5 gate: measuring each variant on its own engine")
         cards = await evaluate_variants(config, cards, say, engines)
@@ -96,6 +99,22 @@ async def run_demo(
     say(
         f"report: {out / 'report.html'}, report.png and report.json ({time.monotonic() - began:.0f} s in all)"
     )
+
+
+def with_what_was_made(config: Config, path: Path, cards: Sequence[Card], say: Say) -> tuple[Config, Path]:
+    """The configuration without variants that this machine does not serve, and the file that it is read
+    from: a copy in ``run_dir`` where there are any."""
+    made = {card.variant for card in cards}
+    if not (missing := [variant for variant in config.serve if variant not in made]):
+        return config, path
+    say(f"going on without {', '.join(missing)}")
+    narrowed = config.model_dump(mode="json", exclude_unset=True)
+    narrowed["serve"] = [variant for variant in config.serve if variant in made]
+    config.run_dir.mkdir(parents=True, exist_ok=True)
+    copy = config.run_dir / "demo.yaml"
+    copy.touch(mode=0o600)
+    copy.write_text(yaml.safe_dump(narrowed, sort_keys=False), encoding="utf-8")
+    return load_config(copy), copy
 
 
 def forget_watch(config: Config) -> None:

@@ -4,19 +4,31 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
+import json
 import os
 import signal
 import socket
 import time
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import aiohttp
 
-from deploy.engine_log import reason
+from deploy.engine_failures import (
+    EngineLoadError,
+    EngineRoomError,
+    EngineSetupError,
+    EngineStartError,
+    diagnose,
+)
+from deploy.machine import nvidia_smi, parse_gpus
+from deploy.placement import Need, Placed
 from gateway.config import Engine as EngineSettings
 from quantize.card import Card
+
+__all__ = ["EngineLoadError", "EngineProcess", "EngineSpec", "EngineStartError", "command", "environment"]
 
 SITE = Path(__file__).with_name("engine_site")
 """What an engine's interpreter runs at start, and the CPU server's entry."""
@@ -24,18 +36,6 @@ LAST_LINES = 12
 """Lines of an engine's log that an error message shows."""
 PORT_FREE_S = 10.0
 """For the port of an engine that has been stopped to be free again."""
-
-
-class EngineStartError(RuntimeError):
-    """An engine did not become ready. The text shows its last words."""
-
-
-class EngineLoadError(EngineStartError):
-    """The engine ended by itself while it loaded a variant. ``words`` is the line that says why."""
-
-    def __init__(self, text: str, words: str) -> None:
-        super().__init__(text)
-        self.words = words
 
 
 @dataclass(frozen=True)
@@ -47,10 +47,42 @@ class EngineSpec:
     host: str
     port: int
     log: Path
+    placed: Placed = field(default_factory=Placed)
 
     @property
     def url(self) -> str:
         return f"http://{self.host}:{self.port}"
+
+
+def need_of(card: Card, directory: Path, settings: EngineSettings) -> Need:
+    """What an engine of the variant takes: its weights and its KV cache."""
+    cache = settings.kv_bytes(card.max_model_len, card.kv_bytes_per_token)
+    return Need(card.variant, card.weight_bytes, cache, attention_heads(directory))
+
+
+def attention_heads(directory: Path) -> tuple[int, ...]:
+    """Attention and KV heads of a variant by its config, which ranks divide; empty if it names none."""
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    config = config.get("text_config") or config
+    found = (config.get(name) for name in ("num_attention_heads", "num_key_value_heads"))
+    return tuple(int(count) for count in found if count)
+
+
+def shared_flags(settings: EngineSettings) -> list[str]:
+    """Arguments that do not depend on the variant or on where it runs, the user's own last.
+
+    The files that Tiercel writes are named, so that the engine does not choose others that lie beside them.
+    """
+    flags = [
+        *("--config-format", "hf"),
+        *("--load-format", "safetensors"),
+        *("--max-num-seqs", str(settings.max_num_seqs)),
+        *("--max-logprobs", "-1"),
+        *("--scheduling-policy", "priority"),  # what the gateway's watch asks comes after users' requests
+    ]
+    if not has_cuda():
+        flags.append("--enforce-eager")
+    return [*flags, *settings.extra_args]
 
 
 def command(spec: EngineSpec, settings: EngineSettings) -> list[str]:
@@ -62,25 +94,23 @@ def command(spec: EngineSpec, settings: EngineSettings) -> list[str]:
         *("--served-model-name", spec.card.model),
         *("--host", spec.host),
         *("--port", str(spec.port)),
-        *("--max-model-len", str(min(settings.max_model_len, spec.card.max_model_len))),
-        *("--max-num-seqs", str(settings.max_num_seqs)),
-        *("--max-logprobs", "-1"),
-        *("--scheduling-policy", "priority"),  # what the gateway's watch asks comes after users' requests
+        *("--max-model-len", str(settings.context(spec.card.max_model_len, spec.card.kv_bytes_per_token))),
         *("--kv-cache-dtype", spec.card.kv),
         *("--uvicorn-log-level", "warning"),
+        *spec.placed.arguments,
     ]
-    if not has_cuda():
-        arguments.append("--enforce-eager")
-    return [*arguments, *settings.extra_args]
+    return [*arguments, *shared_flags(settings)]
 
 
-def environment(settings: EngineSettings) -> dict[str, str]:
-    """The engine's environment: no hub, no telemetry, our sitecustomize first, then the user's own."""
+def environment(spec: EngineSpec, settings: EngineSettings) -> dict[str, str]:
+    """The engine's environment: no hub, no telemetry, our sitecustomize first, its place, then the user's
+    own. Of what both name the place's devices hold, which were chosen among the user's."""
+    cache = settings.kv_bytes(spec.card.max_model_len, spec.card.kv_bytes_per_token)
     added = {
         "HF_HUB_OFFLINE": "1",
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",
-        "VLLM_CPU_KVCACHE_SPACE": f"{settings.kv_cache_gib}",
+        "VLLM_CPU_KVCACHE_SPACE": f"{cache >> 30}",
         "PYTHONPATH": str(SITE),
         "PYTHONUNBUFFERED": "1",
         "PYTHONWARNINGS": "ignore",
@@ -90,11 +120,17 @@ def environment(settings: EngineSettings) -> dict[str, str]:
         # log-probabilities: 20 s of silence for a gain that a CPU does not show.
         added["TORCH_COMPILE_DISABLE"] = "1"
     kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
-    return {**kept, **added, **settings.env}
+    return {**kept, **added, **settings.env, **spec.placed.env}
 
 
 def has_cuda() -> bool:
-    return Path("/proc/driver/nvidia/version").exists()
+    """Whether engines run on a GPU here: what placement and targets go by as well."""
+    return bool(parse_gpus(_listed())[0])
+
+
+@functools.cache
+def _listed() -> str:
+    return nvidia_smi()
 
 
 def port_in_use(host: str, port: int) -> bool:
@@ -107,12 +143,21 @@ def port_in_use(host: str, port: int) -> bool:
     return False
 
 
+def free_port(host: str) -> int:
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
 class EngineProcess:
     """A running (or ended) engine. ``start`` and ``wait_ready`` raise EngineStartError."""
 
     def __init__(self, spec: EngineSpec, settings: EngineSettings) -> None:
         self.spec, self._settings = spec, settings
         self._process: asyncio.subprocess.Process | None = None
+        self._log_from = 0
+        """Where in the log this start begins: what an earlier one said is no reason for this one."""
 
     @property
     def pid(self) -> int | None:
@@ -126,43 +171,41 @@ class EngineProcess:
         """Start the process in its own process group, its output appended to the log."""
         python = self._settings.python
         if python is None or not python.exists():
-            raise EngineStartError(
+            raise EngineSetupError(
                 f"no engine environment at {python}; run `make setup`, or set engine.python"
             )
         if port_in_use(self.spec.host, self.spec.port):
-            raise EngineStartError(
+            raise EngineRoomError(
                 f"port {self.spec.port} on {self.spec.host} is in use; stop what listens there, "
                 "or set engine.base_port to another range"
             )
         self.spec.log.parent.mkdir(parents=True, exist_ok=True)
+        self._log_from = self.spec.log.stat().st_size if self.spec.log.exists() else 0
         with self.spec.log.open("ab") as log:
             self._process = await asyncio.create_subprocess_exec(
                 *command(self.spec, self._settings),
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                env=environment(self._settings),
+                env=environment(self.spec, self._settings),
                 start_new_session=True,
             )
 
     async def wait_ready(self) -> None:
         """Return when the engine has answered a request, log-probabilities included."""
-        deadline = asyncio.get_running_loop().time() + self._settings.start_timeout_s
+        patience = self._settings.patience_s(self.spec.card.weight_bytes)
+        deadline = asyncio.get_running_loop().time() + patience
         async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=60)) as session:
             while not await self._answers(session):
                 if self.exit_code is not None:
-                    text = (
+                    raise diagnose(self.said(), self.exit_code).error(
                         f"engine {self.spec.card.variant} ended with status {self.exit_code} while starting; "
                         f"its last words ({self.spec.log}):\n{self.last_words()}"
                     )
-                    if self.exit_code < 0:  # ended by somebody's signal, not by itself
-                        raise EngineStartError(text)
-                    raise EngineLoadError(text, reason(self._log()))
                 if asyncio.get_running_loop().time() > deadline:
-                    raise EngineStartError(
-                        f"engine {self.spec.card.variant} was not ready after "
-                        f"{self._settings.start_timeout_s:.0f} s; raise engine.start_timeout_s or see "
-                        f"{self.spec.log}:\n{self.last_words()}"
+                    raise EngineRoomError(
+                        f"engine {self.spec.card.variant} was not ready after {patience:.0f} s; raise "
+                        f"engine.start_timeout_s or see {self.spec.log}:\n{self.last_words()}"
                     )
                 await asyncio.sleep(0.5)
 
@@ -202,12 +245,15 @@ class EngineProcess:
 
     def last_words(self) -> str:
         """The last lines of the engine's log, without vLLM's prefixes being cut."""
-        lines = self._log().splitlines() or ["(no log)"]
+        lines = self.said().splitlines() or ["(no log)"]
         return "\n".join(f"  {line}" for line in lines[-LAST_LINES:])
 
-    def _log(self) -> str:
+    def said(self) -> str:
+        """What the engine has logged since it was started."""
         try:
-            return self.spec.log.read_text(encoding="utf-8", errors="replace")
+            with self.spec.log.open("rb") as log:
+                log.seek(self._log_from)
+                return log.read().decode(errors="replace")
         except FileNotFoundError:
             return ""
 
@@ -218,7 +264,8 @@ async def running(
 ) -> AsyncIterator[EngineProcess]:
     """An engine that is ready inside the block and gone after it."""
     engine = EngineProcess(spec, settings)
-    say(f"starting engine {spec.card.variant} on port {spec.port}")
+    where = f", {spec.placed.where}" if spec.placed.where else ""
+    say(f"starting engine {spec.card.variant} on port {spec.port}{where}")
     try:
         await engine.start()
         await engine.wait_ready()

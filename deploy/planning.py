@@ -34,6 +34,8 @@ from quantize.report.tables import align, kl_text, megabytes
 
 Say = Callable[[str], None]
 
+BENCH_CONTEXT = 1024
+"""Tokens of a conversation that planning measures, where engine.max_model_len says nothing else."""
 TUNING_S = 300.0
 """Seconds that tuning may take."""
 REPORTED_CONVERSATIONS = 240
@@ -69,7 +71,7 @@ def open_bench(config: Config) -> Iterator[Bench]:
     with Bench(
         config.engine.python,
         config.variants_dir / ".logs" / "bench.log",
-        max_model_len=config.engine.max_model_len,
+        max_model_len=config.engine.max_model_len or BENCH_CONTEXT,
         env=config.engine.env,
         site=SITE,
     ) as bench:
@@ -224,7 +226,7 @@ def held_out(config: Config) -> list[Span]:
         if item is not None and len(spans) < REPORTED_CONVERSATIONS:
             messages = [*item.messages, {"role": "assistant", "content": item.expected}]
             encoded = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)
-            if 1 < len(encoded["input_ids"]) < config.engine.max_model_len:
+            if 1 < len(encoded["input_ids"]) < (config.engine.max_model_len or BENCH_CONTEXT):
                 spans.append((list(encoded["input_ids"]), 1))
     return spans
 

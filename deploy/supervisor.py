@@ -10,16 +10,21 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 
 import aiohttp
 from tqdm import tqdm
 
-from deploy.engine import EngineProcess, EngineSpec, EngineStartError, port_in_use
+from deploy.engine import EngineProcess, EngineSpec, EngineStartError, need_of, port_in_use
+from deploy.engine_account import refuse_otherwise
+from deploy.engine_failures import EngineLoadError
+from deploy.machine import look
+from deploy.placement import Placed, PlacementError, place
 from gateway.config import Config
-from quantize.card import refuse_broken
+from quantize.card import VERSION, Card, refuse_broken
 from quantize.registry import Registry
+from quantize.versions import usable_version
 
 Say = Callable[[str], None]
 
@@ -33,12 +38,22 @@ class UpError(RuntimeError):
     """The stack cannot be started. The text says why and what to do."""
 
 
-def engine_specs(config: Config) -> list[EngineSpec]:
-    """The engines to start here: served variants without given replicas. Raises CardError."""
+def engine_specs(config: Config, say: Say = lambda _text: None) -> list[EngineSpec]:
+    """The engines to start here, each with its place: served variants without given replicas.
+
+    In place of a version that its engine could not load, the newest one that passed is served, which is
+    said. Raises CardError and PlacementError.
+    """
     registry = Registry(config.variants_dir, config.model.name, config.reference)
-    cards = [registry.card(variant) for variant in config.serve if not config.pools.get(variant)]
-    for card in cards:
-        refuse_broken(card)
+    cards = []
+    for variant in config.serve:
+        if config.pools.get(variant):
+            continue
+        directory, sentence = usable_version(config.variants_dir, variant)
+        if sentence:
+            say(sentence)
+        cards.append(registry.card(variant, directory.name if VERSION.fullmatch(directory.name) else None))
+        refuse_broken(cards[-1])
     return [
         EngineSpec(
             card=card,
@@ -46,15 +61,36 @@ def engine_specs(config: Config) -> list[EngineSpec]:
             host=config.engine.host,
             port=config.engine.base_port + config.serve.index(card.variant),
             log=config.run_dir / "logs" / f"engine-{card.variant}.log",
+            placed=placed,
         )
-        for card in cards
+        for card, placed in zip(cards, side_by_side(config, cards), strict=True)
     ]
+
+
+def side_by_side(config: Config, cards: Sequence[Card]) -> list[Placed]:
+    """Places for engines that all run at once. Raises PlacementError."""
+    machine, placed = look(), list[Placed]()
+    registry = Registry(config.variants_dir, config.model.name, config.reference)
+    for card in cards:
+        need = need_of(card, registry.path(card.variant, card.version), config.engine)
+        found = place(machine, need, placed, len(cards), config.engine.env, config.engine.extra_args)
+        if found is None and not machine.gpus:
+            # Engines that serve may share cores: what they wait for most is the next request.
+            found = dataclasses.replace(placed[0], memory=need.weight_bytes + need.kv_bytes)
+        if found is None:
+            names = ", ".join(one.variant for one in cards)
+            raise PlacementError(
+                f"{names} do not fit on this machine side by side, {card.variant} has no room; serve fewer "
+                "variants here (serve, pools), or lower engine.kv_cache_gib"
+            )
+        placed.append(found)
+    return placed
 
 
 class Stack:
     """Engines and gateway of one configuration. Use as an async context manager.
 
-    ``before_gateway`` is awaited with the base URL of every engine, by variant, when all are ready.
+    ``before_gateway`` is awaited with every engine, by variant, when all are ready.
     """
 
     def __init__(
@@ -62,11 +98,11 @@ class Stack:
         config: Config,
         config_path: Path,
         say: Say,
-        before_gateway: Callable[[dict[str, str]], Awaitable[object]] | None = None,
+        before_gateway: Callable[[dict[str, EngineSpec]], Awaitable[object]] | None = None,
     ) -> None:
         self.config, self._config_path, self._say = config, config_path, say
         self._before_gateway = before_gateway
-        self._specs = engine_specs(config)
+        self._specs = engine_specs(config, say)
         self.engines = {spec.card.variant: EngineProcess(spec, config.engine) for spec in self._specs}
         self._gateway: asyncio.subprocess.Process | None = None
         self._watchers: dict[str, asyncio.Task[None]] = {}
@@ -105,8 +141,11 @@ class Stack:
         with tqdm(total=len(self.engines), desc="starting", unit="engine", mininterval=0.5) as bar:
 
             async def bring_up(engine: EngineProcess) -> None:
-                await engine.start()
-                await engine.wait_ready()
+                try:
+                    await _bring_up(engine)
+                except EngineLoadError as error:
+                    engine = self._instead(engine, error)
+                    await _bring_up(engine)
                 bar.set_postfix_str(f"{engine.spec.card.variant} ready")
                 bar.update()
 
@@ -119,11 +158,41 @@ class Stack:
                 await asyncio.gather(*starts, return_exceptions=True)
         self._write_state()
         if self._before_gateway is not None:
-            await self._before_gateway({name: e.spec.url for name, e in self.engines.items()})
+            await self._before_gateway({name: engine.spec for name, engine in self.engines.items()})
+            await self._follow_choice()
         await self._start_gateway()
         for name, engine in self.engines.items():
             self._watchers[name] = asyncio.create_task(self._watch_engine(engine))
         self._watchers[_GATEWAY] = asyncio.create_task(self._watch_gateway())
+
+    def _instead(self, failed: EngineProcess, error: EngineLoadError) -> EngineProcess:
+        """An engine of the newest version that passed, where the one in use does not load: it is marked
+        broken. Raises the error where there is none, as of the reference."""
+        card = failed.spec.card
+        if card.variant == card.reference:
+            raise error
+        registry = Registry(
+            self.config.variants_dir, self.config.model.name, self.config.reference, self._say
+        )
+        registry.mark_broken(card, error.words)
+        directory = registry.path(card.variant)
+        if directory.name == card.version:
+            raise error
+        spec = dataclasses.replace(failed.spec, card=registry.card(card.variant), directory=directory)
+        engine = self.engines[card.variant] = EngineProcess(spec, self.config.engine)
+        return engine
+
+    async def _follow_choice(self) -> None:
+        """Serve what is in use now: the gateway reads those cards, and a gate may have chosen others."""
+        for spec in engine_specs(self.config, self._say):
+            old = self.engines[spec.card.variant]
+            if old.spec.directory != spec.directory:
+                await old.stop()
+                engine = EngineProcess(dataclasses.replace(spec, placed=old.spec.placed), self.config.engine)
+                self.engines[spec.card.variant] = engine
+                await engine.start()
+                await engine.wait_ready()
+                self._write_state()
 
     async def _start_gateway(self) -> None:
         with self.gateway_log.open("ab") as log:
@@ -219,6 +288,18 @@ class Stack:
                     break
         await asyncio.gather(*(engine.stop() for engine in self.engines.values()))
         (self.config.run_dir / "engines.json").unlink(missing_ok=True)
+
+
+async def _bring_up(engine: EngineProcess) -> None:
+    """Start an engine, and see that it serves what its card says. Raises EngineStartError; it is stopped then
+    where it does not load."""
+    await engine.start()
+    try:
+        await engine.wait_ready()
+        await refuse_otherwise(engine)
+    except EngineLoadError:
+        await engine.stop()
+        raise
 
 
 async def _is_ready(session: aiohttp.ClientSession, url: str) -> bool:

@@ -18,8 +18,10 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 CARD_NAME = "card.json"
-FORMAT: Literal[2] = 2
-"""Raised whenever older cards cannot be read any more."""
+FORMAT: Literal[3] = 3
+"""Raised whenever a card gets fields that an older version cannot read."""
+READABLE = (2, FORMAT)
+"""Formats that are read. What was measured under an older one is stale: it does not say on what."""
 CURRENT = "current"
 """Name of the link, in a variant's directory, to the version that is in use."""
 VARIANT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -166,12 +168,45 @@ class Evaluation(_Strict):
     roles: dict[str, RoleEvaluation]
     text: TextEvaluation = Field(description="all roles pooled")
     tasks_sha256: str
-    engine: dict[str, str] = Field(description="vLLM version, platform, instruction set, settings")
+    engine: dict[str, str] = Field(
+        description="on what it was measured: engine and its build, device and driver, flags, environment"
+    )
     noise: NoiseFloor | None = Field(default=None, description="all roles pooled")
     p_values: dict[str, float] = Field(
         default_factory=dict,
         description="'variant/role' to the p-value of its gate, of all that were judged together",
     )
+
+
+class Kernel(_Strict):
+    """The linear modules of an engine that one kernel computes."""
+
+    count: int = Field(ge=1, description="modules, as the engine fuses them")
+    bits: int = Field(ge=0, description="of a weight; 0 where the engine does not tell")
+    bytes: int = Field(ge=0, description="of their parameters, on all ranks, after the engine repacked them")
+
+
+class EngineAccount(_Strict):
+    """What the engine said of itself after it had loaded the variant."""
+
+    source: Literal["workers", "log"] = Field(
+        description="every module, told by the engine's workers; or what a stock server's log shows"
+    )
+    engine: str = Field(description="vLLM's version")
+    quantization: str = Field(description="the quantization config that it resolved; 'none' without one")
+    kernels: dict[str, Kernel] = Field(default_factory=dict, description="'method/kernel' to its modules")
+    kv_dtype: str = Field(default="", description="of the KV cache; empty where it is not told")
+    weight_bytes: int | None = Field(default=None, description="of all parameters, on all ranks")
+    device_bytes: int | None = Field(default=None, description="taken on the accelerators, KV cache included")
+    ranks: int = Field(default=1, ge=1, description="workers that share the model")
+
+
+class Making(_Strict):
+    """What making a variant took."""
+
+    seconds: float = Field(ge=0)
+    peak_memory_bytes: int | None = Field(default=None, ge=0, description="largest resident size")
+    peak_device_bytes: int | None = Field(default=None, ge=0, description="largest use of an accelerator")
 
 
 class Speed(_Strict):
@@ -199,7 +234,7 @@ class Card(_Strict):
     later (evaluation, gate, state) is written into the card again.
     """
 
-    format: Literal[2] = FORMAT
+    format: Literal[3] = FORMAT
     model: str
     variant: str
     reference: str = Field(description="name of the variant that this one is compared with")
@@ -235,6 +270,13 @@ class Card(_Strict):
     files: dict[str, str] = Field(description="file name to SHA-256, all files but the card")
     evaluation: Evaluation | None = None
     speed: Speed | None = Field(default=None, description="on the engine that the evaluation names")
+    account: EngineAccount | None = Field(
+        default=None, description="what the engine served when the variant was measured"
+    )
+    making: Making | None = Field(default=None, description="what making it took")
+    doubts: tuple[str, ...] = Field(
+        default=(), description="why its figures are not to be trusted; with any it passes no gate"
+    )
     gate: dict[str, Verdict] = Field(default_factory=dict)
 
     @property
@@ -242,6 +284,11 @@ class Card(_Strict):
         """Twelve hex digits that change whenever a file of the variant changes."""
         listing = json.dumps(self.files, sort_keys=True).encode()
         return hashlib.sha256(listing).hexdigest()[:12]
+
+    @property
+    def passed(self) -> frozenset[str]:
+        """Roles whose gate it passed."""
+        return frozenset(role for role, verdict in self.gate.items() if verdict.outcome == Outcome.PASSED)
 
     def memory_bytes(self, kv_tokens: int) -> int:
         """Bytes that serving takes with ``kv_tokens`` tokens in the KV cache."""
@@ -311,12 +358,16 @@ def read_card(directory: Path) -> Card:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise CardError(f"{path} does not exist; make the variant with `tiercel quantize`") from None
+    found = _format(text)
     try:
+        if found in READABLE and found != FORMAT:
+            return Card.model_validate(json.loads(text) | {"format": FORMAT})
         return Card.model_validate_json(text)
     except ValidationError as error:
-        if (found := _format(text)) is not None and found != FORMAT:
+        if found is not None and found not in READABLE:
+            known = " and ".join(map(str, READABLE))
             raise CardError(
-                f"{path}: format {found!r} is not {FORMAT}, which this version of Tiercel reads; "
+                f"{path}: format {found!r} is none of {known}, which this version of Tiercel reads; "
                 "make the variant again"
             ) from None
         first = error.errors()[0]

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -50,6 +51,7 @@ from quantize.core.targets import Target
 from quantize.make.calibration import CalibrationSet
 from quantize.make.compress import compress, versions
 from quantize.register.examine import examine
+from quantize.versions import is_proven, usable_version, why_kept
 
 
 @dataclass(frozen=True)
@@ -130,8 +132,50 @@ class Registry:
         return card
 
     def mark_broken(self, card: Card, engine_words: str) -> Card:
-        """The engine cannot load this version: it is never served or routed to, and says why."""
-        return self.update(card.model_copy(update={"state": "broken", "engine_words": engine_words}))
+        """The engine cannot load this version: it is never served or routed to, and says why.
+
+        Where it is the one in use, the newest version that passed a gate is used again.
+        """
+        broken = self.update(card.model_copy(update={"state": "broken", "engine_words": engine_words}))
+        place, sentence = usable_version(self.directory, card.variant)
+        if sentence:
+            with self._locked(card.variant):
+                point(self.directory / card.variant / CURRENT, place.name)
+            self._say(sentence)
+        return broken
+
+    def adopt(self, card: Card) -> bool:
+        """Use a version that was judged, unless the one in use passed what it did not; whether it is used.
+
+        A variant that did not load is never used in another's place.
+        """
+        current = self._read(card.variant, self.current(card.variant))
+        if current is None or current.version == card.version:
+            return True
+        if kept := why_kept(current, card):
+            self._say(
+                f"{card.variant} {card.version} is not put to use: {kept}; {current.version} stays in use "
+                f"(`tiercel variants use {card.variant} {card.version}` overrules this)"
+            )
+            return False
+        with self._locked(card.variant):
+            point(self.directory / card.variant / CURRENT, card.version)
+        self._say(f"{card.variant}: {card.version} is in use now, {current.version} was before")
+        return True
+
+    def _point(self, card: Card) -> None:
+        """Use a version that was just made or found, unless one is in use that passed a gate."""
+        link = self.directory / card.variant / CURRENT
+        current = self._read(card.variant, os.readlink(link)) if link.is_symlink() else None
+        if current is None or current.version == card.version or not is_proven(current):
+            point(link, card.version)
+        elif not card.passed >= current.passed or card.state != "ready":
+            self._say(
+                f"{card.variant} {card.version} is there; {current.version}, which passed, stays in use "
+                "until the new one has passed too"
+            )
+        else:
+            point(link, card.version)
 
     def use(self, variant: str, version: str) -> Card:
         """Point ``current`` at a version: back to an older one, or forth again. Raises CardError."""
@@ -195,7 +239,11 @@ class Registry:
         return self.directory / ".distributions" / f"{card.variant}-{card.version}.json"
 
     def add_reference(self, checkpoint: Checkpoint) -> Card:
-        """Take in the base checkpoint itself."""
+        """Take in the base checkpoint itself: its weights and what goes with them, nothing else.
+
+        An engine prefers some files to those that were read here (``consolidated.safetensors`` and
+        ``params.json`` to shards and ``config.json``); they stay where they are.
+        """
 
         def fill(partial: Path) -> dict[str, Any]:
             copy_companions(checkpoint, partial)
@@ -255,7 +303,7 @@ class Registry:
                 "predicted_kl": predicted_kl,
             }
 
-        return self._add(variant, inputs, fill, checkpoint, base, parent=self._reference_version())
+        return self._add(variant, inputs, fill, checkpoint, base, parent=self._reference_version(base))
 
     def register(
         self, directory: Path, variant: str, checkpoint: Checkpoint, where: Target | None = None
@@ -288,7 +336,7 @@ class Registry:
 
         contents = {name.as_posix(): sha256_of(path) for path, name in found.files}
         inputs = {"base": base, "registered": contents}
-        return self._add(variant, inputs, fill, checkpoint, base, parent=self._reference_version())
+        return self._add(variant, inputs, fill, checkpoint, base, parent=self._reference_version(base))
 
     def _add(
         self,
@@ -303,7 +351,7 @@ class Registry:
         self.path(variant)  # refuses bad names and the older layout before any work
         with self._locked(variant):
             if (known := self._made_from(variant, digest)) is not None:
-                point(self.directory / variant / CURRENT, known.version)
+                self._point(known)
                 return known
             partial = Path(tempfile.mkdtemp(prefix=f".partial-{variant}@", dir=self.directory))
             try:
@@ -333,7 +381,16 @@ class Registry:
         if self._is_whole(card.variant, card.version):
             shutil.rmtree(partial)
             known = read_card(place)
-            found_out = ("created", "evaluation", "gate", "state", "engine_words")
+            found_out = (
+                "created",
+                "evaluation",
+                "speed",
+                "gate",
+                "state",
+                "engine_words",
+                "account",
+                "doubts",
+            )
             card = self.update(card.model_copy(update={name: getattr(known, name) for name in found_out}))
         else:
             share(partial, card.files, dict(self._files()))
@@ -344,7 +401,7 @@ class Registry:
             if place.exists():  # damaged
                 place.rename(self.directory / f".partial-{card.variant}@{card.version}")
             partial.rename(place)
-        point(place.parent / CURRENT, card.version)
+        self._point(card)
         return card
 
     def _files(self) -> Iterator[tuple[str, Path]]:
@@ -372,9 +429,12 @@ class Registry:
         except CardError:
             return None
 
-    def _reference_version(self) -> str | None:
-        name = self.path(self.reference).name
-        return name if VERSION.fullmatch(name) else None
+    def _reference_version(self, base: str) -> str | None:
+        """The reference's version that is this base checkpoint, in use or not; None before it is taken in."""
+        for name in reversed(self.versions(self.reference)):
+            if (card := self._read(self.reference, name)) and card.base_sha256 == base:
+                return name
+        return None
 
     def _made_from(self, variant: str, inputs: str) -> Card | None:
         """A whole version that was made from the same inputs."""

@@ -20,6 +20,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from quantize.plan.parts import PartStore
+
 from benchmarks.quantization import data, outlier_model, show
 from quantize.core.checkpoint import open_checkpoint
 from quantize.core.modules import read_modules
@@ -29,7 +31,6 @@ from quantize.evaluate.bench import Bench
 from quantize.plan import autoscheme
 from quantize.plan.controls import RANDOM_PLANS, random_plan
 from quantize.plan.paired_kl import PairedKl
-from quantize.plan.parts import PartStore
 from quantize.plan.planner import Planner
 from quantize.plan.search import search
 from quantize.plan.sensitivity import analyse, measure

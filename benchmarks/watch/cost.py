@@ -24,8 +24,7 @@ from tqdm import tqdm
 from benchmarks.watch.inject import VARIANT, WORK, configuration
 from benchmarks.watch.traffic import questions
 from deploy.commands import run_engines, say
-from deploy.engine import EngineSpec, running
-from deploy.making import free_port
+from deploy.engine import EngineSpec, free_port, running
 from gateway.config import Config, load_config
 from gateway.quality.examiner import Examiner
 from gateway.quality.inquiry import Inquiry

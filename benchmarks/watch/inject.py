@@ -31,7 +31,7 @@ from tqdm import tqdm
 from benchmarks.watch.traffic import Answered, questions, send
 from deploy.commands import run_engines
 from deploy.damage import DAMAGES, damaged
-from deploy.making import free_port
+from deploy.engine import free_port
 from deploy.supervisor import Stack
 from gateway.config import Config, load_config
 from quantize.card import variant_directory

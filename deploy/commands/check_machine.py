@@ -131,7 +131,7 @@ def check_memory(subject: Subject) -> Findings:
         yield ok(have)
         return
     weights = sum(weight_bytes(subject, variant) for variant in local)
-    cache = 0 if has_cuda() else subject.config.engine.kv_cache_gib * 2**30
+    cache = 0 if has_cuda() else (subject.config.engine.kv_cache_gib or 1) * 2**30
     # On a GPU the weights pass through this memory once, one engine's at a time at worst.
     need = weights + (0 if has_cuda() else len(local) * (cache + ENGINE_BYTES))
     running = engine_pids(subject.config.run_dir)

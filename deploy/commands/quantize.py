@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import functools
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from deploy.commands import add_command, add_json, print_json, run_engines, say
+from deploy.commands import NOT_WELL, add_command, add_json, print_json, run_engines, say
 from deploy.commands.before import refuse_unmeasurable
 from deploy.commands.variants import card_as_json
 from gateway.config import Config, load_config
@@ -22,7 +22,7 @@ from quantize.core.targets import detect, target
 from quantize.plan.controls import KINDS
 from quantize.registry import Registry
 
-COMMANDS = ("check", "make", "sensitivity", "plan", "register", "-h", "--help")
+COMMANDS = ("check", "make", "measure", "sensitivity", "plan", "register", "-h", "--help")
 TARGET_HELP = "where it is to be loaded (default: this machine)"
 
 
@@ -48,6 +48,12 @@ def add_quantize(parser: argparse.ArgumentParser) -> None:
     making.add_argument("--target", help=TARGET_HELP)
     _unmeasured(making)
 
+    text = "measure and judge variants that are there, on the engine at hand"
+    measuring = add_command(commands, "measure", measure, text)
+    measuring.add_argument("variants", nargs="*", help="which (default: all)")
+    add_json(measuring)
+    measuring.set_defaults(evaluate=True)
+
     looking = add_command(commands, "sensitivity", sensitivity, "what each group loses at each scheme")
     looking.add_argument("--target", help=TARGET_HELP)
     add_json(looking)
@@ -65,9 +71,7 @@ def add_quantize(parser: argparse.ArgumentParser) -> None:
     planning.add_argument("--tries", type=int, default=12, help="plans that are measured on the engine")
     planning.add_argument("--no-tune", dest="tune", action="store_false", help="keep scales as they come")
     planning.add_argument("--schemes", nargs="+", help="what to choose from (default: the target's usual)")
-    planning.add_argument(
-        "--methods", nargs="+", default=["imatrix+gptq"], help="whose parts may be mixed"
-    )
+    planning.add_argument("--methods", nargs="+", default=["imatrix+gptq"], help="whose parts may be mixed")
     planning.add_argument(
         "--controls",
         nargs="*",
@@ -119,7 +123,7 @@ def make(options: argparse.Namespace) -> None:
     from deploy.making import make_one, make_variants
 
     config = load_config(options.config)
-    before = _before(config, options)
+    before = _before(config, options, 1 if options.scheme else len(options.variants or RECIPES))
     if options.scheme:
         scheme(options.scheme)
         kv_scheme(options.kv)
@@ -129,6 +133,18 @@ def make(options: argparse.Namespace) -> None:
         )
     else:
         cards = make_variants(config, options.variants or list(RECIPES), say, options.target, before)
+    _judge(config, cards, options)
+
+
+def measure(options: argparse.Namespace) -> None:
+    from deploy.measuring import say_hopeless
+
+    config = load_config(options.config)
+    registry = Registry(config.variants_dir, config.model.name, config.reference, say)
+    names = options.variants or registry.variants()
+    others = [name for name in dict.fromkeys(names) if name != config.reference]
+    cards = [registry.card(name) for name in (config.reference, *others)]
+    say_hopeless(config, len(others), say)
     _judge(config, cards, options)
 
 
@@ -193,9 +209,16 @@ def register(options: argparse.Namespace) -> None:
     _judge(config, [reference, card], options)
 
 
-def _before(config: Config, options: argparse.Namespace) -> Callable[[], None]:
-    """What is looked at before work, for variants that are to be measured."""
-    return functools.partial(refuse_unmeasurable, config) if options.evaluate else lambda: None
+def _before(config: Config, options: argparse.Namespace, variants: int = 1) -> Callable[[], None]:
+    """What is looked at before work, for so many variants that are to be measured."""
+
+    def look() -> None:
+        from deploy.measuring import say_hopeless
+
+        refuse_unmeasurable(config)
+        say_hopeless(config, variants, say)
+
+    return look if options.evaluate else lambda: None
 
 
 def _reference(config: Config) -> Card:
@@ -204,12 +227,15 @@ def _reference(config: Config) -> Card:
 
 
 def _judge(config: Config, cards: Sequence[Card], options: argparse.Namespace) -> None:
-    from deploy.making import evaluate_variants
     from quantize.report.tables import format_variants
 
     if options.evaluate:
+        from deploy.measuring import evaluate_variants
+
         cards = run_engines(evaluate_variants(config, cards, say))
     if options.json:
         print_json([card_as_json(card) for card in cards])
     else:
         print(format_variants(cards))
+    if options.evaluate and any(card.evaluation is None and card.state == "ready" for card in cards):
+        sys.exit(NOT_WELL)  # said above: there was no room for its engine

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from deploy.commands import add_command, add_json, print_json, say
 from gateway.config import Config, load_config
-from quantize.card import Card, CardError
+from quantize.card import Card, CardError, read_card
 from quantize.registry import Registry
 from quantize.report.distributions import Distributions
 
@@ -68,21 +69,55 @@ def list_variants(options: argparse.Namespace) -> None:
     config = load_config(options.config)
     registry = _registry(config)
     cards = _cards(config, registry)
+    old = stale_variants(config, cards)
     if options.json:
-        print_json([card_as_json(card) for card in cards])
+        print_json([card_as_json(card) | {"stale": old[card.variant]} for card in cards])
         return
-    print(format_variants(cards, {card.variant: len(registry.versions(card.variant)) for card in cards}))
+    counts = {card.variant: len(registry.versions(card.variant)) for card in cards}
+    print(format_variants(cards, counts, old))
+    for line in waiting_lines(registry, cards):
+        print(line)
+
+
+def stale_variants(config: Config, cards: Sequence[Card]) -> dict[str, tuple[str, ...]]:
+    """Per variant how the engine that it was measured on differs from the one of this configuration.
+
+    Empty where this machine has no engine environment: then nothing is measured here.
+    """
+    from deploy.machine import look
+    from deploy.measuring import identity
+    from quantize.versions import stale
+
+    now = identity(config, look())
+    if "engine" not in now:
+        return {card.variant: () for card in cards}
+    return {card.variant: stale(card, now) for card in cards}
+
+
+def waiting_lines(registry: Registry, cards: Sequence[Card]) -> list[str]:
+    """Newer versions that are not in use, a sentence each."""
+    lines = []
+    for card in cards:
+        newest = registry.versions(card.variant)[-1]
+        if read_card(registry.path(card.variant, newest)).created > card.created:
+            lines.append(
+                f"{card.variant}: a newer version {newest} is not in use; "
+                f"`tiercel variants use {card.variant} {newest}` puts it to use"
+            )
+    return lines
 
 
 def show(options: argparse.Namespace) -> None:
     from quantize.report.tables import format_card
 
-    registry = _registry(load_config(options.config))
+    config = load_config(options.config)
+    registry = _registry(config)
     card = registry.card(options.variant)
+    versions, old = registry.versions(options.variant), stale_variants(config, [card])[card.variant]
     if options.json:
-        print_json(card_as_json(card) | {"all_versions": registry.versions(options.variant)})
+        print_json(card_as_json(card) | {"all_versions": versions, "stale": old})
     else:
-        print(format_card(card, registry.versions(options.variant)))
+        print(format_card(card, versions, old))
 
 
 def compare(options: argparse.Namespace) -> None:

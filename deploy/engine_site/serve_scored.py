@@ -8,10 +8,11 @@ For GPUs it is the entry as it stands, in place of ``python -m vllm.entrypoints.
 import sys
 
 import vllm.plugins
+from account_route import AccountRoute  # type: ignore[import-not-found]
 from score_route import ScoreRoute  # type: ignore[import-not-found]
 
 EXTENSION = "worker_extension.WorkerExtension"
-ROUTES = (ScoreRoute,)
+ROUTES = (ScoreRoute, AccountRoute)
 
 
 def add_scoring(arguments: list[str]) -> None:

@@ -1,7 +1,8 @@
 """What Tiercel adds to every worker of an engine; vLLM takes one class."""
 
+from account_worker import AccountWorker  # type: ignore[import-not-found]
 from score_worker import ScoreWorker  # type: ignore[import-not-found]
 
 
-class WorkerExtension(ScoreWorker):  # type: ignore[misc]
+class WorkerExtension(ScoreWorker, AccountWorker):  # type: ignore[misc]
     """All of it."""

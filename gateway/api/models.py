@@ -111,7 +111,8 @@ def longest(snapshot: Snapshot, model: str) -> int | None:
         variants = tuple(config.serve)
     else:
         return None
-    return min(config.engine.max_model_len, *(cards[name].max_model_len for name in variants))
+    chosen = [cards[name] for name in variants]
+    return min(config.engine.context(card.max_model_len, card.kv_bytes_per_token) for card in chosen)
 
 
 def _page(entries: list[dict[str, Any]], request: Request) -> dict[str, Any]:

@@ -9,6 +9,10 @@ from pydantic import Field
 
 from gateway.config.section import Secret, Section
 
+GIB = 1 << 30
+MOST_KV_GIB = 4
+"""KV cache that an engine gets by itself at most; a longer context than it holds must be asked for."""
+
 
 class Engine(Section):
     """How local vLLM engines are started."""
@@ -17,13 +21,43 @@ class Engine(Section):
     base_port: int = Field(
         default=8101, ge=1024, le=65000, description="first engine's port; the next add one"
     )
-    max_model_len: int = Field(default=1024, ge=64)
-    kv_cache_gib: int = Field(default=1, ge=1, description="KV-cache space per engine on a CPU, GiB")
+    max_model_len: int | None = Field(
+        default=None,
+        ge=64,
+        description="tokens of prompt and answer together; default: the model's, as far as the KV cache "
+        "holds them",
+    )
+    kv_cache_gib: int | None = Field(
+        default=None,
+        ge=1,
+        description="KV-cache space per engine, GiB; default: what one longest prompt needs, 1 to "
+        f"{MOST_KV_GIB}",
+    )
     max_num_seqs: int = Field(default=64, ge=1)
-    start_timeout_s: float = Field(default=300.0, gt=0)
+    start_timeout_s: float | None = Field(
+        default=None, gt=0, description="default: 300 s, and a second for every 50 MB of weights"
+    )
     stop_timeout_s: float = Field(default=20.0, gt=0)
     python: Path | None = Field(
         default=None, description="the engine environment's interpreter; default .venv-engine/bin/python"
     )
     extra_args: Annotated[tuple[str, ...], Secret.OPTIONS] = ()
     env: Annotated[dict[str, str], Secret.ALL] = Field(default_factory=dict)
+
+    def context(self, longest: int, kv_bytes_per_token: int) -> int:
+        """Tokens that an engine takes of a model that knows ``longest``: all, or what its cache holds."""
+        if self.max_model_len is not None:
+            return min(self.max_model_len, longest)
+        room = (self.kv_cache_gib or MOST_KV_GIB) * GIB
+        return min(longest, max(64, room // max(1, kv_bytes_per_token) // 64 * 64))
+
+    def kv_bytes(self, longest: int, kv_bytes_per_token: int) -> int:
+        """Bytes of the KV cache of one engine, a whole number of GiB."""
+        if self.kv_cache_gib is not None:
+            return self.kv_cache_gib * GIB
+        needed = self.context(longest, kv_bytes_per_token) * kv_bytes_per_token
+        return min(MOST_KV_GIB, max(1, -(-needed // GIB))) * GIB
+
+    def patience_s(self, weight_bytes: int) -> float:
+        """Seconds that an engine may take to load so many bytes and be ready."""
+        return self.start_timeout_s or 300.0 + weight_bytes / 50e6

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
+from typing import Any
 
 from pydantic import Field, field_validator, model_validator
 
@@ -39,6 +40,13 @@ class RoleSettings(Section):
     tasks: Path | None = Field(default=None, description="JSON Lines of held-out items for the gate")
     long_context: Path | None = Field(
         default=None, description="the same with prompts that fill the context, judged apart from tasks"
+    )
+    max_tokens: int | None = Field(
+        default=None, ge=1, description="of an answer to an item of tasks that does not say; default 256"
+    )
+    chat_template_kwargs: dict[str, Any] = Field(
+        default_factory=dict,
+        description="for the chat template when tasks are asked, such as {enable_thinking: false}",
     )
 
     when_full: WhenFull = WhenFull.RAISE

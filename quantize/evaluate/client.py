@@ -74,8 +74,12 @@ class EngineClient:
         messages: Sequence[dict[str, str]],
         max_tokens: int,
         json_schema: Mapping[str, Any] | None = None,
+        template: Mapping[str, Any] | None = None,
     ) -> str:
-        """The greedy answer to a conversation; with ``json_schema`` the engine guides it to be valid."""
+        """The greedy answer to a conversation; with ``json_schema`` the engine guides it to be valid.
+
+        ``template`` is for the chat template (vLLM's ``chat_template_kwargs``).
+        """
         body: dict[str, Any] = {
             "messages": list(messages),
             "max_tokens": max_tokens,
@@ -85,6 +89,8 @@ class EngineClient:
         if json_schema is not None:
             schema = {"name": "answer", "schema": dict(json_schema)}
             body["response_format"] = {"type": "json_schema", "json_schema": schema}
+        if template:
+            body["chat_template_kwargs"] = dict(template)
         reply = await self._post("/v1/chat/completions", body)
         return str(reply["choices"][0]["message"]["content"] or "")
 
@@ -94,10 +100,15 @@ class EngineClient:
         return int((await self._post("/v1/completions", body))["usage"]["completion_tokens"])
 
     async def tokenize(
-        self, messages: Sequence[dict[str, str]], add_generation_prompt: bool = False
+        self,
+        messages: Sequence[dict[str, str]],
+        add_generation_prompt: bool = False,
+        template: Mapping[str, Any] | None = None,
     ) -> list[int]:
         """Token ids of a conversation, by the engine's own chat template."""
-        body = {"messages": list(messages), "add_generation_prompt": add_generation_prompt}
+        body: dict[str, Any] = {"messages": list(messages), "add_generation_prompt": add_generation_prompt}
+        if template:
+            body["chat_template_kwargs"] = dict(template)
         return [int(token) for token in (await self._post("/tokenize", body))["tokens"]]
 
     async def account(self) -> dict[str, Any] | None:

@@ -198,7 +198,7 @@ async def _run(jobs: Sequence[Job], journal: Journal, advance: Callable[[], obje
 def _answering(client: EngineClient, item: Item, role: str, index: int) -> Job:
     async def job() -> Entry:
         schema = item.json_schema if item.guided else None
-        text = await client.answer(item.messages, item.max_tokens, schema)
+        text = await client.answer(item.messages, item.max_tokens, schema, item.chat_template_kwargs)
         return {"role": role, "index": index, "answer": text}
 
     return job
@@ -233,8 +233,10 @@ async def _chosen(client: EngineClient, items: Sequence[Item]) -> list[tuple[int
 
     async def conversation(index: int) -> tuple[int, list[int], int]:
         item = items[index]
-        whole = await client.tokenize([*item.messages, {"role": "assistant", "content": item.expected}])
-        return index, whole, len(await client.tokenize(item.messages, add_generation_prompt=True))
+        more = item.chat_template_kwargs
+        answered = [*item.messages, {"role": "assistant", "content": item.expected}]
+        whole = await client.tokenize(answered, template=more)
+        return index, whole, len(await client.tokenize(item.messages, True, more))
 
     task = [index for index, item in enumerate(items) if item.suite == "task"]
     step = max(1.0, len(task) / SCORED_CONVERSATIONS)  # evenly, for items are often sorted

@@ -30,7 +30,10 @@ class Item(BaseModel):
     expected: str
     check: Literal["exact", "contains", "json"] = "exact"
     facts: tuple[str, ...] = ()
-    max_tokens: int = Field(default=64, ge=1)
+    max_tokens: int = Field(default=256, ge=1)
+    chat_template_kwargs: dict[str, Any] | None = Field(
+        default=None, description="for the chat template, such as {'enable_thinking': false}"
+    )
     grounds: tuple[str, ...] | None = Field(
         default=None, description="texts that hold everything that may be claimed; not checked without"
     )

@@ -51,6 +51,8 @@ def judge(card: Card, role: str, budget: QualityBudget) -> Verdict:
         return Verdict(outcome=Outcome.PASSED, reasons=("is the reference",))
     if refusal := _refused(card, budget):
         return Verdict(outcome=Outcome.FAILED, reasons=(refusal,))
+    if card.doubts:
+        return Verdict(outcome=Outcome.NOT_ENOUGH_EVIDENCE, reasons=card.doubts)
     tests = _tests(card, role, budget)
     if not tests or card.evaluation is None:
         reason = f"not evaluated for role {role}"

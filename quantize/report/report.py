@@ -21,12 +21,14 @@ from quantize.report.tables import (
     accuracy_text,
     checks_of,
     kl_text,
+    making_text,
     mean_kl_text,
     megabytes,
     noise_floor,
     paired_text,
     pareto,
     points,
+    served_text,
     state_text,
 )
 
@@ -420,7 +422,7 @@ def _figures(figures: Distributions) -> str:
 
 
 def _circumstances(report: Report) -> str:
-    heads = ["variant", "engine", "made with", "calibration", "version"]
+    heads = ["variant", "engine", "served as", "made with", "made in", "calibration", "version"]
     rows = [heads]
     for card in report.cards:
         engine = card.evaluation.engine if card.evaluation else {}
@@ -429,13 +431,17 @@ def _circumstances(report: Report) -> str:
             [
                 card.variant,
                 ", ".join(f"{name} {value}" for name, value in engine.items() if value) or NOTHING,
+                served_text(card.account) if card.account else NOTHING,
                 ", ".join(f"{name} {value}" for name, value in card.versions.items()) or NOTHING,
+                making_text(card),
                 f"{used.source}, {used.samples:,} samples, {used.tokens:,} tokens" if used else NOTHING,
                 card.version,
             ]
         )
     notes = "".join(
-        f"<li>{escape(card.variant)}: {escape(note)}</li>" for card in report.cards for note in card.notes
+        f"<li>{escape(card.variant)}: {escape(note)}</li>"
+        for card in report.cards
+        for note in (*card.doubts, *card.notes)
     )
     body = table(rows) + (f"<ul>{notes}</ul>" if notes else "")
     return _section("What was measured where", "Kernels differ between processors and settings.", body)

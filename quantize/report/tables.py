@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from quantize.card import Card, Outcome, Paired, Verdict
+from quantize.card import Card, EngineAccount, Outcome, Paired, Verdict
 from quantize.gate.judgement import drop_upper_bound, wilson_interval
 
 NOTHING = "-"
@@ -115,7 +115,37 @@ def paired_text(paired: Paired | None) -> str:
 
 
 def state_text(card: Card) -> str:
-    return card.state if card.state == "ready" else f"broken: {card.engine_words}"
+    if card.state == "broken":
+        return f"broken: {card.engine_words}"
+    return "suspicious" if card.doubts else card.state
+
+
+def served_text(account: EngineAccount | None) -> str:
+    """What an engine said of itself after it had loaded the variant, in a line."""
+    if account is None:
+        return "not told by the engine"
+    parts = [f"quantization {account.quantization}"]
+    for name, kernel in account.kernels.items():
+        size = f" ({megabytes(kernel.bytes)})" if kernel.bytes else ""
+        parts.append(f"{name} x {kernel.count}{size}")
+    if account.kv_dtype:
+        parts.append(f"KV cache {account.kv_dtype}")
+    if account.weight_bytes is not None:
+        parts.append(f"{megabytes(account.weight_bytes)} of weights")
+    if account.device_bytes is not None:
+        parts.append(f"{account.device_bytes / 1e9:,.2f} GB on the device")
+    if account.ranks > 1:
+        parts.append(f"{account.ranks} ranks")
+    return "; ".join(parts) + ("" if account.source == "workers" else " (from its log)")
+
+
+def making_text(card: Card) -> str:
+    """Time and memory that making the variant took."""
+    if (took := card.making) is None:
+        return NOTHING
+    peak = took.peak_memory_bytes
+    memory = f", {peak / 1e9:.2f} GB at most" if peak is not None else ""
+    return f"{took.seconds:,.0f} s{memory}"
 
 
 def roles_of(cards: Sequence[Card]) -> list[str]:
@@ -126,9 +156,24 @@ def _verdict(verdict: Verdict | None) -> str:
     return MARKS[verdict.outcome] if verdict else NOTHING
 
 
-def format_variants(cards: Sequence[Card], versions: Mapping[str, int] | None = None) -> str:
-    """One line per variant. ``versions`` is how many each has, by name."""
+def verdict_text(card: Card, role: str) -> str:
+    """The verdict and the accuracy that it rests on; of the reference the accuracy alone."""
+    figures = card.evaluation.roles.get(role) if card.evaluation else None
+    right = f"{100 * figures.accuracy:.1f} % right" if figures else ""
+    if card.variant == card.reference:
+        return right or NOTHING
+    return ", ".join(filter(None, (_verdict(card.gate.get(role)), right)))
+
+
+def format_variants(
+    cards: Sequence[Card],
+    versions: Mapping[str, int] | None = None,
+    stale: Mapping[str, Sequence[str]] | None = None,
+) -> str:
+    """One line per variant. ``versions`` is how many each has, by name; ``stale`` what is measured on
+    another engine than the one at hand, and how that differs."""
     roles = roles_of(cards)
+    differ = stale or {}
     rows = [["variant", "version", "scheme", "method", "weights", "bits", "KV/token", "KL", *roles, "state"]]
     for card in cards:
         count = (versions or {}).get(card.variant, 1)
@@ -136,10 +181,27 @@ def format_variants(cards: Sequence[Card], versions: Mapping[str, int] | None = 
         row = [card.variant, card.version + (f" (of {count})" if count > 1 else ""), card.scheme, card.method]
         row += [megabytes(card.weight_bytes), bits, f"{card.kv_bytes_per_token:,} B"]
         row.append(kl_text(card.evaluation.text.kl_mean if card.evaluation else None))
-        row += [_verdict(card.gate.get(role)) for role in roles]
-        row.append("registered" if card.origin == "registered" and card.state == "ready" else card.state)
-        rows.append(row)
-    return align(rows)
+        row += [verdict_text(card, role) for role in roles]
+        state = "registered" if card.origin == "registered" and card.state == "ready" else card.state
+        marks = ["suspicious"] * bool(card.doubts) + ["stale"] * bool(differ.get(card.variant))
+        rows.append([*row, ", ".join([state, *marks])])
+    lines = [align(rows)]
+    lines += [f"{card.variant} is suspicious: {doubt}" for card in cards for doubt in card.doubts]
+    lines += stale_lines(differ)
+    return "\n".join(lines)
+
+
+def stale_lines(stale: Mapping[str, Sequence[str]]) -> list[str]:
+    """Variants that were measured on another engine, those with the same differences in one sentence."""
+    together: dict[tuple[str, ...], list[str]] = {}
+    for variant, differences in stale.items():
+        if differences:
+            together.setdefault(tuple(differences), []).append(variant)
+    return [
+        f"{', '.join(names)}: measured on another engine ({'; '.join(differences)}); "
+        f"`tiercel quantize measure {' '.join(names)}` measures again"
+        for differences, names in together.items()
+    ]
 
 
 Field = tuple[str, Callable[[Card], str]]
@@ -155,6 +217,8 @@ FIELDS: tuple[Field, ...] = (
     ("bits per weight", lambda card: f"{card.bits_per_weight:.3f}" if card.bits_per_weight else NOTHING),
     ("KV cache per token", lambda card: f"{card.kv_bytes_per_token:,} B"),
     ("checked for", lambda card: card.target or NOTHING),
+    ("made in", making_text),
+    ("served as", lambda card: served_text(card.account) if card.account else NOTHING),
     ("predicted KL", lambda card: kl_text(card.predicted_kl)),
     ("mean KL", mean_kl_text),
     ("99th percentile", lambda card: kl_text(card.evaluation.text.kl_p99 if card.evaluation else None)),
@@ -198,11 +262,31 @@ def different_groups(cards: Sequence[Card]) -> list[list[str]]:
     return [row for row in rows if len(set(row[1:])) > 1]
 
 
-def format_card(card: Card, versions: Sequence[str] = ()) -> str:
-    """Everything about one variant: figures, verdicts with their reasons, notes, schemes, versions."""
+def right_text(card: Card, role: str) -> str:
+    """Right answers of a role: the variant's and the reference's; the reference's own alone."""
+    figures = card.evaluation.roles.get(role) if card.evaluation else None
+    if figures is None:
+        return ""
+    own = f"right: {figures.correct} of {figures.items}, {accuracy_text(card, role)}"
+    if card.variant == card.reference:
+        return own
+    theirs = figures.reference_correct
+    share = 100 * theirs / figures.items
+    return f"{own}; the reference {card.reference}: {theirs} of {figures.items}, {share:.1f} %"
+
+
+def format_card(card: Card, versions: Sequence[str] = (), stale: Sequence[str] = ()) -> str:
+    """Everything about one variant: figures, verdicts with their reasons, notes, schemes, versions.
+
+    ``stale`` is how the engine that it was measured on differs from the one at hand.
+    """
     lines = [f"{card.model}:{card.variant}", align([[name, text(card)] for name, text in FIELDS])]
     for role, verdict in card.gate.items():
         lines.append(f"{role}: {MARKS[verdict.outcome]}: " + "; ".join(verdict.reasons))
+        if right := right_text(card, role):
+            lines.append(f"  {right}")
+    lines += [f"suspicious: {doubt}" for doubt in card.doubts]
+    lines += stale_lines({card.variant: stale})
     lines += [f"note: {note}" for note in card.notes]
     if card.calibration:
         used = card.calibration

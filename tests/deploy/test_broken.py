@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from deploy.engine import EngineLoadError, EngineSpec, running
+from deploy.engine import EngineSpec, free_port, running
+from deploy.engine_failures import EngineLoadError
 from deploy.engine_log import reason
-from deploy.making import free_port, unless_broken
+from deploy.measuring import unless_broken
 from deploy.supervisor import engine_specs
 from gateway.cards import load_cards
 from gateway.config import Config, load_config

@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs/commands.md").read_text(encoding="utf-8")
 LISTING = {
     "quantize check",
+    "quantize measure",
     "quantize sensitivity",
     "variants list",
     "variants show",
@@ -119,7 +120,7 @@ def test_what_was_made_is_one_document_too(tmp_path: Path, capsys: pytest.Captur
     main(["variants", "show", "bf16", "--json", "--config", str(path)])
     shown = json.loads(capsys.readouterr().out)
     assert re.fullmatch("[0-9a-f]{12}", made["version"])
-    assert shown == made | {"all_versions": [made["version"]]}
+    assert shown == made | {"all_versions": [made["version"]], "stale": []}
 
 
 def test_exit_statuses(config: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -128,6 +129,7 @@ def test_exit_statuses(config: list[str], capsys: pytest.CaptureFixture[str]) ->
         "0",
         "1",
         "2",
+        "3",
         "130",
     ]
     main(["variants", "list", *config])

@@ -1,30 +1,128 @@
 """What `tiercel quantize` decides before it starts engines."""
 
 import asyncio
-import os
+from pathlib import Path
 
 import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 
-from deploy.making import Turns, answering_at_once, speed_or_none
-from gateway.config import load_config
+from deploy.demo import with_what_was_made
+from deploy.making import make_plans, role_tasks
+from deploy.measuring import Turns, answering_at_once, speed_or_none
+from deploy.placement import Machine
+from gateway.config import Config, load_config
+from quantize.card import Card
+from quantize.core.checkpoint import open_checkpoint
+from quantize.core.modules import read_modules
+from quantize.core.plan import Plan, uniform
+from quantize.core.targets import target
 from quantize.evaluate.client import EngineClient
+from quantize.make.compress import QuantizeError
+from quantize.registry import Registry
 from tests.deploy.test_supervisor import ROOT
 
 
 @pytest.mark.parametrize(
     ("threads", "cores", "at_once"),
-    [("1", 2, 2), ("1", 16, 2), ("2", 2, 1), ("8", 4, 1), (None, 8, 1), ("many", 8, 1), ("0", 8, 1)],
+    [
+        ("1", 2, 2),
+        ("1", 16, 2),
+        ("2", 2, 1),
+        ("8", 4, 1),
+        (None, 2, 2),
+        (None, 1, 1),
+        ("many", 8, 1),
+        ("0", 8, 1),
+    ],
 )
 def test_engines_answer_side_by_side_only_with_threads_of_their_own(
-    monkeypatch: pytest.MonkeyPatch, threads: str | None, cores: int, at_once: int
+    threads: str | None, cores: int, at_once: int
 ) -> None:
     config = load_config(ROOT / "tiercel.yaml")
     env = {} if threads is None else {"OMP_NUM_THREADS": threads}
     config = config.model_copy(update={"engine": config.engine.model_copy(update={"env": env})})
-    monkeypatch.setattr(os, "cpu_count", lambda: cores)
-    assert answering_at_once(config) == at_once
+    assert answering_at_once(config, Machine({0: tuple(range(cores))}, 1 << 40)) == at_once
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    path = tmp_path / "tiercel.yaml"
+    path.write_text(
+        f"""
+model: {{name: assistant, path: {ROOT}/deploy/assistant/model}}
+variants_dir: variants
+serve: [bf16, int8, int4]
+roles: {{core: {{}}}}
+default_role: core
+""",
+        encoding="utf-8",
+    )
+    return load_config(path)
+
+
+def plans_of(config: Config) -> dict[str, Plan]:
+    modules = read_modules(open_checkpoint(config.model.path))
+    return {
+        "int8": uniform(modules, "w8a8-r7", method="rtn"),
+        "int4": uniform(modules, "w4a16-g32", method="rtn"),
+    }
+
+
+def test_what_the_target_refuses_is_left_out_and_the_rest_is_made(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[str] = []
+
+    def add(self: Registry, checkpoint: object, variant: str, *_: object, **__: object) -> Card:
+        made.append(variant)
+        return self.card("bf16").model_copy(update={"variant": variant})
+
+    monkeypatch.setattr(Registry, "add", add)
+    said: list[str] = []
+    looked: list[int] = []
+    plans = plans_of(config)
+    avx2 = target("vllm-cpu-avx2")
+    cards = make_plans(config, plans, avx2, said.append, lambda: looked.append(len(made)))
+    assert [card.variant for card in cards] == ["bf16", "int8"]
+    assert made == ["int8"]
+    assert looked == [0]  # before any work
+    assert said[0].startswith("int4 is left out, vllm-cpu-avx2 does not serve it: model.layers.0.")
+    with pytest.raises(QuantizeError, match=r"^int4: model\.layers\.0\."):
+        make_plans(config, {"int4": plans["int4"]}, avx2, said.append)
+
+
+def test_the_demo_goes_on_with_what_was_made(config: Config, tmp_path: Path) -> None:
+    registry = Registry(config.variants_dir, "assistant", "bf16")
+    bf16 = registry.add_reference(open_checkpoint(config.model.path))
+    cards = [bf16, bf16.model_copy(update={"variant": "int8"})]
+    said: list[str] = []
+    path = tmp_path / "tiercel.yaml"
+    narrowed, read_from = with_what_was_made(config, path, cards, said.append)
+    assert said == ["going on without int4"]
+    assert narrowed.serve == ("bf16", "int8")
+    assert (narrowed.model, narrowed.variants_dir) == (config.model, config.variants_dir)
+    assert load_config(read_from) == narrowed
+    everything = [*cards, bf16.model_copy(update={"variant": "int4"})]
+    assert with_what_was_made(config, path, everything, said.append) == (config, path)
+
+
+def test_items_take_what_their_role_sets(config: Config, tmp_path: Path) -> None:
+    lines = [
+        '{"messages": [{"role": "user", "content": "a"}], "expected": "b"}',
+        '{"messages": [{"role": "user", "content": "a"}], "expected": "b", "max_tokens": 9}',
+    ]
+    (tmp_path / "core.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    role = config.roles["core"].model_copy(
+        update={
+            "tasks": tmp_path / "core.jsonl",
+            "max_tokens": 2000,
+            "chat_template_kwargs": {"enable_thinking": False},
+        }
+    )
+    long, short = role_tasks(config.model_copy(update={"roles": {"core": role}}))["core"]
+    assert (long.max_tokens, short.max_tokens) == (2000, 9)
+    assert long.chat_template_kwargs == short.chat_template_kwargs == {"enable_thinking": False}
 
 
 async def test_an_engine_is_timed_while_no_other_answers() -> None:

@@ -6,6 +6,7 @@ the port that it is given, so everything but vLLM is the real thing.
 
 import asyncio
 import contextlib
+import dataclasses
 import itertools
 import os
 import signal
@@ -21,10 +22,14 @@ import psutil
 import pytest
 
 from deploy.cli import main
-from deploy.engine import EngineProcess, EngineStartError, command, environment
-from deploy.making import free_port
+from deploy.engine import EngineProcess, EngineStartError, command, environment, free_port
 from deploy.supervisor import Stack, engine_specs
 from gateway.config import Config, load_config
+from quantize.card import Outcome, Verdict
+from quantize.core.checkpoint import open_checkpoint
+from quantize.core.modules import read_modules
+from quantize.core.plan import uniform
+from quantize.registry import Registry
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -124,6 +129,47 @@ def dead_engine(config_path: Path, script: str) -> Config:
     return config
 
 
+def with_a_version_that_fails(config_path: Path) -> tuple[Config, Registry, str, str]:
+    """The configuration with an int4 of two versions: the first passed, and the second, in use, fails."""
+    text = config_path.read_text(encoding="utf-8").replace("serve: [bf16]", "serve: [bf16, int4]")
+    config_path.write_text(text, encoding="utf-8")
+    config = load_config(config_path)
+    checkpoint = open_checkpoint(config.model.path)
+    registry = Registry(config.variants_dir, "assistant", "bf16")
+
+    def make(out: Path) -> None:
+        for name in ("model.safetensors", "config.json"):
+            (out / name).write_bytes((config.model.path / name).read_bytes())
+
+    def make_other(out: Path) -> None:
+        make(out)
+        (out / "generation_config.json").write_text("{}", encoding="utf-8")
+
+    plan = uniform(read_modules(checkpoint), "w4a16-g64", method="rtn")
+    good = registry.add(checkpoint, "int4", plan, None, make=make)
+    passed = Verdict(outcome=Outcome.PASSED, reasons=("x",))
+    registry.update(good.model_copy(update={"gate": {"core": passed}}))
+    other = plan.model_copy(update={"method": "mse"})
+    bad = registry.add(checkpoint, "int4", other, None, make=make_other)
+    registry.use("int4", bad.version)
+    fails = f"case \"$*\" in *{bad.version}*) echo 'ValueError: group size 48'; exit 1;; esac\n"
+    assert config.engine.python is not None
+    script = FAKE_ENGINE.replace("#!/bin/sh\n", "#!/bin/sh\n" + fails)
+    config.engine.python.write_text(script, encoding="utf-8")
+    return config, registry, good.version, bad.version
+
+
+async def test_a_version_that_does_not_load_gives_way_to_one_that_passed(config_path: Path) -> None:
+    config, registry, good, bad = with_a_version_that_fails(config_path)
+    said: list[str] = []
+    async with Stack(config, config_path, said.append) as stack:
+        assert await status(stack.url + "/readiness") == 200
+        assert stack.engines["int4"].spec.directory.name == good
+    assert registry.current("int4") == good
+    assert registry.card("int4", bad).engine_words == "ValueError: group size 48"
+    assert any("is used instead of" in line for line in said)
+
+
 async def test_engine_that_dies_at_start_shows_its_last_words(config_path: Path) -> None:
     config = dead_engine(config_path, "#!/bin/sh\necho loading; echo 'not enough KV blocks' >&2; exit 3\n")
     with pytest.raises(BaseException) as failed:  # noqa: PT011 - a group when several engines start
@@ -165,9 +211,14 @@ def test_command_line_comes_from_the_card(config_path: Path) -> None:
     config = load_config(config_path)
     spec = engine_specs(config)[0]
     card = spec.card.model_copy(update={"kv": "fp8", "max_model_len": 512})
-    line = command(type(spec)(card, spec.directory, spec.host, spec.port, spec.log), config.engine)
+    spec = dataclasses.replace(spec, card=card)
+    line = command(spec, config.engine)
     pairs = dict(itertools.pairwise(line))
     assert pairs["--kv-cache-dtype"] == "fp8"
     assert pairs["--max-model-len"] == "512"
     assert pairs["--served-model-name"] == "assistant"
-    assert environment(config.engine)["VLLM_CPU_KVCACHE_SPACE"] == "1"
+    assert pairs["--load-format"] == "safetensors"
+    assert pairs["--config-format"] == "hf"
+    started = environment(spec, config.engine)
+    assert started["VLLM_CPU_KVCACHE_SPACE"] == "1"
+    assert started["OMP_NUM_THREADS"].isdigit()

@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from agents.prompts import SYSTEM_PROMPTS
-from deploy.making import free_port
+from deploy.engine import free_port
 from gateway.config import Config, load_config
 from quantize.card import Card, read_card, variant_directory
 

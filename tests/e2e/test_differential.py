@@ -17,8 +17,7 @@ from typing import Any
 import pytest
 import yaml
 
-from deploy.engine import EngineSpec, command, environment
-from deploy.making import free_port
+from deploy.engine import EngineSpec, command, environment, free_port
 from gateway.config import Engine
 from quantize.card import Card, write_card
 from quantize.core.files import point

@@ -13,8 +13,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from deploy.engine import EngineSpec, running
-from deploy.making import free_port
+from deploy.engine import EngineSpec, free_port, running
 from gateway.config import load_config
 from quantize.core.checkpoint import open_checkpoint
 from quantize.evaluate.bench import Bench, BenchError

@@ -14,8 +14,7 @@ import openai
 import pytest
 import yaml
 
-from deploy.engine import EngineSpec, command, environment
-from deploy.making import free_port
+from deploy.engine import EngineSpec, command, environment, free_port
 from gateway.config import Engine
 from quantize.card import variant_directory
 from tests.e2e.conftest import ROOT, Stack, stop_stack

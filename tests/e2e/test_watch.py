@@ -18,7 +18,7 @@ import pytest
 import yaml
 
 from deploy.damage import damaged
-from deploy.making import free_port
+from deploy.engine import free_port
 from deploy.supervisor import Stack
 from gateway.config import load_config
 from quantize.card import variant_directory

@@ -75,12 +75,20 @@ def test_malformed_card_names_the_file_and_the_fix(tmp_path: Path, text: str, se
 def test_a_card_of_an_older_format_says_so(tmp_path: Path) -> None:
     make_variant(tmp_path)
     path = tmp_path / "card.json"
-    older = path.read_text(encoding="utf-8").replace('"format": 2', '"format": 1')
+    older = path.read_text(encoding="utf-8").replace('"format": 3', '"format": 1')
     path.write_text(older, encoding="utf-8")
-    with pytest.raises(CardError, match=r"format 1 is not 2, .*make the variant again"):
+    with pytest.raises(CardError, match=r"format 1 is none of 2 and 3, .*make the variant again"):
         read_card(tmp_path)
 
 
 def test_missing_card_says_how_to_make_one(tmp_path: Path) -> None:
     with pytest.raises(CardError, match="tiercel quantize"):
         read_card(tmp_path / "int8")
+
+
+def test_a_card_of_the_format_before_is_read_and_its_figures_are_stale(tmp_path: Path) -> None:
+    card = make_variant(tmp_path)
+    path = tmp_path / "card.json"
+    path.write_text(path.read_text(encoding="utf-8").replace('"format": 3', '"format": 2'), encoding="utf-8")
+    assert read_card(tmp_path).version == card.version
+    assert read_card(tmp_path).format == 3

@@ -195,7 +195,9 @@ def test_a_report_of_bare_cards_has_no_empty_sections(tmp_path: Path) -> None:
 def test_the_terminal_shows_the_same() -> None:
     listing = format_variants(CARDS, {"int4": 3}).splitlines()
     assert len(listing) == 1 + len(CARDS)
-    assert re.search(r"int4 .* \(of 3\) .* 3\.78 MB +4\.25 .* 0\.0111 +FAIL +ready", listing[2])
+    assert re.search(
+        r"int4 .* \(of 3\) .* 3\.78 MB +4\.25 .* 0\.0111 +FAIL, 90\.0 % right +ready", listing[2]
+    )
     compared = format_comparison(CARDS[1:3])
     assert re.search(r"mean KL +at least 0\.0111 \(.*\) +at least 0\.0035", compared)
     assert re.search(r"model\.layers\.0\.mlp\.down_proj +w4a16-g64 +w8a8", compared)

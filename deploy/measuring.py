@@ -1,0 +1,359 @@
+"""Variants on their engines: placed, started, compared with their cards, measured and judged.
+
+The reference's engine is measured first, since variants are compared with what it answered; engines start
+beside each other as far as :mod:`deploy.placement` finds room. A measurement is found again by what was
+asked and on what (:func:`deploy.machine.engine_identity`): after an upgrade it is made anew.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+from deploy.engine import EngineSpec, free_port, need_of, running, shared_flags
+from deploy.engine_account import ServedOtherwiseError, checked_account, refuse_otherwise
+from deploy.engine_failures import EngineLoadError, EngineRoomError
+from deploy.machine import engine_identity, look
+from deploy.making import role_tasks
+from deploy.placement import Machine, PlacementError, Seats
+from gateway.config import Config
+from quantize.account import suspicion
+from quantize.card import Card, EngineAccount, Evaluation, Speed
+from quantize.evaluate.client import EngineClient, EngineError
+from quantize.evaluate.journal import Journal
+from quantize.evaluate.measure import (
+    Measurement,
+    measure,
+    measurement_key,
+    read_measurement,
+    reference_path,
+)
+from quantize.evaluate.pairing import compare
+from quantize.evaluate.speed import measure_speed
+from quantize.evaluate.tasks import Item
+from quantize.gate.evidence import ItemCounts, hopeless
+from quantize.gate.judgement import QualityBudget, gate_p_values, judge
+from quantize.registry import Registry
+from quantize.report.tables import served_text
+from quantize.versions import stale
+
+ENGINES_AT_ONCE = 2
+"""While one engine answers, the next one starts, or answers too where it has cores of its own."""
+
+Say = Callable[[str], None]
+T = TypeVar("T")
+
+
+def identity(config: Config, machine: Machine) -> dict[str, str]:
+    """On what this configuration measures: engine and build, device and driver, flags and environment."""
+    settings = config.engine
+    context = str(settings.max_model_len) if settings.max_model_len else "the model's"
+    flags = [*shared_flags(settings), "--max-model-len", context]
+    found = engine_identity(settings, machine, flags)
+    if not machine.gpus and "OMP_NUM_THREADS" not in settings.env:
+        found["threads"] = "as placed"
+    return found
+
+
+async def evaluate_variants(
+    config: Config, cards: Sequence[Card], say: Say, engines: Mapping[str, EngineSpec] | None = None
+) -> list[Card]:
+    """Measure every variant through its engine, compare with the reference, judge, write the cards.
+
+    ``engines`` are those that run already, by variant; others are started here, as are those that serve
+    another version. A variant that its engine cannot load, or serves otherwise than its card says, is marked
+    broken, with the reason; one for which there is no room is left as it was; the others go on. The
+    reference is measured twice: what it differs by from itself is the noise floor. A version that passes is
+    put to use.
+    """
+    tasks, machine = role_tasks(config), look()
+    reference = next(card for card in cards if card.variant == config.reference)
+    work = _Work(config, tasks, identity(config, machine), machine, say, engines or {}, reference)
+    ordered = [reference, *(card for card in cards if card is not reference)]
+    for card in ordered:
+        if card.max_model_len > (taken := _context(config, card)) and config.engine.max_model_len is None:
+            say(
+                f"{card.variant}: {taken:,} of the model's {card.max_model_len:,} tokens fit into the KV "
+                "cache; raise engine.kv_cache_gib for more"
+            )
+    async with asyncio.TaskGroup() as group:
+        tasks_of = [
+            group.create_task(unless_broken(work.registry, card, work.of(card), say)) for card in ordered
+        ]
+    results = {
+        card.variant: result
+        for card, task in zip(ordered, tasks_of, strict=True)
+        if (result := task.result()) is not None
+    }
+    first, again = results[config.reference].passes
+    evaluations = {name: compare(first, found.passes[-1], tasks, again) for name, found in results.items()}
+    budgets = {name: role.budget for name, role in config.roles.items()}
+    measured = [
+        _with_findings(card, results[card.variant], evaluations[card.variant], say)
+        if card.variant in results
+        else card
+        for card in cards
+    ]
+    done = judged(work.registry, measured, evaluations, budgets)
+    for card in done:
+        if card.variant in evaluations:
+            work.registry.adopt(card)
+    return done
+
+
+def say_hopeless(config: Config, variants: int, say: Say) -> None:
+    """Before any work: say which roles none of ``variants`` can pass on their items, however good it is.
+
+    Raises QuantizeError and TaskError where there are no items at all.
+    """
+    tasks = role_tasks(config)
+    counts = {
+        role: ItemCounts(
+            task=sum(item.suite == "task" for item in items),
+            grounded=sum(item.grounds is not None for item in items),
+            structured=sum(item.json_schema is not None for item in items),
+            long_context=sum(item.suite == "long_context" for item in items),
+        )
+        for role, items in tasks.items()
+    }
+    budgets = {name: role.budget for name, role in config.roles.items()}
+    for role, reasons in hopeless(counts, budgets, variants).items():
+        say(f"no variant can pass for {role}: {'; '.join(reasons)}")
+
+
+def _context(config: Config, card: Card) -> int:
+    return config.engine.context(card.max_model_len, card.kv_bytes_per_token)
+
+
+@dataclass
+class Found:
+    """What one engine gave: one pass, or two of the reference; its speed, and what it said of itself."""
+
+    passes: list[Measurement]
+    speed: Speed | None = None
+    account: EngineAccount | None = None
+
+
+@dataclass
+class _Work:
+    """Measurements of one configuration: places, and the order in which engines answer."""
+
+    config: Config
+    tasks: Mapping[str, list[Item]]
+    engine: dict[str, str]
+    machine: Machine
+    say: Say
+    engines: Mapping[str, EngineSpec]
+    reference: Card
+    reference_done: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def __post_init__(self) -> None:
+        config = self.config
+        self.registry = Registry(config.variants_dir, config.model.name, config.reference, self.say)
+        settings = config.engine
+        at_once = (
+            min(ENGINES_AT_ONCE, max(1, self.machine.cores)) if not self.machine.gpus else ENGINES_AT_ONCE
+        )
+        self.seats = Seats(self.machine, at_once, settings.env, settings.extra_args)
+        self.turns = Turns(answering_at_once(config, self.machine))
+        self._key = measurement_key(self.tasks, self.engine)
+
+    async def of(self, card: Card) -> Found:
+        """Measure one variant, or read what was measured on the same engine before."""
+        own = card.variant == self.config.reference
+        journals = self._journals(card)
+        known = [
+            read_measurement(journal, self._compared_with(card, number))
+            for number, journal in enumerate(journals.values())
+        ]
+        if card.speed is not None and not stale(card, self.engine) and all(one.done for one in known):
+            if own:
+                self.reference_done.set()
+            return Found(known, card.speed, card.account)
+        async with AsyncExitStack() as stack:
+            url, account = await self._engine(stack, card)
+            client = await stack.enter_async_context(EngineClient(url, card.model))
+            if not own:
+                await self.reference_done.wait()
+            async with self.turns.one():
+                passes = []
+                for number, (name, journal) in enumerate(journals.items()):
+                    passes.append(
+                        await measure(
+                            client,
+                            self.tasks,
+                            self.engine,
+                            name,
+                            journal,
+                            reference=self._compared_with(card, number),
+                            backwards=number > 0,
+                        )
+                    )
+                    if own:
+                        self.reference_done.set()
+            async with self.turns.alone():
+                speed = await speed_or_none(client, card.variant, self.say)
+            return Found(passes, speed or card.speed, account)
+
+    def _journals(self, card: Card) -> dict[str, Journal]:
+        path = self.registry.measurement_path(card, self._key)
+        journals = {card.variant: Journal(path)}
+        if card.variant == self.config.reference:
+            again = path.with_name(f"{path.name.split('.json')[0]}-2.json.gz")
+            journals[f"{card.variant} again"] = Journal(again)
+        return journals
+
+    def _compared_with(self, card: Card, number: int) -> Path | None:
+        """What is kept of the reference's first pass, with which all others are compared."""
+        if card.variant == self.config.reference and number == 0:
+            return None
+        return reference_path(Journal(self.registry.measurement_path(self.reference, self._key)))
+
+    async def _engine(self, stack: AsyncExitStack, card: Card) -> tuple[str, EngineAccount | None]:
+        """The address of the variant's engine, running and compared with the card."""
+        directory = self.registry.path(card.variant, card.version)
+        if (given := self.engines.get(card.variant)) is not None and given.directory == directory:
+            return given.url, await checked_account(card, given.url)
+        settings = self.config.engine
+        placed = await stack.enter_async_context(self.seats.take(need_of(card, directory, settings)))
+        spec = EngineSpec(
+            card=card,
+            directory=directory,
+            host=settings.host,
+            port=free_port(settings.host),
+            log=self.config.variants_dir / ".logs" / f"engine-{card.variant}.log",
+            placed=placed,
+        )
+        # A head that is not the variant's own is read from the reference's files.
+        beside = self.registry.path(self.reference.variant, self.reference.version).resolve()
+        env = {"TIERCEL_REFERENCE": str(beside), **settings.env}
+        started = running(spec, settings.model_copy(update={"env": env}), self.say)
+        engine = await stack.enter_async_context(started)
+        account = await refuse_otherwise(engine)
+        self.say(f"{card.variant}: {account_text(account)}")
+        return spec.url, account
+
+
+def account_text(account: EngineAccount | None) -> str:
+    """What an engine said of itself, as a sentence."""
+    if account is None:
+        return "its engine does not tell what it serves; nothing was compared with the card"
+    return f"the engine serves {served_text(account)}, as the card says"
+
+
+def _with_findings(card: Card, found: Found, evaluation: Evaluation, say: Say) -> Card:
+    """The card with what its engine said and how fast it was, and with doubts where there are reasons."""
+    doubts: tuple[str, ...] = ()
+    if is_quantized(card) and equals_reference(evaluation):
+        doubts = (suspicion(card, found.account),)
+        say(f"{card.variant}: suspicious: {doubts[0]}")
+    return card.model_copy(update={"speed": found.speed, "account": found.account, "doubts": doubts})
+
+
+def is_quantized(card: Card) -> bool:
+    return card.variant != card.reference and (card.weight_bits < 16 or card.kv != "auto")
+
+
+def equals_reference(evaluation: Evaluation) -> bool:
+    """Whether every answer and every score is the reference's, in every bit."""
+    text = evaluation.text
+    same_scores = text.kl_mean == text.kl_p99 == text.delta_log_perplexity == 0 and text.top1_agreement == 1
+    return same_scores and all(role.same_answer == role.items for role in evaluation.roles.values())
+
+
+async def speed_or_none(client: EngineClient, variant: str, say: Say) -> Speed | None:
+    """A variant's speed. An engine that cannot write what it is measured by (its context may be shorter) has
+    none, which is said: what was found out about quality stands without it."""
+    try:
+        return await measure_speed(client)
+    except EngineError as error:
+        say(f"{variant}: its speed was not measured: {error}")
+        return None
+
+
+class Turns:
+    """Lets so many engines answer side by side, or one alone."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._free = asyncio.Semaphore(most)
+        self._first = asyncio.Lock()
+
+    @asynccontextmanager
+    async def one(self) -> AsyncIterator[None]:
+        """A turn beside others."""
+        async with self._free:
+            yield
+
+    @asynccontextmanager
+    async def alone(self) -> AsyncIterator[None]:
+        """A turn while no other engine answers. It is not to be taken within another turn."""
+        taken = 0
+        async with self._first:
+            try:
+                for _ in range(self._most):
+                    await self._free.acquire()
+                    taken += 1
+                yield
+            finally:
+                for _ in range(taken):
+                    self._free.release()
+
+
+def judged(
+    registry: Registry,
+    cards: Sequence[Card],
+    evaluations: Mapping[str, Evaluation],
+    budgets: Mapping[str, QualityBudget],
+) -> list[Card]:
+    """The cards with their figures and the verdicts on all of them together, written. A variant without
+    figures could not be loaded; its card is what the registry holds."""
+    loaded = {
+        card.variant: card.model_copy(
+            update={"evaluation": evaluations[card.variant], "state": "ready", "engine_words": ""}
+        )
+        for card in cards
+        if card.variant in evaluations
+    }
+    p_values = gate_p_values(list(loaded.values()), budgets)
+    for name, card in loaded.items():
+        evaluation = evaluations[name].model_copy(update={"p_values": p_values})
+        card = card.model_copy(update={"evaluation": evaluation})
+        gate = {role: judge(card, role, budget) for role, budget in budgets.items()}
+        loaded[name] = registry.update(card.model_copy(update={"gate": gate}))
+    return [loaded.get(card.variant) or registry.card(card.variant, card.version) for card in cards]
+
+
+async def unless_broken(registry: Registry, card: Card, work: Awaitable[T], say: Say) -> T | None:
+    """What ``work`` on a variant's engine gives, or None when the engine cannot load the variant: then it is
+    marked broken, with the engine's words. Where the engine only wanted room, nothing is known of the
+    variant and its card stays as it was. The reference must be measured: its errors are raised."""
+    try:
+        return await work
+    except EngineLoadError as error:
+        if card.variant == card.reference:
+            raise
+        registry.mark_broken(card, error.words)
+        otherwise = isinstance(error, ServedOtherwiseError)
+        why = "it is not what its card says" if otherwise else "the engine cannot load it"
+        say(f"{card.variant} {card.version} is broken, {why}: {error.words}")
+        return None
+    except (EngineRoomError, PlacementError) as error:
+        if card.variant == card.reference:
+            raise
+        say(f"{card.variant} {card.version} was not measured, its card stays as it was: {error}")
+        return None
+
+
+def answering_at_once(config: Config, machine: Machine) -> int:
+    """Engines that can answer side by side without taking each other's cores; 1 where they use all."""
+    if machine.gpus:
+        return ENGINES_AT_ONCE
+    threads = config.engine.env.get("OMP_NUM_THREADS", "1")
+    if not threads.isdigit() or not int(threads):
+        return 1
+    return max(1, min(ENGINES_AT_ONCE, machine.cores // int(threads)))

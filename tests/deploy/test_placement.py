@@ -1,0 +1,134 @@
+"""Engines get cores, devices and memory; what does not fit side by side goes one after another."""
+
+import asyncio
+
+import pytest
+
+from deploy.machine import parse_gpus
+from deploy.placement import GIB, GPU_OVERHEAD, Machine, Need, Placed, PlacementError, Seats, place
+
+H100 = "0, NVIDIA H100 80GB HBM3, 81559, 81079, 570.124.06\n"
+FOUR = "".join(f"{i}, NVIDIA H100 80GB HBM3, 81559, 81079, 570.124.06\n" for i in range(4))
+L4_BUSY = "0, NVIDIA L4, 23034, 11800, 550.90.07\n1, NVIDIA L4, 23034, 22553, 550.90.07\n"
+MIG = "0, NVIDIA A100-SXM4-80GB, [N/A], [N/A], 550.90.07\n"
+
+SMALL = Need("bf16", 16 * GIB, 4 * GIB, (32, 8))
+LARGE = Need("bf16", 132 * GIB, 4 * GIB, (64, 8))
+TWO_CORES = Machine({0: (0, 1)}, 20 * GIB)
+TWO_NODES = Machine({0: (0, 1, 2, 3), 1: (4, 5, 6, 7)}, 256 * GIB)
+
+
+def gpus(listing: str) -> Machine:
+    found, driver = parse_gpus(listing)
+    return Machine({0: tuple(range(16))}, 128 * GIB, found, driver)
+
+
+def test_the_listing_of_nvidia_smi_is_read() -> None:
+    machine = gpus(L4_BUSY)
+    assert [(gpu.index, gpu.name, gpu.free) for gpu in machine.gpus] == [
+        (0, "NVIDIA L4", 11800 << 20),
+        (1, "NVIDIA L4", 22553 << 20),
+    ]
+    assert machine.driver == "550.90.07"
+    assert parse_gpus(MIG) == ((), "")
+    assert parse_gpus("NVIDIA-SMI has failed because it couldn't communicate with the driver.\n") == ((), "")
+
+
+def test_engines_share_a_gpu_by_bytes_and_not_by_a_share_of_it() -> None:
+    machine, busy = gpus(H100), list[Placed]()
+    while (placed := place(machine, SMALL, busy, 9, {})) is not None:
+        busy.append(placed)
+    assert len(busy) == 3  # 16.8 + 4 + 1.5 GiB each, of 79.2
+    first = busy[0]
+    assert first.env == {"CUDA_VISIBLE_DEVICES": "0"}
+    assert first.arguments == ("--gpu-memory-utilization", "0.05", "--kv-cache-memory-bytes", str(4 * GIB))
+    assert first.memory == round(16 * GIB * 1.05) + 4 * GIB + GPU_OVERHEAD
+
+
+def test_the_emptier_gpu_is_taken_and_the_users_choice_of_devices_holds() -> None:
+    machine, need = gpus(L4_BUSY), Need("int8", 8 * GIB, GIB)
+    free = place(machine, need, [], 2, {})
+    assert free is not None
+    assert free.gpus == (1,)
+    named = place(machine, need, [], 2, {"CUDA_VISIBLE_DEVICES": "0"})
+    assert named is not None
+    assert named.gpus == (0,)
+    assert place(machine, need, [named], 2, {"CUDA_VISIBLE_DEVICES": "0"}) is None
+    own = place(machine, need, [], 2, {}, ["--gpu-memory-utilization=0.4"])
+    assert own is not None
+    assert not own.arguments
+    assert not own.env
+
+
+def test_what_fits_no_gpu_is_split_over_the_fewest_that_hold_it() -> None:
+    placed = place(gpus(FOUR), LARGE, [], 2, {})
+    assert placed is not None
+    assert placed.gpus == (0, 1)
+    assert placed.arguments[-4:] == ("--kv-cache-memory-bytes", str(2 * GIB), "--tensor-parallel-size", "2")
+    beside = place(gpus(FOUR), LARGE, [placed], 2, {})
+    assert beside is not None
+    assert beside.gpus == (2, 3)
+    odd = Need("bf16", 132 * GIB, 4 * GIB, (25, 5))  # 25 heads are divided by no power of two
+    with pytest.raises(
+        PlacementError, match=r"bf16 needs 132\.0 GiB for weights.*GPU 0 79\.2 of 79\.6 GiB free"
+    ):
+        place(gpus(FOUR), odd, [], 2, {})
+
+
+def test_two_engines_on_two_cores_get_one_each() -> None:
+    need = Need("bf16", GIB // 4, GIB)
+    first = place(TWO_CORES, need, [], 2, {})
+    assert first is not None
+    second = place(TWO_CORES, need, [first], 2, {})
+    assert second is not None
+    assert first.env == second.env == {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    assert (first.cores, second.cores) == ((0,), (1,))
+    alone = place(TWO_CORES, need, [], 1, {})
+    assert alone is not None
+    assert alone.env["OMP_NUM_THREADS"] == "1"  # the other core is for the engine's other processes
+
+
+def test_engines_on_two_nodes_stay_on_their_own() -> None:
+    need = Need("bf16", 16 * GIB, 4 * GIB)
+    first = place(TWO_NODES, need, [], 2, {})
+    assert first is not None
+    second = place(TWO_NODES, need, [first], 2, {})
+    assert second is not None
+    assert first.env == {"OMP_NUM_THREADS": "3", "VLLM_CPU_OMP_THREADS_BIND": "0,1,2"}
+    assert second.env["VLLM_CPU_OMP_THREADS_BIND"] == "4,5,6"
+
+
+def test_threads_that_the_user_sets_are_kept_and_counted() -> None:
+    need = Need("bf16", GIB // 4, GIB)
+    first = place(TWO_CORES, need, [], 2, {"OMP_NUM_THREADS": "2"})
+    assert first is not None
+    assert not first.env
+    assert place(TWO_CORES, need, [first], 2, {"OMP_NUM_THREADS": "2"}) is None
+    assert place(TWO_CORES, need, [first], 2, {"OMP_NUM_THREADS": "1"}) is not None
+
+
+def test_engines_that_want_more_memory_than_there_is() -> None:
+    need = Need("bf16", 12 * GIB, 2 * GIB)
+    first = place(TWO_CORES, need, [], 2, {})
+    assert first is not None
+    assert place(TWO_CORES, need, [first], 2, {}) is None
+    with pytest.raises(PlacementError, match=r"needs about 34\.5 GiB of memory \(30\.0 for weights, 1\.5"):
+        place(TWO_CORES, Need("bf16", 30 * GIB, 3 * GIB // 2), [], 2, {})
+
+
+async def test_who_finds_no_room_waits_for_it() -> None:
+    seats = Seats(TWO_CORES, 2, {})
+    need, inside, most = Need("bf16", 12 * GIB, 2 * GIB), 0, 0
+
+    async def engine() -> None:
+        nonlocal inside, most
+        async with seats.take(need) as placed:
+            inside += 1
+            most = max(most, inside)
+            assert placed.memory > need.weight_bytes
+            await asyncio.sleep(0.01)
+            inside -= 1
+
+    async with asyncio.timeout(30):
+        await asyncio.gather(*(engine() for _ in range(4)))
+    assert most == 1
