@@ -97,8 +97,8 @@ def _loaded(checkpoint: Checkpoint, config: Any) -> Mapping[str, Any]:
     architecture = _class(checkpoint.path, str(names[0]) if names else "none")
     if not isinstance(config, architecture.config_class):
         raise CheckpointError(
-            f"{checkpoint.path / 'config.json'}: model_type {config.model_type} is none of {names[0]}'s, which "
-            f"is {architecture.config_class.model_type}; download the checkpoint again"
+            f"{checkpoint.path / 'config.json'}: model_type {config.model_type} is none of {names[0]}'s, "
+            f"which is {architecture.config_class.model_type}; download the checkpoint again"
         )
     state = {name: _empty(one) for name, one in checkpoint.tensors.items()}
     with quiet_transformers():
