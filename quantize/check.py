@@ -298,7 +298,9 @@ def _shortages(costs: Sequence[Cost], disk_needed: int, memory: int, disk: int) 
             "use fewer calibration tokens, method rtn, or a larger machine"
         )
     if disk_needed > disk:
-        many = "a variant takes" if len(costs) == 1 else f"{len(costs)} variants take"
+        many = f"{len(costs)} variants" if len(costs) > 1 else "a variant"
+        copied = disk_needed > sum(cost.disk_bytes for cost in costs)
+        many += " and the reference take" if copied else " take" if len(costs) > 1 else " takes"
         yield f"disk: {many} up to {_size(disk_needed)}, free are {_size(disk)}; make room first"
 
 
