@@ -322,7 +322,9 @@ def _shortages(costs: Sequence[Cost], disk_needed: int, memory: int, disk: int) 
             "use fewer calibration tokens, method rtn, or a larger machine"
         )
     if disk_needed > disk:
-        many = "a variant takes" if len(costs) == 1 else f"{len(costs)} variants take"
+        many = f"{len(costs)} variants" if len(costs) > 1 else "a variant"
+        copied = disk_needed > sum(cost.disk_bytes for cost in costs)
+        many += " and the reference take" if copied else " take" if len(costs) > 1 else " takes"
         yield f"disk: {many} up to {_size(disk_needed)}, free are {_size(disk)}; make room first"
 
 
@@ -357,11 +359,11 @@ def reference_bytes(checkpoint: Checkpoint, out: Path) -> int:
     return taken
 
 
-def refuse_pattern(variants_dir: Path) -> None:
+def refuse_pattern(path: Path, name: str = "variants_dir") -> None:
     """Raise CheckpointError for a directory whose name vLLM reads as a pattern: it finds no weights there."""
-    if found := sorted(set("*?[") & set(str(variants_dir))):
+    if found := sorted(set("*?[") & set(str(path))):
         raise CheckpointError(
-            f"variants_dir {variants_dir} has {' and '.join(found)} in its path, which vLLM reads as a "
+            f"{name} {path} has {' and '.join(found)} in its path, which vLLM reads as a "
             "pattern and finds no weights by; choose a path without"
         )
 

@@ -8,14 +8,13 @@ warning that nobody reads. An 8B model takes seconds, of which most are the impo
 
 from __future__ import annotations
 
-import contextlib
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from quantize.core.checkpoint import Checkpoint
-from quantize.core.model_config import first_line, read_config
+from quantize.core.model_config import first_line, quiet_transformers, read_config
 from quantize.core.tensors import read_parts, same_bytes
 from quantize.core.weights import CheckpointError, Tensor
 
@@ -43,10 +42,12 @@ def refuse_other_tensors(checkpoint: Checkpoint) -> None:
     found = _loaded(checkpoint, config)
     where, file = f"{checkpoint.path}:", checkpoint.path / "config.json"
     if missing := sorted(found["missing_keys"]):
-        raise CheckpointError(f"{where} {_listed(missing)} missing, which {file} has{_missing_fix(missing)}")
+        raise CheckpointError(
+            f"{where} {_listed(missing)} missing, which {file} needs{_missing_fix(missing)}"
+        )
     if others := sorted(found["mismatched_keys"], key=str):
         name, stored, wanted = others[0]
-        more = f" (and {len(others) - 1} tensors more)" if len(others) > 1 else ""
+        more = f" (and {len(others) - 1} more)" if len(others) > 1 else ""
         raise CheckpointError(
             f"{where} {name} has shape {tuple(stored)}, {file} makes it {tuple(wanted)}{more}; "
             "the two are of different models: download the checkpoint again"
@@ -58,17 +59,18 @@ def refuse_other_tensors(checkpoint: Checkpoint) -> None:
         )
 
 
-def _missing_fix(missing: Iterable[str]) -> str:
-    if list(missing) == [HEAD]:
+def _missing_fix(missing: list[str]) -> str:
+    if missing == [HEAD]:
         return (
             ": its output head. Download the checkpoint again, or set tie_word_embeddings to true if the "
             "model shares it with the embeddings"
         )
-    return ": it would be random numbers. Download the checkpoint again"
+    them = "it" if len(missing) == 1 else "they"
+    return f": {them} would be random numbers. Download the checkpoint again"
 
 
 def _listed(names: list[str]) -> str:
-    more = f" and {len(names) - SHOWN} tensors more are" if len(names) > SHOWN else ""
+    more = f" and {len(names) - SHOWN} more are" if len(names) > SHOWN else ""
     verb = "" if more else (" is" if len(names) == 1 else " are")
     return ", ".join(names[:SHOWN]) + more + verb
 
@@ -93,8 +95,13 @@ def _loaded(checkpoint: Checkpoint, config: Any) -> Mapping[str, Any]:
 
     names = config.architectures or []
     architecture = _class(checkpoint.path, str(names[0]) if names else "none")
+    if not isinstance(config, architecture.config_class):
+        raise CheckpointError(
+            f"{checkpoint.path / 'config.json'}: model_type {config.model_type} is none of {names[0]}'s, "
+            f"which is {architecture.config_class.model_type}; download the checkpoint again"
+        )
     state = {name: _empty(one) for name, one in checkpoint.tensors.items()}
-    with _quiet():
+    with quiet_transformers():
         try:
             _, found = architecture.from_pretrained(
                 None,
@@ -132,19 +139,3 @@ def _empty(tensor: Tensor) -> Any:
     import torch
 
     return torch.empty(tensor.shape, dtype=torch.bfloat16, device="meta")
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without transformers' bars and its report, which is read here."""
-    from transformers.utils import logging
-
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity(logging.CRITICAL)
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()

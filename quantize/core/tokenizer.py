@@ -12,7 +12,7 @@ from typing import Any
 
 from quantize.core.checkpoint import Checkpoint
 from quantize.core.companions import chat_template, wrong_class
-from quantize.core.model_config import first_line
+from quantize.core.model_config import first_line, quiet_transformers
 from quantize.core.weights import CheckpointError
 
 Message = dict[str, str]
@@ -37,7 +37,8 @@ def load_tokenizer(path: Path) -> Any:
 
     loader = PreTrainedTokenizerFast if wrong_class(path) is not None else AutoTokenizer
     try:
-        tokenizer = loader.from_pretrained(path, local_files_only=True)
+        with quiet_transformers():
+            tokenizer = loader.from_pretrained(path, local_files_only=True)
     except Exception as error:  # whatever transformers raises, the files are at fault
         raise CheckpointError(
             f"{path}: transformers cannot load the tokenizer ({first_line(error)}); download it again"
@@ -59,7 +60,8 @@ def refuse_bad_tokenizer(checkpoint: Checkpoint) -> None:
     for text in TEXTS:
         ids = tokenizer.encode(text, add_special_tokens=False)
         _refuse_large(checkpoint, ids, vocabulary, f"{text[:30]!r}")
-        again = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        with quiet_transformers():
+            again = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
         if _plain(again) == _plain(text) or tokenizer.unk_token_id in ids:
             continue
         raise CheckpointError(

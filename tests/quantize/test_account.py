@@ -72,7 +72,7 @@ def test_whole_checkpoints_pass(tmp_path: Path, architecture: str, shape: dict[s
 def test_a_head_that_is_not_tied_must_be_there(copy: Path) -> None:
     changed(copy, lambda tensors: tensors.pop(HEAD))
     assert refused(copy) == (
-        "lm_head.weight is missing, which MODEL/config.json has: its output head. Download the checkpoint "
+        "lm_head.weight is missing, which MODEL/config.json needs: its output head. Download the checkpoint "
         "again, or set tie_word_embeddings to true if the model shares it with the embeddings"
     )
     configured(copy, tie_word_embeddings=True)
@@ -82,7 +82,7 @@ def test_a_head_that_is_not_tied_must_be_there(copy: Path) -> None:
 def test_nothing_is_invented(copy: Path) -> None:
     changed(copy, lambda tensors: tensors.pop(UP))
     assert refused(copy) == (
-        f"{UP} is missing, which MODEL/config.json has: it would be random numbers. "
+        f"{UP} is missing, which MODEL/config.json needs: it would be random numbers. "
         "Download the checkpoint again"
     )
 
@@ -90,18 +90,16 @@ def test_nothing_is_invented(copy: Path) -> None:
 def test_a_layer_more_or_less_than_is_stored_is_refused(copy: Path) -> None:
     configured(copy, num_hidden_layers=3)
     assert "model.layers.2.input_layernorm.weight, " in refused(copy)
-    assert "and 6 tensors more are missing" in refused(copy)
+    assert "and 6 more are missing" in refused(copy)
     configured(copy, num_hidden_layers=1)
-    assert "and 6 tensors more are stored, which the model in MODEL/config.json has no place for" in refused(
-        copy
-    )
+    assert "and 6 more are stored, which the model in MODEL/config.json has no place for" in refused(copy)
 
 
 def test_another_shape_is_refused(copy: Path) -> None:
     configured(copy, intermediate_size=192)
     text = refused(copy)
     assert "mlp.down_proj.weight has shape (128, 256), MODEL/config.json makes it (128, 192)" in text
-    assert "(and 5 tensors more)" in text
+    assert "(and 5 more)" in text
 
 
 def test_a_foreign_tensor_is_refused(copy: Path) -> None:
@@ -136,6 +134,8 @@ def test_an_expert_that_is_missing_is_seen(tmp_path: Path) -> None:
 def test_a_configuration_without_sense_is_a_sentence(copy: Path) -> None:
     configured(copy, model_type="nosuch")
     assert "config.json: transformers cannot read it (" in refused(copy)
+    configured(copy, model_type="gpt2")
+    assert "model_type gpt2 is none of LlamaForCausalLM's, which is llama" in refused(copy)
     configured(copy, model_type="llama", architectures=["NoSuchForCausalLM"])
     assert "architecture NoSuchForCausalLM is not in transformers" in refused(copy)
 

@@ -240,7 +240,7 @@ def test_disk_is_counted_for_all_copies(tmp_path: Path) -> None:
     refuse_short([cost, cost], tmp_path, memory_free=10**12, disk_free=room, more_bytes=5)
     with pytest.raises(CheckpointError, match="disk: 3 variants take up to"):
         refuse_short([cost, cost, cost], tmp_path, memory_free=10**12, disk_free=room)
-    with pytest.raises(CheckpointError, match="disk: 2 variants take up to"):
+    with pytest.raises(CheckpointError, match="disk: 2 variants and the reference take up to"):
         refuse_short([cost, cost], tmp_path, memory_free=10**12, disk_free=room, more_bytes=6)
     assert reference_bytes(checkpoint, tmp_path / "variants") == 0  # links
     assert reference_bytes(checkpoint, Path("/proc/1")) > 2 * 512 * 256
