@@ -16,7 +16,7 @@ reference's is read from its checkpoint and stands in for it (:meth:`ScoreWorker
 
 Run: the V1 runner on a CPU, with chunked prompts, several requests at once beside ones that decode, and
 prefix caching. Read in vLLM's source, and tried with its declared state filled by hand: the V2 runner, which
-needs Triton. Read alone: CUDA, pipeline parallelism.
+needs Triton. Read alone: CUDA, tensor and pipeline parallelism.
 
 Where vLLM is not as expected here, nothing is measured and the reason is returned: see :func:`refusal`, and
 :func:`disagreement`, which compares the last row with the token that the engine drew from it.
