@@ -16,7 +16,7 @@ reference's is read from its checkpoint and stands in for it (:meth:`ScoreWorker
 
 Run: the V1 runner on a CPU, with chunked prompts, several requests at once beside ones that decode, and
 prefix caching. Read in vLLM's source, and tried with its declared state filled by hand: the V2 runner, which
-needs Triton. Read alone: CUDA, pipeline parallelism.
+needs Triton. Read alone: CUDA, tensor and pipeline parallelism.
 
 Where vLLM is not as expected here, nothing is measured and the reason is returned: see :func:`refusal`, and
 :func:`disagreement`, which compares the last row with the token that the engine drew from it.
@@ -250,8 +250,8 @@ def refusal(worker: Any) -> str:
 def disagreement(found: Sequence[dict[str, Any]], drawn: Sequence[tuple[int, float]]) -> str:
     """Why the workers' figures are not of this request, or an empty string: the engine's own greedy token
     after the prompt must be among the likeliest of the last row, with about the same log-probability."""
-    if len(found) != 1 or not drawn:
-        return f"{len(found)} workers scored the request and {len(drawn)} tokens were drawn, not 1 and 1"
+    if not found or not drawn:  # where logits are gathered by all ranks, each has the same figures
+        return f"{len(found)} workers scored the request and {len(drawn)} tokens were drawn; 1 is expected"
     (token, logprob), ours = drawn[0], dict(found[0]["last"])
     if token not in ours or abs(ours[token] - logprob) > TOLERANCE:
         return (
