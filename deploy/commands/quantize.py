@@ -62,11 +62,11 @@ def add_quantize(parser: argparse.ArgumentParser) -> None:
     planning.add_argument("--kv", nargs="+", default=["auto"], help="KV-cache schemes to choose from")
     planning.add_argument("--concurrency", type=int, default=0, help="requests whose cache counts in --bytes")
     planning.add_argument("--context", type=int, default=0, help="tokens of each of those")
-    planning.add_argument("--tries", type=int, default=200, help="measured changes of the plan")
+    planning.add_argument("--tries", type=int, default=12, help="plans that are measured on the engine")
     planning.add_argument("--no-tune", dest="tune", action="store_false", help="keep scales as they come")
     planning.add_argument("--schemes", nargs="+", help="what to choose from (default: the target's usual)")
     planning.add_argument(
-        "--methods", nargs="+", default=["gptq", "imatrix+gptq"], help="whose parts may be mixed"
+        "--methods", nargs="+", default=["imatrix+gptq"], help="whose parts may be mixed"
     )
     planning.add_argument(
         "--controls",

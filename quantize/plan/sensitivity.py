@@ -54,6 +54,9 @@ __all__ = ["KEPT", "Choice", "Row", "Sensitivity", "analyse", "calibrated", "pla
 
 HEAD_TOKENS = 128
 """Tokens whose logits are in memory at a time."""
+DRAWS = 3
+"""Labels that are drawn for every token, a backward pass each: an estimate is a mean of squares, one per
+sequence and draw."""
 NOISE_TOKENS = 512
 """Tokens on which the noise of outputs is taken."""
 
@@ -72,6 +75,11 @@ class Row(BaseModel):
     sqnr_db: float
     fisher: float
     scale: float = 1.0
+
+    @property
+    def kl(self) -> float | None:
+        """None: groups are not measured one by one, for reports that show it where it is."""
+        return None
 
     @property
     def loss(self) -> float:
@@ -180,7 +188,9 @@ class _Backward:
         blocks = self.blocks
         groups = [group for group in self.parts.modules if wanted.get(group.name)]
         first = min(group.layer for group in groups)
-        states = blocks.start([tokens for tokens, _ in self.spans], copies=2 + len(blocks), alone=True)
+        states = blocks.start(
+            [tokens for tokens, _ in self.spans], copies=1 + DRAWS + len(blocks), alone=True
+        )
         before: list[list[Tensor]] = []
         with tqdm(total=2 * len(blocks) - first, desc="sensitivity", unit="block", file=sys.stderr) as bar:
             for layer in range(len(blocks)):
@@ -189,7 +199,7 @@ class _Backward:
                     blocks.forward(layer, states)
                 bar.update()
             with blocks.head_only() as logits_of:
-                gradients = [self._last(batch, logits_of) for batch in states.batches]
+                gradients = [[self._last(batch, logits_of) for _ in range(DRAWS)] for batch in states.batches]
             for layer in range(len(blocks) - 1, first - 1, -1):
                 mine = [group for group in groups if group.layer == layer]
                 with blocks.loaded(layer):
@@ -206,7 +216,7 @@ class _Backward:
             method=choice[1],
             bytes=group.stored_bytes(scheme(choice[0])),
             sqnr_db=10 * math.log10(max(sums.signal, 1e-30) / max(sums.noise, 1e-30)),
-            fisher=sums.products / 2 / self.tokens,
+            fisher=sums.products / (2 * DRAWS * self.tokens),
         )
 
     def _last(self, batch: Batch, logits_of: Callable[[Tensor], Tensor]) -> Tensor:
@@ -229,7 +239,7 @@ class _Backward:
         layer: int,
         batches: Sequence[Batch],
         before: Sequence[Tensor],
-        gradients: Sequence[Tensor],
+        gradients: Sequence[Sequence[Tensor]],
         groups: Sequence[Group],
         wanted: Mapping[str, Sequence[Choice]],
     ) -> dict[tuple[str, Choice], _Sums]:
@@ -250,18 +260,20 @@ class _Backward:
 
         def work(number: int) -> None:
             running.inputs = {}
-            found = self._sequence(
-                layer, batches[number], before[number], gradients[number], weights, running
-            )
-            slopes = {n: _part(place, found.weights[id(_parameter(place))]) for n, place in places.items()}
-            for group in groups:
-                for choice, change in zip(wanted[group.name], changes[group.name], strict=True):
-                    added = _product(group, choice, change, found.inputs, slopes) ** 2
-                    energies = (0.0, 0.0)
-                    if number in noisy:
-                        energies = _energies(self.blocks, group, choice, change, found.inputs)
-                    with lock:
-                        sums[group.name, choice].add(added, *energies)
+            for draw, found in enumerate(
+                self._sequence(layer, batches[number], before[number], gradients[number], weights, running)
+            ):
+                slopes = {
+                    n: _part(place, found.weights[id(_parameter(place))]) for n, place in places.items()
+                }
+                for group in groups:
+                    for choice, change in zip(wanted[group.name], changes[group.name], strict=True):
+                        added = _product(group, choice, change, found.inputs, slopes) ** 2
+                        energies = (0.0, 0.0)
+                        if number in noisy and draw == 0:
+                            energies = _energies(self.blocks, group, choice, change, found.inputs)
+                        with lock:
+                            sums[group.name, choice].add(added, *energies)
 
         for weight in weights.values():
             weight.requires_grad_(True)
@@ -287,11 +299,11 @@ class _Backward:
         layer: int,
         batch: Batch,
         hidden: Tensor,
-        gradient: Tensor,
+        gradients: Sequence[Tensor],
         weights: Mapping[int, Any],
         running: Any,
-    ) -> _Found:
-        """One sequence through the block and back; ``gradient`` becomes that of the block's input.
+    ) -> Iterable[_Found]:
+        """One sequence through the block, and back per draw; ``gradients`` become those of the block's input.
 
         ``running.inputs`` is filled by a hook with what goes into the linears.
         """
@@ -302,13 +314,15 @@ class _Backward:
             out = self.blocks.through(layer, batch, start)
             inputs: dict[str, Tensor] = running.inputs
             asked = [start, *weights.values(), *inputs.values()]
-            found = torch.autograd.grad(out, asked, gradient, allow_unused=True)
-        gradient.copy_(found[0])
-        of_input = found[1 + len(weights) :]
-        return _Found(
-            dict(zip(weights, found[1 : 1 + len(weights)], strict=True)),
-            {name: (x.detach(), g) for (name, x), g in zip(inputs.items(), of_input, strict=True)},
-        )
+        for draw, gradient in enumerate(gradients):
+            more = draw + 1 < len(gradients)
+            found = torch.autograd.grad(out, asked, gradient, allow_unused=True, retain_graph=more)
+            gradient.copy_(found[0])
+            of_input = found[1 + len(weights) :]
+            yield _Found(
+                dict(zip(weights, found[1 : 1 + len(weights)], strict=True)),
+                {name: (x.detach(), g) for (name, x), g in zip(inputs.items(), of_input, strict=True)},
+            )
 
 
 @dataclass(frozen=True)

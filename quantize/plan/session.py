@@ -32,8 +32,8 @@ from quantize.plan.served import KEPT, Choice, ServedKl
 from quantize.plan.simulated import SimulatedModel
 from quantize.plan.tune import SEQUENCES, STEPS, Tuned, tune, write_tuned
 
-METHODS = ("gptq", "imatrix+gptq")
-"""Whose parts a plan may mix, unless told otherwise."""
+METHODS = ("imatrix+gptq",)
+"""Whose parts below 8 bits a plan may mix, unless told otherwise."""
 CHOOSING_SHARE = 4
 """One conversation in so many is kept from calibration, and plans are chosen on it."""
 MIN_CHOOSING = 8

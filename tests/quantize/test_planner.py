@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from quantize.core.modules import Group, Linear, Modules
 from quantize.core.schemes import scheme
 from quantize.plan.planner import Option, PlanError, Planner, fewest_bytes, front, least_loss
+from quantize.plan.search import search
 from quantize.plan.sensitivity import Row, Sensitivity, plan_of
 
 OPTIONS = st.lists(
@@ -88,13 +89,12 @@ def planner_of(layers: int = 3) -> Planner:
             method="gptq",
             bytes=group.stored_bytes(scheme(name)),
             sqnr_db=20.0,
-            fisher=0.0,
-            kl=lost / (1 + group.layer) / (1 + number),
+            fisher=lost / (1 + group.layer) / (1 + number),
         )
         for number, group in enumerate(groups)
         for name, lost in zip(SCHEMES, (1.0, 0.7, 0.02), strict=True)
     )
-    return Planner(Modules(groups, other_bytes=1000), Sensitivity(rows=rows, tokens=1, fidelity={}))
+    return Planner(Modules(groups, other_bytes=1000), Sensitivity(rows=rows, tokens=1))
 
 
 @settings(max_examples=60, deadline=None)
@@ -118,19 +118,40 @@ def test_a_budget_below_the_least_says_the_least() -> None:
         planner.within(least - 1)
 
 
-def test_swaps_never_leave_the_budget_and_find_what_adding_up_losses_misses() -> None:
+class Served:
+    """Losses as an engine would measure them: two groups at 4 bits at once hurt far more than the sum says."""
+
+    def __init__(self, planner: Planner) -> None:
+        self.planner = planner
+        self.bad = [group.name for group in planner.modules][:2]
+        self.asked: list[dict[str, tuple[str, str]]] = []
+
+    def __call__(self, choices: dict[str, tuple[str, str]], kv: str = "auto") -> float:
+        self.asked.append(dict(choices))
+        both = all(choices[name][0].startswith("w4") for name in self.bad)
+        return self.planner.predicted(choices) + (1.0 if both else 0.0)
+
+
+def test_the_search_stays_in_the_budget_and_finds_what_adding_up_losses_misses() -> None:
+    planner = planner_of()
+    served = Served(planner)
+    weights = sum(group.weights for group in planner.modules)
+    budget = 1000 + int(5.0 * weights / 8)
+    first = planner.within(budget)
+    found = search(planner, served, budget, tries=20)  # type: ignore[arg-type]
+    assert all(planner.weight_bytes(choices) <= budget for choices in served.asked)
+    assert len(served.asked) == len({repr(sorted(choices.items())) for choices in served.asked}) <= 20
+    assert served.asked[0] == first, "what predictions alone give is always measured"
+    kls = [candidate.served_kl for candidate in found]
+    assert kls == sorted(kls)
+    assert found[0].served_kl is not None
+    assert found[0].served_kl < planner.predicted(first) + 1.0
+
+
+def test_factors_of_groups_move_bytes_to_them() -> None:
     planner = planner_of()
     weights = sum(group.weights for group in planner.modules)
     budget = 1000 + int(5.0 * weights / 8)
-    start = planner.within(budget)
-    names = [group.name for group in planner.modules]
-
-    def measured(choices) -> float:
-        """Two groups at 4 bits at once hurt far more than the sum says."""
-        both = all(choices[name][0].startswith("w4") for name in (names[0], names[1]))
-        return planner.predicted(choices) + (1.0 if both else 0.0)
-
-    found = planner.refine(start, budget, measured, tries=150)
-    assert all(planner.weight_bytes(choices) <= budget for _, choices in found)
-    assert found[0][0] <= measured(start)
-    assert found == sorted(found, key=lambda entry: entry[0])
+    last = planner.modules.groups[-1].name
+    assert planner.within(budget)[last][0] != "bf16"
+    assert planner.within(budget, {last: 1000.0})[last][0] == "bf16"

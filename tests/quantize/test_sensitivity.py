@@ -1,0 +1,69 @@
+"""The second-order estimate is the divergence that a group alone causes, and what was found is kept."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+
+from quantize.card import Calibration
+from quantize.core.checkpoint import open_checkpoint
+from quantize.core.modules import read_modules
+from quantize.make.calibration import CalibrationSet
+from quantize.make.parts import PartStore
+from quantize.plan import sensitivity
+from quantize.plan.sensitivity import Row, analyse, calibrated
+from quantize.plan.simulated import SimulatedModel
+from tests.quantize.tiny import VOCABULARY, make_checkpoint
+
+torch = pytest.importorskip("torch")
+
+
+def test_estimates_agree_with_the_divergence_in_torch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = open_checkpoint(make_checkpoint(tmp_path / "model"))
+    modules = read_modules(checkpoint)
+    generator = torch.Generator().manual_seed(0)
+    sequences = [torch.randint(3, VOCABULARY, (24,), generator=generator).tolist() for _ in range(24)]
+    described = Calibration(source="random", sha256="0" * 64, samples=24, tokens=24 * 24)
+    parts = PartStore(tmp_path / "parts", checkpoint, modules, CalibrationSet(sequences, described))
+    spans = [(sequence, 1) for sequence in sequences]
+    choices = {group.name: [("w4a16-g64", "rtn"), ("w4a8-g64", "rtn")] for group in modules}
+    monkeypatch.setattr(sensitivity, "DRAWS", 8)
+    rows = analyse(parts, choices, spans, tmp_path / "rows.jsonl")
+    assert len(rows) == 2 * len(modules.groups)
+
+    model = SimulatedModel(parts, spans)
+    reference = model.log_probabilities()
+    ratios = [
+        math.log(row.fisher / model.kl({row.group: (row.scheme, row.method)}, reference)) for row in rows
+    ]
+    assert abs(sum(ratios) / len(ratios)) < 0.3
+    assert max(map(abs, ratios)) < 1.2
+    assert all(10 < row.sqnr_db < 40 for row in rows)
+
+    written = (tmp_path / "rows.jsonl").read_text(encoding="utf-8")
+    with (tmp_path / "rows.jsonl").open("a", encoding="utf-8") as file:
+        file.write('{"group": "model.lay')  # a run that was killed while it wrote
+    assert analyse(parts, choices, spans, tmp_path / "rows.jsonl") == rows
+    assert (tmp_path / "rows.jsonl").read_text(encoding="utf-8").startswith(written)
+
+
+def test_losses_are_scaled_to_what_the_engine_measures_of_uniform_variants() -> None:
+    def row(group: str, scheme: str, fisher: float) -> Row:
+        return Row(
+            group=group, kind=group, layer=0, scheme=scheme, method="rtn", bytes=1, sqnr_db=20, fisher=fisher
+        )
+
+    class Served:
+        tokens = 7
+
+        def __call__(self, choices: dict[str, tuple[str, str]]) -> float:
+            return 0.6 if ("w4a16", "rtn") in choices.values() else 0.01
+
+    rows = [row("a", "w4a16", 0.1), row("b", "w4a16", 0.2), row("a", "w8a8", 0.01)]
+    found = calibrated(rows, Served())  # type: ignore[arg-type]
+    assert [one.loss for one in found.rows] == pytest.approx([0.2, 0.4, 0.01])
+    assert found.uniform == {"w4a16@rtn": 0.6, "w8a8@rtn": 0.01}

@@ -1,0 +1,220 @@
+"""Parts made block by block are what llm-compressor would make, byte for byte where that can be asked."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from quantize.card import Calibration
+from quantize.core.checkpoint import open_checkpoint, weight_bytes
+from quantize.core.dequantize import dequantized
+from quantize.core.modules import read_modules
+from quantize.core.plan import Plan, uniform
+from quantize.core.schemes import scheme
+from quantize.core.tensors import read_parts
+from quantize.make.blocks import Blocks
+from quantize.make.calibration import CalibrationSet
+from quantize.make.gptq import gptq
+from quantize.make.parts import PartStore
+from quantize.make.ranges import find_grid, restored, rounded
+from quantize.make.statistics import observe
+from quantize.make.storage import stored_tensors
+from quantize.make.streaming import QuantizeError, streams
+from tests.quantize.tiny import VOCABULARY, make_checkpoint
+
+torch = pytest.importorskip("torch")
+
+SCHEMES = ("w4a16", "w4a16-g64", "w4a16-g32-asym", "w3a16-g64", "w8a16-g64", "w8a8", "w8a8-r7", "w4a8-g64")
+
+
+def layer(rows: int = 48, columns: int = 128, tokens: int = 600):
+    """A weight, and the second moments of inputs some of which are large."""
+    generator = torch.Generator().manual_seed(1)
+    weight = torch.randn(rows, columns, generator=generator) * 0.05
+    mixed = torch.randn(columns, columns, generator=generator) * 0.2 + torch.diag(
+        torch.rand(columns, generator=generator) * 4
+    )
+    x = torch.randn(tokens, columns, generator=generator) @ mixed
+    return weight, x.T @ x / tokens
+
+
+def loss(weight, other, moments) -> float:
+    """E |Wx - Ŵx|²."""
+    change = other - weight
+    return float(((change @ moments) * change).sum())
+
+
+@pytest.mark.parametrize("name", ["w4a16-g64", "w4a16", "w4a16-g32-asym", "w8a16-g64"])
+def test_gptq_is_llm_compressors(name: str) -> None:
+    from compressed_tensors.quantization import QuantizationArgs
+    from llmcompressor.modifiers.gptq.gptq_quantize import quantize_weight
+
+    how = scheme(name)
+    assert how.weights is not None
+    weight, moments = layer()
+    grid = find_grid(weight, how, "minmax", None, torch.bfloat16)
+    # In one call with another matrix and another scheme on the same inputs: rows do not see each other.
+    other = find_grid(weight * 2, scheme("w3a16-g64"), "minmax", None, torch.bfloat16)
+    mine, _ = gptq([(weight, grid), (weight * 2, other)], moments)
+    zero = torch.zeros_like(grid.scale) if grid.zero is None else grid.zero
+    theirs, _, _ = quantize_weight(
+        weight.clone()[None],
+        moments.clone()[None],
+        grid.scale[None],
+        zero[None].to(torch.int8),
+        None,
+        QuantizationArgs(**how.weights.arguments(), actorder="static"),
+    )
+    assert loss(weight, restored(mine, grid), moments) == pytest.approx(
+        loss(weight, theirs[0], moments), rel=0.01
+    )
+    assert (restored(mine, grid) - theirs[0]).abs().gt(1e-6).float().mean() < 0.005
+    assert loss(weight, restored(mine, grid), moments) < 0.8 * loss(
+        weight, restored(rounded(weight, grid), grid), moments
+    )
+
+
+def test_ranges_by_importance_lose_less_where_it_counts() -> None:
+    weight, moments = layer()
+    importance = moments.diagonal()
+    lost = {}
+    for ranges in ("minmax", "mse", "imatrix"):
+        grid = find_grid(weight, scheme("w4a16"), ranges, importance, torch.bfloat16)
+        error = (restored(rounded(weight, grid), grid) - weight).square() * importance
+        lost[ranges] = float(error.sum())
+    assert lost["imatrix"] < lost["minmax"]
+
+
+def test_an_input_that_is_always_zero_changes_nothing() -> None:
+    weight, moments = layer()
+    moments[:, 5] = moments[5] = 0
+    grid = find_grid(weight, scheme("w4a16-g64"), "minmax", None, torch.bfloat16)
+    (found,) = gptq([(weight, grid)], moments)
+    assert torch.isfinite(restored(found, grid)).all()
+    assert not found[:, 5].any()
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_what_is_stored_is_what_compressed_tensors_stores(name: str) -> None:
+    from compressed_tensors.compressors.naive_quantized import IntQuantizationCompressor
+    from compressed_tensors.compressors.pack_quantized import PackedQuantizationCompressor
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+
+    how = scheme(name)
+    assert how.weights is not None
+    weight, _ = layer()
+    grid = find_grid(weight, how, "minmax", None, torch.bfloat16)
+    q = rounded(weight, grid)
+    mine = stored_tensors(q, grid, how, None, torch.bfloat16)
+    compressor = PackedQuantizationCompressor if how.activations is None else IntQuantizationCompressor
+    state = {
+        "weight": restored(q, grid),
+        "weight_scale": grid.scale.to(torch.bfloat16),
+        "weight_zero_point": (torch.zeros_like(grid.scale) if grid.zero is None else grid.zero).to(
+            torch.int8
+        ),
+    }
+    arguments = QuantizationArgs(**how.weights.arguments())
+    theirs = compressor.compress(state, QuantizationScheme(targets=["Linear"], weights=arguments))
+    assert mine.keys() == theirs.keys()
+    for key, tensor in theirs.items():
+        assert torch.equal(mine[key], tensor), key
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory):
+    folder = tmp_path_factory.mktemp("model")
+    checkpoint = open_checkpoint(make_checkpoint(folder / "model"))
+    generator = torch.Generator().manual_seed(0)
+    sequences = [
+        torch.randint(3, VOCABULARY, (length,), generator=generator).tolist()
+        for length in (9, 30, 31, 64, 64)
+    ]
+    described = Calibration(source="random", sha256="0" * 64, samples=5, tokens=198)
+    return checkpoint, read_modules(checkpoint), CalibrationSet(sequences, described)
+
+
+def test_statistics_are_those_of_the_whole_model(made) -> None:
+    from transformers import AutoModelForCausalLM
+
+    checkpoint, modules, calibration = made
+    blocks = Blocks(checkpoint, modules, "cpu")
+    states = blocks.start(calibration.sequences)
+    found = {}
+    for number in range(len(blocks)):
+        groups = [group for group in modules if group.layer == number]
+        with blocks.loaded(number):
+            found |= observe(blocks, number, states, groups, {group.name for group in groups}).inputs
+        assert all(p.is_meta for p in blocks.layers[number].parameters())
+    model = AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=torch.bfloat16)
+    seen: dict[str, list] = {}
+    for name in found:
+        model.get_submodule(name).register_forward_pre_hook(
+            lambda _module, inputs, name=name: seen.setdefault(name, []).append(inputs[0][0].float())
+        )
+    with torch.no_grad():
+        for sequence in calibration.sequences:
+            model(torch.tensor([sequence]))
+    for name, rows in seen.items():
+        x = torch.cat(rows)
+        assert found[name].tokens == len(x) == 198
+        assert torch.allclose(found[name].moments, x.T @ x / len(x), rtol=0.05, atol=0.02), name
+        assert found[name].most == pytest.approx(float(x.max()), rel=0.05)
+
+
+def test_any_mixture_is_put_together_in_bytes_that_were_predicted(made, tmp_path: Path) -> None:
+    checkpoint, modules, calibration = made
+    store = PartStore(tmp_path / "parts", checkpoint, modules, calibration)
+    names = ["w4a16-g64", "w8a8", "bf16", "w4a16-g32-asym"]
+    groups = {group.name: names[number % 4] for number, group in enumerate(modules)}
+    methods = {name: "rtn" for name, how in groups.items() if how == "w8a8"}
+    plan = Plan(groups=groups, method="imatrix+gptq", methods=methods, kv="fp8")
+    store.assemble(plan, tmp_path / "whole")
+    store.link(plan, tmp_path / "linked")
+    assert weight_bytes(tmp_path / "whole") == weight_bytes(tmp_path / "linked") == plan.weight_bytes(modules)
+    whole, linked = read_parts(tmp_path / "whole"), read_parts(tmp_path / "linked")
+    assert whole.keys() == linked.keys()
+    assert sum(name.endswith(("k_scale", "v_scale")) for name in whole) == 2 * modules.layers
+    files = list((tmp_path / "linked").glob("*.safetensors"))
+    assert files
+    assert all(file.stat().st_nlink == 2 for file in files)
+    for group in modules:
+        for member in group.members:
+            how = scheme(groups[group.name])
+            weight = dequantized(read_parts(checkpoint.path), member.name, scheme("bf16"))
+            error = (dequantized(whole, member.name, how) - weight).norm() / weight.norm()
+            assert error < {"bf16": 1e-6, "w8a8": 0.01}.get(how.name, 0.2)
+    config = json.loads((tmp_path / "whole" / "config.json").read_text(encoding="utf-8"))
+    assert config["quantization_config"]["format"] == "mixed-precision"
+
+
+def test_a_killed_run_goes_on_and_finished_parts_stay(made, tmp_path: Path) -> None:
+    checkpoint, modules, calibration = made
+    store = PartStore(tmp_path, checkpoint, modules, calibration)
+    plan = uniform(modules, "w4a16-g64", method="gptq")
+    first = {file.name: file.stat().st_mtime_ns for file in store.files(plan).values()}
+    lost = store.file(modules.groups[3].name, ("w4a16-g64", "gptq"))
+    before = lost.read_bytes()
+    lost.unlink()
+    lost.with_name(f".partial-{lost.name}").write_bytes(b"half")
+    again = {file.name: file.stat().st_mtime_ns for file in store.files(plan).values()}
+    assert lost.read_bytes() == before
+    assert {name for name in first if first[name] != again[name]} == {lost.name}
+
+
+def test_without_data_only_ranges_are_made(made, tmp_path: Path) -> None:
+    checkpoint, modules, _ = made
+    store = PartStore(tmp_path, checkpoint, modules, None)
+    store.make({group.name: [("w8a8", "rtn"), ("w4a16-g64", "mse")] for group in modules})
+    with pytest.raises(QuantizeError, match="need calibration data"):
+        store.make({modules.groups[0].name: [("w4a16-g64", "gptq")]})
+
+
+def test_what_is_not_made_here_is_llm_compressors() -> None:
+    assert streams(("w4a16-g64", "imatrix+gptq"))
+    assert streams(("fp8-dynamic", "rtn"))
+    assert streams(("bf16", "rtn"))
+    assert not any(map(streams, [("w8a8", "smoothquant+rtn"), ("nvfp4", "rtn"), ("w4a16", "autoround")]))
+    assert not streams(("bf16", "rotation+rtn"))
