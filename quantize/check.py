@@ -89,6 +89,15 @@ class KvRow(_Frozen):
     computes: str | None
 
 
+class KeptRow(_Frozen):
+    """What stays at 16 bits in every uniform variant, and its share of the smallest one's bytes."""
+
+    what: str
+    bytes: int
+    share: float
+    why: str
+
+
 class Cost(_Frozen):
     """An estimate; see the module's text for the model behind it."""
 
@@ -106,13 +115,15 @@ class CheckReport(_Frozen):
     target: str
     processor: str
     engine: str
-    measured: bool
+    untried: tuple[str, ...]
+    """Schemes and KV-cache types whose rules were read in the engine's sources, not run on such a machine."""
     groups: int
     weights: int
     bf16_bytes: int
     tensor_parallel: int
     schemes: tuple[SchemeRow, ...]
     kv: tuple[KvRow, ...]
+    kept: tuple[KeptRow, ...]
     ranks: dict[int, str | None]
     """Tensor-parallel size to the reason why it does not fit; None where it does."""
     cost: Cost
@@ -252,18 +263,20 @@ def check_report(
     memory = psutil.virtual_memory().available if memory_free is None else memory_free
     disk = shutil.disk_usage(_existing(out or checkpoint.path)).free
     ranks = {ranks: _fits(checkpoint, target, modules, ranks) for ranks in sorted({*RANKS, tensor_parallel})}
+    rows = tuple(_scheme_row(checkpoint, target, modules, name, tensor_parallel) for name in SHOWN)
     return CheckReport(
         model=str(checkpoint.path),
         architecture=architecture,
         target=target.name,
         processor=target.processor,
         engine=target.engine,
-        measured=target.measured,
+        untried=target.untried,
+        kept=tuple(kept_rows(modules, target, min(row.bytes for row in rows))),
         groups=len(modules.groups),
         weights=sum(group.weights for group in modules),
         bf16_bytes=uniform(modules, "bf16").weight_bytes(modules),
         tensor_parallel=tensor_parallel,
-        schemes=tuple(_scheme_row(checkpoint, target, modules, name, tensor_parallel) for name in SHOWN),
+        schemes=rows,
         kv=tuple(_kv_row(checkpoint, target, name) for name in KV_SCHEMES),
         ranks=ranks,
         cost=cost,
@@ -308,6 +321,25 @@ def _scheme_row(checkpoint: Checkpoint, target: Target, modules: Modules, name: 
     )
 
 
+def kept_rows(modules: Modules, target: Target, least: int) -> Iterable[KeptRow]:
+    """Embeddings, head and towers, beside ``least`` bytes of the smallest uniform variant."""
+    lookup = "no target looks embeddings up in fewer bits"
+    if modules.head is None:
+        yield from _kept_row("embeddings, which are the head too", modules.embedding_bytes, least, lookup)
+    else:
+        taken = [name for name in target.candidates(modules.head) if name != "bf16"]
+        why = f"{target.name} would take it in {' or '.join(taken)}" if taken else "it has no kernel for it"
+        yield from _kept_row("embeddings", modules.embedding_bytes, least, lookup)
+        yield from _kept_row("output head", modules.head_bytes, least, why)
+    tower = "only the text part is quantized"
+    yield from _kept_row("other towers of the model", modules.tower_bytes, least, tower)
+
+
+def _kept_row(what: str, size: int, least: int, why: str) -> Iterable[KeptRow]:
+    if size:
+        yield KeptRow(what=what, bytes=size, share=size / least, why=why)
+
+
 def _kv_row(checkpoint: Checkpoint, target: Target, name: str) -> KvRow:
     config = checkpoint.text_config
     heads = int(config.get("num_key_value_heads") or config["num_attention_heads"])
@@ -337,8 +369,11 @@ def _warnings(cost: Cost, memory: int, disk: int, target: Target, unsplit: str |
     if unsplit:
         yield f"tensor parallelism: {unsplit}; choose a size that fits"
     yield from _shortages([cost], cost.disk_bytes, memory, disk)
-    if not target.measured:
-        yield f"the rules of {target.name} were read in {target.engine}'s sources, not run"
+    if target.untried:
+        yield (
+            f"of {target.name}, these rules were read in {target.engine}'s sources and not run on such a "
+            f"machine: {', '.join(target.untried)}"
+        )
 
 
 def _shortages(costs: Sequence[Cost], disk_needed: int, memory: int, disk: int) -> Iterable[str]:
@@ -415,6 +450,11 @@ def format_check(report: CheckReport) -> str:
         figures = [_size(row.bytes), f"{row.bits_per_weight:.2f}"] if row.legal else ["-", "-"]
         rows.append([row.scheme, share if row.legal else "no", *figures, "; ".join(said + more)])
     lines += [*_table(rows), "where a scheme is not legal in all groups, bytes are with bf16 in the rest", ""]
+    lines += [
+        f"{kept.what}: {_size(kept.bytes)} at 16 bits, {kept.share:.0%} of the smallest of these: {kept.why}"
+        for kept in report.kept
+    ]
+    lines += [""]
     rows = [["KV cache", "bytes/token", ""]]
     for cache in report.kv:
         said_kv = cache.problem or (f"computes {cache.computes}" if cache.computes else "")

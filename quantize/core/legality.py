@@ -10,9 +10,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from quantize.core.modules import Group, Modules
+from quantize.core.modules import HEAD, Group, Modules
 from quantize.core.plan import Plan
-from quantize.core.schemes import BLOCK, Scheme, SchemeError, kv_scheme, scheme
+from quantize.core.schemes import BLOCK, KV_SCHEMES, LADDER, PLANNED, Scheme, SchemeError, kv_scheme, scheme
+
+__all__ = ["ENGINE", "LADDER", "Kind", "KvRule", "Matrix", "Problem", "Rule", "Target", "is_experts"]
 
 ENGINE = "vLLM 0.32"
 STATIC_IGNORED = "calibrated input scales are ignored: inputs are scaled per token at run time"
@@ -148,15 +150,10 @@ ROW_PARALLEL = ("o_proj", "down_proj", "out_proj", "w2", "fc2", "c_proj", "wo")
 _REPLICATED = ("k_proj", "v_proj")
 """Modules that are repeated where there are more ranks than KV heads."""
 
-LADDER: tuple[str, ...] = (
-    "w4a16", "w4a16-asym",
-    "w4a16-g128", "w4a16-g128-asym", "w4a16-g64", "w4a16-g64-asym", "w4a16-g32", "w4a16-g32-asym",
-    "mxfp4", "nvfp4", "nvfp4a16",
-    "w8a16", "w8a16-g128", "w8a16-g64", "w8a16-g32",
-    "w8a8", "w8a8-r7", "w8a8-asym", "fp8-dynamic", "fp8", "fp8-block", "fp8a16",
-    "bf16",
-)  # fmt: skip
-"""Schemes that plans are made of, from few bytes to many."""
+HEAD_BITS = 8
+"""Weight bits that the output head is planned with at least: what it loses no later layer makes up for."""
+VOCABULARY_PADDING = 64
+"""Rows of a head are padded to a multiple of it before a kernel sees them."""
 
 
 @dataclass(frozen=True)
@@ -170,10 +167,10 @@ class Target:
     kv: Mapping[str, KvRule]
     refused: Mapping[str, str]
     """Kind or KV-cache type to the reason why it is refused, where there is more to say than no kernel."""
-    planned: tuple[str, ...] = LADDER
+    planned: tuple[str, ...] = PLANNED
     engine: str = ENGINE
-    measured: bool = True
-    """Whether the rules were tried on such a machine, or only read."""
+    measured: frozenset[str] = frozenset()
+    """Schemes and KV-cache types whose rules were tried on such a machine; of the others they were read."""
     act_order: tuple[str | None, ...] = field(default=(None, "static", "weight"))
     """compressed-tensors' ``actorder`` values that load."""
 
@@ -201,10 +198,12 @@ class Target:
         self, group: Group, tensor_parallel: int = 1, head_dim: int | None = None
     ) -> tuple[str, ...]:
         """Schemes worth planning with: legal, of usable speed, and each computation once."""
+        least = HEAD_BITS if group.kind == HEAD else 1
         return tuple(
             name
             for name in self.planned
-            if self.speed_note(scheme(name)) is None
+            if scheme(name).weight_bits >= least
+            and self.speed_note(scheme(name)) is None
             and not any(rule.same_as for rule in self._rules(scheme(name), group))
             and self.legal(scheme(name), group, tensor_parallel, head_dim)
         )
@@ -227,6 +226,11 @@ class Target:
     def speed_note(self, chosen: Scheme) -> str | None:
         """Why a scheme that loads is of no use here; None if it is."""
         return next((rule.note for rule in self.rules.get(kind_of(chosen), ()) if rule.note), None)
+
+    @property
+    def untried(self) -> tuple[str, ...]:
+        """Schemes and KV-cache types of which no rule was tried on such a machine."""
+        return tuple(name for name in (*LADDER, *KV_SCHEMES) if name not in {"bf16", *self.measured})
 
     def kv_problems(self, kv: str, head_dim: int) -> tuple[Problem, ...]:
         """Why the KV cache cannot be of this type with heads of ``head_dim``. Raises SchemeError."""
@@ -331,6 +335,8 @@ def shards(
     for member in group.members:
         leaf = member.name.rpartition(".")[2]
         n, k = member.out_features, member.in_features
+        if group.kind == HEAD:
+            n = -(-n // VOCABULARY_PADDING) * VOCABULARY_PADDING
         split, size = ("K", k) if leaf in ROW_PARALLEL else ("N", n)
         heads = n // head_dim if head_dim and leaf in _REPLICATED else 0
         if heads and heads < ranks and ranks % heads == 0:

@@ -8,11 +8,14 @@ from quantize.core.modules import FUSED, HEAD, Group, Modules
 from quantize.core.plan import Plan
 from quantize.core.schemes import Scheme, kv_scheme, scheme
 
+TEXT_PART = "language_model"
+
 
 def pattern(group: Group) -> str:
     """A regular expression that matches a group's modules and the name that vLLM fuses them into.
 
-    Without the prefix before ``layers``: engines name the outer modules of a model in their own way.
+    Without the prefix before ``layers``: engines name the outer modules of a model in their own way, but for
+    ``language_model``, which all have for the text part of a multimodal wrapper.
     """
     if group.kind == HEAD:
         return rf"re:(.*\.)?{HEAD}$"
@@ -25,7 +28,9 @@ def pattern(group: Group) -> str:
     else:
         names = leaf
     inner = (parent + "." if parent else "").replace(".", r"\.")
-    return rf"re:.*layers\.{place.replace('.', chr(92) + '.')}{inner}{names}$"
+    # A wrapper's other towers have layers of the same names.
+    outer = rf"{TEXT_PART}\..*" if f"{TEXT_PART}." in group.name else ""
+    return rf"re:.*{outer}layers\.{place.replace('.', chr(92) + '.')}{inner}{names}$"
 
 
 def config_groups(plan: Plan, modules: Modules, observer: str) -> tuple[dict[str, Any], list[str]]:

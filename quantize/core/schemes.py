@@ -221,3 +221,18 @@ def kv_scheme(name: str) -> KvScheme:
     if name not in KV_SCHEMES:
         raise SchemeError(f"unknown KV-cache scheme {name!r}; known: {', '.join(KV_SCHEMES)}")
     return KV_SCHEMES[name]
+
+
+PACKED_FLOATS = ("mxfp4", "nvfp4", "nvfp4a16")
+"""Schemes that no part of this project makes or turns back into numbers: shown, not planned with."""
+LADDER: tuple[str, ...] = (
+    "w4a16", "w4a16-asym",
+    "w4a16-g128", "w4a16-g128-asym", "w4a16-g64", "w4a16-g64-asym", "w4a16-g32", "w4a16-g32-asym",
+    "mxfp4", "nvfp4", "nvfp4a16",
+    "w8a16", "w8a16-g128", "w8a16-g64", "w8a16-g32",
+    "w8a8", "w8a8-r7", "w8a8-asym", "fp8-dynamic", "fp8", "fp8-block", "fp8a16",
+    "bf16",
+)  # fmt: skip
+"""The schemes that are shown, from few bytes to many."""
+PLANNED = tuple(name for name in LADDER if name not in PACKED_FLOATS)
+"""The schemes that plans are made of."""

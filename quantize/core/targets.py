@@ -6,20 +6,27 @@ are of the fused matrix that one shard holds (q, k and v together; N outputs, K 
 
 Where the rules come from. They were read in vLLM 0.32's sources: ``compressed_tensors`` and its schemes,
 ``kernels/linear`` (which kernel takes a layer), ``fused_moe/oracle``, the attention backends. The CPU
-ones with AVX-512 and AVX2 were then tried on the engine, and ``tests/e2e/test_matrix.py`` tries them
-again. The AMX ones were measured in part; those of experts on AMX and **all CUDA ones were read, not
-run**. Where the sources leave a case open, the rule is the narrower one. Optional kernel packages
+ones with AVX-512, VNNI and AVX2 were then tried on the engine, and ``tests/e2e/test_matrix.py`` tries them
+again. Of AMX and Hopper (an H100) some were tried, of the other GPUs **none was run**:
+:attr:`~quantize.core.legality.Target.measured` lists which, for linear modules; of experts on AMX and on
+GPUs none was. Where the sources leave a case open, the rule is the narrower one. Optional kernel packages
 (Humming, Conch) are taken as absent. Blackwell stands for compute capability 10 and 12 together.
+
+Head and embeddings. An output head with a matrix of its own is one more linear module: all kernels of a CPU
+that were tried took it. Embeddings are looked up, not multiplied: the engine has one kernel for packed ones,
+in Triton, which its CPU build lacks, and most architectures (Llama among them) do not name their embeddings
+to it; so they stay at 16 bits, and so does a head that is the embeddings.
 """
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from quantize.core.legality import ENGINE, Kind, KvRule, Problem, Rule, Target
+from quantize.core.gpus import ask_gpus
+from quantize.core.legality import ENGINE, LADDER, Kind, KvRule, Problem, Rule, Target
+from quantize.core.schemes import KV_SCHEMES
 
 __all__ = ["TARGETS", "Problem", "Target", "TargetError", "detect", "target"]
 
@@ -40,6 +47,17 @@ _BIG = "of no use: it takes the bytes of 8 bits per weight and has the loss of 4
 CPU_HEADS = (32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 """The sizes that the CPU attention kernel is compiled for; the engine's own list lacks 48, which works."""
 
+_ALL = frozenset((*LADDER, *KV_SCHEMES))
+_INT4 = frozenset(name for name in LADDER if name.startswith("w4a16"))
+_TRIED_ON_AMX = _INT4 | {"w8a8", "w8a8-asym", "fp8-dynamic", "auto", "fp8", "fp8_e5m2"}
+_TRIED_ON_AN_H100 = frozenset(
+    (
+        *("w4a16", "w4a16-g128", "w4a16-g64", "w4a16-g64-asym", "w4a16-g32", "w8a16-g128"),
+        *("w8a8", "w8a8-asym", "fp8-dynamic", "fp8-block", "fp8a16"),
+        *("auto", "fp8", "int8_per_token_head", "int4_per_token_head"),
+    )
+)
+
 
 def _cpu(
     name: str,
@@ -50,6 +68,7 @@ def _cpu(
     experts: Mapping[Kind, tuple[Rule, ...]],
     fp8_kv: bool,
     refused: Mapping[str, str],
+    measured: frozenset[str],
 ) -> Target:
     one_dnn = Rule("oneDNN")
     rules = {
@@ -78,11 +97,17 @@ def _cpu(
             "int4_per_token_head": wrong,
             **refused,
         },
+        measured=measured,
     )
 
 
 def _cuda(
-    name: str, processor: str, capability: int, kv: Mapping[str, KvRule], refused: Mapping[str, str]
+    name: str,
+    processor: str,
+    capability: int,
+    kv: Mapping[str, KvRule],
+    refused: Mapping[str, str],
+    measured: frozenset[str] = frozenset(),
 ) -> Target:
     marlin = Rule("Marlin", bits=(4, 8), groups=(32, 64, 128), zero_points=(4,))
     machete = Rule("Machete", bits=(4, 8), groups=(64, 128), zero_points=(4, 8), k=64, n=128)
@@ -111,7 +136,7 @@ def _cuda(
         experts[Kind.INT8] = (Rule("Triton for experts", dynamic_only=True),)
     if capability >= 89:
         experts |= {Kind.FP8_TENSOR: (Rule("Triton for experts"),), Kind.FP8_TOKEN: (Rule("CUTLASS"),)}
-    return Target(name, processor, rules, experts, kv, refused, measured=False)
+    return Target(name, processor, rules, experts, kv, refused, measured=measured)
 
 
 def _targets() -> dict[str, Target]:
@@ -144,15 +169,17 @@ def _targets() -> dict[str, Target]:
     blackwell: dict[str, str] = dict.fromkeys(int8_kinds, no_int8)
     made = (
         _cpu("vllm-cpu-amx", "a CPU with AMX", (amx,), static_int8, {Kind.FP8_BLOCK: (block,)}, experts,
-             True, {}),
+             True, {}, _TRIED_ON_AMX),
         _cpu("vllm-cpu-vnni", "a CPU with AVX-512 and VNNI", (avx512,), Rule("oneDNN"), {}, {}, True,
-             no_block),
-        _cpu("vllm-cpu-avx512", "a CPU with AVX-512 only", (avx512,), saturating, {}, {}, True, no_block),
+             no_block, _ALL),
+        _cpu("vllm-cpu-avx512", "a CPU with AVX-512 only", (avx512,), saturating, {}, {}, True, no_block,
+             _ALL),
         _cpu("vllm-cpu-avx2", "a CPU with AVX2", (), saturating, {}, {}, False,
-             no_block | no_fp8_kv | no_int4),
+             no_block | no_fp8_kv | no_int4, _ALL),
         _cuda("vllm-cuda-ampere", "an Ampere GPU (8.0-8.7)", 80, heads | e5m2 | scaled, ampere),
         _cuda("vllm-cuda-ada", "an Ada GPU (8.9)", 89, heads | fp8 | scaled, {}),
-        _cuda("vllm-cuda-hopper", "a Hopper GPU (9.0)", 90, heads | fp8 | scaled, {}),
+        _cuda("vllm-cuda-hopper", "a Hopper GPU (9.0)", 90, heads | fp8 | scaled, {},
+              _TRIED_ON_AN_H100),
         _cuda("vllm-cuda-blackwell", "a Blackwell GPU (10, 12)", 100, heads | fp8 | scaled, blackwell),
     )  # fmt: skip
     return {target.name: target for target in made}
@@ -178,7 +205,11 @@ def target(name: str) -> Target:
 
 
 def detect() -> str:
-    """The target that this machine is: its GPU's if it has one, else its CPU's. Raises TargetError."""
+    """The target that this machine is: its GPUs' if it has any, else its CPU's.
+
+    Raises TargetError where it is none, and where there are GPUs without rules: engines would run on them,
+    so the processor's rules would be others'.
+    """
     found = detect_cuda() or detect_cpu()
     if found is None:
         raise TargetError(f"this machine is no known target; name one of {', '.join(TARGETS)}")
@@ -201,15 +232,38 @@ def detect_cpu(cpuinfo: Path = Path("/proc/cpuinfo")) -> str | None:
     return next((name for flag, name in names.items() if flag in flags), None)
 
 
-def detect_cuda(command: Sequence[str] = ("nvidia-smi",)) -> str | None:
-    """By the first GPU's compute capability."""
-    query = [*command, "--query-gpu=compute_cap", "--format=csv,noheader"]
+_GENERATIONS = {8: "vllm-cuda-ampere", 9: "vllm-cuda-hopper", 10: "vllm-cuda-blackwell"}
+_GENERATIONS |= {12: _GENERATIONS[10]}
+_WITHOUT_RULES = {7: "Volta or Turing", 6: "Pascal", 5: "Maxwell"}
+
+
+def detect_cuda(command: Sequence[str] | None = None) -> str | None:
+    """By the GPUs' compute capability; None without a GPU. ``command`` stands for ``nvidia-smi``.
+
+    Raises TargetError for GPUs that there are no rules for, or of several kinds.
+    """
+    found = {_capability_target(row[0]) for row in ask_gpus(["compute_cap"], command)}
+    if len(found) > 1:
+        raise TargetError(
+            f"this machine has GPUs of several kinds ({', '.join(sorted(found))}); name the target that "
+            "engines are to run on"
+        )
+    return next(iter(found), None)
+
+
+def _capability_target(text: str) -> str:
+    known = ", ".join(name for name in TARGETS if name.startswith("vllm-cuda"))
     try:
-        answer = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout
-        major, minor = map(int, answer.split()[0].split("."))
-    except (OSError, subprocess.SubprocessError, ValueError, IndexError):
-        return None
+        major, minor = map(int, text.split("."))
+    except ValueError:
+        raise TargetError(f"nvidia-smi gives {text!r} as compute capability; name one of {known}") from None
     if (major, minor) == (8, 9):
         return "vllm-cuda-ada"
-    generations = {8: "vllm-cuda-ampere", 9: "vllm-cuda-hopper", 10: "vllm-cuda-blackwell"}
-    return generations.get(10 if major in (10, 12) else major)
+    if major not in _GENERATIONS:
+        kind = f" ({_WITHOUT_RULES[major]})" if major in _WITHOUT_RULES else ""
+        raise TargetError(
+            f"this machine's GPU has compute capability {text}{kind}, for which there are no rules of what "
+            f"the engine loads; there are some for {known}, and vllm-cpu for an engine on the processor. "
+            "Name one as the target to plan for it"
+        )
+    return _GENERATIONS[major]

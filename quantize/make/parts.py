@@ -80,7 +80,9 @@ class PartStore:
         return self._place(label, data=True) / "kv.safetensors"
 
     def _kept_directory(self, transforms: tuple[str, ...]) -> Path:
-        return self._place("-".join(("kept", *transforms)), data=bool(transforms))
+        # A head that is among the groups is not among what is kept.
+        head = ["bare"] if any(group.kind == HEAD for group in self.modules) else []
+        return self._place("-".join(("kept", *head, *transforms)), data=bool(transforms))
 
     def _place(self, label: str, data: bool) -> Path:
         described = self.calibration.description if self.calibration and data else None

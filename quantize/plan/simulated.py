@@ -17,6 +17,7 @@ from quantize.core.modules import Group, Modules
 from quantize.core.plan import Plan
 from quantize.core.schemes import Numbers, scheme
 from quantize.evaluate.bench import Span
+from quantize.make.linears import exchanged, find_linears, load_model, observing
 from quantize.make.parts import PartStore
 
 if TYPE_CHECKING:
@@ -53,16 +54,14 @@ class SimulatedModel:
 
     def __init__(self, parts: PartStore, spans: Sequence[Span], dtype: torch.dtype | None = None) -> None:
         import torch
-        from transformers import AutoModelForCausalLM
 
         self.parts, self.modules = parts, parts.modules
         self.spans = spans
         with own_files(parts.checkpoint) as directory:
-            self.model: Any = AutoModelForCausalLM.from_pretrained(
-                directory, dtype=dtype or torch.float32, local_files_only=True
-            ).eval()
+            self.model: Any = load_model(directory, dtype or torch.float32)
         for parameter in self.model.parameters():
             parameter.requires_grad_(False)
+        self.places = find_linears(self.model, self.modules.linears)
         self._quantized: dict[tuple[str, str, str], list[Tensor]] = {}
 
     def weights(self, group: Group, scheme_name: str, method: str) -> list[Tensor]:
@@ -80,25 +79,23 @@ class SimulatedModel:
     @contextlib.contextmanager
     def swapped(self, choices: Mapping[str, tuple[str, str]]) -> Iterator[None]:
         """Within the block, the groups named in ``choices`` are quantized as chosen."""
-        kept, hooks = [], []
-        try:
-            for group in self.modules:
-                name, method = choices.get(group.name, ("bf16", ""))
-                how = scheme(name)
-                if how.weights is None:
-                    continue
-                for member, weight in zip(group.members, self.weights(group, name, method), strict=True):
-                    module = self.model.get_submodule(member.name)
-                    kept.append((module, module.weight.data))
-                    module.weight.data = weight
-                    if how.activations:
-                        hooks.append(module.register_forward_pre_hook(_rounding(how.activations)))
+        weights: dict[str, Tensor] = {}
+        inputs: dict[str, Numbers] = {}
+        for group in self.modules:
+            name, method = choices.get(group.name, ("bf16", ""))
+            how = scheme(name)
+            if how.weights is None:
+                continue
+            for member, weight in zip(group.members, self.weights(group, name, method), strict=True):
+                weights[member.name] = weight
+                if how.activations:
+                    inputs[member.name] = how.activations
+        rounded = {name: self.places[name] for name in inputs}
+        with (
+            exchanged(self.places, weights),
+            observing(rounded, lambda name, x: round_inputs(x, inputs[name])),
+        ):
             yield
-        finally:
-            for module, weight in kept:
-                module.weight.data = weight
-            for hook in hooks:
-                hook.remove()
 
     def log_probabilities(self, spans: Sequence[Span] | None = None) -> list[Tensor]:
         """Per span, (scored tokens, vocabulary) float32.
@@ -148,7 +145,3 @@ def plan_choices(plan: Plan, modules: Modules) -> dict[str, tuple[str, str]]:
 def mean_kl(reference: Sequence[Tensor], other: Sequence[Tensor]) -> float:
     total = sum(float((p.exp() * (p - q)).sum()) for p, q in zip(reference, other, strict=True))
     return total / sum(len(p) for p in reference)
-
-
-def _rounding(how: Numbers) -> Any:
-    return lambda _module, inputs: (round_inputs(inputs[0], how), *inputs[1:])

@@ -12,6 +12,7 @@ from quantize.check import (
     check_report,
     estimate,
     format_check,
+    kept_rows,
     reference_bytes,
     refuse_pattern,
     refuse_short,
@@ -19,7 +20,7 @@ from quantize.check import (
 )
 from quantize.core.checkpoint import Checkpoint, CheckpointError, open_checkpoint
 from quantize.core.companions import largest_token
-from quantize.core.modules import read_modules
+from quantize.core.modules import Group, Linear, Modules, read_modules
 from quantize.core.targets import TARGETS
 
 
@@ -103,6 +104,39 @@ def test_a_scheme_that_fits_some_groups_is_counted_with_bf16_in_the_rest(tmp_pat
     assert row.legal == 6  # all but down_proj, whose 720 inputs are no whole groups of 64
     assert any(problem.startswith("mlp.down_proj: K is 720") for problem in row.problems)
     assert "6/8" in format_check(found)
+
+
+def test_what_stays_at_16_bits_is_counted(tmp_path: Path) -> None:
+    checkpoint = write_model(tmp_path, tie_word_embeddings=True)
+    (kept,) = report(checkpoint).kept
+    least = min(row.bytes for row in report(checkpoint).schemes)
+    assert kept.bytes == 2 * 512 * 256
+    assert kept.share == pytest.approx(kept.bytes / least)
+    said = format_check(report(checkpoint))
+    assert "embeddings, which are the head too: 0.26 MB at 16 bits, " in said
+    assert "no target looks embeddings up in fewer bits" in said
+
+
+def test_a_head_of_its_own_says_in_what_it_could_be_served(tmp_path: Path) -> None:
+    modules = read_modules(write_model(tmp_path))
+    head = Group("lm_head", "lm_head", -1, (Linear("lm_head", 512, 256),))
+    whole = Modules(modules.groups, modules.other_bytes + 2 * 512 * 256, head, modules.embedding_bytes)
+    said = {row.what: row.why for row in kept_rows(whole, TARGETS["vllm-cpu-vnni"], 1_000_000)}
+    assert said["output head"] == "vllm-cpu-vnni would take it in w8a8 or w8a8-asym"
+    assert whole.with_head().other_bytes == modules.other_bytes
+    assert whole.with_head().groups[-1] is head
+    assert whole.with_head().layers == modules.layers
+    with pytest.raises(KeyError, match="the model has none of its own"):
+        modules.with_head()
+
+
+def test_rules_that_were_only_read_are_said(tmp_path: Path) -> None:
+    checkpoint = write_model(tmp_path)
+    assert not report(checkpoint).untried
+    said = format_check(report(checkpoint, "vllm-cuda-hopper"))
+    assert "of vllm-cuda-hopper, these rules were read in vLLM 0.32's sources and not run" in said
+    assert "w8a16-g64" in report(checkpoint, "vllm-cuda-hopper").untried
+    assert "w8a16-g128" not in report(checkpoint, "vllm-cuda-hopper").untried
 
 
 def test_ranks_that_do_not_fit_are_said(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """A checkpoint's matrices are found in torch, whatever transformers makes of them in memory."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import pytest
 from quantize.core.checkpoint import open_checkpoint
 from quantize.core.dequantize import read_tensor
 from quantize.core.modules import Linear, Modules, read_modules
+from quantize.core.quantization_config import pattern
 from quantize.core.tensors import read_parts
 from quantize.make.linears import LinearError, decoder_layers, exchanged, find_linears, load_model, observing
 from tests.quantize.tiny import make_checkpoint
@@ -135,3 +137,17 @@ def test_a_wrappers_tower_is_counted_and_left_alone(tmp_path: Path) -> None:
         assert modules.tower_bytes == outside > 0
         stored = sum(part.bytes for part in parts.values())
         assert modules.other_bytes + 2 * sum(one.weights for one in modules.linears) == stored
+
+
+def test_patterns_match_the_text_part_by_all_its_names_and_nothing_of_a_tower(tmp_path: Path) -> None:
+    """Both have layers with a ``self_attn.q_proj``; an engine would look for a tower's scales."""
+    path = make_checkpoint(tmp_path / "model", "gemma3")
+    parts = read_parts(path)
+    tower = [name.removesuffix(".weight") for name in parts if name.startswith("vision_tower.")]
+    fused = [name.replace("q_proj", "qkv_proj") for name in tower]
+    for group in read_modules(open_checkpoint(path)):
+        matched = re.compile(pattern(group).removeprefix("re:"))
+        for member in group.members:
+            assert matched.match(member.name)  # on disk and in vLLM
+            assert matched.match(member.name.replace("language_model.model.", "model.language_model."))
+        assert not any(map(matched.match, (*tower, *fused)))

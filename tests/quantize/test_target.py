@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from quantize.core.gpus import ask_gpus
 from quantize.core.legality import LADDER, Kind, kind_of, shards
 from quantize.core.modules import Group, Linear, Modules
 from quantize.core.plan import Plan, uniform
@@ -188,7 +189,7 @@ def test_slow_and_doubled_schemes_are_no_candidates() -> None:
     assert AMPERE.candidates(group)[-2:] == ("fp8a16", "bf16")
     assert "fp8-dynamic" not in AMPERE.candidates(group)
     assert "fp8-dynamic" in ADA.candidates(group)
-    assert "nvfp4" in BLACKWELL.candidates(group)
+    assert BLACKWELL.legal(scheme("nvfp4"), group)
     assert "nvfp4" not in HOPPER.candidates(group)
     assert {"w8a8", "w8a8-r7"} & set(AVX512.candidates(group)) == {"w8a8-r7"}
     assert {"w8a8", "w8a8-r7"} & set(VNNI.candidates(group)) == {"w8a8"}
@@ -298,7 +299,12 @@ def test_targets_by_name(tmp_path: Path) -> None:
     for name, one in TARGETS.items():
         assert target(name) is one
         assert one.engine == "vLLM 0.32"
-        assert one.measured == name.startswith("vllm-cpu")
+        known = {"bf16", *one.measured, *one.untried}
+        assert known == {*LADDER, *KV_SCHEMES}
+        assert not one.measured & set(one.untried)
+    assert not VNNI.untried
+    assert "w8a8" in HOPPER.measured
+    assert "fp8" in ADA.untried
     with pytest.raises(TargetError, match=r"unknown target 'vllm-tpu'; known: vllm-cpu-amx, .*hopper"):
         target("vllm-tpu")
     if detect_cpu() is not None:
@@ -328,16 +334,62 @@ def test_processors_are_told_by_their_flags(tmp_path: Path, flags: str, expected
 
 @pytest.mark.parametrize(
     ("capability", "expected"),
-    [("8.6", "ampere"), ("8.9", "ada"), ("9.0", "hopper"), ("10.0", "blackwell"), ("12.0", "blackwell")],
-)
+    [("8.6", "ampere"), ("8.9", "ada"), ("9.0", "hopper"), ("10.0", "blackwell"), ("12.0", "blackwell"),
+     (r"8.0\n8.6", "ampere")],
+)  # fmt: skip
 def test_gpus_are_told_by_their_capability(capability: str, expected: str) -> None:
-    assert detect_cuda(("sh", "-c", f"echo {capability}")) == f"vllm-cuda-{expected}"
+    assert detect_cuda(("sh", "-c", f"printf '{capability}\n'")) == f"vllm-cuda-{expected}"
 
 
-@pytest.mark.parametrize("answer", ["echo 7.5", "echo none", "true", "exit 9"])
-def test_a_gpu_that_is_not_known_is_none(answer: str) -> None:
+@pytest.mark.parametrize("answer", ["true", "exit 9", "echo 'No devices were found'; exit 6"])
+def test_without_a_gpu_there_is_no_cuda_target(answer: str) -> None:
     assert detect_cuda(("sh", "-c", answer)) is None
     assert detect_cuda(("/no/such/program",)) is None
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        ("7.5", r"compute capability 7.5 \(Volta or Turing\), for which there are no rules .* Name one"),
+        ("11.0", r"compute capability 11.0, for which there are no rules"),
+        ("[N/A]", r"nvidia-smi gives '\[N/A\]' as compute capability"),
+        (r"9.0\n8.9", "GPUs of several kinds .vllm-cuda-ada, vllm-cuda-hopper.; name the target"),
+    ],
+)
+def test_gpus_without_rules_are_said_and_not_taken_for_a_processor(
+    answer: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake = tmp_path / "nvidia-smi"
+    fake.write_text(f"#!/bin/sh\nprintf '{answer}\\n'\n", encoding="utf-8")
+    fake.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    for ask in (detect, detect_cuda, lambda: target("vllm-cuda")):
+        with pytest.raises(TargetError, match=said):
+            ask()
+
+
+def test_fields_of_gpus() -> None:
+    script = ("sh", "-c", "printf 'NVIDIA L4, 8.9\nNVIDIA L4, 8.9\nan odd line\n'")
+    assert ask_gpus(["name", "compute_cap"], script) == [("NVIDIA L4", "8.9")] * 2
+
+
+def test_a_head_is_planned_at_8_bits_or_more() -> None:
+    """Its rows are padded to 64 before a kernel sees them, so that any vocabulary fits."""
+    head = Group("lm_head", "lm_head", -1, (Linear("lm_head", 2001, 128),))
+    assert VNNI.candidates(head) == ("w8a8", "w8a8-asym", "bf16")
+    assert VNNI.legal(scheme("w4a16-g32"), head)
+    assert not VNNI.legal(scheme("w4a16-g32"), down(2001, 128))
+    assert {scheme(name).weight_bits for where in TARGETS.values() for name in where.candidates(head)} == {
+        8,
+        16,
+    }
+
+
+def test_what_cannot_be_made_or_read_is_not_planned_with() -> None:
+    for where in TARGETS.values():
+        for name in where.candidates(down(512, 512)):
+            weights = scheme(name).weights
+            assert weights is None or weights.kind == "int" or weights.bits == 8, (where.name, name)
 
 
 @given(st.sampled_from((AMX, AVX512)), st.integers(1, 40), st.integers(1, 40))

@@ -98,6 +98,21 @@ def make_checkpoint(
     return directory
 
 
+def add_outliers(directory: Path, part: str = "", factor: float = 40.0) -> None:
+    """Multiply one column of every matrix with ``part`` in its name, embeddings left out.
+
+    Ranges of whole rows become wide, so that 8 bits lose far more than 16-bit arithmetic does.
+    """
+    from safetensors.torch import load_file, save_file
+
+    file = directory / "model.safetensors"
+    tensors = load_file(file)
+    for name, tensor in tensors.items():
+        if tensor.ndim == 2 and part in name and "embed" not in name and "vision" not in name:
+            tensor[:, len(name) % tensor.shape[1]] *= factor
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
 def split_in_shards(directory: Path, shards: int = 2) -> None:
     """Turn a checkpoint of one file into ``shards`` files with an index."""
     from safetensors.torch import load_file, save_file
