@@ -418,11 +418,11 @@ def reference_bytes(checkpoint: Checkpoint, out: Path) -> int:
     return taken
 
 
-def refuse_pattern(variants_dir: Path) -> None:
+def refuse_pattern(path: Path, name: str = "variants_dir") -> None:
     """Raise CheckpointError for a directory whose name vLLM reads as a pattern: it finds no weights there."""
-    if found := sorted(set("*?[") & set(str(variants_dir))):
+    if found := sorted(set("*?[") & set(str(path))):
         raise CheckpointError(
-            f"variants_dir {variants_dir} has {' and '.join(found)} in its path, which vLLM reads as a "
+            f"{name} {path} has {' and '.join(found)} in its path, which vLLM reads as a "
             "pattern and finds no weights by; choose a path without"
         )
 
