@@ -12,7 +12,8 @@ from quantize.core.modules import Group, Linear, Modules
 from quantize.core.schemes import scheme
 from quantize.plan.planner import Option, PlanError, Planner, fewest_bytes, front, least_loss
 from quantize.plan.search import search
-from quantize.plan.sensitivity import Row, Sensitivity, plan_of
+from quantize.plan.sensitivity import Row, Sensitivity
+from quantize.plan.served import plan_of
 
 OPTIONS = st.lists(
     st.builds(Option, name=st.just("x"), bytes=st.integers(1, 40), loss=st.floats(0, 10, allow_nan=False)),
