@@ -1,8 +1,8 @@
 """Why an engine ended, from its log.
 
 A vLLM that fails to start writes several tracebacks: that of the process where it happened (a worker, the
-engine's core), and those of the processes that noticed, which say "Engine core initialization failed. See root
-cause above". The cause is the last error before the first of those.
+engine's core), and those of the processes that noticed, which say "Engine core initialization failed. See
+root cause above". The cause is the last error before the first of those.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _FATAL = re.compile(
 _ECHO = re.compile(
     r"Engine core initialization failed|WorkerProc initialization failed|Engine process failed to start"
     r"|See (?:root cause|stack trace)|EngineCore failed to start|Failed core proc|EngineDeadError|SystemExit"
-    r"|CancelledError"
+    r"|CancelledError|died unexpectedly"
 )
 """What a process says of another's failure."""
 _DETAILS = re.compile(r" \[type=\w+, input_value=.*$")
@@ -51,7 +51,7 @@ def reason(log: str) -> str:
     before = [text for at, text in found if at < first and not _ECHO.search(text)]
     after = [text for at, text in found if at > first and not _ECHO.search(text)]
     said = [line.text.strip() for line in lines if line.text.strip()]
-    return (before[-1:] or after[:1] or [text for _, text in found][-1:] or said[-1:] or ["it said nothing"])[
+    return (before[-1:] or after[:1] or [text for _, text in found][:1] or said[-1:] or ["it said nothing"])[
         0
     ]
 
@@ -89,6 +89,6 @@ def _whole(lines: Sequence[_Line], at: int, name: str, said: str) -> str:
     if not said and name == "AssertionError":
         code = [line.text.strip() for line in lines[max(0, at - 3) : at] if "assert" in line.text]
         return f"{name}: {code[-1].removeprefix('assert ')}" if code else name
-    if (not said or said.endswith(":")) and following:
-        return f"{name}: {said} {following[0].strip()}".replace(":  ", ": ")
+    if said.endswith(":") and following:
+        return f"{name}: {said} {following[0].strip()}"
     return f"{name}: {said}" if said else name

@@ -28,7 +28,13 @@ from quantize.core.targets import Target, detect, target
 from quantize.core.tensors import refuse_not_finite
 from quantize.evaluate.client import EngineClient, EngineError
 from quantize.evaluate.journal import Journal
-from quantize.evaluate.measure import Measurement, measure, measurement_key, read_measurement
+from quantize.evaluate.measure import (
+    Measurement,
+    measure,
+    measurement_key,
+    read_measurement,
+    reference_path,
+)
 from quantize.evaluate.pairing import compare
 from quantize.evaluate.speed import measure_speed
 from quantize.evaluate.tasks import Item, read_items
@@ -147,16 +153,24 @@ async def evaluate_variants(
     slots = asyncio.Semaphore(ENGINES_AT_ONCE)
     answering = Turns(answering_at_once(config))
     speeds: dict[str, Speed] = {}
+    of_reference = next(card for card in cards if card.variant == config.reference)
+    reference = registry.path(config.reference, of_reference.version)
+    kept = reference_path(Journal(registry.measurement_path(of_reference, key)))
+    reference_measured = asyncio.Event()
 
     async def measured(card: Card) -> list[Measurement]:
+        if card.variant != config.reference:
+            await reference_measured.wait()  # what variants are compared with
         path = registry.measurement_path(card, key)
         journals = {card.variant: Journal(path)}
         if card.variant == config.reference:
             journals[f"{card.variant} again"] = Journal(
                 path.with_name(f"{path.name.split('.json')[0]}-2.json.gz")
             )
-        known = [read_measurement(journal) for journal in journals.values()]
+        references = {name: None if name == config.reference else kept for name in journals}
+        known = [read_measurement(journal, references[name]) for name, journal in journals.items()]
         if card.speed is not None and all(one.done for one in known):
+            reference_measured.set()
             return known
         async with AsyncExitStack() as stack:
             if (url := (engines or {}).get(card.variant)) is None:
@@ -168,14 +182,21 @@ async def evaluate_variants(
                     port=free_port(config.engine.host),
                     log=config.variants_dir / ".logs" / f"engine-{card.variant}.log",
                 )
-                await stack.enter_async_context(running(spec, config.engine, say))
+                beside = {"TIERCEL_REFERENCE": str(reference.resolve())}
+                settings = config.engine.model_copy(update={"env": {**beside, **config.engine.env}})
+                await stack.enter_async_context(running(spec, settings, say))
                 url = spec.url
             client = await stack.enter_async_context(EngineClient(url, card.model))
             async with answering.one():
-                passes = [
-                    await measure(client, tasks, engine, name, journal, backwards=number > 0)
-                    for number, (name, journal) in enumerate(journals.items())
-                ]
+                passes = []
+                for name, journal in journals.items():  # the reference's second is compared with its first
+                    second = name != card.variant
+                    passes.append(
+                        await measure(
+                            client, tasks, engine, name, journal, reference=references[name], backwards=second
+                        )
+                    )
+                    reference_measured.set()
             async with answering.alone():
                 if (speed := await speed_or_none(client, card.variant, say)) is not None:
                     speeds[card.variant] = speed

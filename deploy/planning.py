@@ -49,6 +49,7 @@ def open_session(
     """The session for the configured model; everything it makes lies in ``variants_dir/.planning``."""
     checkpoint = open_checkpoint(config.model.path)
     refuse_pattern(config.variants_dir)
+    refuse_pattern(checkpoint.path, "model.path")
     refuse_unfit(checkpoint)
     refuse_not_finite(checkpoint.path)
     where = target(target_name or detect())

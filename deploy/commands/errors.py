@@ -72,7 +72,8 @@ def explain(error: BaseException, options: argparse.Namespace) -> tuple[str, int
     kept = f"the traceback is in {where}" if where else "its traceback could not be written anywhere"
     if known is not None:
         return f"{known} ({kept})", MENDABLE
-    return f"unforeseen: {type(chosen).__name__}: {first_line(chosen)} ({kept})", UNFORESEEN
+    said = first_line(chosen).removeprefix(f"{type(chosen).__name__}: ")
+    return f"unforeseen: {type(chosen).__name__}: {said} ({kept})", UNFORESEEN
 
 
 def chief(error: BaseException) -> BaseException:

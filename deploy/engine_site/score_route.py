@@ -20,7 +20,9 @@ It is an endpoint plugin in vLLM's sense: it reaches the engine as vLLM's own ha
 
 from __future__ import annotations
 
+import asyncio
 import json
+import os
 import uuid
 from argparse import Namespace
 from typing import Any
@@ -34,6 +36,9 @@ from vllm.engine.protocol import EngineClient
 from vllm.inputs import TokensPrompt
 
 PATH = "/tiercel/score"
+REFERENCE = "TIERCEL_REFERENCE"
+"""Environment variable: directory of the reference's checkpoint, of which the head is read where the
+variant's own is another."""
 COLUMNS = ("came", "top1", "kl", "reference_top1", "hidden")
 
 
@@ -58,6 +63,7 @@ class ScoreRoute:
 
     async def init_state(self, engine_client: EngineClient | None, state: State, args: Namespace) -> None:
         state.tiercel_engine, state.tiercel_described = engine_client, None
+        state.tiercel_reference_head, state.tiercel_loading = None, asyncio.Lock()
 
     async def describe(self, request: Request) -> dict[str, Any]:
         state, engine = request.app.state, request.app.state.tiercel_engine
@@ -81,9 +87,12 @@ class ScoreRoute:
         except ValidationError as error:
             raise HTTPException(400, str(error)) from None
         described = await self.describe(request)
+        engine, key = request.app.state.tiercel_engine, f"tiercel-{uuid.uuid4().hex}"
+        other_head = bool(reference) and body.head != described["head"] and bool(os.environ.get(REFERENCE))
+        if other_head:
+            described = {**described, "head": await self._reference_head(request)}
         if problem := unfit(body, len(reference), described):
             raise HTTPException(400, problem)
-        engine, key = request.app.state.tiercel_engine, f"tiercel-{uuid.uuid4().hex}"
         prompt = TokensPrompt(prompt_token_ids=body.tokens)
         # The token it draws is compared with ours: that of the right row of the right request.
         wanted = SamplingParams(
@@ -92,7 +101,8 @@ class ScoreRoute:
         drawn: list[tuple[int, float]] = []
         try:
             await engine.collective_rpc(
-                "tiercel_begin", args=(key, body.start, body.tokens, reference or None, body.keep)
+                "tiercel_begin",
+                args=(key, body.start, body.tokens, reference or None, body.keep, other_head),
             )
             try:
                 async for output in engine.generate(prompt, wanted, key):
@@ -115,6 +125,20 @@ class ScoreRoute:
             media_type="application/octet-stream",
         )
 
+    async def _reference_head(self, request: Request) -> str:
+        """Fingerprint of the reference's head, which is loaded when it is first needed."""
+        state = request.app.state
+        async with state.tiercel_loading:
+            if state.tiercel_reference_head is None:
+                try:
+                    heads = await state.tiercel_engine.collective_rpc(
+                        "tiercel_load_head", args=(os.environ[REFERENCE],)
+                    )
+                except Exception as error:
+                    raise HTTPException(500, f"the reference's head was not loaded: {error}") from None
+                state.tiercel_reference_head = next(filter(None, heads), "")
+        return str(state.tiercel_reference_head)
+
 
 def unfit(body: ScoreRequest, reference_bytes: int, described: dict[str, Any]) -> str:
     """Why a request cannot be scored, before any work; an empty string where it can."""
@@ -129,7 +153,7 @@ def unfit(body: ScoreRequest, reference_bytes: int, described: dict[str, Any]) -
         if (theirs := getattr(body, name)) != (ours := described[name]):
             return (
                 f"the reference's hidden states are of another model or head ({name} {theirs}, here {ours}); "
-                "a variant is scored with the reference's head in 16 bits"
+                f"for a variant whose head is quantized set {REFERENCE} to the reference's checkpoint"
             )
     size = 4 if body.dtype == "float32" else 2
     if reference_bytes != (expected := rows * body.width * size):

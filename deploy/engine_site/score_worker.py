@@ -10,8 +10,13 @@ every forward pass, with the final hidden states (after the last norm) and the b
 ``execute_model_state``. From there the rows of a request are cut out, whatever shares its batch and however
 its prompt is chunked, and the model's own ``compute_logits`` turns them into logits, softcap, scale and
 tensor parallelism included, some rows at a time so that a small device suffices. A reference's logits are
-computed by the same call from the hidden states that were kept of it, so both must have the same head;
-:meth:`ScoreWorker.tiercel_describe` gives its fingerprint.
+computed by the same call from the hidden states that were kept of it, so both must have the same head, whose
+fingerprint :meth:`ScoreWorker.tiercel_describe` gives. For a variant with another head (one of 8 bits) the
+reference's is read from its checkpoint and stands in for it (:meth:`ScoreWorker.tiercel_load_head`).
+
+Run: the V1 runner on a CPU, with chunked prompts, several requests at once beside ones that decode, and
+prefix caching. Read in vLLM's source, and tried with its declared state filled by hand: the V2 runner, which
+needs Triton. Read alone: CUDA, pipeline parallelism.
 
 Where vLLM is not as expected here, nothing is measured and the reason is returned: see :func:`refusal`, and
 :func:`disagreement`, which compares the last row with the token that the engine drew from it.
@@ -23,6 +28,7 @@ import dataclasses
 import hashlib
 import importlib
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -61,10 +67,25 @@ class Piece(NamedTuple):
     rows: int
 
 
+class PlainHead:
+    """A head in 16 bits that stands in for a model's own: what vLLM's ``LogitsProcessor`` needs of one.
+
+    ``weight`` is this rank's shard, (rows, width), padded as the model's own is.
+    """
+
+    def __init__(self, weight: torch.Tensor, tp_size: int) -> None:
+        self.weight, self.tp_size, self.quant_method = weight, tp_size, self
+
+    def apply(self, layer: PlainHead, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """Logits of this shard."""
+        return torch.nn.functional.linear(x, layer.weight, bias)
+
+
 class Watched:
     """One request that is scored: its n tokens from ``start`` on, each by the row of the token before it.
 
-    ``reference`` holds n rows of ``width`` hidden states as bytes; ``keep`` says to return the request's own.
+    ``reference`` holds n rows of ``width`` hidden states as bytes; ``keep`` says to return the request's own;
+    ``reference_logits`` computes the reference's, where its head is another.
     """
 
     def __init__(
@@ -82,6 +103,7 @@ class Watched:
         if reference is not None:
             self.reference = torch.frombuffer(bytearray(reference), dtype=dtype).view(self.count, width)
         self.hidden = torch.empty((self.count, width), dtype=dtype) if keep else None
+        self.reference_logits: Logits | None = None
         self.seen = np.zeros(self.count + 1, bool)
         self.came, self.kl = np.zeros(self.count + 1), np.zeros(self.count)
         self.top1 = np.zeros(self.count + 1, np.int32)
@@ -111,7 +133,7 @@ class Watched:
             # As many rows as the variant's, so that the same kernel adds up in the same order.
             wanted = torch.zeros_like(rows)
             wanted[: scored - at].copy_(self.reference[at:scored])
-            before = compute_logits(wanted)
+            before = (self.reference_logits or compute_logits)(wanted)
         if logits is None:
             return
         self.gathers = True
@@ -155,6 +177,25 @@ def divergence(log_p: torch.Tensor, log_q: torch.Tensor) -> torch.Tensor:
     p = log_p.exp()
     terms = (log_p - log_q).mul_(p).masked_fill_(p == 0, 0.0)
     return terms.sum(-1).clamp_min_(0.0)
+
+
+def head_rows(directory: str, first: int, end: int) -> torch.Tensor:
+    """Rows ``first`` to ``end`` of a checkpoint's head, or of its embeddings where they are tied. Raises
+    ValueError where there is not exactly one."""
+    from safetensors import safe_open
+
+    places: dict[str, Path] = {}
+    for path in sorted(Path(directory).glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            places |= dict.fromkeys(file.keys(), path)
+    for ending in ("lm_head.weight", "embed_tokens.weight"):
+        if names := [name for name in places if name.endswith(ending)]:
+            break
+    if len(names) != 1:
+        raise ValueError(f"{directory} has {len(names)} tensors that could be the head; one is expected")
+    with safe_open(places[names[0]], "pt") as file:
+        rows: torch.Tensor = file.get_slice(names[0])[first:end]
+    return rows
 
 
 def pieces(runner: Any, v2: bool) -> tuple[torch.Tensor, list[Piece]] | None:
@@ -239,9 +280,16 @@ class ScoreWorker:
         }
 
     def tiercel_begin(
-        self, key: str, start: int, tokens: list[int], reference: bytes | None, keep: bool
+        self,
+        key: str,
+        start: int,
+        tokens: list[int],
+        reference: bytes | None,
+        keep: bool,
+        loaded_head: bool = False,
     ) -> None:
-        """Score the request whose id begins with ``key``, of :data:`KEY_LENGTH` characters."""
+        """Score the request whose id begins with ``key``, of :data:`KEY_LENGTH` characters. ``loaded_head``:
+        the reference's logits are of the head that was loaded."""
         runner = self.model_runner  # type: ignore[attr-defined]
         if not hasattr(self, "_tiercel_watched"):
             self._tiercel_watched: dict[str, Watched] = {}
@@ -257,11 +305,45 @@ class ScoreWorker:
         self._tiercel_watched[key] = Watched(
             start, list(tokens), reference, keep, config.get_hidden_size(), config.dtype
         )
+        if loaded_head:
+            self._tiercel_watched[key].reference_logits = self._tiercel_reference_logits
 
     def tiercel_end(self, key: str) -> dict[str, Any] | None:
         """The figures of a request, and forget it; ``error`` where there is none."""
         watched: Watched | None = getattr(self, "_tiercel_watched", {}).pop(key, None)
         return watched.result() if watched else None
+
+    def tiercel_load_head(self, directory: str) -> str:
+        """Read the head of the checkpoint in ``directory`` and keep it beside the model's own; its
+        fingerprint, empty on ranks without logits. Raises ValueError where there is none that fits."""
+        model = self.model_runner.get_model()  # type: ignore[attr-defined]
+        processors = [one for one in model.modules() if type(one).__name__ == "LogitsProcessor"]
+        seen: list[Any] = []
+        hooks = [one.register_forward_pre_hook(lambda _, given: seen.append(given[0])) for one in processors]
+        config = self.vllm_config.model_config  # type: ignore[attr-defined]
+        blank = torch.zeros((1, config.get_hidden_size()), dtype=config.dtype, device=self.device)  # type: ignore[attr-defined]
+        with torch.inference_mode():
+            self.model_runner.model.compute_logits(blank)  # type: ignore[attr-defined]
+        for hook in hooks:
+            hook.remove()
+        if len(processors) != 1 or len(seen) != 1:
+            raise ValueError(f"the model computes logits in {len(seen)} places; one is expected")
+        own = seen[0]
+        shard = own.shard_indices
+        rows = head_rows(directory, shard.org_vocab_start_index, shard.org_vocab_end_index)
+        weight = torch.zeros((own.num_embeddings_per_partition, rows.shape[1]), dtype=config.dtype)
+        weight[: len(rows)] = rows
+        head = PlainHead(weight.to(self.device), own.tp_size)  # type: ignore[attr-defined]
+
+        def compute(hidden: torch.Tensor) -> Any:
+            hook = processors[0].register_forward_pre_hook(lambda _, given: (head, *given[1:]))
+            try:
+                return self.model_runner.model.compute_logits(hidden)  # type: ignore[attr-defined]
+            finally:
+                hook.remove()
+
+        self._tiercel_reference_logits = compute
+        return self._tiercel_head(compute)
 
     def _tiercel_look(self) -> None:
         """Take the rows of watched requests from the pass that has just run. Never raises into the engine."""
@@ -287,17 +369,18 @@ class ScoreWorker:
             except Exception as error:
                 one.error = f"scoring failed: {type(error).__name__}: {error}"
 
-    def _tiercel_head(self) -> str:
+    def _tiercel_head(self, compute_logits: Logits | None = None) -> str:
         """Fingerprint of what turns hidden states into logits: of the logits of unit vectors, which are
         columns of the head's weights whatever kernel, packing or tensor parallelism computes them. Empty on
         ranks without logits."""
         config = self.vllm_config.model_config  # type: ignore[attr-defined]
         width, digest, gathers = config.get_hidden_size(), hashlib.sha256(), True
+        compute = compute_logits or self.model_runner.model.compute_logits  # type: ignore[attr-defined]
         with torch.inference_mode():
             for column in np.unique(np.linspace(0, width - 1, PROBES).astype(int)).tolist():
                 unit = torch.zeros((1, width), dtype=config.dtype, device=self.device)  # type: ignore[attr-defined]
                 unit[0, column] = 1
-                logits = self.model_runner.model.compute_logits(unit)  # type: ignore[attr-defined]
+                logits = compute(unit)
                 gathers = logits is not None
                 if gathers:
                     digest.update((logits.float() + 0.0).cpu().numpy().tobytes())  # + 0.0: no negative zeros

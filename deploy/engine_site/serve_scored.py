@@ -10,7 +10,7 @@ import sys
 import vllm.plugins
 from score_route import ScoreRoute  # type: ignore[import-not-found]
 
-EXTENSION = "score_worker.ScoreWorker"
+EXTENSION = "worker_extension.WorkerExtension"
 ROUTES = (ScoreRoute,)
 
 

@@ -56,5 +56,6 @@ def refuse_incomplete(file: Path, found: Mapping[str, Any]) -> None:
 def first_line(error: BaseException) -> str:
     """The first line of what an exception says that says something, with its type if it is a bare value."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    text = lines[0] if lines else "it says nothing"
-    return f"{type(error).__name__}: {text}" if len(text.split()) < 3 else text
+    if not lines:
+        return type(error).__name__
+    return f"{type(error).__name__}: {lines[0]}" if len(lines[0].split()) < 3 else lines[0]

@@ -54,7 +54,8 @@ class Bench:
     """One process of the engine environment. Use as a context manager; one request at a time.
 
     ``site`` is the folder of ``score_worker.py``; ``options`` are further ones of vLLM's ``LLM``, such as
-    ``{"gpu_memory_utilization": 0.5}`` or ``{"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}``.
+    ``{"gpu_memory_utilization": 0.5}``, or ``{"tensor_parallel_size": 2, "distributed_executor_backend":
+    "mp"}``.
     """
 
     def __init__(

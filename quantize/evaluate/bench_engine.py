@@ -62,7 +62,12 @@ def described(llm: Any) -> dict[str, Any]:
 
 
 def figures(
-    llm: Any, tokens: list[int], start: int, reference: bytes | None = None, keep: bool = False
+    llm: Any,
+    tokens: list[int],
+    start: int,
+    reference: bytes | None = None,
+    keep: bool = False,
+    loaded_head: bool = False,
 ) -> dict[str, Any]:
     """``came``, ``top1`` and, with what is asked for, ``kl`` and ``hidden`` of ``tokens[start:]``, as bytes
     (:meth:`score_worker.Watched.result`). Raises RuntimeError."""
@@ -74,7 +79,7 @@ def figures(
     wanted = SamplingParams(
         max_tokens=1, temperature=0, logprobs=0, detokenize=False, skip_reading_prefix_cache=True
     )
-    llm.collective_rpc("tiercel_begin", args=(key, start, tokens, reference, keep))
+    llm.collective_rpc("tiercel_begin", args=(key, start, tokens, reference, keep, loaded_head))
     try:
         engine.add_request(key, TokensPrompt(prompt_token_ids=tokens), wanted)
         while engine.has_unfinished_requests():
@@ -103,12 +108,14 @@ def score(request: Request) -> dict[str, Any]:
     columns: dict[str, Any] = {name: np.zeros(count, np.float64) for name in ("logp", "kl", "top1")}
     about = described(llm)
     about = {name: about[name] for name in ("width", "dtype", "head")} | {"spans": _digest(sequences)}
-    reference = read_reference(request["reference"], about) if request["reference"] else None
+    reference, other_head = None, False
+    if request["reference"]:
+        reference, other_head = read_reference(llm, request["reference"], about)
     saved, at = [], 0
     for tokens, start in sequences:
         end = at + len(tokens) - start
         before = None if reference is None else reference[at:end].tobytes()
-        found = figures(llm, tokens, start, before, keep=bool(request["save"]))
+        found = figures(llm, tokens, start, before, bool(request["save"]), other_head)
         columns["logp"][at:end] = np.frombuffer(found["came"], "<f8")
         columns["top1"][at:end] = np.frombuffer(found["top1"], "<i4")
         if before is not None:
@@ -118,23 +125,28 @@ def score(request: Request) -> dict[str, Any]:
         at = end
     if request["save"]:
         with open(request["save"], "wb") as out:
-            np.savez(out, hidden=np.concatenate(saved), about=json.dumps(about))
+            kept = json.dumps({**about, "model": request["model"]})
+            np.savez(out, hidden=np.concatenate(saved), about=kept)
     np.savez(request["out"], **columns)
     return {"tokens": count, "load_s": loaded - began, "score_s": time.monotonic() - loaded}
 
 
-def read_reference(path: str, about: dict[str, Any]) -> Any:
-    """(tokens, bytes of a hidden state), of which ``about`` must be true. Raises RuntimeError."""
+def read_reference(llm: Any, path: str, about: dict[str, Any]) -> tuple[Any, bool]:
+    """(tokens, bytes of a hidden state), of which ``about`` must be true, and whether the reference's head is
+    another: it is loaded then. Raises RuntimeError."""
     import numpy as np
 
     with np.load(path) as kept:
         theirs = json.loads(str(kept["about"]))
+        if other := theirs["head"] != about["head"]:
+            heads = llm.collective_rpc("tiercel_load_head", args=(theirs["model"],))
+            about = {**about, "head": next(filter(None, heads), "")}
         if wrong := [name for name in about if theirs.get(name) != about[name]]:
             raise RuntimeError(
-                f"{path} is of other {' and '.join(wrong)}: a variant is compared on the reference's spans, "
-                "with its head in 16 bits"
+                f"{path} is of other {' and '.join(wrong)}: a variant is compared with the reference on the "
+                "same spans"
             )
-        return kept["hidden"]
+        return kept["hidden"], other
 
 
 def _digest(sequences: list[tuple[list[int], int]]) -> str:

@@ -51,7 +51,7 @@ class EngineClient:
         self._base_url, self._model, self._softcap = base_url, model, softcap
         self._account: dict[str, Any] | None = None
         self._asked = self._ids_refused = False
-        self._tops = TOPS_IN_JSON
+        self._top = TOPS_IN_JSON[0]
         self._slots = asyncio.Semaphore(concurrency)
         self._session: aiohttp.ClientSession | None = None
 
@@ -212,14 +212,14 @@ class EngineClient:
     async def _likeliest(self, tokens: Sequence[int], start: int) -> tuple[Likeliest, int]:
         """By ``prompt_logprobs`` of vLLM's completions; and how many of the likeliest tokens are told."""
         while True:
-            top = self._tops[0]
+            top = self._top  # other requests may lower it meanwhile
             body = {"prompt": list(tokens), "max_tokens": 1, "temperature": 0, "prompt_logprobs": top}
             try:
                 rows = (await self._post("/v1/completions", body))["choices"][0]["prompt_logprobs"]
             except EngineError as error:
-                if "max allowed" not in str(error) or len(self._tops) == 1:
+                if "max allowed" not in str(error) or top == TOPS_IN_JSON[-1]:
                     raise
-                self._tops = self._tops[1:]
+                self._top = next(fewer for fewer in TOPS_IN_JSON if fewer < top)
                 continue
             kept = [{int(t): float(entry["logprob"]) for t, entry in row.items()} for row in rows[start:]]
             return from_rows(kept), top

@@ -83,11 +83,32 @@ def measurement_key(tasks: Tasks, engine: Mapping[str, str]) -> str:
     return hashlib.sha256(json.dumps(listing, sort_keys=True).encode()).hexdigest()
 
 
-def read_measurement(journal: Journal) -> Measurement:
-    """What the journal holds so far; ``done`` when nothing is missing."""
+def read_measurement(journal: Journal, reference: Path | None = None) -> Measurement:
+    """What the journal holds so far; ``done`` when nothing is missing.
+
+    ``reference`` is the file that a variant is compared with. Figures to what is not in it any more (it was
+    lost, or is of another run) are left out, as are a reference's own that are not in its file: they are
+    taken anew.
+    """
     measurement = Measurement()
     for entry in journal.read():
         measurement.add(entry)
+    beside, given = ReferenceFile(reference_path(journal)), ReferenceFile(reference) if reference else None
+
+    def is_outdated(role: str, index: int, against: str) -> bool:
+        if against == "":
+            return given is not None or beside.digest(role, index) is None
+        return given is not None and given.digest(role, index) != against
+
+    outdated = [
+        (role, index)
+        for role, answers in measurement.scored.items()
+        for index, answer in answers.items()
+        if is_outdated(role, index, answer.scored.against)
+    ]
+    for role, index in outdated:
+        del measurement.scored[role][index]
+    measurement.done = measurement.done and not outdated
     return measurement
 
 
@@ -113,11 +134,10 @@ async def measure(
     that other requests share the engine's batches. Raises TaskError where the variant splits a right answer
     into other tokens than the reference, or the reference's file lacks it.
     """
-    measurement = read_measurement(journal)
-    kept = ReferenceFile(reference or reference_path(journal))
-    outdated = _drop_outdated(measurement, kept, own=reference is None)
-    if measurement.done and not outdated:
+    measurement = read_measurement(journal, reference)
+    if measurement.done:
         return measurement
+    kept = ReferenceFile(reference or reference_path(journal))
     places = [(role, index) for role, items in tasks.items() for index in range(len(items))]
     jobs: list[Job] = [
         _answering(client, tasks[role][index], role, index)
@@ -137,20 +157,6 @@ async def measure(
     journal.append([last])
     measurement.add(last)
     return measurement
-
-
-def _drop_outdated(measurement: Measurement, kept: ReferenceFile, own: bool) -> bool:
-    """Forget figures whose reference is not what is kept now (it was lost, or is of another run), so that
-    they are taken anew; whether there were any."""
-    outdated = [
-        (role, index)
-        for role, answers in measurement.scored.items()
-        for index, answer in answers.items()
-        if (digest := kept.digest(role, index)) is None or (not own and digest != answer.scored.against)
-    ]
-    for role, index in outdated:
-        del measurement.scored[role][index]
-    return bool(outdated)
 
 
 def _refuse_other_tokens(kept: ReferenceFile, role: str, index: int, tokens: list[int], start: int) -> None:

@@ -67,8 +67,7 @@ class Scored:
 class Likeliest:
     """Some tokens' log-probabilities at each of n places, as a server without our route tells them.
 
-    ``ids`` and ``values`` have shape (n, kept); :data:`NOWHERE` and -inf where a row knows fewer. The first
-    ``top`` of a row's known tokens are its likeliest ones, so no other is likelier than the least of them.
+    ``ids`` and ``values`` have shape (n, kept); :data:`NOWHERE` and -inf where a row knows fewer.
     """
 
     ids: NDArray[np.int32]

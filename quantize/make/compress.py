@@ -20,7 +20,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from quantize.core.checkpoint import Checkpoint, copy_companions, own_files
+from quantize.core.checkpoint import Checkpoint, copy_companions
+from quantize.core.loading import load_model
 from quantize.core.methods import Method, parse_method
 from quantize.core.modules import Modules
 from quantize.core.plan import Plan
@@ -35,6 +36,8 @@ PARTS = ".parts"
 """Directory of parts beside the variants; it can be removed at any time."""
 MAX_ROUND_TRIP_ERROR = 0.75
 """Relative error of a dequantized weight above which it cannot be right: 2-bit rounding stays below."""
+SERVING = {"BF16": "bfloat16", "F16": "float16"}
+"""What an engine computes in, in torch's words."""
 _STEP = re.compile(r"\((\d+)/(\d+)\): (Calibrating|Propagating)")
 
 
@@ -88,12 +91,9 @@ def compress_whole(
     ):
         import torch
         from llmcompressor import oneshot
-        from transformers import AutoModelForCausalLM, GenerationConfig
+        from transformers import GenerationConfig
 
-        with own_files(checkpoint) as directory:
-            model = AutoModelForCausalLM.from_pretrained(
-                directory, dtype=torch.bfloat16, local_files_only=True
-            )
+        model = load_model(checkpoint, getattr(torch, SERVING[checkpoint.serving_dtype]))
         refuse_damaged(checkpoint, model)
         torch.manual_seed(0)
         with _patches(method):

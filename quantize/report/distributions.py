@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from quantize.core.checkpoint import Checkpoint, own_files
+from quantize.core.checkpoint import Checkpoint
 from quantize.core.dequantize import linear_weight, read_tensor
+from quantize.core.loading import load_model
 from quantize.core.modules import Group, Modules
 from quantize.core.schemes import scheme
 from quantize.core.tensors import Part, read_parts
@@ -157,10 +158,8 @@ def _largest_inputs(
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Group name to the largest absolute inputs (channels,) before and after."""
     import torch
-    from transformers import AutoModelForCausalLM
 
-    with own_files(base) as own:
-        model = AutoModelForCausalLM.from_pretrained(own, dtype=torch.float32, local_files_only=True).eval()
+    model = load_model(base, torch.float32).eval()
     before = _pass_through(model, modules, sequences)
     parts = read_parts(directory)
     linears = {f"{m.name}.weight": (m.name, group.name) for group in modules for m in group.members}

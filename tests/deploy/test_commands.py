@@ -123,11 +123,12 @@ def test_what_was_made_is_one_document_too(tmp_path: Path, capsys: pytest.Captur
 
 
 def test_exit_statuses(config: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    """As the page has them; 130 is in test_supervisor.py, and 1 of `status` in test_status.py."""
+    """As the page has them; 3 is in test_errors.py, 130 in test_supervisor.py, 1 of `status` in test_status.py."""
     assert [row[0] for row in re.findall(r"^\| (\d+) \| (.+) \|$", PAGE, flags=re.MULTILINE)] == [
         "0",
         "1",
         "2",
+        "3",
         "130",
     ]
     main(["variants", "list", *config])

@@ -1,12 +1,15 @@
 """A vLLM in a few lines: answers from a script, and log-probabilities that depend on what was asked.
 
-With ``vocabulary`` it has the route for whole rows, as the engines that Tiercel starts; without, it is a
-stock server, which knows ``prompt_logprobs`` alone.
+With ``vocabulary`` it has the route for exact KL, as the engines that Tiercel starts; without, it is a stock
+server: with ``by_ids`` one that runs the V2 model runner, which scores given tokens.
 """
 
 from __future__ import annotations
 
+import base64
+import io
 import itertools
+import json
 import math
 import random
 from collections.abc import AsyncIterator, Callable
@@ -23,9 +26,15 @@ class ScriptedEngine:
     """``answer`` maps the last message's text to an answer; ``shift`` moves every log-probability."""
 
     def __init__(
-        self, answer: Callable[[str], str], shift: float = 0.0, vocabulary: int | None = VOCABULARY
+        self,
+        answer: Callable[[str], str],
+        shift: float = 0.0,
+        vocabulary: int | None = VOCABULARY,
+        by_ids: bool = False,
+        most: int = 64,
     ) -> None:
-        self.answer, self.shift, self.vocabulary = answer, shift, vocabulary
+        self.answer, self.shift, self.vocabulary, self.by_ids = answer, shift, vocabulary, by_ids
+        self.most = most
         self.asked: list[str] = []
         self.formats: list[Any] = []
         self.scored = 0
@@ -38,6 +47,8 @@ class ScriptedEngine:
         app.router.add_post("/v1/completions", self._completions)
         app.router.add_post("/tokenize", self._tokenize)
         app.router.add_get("/version", self._version)
+        if self.by_ids:
+            app.router.add_post("/inference/v1/generate", self._generate)
         if self.vocabulary:
             app.router.add_get("/tiercel/score", self._describe)
             app.router.add_post("/tiercel/score", self._score)
@@ -70,26 +81,54 @@ class ScriptedEngine:
         return web.json_response({"version": "scripted"})
 
     async def _describe(self, request: web.Request) -> web.Response:
-        return web.json_response({"vocabulary": self.vocabulary})
+        about = {"vocabulary": self.vocabulary, "width": VOCABULARY, "dtype": "float32", "head": "scripted"}
+        return web.json_response(about)
 
     async def _score(self, request: web.Request) -> web.Response:
+        """Its hidden states are its log-probabilities."""
+        import numpy as np
+
+        self.scored += 1
+        line, _, data = (await request.read()).partition(b"\n")
+        body = json.loads(line)
+        tokens, start = body["tokens"], body["start"]
+        rows = np.array([self.row(t) for t in tokens[start - 1 : -1]], "<f4")
+        came = rows[np.arange(len(rows)), tokens[start:]].astype("<f8")
+        columns = {"came": came.tobytes(), "top1": rows.argmax(1).astype("<i4").tobytes()}
+        if data:
+            before = np.frombuffer(data, "<f4").reshape(rows.shape).astype(np.float64)
+            columns["kl"] = (np.exp(before) * (before - rows)).sum(1).clip(0).tobytes()
+            columns["reference_top1"] = before.argmax(1).astype("<i4").tobytes()
+        if body.get("keep"):
+            columns["hidden"] = rows.tobytes()
+        head = json.dumps({"columns": [[name, len(raw)] for name, raw in columns.items()]})
+        return web.Response(body=head.encode() + b"\n" + b"".join(columns.values()))
+
+    async def _generate(self, request: web.Request) -> web.Response:
         import numpy as np
 
         self.scored += 1
         body = await request.json()
-        tokens, start, top = body["tokens"], body["start"], body["top"]
-        rows = np.array([self.row(t) for t in tokens[start - 1 : -1]], "<f4")
-        if not top:
-            return web.Response(body=rows.tobytes())
-        order = np.argsort(-rows, axis=1)[:, :top]
-        ids = np.concatenate([np.array(tokens[start:])[:, None], order], axis=1)
-        values = np.take_along_axis(rows, ids, axis=1)
-        return web.Response(body=values.tobytes() + ids.astype("<i4").tobytes())
+        asked, tokens = body["sampling_params"], body["token_ids"]
+        start, ids = asked["prompt_logprob_start"], np.array(asked["prompt_logprob_token_ids"])
+        rows = np.array([self.row(t) for t in tokens[start:-1]])
+        values = np.where(ids < 0, -np.inf, np.take_along_axis(rows, ids.clip(0), 1)).astype(np.float32)
+        out = io.BytesIO()
+        np.save(out, values)
+        told: list[Any] = [None]
+        for before in tokens[:-1]:
+            row = self.row(before)
+            best = max(range(VOCABULARY), key=lambda i: row[i])
+            told.append({str(best): {"logprob": row[best]}})
+        text = base64.b64encode(out.getvalue()).decode()
+        return web.json_response({"prompt_token_id_logprobs": text, "prompt_logprobs": told})
 
     async def _completions(self, request: web.Request) -> web.Response:
         self.scored += 1
         body = await request.json()
         tokens, top = body["prompt"], body["prompt_logprobs"]
+        if top > self.most:
+            raise web.HTTPBadRequest(text=f"greater than max allowed: {self.most}")
         rows: list[Any] = [None]
         for before, came in itertools.pairwise(tokens):
             row = self.row(before)

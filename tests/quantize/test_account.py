@@ -1,7 +1,10 @@
 """A checkpoint whose tensors are not those of its architecture is refused before work; whole ones pass."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 from quantize.core.account import refuse_other_tensors
 from quantize.core.checkpoint import CheckpointError, open_checkpoint, own_files
+from quantize.core.loading import load_model
 from quantize.core.tensors import read_parts, refuse_not_finite
 from quantize.core.tokenizer import load_tokenizer, refuse_bad_tokenizer, tokenizer_differences
 from tests.quantize.tiny import make_checkpoint
@@ -232,3 +236,27 @@ async def test_what_the_engine_makes_of_the_same_text_is_compared(llama: Path) -
     found = await tokenizer_differences(checkpoint, without_spaces)
     assert found
     assert "tokens to the engine and" in found[0]
+
+
+def test_pickles_are_refused_with_two_lines_that_convert_them(copy: Path) -> None:
+    tensors = load_file(copy / "model.safetensors")
+    torch.save(tensors, copy / "pytorch_model.bin")
+    (copy / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="Convert them:") as error:
+        open_checkpoint(copy)
+    _, *lines = str(error.value).splitlines()
+    assert len(lines) == 2
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    for line in lines:
+        subprocess.run(line, shell=True, check=True, env={**os.environ, "PATH": path}, capture_output=True)
+    made = open_checkpoint(copy.with_name("model-safetensors"))
+    refuse_other_tensors(made)
+    refuse_bad_tokenizer(made)
+    assert (made.path / "tokenizer.json").read_bytes() == (copy / "tokenizer.json").read_bytes()
+    assert torch.equal(load_file(made.path / "model.safetensors")[UP], tensors[UP])
+
+
+def test_a_model_that_is_loaded_keeps_its_directory_as_its_name(copy: Path) -> None:
+    (copy / "consolidated.safetensors").write_bytes(b"{}")
+    model = load_model(open_checkpoint(copy), torch.float32)
+    assert (model.name_or_path, model.dtype) == (str(copy), torch.float32)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
 
 from quantize.card import Evaluation
-from quantize.evaluate.client import TOP, TOP_IN_JSON, EngineClient, EngineError
+from quantize.evaluate.client import EngineClient, EngineError
 from quantize.evaluate.journal import Journal
 from quantize.evaluate.measure import (
     BATCH,
@@ -15,10 +16,11 @@ from quantize.evaluate.measure import (
     measure,
     measurement_key,
     read_measurement,
+    reference_path,
     tasks_sha256,
 )
 from quantize.evaluate.pairing import compare
-from quantize.evaluate.statistics import compare_tokens
+from quantize.evaluate.reference import ReferenceFile
 from quantize.evaluate.tasks import Item, TaskError
 from tests.quantize.scripted_engine import VOCABULARY, ScriptedEngine
 
@@ -46,32 +48,45 @@ def echo(text: str) -> str:
 
 
 async def measured(
-    engine: ScriptedEngine, path: Path, what: dict[str, list[Item]], **more: bool
+    engine: ScriptedEngine,
+    path: Path,
+    what: dict[str, list[Item]],
+    *,
+    reference: Path | None = None,
+    backwards: bool = False,
 ) -> Measurement:
+    """With ``reference``, the journal of the reference."""
+    behind = reference_path(Journal(reference)) if reference else None
     async with engine.serve() as url, EngineClient(url, "assistant") as client:
-        return await measure(client, what, {"machine": "test"}, "int8", Journal(path), **more)
+        return await measure(
+            client, what, {"machine": "test"}, "int8", Journal(path), reference=behind, backwards=backwards
+        )
 
 
 async def evaluation(
     tmp_path: Path, variant: ScriptedEngine, what: dict[str, list[Item]] | None = None
 ) -> Evaluation:
     what = what or tasks()
-    reference = await measured(ScriptedEngine(echo, vocabulary=variant.vocabulary), tmp_path / "a", what)
+    plain = {"vocabulary": variant.vocabulary, "by_ids": variant.by_ids, "most": variant.most}
+    first = tmp_path / "a"
+    reference = await measured(ScriptedEngine(echo, **plain), first, what)
     again = await measured(
-        ScriptedEngine(echo, vocabulary=variant.vocabulary), tmp_path / "b", what, backwards=True
+        ScriptedEngine(echo, **plain), tmp_path / "b", what, reference=first, backwards=True
     )
-    return compare(reference, await measured(variant, tmp_path / "c", what), what, again)
+    return compare(reference, await measured(variant, tmp_path / "c", what, reference=first), what, again)
 
 
 async def test_the_reference_against_itself_is_the_noise_floor(tmp_path: Path) -> None:
     figures = await evaluation(tmp_path, ScriptedEngine(echo))
     core = figures.roles["core"]
     assert (core.items, core.correct, core.reference_correct, core.same_answer) == (60, 54, 54, 60)
-    assert core.text.kl_mean == 0
+    assert core.text.kl_mean == pytest.approx(0, abs=1e-9)
     assert core.text.kl_exact
+    assert core.text.kl_upper == core.text.kl_mean
     assert core.text.kl_vocabulary == VOCABULARY
     assert figures.noise is not None
-    assert (figures.noise.items, figures.noise.flips, figures.noise.kl_mean) == (60, 0, 0)
+    assert (figures.noise.items, figures.noise.flips) == (60, 0)
+    assert figures.noise.kl_mean == pytest.approx(0, abs=1e-9)
     assert figures.engine == {"machine": "test", "vllm": "scripted"}
 
 
@@ -93,41 +108,60 @@ async def test_a_variant_that_loses_shows_it_everywhere(tmp_path: Path) -> None:
     assert core.long_context is not None
     assert (core.long_context.retrieval.good, core.long_context.retrieval.reference_good) == (1, 12)
     assert core.long_context.text.sequences == 12
-    assert core.long_context.noise_kl == 0
+    assert core.long_context.noise_kl == pytest.approx(0, abs=1e-9)
     assert core.noise is not None
     assert core.noise.flips == 0
     assert core.long_context.prompt_tokens > 190
 
 
-async def test_a_stock_server_gives_a_lower_bound_and_says_so(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("by_ids", "most"), [(True, 64), (False, 64), (False, 20)])
+async def test_a_stock_server_bounds_the_kl_from_below_alone(tmp_path: Path, by_ids: bool, most: int) -> None:
     whole = await evaluation(tmp_path / "whole", ScriptedEngine(echo, shift=0.4))
-    stock = await evaluation(tmp_path / "stock", ScriptedEngine(echo, shift=0.4, vocabulary=None))
+    engine = ScriptedEngine(echo, shift=0.4, vocabulary=None, by_ids=by_ids, most=most)
+    stock = await evaluation(tmp_path / "stock", engine)
     assert not stock.text.kl_exact
-    assert TOP_IN_JSON <= stock.text.kl_vocabulary < VOCABULARY
+    assert most <= stock.text.kl_vocabulary <= most + 1
     assert 0 < stock.text.kl_mean < whole.text.kl_mean
+    assert stock.text.kl_upper == math.inf
     assert stock.text.perplexity == pytest.approx(whole.text.perplexity, rel=1e-5)
+    assert stock.text.top1_agreement == whole.text.top1_agreement
 
 
-async def test_the_likeliest_of_a_large_vocabulary_come_by_the_route(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("quantize.evaluate.client.WHOLE_VOCABULARY", 10)
-    monkeypatch.setattr("quantize.evaluate.client.TOP", 20)
+@pytest.mark.parametrize("by_ids", [True, False])
+async def test_a_cap_on_logits_bounds_a_stock_server_s_kl_from_above(by_ids: bool) -> None:
+    tokens = list(range(40, 60))
+    reference, variant = ScriptedEngine(echo, vocabulary=None), ScriptedEngine(echo, 0.4, None, by_ids)
+    exact = ScriptedEngine(echo, 0.4)
+    async with ScriptedEngine(echo).serve() as url, EngineClient(url, "assistant") as client:
+        _, kept = await client.score_and_keep(tokens, 3)
+    async with exact.serve() as url, EngineClient(url, "assistant") as client:
+        truth = (await client.score_against(tokens, 3, kept)).kl
+    async with reference.serve() as url, EngineClient(url, "assistant") as client:
+        _, some = await client.score_and_keep(tokens, 3)
+    async with variant.serve() as url, EngineClient(url, "assistant", softcap=12.0) as client:
+        bounded = await client.score_against(tokens, 3, some)
+    assert truth is not None
+    assert bounded.kl is not None
+    assert bounded.kl_upper is not None
+    assert (bounded.kl <= truth + 1e-6).all()
+    assert (truth <= bounded.kl_upper + 1e-6).all()
+    assert bounded.kl_upper.max() < math.inf
+
+
+async def test_a_reference_of_another_kind_of_engine_is_refused() -> None:
     tokens = list(range(40, 60))
     async with ScriptedEngine(echo).serve() as url, EngineClient(url, "assistant") as client:
-        some = await client.score(tokens, 3, await client.vocabulary())
-        monkeypatch.setattr("quantize.evaluate.client.WHOLE_VOCABULARY", 1000)
-        every = await client.score(tokens, 3, await client.vocabulary())
-    assert len(some) == len(every) == 17
-    assert some.came == pytest.approx(every.came)
-    assert (some.top1() == every.top1()).all()
-    for index, token in enumerate(tokens[3:]):
-        row, whole = some.row(index), every.row(index)
-        assert len(row) in (20, 21)
-        assert row[token] == pytest.approx(whole[token])
-        assert row.items() <= {token: pytest.approx(value) for token, value in whole.items()}.items()
-    mixed = compare_tokens([every], [some])
-    assert not mixed.kl_exact
-    assert mixed.kl_mean == pytest.approx(0, abs=1e-6)
-    assert TOP == 1024
+        _, hidden = await client.score_and_keep(tokens, 3)
+    async with (
+        ScriptedEngine(echo, vocabulary=None).serve() as url,
+        EngineClient(url, "assistant") as client,
+    ):
+        _, likeliest = await client.score_and_keep(tokens, 3)
+        with pytest.raises(EngineError, match="has no /tiercel/score and the reference's engine had one"):
+            await client.score_against(tokens, 3, hidden)
+    async with ScriptedEngine(echo).serve() as url, EngineClient(url, "assistant") as client:
+        with pytest.raises(EngineError, match="has a /tiercel/score and the reference's engine had none"):
+            await client.score_against(tokens, 3, likeliest)
 
 
 async def test_a_killed_evaluation_goes_on_where_it_was(tmp_path: Path) -> None:
@@ -149,11 +183,61 @@ async def test_a_killed_evaluation_goes_on_where_it_was(tmp_path: Path) -> None:
     assert len(engine.asked) == 112 - answered
     fresh = await measured(ScriptedEngine(echo), tmp_path / "fresh", what)
     assert result.answers == fresh.answers
-    assert compare(fresh, result, what).text.kl_mean == 0
+    for index in range(100):
+        assert ReferenceFile(reference_path(Journal(path))).digest("core", index) == ReferenceFile(
+            reference_path(Journal(tmp_path / "fresh"))
+        ).digest("core", index)
     idle = ScriptedEngine(echo)
     assert (await measured(idle, path, what)).answers == fresh.answers
     assert idle.asked == []
     assert idle.scored == 0
+
+
+async def test_a_killed_variant_goes_on_where_it_was(tmp_path: Path) -> None:
+    path, first, what = tmp_path / "journal", tmp_path / "reference", tasks(100)
+    await measured(ScriptedEngine(echo), first, what)
+    dying = ScriptedEngine(echo, shift=0.4)
+    dying.fail_after = 70
+    with pytest.raises(ExceptionGroup):
+        await measured(dying, path, what, reference=first)
+    result = await measured(ScriptedEngine(echo, shift=0.4), path, what, reference=first)
+    fresh = await measured(ScriptedEngine(echo, shift=0.4), tmp_path / "fresh", what, reference=first)
+    reference = read_measurement(Journal(first))
+    assert compare(reference, result, what).text == compare(reference, fresh, what).text
+
+
+async def test_figures_to_a_lost_reference_are_taken_anew(tmp_path: Path) -> None:
+    """Whoever deletes the reference's file, or measures another reference, gets no KL to the old one."""
+    path, first, what = tmp_path / "journal", tmp_path / "reference", tasks(12)
+    await measured(ScriptedEngine(echo), first, what)
+    before = await measured(ScriptedEngine(echo, shift=0.4), path, what, reference=first)
+    reference_path(Journal(first)).unlink()
+    with pytest.raises(TaskError, match="holds nothing of its right answer; measure the reference first"):
+        await measured(ScriptedEngine(echo, shift=0.4), path, what, reference=first)
+    other = ScriptedEngine(echo, shift=0.2)
+    await measured(other, first, what)
+    assert other.asked == []  # its answers are there
+    assert other.scored == 24
+    after = await measured(ScriptedEngine(echo, shift=0.4), path, what, reference=first)
+    kls = [one.scored["core"][0].scored.kl for one in (before, after)]
+    assert kls[0] is not None
+    assert kls[1] is not None
+    assert 0 < kls[1].mean() < kls[0].mean()
+
+
+async def test_a_torn_record_of_the_reference_is_made_again(tmp_path: Path) -> None:
+    first, what = tmp_path / "reference", tasks(4)
+    await measured(ScriptedEngine(echo), first, what)
+    path = reference_path(Journal(first))
+    whole = path.read_bytes()
+    for damaged in (whole[:-1], whole[: len(whole) // 2], whole[:-1] + bytes([whole[-1] ^ 1]), b"", b"TRF1"):
+        path.write_bytes(damaged)
+        engine = ScriptedEngine(echo)
+        await measured(engine, first, what)
+        assert engine.scored >= 1
+        kept = ReferenceFile(path)
+        assert all(kept.digest("core", index) for index in range(16))
+        assert len(path.read_bytes()) == len(whole)
 
 
 def test_a_journal_with_a_torn_end_is_read_and_written_on(tmp_path: Path) -> None:
@@ -193,7 +277,7 @@ async def test_structured_output_is_measured_with_and_without_guidance(tmp_path:
     what = {"core": [*items, *guided]}
     reference = await measured(ScriptedEngine(good), tmp_path / "a", what)
     engine = ScriptedEngine(sloppy)
-    variant = await measured(engine, tmp_path / "b", what)
+    variant = await measured(engine, tmp_path / "b", what, reference=tmp_path / "a")
     core = compare(reference, variant, what).roles["core"]
     assert core.valid_json is not None
     assert (core.valid_json.items, core.valid_json.good, core.valid_json.reference_good) == (22, 16, 22)
@@ -204,14 +288,22 @@ async def test_structured_output_is_measured_with_and_without_guidance(tmp_path:
 
 async def test_another_tokenizer_is_refused(tmp_path: Path) -> None:
     what = tasks(12)
-    reference = await measured(ScriptedEngine(echo), tmp_path / "a", what)
+    await measured(ScriptedEngine(echo), tmp_path / "a", what)
     changed = {"core": [what["core"][0].model_copy(update={"expected": "other"}), *what["core"][1:]]}
-    variant = await measured(ScriptedEngine(echo), tmp_path / "b", changed)
+    engine = ScriptedEngine(echo)
     with pytest.raises(TaskError, match=r"role core, item 1: the variant's tokenizer"):
-        compare(reference, variant, what)
+        await measured(engine, tmp_path / "b", changed, reference=tmp_path / "a")
+    assert engine.asked == []  # before any work
 
 
-async def test_a_short_answer_of_the_route_is_an_error() -> None:
+async def test_a_short_answer_of_the_route_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     async with ScriptedEngine(echo).serve() as url, EngineClient(url, "assistant") as client:
-        with pytest.raises(EngineError, match=r"answered \d+ bytes for 2 rows of 97"):
-            await client.score_by_route([1, 2, 3], 1, VOCABULARY + 1)
+        request = EngineClient._request
+
+        async def cut(self: EngineClient, *arguments: object) -> bytes:
+            return (await request(self, *arguments))[:-8]  # type: ignore[arg-type]
+
+        await client.account()
+        monkeypatch.setattr(EngineClient, "_request", cut)
+        with pytest.raises(EngineError, match=r"answered \d+ bytes for 2 tokens"):
+            await client.score_and_keep([1, 2, 3], 1)

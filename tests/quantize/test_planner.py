@@ -12,7 +12,8 @@ from quantize.core.modules import Group, Linear, Modules
 from quantize.core.schemes import scheme
 from quantize.plan.planner import Option, PlanError, Planner, fewest_bytes, front, least_loss
 from quantize.plan.search import search
-from quantize.plan.sensitivity import Row, Sensitivity, plan_of
+from quantize.plan.sensitivity import Row, Sensitivity
+from quantize.plan.served import plan_of
 
 OPTIONS = st.lists(
     st.builds(Option, name=st.just("x"), bytes=st.integers(1, 40), loss=st.floats(0, 10, allow_nan=False)),
@@ -119,7 +120,7 @@ def test_a_budget_below_the_least_says_the_least() -> None:
 
 
 class Served:
-    """Losses as an engine would measure them: two groups at 4 bits at once hurt far more than the sum says."""
+    """Losses as an engine would measure them: two groups at 4 bits at once hurt more than the sum says."""
 
     def __init__(self, planner: Planner) -> None:
         self.planner = planner

@@ -1,4 +1,4 @@
-"""KL and perplexity from partial score lists: exact where they can be, a lower bound elsewhere."""
+"""Token figures from what engines said of each token: exact KL, or both of its bounds."""
 
 import json
 import math
@@ -6,53 +6,34 @@ import random
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from quantize.evaluate.scores import Scored, from_rows, from_table
-from quantize.evaluate.statistics import (
-    clustered_mean,
-    compare_tokens,
-    kl_lower_bound,
-    kl_per_token,
-    percentile,
-    t_quantile,
-)
-
-
-def logs(probabilities: list[float]) -> dict[int, float]:
-    return {i: math.log(p) for i, p in enumerate(probabilities)}
+from quantize.card import TextEvaluation
+from quantize.evaluate.scores import Scored, from_rows
+from quantize.evaluate.statistics import clustered_mean, compare_tokens, percentile, t_quantile
 
 
 def exact_kl(p: list[float], q: list[float]) -> float:
     return sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
 
 
-distribution = st.lists(st.floats(0.01, 1.0), min_size=6, max_size=6).map(lambda w: [x / sum(w) for x in w])
-
-
-@given(distribution, distribution)
-def test_whole_vocabulary_gives_the_exact_kl(p: list[float], q: list[float]) -> None:
-    assert kl_lower_bound(logs(p), logs(q)) == pytest.approx(exact_kl(p, q), abs=1e-9)
-
-
-@given(distribution, distribution, st.integers(1, 5))
-def test_fewer_tokens_give_a_lower_bound(p: list[float], q: list[float], top: int) -> None:
-    def keep(values: list[float]) -> dict[int, float]:
-        best = sorted(range(6), key=lambda i: -values[i])[:top]
-        return {i: math.log(values[i]) for i in best}
-
-    assert kl_lower_bound(keep(p), keep(q)) <= exact_kl(p, q) + 1e-9
-
-
-def scored(rows: list[list[float]], tokens: list[int]) -> Scored:
-    return from_table(np.log(np.array(rows)).astype(np.float32), tokens)
+def scored(rows: list[list[float]], tokens: list[int], reference: list[list[float]] | None = None) -> Scored:
+    """As an engine with our route would say it."""
+    before = reference or rows
+    kl = np.array([exact_kl(p, q) for p, q in zip(before, rows, strict=True)])
+    return Scored(
+        came=np.log([row[token] for row, token in zip(rows, tokens, strict=True)]),
+        top1=np.array([int(np.argmax(row)) for row in rows], np.int32),
+        vocabulary=len(rows[0]),
+        kl=kl,
+        kl_upper=kl,
+        reference_top1=np.array([int(np.argmax(row)) for row in before], np.int32),
+    )
 
 
 def test_reference_against_itself_is_zero() -> None:
     one = scored([[0.2, 0.3, 0.5], [0.1, 0.1, 0.8]], [0, 2])
     figures = compare_tokens([one], [one])
-    assert figures.kl_mean == 0.0
+    assert figures.kl_mean == figures.kl_upper == 0.0
     assert figures.kl_exact
     assert figures.top1_agreement == 1.0
     assert figures.delta_log_perplexity == 0.0
@@ -63,43 +44,60 @@ def test_reference_against_itself_is_zero() -> None:
 def test_worse_variant_shows_in_every_figure() -> None:
     sharp, flat = [0.1, 0.1, 0.8], [0.4, 0.3, 0.3]
     before = [scored([sharp, sharp], [0, 2]), scored([sharp, sharp], [2, 2])]
-    after = [scored([flat, flat], [0, 2]), scored([flat, flat], [2, 2])]
+    after = [
+        scored([flat, flat], [0, 2], [sharp, sharp]),
+        scored([flat, flat], [2, 2], [sharp, sharp]),
+    ]
     figures = compare_tokens(before, after)
-    assert figures.kl_mean == pytest.approx(exact_kl(sharp, flat), rel=1e-5)
+    assert figures.kl_mean == figures.kl_upper == pytest.approx(exact_kl(sharp, flat))
+    assert figures.kl_se == figures.kl_upper_se
     assert figures.perplexity != figures.reference_perplexity
     assert figures.top1_agreement == 0.0
     assert (figures.tokens, figures.sequences, figures.kl_vocabulary) == (4, 2, 3)
 
 
-@given(distribution, distribution, st.integers(2, 5))
-def test_rows_of_the_likeliest_give_the_same_bound_as_mappings(
-    p: list[float], q: list[float], top: int
-) -> None:
-    def likeliest(values: list[float]) -> dict[int, float]:
-        best = sorted(range(6), key=lambda i: -values[i])[:top]
-        return {i: math.log(values[i]) for i in best}
+def test_bounds_are_told_apart() -> None:
+    one = scored([[0.2, 0.8], [0.5, 0.5]], [0, 1])
+    within = Scored(one.came, one.top1, 2, np.array([0.1, 0.2]), np.array([0.3, 0.6]), one.top1)
+    figures = compare_tokens([one, one], [within, within])
+    assert (figures.kl_mean, figures.kl_upper) == (pytest.approx(0.15), pytest.approx(0.45))
+    assert not figures.kl_exact
 
-    before, after = likeliest(p), likeliest(q)
-    came = next(iter(before.keys() & after.keys()), None)
-    if came is None:
-        return
-    rows = from_rows([before], [came]), from_rows([after], [came])
-    (bound,) = kl_per_token(*rows)
-    assert bound == pytest.approx(kl_lower_bound(before, after), abs=1e-5)
-    (mixed,) = kl_per_token(scored([p], [0]), rows[1])
-    assert mixed <= exact_kl(p, q) + 1e-5
+
+def test_a_kl_that_nothing_bounds_is_infinite_on_the_card_and_read_back() -> None:
+    one = scored([[0.2, 0.8]], [0])
+    above = Scored(one.came, one.top1, 2, np.array([0.1]), np.array([math.inf]), one.top1)
+    figures = compare_tokens([one, one], [one, above])
+    assert (figures.kl_upper, figures.kl_upper_se) == (math.inf, math.inf)
+    assert figures.kl_mean == pytest.approx(0.05)
+    assert not figures.kl_exact
+    assert TextEvaluation.model_validate_json(figures.model_dump_json()) == figures
+
+
+def test_what_was_scored_without_a_reference_is_not_compared() -> None:
+    alone = Scored(np.zeros(2), np.zeros(2, np.int32), 5)
+    with pytest.raises(ValueError, match="scored without a reference"):
+        compare_tokens([alone], [alone])
 
 
 def test_scores_are_kept_as_they_are() -> None:
-    whole = scored([[0.2, 0.3, 0.5], [0.1, 0.1, 0.8]], [0, 2])
-    some = from_rows([{5: -0.1, 7: -3.0}, {2: -0.5}], [5, 2])
-    for one in (whole, some):
+    exact = scored([[0.2, 0.3, 0.5], [0.1, 0.1, 0.8]], [0, 2])
+    bounded = Scored(exact.came, exact.top1, 64, exact.came, exact.came + 1, exact.top1, "digest")
+    alone = Scored(exact.came, exact.top1, 3)
+    for one in (exact, bounded, alone):
         back = Scored.from_json(json.loads(json.dumps(one.to_json())))
-        assert [back.row(i) for i in range(2)] == [one.row(i) for i in range(2)]
-        assert back.came.tolist() == one.came.tolist()
-        assert back.whole == one.whole
-    assert some.row(1) == {2: -0.5}
+        assert back.exact == one.exact
+        assert (back.vocabulary, back.against, len(back)) == (one.vocabulary, one.against, 2)
+        for name in ("came", "top1", "kl", "kl_upper", "reference_top1"):
+            ours, theirs = getattr(one, name), getattr(back, name)
+            assert (ours is None and theirs is None) or ours.tolist() == theirs.tolist()
+
+
+def test_rows_of_some_tokens_are_kept_with_their_ids() -> None:
+    some = from_rows([{5: -0.1, 7: -3.0}, {2: -0.5}])
+    assert [some.row(0), some.row(1)] == [{5: -0.1, 7: -3.0}, {2: -0.5}]
     assert some.top1().tolist() == [5, 2]
+    assert some.of([7, 2]).tolist() == [-3.0, -0.5]
 
 
 def test_interval_of_clusters_covers_about_as_often_as_it_says() -> None:
