@@ -1,16 +1,20 @@
 """What a target can serve of a model, and what making it will cost: all from headers, before any work.
 
-Memory of calibration, as llm-compressor works (block by block, all other blocks at rest):
+What is made block by block (:mod:`quantize.make.streaming`) takes, beside the files, which are mapped:
 
-    model in bfloat16 + libraries + 2 x hidden states of all calibration tokens
-    + inner states of one batch + Hessians (4 bytes x K²) of one block's modules + 3 working copies
+    memory   libraries + one block at 16 bits + its widest group in float32 with working copies + second
+             moments of one block (4 K² bytes per kind of input) + hidden states of all calibration tokens
+             (on disk above 256 MB)
+    time     start + 2 operations per weight and token at this machine's rate of bfloat16 matrix products
+             + 2 K² per token and kind of input at its float32 rate + for every weight the search of its range
+             and, with GPTQ, the walk over columns
 
-Time: start + 4 operations per weight and token (two passes over each block) + for GPTQ 2 K² per token and
-module for the Hessians, and a fixed time per column, since its columns are quantized one by one. The
-rates come from one small model (12 M weights, 2,048 tokens, busy machine: 73 s of CPU, of which nearly
-all were columns) on two cores of an AVX-512 CPU without bfloat16 arithmetic. Other machines and large
-models may differ by a factor of three either way, which is the range given; AutoRound's is arithmetic
-alone and was not measured.
+The rates are measured when they are asked for (:mod:`quantize.make.rate`, half a second each). The times per
+weight were measured on a model of 106 M weights on two cores of an AVX-512 CPU, and are scaled by the float32
+rate; on an accelerator, columns take a few launches of kernels each. Expect a factor of two either way.
+
+Transforms and AutoRound are llm-compressor's, whose times come from one small model on two cores without
+bfloat16 arithmetic; others may differ by a factor of three, and AutoRound's is arithmetic alone.
 """
 
 from __future__ import annotations
@@ -33,6 +37,8 @@ from quantize.core.modules import Modules, read_modules
 from quantize.core.plan import uniform
 from quantize.core.schemes import BF16_BYTES, KV_SCHEMES, scheme
 from quantize.core.tokenizer import refuse_bad_tokenizer
+from quantize.make.blocks import BATCH_TOKENS, GPU_BATCH_TOKENS, MAPPED_BYTES, best_device
+from quantize.make.rate import matmul_rate
 
 SHOWN = (*LADDER, "w4a16-g16", "w3a16-g128", "w2a16-g64", "w4a8-g128", "w8a8-static")
 RANKS = (1, 2, 4, 8)
@@ -46,6 +52,16 @@ OPERATIONS_PER_S = 4e10
 ROUND_PER_S = 1e8
 """Weights rounded per second, scales included."""
 SPREAD = 3.0
+STREAMED_SPREAD = 2.0
+STREAMED_LIBRARIES_BYTES = 420_000_000
+"""Resident memory of torch and transformers without llm-compressor."""
+STREAMED_START_S = 6.0
+WEIGHT_S, RANGE_S, WALK_S = 1e-7, 1.2e-7, 6e-7
+"""Seconds of one core per weight: rounding and packing; a searched range; GPTQ's walk."""
+CORE_RATE = 2e10
+"""float32 operations per second of the core that those were measured on."""
+LAUNCHES_S = 5e-5
+"""Seconds of an accelerator per column of GPTQ, all rows together."""
 AUTOROUND_TOKENS = AUTOROUND_ITERATIONS * 8 * 128
 """Tokens that AutoRound takes through a block: its batch is 8 rows of 128."""
 
@@ -140,6 +156,8 @@ def refuse_unfit(checkpoint: Checkpoint) -> str:
 def estimate(checkpoint: Checkpoint, modules: Modules, tokens: int, longest: int, method: str) -> Cost:
     """Memory, disk and time of making one variant with ``tokens`` calibration tokens."""
     chosen = parse_method(method)
+    if not chosen.transforms and chosen.solver != "autoround":
+        return _streamed(checkpoint, modules, tokens, longest, method)
     weights = sum(group.weights for group in modules)
     model = modules.other_bytes + BF16_BYTES * weights
     learns = chosen.solver == "autoround"
@@ -172,6 +190,49 @@ def estimate(checkpoint: Checkpoint, modules: Modules, tokens: int, longest: int
         disk_bytes=model,
         seconds=seconds,
         seconds_range=(seconds / SPREAD, seconds * SPREAD),
+    )
+
+
+def _streamed(checkpoint: Checkpoint, modules: Modules, tokens: int, longest: int, method: str) -> Cost:
+    """The same of what is made block by block."""
+    chosen = parse_method(method)
+    device = best_device()
+    on_cpu = device.type == "cpu"
+    wide, narrow = matmul_rate("float32"), matmul_rate("bfloat16")
+    weights = sum(group.weights for group in modules)
+    walks = chosen.solver == "gptq"
+    data = walks or chosen.observer == "imatrix_mse"
+    tokens = tokens if data else 0
+    hidden = int(checkpoint.text_config["hidden_size"])
+    blocks: dict[int, int] = {}
+    moments: dict[int, int] = {}
+    for group in modules:
+        blocks[group.layer] = blocks.get(group.layer, 0) + BF16_BYTES * group.weights
+        kinds = len(group.members) if is_experts(group) else 1
+        squares = 4 * kinds * max(m.in_features for m in group.members) ** 2
+        moments[group.layer] = moments.get(group.layer, 0) + squares
+    batch = min(tokens, BATCH_TOKENS if on_cpu else GPU_BATCH_TOKENS)
+    inner = 4 * batch * max(m.out_features for m in modules.linears) * 4
+    states = min(2 * tokens * hidden * BF16_BYTES, 2 * MAPPED_BYTES)
+    widest = max(group.weights for group in modules)
+    memory = STREAMED_LIBRARIES_BYTES + max(blocks.values()) + 4 * 4 * widest + states + inner
+    memory += 3 * max(moments.values()) if walks else 0
+    active = sum(group.weights * _share(checkpoint, is_experts(group)) for group in modules)
+    seconds = STREAMED_START_S + 2.0 * active * tokens / narrow
+    if walks:
+        seconds += sum(2.0 * max(m.in_features for m in g.members) ** 2 * tokens for g in modules) / wide
+    per_weight = WEIGHT_S + (RANGE_S if chosen.observer != "memoryless_minmax" else 0.0)
+    per_weight += WALK_S if walks and on_cpu else 0.0
+    seconds += weights * per_weight * CORE_RATE / wide
+    if walks and not on_cpu:
+        seconds += LAUNCHES_S * sum(max(m.in_features for m in g.members) for g in modules)
+    return Cost(
+        method=method,
+        tokens=tokens,
+        memory_bytes=memory,
+        disk_bytes=modules.other_bytes + BF16_BYTES * weights,
+        seconds=seconds,
+        seconds_range=(seconds / STREAMED_SPREAD, seconds * STREAMED_SPREAD),
     )
 
 

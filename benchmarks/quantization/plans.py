@@ -26,7 +26,7 @@ from quantize.core.quantization_config import quantization_config
 from quantize.core.schemes import scheme
 from quantize.core.targets import TARGETS, Target, detect
 from quantize.evaluate.bench import Bench
-from quantize.plan.parts import PartStore
+from quantize.make.parts import PartStore
 from quantize.plan.planner import Planner
 from quantize.plan.sensitivity import Row, Sensitivity
 
@@ -51,10 +51,9 @@ def random_planner(modules: Modules, where: Target, rng: random.Random) -> Plann
                     bytes=size,
                     sqnr_db=0.0,
                     fisher=loss,
-                    kl=loss,
                 )
             )
-    return Planner(modules, Sensitivity(rows=tuple(rows), tokens=0, fidelity={}))
+    return Planner(modules, Sensitivity(rows=tuple(rows), tokens=0))
 
 
 def random_plan(modules: Modules, where: Target, head_dim: int, rng: random.Random) -> Plan:

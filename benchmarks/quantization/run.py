@@ -28,12 +28,13 @@ from quantize.core.modules import read_modules
 from quantize.core.plan import Plan
 from quantize.core.targets import target
 from quantize.evaluate.bench import Bench
+from quantize.make.parts import PartStore
 from quantize.plan import autoscheme
 from quantize.plan.controls import RANDOM_PLANS, random_plan
 from quantize.plan.paired_kl import PairedKl
 from quantize.plan.planner import Planner
 from quantize.plan.search import search
-from quantize.plan.sensitivity import analyse, measure
+from quantize.plan.sensitivity import analyse, calibrated
 from quantize.plan.served import Choice, ServedKl
 from quantize.plan.session import shortlist
 from quantize.plan.simulated import SimulatedModel
@@ -123,26 +124,24 @@ def run(
 
     choices: dict[str, Sequence[Choice]] = {
         group.name: [
-            (how, method) for how in ladder for method in (PLANNED if how.startswith("w4") else ("gptq",))
+            (how, method) for how in ladder for method in (PLANNED if how.startswith("w4") else ("rtn",))
         ]
         for group in modules
     }
     began = time.monotonic()
-    found = analyse(simulated, choices, work / "rows.jsonl")
-    sensitivity = measure(simulated, found, bench, chosen, work / "chosen")
+    served = ServedKl(parts, bench, chosen, work / "chosen")
+    sensitivity = calibrated(analyse(parts, choices, chosen, work / "rows.jsonl"), served)
     seconds = time.monotonic() - began
     planner = Planner(modules, sensitivity)
-    served = ServedKl(simulated, bench, chosen, work / "chosen")
-    reference = simulated.log_probabilities()
     linears = sum(group.weights for group in modules)
     rng = random.Random(0)
     comparisons = []
     one_layer = plans["layer 0 at 8 bits"].bits_per_weight(modules)
     for bits in sorted({*budgets, one_layer}):
         budget = modules.other_bytes + round(bits * linears / 8)
-        result = search(planner, simulated, served, reference, budget, tries=tries, finalists=3)
+        result = search(planner, served, budget, tries=tries)
         best = result[0]
-        found_kl = {"predicted": best.predicted_kl, "simulated": best.simulated_kl, "chosen": best.served_kl}
+        found_kl = {"predicted": best.predicted_kl, "chosen": best.served_kl}
         mine = report(f"planned at {bits:.3g} bits", "planned", best.plan, **found_kl)
         tuned = best.plan.model_copy(update={"tuned": True})
         if tunes or reported.knows(tuned):
@@ -207,7 +206,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="*", default=["demo", "outliers"], choices=["demo", "outliers"])
     parser.add_argument("--quick", action="store_true", help="small sets and few tries, to see that it runs")
     parser.add_argument("--budgets", nargs="*", type=float, default=BUDGETS, help="bits per weight")
-    parser.add_argument("--tries", type=int, default=200, help="changes that the search measures in torch")
+    parser.add_argument("--tries", type=int, default=12, help="plans that the search measures on the engine")
     parser.add_argument("--no-tune", dest="tune", action="store_false", help="tuning takes minutes a plan")
     parser.add_argument("--without", nargs="*", default=[], help="uniform methods to leave out")
     parser.add_argument("--python", type=Path, default=Path(".venv-engine/bin/python"))

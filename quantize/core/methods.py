@@ -15,7 +15,8 @@ model into an equal one that quantizes better:
                              alone: ``rotation+gptq``
 =============== ============ ==============================================================================
 
-All of them are llm-compressor's (AutoRound through it); this module only puts its modifiers together.
+Transforms and AutoRound are llm-compressor's (AutoRound through it). Ranges and GPTQ are made block by block
+(:mod:`quantize.make.streaming`) with llm-compressor's numbers, unless a transform comes before them.
 ``imatrix+gptq`` is GPTQ with importance-weighted ranges.
 """
 

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from quantize.core.checkpoint import Checkpoint, weight_files
 from quantize.core.modules import Modules
-from quantize.make.linears import Place, decoder_layers, find_linears
+from quantize.make.linears import LinearError, Place, decoder_layers, find_linears, stored_names
 from quantize.make.threads import side_by_side
 
 if TYPE_CHECKING:
@@ -135,7 +135,8 @@ class Blocks:
             places.append(self._on_disk + name.removeprefix(self._inside))
         if name.startswith("lm_head"):
             places.append(f"{self._on_disk.removesuffix('model.')}{name}")
-        return next((self.files[place] for place in places if place in self.files), None)
+        names = (stored for place in places for stored in stored_names(place))
+        return next((self.files[stored] for stored in names if stored in self.files), None)
 
     def _materialize_outside(self) -> None:
         """Embeddings and norms; the head stays on the meta device until it is asked for."""
@@ -163,11 +164,14 @@ class Blocks:
         block = self.layers[layer]
         kind = dtype or self.dtype
         empty = dict(block.named_parameters())
+        experts = {id(place.module) for place in self.places.values() if place.expert is not None}
         try:
             for name, parameter in empty.items():
                 stored = self.tensor(f"{self._inside}layers.{layer}.{name}")
-                if stored is None:  # stacked experts, which are stored one by one
-                    stored = torch.empty(parameter.shape, dtype=kind)
+                if stored is None:
+                    if id(block.get_submodule(name.rpartition(".")[0])) not in experts:
+                        raise LinearError(f"no tensor is stored for {name} of block {layer}")
+                    stored = torch.empty(parameter.shape, dtype=kind)  # stored one by one, written below
                 _put(block, name, stored.to(self.device, kind))
             for linear in self.linears:
                 place = self.places[linear.name]

@@ -75,6 +75,13 @@ def decoder_layers(model: Any) -> torch.nn.ModuleList:
     return layers
 
 
+def stored_names(name: str) -> Iterator[str]:
+    """A parameter's name in memory, and those that the disk may have for it (Mixtral's differ)."""
+    yield name
+    for on_disk, in_memory in _BLOCKS_AS_IN_MEMORY.items():
+        yield name.replace(f".{in_memory}.", f".{on_disk}.")
+
+
 def find_linears(model: Any, linears: Iterable[Linear]) -> dict[str, Place]:
     """The place of every linear, by its name on disk. Raises LinearError, also where a shape differs."""
     layers = decoder_layers(model)

@@ -21,7 +21,7 @@ import json
 import shutil
 import struct
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -45,8 +45,6 @@ KV_SCALES = (".k_scale", ".v_scale")
 NUMERICS = 1
 """Raised whenever the same inputs would give other parts."""
 SHARD_BYTES = 5_000_000_000
-MakeWhole = Callable[[Plan, Path, str], None]
-"""Writes the whole checkpoint of a plan into a directory: llm-compressor, for what is not streamed."""
 INDEX = "model.safetensors.index.json"
 
 
@@ -59,10 +57,9 @@ class PartStore:
         checkpoint: Checkpoint,
         modules: Modules,
         calibration: CalibrationSet | None,
-        whole: MakeWhole | None = None,
     ) -> None:
         self.directory, self.checkpoint, self.modules = directory, checkpoint, modules
-        self.calibration, self._whole = calibration, whole
+        self.calibration = calibration
         self._base = base_sha256(checkpoint)
         self._read: dict[Path, dict[str, Part]] = {}
 
@@ -149,8 +146,6 @@ class PartStore:
 
     def _split(self, choice: Choice, groups: set[str]) -> None:
         """Let llm-compressor make the whole model at a choice, and keep the parts of it."""
-        if self._whole is None:
-            raise MethodError(f"{choice[0]} by {choice[1]} is not made block by block")
         bare = scheme(choice[0]).weights is None
         method = "+".join((*parse_method(choice[1]).transforms, "rtn")) if bare else choice[1]
         plan = Plan(
@@ -168,11 +163,13 @@ class PartStore:
         shutil.rmtree(folder)
 
     def _made_whole(self, plan: Plan, label: str) -> Path:
-        assert self._whole is not None
         folder = self.directory / f".whole-{label}"
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        self._whole(plan, folder, label)
+        from quantize.make.compress import compress_whole
+
+        log = self.directory / ".logs" / f"{label}.log"
+        compress_whole(self.checkpoint, self.modules, plan, self.calibration, folder, log, label)
         return folder
 
     def _copy(

@@ -44,13 +44,11 @@ from quantize.make.linears import Place, observing
 from quantize.make.parts import PartStore
 from quantize.make.statistics import first_of
 from quantize.make.threads import side_by_side
-from quantize.plan.served import KEPT, Choice, ServedKl, plan_of
+from quantize.plan.served import Choice, ServedKl
 from quantize.plan.simulated import round_inputs
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-__all__ = ["KEPT", "Choice", "Row", "Sensitivity", "analyse", "calibrated", "plan_of"]
 
 HEAD_TOKENS = 128
 """Tokens whose logits are in memory at a time."""

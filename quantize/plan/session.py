@@ -22,7 +22,7 @@ from quantize.core.schemes import BF16_BYTES, kv_scheme, scheme
 from quantize.core.targets import Target
 from quantize.evaluate.bench import Bench, Span
 from quantize.make.calibration import CalibrationSet
-from quantize.make.compress import QuantizeError, compress_whole
+from quantize.make.compress import QuantizeError
 from quantize.make.parts import PartStore
 from quantize.make.rate import matmul_rate
 from quantize.plan.planner import Candidate, PlanError, Planner
@@ -76,9 +76,7 @@ class PlanningSession:
         decides = (base_sha256(checkpoint), calibration.description.sha256, where.name, len(choosing))
         self.directory = directory / hashlib.sha256(repr(decides).encode()).hexdigest()[:12]
         self.calibration, self.choosing = calibrating, choosing
-        self.parts = PartStore(
-            self.directory / "parts", checkpoint, self.modules, calibrating, whole=self._whole
-        )
+        self.parts = PartStore(self.directory / "parts", checkpoint, self.modules, calibrating)
         self._ranks = tensor_parallel
         self._simulated: SimulatedModel | None = None
 
@@ -93,10 +91,6 @@ class PlanningSession:
     def _plain(self) -> str:
         """The method of 8-bit schemes: ranges alone, after the transforms of the other methods."""
         return "+".join((*parse_method(self.methods[0]).transforms, "rtn"))
-
-    def _whole(self, plan: Plan, out: Path, label: str) -> None:
-        log = self.directory / "parts" / ".logs" / f"{label}.log"
-        compress_whole(self.checkpoint, self.modules, plan, self.calibration, out, log, label)
 
     def choices(self) -> dict[str, Sequence[Choice]]:
         """What the planner may give each group: legal schemes, each by the methods that suit it."""

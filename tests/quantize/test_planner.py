@@ -120,7 +120,7 @@ def test_a_budget_below_the_least_says_the_least() -> None:
 
 
 class Served:
-    """Losses as an engine would measure them: two groups at 4 bits at once hurt far more than the sum says."""
+    """Losses as an engine would measure them: two groups at 4 bits at once hurt more than the sum says."""
 
     def __init__(self, planner: Planner) -> None:
         self.planner = planner

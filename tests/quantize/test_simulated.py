@@ -9,6 +9,8 @@ from quantize.core.checkpoint import open_checkpoint
 from quantize.core.modules import read_modules
 from quantize.core.schemes import scheme
 from quantize.core.targets import TARGETS
+from quantize.make.blocks import Blocks
+from quantize.make.linears import load_model
 from quantize.make.parts import PartStore
 from quantize.plan.simulated import SimulatedModel, mean_kl
 from tests.quantize.tiny import VOCABULARY, make_checkpoint
@@ -41,3 +43,21 @@ def test_every_candidate_on_every_target_can_be_computed(tmp_path: Path) -> None
                 if scheme(name).weights and not scheme(name).needs_calibration:
                     for member, weight in zip(group.members, model.weights(group, name, "rtn"), strict=True):
                         assert weight.shape == (member.out_features, member.in_features), (target.name, name)
+
+
+@pytest.mark.parametrize("architecture", ["mixtral", "qwen3_moe", "gemma3", "phi3"])
+def test_block_by_block_is_the_whole_model(tmp_path: Path, architecture: str) -> None:
+    """The hidden states after all blocks, one in memory at a time, are those that transformers computes."""
+    import torch
+
+    checkpoint = open_checkpoint(make_checkpoint(tmp_path / "model", architecture))
+    blocks = Blocks(checkpoint, read_modules(checkpoint), device="cpu", dtype=torch.float32)
+    tokens = [random.Random(0).randrange(8, VOCABULARY) for _ in range(40)]
+    states = blocks.start([tokens])
+    for layer in range(len(blocks)):
+        with blocks.loaded(layer, torch.float32):
+            blocks.forward(layer, states)
+    with torch.inference_mode():
+        decoder = load_model(checkpoint.path, torch.float32).get_decoder()
+        expected = decoder(torch.tensor([tokens]), use_cache=False).last_hidden_state
+        torch.testing.assert_close(blocks.decoder.norm(states.batches[0].hidden), expected)

@@ -99,8 +99,10 @@ def make_checkpoint(
 
 
 def add_outliers(directory: Path, part: str = "", factor: float = 40.0) -> None:
-    """Multiply one column of every matrix with ``part`` in its name, embeddings left out: ranges of whole rows
-    become wide, so that 8 bits lose far more than 16-bit arithmetic does."""
+    """Multiply one column of every matrix with ``part`` in its name, embeddings left out.
+
+    Ranges of whole rows become wide, so that 8 bits lose far more than 16-bit arithmetic does.
+    """
     from safetensors.torch import load_file, save_file
 
     file = directory / "model.safetensors"
