@@ -18,7 +18,7 @@ from typing import TypeVar
 from deploy.engine import EngineLoadError, EngineSpec, running
 from gateway.config import Config
 from quantize.card import Card, Evaluation, Speed
-from quantize.check import estimate, reference_bytes, refuse_pattern, refuse_short, refuse_unfit
+from quantize.check import reference_bytes, refuse_pattern, refuse_short, refuse_unfit
 from quantize.core.checkpoint import open_checkpoint
 from quantize.core.methods import parse_method
 from quantize.core.modules import read_modules
@@ -26,6 +26,7 @@ from quantize.core.plan import Plan, uniform
 from quantize.core.recipes import RECIPES
 from quantize.core.targets import Target, detect, target
 from quantize.core.tensors import refuse_not_finite
+from quantize.cost import estimate
 from quantize.evaluate.client import EngineClient, EngineError
 from quantize.evaluate.journal import Journal
 from quantize.evaluate.measure import (
