@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from gateway.config import Config, RoleSettings
 from quantize.card import Card
-from quantize.check import estimate, reference_bytes, refuse_pattern, refuse_short, refuse_unfit
+from quantize.check import reference_bytes, refuse_pattern, refuse_short, refuse_unfit
 from quantize.core.checkpoint import open_checkpoint
 from quantize.core.methods import parse_method
 from quantize.core.modules import read_modules
@@ -17,6 +17,7 @@ from quantize.core.plan import Plan, uniform
 from quantize.core.recipes import RECIPES
 from quantize.core.targets import Target, detect, target
 from quantize.core.tensors import refuse_not_finite
+from quantize.cost import estimate
 from quantize.evaluate.tasks import Item, read_items
 from quantize.make.calibration import read_calibration
 from quantize.make.compress import QuantizeError

@@ -15,12 +15,13 @@ from deploy.engine import SITE
 from deploy.making import role_tasks
 from gateway.config import Config
 from quantize.card import Card
-from quantize.check import estimate, refuse_pattern, refuse_short, refuse_unfit
+from quantize.check import refuse_pattern, refuse_short, refuse_unfit
 from quantize.core.checkpoint import open_checkpoint
 from quantize.core.modules import read_modules
 from quantize.core.plan import Plan
 from quantize.core.targets import detect, target
 from quantize.core.tensors import refuse_not_finite
+from quantize.cost import estimate
 from quantize.evaluate.bench import Bench, Span
 from quantize.make.calibration import load_tokenizer, read_calibration
 from quantize.plan import controls

@@ -165,7 +165,7 @@ def run(
         "tokens": int(reported.lengths.sum()),
         "conversations": len(reported.lengths),
         "sensitivity_s": seconds,
-        "fidelity": dict(sensitivity.fidelity),
+        "uniform": dict(sensitivity.uniform),
         "rows": rows,
         "comparisons": comparisons,
         "sensitivity": [row.model_dump() for row in sensitivity.rows],

@@ -44,7 +44,7 @@ class Files:
 
         self._of: dict[str, Any] = {}
         for file in weight_files(directory):
-            opened = safe_open(file, framework="pt")
+            opened: Any = safe_open(file, framework="pt")
             self._of.update(dict.fromkeys(opened.keys(), opened))
 
     def __contains__(self, name: str) -> bool:
@@ -315,7 +315,7 @@ def batched(lengths: Sequence[int], limit: int) -> Iterator[list[int]]:
 
 
 def _skeleton(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
-    from accelerate import init_empty_weights
+    from accelerate import init_empty_weights  # type: ignore[import-untyped]
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.from_pretrained(checkpoint.path, local_files_only=True)

@@ -74,7 +74,7 @@ def gptq(tasks: Sequence[tuple[Tensor, Grid]], moments: Tensor) -> list[Tensor]:
             columns.append(_columns(weight[rows], grid, rows, order, dead))
         w, scale, zero, low, high = (torch.cat(parts, -1) for parts in zip(*columns, strict=True))
         q = _walk(w, scale, zero, low, high, upper)[inverse]
-        pieces = q.split([rows.stop - rows.start for _, rows in batch], 1)
+        pieces = torch.split(q, [rows.stop - rows.start for _, rows in batch], 1)
         return [(number, rows.start, piece.T) for (number, rows), piece in zip(batch, pieces, strict=True)]
 
     batches = _batches([len(weight) for weight, _ in tasks], limit)

@@ -75,7 +75,7 @@ def find_grid(
         return _search(rows, w.symmetric, low, high, ranges, importance, stored)
 
     step = max(1, (GPU_CHUNK if weight.is_cuda else CHUNK) // k)
-    pieces = weight.split(step)
+    pieces = torch.split(weight, step)
     found = [search(rows) for rows in pieces] if weight.is_cuda else side_by_side(search, pieces)
     scales, zeros = ([pair[number] for pair in found] for number in (0, 1))
     return Grid(torch.cat(scales), None if w.symmetric else torch.cat(zeros), low, high, size)
@@ -144,7 +144,8 @@ def _float_grid(weight: Tensor, strategy: str, stored: torch.dtype) -> Grid:
     else:
         size = BLOCK
         padded = torch.nn.functional.pad(weight.abs(), (0, -k % BLOCK, 0, -n % BLOCK))
-        blocks = padded.unflatten(0, (-1, BLOCK)).unflatten(2, (-1, BLOCK)).amax((1, 3))
+        rows, columns = (size // BLOCK for size in padded.shape)
+        blocks = padded.reshape(rows, BLOCK, columns, BLOCK).amax((1, 3))
         most = blocks.repeat_interleave(BLOCK, 0)[:n]
     return Grid((most / FP8_MAX).to(stored).float().clamp_min(1e-12), None, None, None, size)
 

@@ -10,7 +10,6 @@ import pytest
 from quantize.check import (
     CheckReport,
     check_report,
-    estimate,
     format_check,
     kept_rows,
     reference_bytes,
@@ -22,6 +21,7 @@ from quantize.core.checkpoint import Checkpoint, CheckpointError, open_checkpoin
 from quantize.core.companions import largest_token
 from quantize.core.modules import Group, Linear, Modules, read_modules
 from quantize.core.targets import TARGETS
+from quantize.cost import estimate
 
 
 @pytest.fixture(autouse=True)

@@ -143,7 +143,7 @@ def test_the_search_stays_in_the_budget_and_finds_what_adding_up_losses_misses()
     assert all(planner.weight_bytes(choices) <= budget for choices in served.asked)
     assert len(served.asked) == len({repr(sorted(choices.items())) for choices in served.asked}) <= 20
     assert served.asked[0] == first, "what predictions alone give is always measured"
-    kls = [candidate.served_kl for candidate in found]
+    kls = [candidate.served_kl or 0.0 for candidate in found]
     assert kls == sorted(kls)
     assert found[0].served_kl is not None
     assert found[0].served_kl < planner.predicted(first) + 1.0

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from quantize.card import Calibration
-from quantize.core.checkpoint import open_checkpoint, weight_bytes
+from quantize.core.checkpoint import Checkpoint, open_checkpoint, weight_bytes
 from quantize.core.dequantize import dequantized
-from quantize.core.modules import read_modules
+from quantize.core.modules import Modules, read_modules
 from quantize.core.plan import Plan, uniform
 from quantize.core.schemes import scheme
 from quantize.core.tensors import read_parts
@@ -26,10 +27,11 @@ from tests.quantize.tiny import VOCABULARY, make_checkpoint
 
 torch = pytest.importorskip("torch")
 
+Made = tuple[Checkpoint, Modules, CalibrationSet]
 SCHEMES = ("w4a16", "w4a16-g64", "w4a16-g32-asym", "w3a16-g64", "w8a16-g64", "w8a8", "w8a8-r7", "w4a8-g64")
 
 
-def layer(rows: int = 48, columns: int = 128, tokens: int = 600):
+def layer(rows: int = 48, columns: int = 128, tokens: int = 600) -> tuple[Any, Any]:
     """A weight, and the second moments of inputs some of which are large."""
     generator = torch.Generator().manual_seed(1)
     weight = torch.randn(rows, columns, generator=generator) * 0.05
@@ -40,7 +42,7 @@ def layer(rows: int = 48, columns: int = 128, tokens: int = 600):
     return weight, x.T @ x / tokens
 
 
-def loss(weight, other, moments) -> float:
+def loss(weight: Any, other: Any, moments: Any) -> float:
     """E |Wx - Ŵx|²."""
     change = other - weight
     return float(((change @ moments) * change).sum())
@@ -124,7 +126,7 @@ def test_what_is_stored_is_what_compressed_tensors_stores(name: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory):
+def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     folder = tmp_path_factory.mktemp("model")
     checkpoint = open_checkpoint(make_checkpoint(folder / "model"))
     generator = torch.Generator().manual_seed(0)
@@ -136,20 +138,20 @@ def made(tmp_path_factory: pytest.TempPathFactory):
     return checkpoint, read_modules(checkpoint), CalibrationSet(sequences, described)
 
 
-def test_statistics_are_those_of_the_whole_model(made) -> None:
+def test_statistics_are_those_of_the_whole_model(made: Made) -> None:
     from transformers import AutoModelForCausalLM
 
     checkpoint, modules, calibration = made
     blocks = Blocks(checkpoint, modules, "cpu")
     states = blocks.start(calibration.sequences)
-    found = {}
+    found: dict[str, Any] = {}
     for number in range(len(blocks)):
         groups = [group for group in modules if group.layer == number]
         with blocks.loaded(number):
             found |= observe(blocks, number, states, groups, {group.name for group in groups}).inputs
         assert all(p.is_meta for p in blocks.layers[number].parameters())
     model = AutoModelForCausalLM.from_pretrained(checkpoint.path, dtype=torch.bfloat16)
-    seen: dict[str, list] = {}
+    seen: dict[str, list[Any]] = {}
     for name in found:
         model.get_submodule(name).register_forward_pre_hook(
             lambda _module, inputs, name=name: seen.setdefault(name, []).append(inputs[0][0].float())
@@ -164,7 +166,7 @@ def test_statistics_are_those_of_the_whole_model(made) -> None:
         assert found[name].most == pytest.approx(float(x.max()), rel=0.05)
 
 
-def test_any_mixture_is_put_together_in_bytes_that_were_predicted(made, tmp_path: Path) -> None:
+def test_any_mixture_is_put_together_in_bytes_that_were_predicted(made: Made, tmp_path: Path) -> None:
     checkpoint, modules, calibration = made
     store = PartStore(tmp_path / "parts", checkpoint, modules, calibration)
     names = ["w4a16-g64", "w8a8", "bf16", "w4a16-g32-asym"]
@@ -190,7 +192,7 @@ def test_any_mixture_is_put_together_in_bytes_that_were_predicted(made, tmp_path
     assert config["quantization_config"]["format"] == "mixed-precision"
 
 
-def test_a_killed_run_goes_on_and_finished_parts_stay(made, tmp_path: Path) -> None:
+def test_a_killed_run_goes_on_and_finished_parts_stay(made: Made, tmp_path: Path) -> None:
     checkpoint, modules, calibration = made
     store = PartStore(tmp_path, checkpoint, modules, calibration)
     plan = uniform(modules, "w4a16-g64", method="gptq")
@@ -204,7 +206,7 @@ def test_a_killed_run_goes_on_and_finished_parts_stay(made, tmp_path: Path) -> N
     assert {name for name in first if first[name] != again[name]} == {lost.name}
 
 
-def test_without_data_only_ranges_are_made(made, tmp_path: Path) -> None:
+def test_without_data_only_ranges_are_made(made: Made, tmp_path: Path) -> None:
     checkpoint, modules, _ = made
     store = PartStore(tmp_path, checkpoint, modules, None)
     store.make({group.name: [("w8a8", "rtn"), ("w4a16-g64", "mse")] for group in modules})
