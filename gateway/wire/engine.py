@@ -254,10 +254,10 @@ class EngineConnection(asyncio.Protocol):
         kept connection that the engine was just closing.
 
         Proof is the end of the connection (FIN) that acknowledges nothing of the request: the engine had
-        closed before. A reset without such an end proves nothing, however soon it comes, and even where nothing was
-        acknowledged: acknowledgements are sent late, and what has been read may be reset before. Linux tells
-        them apart (after an end, a reset is EPIPE). Where the system cannot tell what was acknowledged (TLS,
-        other systems) there is no proof.
+        closed before. A reset without such an end proves nothing, however soon it comes, and even where
+        nothing was acknowledged: acknowledgements are sent late, and what has been read may be reset before.
+        Linux tells them apart (after an end, a reset is EPIPE). Where the system cannot tell what was
+        acknowledged (TLS, other systems) there is no proof.
         """
         if self.state is CLOSED:
             return True  # it was never written
