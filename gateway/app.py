@@ -1,4 +1,4 @@
-"""The gateway, put together. A request's way is the list in ``make_snapshot``."""
+"""The gateway, put together. A request's way is the list in ``_make_pipeline``."""
 
 from __future__ import annotations
 
@@ -123,6 +123,11 @@ class Gateway:
         self.app = FastAPI(
             title="Tiercel", lifespan=self._lifespan, docs_url=None, redoc_url=None, responses=REFUSALS
         )
+        self.overview = self._add_routes(parent)
+        self.plane.app = self.app
+
+    def _add_routes(self, parent: ToParent | None) -> Overview:
+        """Everything that FastAPI answers."""
         exposition = Exposition(self.metrics.families, self.metrics.registry, self._numbers)
         replace = parent.replace if parent is not None else self.reloads.replace
         operations = Operations(self.plane, exposition, replace)
@@ -131,13 +136,11 @@ class Gateway:
         if self.watch is not None:
             Watching(self.watch, operations.admin).add_to(self.app)
         ResponseRoutes(self.plane, self.responses, self._background).add_to(self.app)
-        self.overview = Overview(
-            self.plane, self.metrics, operations.admin, watch=self.watch, sheets=self._sheets
-        )
-        self.overview.add_to(self.app)
+        overview = Overview(self.plane, self.metrics, operations.admin, watch=self.watch, sheets=self._sheets)
+        overview.add_to(self.app)
         Files().add_to(self.app)
         add_error_handlers(self.app)
-        self.plane.app = self.app
+        return overview
 
     def make_snapshot(
         self, config: Config, cards: Mapping[str, Card], before: Snapshot | None = None
@@ -160,9 +163,22 @@ class Gateway:
             observer = make_observer(
                 config, self.metrics, self.checks, self.escalation, self.watch, self._inquiry
             )
+        return Snapshot(
+            config=config,
+            cards=cards,
+            pools=pools,
+            router=router,
+            admit=Admit(config),  # the head alone: path, method, key, size
+            pipeline=self._make_pipeline(config, router, observer),
+            observer=observer,
+            model=config.model.name,
+        )
+
+    def _make_pipeline(self, config: Config, router: Router, observer: Observer) -> Pipeline:
+        """What every request goes through that has been admitted, in order."""
         plane, observe = self.plane, Observe(observer)
         names = frozenset((config.model.name, *config.roles, *config.adapters, *router.known_models()))
-        pipeline = Pipeline(
+        return Pipeline(
             before=(
                 ReadBody(config),  # what is asked
                 Identify(),  # who asks: role and session; the key was looked at with the head
@@ -193,16 +209,6 @@ class Gateway:
             known_models=names,
             clock=self._clock,
             ended=plane.ended,
-        )
-        return Snapshot(
-            config=config,
-            cards=cards,
-            pools=pools,
-            router=router,
-            admit=Admit(config),  # the head alone: path, method, key, size
-            pipeline=pipeline,
-            observer=observer,
-            model=config.model.name,
         )
 
     def _took(self, exchange: Exchange, seconds: float) -> None:

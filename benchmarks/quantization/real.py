@@ -21,6 +21,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from quantize.plan.parts import PartStore
+
 from benchmarks.quantization import real_data
 from quantize.core.checkpoint import open_checkpoint
 from quantize.core.modules import Modules, read_modules
@@ -28,7 +30,6 @@ from quantize.core.plan import Plan, uniform
 from quantize.evaluate.bench import Bench
 from quantize.plan import autoscheme
 from quantize.plan.paired_kl import PairedKl
-from quantize.plan.parts import PartStore
 
 WORK = Path("var/benchmarks/real")
 EIGHT = ("rtn", "mse", "gptq", "smoothquant+rtn", "smoothquant+gptq")

@@ -20,8 +20,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from quantize.plan.parts import PartStore
-
 from benchmarks.quantization import data, outlier_model, show
 from quantize.core.checkpoint import open_checkpoint
 from quantize.core.modules import read_modules

@@ -90,6 +90,11 @@ class Config(Section):
                 )
         if self.watch.store is not None:
             check_url("watch.store", self.watch.store)
+        self._check_model_names()
+        return self
+
+    def _check_model_names(self) -> None:
+        """A client names a model, a role, an adapter or a provider's model, and each name is one thing."""
         if self.model.name in self.roles:
             raise ValueError(f"roles.{self.model.name}: is also the model's name; rename one")
         taken = {self.model.name, *self.roles, *(f"{self.model.name}:{name}" for name in self.serve)}
@@ -112,7 +117,6 @@ class Config(Section):
             if provider.model in taken:
                 raise ValueError(f"providers: {provider.model!r} is already a model or role; rename it")
             taken.add(provider.model)
-        return self
 
     def _check_keys(self) -> None:
         if not self.keys and not self.gateway.loopback:

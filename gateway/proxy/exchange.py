@@ -135,11 +135,8 @@ class Exchange:
         raw: bytes,
         now: float,
     ) -> None:
-        self.pipeline = pipeline
-        self.client = client
-        self.endpoint = endpoint
-        self.head = head
-        self.raw = raw
+        self.pipeline, self.client, self.endpoint = pipeline, client, endpoint
+        self.head, self.raw = head, raw
         self.received = self.heard_at = now
         """``heard_at``: when the present attempt was made, or its engine was heard of last."""
         number = self.number = next(_ids)
@@ -176,8 +173,7 @@ class Exchange:
         """What is being waited for: a connection, a replica, a provider."""
         self.span: Any = None
         """OpenTelemetry's, where the process has a tracer provider."""
-        self.tries = 0
-        """Attempts that did no work."""
+        self.tries = 0  # attempts that did no work
         self.begun = False
         """Part of an answer has been sent: from here on nothing is tried again and no status can change."""
         self.finished = False

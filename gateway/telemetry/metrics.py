@@ -28,6 +28,32 @@ _LAG_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
 _SCORE = (0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1)
 
 
+ASKED = ("role", "variant")
+PLACED = ("variant", "replica")
+
+
+class _Families:
+    """Makes families, registers them, and puts them into ``families``."""
+
+    def __init__(
+        self, families: dict[str, Family[Any]], registry: CollectorRegistry, cells: Cells | None
+    ) -> None:
+        self._families, self._registry, self._cells = families, registry, cells
+
+    def counter(self, name: str, text: str, *labels: str) -> CounterFamily:
+        family = self._families[name] = CounterFamily(name, text, labels, self._registry, self._cells)
+        return family
+
+    def gauge(self, name: str, text: str, *labels: str) -> GaugeFamily:
+        family = self._families[name] = GaugeFamily(name, text, labels, self._registry)
+        return family
+
+    def histogram(self, name: str, text: str, buckets: tuple[float, ...], *labels: str) -> HistogramFamily:
+        family = HistogramFamily(name, text, buckets, labels, self._registry, self._cells)
+        self._families[name] = family
+        return family
+
+
 class Metrics:
     """The gateway's metrics, registered in ``registry``. ``cells``: where counters and histograms are to lie,
     so that other workers can read them and they outlive this one."""
@@ -37,170 +63,186 @@ class Metrics:
         self.families: dict[str, Family[Any]] = {}
         self._roles = frozenset(roles)
         ProcessCollector(registry=registry)
+        make = _Families(self.families, registry, cells)
+        self._of_requests(make)
+        self._of_tokens(make)
+        self._of_routes(make)
+        self._of_replicas(make)
+        self._of_answers(make)
+        self._of_the_reference(make)
+        self._of_the_watch(make)
+        self._of_the_process(make)
+        self._of_conversations(make)
 
-        def counter(name: str, text: str, *labels: str) -> CounterFamily:
-            family = self.families[name] = CounterFamily(name, text, labels, registry, cells)
-            return family
-
-        def gauge(name: str, text: str, *labels: str) -> GaugeFamily:
-            family = self.families[name] = GaugeFamily(name, text, labels, registry)
-            return family
-
-        def histogram(name: str, text: str, buckets: tuple[float, ...], *labels: str) -> HistogramFamily:
-            family = self.families[name] = HistogramFamily(name, text, buckets, labels, registry, cells)
-            return family
-
-        asked = ("role", "variant")
-        placed = ("variant", "replica")
-        self.requests = counter(
+    def _of_requests(self, make: _Families) -> None:
+        self.requests = make.counter(
             "tiercel_requests_total", "Requests, by how they ended", "role", "model", "variant", "outcome"
         )
-        self.duration = histogram(
+        self.duration = make.histogram(
             "tiercel_request_duration_seconds",
             "From the request's last byte in to its end",
             _LATENCY_S,
-            *asked,
+            *ASKED,
         )
-        self.first_token = histogram(
-            "tiercel_time_to_first_token_seconds", "Of streamed answers", _LATENCY_S, *asked
+        self.first_token = make.histogram(
+            "tiercel_time_to_first_token_seconds", "Of streamed answers", _LATENCY_S, *ASKED
         )
-        self.token_gap = histogram(
-            "tiercel_inter_token_latency_seconds", "Between chunks of a stream", _TOKEN_GAP_S, *asked
+        self.token_gap = make.histogram(
+            "tiercel_inter_token_latency_seconds", "Between chunks of a stream", _TOKEN_GAP_S, *ASKED
         )
-        self.overhead = histogram(
+        self.overhead = make.histogram(
             "tiercel_gateway_overhead_seconds",
             "Time in the gateway itself, without waiting for an engine or a client",
             _OVERHEAD_S,
-            *asked,
+            *ASKED,
         )
-        self.tokens = counter("tiercel_tokens_total", "Tokens, by kind: prompt, completion", *asked, "kind")
-        self.cached_tokens = counter(
-            "tiercel_cached_tokens_total", "Prompt tokens that came out of a prefix cache", *asked
+
+    def _of_tokens(self, make: _Families) -> None:
+        self.tokens = make.counter(
+            "tiercel_tokens_total", "Tokens, by kind: prompt, completion", *ASKED, "kind"
         )
-        self.key_tokens = counter(
+        self.cached_tokens = make.counter(
+            "tiercel_cached_tokens_total", "Prompt tokens that came out of a prefix cache", *ASKED
+        )
+        self.key_tokens = make.counter(
             "tiercel_key_tokens_total", "Tokens, by API key", "key", "role", "variant", "kind"
         )
-        self.usage_unreported = counter(
+        self.usage_unreported = make.counter(
             "tiercel_usage_unreported_total",
             "Requests that an engine began and whose tokens it did not count to the end",
-            *asked,
+            *ASKED,
         )
-        self.usage_settled = counter(
+        self.usage_settled = make.counter(
             "tiercel_usage_settled_total",
             "Prompts that an engine was asked to count afterwards: booked, failed, unknown, dropped",
             "outcome",
         )
-        self.hedges = counter(
+
+    def _of_routes(self, make: _Families) -> None:
+        self.hedges = make.counter(
             "tiercel_hedges_total",
             "Requests sent to a second replica, by whose answer came first",
-            *asked,
+            *ASKED,
             "winner",
         )
-        self.routes = counter("tiercel_route_total", "Routes, by reason", *asked, "reason")
-        self.missed = counter(
+        self.routes = make.counter("tiercel_route_total", "Routes, by reason", *ASKED, "reason")
+        self.missed = make.counter(
             "tiercel_pool_missed_total",
             "Looks for a replica of the variant that a request should have had, and none could take it",
-            *asked,
+            *ASKED,
         )
-        self.engine_memory = gauge(
-            "tiercel_engine_memory_bytes", "Resident memory of an engine's process tree", *placed
+
+    def _of_replicas(self, make: _Families) -> None:
+        self.engine_memory = make.gauge(
+            "tiercel_engine_memory_bytes", "Resident memory of an engine's process tree", *PLACED
         )
-        self.kv_cache_usage = gauge(
-            "tiercel_kv_cache_usage_ratio", "Share of an engine's KV cache in use", *placed
+        self.kv_cache_usage = make.gauge(
+            "tiercel_kv_cache_usage_ratio", "Share of an engine's KV cache in use", *PLACED
         )
-        self.queue_depth = gauge("tiercel_queue_depth", "Requests waiting within an engine", *placed)
-        self.reachable = gauge(
-            "tiercel_replica_reachable", "1 if a replica's last health probe found it well", *placed
+        self.queue_depth = make.gauge("tiercel_queue_depth", "Requests waiting within an engine", *PLACED)
+        self.reachable = make.gauge(
+            "tiercel_replica_reachable", "1 if a replica's last health probe found it well", *PLACED
         )
-        self.engine_read = gauge(
-            "tiercel_engine_metrics_read", "1 if an engine's own metrics could be read the last time", *placed
+        self.engine_read = make.gauge(
+            "tiercel_engine_metrics_read", "1 if an engine's own metrics could be read the last time", *PLACED
         )
-        self.weight_bytes = gauge("tiercel_variant_weight_bytes", "Bytes of a variant's weights", "variant")
-        self.nll_mean = histogram(
-            "tiercel_token_nll_mean", "Mean -log p of an answer's tokens, nats", _NLL_NATS, *asked
+        self.weight_bytes = make.gauge(
+            "tiercel_variant_weight_bytes", "Bytes of a variant's weights", "variant"
         )
-        self.entropy_max = histogram(
-            "tiercel_token_entropy_max", "Highest token entropy of an answer, nats", _ENTROPY_NATS, *asked
+
+    def _of_answers(self, make: _Families) -> None:
+        self.nll_mean = make.histogram(
+            "tiercel_token_nll_mean", "Mean -log p of an answer's tokens, nats", _NLL_NATS, *ASKED
         )
-        self.quality_score = histogram(
-            "tiercel_quality_score", "Score of an answer, 1 is best", _SCORE, *asked, "check"
+        self.entropy_max = make.histogram(
+            "tiercel_token_entropy_max", "Highest token entropy of an answer, nats", _ENTROPY_NATS, *ASKED
         )
-        self.quality_sentences = counter(
-            "tiercel_quality_sentences_total", "Sentences of checked answers", *asked, "label"
+        self.quality_score = make.histogram(
+            "tiercel_quality_score", "Score of an answer, 1 is best", _SCORE, *ASKED, "check"
         )
-        self.quality_checks = counter(
-            "tiercel_quality_checks_total", "Checks made on answers", *asked, "check", "outcome"
+        self.quality_sentences = make.counter(
+            "tiercel_quality_sentences_total", "Sentences of checked answers", *ASKED, "label"
         )
-        self.shadow = counter(
-            "tiercel_shadow_compared_total", "Quantized answers put before the reference", *asked, "result"
+        self.quality_checks = make.counter(
+            "tiercel_quality_checks_total", "Checks made on answers", *ASKED, "check", "outcome"
         )
-        self.disagreement = histogram(
+
+    def _of_the_reference(self, make: _Families) -> None:
+        self.shadow = make.counter(
+            "tiercel_shadow_compared_total", "Quantized answers put before the reference", *ASKED, "result"
+        )
+        self.disagreement = make.histogram(
             "tiercel_shadow_token_disagreement_ratio",
             "Share of an answer's tokens that are not the reference's favourite",
             _SHARE,
-            *asked,
+            *ASKED,
         )
-        self.divergence = histogram(
+        self.divergence = make.histogram(
             "tiercel_shadow_divergence_nats",
             "Mean log-ratio of a quantized answer's tokens to the reference",
             _DIVERGENCE_NATS,
-            *asked,
+            *ASKED,
         )
-        self.cusum = gauge(
-            "tiercel_quality_cusum", "Evidence that a check has changed for the worse, nats", *asked, "check"
+
+    def _of_the_watch(self, make: _Families) -> None:
+        self.cusum = make.gauge(
+            "tiercel_quality_cusum", "Evidence that a check has changed for the worse, nats", *ASKED, "check"
         )
-        self.demoted = gauge(
+        self.demoted = make.gauge(
             "tiercel_variant_demoted", "1 while a variant is out of a role's choice", "variant", "role"
         )
-        self.watch_events = counter(
-            "tiercel_watch_events_total", "What the watch did and said", *asked, "kind"
+        self.watch_events = make.counter(
+            "tiercel_watch_events_total", "What the watch did and said", *ASKED, "kind"
         )
-        self.watch_dropped = counter(
+        self.watch_dropped = make.counter(
             "tiercel_watch_outcomes_dropped_total", "Outcomes lost while the watch's store did not answer"
         )
-        self.quality_dropped = counter(
+        self.quality_dropped = make.counter(
             "tiercel_quality_dropped_total",
             "Answers that were not looked at: full, too_long; or not in time to hold them back: late",
             "reason",
         )
-        self.quality_errors = counter(
+        self.quality_errors = make.counter(
             "tiercel_quality_errors_total",
             "Defects and lost processes of what looks at answers; it has gone on since",
             "part",
         )
-        self.escalations = counter(
+        self.escalations = make.counter(
             "tiercel_escalations_total",
             "Answers asked again of a higher precision before the client saw them",
-            *asked,
+            *ASKED,
             "check",
         )
-        self.job_up = gauge(
+
+    def _of_the_process(self, make: _Families) -> None:
+        self.job_up = make.gauge(
             "tiercel_background_job_up", "1 while a background job of this process runs", "task"
         )
-        self.job_restarts = counter(
+        self.job_restarts = make.counter(
             "tiercel_background_job_restarts_total",
             "Times that a background job failed and began anew",
             "task",
         )
-        self.loop_lag = histogram(
+        self.loop_lag = make.histogram(
             "tiercel_event_loop_lag_seconds", "How much later than asked for the event loop woke", _LAG_S
         )
-        self.log_dropped = counter(
+        self.log_dropped = make.counter(
             "tiercel_log_lines_dropped_total", "Lines of the log that could not be written"
         )
-        self.worker_age = gauge(
+        self.worker_age = make.gauge(
             "tiercel_worker_heartbeat_age_seconds",
             "Since a worker's event loop was last seen to run",
             "worker",
         )
-        self.worker_restarts = counter(
+        self.worker_restarts = make.counter(
             "tiercel_worker_restarts_total", "Times that a worker process was started anew", "worker"
         )
 
-        self.responses_stored = counter(
+    def _of_conversations(self, make: _Families) -> None:
+        self.responses_stored = make.counter(
             "tiercel_responses_stored_total", "Responses kept, so that a client can go on from them"
         )
-        self.responses_dropped = counter(
+        self.responses_dropped = make.counter(
             "tiercel_responses_dropped_total",
             "Responses that should have been kept and were not, by why: too_large, busy, store_down",
             "reason",

@@ -195,7 +195,7 @@ class EngineConnection(asyncio.Protocol):
         if handler is not None and self.state is READING and until_close and exc is None:
             self._end(handler, clean=False)
             return
-        self._lose(repr(exc) if exc else "it closed the connection", unread=self._unread())
+        self._lose(repr(exc) if exc else "it closed the connection", unread=self._unread(exc))
 
     # the answer
 
@@ -249,18 +249,21 @@ class EngineConnection(asyncio.Protocol):
         self.pool.forget(self)
         self.transport.abort()
 
-    def _unread(self) -> bool:
+    def _unread(self, exc: Exception | None) -> bool:
         """Whether the engine has provably not begun to work on the request that is lost: it was sent over a
         kept connection that the engine was just closing.
 
-        The only proof is that the engine's system has acknowledged nothing of it. A reset proves nothing,
-        however soon it comes: a proxy in between may have passed the request on, and a process that is ended
-        resets what it had begun to read. Where the system cannot tell (TLS, other systems than Linux) there
-        is no proof.
+        Proof is the end of the connection (FIN) that acknowledges nothing of the request: the engine had
+        closed before. A reset without such an end proves nothing, however soon it comes, and even where
+        nothing was acknowledged: acknowledgements are sent late, and what has been read may be reset before.
+        Linux tells them apart (after an end, a reset is EPIPE). Where the system cannot tell what was
+        acknowledged (TLS, other systems) there is no proof.
         """
         if self.state is CLOSED:
             return True  # it was never written
         if self._heard or self.state is not WAITING or not self.was_kept:
+            return False
+        if isinstance(exc, ConnectionResetError):
             return False
         taken = self.flow.acknowledged()
         return taken is not None and taken <= self._sent_before

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import json
+import random
 import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -134,8 +135,16 @@ def settings(directory: Path, urls: dict[str, list[str]], **changes: Any) -> str
 
 
 def free_port() -> int:
-    with free_socket() as probe:
-        return int(probe.getsockname()[1])
+    """One that no other process is given by chance before it is used: it lies below those of connections."""
+    first = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    while True:
+        port = random.randrange(min(10_000, first // 2), first)
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
 
 
 def free_socket() -> socket.socket:

@@ -150,9 +150,11 @@ async def test_head_leaves_the_connection_in_step(stack: Stack) -> None:
             "connection: close\r\n\r\n"
         )
         reader, writer = await asyncio.open_connection(host, int(port))
-        writer.write(wire.encode())
-        answer = await reader.read()
-        writer.close()
+        try:
+            writer.write(wire.encode())
+            answer = await reader.read()
+        finally:
+            writer.close()
         first, _, rest = answer.partition(b"\r\n\r\n")
         assert first.startswith(b"HTTP/1.1 ")
         assert rest.startswith(b"HTTP/1.1 200 OK\r\n"), path

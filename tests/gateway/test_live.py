@@ -261,6 +261,5 @@ async def test_a_large_body_that_is_no_text_is_refused(end: bytes) -> None:
 
 
 def _send(stack: Stack, body: bytes) -> Any:
-    return stack.http.post(
-        stack.url + CHAT, data=io.BytesIO(body), headers={"content-type": "application/json"}
-    )
+    headers = {"content-type": "application/json"}
+    return stack.http.post(stack.url + CHAT, data=io.BytesIO(body), headers=headers)
