@@ -292,5 +292,14 @@ SILENT = {
     ("cost", "Answered twice"),
     ("cost", "By key"),
     ("cost", "Why requests were raised"),
+    # One process without workers, conversations or troubles.
+    ("gateways", "Workers' heartbeats"),
+    ("gateways", "Workers started anew"),
+    ("gateways", "Conversations"),
+    ("gateways", "Pools missed"),
+    ("gateways", "Requests not counted to their end"),
+    ("gateways", "Prompts asked for afterwards"),
+    ("gateways", "Answers not looked at"),
+    ("gateways", "Defects and lost processes"),
 }
 """Panels that have nothing to show after plain traffic; every other one has."""
