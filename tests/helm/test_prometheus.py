@@ -267,14 +267,21 @@ async def test_prometheus_answers_every_query_of_the_dashboards(served: tuple[St
     await counted(prometheus, 15)
     await wave(stack)
     await counted(prometheus, 30)
-    await asyncio.sleep(4 * EVERY_S)
+    deadline = time.monotonic() + 60
+    while (silent := await silent_panels(prometheus) - SILENT) and time.monotonic() < deadline:
+        await asyncio.sleep(EVERY_S)  # a rate needs two scrapes
+    assert not silent
+
+
+async def silent_panels(prometheus: Prometheus) -> set[tuple[str, str]]:
+    """Dashboards and titles of panels a query of which has no answer."""
     silent = set()
     for dashboard in DASHBOARDS:
         for panel in render(dashboard)["panels"]:
             for target in panel.get("targets", ()):
                 if not await prometheus.query(filled(target["expr"])):
                     silent.add((dashboard.name, panel["title"]))
-    assert silent == SILENT
+    return silent
 
 
 SILENT = {
@@ -302,4 +309,4 @@ SILENT = {
     ("gateways", "Answers not looked at"),
     ("gateways", "Defects and lost processes"),
 }
-"""Panels that have nothing to show after plain traffic; every other one has."""
+"""Panels that may have nothing to show after plain traffic; every other one has."""
