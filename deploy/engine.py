@@ -7,6 +7,7 @@ import contextlib
 import functools
 import json
 import os
+import random
 import signal
 import socket
 import time
@@ -143,11 +144,24 @@ def port_in_use(host: str, port: int) -> bool:
     return False
 
 
-def free_port(host: str) -> int:
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        port: int = probe.getsockname()[1]
-        return port
+def free_port(host: str, together: int = 1) -> int:
+    """The first of so many ports in a row that nobody listens on.
+
+    They lie below those that the system gives to outgoing connections (``ip_local_port_range``): one of these
+    may be somebody's connection by the time that it is listened on.
+    """
+    first = _first_ephemeral_port()
+    while True:
+        port = random.randrange(min(10_000, first // 2), first - together)
+        if not any(port_in_use(host, port + more) for more in range(together)):
+            return port
+
+
+def _first_ephemeral_port() -> int:
+    try:
+        return int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text(encoding="utf-8").split()[0])
+    except (OSError, ValueError, IndexError):
+        return 32_768
 
 
 class EngineProcess:

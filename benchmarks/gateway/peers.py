@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,6 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import yaml
+
+import deploy.engine
 
 if TYPE_CHECKING:
     from quantize.card import Card
@@ -88,9 +89,7 @@ class Running:
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    return deploy.engine.free_port("127.0.0.1")
 
 
 def wait_for(url: str, process: subprocess.Popen[bytes], within_s: float = 120.0) -> None:

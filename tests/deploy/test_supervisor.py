@@ -57,7 +57,8 @@ roles: {{core: {{}}}}
 default_role: core
 run_dir: run
 gateway: {{port: {free_port("127.0.0.1")}}}
-engine: {{base_port: {free_port("127.0.0.1")}, python: {engine}, start_timeout_s: 30, stop_timeout_s: 5}}
+engine:
+  {{base_port: {free_port("127.0.0.1", 3)}, python: {engine}, start_timeout_s: 30, stop_timeout_s: 5}}
 """,
         encoding="utf-8",
     )

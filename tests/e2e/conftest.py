@@ -94,7 +94,7 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     settings["roles"]["core"]["long_context"] = str(ROOT / "deploy/assistant/data/long_context.jsonl")
     settings["gateway"] = {"port": free_port("127.0.0.1")}
     settings["engine"]["python"] = str(ROOT / ".venv-engine/bin/python")
-    settings["engine"]["base_port"] = 18101
+    settings["engine"]["base_port"] = free_port("127.0.0.1", together=4)
     settings["engine"]["extra_args"] += ["--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
     # A small model that is held to JSON writes spaces to the end, where a grammar lets it.
     compact = json.dumps({"backend": "xgrammar", "disable_any_whitespace": True})

@@ -42,7 +42,7 @@ async def stack(tmp_path: Path) -> AsyncIterator[Stack]:
     settings["serve"] = ["bf16", VARIANT]
     settings["gateway"] = {"port": free_port("127.0.0.1")}
     settings["engine"]["python"] = str(ROOT / ".venv-engine/bin/python")
-    settings["engine"]["base_port"] = 18201
+    settings["engine"]["base_port"] = free_port("127.0.0.1", together=4)
     settings["watch"] = {"rate": 1.0, "probation_after_s": 2.0, "probation_rate": 1.0, "queue": 500}
     for role in settings["roles"].values():
         for name in ("tasks", "long_context"):

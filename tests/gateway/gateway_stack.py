@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import inspect
 import json
-import random
 import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -17,6 +16,7 @@ import uvicorn
 import yaml
 from prometheus_client import CollectorRegistry
 
+import deploy.engine
 from gateway.app import Gateway
 from gateway.config import Config
 from gateway.upstream.fake import FakeEngine, Script
@@ -135,16 +135,7 @@ def settings(directory: Path, urls: dict[str, list[str]], **changes: Any) -> str
 
 
 def free_port() -> int:
-    """One that no other process is given by chance before it is used: it lies below those of connections."""
-    first = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
-    while True:
-        port = random.randrange(min(10_000, first // 2), first)
-        with socket.socket() as probe:
-            try:
-                probe.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-            return port
+    return deploy.engine.free_port("127.0.0.1")
 
 
 def free_socket() -> socket.socket:
