@@ -20,7 +20,7 @@ from gateway.api.operations import REFUSALS, Operations
 from gateway.api.overview import Overview
 from gateway.api.watching import Watching
 from gateway.cards import load_cards
-from gateway.config import Config, ConfigError, GatewaySettings, parse_config
+from gateway.config import Config, ConfigError, GatewaySettings, parse_config, refuse_fixed
 from gateway.console.files import Files
 from gateway.control import Commit, Heartbeat, Read, Reloads, Supervisor
 from gateway.proxy.attempts import Attempts, Limits
@@ -59,15 +59,10 @@ from gateway.workers.channel import ToParent
 from gateway.workers.sheet import Sheet, Sheets
 from quantize.card import Card
 
-_FIXED = {
-    "": ("run_dir",),
-    "gateway": ("host", "port", "workers", "tls_certificate", "tls_key"),
-    "watch": ("enabled", "store", "store_env", "in_flight"),
-    "responses": ("enabled", "store", "store_env"),
-}
-"""What a reload cannot change, by section."""
 CHECKS_START_S = 10.0
 """Seconds that the start waits for the checks that answers may have to pass before they are sent."""
+LEAST_DRAIN_S = 2.0
+"""Seconds for prompts that are still to be counted, where requests have taken all of the time to stop."""
 
 
 class Gateway:
@@ -120,6 +115,8 @@ class Gateway:
         self._show(cards)
         self.supervisor = Supervisor(self.metrics)
         self.reloads = Reloads(self.build, self._read)
+        self.stopping_since: float | None = None
+        """By ``time.monotonic``: when the process was told to end."""
         self.app = FastAPI(
             title="Tiercel", lifespan=self._lifespan, docs_url=None, redoc_url=None, responses=REFUSALS
         )
@@ -296,14 +293,22 @@ class Gateway:
                         await self.plane.snapshot.observer.ready()
                 yield
             finally:
-                await self.plane.close()
-                await self._background.close()
-                await self.responses.close()
+                await self._finish()
                 await self.supervisor.stop()
                 await self.providers.close()
                 await prober.stop()
                 self._count_dropped()
                 await asyncio.to_thread(self.log.writer.close)
+
+    async def _finish(self) -> None:
+        """End what runs, and write down what is left to be said of it, as long as the jobs still run."""
+        stop_by = (self.stopping_since or time.monotonic()) + self._gateway_settings().shutdown_timeout_s
+        await self.plane.close()
+        left_s = max(LEAST_DRAIN_S, stop_by - time.monotonic())
+        settled = asyncio.create_task(self.settlement.drain(left_s))
+        await self._background.close()
+        await self.responses.close()
+        await settled
 
     def _begin_jobs(self, session: aiohttp.ClientSession) -> Prober:
         """Everything that goes on beside requests. What is begun first ends last."""
@@ -389,13 +394,3 @@ def limits_of(config: Config) -> Limits:
         listened_share=quality.sample_rate if quality.logprobs else 0.0,
         adapters=frozenset(config.adapters),
     )
-
-
-def refuse_fixed(config: Config, running: Config) -> None:
-    """Raises ConfigError for what cannot change while the gateway runs."""
-    for section, fields in _FIXED.items():
-        new, old = (getattr(one, section) if section else one for one in (config, running))
-        for field in fields:
-            if getattr(new, field) != getattr(old, field):
-                name = f"{section}.{field}" if section else field
-                raise ConfigError(f"{name}: cannot change while the gateway runs; start it anew")

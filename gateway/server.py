@@ -14,6 +14,7 @@ import os
 import signal
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -99,6 +100,7 @@ class Server(uvicorn.Server):
         if self.should_exit and number == signal.SIGINT:
             self.force_exit = True
         self.should_exit = True
+        self._gateway.stopping_since = self._gateway.stopping_since or time.monotonic()
         if self._parent is not None:
             self._parent.may_begin.set()
 

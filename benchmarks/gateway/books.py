@@ -8,7 +8,8 @@ refuse, are slow enough to be hedged against, and write their usage in different
 workers, one of which is ended and started again every few seconds. In the end:
 
 * tokens by role, variant and kind, and by key, are those of the fake engines' accounts;
-* what an engine never counted is in ``tiercel_usage_unreported_total``, each request once;
+* what an engine never counted is in ``tiercel_usage_unreported_total``, each request once, and what became
+  of its prompt in ``tiercel_usage_settled_total``;
 * no counter has fallen.
 """
 
@@ -17,6 +18,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import os
 import random
 import signal
 import subprocess
@@ -30,7 +32,16 @@ import aiohttp
 import psutil
 
 from benchmarks.gateway.peers import ROOT, WORK, free_port, tiercel
-from benchmarks.gateway.trial import KEYS, Books, Trial, configuration, differences, read_books
+from benchmarks.gateway.trial import (
+    KEYS,
+    Books,
+    Trial,
+    configuration,
+    differences,
+    read_books,
+    read_outcomes,
+    without_outcome,
+)
 from gateway.upstream.fake import FakeEngine
 
 RESULT = ROOT / "var/benchmarks/gateway/books.json"
@@ -47,6 +58,8 @@ class Gateway:
         self._log = (WORK / "books.log").open("wb")
         self._process = subprocess.Popen(command, cwd=ROOT, stdout=self._log, stderr=self._log)
         self.books: Books = {}
+        self.outcomes: Books = {}
+        """Of prompts that were not reported."""
         self.fallen: list[str] = []
         """Counters that had less than before."""
         self.restarts = 0
@@ -67,13 +80,14 @@ class Gateway:
         """Look at the books, and whether anything in them has fallen."""
         try:
             async with self._http.get(self.url + "/metrics", headers=HEADERS) as response:
-                found = read_books(await response.text())
+                text = await response.text()
         except (aiohttp.ClientError, TimeoutError):
             return  # it came to the worker that was ending
+        found = read_books(text)
         for label, value in self.books.items():
             if found.get(label, 0) < value:
                 self.fallen.append(f"{' '.join(label)}: {value} → {found.get(label, 0)}")
-        self.books = found
+        self.books, self.outcomes = found, read_outcomes(text)
 
     async def read_for_ever(self) -> None:
         while True:
@@ -111,6 +125,7 @@ async def balanced(gateway: Gateway, expected: Callable[[], Books]) -> dict[tupl
     while True:
         await gateway.read()
         found = differences(gateway.books, expected())
+        found |= without_outcome(gateway.books, gateway.outcomes)
         if not found or time.monotonic() > deadline:
             return found
         await asyncio.sleep(2)
@@ -154,6 +169,9 @@ async def run(options: argparse.Namespace) -> dict[str, Any]:
                 wrong = await balanced(gateway, lambda: trial.expected(replicas))
             finally:
                 gateway.stop()
+    outcomes: Counter[str] = Counter()
+    for label, count in gateway.outcomes.items():
+        outcomes[label[-1]] += count
     statuses = Counter(outcome.status for outcome in trial.outcomes.values())  # 0: nothing came
     return {
         "seed": options.seed,
@@ -173,6 +191,8 @@ async def run(options: argparse.Namespace) -> dict[str, Any]:
         "unreported": sum(
             n for label, n in gateway.books.items() if label[0] == "tiercel_usage_unreported_total"
         ),
+        "prompts of these": dict(sorted(outcomes.items())),
+        "load": [round(value, 1) for value in os.getloadavg()],
         "wrong": {" ".join(label): values for label, values in wrong.items()},
         "fallen": gateway.fallen,
     }

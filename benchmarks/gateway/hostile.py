@@ -14,13 +14,14 @@ import argparse
 import asyncio
 import contextlib
 import json
+import os
 import signal
-import ssl
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections import Counter
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -28,160 +29,25 @@ from typing import Any
 
 import uvloop
 
-from benchmarks.gateway.load import request
+from benchmarks.gateway.hostile_troubles import (
+    SLOW_CLIENTS,
+    Setting,
+    Trouble,
+    burst,
+    handshakes,
+    large,
+    nothing,
+    pipelining,
+    schema_bombs,
+    slow_clients,
+    unchecked,
+)
 from benchmarks.gateway.peers import ROOT, WORK, free_port, tiercel, wait_for
 from gateway.routing.policies import PickQuery, SessionAffinity
 
 RESULT = ROOT / "var/benchmarks/gateway/hostile.json"
 AIM = 1.5
-LARGE = 8_000_000
-SLOW_CLIENTS = 1000
-
-
-@dataclass
-class Setting:
-    """What runs: a gateway, an engine for the client that is measured, and one for those that are not."""
-
-    port: int
-    tls: bool = False
-    mine: str = ""
-    other: str = ""
-    """Sessions at the engine of the client that is measured, and at the other one."""
-    counted: int = 0
-    """How often the trouble did what it does."""
-
-    def connect(self) -> Awaitable[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
-        return asyncio.open_connection("127.0.0.1", self.port, ssl=_unchecked() if self.tls else None)
-
-    async def ask(self, message: bytes) -> int:
-        """Over a connection of its own; gives the status."""
-        reader, writer = await self.connect()
-        try:
-            writer.write(message)
-            await writer.drain()
-            status = int((await reader.readline()).split()[1])
-            while await reader.read(1 << 18):
-                pass
-            return status
-        finally:
-            writer.transport.abort()
-
-    def message(self, session: str, *, closes: bool = False, **asked: Any) -> bytes:
-        more = f"x-session-id: {session}\r\n" + ("connection: close\r\n" if closes else "")
-        return request(self.port, **asked).replace(b"content-length", f"{more}content-length".encode(), 1)
-
-    def large(self, text: str) -> bytes:
-        """A body of 8 MB."""
-        messages = [{"role": "user", "content": text * (LARGE // len(text.encode()))}]
-        body = json.dumps({"model": "assistant", "messages": messages}, ensure_ascii=False).encode()
-        head = self.message(self.other, closes=True).partition(b"content-length")[0]
-        return b"%bcontent-length: %d\r\n\r\n%b" % (head, len(body), body)
-
-
-def _unchecked() -> ssl.SSLContext:
-    context = ssl.create_default_context()
-    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-    return context
-
-
-Trouble = Callable[[Setting], Awaitable[None]]
-
-
-async def nothing(_: Setting) -> None: ...
-
-
-def large(text: str) -> Trouble:
-    """One client that sends a body of 8 MB, again and again."""
-
-    async def go(setting: Setting) -> None:
-        message = setting.large(text)
-        while True:
-            if await setting.ask(message) == 200:
-                setting.counted += 1
-
-    return go
-
-
-async def slow_clients(setting: Setting) -> None:
-    """A thousand that send a byte of their head each second, and a thousand connections with nothing."""
-
-    async def one() -> None:
-        with contextlib.suppress(OSError):
-            _, writer = await setting.connect()
-            try:
-                setting.counted += 1
-                for byte in b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\nx: " + b"y" * 1000:
-                    writer.write(bytes([byte]))
-                    await asyncio.sleep(1.0)
-            finally:
-                writer.transport.abort()
-
-    async with asyncio.TaskGroup() as group:
-        for _ in range(SLOW_CLIENTS):
-            group.create_task(one())
-
-
-async def pipelining(setting: Setting) -> None:
-    """Clients that pipeline and do not read."""
-
-    async def one() -> None:
-        _, writer = await setting.connect()
-        writer.transport.pause_reading()  # type: ignore[attr-defined]
-        try:
-            message = setting.message(setting.other) * 200
-            while True:
-                writer.write(message)
-                setting.counted += 200
-                with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(writer.drain(), 0.5)
-                if writer.transport.get_write_buffer_size() > 1 << 20:
-                    await asyncio.sleep(3600)
-        finally:
-            writer.transport.abort()
-
-    async with asyncio.TaskGroup() as group:
-        for _ in range(4):
-            group.create_task(one())
-
-
-async def handshakes(setting: Setting) -> None:
-    """Twenty connections a second that begin TLS and leave within it, and twenty that end it and leave."""
-    while True:
-        for whole in (False, True):
-            with contextlib.suppress(OSError):
-                if whole:
-                    _, writer = await setting.connect()
-                else:
-                    _, writer = await asyncio.open_connection("127.0.0.1", setting.port)
-                    writer.write(b"\x16\x03\x01\x02\x00\x01")
-                    await asyncio.sleep(0)
-                writer.transport.abort()
-                setting.counted += 1
-        await asyncio.sleep(0.05)
-
-
-async def schema_bombs(setting: Setting) -> None:
-    """Requests whose schemas take for ever, each another one."""
-    number = 0
-    while True:
-        steps: dict[str, Any] = {"s0": {"type": "object", "title": f"{number}"}}
-        for level in range(1, 60):
-            steps[f"s{level}"] = {"allOf": [{"$ref": f"#/$defs/s{level - 1}"}] * 2}
-        schema = {"$defs": steps, "$ref": "#/$defs/s59"}
-        asked = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
-        if await setting.ask(setting.message(setting.other, closes=True, response_format=asked)) == 200:
-            setting.counted += 1
-        number += 1
-        await asyncio.sleep(0.02)
-
-
-async def burst(setting: Setting) -> None:
-    """Sixty-four clients at once, twice a second."""
-    while True:
-        message = setting.message(setting.other, closes=True)
-        await asyncio.gather(*(setting.ask(message) for _ in range(64)), return_exceptions=True)
-        setting.counted += 64
-        await asyncio.sleep(0.5)
+BEGINS_WITHIN_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -192,19 +58,23 @@ class Case:
     trouble: Trouble = nothing
     config: dict[str, Any] = field(default_factory=dict)
     kind: str = "clients"
+    least: int = 1
+    """So often the trouble must have done what it does before anything is measured."""
+    goes_on: bool = True
+    """It does so again and again; else it is there, and lasts."""
 
 
 CASES = (
     Case("8 MB bodies, ASCII", large("hello world ")),
     Case("8 MB bodies, other letters", large("größe ")),
     Case("8 MB bodies, escapes", large('\n"\\')),
-    Case("1,000 slow clients", slow_clients),
-    Case("4 that pipeline and do not read", pipelining),
+    Case("1,000 slow clients", slow_clients, least=SLOW_CLIENTS, goes_on=False),
+    Case("4 that pipeline and do not read", pipelining, least=4 * 200, goes_on=False),
     Case("schema bombs, all sampled", schema_bombs, {"quality": {"sample_rate": 1.0}}),
     Case("TLS handshakes, 40 a second", handshakes, kind="tls"),
-    Case("a log pipe that nobody reads", kind="pipe"),
-    Case("run_dir that cannot be written", kind="run_dir"),
-    Case("a database that does not answer", kind="database"),
+    Case("a log pipe that nobody reads", kind="pipe", least=0, goes_on=False),
+    Case("run_dir that cannot be written", kind="run_dir", least=0, goes_on=False),
+    Case("a database that does not answer", kind="database", least=0, goes_on=False),
     Case("hedged, bursts of 64", burst, kind="bursts"),
 )
 
@@ -275,7 +145,7 @@ def sessions(urls: list[str]) -> tuple[str, str]:
 async def _opens(port: int, process: subprocess.Popen[bytes]) -> None:
     for _ in range(600):
         try:
-            _, writer = await asyncio.open_connection("127.0.0.1", port, ssl=_unchecked())
+            _, writer = await asyncio.open_connection("127.0.0.1", port, ssl=unchecked())
         except OSError:
             if process.poll() is not None:
                 raise SystemExit("the gateway with TLS did not start") from None
@@ -323,7 +193,7 @@ async def measure(case: Case, repeats: int, seconds: float) -> dict[str, Any]:
     """By turns without and with the trouble; all latencies of each together."""
     without: list[float] = []
     within: list[float] = []
-    ratios, counted = [], 0
+    ratios, counted, statuses = [], 0, Counter[str]()
     apart = case.kind in ("pipe", "run_dir", "database")
     async with contextlib.AsyncExitStack() as stack:
         calm = await stack.enter_async_context(running(case, troubled=False))
@@ -332,24 +202,10 @@ async def measure(case: Case, repeats: int, seconds: float) -> dict[str, Any]:
         await latencies(bad, 0.5)
         for _ in range(repeats):
             before = await latencies(calm, seconds)
-            command = [
-                sys.executable,
-                "-m",
-                "benchmarks.gateway.hostile",
-                "--trouble",
-                case.name,
-                str(bad.port),
-            ]
-            process = await asyncio.create_subprocess_exec(
-                *command, bad.mine, bad.other, cwd=ROOT, stdout=subprocess.PIPE
-            )
-            await asyncio.sleep(1.5)
-            try:
+            async with troubling(case, bad) as counts:
                 during = await latencies(bad, seconds)
-            finally:
-                process.terminate()
-                said, _ = await process.communicate()
-                counted += int(said or 0)
+            counted += counts["counted"]
+            statuses.update(counts["other_statuses"])
             without += before
             within += during
             ratios.append(_quantiles(during)[1] / _quantiles(before)[1])
@@ -364,18 +220,57 @@ async def measure(case: Case, repeats: int, seconds: float) -> dict[str, Any]:
         "ratios": ratios,
         "requests": len(within),
         "trouble": counted,
+        "other_statuses": statuses,
     }
 
 
+@contextlib.asynccontextmanager
+async def troubling(case: Case, setting: Setting) -> AsyncIterator[dict[str, Any]]:
+    """Trouble while the block lasts, which begins when it is there; then what it counted is in the dict.
+    Raises RuntimeError where nothing comes of it."""
+    command = [sys.executable, "-m", "benchmarks.gateway.hostile", "--trouble", case.name, str(setting.port)]
+    process = await asyncio.create_subprocess_exec(
+        *command, setting.mine, setting.other, cwd=ROOT, stdout=subprocess.PIPE
+    )
+    counts: dict[str, Any] = {}
+    assert process.stdout is not None
+    try:
+        begun = await asyncio.wait_for(process.stdout.readline(), BEGINS_WITHIN_S)
+        yield counts
+    except TimeoutError:
+        begun = b""
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            process.terminate()
+        said, _ = await process.communicate()
+    counts |= json.loads(said or '{"counted": 0, "other_statuses": {}}')
+    if not begun or (case.goes_on and counts["counted"] == json.loads(begun)["counted"]):
+        raise RuntimeError(f"{case.name}: no trouble was made: {counts}")
+
+
 async def make_trouble(case: Case, setting: Setting) -> None:
-    """Until SIGTERM; then it says how often it did what it does."""
+    """Until SIGTERM. Says what it counted when it has begun in earnest, and at its end."""
+
+    def say() -> None:
+        print(json.dumps({"counted": setting.counted, "other_statuses": setting.other_statuses}), flush=True)
+
+    async def begin() -> None:
+        while setting.counted < case.least:  # noqa: ASYNC110 -- it is counted in many places
+            await asyncio.sleep(0.01)
+        say()
+
     task: asyncio.Task[None] = asyncio.create_task(case.trouble(setting))  # type: ignore[arg-type]
-    print("begun", flush=True)
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
-    with contextlib.suppress(asyncio.CancelledError):
-        await task
-        await asyncio.sleep(3600)  # it is not a client's doing
-    print(setting.counted)
+    stop = asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
+    beginning = asyncio.create_task(begin())
+    await stop.wait()
+    beginning.cancel()
+    task.cancel()
+    _, *errors = await asyncio.gather(beginning, task, return_exceptions=True)
+    say()
+    for error in errors:
+        if isinstance(error, Exception):
+            raise error
 
 
 def main() -> None:
@@ -391,6 +286,7 @@ def main() -> None:
         uvloop.run(make_trouble(case, Setting(int(port), case.kind == "tls", mine, other)))
         return
     found = {}
+    print(f"Load of the machine before: {os.getloadavg()[0]:.1f}.")
     print("| trouble | p50, ms | p99, ms | p50 with it | p99 with it | p99 ÷ without (each repeat) |")
     print("|---|---|---|---|---|---|")
     for case in CASES:

@@ -42,6 +42,7 @@ COUNTED = {
     "tiercel_usage_unreported_total": ("role", "variant"),
 }
 """Counters of the books, and their labels in order."""
+SETTLED = "tiercel_usage_settled_total"
 Books = dict[tuple[str, ...], int]
 """A counter's name and labels, and its value."""
 SLOW_S = 1.0
@@ -360,13 +361,31 @@ def _is_end(line: bytes) -> bool:
 
 def read_books(text: str) -> Books:
     """What a gateway's metrics (Prometheus text) say."""
+    return _read_counters(text, COUNTED)
+
+
+def read_outcomes(text: str) -> Books:
+    """What they say became of prompts that were not reported, by role, variant and outcome."""
+    return _read_counters(text, {SETTLED: ("role", "variant", "outcome")})
+
+
+def _read_counters(text: str, wanted: Mapping[str, tuple[str, ...]]) -> Books:
     found: Books = {}
     for family in text_string_to_metric_families(text):
         for sample in family.samples:
-            if sample.name in COUNTED and sample.value:
-                labels = tuple(sample.labels[label] for label in COUNTED[sample.name])
+            if sample.name in wanted and sample.value:
+                labels = tuple(sample.labels[label] for label in wanted[sample.name])
                 found[sample.name, *labels] = round(sample.value)
     return found
+
+
+def without_outcome(found: Books, outcomes: Books) -> dict[tuple[str, ...], tuple[int, int]]:
+    """Where prompts with an outcome are not as many as those that were not reported; both numbers."""
+    settled: Books = defaultdict(int)
+    for (_, role, variant, _), count in outcomes.items():
+        settled["tiercel_usage_unreported_total", role, variant] += count
+    unreported = {label: n for label, n in found.items() if label[0] == "tiercel_usage_unreported_total"}
+    return {(SETTLED, *label[1:]): values for label, values in differences(dict(settled), unreported).items()}
 
 
 def differences(found: Books, expected: Books) -> dict[tuple[str, ...], tuple[int, int]]:

@@ -94,7 +94,7 @@ GATEWAYS = Dashboard(
                 Panel(
                     "Prompts asked for afterwards",
                     "Per second, by what came of it.",
-                    [(_rate("tiercel_usage_settled_total", "outcome"), "{{outcome}}")],
+                    [(_rate("tiercel_usage_settled_total", "outcome", BOTH), "{{outcome}}")],
                     "ops",
                     width=12,
                     stacked=True,

@@ -7,6 +7,7 @@ refers to nothing is a ConfigError whose text gives the key, the value and the f
 from gateway.config.access import Adapter, ApiKey, Provider
 from gateway.config.engine import Engine
 from gateway.config.file import Config
+from gateway.config.fixed import refuse_fixed
 from gateway.config.gateway import POLICIES, Cost, GatewaySettings
 from gateway.config.load import load_config, parse_config
 from gateway.config.model import Model
@@ -40,6 +41,7 @@ __all__ = [
     "is_loopback",
     "load_config",
     "parse_config",
+    "refuse_fixed",
     "shown",
     "shown_url",
     "with_secrets",

@@ -59,7 +59,7 @@ class Responses:
         self._writes: dict[tuple[str, str], asyncio.Task[None]] = {}
         self._writing_bytes = 0
         self._calls = 0
-        self._down = False
+        self._down = self._closed = False
         self._pruned_at = time.monotonic()
 
     def know(self, settings: ResponsesSettings) -> None:
@@ -150,9 +150,10 @@ class Responses:
             await self._call(lambda store: store.prune())
 
     async def close(self) -> None:
-        """Write what is left, for a moment."""
+        """Write what is left, for a moment. Whoever asks afterwards finds the store down."""
         if self._writes:
             await asyncio.wait(list(self._writes.values()), timeout=TIMEOUT_S)
+        self._closed = True
         store, self._store = self._store, None
         if store is not None:
             with contextlib.suppress(TimeoutError):
@@ -179,6 +180,8 @@ class Responses:
         return await self._ask(work)
 
     async def _ask(self, work: Callable[[ResponseStore], T]) -> T:
+        if self._closed:
+            raise StoreDownError(_DOWN, internal="the gateway is shutting down")
         try:
             store = await self._opened()
             result = await self._in_thread(lambda: work(store))

@@ -114,7 +114,8 @@ class Metrics:
         )
         self.usage_settled = make.counter(
             "tiercel_usage_settled_total",
-            "Prompts that an engine was asked to count afterwards: booked, failed, unknown, dropped",
+            "What became of the prompts of these: known, booked, unknown, failed, dropped",
+            *ASKED,
             "outcome",
         )
 

@@ -2,10 +2,23 @@
 
 An answer that breaks off before its first chunk, or that was to come whole, has no usage. Its prompt was
 read all the same. vLLM counts a prompt at ``/tokenize`` (Anthropic's at ``/v1/messages/count_tokens``)
-without generating anything, so the books can have it: later, one at a time, and as far as it goes.
+without generating anything, so the books can have it: later, a few at a time, and as far as it goes. An
+engine that cannot be reached, or has no time, is asked again; one that has just died may be up again.
 
 What the engine wrote of such an answer cannot be known. It is never guessed: the request is counted in
 ``tiercel_usage_unreported_total``, as is every one that was cut off before the engine's last word on it.
+Each of these has one outcome in ``tiercel_usage_settled_total``, under the same role and variant:
+
+===========  ==================================================================================
+``known``    the engine had counted the prompt before the answer broke off
+``booked``   it did so when it was asked afterwards
+``unknown``  nobody can be asked: a provider's prompt, or one that no endpoint counts
+``failed``   the engine gave no count, however often it was asked
+``dropped``  there were too many, or the process ended first
+===========  ==================================================================================
+
+The prompts of the last three are not in the books. What has no outcome yet still waits, or was lost with a
+process that was killed.
 """
 
 from __future__ import annotations
@@ -23,15 +36,16 @@ import msgspec
 from gateway.proxy.record import Usage
 from gateway.telemetry.logs import EVENTS
 from gateway.telemetry.metrics import Metrics
-from gateway.upstream.sse import UNREADABLE
 
 MOST_WAITING = 4096
 MOST_BYTES = 32 << 20
 LARGEST_BYTES = 2 << 20
 """Of one body: a longer one is not decoded for this."""
+AT_ONCE = 8
+"""Prompts that are asked for side by side: an engine under load takes seconds over each."""
 ANSWER_WITHIN_S = 10.0
-DRAIN_S = 2.0
-"""For what still waits when the gateway stops."""
+AGAIN_AFTER_S = (1.0, 10.0, 30.0)
+"""Before an engine that gave no count is asked the second time, the third, ..."""
 
 _COUNTING = frozenset({"tokenize", "detokenize", "count_tokens"})
 """Endpoints that have no usage."""
@@ -86,6 +100,13 @@ def owes_usage(path: str) -> bool:
     return path.rpartition("/")[2] not in _COUNTING
 
 
+class _Waiting(msgspec.Struct, eq=False, gc=False):
+    attempt: Unreported
+    body: bytes
+    asked: int = 0
+    """How often in vain."""
+
+
 class Settlement:
     """Counts what has no usage, and books the prompts of it. ``run`` is to be supervised."""
 
@@ -93,76 +114,127 @@ class Settlement:
         """``book`` enters tokens under a key, a role and a variant."""
         self._metrics = metrics
         self._book = book
-        self._waiting: deque[Unreported] = deque()
-        self._bytes = 0
+        self._waiting: deque[_Waiting] = deque()
+        self._later: dict[_Waiting, asyncio.TimerHandle] = {}
+        """To be asked for again."""
+        self._owed = self._bytes = 0
+        """Of all that wait, will again, or are being asked for; and the bytes of their bodies."""
         self._more = asyncio.Event()
+        self._none = asyncio.Event()
+        self._none.set()
+        self._ending = False
 
     def report(self, attempt: Unreported) -> None:
         """Never waits and never raises."""
         self._metrics.usage_unreported.labels(attempt.role, attempt.variant).inc()
         if attempt.usage.prompt is not None:
-            return  # what is booked is all that will be known
+            self._count(attempt, "known")  # what is booked is all that will be known
+            return
         if attempt.body is None:
-            self._count("unknown")
+            self._count(attempt, "unknown")
             return
         size = len(attempt.body)
-        too_many = len(self._waiting) >= MOST_WAITING or self._bytes + size > MOST_BYTES
+        too_many = self._owed >= MOST_WAITING or self._bytes + size > MOST_BYTES
         if size > LARGEST_BYTES or too_many:
-            self._count("dropped")
+            self._count(attempt, "dropped")
             return
-        self._waiting.append(attempt)
+        self._owed += 1
         self._bytes += size
-        self._more.set()
+        self._none.clear()
+        self._wait(_Waiting(attempt, attempt.body))
 
     @property
     def idle(self) -> bool:
-        """Whether nothing waits."""
-        return not self._waiting
+        """Whether every prompt has its outcome."""
+        return not self._owed
 
     async def run(self, session: aiohttp.ClientSession) -> None:
-        """Ask for one prompt after the other, until it is cancelled; what waits then has a little time."""
-        try:
-            while True:
-                await self._work_off(session)
-                self._more.clear()
-                await self._more.wait()
-        except asyncio.CancelledError:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(DRAIN_S):
-                    await self._work_off(session)
-            while self._waiting:
-                self._waiting.popleft()
-                self._count("dropped")
-            raise
+        """Ask for prompts until it is cancelled."""
+        async with asyncio.TaskGroup() as group:
+            for _ in range(AT_ONCE):
+                group.create_task(self._work_off(session))
+
+    async def drain(self, within_s: float) -> None:
+        """Before ``run`` is cancelled for good: what is still owed has so many seconds, and is then dropped.
+        What was to be asked for again is asked for now, and then no more."""
+        self._ending = True
+        for waiting in tuple(self._later):
+            self._wait(waiting)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(within_s):
+                await self._none.wait()
+        self._drop()
+
+    def _drop(self) -> None:
+        for waiting in (*self._waiting, *self._later):
+            self._settled(waiting, "dropped")
+        for timer in self._later.values():
+            timer.cancel()
+        self._waiting.clear()
+        self._later.clear()
+
+    def _wait(self, waiting: _Waiting) -> None:
+        if (timer := self._later.pop(waiting, None)) is not None:
+            timer.cancel()
+        self._waiting.append(waiting)
+        self._more.set()
 
     async def _work_off(self, session: aiohttp.ClientSession) -> None:
-        while self._waiting:
-            attempt = self._waiting[0]  # it waits until it is settled
-            body = attempt.body or b""
-            await self._settle(session, attempt, body)
-            self._waiting.popleft()
-            self._bytes -= len(body)
+        while True:
+            while self._waiting:
+                waiting = self._waiting.popleft()
+                try:
+                    await self._settle(session, waiting)
+                except asyncio.CancelledError:
+                    self._waiting.appendleft(waiting)
+                    if self._ending:
+                        self._drop()
+                    raise
+            self._more.clear()
+            await self._more.wait()
 
-    async def _settle(self, session: aiohttp.ClientSession, attempt: Unreported, body: bytes) -> None:
+    async def _settle(self, session: aiohttp.ClientSession, waiting: _Waiting) -> None:
+        attempt = waiting.attempt
         try:
-            questions = await asyncio.to_thread(questions_for, attempt.path, body)
+            questions = await asyncio.to_thread(questions_for, attempt.path, waiting.body)
             prompt = None
             if questions is not None:
                 async with asyncio.timeout(ANSWER_WITHIN_S):
                     prompt = sum([await _ask(session, attempt.url, question) for question in questions])
-        except (aiohttp.ClientError, OSError, TimeoutError, *UNREADABLE, KeyError, TypeError) as error:
-            fields = {"variant": attempt.variant, "cause": type(error).__name__}
-            logging.getLogger(EVENTS).info("a prompt could not be counted", extra={"fields": fields})
-            self._count("failed")
-            return
-        if prompt is None:
-            self._count("unknown")
-            return
-        self._book(attempt.key, attempt.role, attempt.variant, Usage(prompt))
-        self._count("booked")
+        except (aiohttp.ClientError, OSError) as error:  # a TimeoutError is one as well
+            self._failed(waiting, error, for_good=_is_for_good(error))
+        except Exception as error:
+            self._failed(waiting, error, for_good=True)
+        else:
+            if prompt is not None:
+                self._book(attempt.key, attempt.role, attempt.variant, Usage(prompt))
+            self._settled(waiting, "unknown" if prompt is None else "booked")
 
-    def _count(self, outcome: str) -> None:
-        self._metrics.usage_settled.labels(outcome).inc()
+    def _failed(self, waiting: _Waiting, error: Exception, *, for_good: bool) -> None:
+        if not (for_good or self._ending) and waiting.asked < len(AGAIN_AFTER_S):
+            after_s = AGAIN_AFTER_S[waiting.asked]
+            waiting.asked += 1
+            self._later[waiting] = asyncio.get_running_loop().call_later(after_s, self._wait, waiting)
+            return
+        fields = {"variant": waiting.attempt.variant, "cause": type(error).__name__}
+        logging.getLogger(EVENTS).info("a prompt could not be counted", extra={"fields": fields})
+        self._settled(waiting, "failed")
+
+    def _settled(self, waiting: _Waiting, outcome: str) -> None:
+        self._owed -= 1
+        self._bytes -= len(waiting.body)
+        if not self._owed:
+            self._none.set()
+        self._count(waiting.attempt, outcome)
+
+    def _count(self, attempt: Unreported, outcome: str) -> None:
+        self._metrics.usage_settled.labels(attempt.role, attempt.variant, outcome).inc()
+
+
+def _is_for_good(error: Exception) -> bool:
+    """Whether an engine that said this would say it again: it refuses the question."""
+    status = error.status if isinstance(error, aiohttp.ClientResponseError) else 0
+    return 400 <= status < 500 and status not in (408, 429)
 
 
 Question = int | tuple[str, dict[str, Any], str]

@@ -9,7 +9,15 @@ import pytest
 from gateway_stack import eventually, running_gateway
 from prometheus_client import generate_latest
 
-from benchmarks.gateway.trial import FATES, Trial, configuration, differences, read_books
+from benchmarks.gateway.trial import (
+    FATES,
+    Trial,
+    configuration,
+    differences,
+    read_books,
+    read_outcomes,
+    without_outcome,
+)
 
 
 @pytest.mark.parametrize(("sample_rate", "requests"), [(0.0, 1500), (1.0, 1500)])
@@ -28,7 +36,8 @@ async def test_the_books_balance(sample_rate: float, requests: int) -> None:
                 assert await trial.run(stack.url, http, range(requests), 32, until) == requests
             plane = stack.gateway.plane
             await eventually(lambda: not plane.active and stack.gateway.settlement.idle, within_s=30)
-            found = read_books(generate_latest(stack.registry).decode())
-            assert differences(found, trial.expected(replicas)) == {}
+            text = generate_latest(stack.registry).decode()
+            assert differences(read_books(text), trial.expected(replicas)) == {}
+            assert without_outcome(read_books(text), read_outcomes(text)) == {}
     fates = {trial.plan(number).fate for e in engines for work in e.account if (number := trial.number(work))}
     assert fates == FATES.keys(), "each of them has happened"

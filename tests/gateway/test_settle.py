@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
 import aiohttp
 import pytest
-from gateway_stack import eventually
+from aiohttp import web
+from aiohttp.test_utils import TestServer
+from gateway_stack import eventually, running_gateway
 from prometheus_client import CollectorRegistry
 
+from gateway import control
 from gateway.proxy.record import NO_USAGE, Usage
 from gateway.telemetry.ledger import Ledger
 from gateway.telemetry.logs import AccessLog
@@ -42,7 +46,12 @@ class Books:
         return self.sample("tiercel_tokens_total", role="core", variant="int8", kind="prompt")
 
     def settled(self, outcome: str) -> float:
-        return self.sample("tiercel_usage_settled_total", outcome=outcome)
+        labels = {"role": "core", "variant": "int8", "outcome": outcome}
+        return self.sample("tiercel_usage_settled_total", **labels)
+
+    @property
+    def with_an_outcome(self) -> float:
+        return sum(map(self.settled, ("known", "booked", "unknown", "failed", "dropped")))
 
 
 def unreported(url: str, body: Any = CHAT, path: str = "/v1/chat/completions", **more: Any) -> Unreported:
@@ -58,8 +67,11 @@ async def running() -> AsyncIterator[tuple[Books, FakeEngine, str]]:
     async with engine.serving() as url, aiohttp.ClientSession() as session:
         task = asyncio.create_task(books.settlement.run(session))
         yield books, engine, url
+        assert not task.done()
         task.cancel()
         await asyncio.wait([task])
+        assert books.settlement.idle
+        assert books.with_an_outcome == books.unreported, "each has one"
 
 
 @pytest.mark.parametrize(
@@ -89,10 +101,11 @@ async def test_a_prompt_is_booked_as_the_engine_took_it_in(path: str, body: Any)
 async def test_what_is_known_is_not_asked_for() -> None:
     async with running() as (books, _, url):
         books.settlement.report(unreported(url, usage=Usage(5, 0, 2, exact=False)))
-        assert (books.unreported, books.settlement.idle) == (1, True)
+        assert (books.unreported, books.settled("known"), books.settlement.idle) == (1, 1, True)
 
 
-async def test_what_cannot_be_known_is_counted_and_no_more() -> None:
+async def test_what_cannot_be_known_is_counted_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(settle, "AGAIN_AFTER_S", ())
     async with running() as (books, _, url):
         books.settlement.report(unreported(url, {"input": "a"}, "/v1/responses"))
         books.settlement.report(unreported(url, b"{"))
@@ -119,14 +132,95 @@ async def test_what_waits_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (books.settled("dropped"), books.unreported) == (4, 7)
 
 
-async def test_what_waits_when_the_gateway_stops_is_still_booked() -> None:
+async def test_an_engine_that_is_up_again_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(settle, "AGAIN_AFTER_S", (0.01,) * 100)
+    async with running() as (books, engine, _):
+        with socket.socket() as kept:  # nobody listens there, and nobody else can
+            kept.bind(("127.0.0.1", 0))
+            port = kept.getsockname()[1]
+            books.settlement.report(unreported(f"http://127.0.0.1:{port}"))
+            await asyncio.sleep(0.1)
+            assert not books.settlement.idle
+        async with engine.serving(port=port):
+            await eventually(lambda: books.settled("booked"))
+
+
+async def test_an_engine_that_refuses_the_question_is_not_asked_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(settle, "AGAIN_AFTER_S", (1000.0,))
     async with running() as (books, _, url):
-        await asyncio.sleep(0)  # it runs
+        books.settlement.report(unreported(url + "/nothing/here"))
+        await eventually(lambda: books.settled("failed"))
+
+
+@asynccontextmanager
+async def slow_to_count(seconds: float) -> AsyncIterator[str]:
+    """Counts five tokens, after a while."""
+
+    async def tokenize(_: web.Request) -> web.Response:
+        await asyncio.sleep(seconds)
+        return web.json_response({"count": 5})
+
+    app = web.Application()
+    app.router.add_post("/tokenize", tokenize)
+    async with TestServer(app) as server:
+        yield str(server.make_url("")).rstrip("/")
+
+
+async def test_what_waits_when_the_gateway_stops_is_still_booked() -> None:
+    async with slow_to_count(0.1) as url, running() as (books, _, _):
+        for _ in range(80):
+            books.settlement.report(unreported(url))
+        await asyncio.sleep(0)
+        await books.settlement.drain(20.0)
+        assert (books.settled("booked"), books.prompt) == (80, 400)
+
+
+async def test_what_is_to_be_asked_for_again_is_asked_for_once_more_at_the_end(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(settle, "AGAIN_AFTER_S", (1000.0,))
+    async with running() as (books, _, _):
+        books.settlement.report(unreported("http://127.0.0.1:1"))
+        await asyncio.sleep(0.1)
+        assert not books.settlement.idle
+        await books.settlement.drain(20.0)
+        assert books.settled("failed") == 1
+
+
+async def test_what_cannot_be_counted_in_time_is_counted_as_dropped() -> None:
+    async with slow_to_count(1000.0) as url, running() as (books, _, _):
         for _ in range(20):
             books.settlement.report(unreported(url))
-    assert books.settled("booked") + books.settled("dropped") == 20
-    assert books.settled("booked") >= 1
-    assert books.settlement.idle
+        await asyncio.sleep(0)
+        await books.settlement.drain(0.1)
+        assert books.settled("dropped") == 20 - settle.AT_ONCE
+    assert books.settled("dropped") == 20
+
+
+async def test_no_end_of_the_gateway_loses_a_prompt() -> None:
+    """Engines under load take long over a count, and other jobs take all of the time that jobs have to
+    end."""
+    async with slow_to_count(0.3) as url:
+        async with running_gateway() as stack:
+            begun = asyncio.Event()
+
+            async def obstinate() -> None:
+                begun.set()
+                try:
+                    await asyncio.sleep(1000)
+                finally:
+                    await asyncio.sleep(control.STOP_S + 0.5)
+
+            stack.gateway.supervisor.keep("obstinate", obstinate)  # the first that is ended
+            await begun.wait()
+            for _ in range(100):
+                stack.gateway.settlement.report(unreported(url))
+        labels = {"role": "core", "variant": "int8"}
+        sample = stack.registry.get_sample_value
+        assert sample("tiercel_usage_settled_total", labels | {"outcome": "booked"}) == 100
+        assert sample("tiercel_tokens_total", labels | {"kind": "prompt"}) == 500
 
 
 def test_what_shapes_the_prompt_of_a_chat_is_asked_about() -> None:

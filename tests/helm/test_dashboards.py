@@ -126,7 +126,7 @@ def test_a_choice_of_roles_and_variants_narrows_every_query_that_has_them(dashbo
     """A panel that leaves the choice out would show others' figures under a chosen name."""
     whole = (
         *("tiercel_gateway", "tiercel_watch_outcomes_dropped_total", "tiercel_variant_weight_bytes"),
-        *("tiercel_usage_settled", "tiercel_quality_dropped", "tiercel_quality_errors", "tiercel_responses"),
+        *("tiercel_quality_dropped", "tiercel_quality_errors", "tiercel_responses"),
         *("tiercel_background_job", "tiercel_event_loop", "tiercel_log_lines", "tiercel_worker"),
     )
     for panel in panels(dashboard):

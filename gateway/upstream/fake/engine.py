@@ -172,6 +172,8 @@ class FakeEngine:
         if body.get("stream") and script.keep_alive_s:
             return await self._stream(request, answer, script, entry)
         await asyncio.sleep(script.first_token_delay_s)
+        if script.hold is not None:
+            await script.hold.wait()
         if script.stall_after is not None and not body.get("stream"):
             await asyncio.Event().wait()
         if script.die_after == 0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import dataclass, field
 
 
@@ -13,6 +14,8 @@ class Script:
     replies: list[str] = field(default_factory=list)
     """What it says instead, one after the other, as long as there are any."""
     first_token_delay_s: float = 0.0
+    hold: asyncio.Event | None = None
+    """Wait for it as well before the first token."""
     token_delay_s: float = 0.0
     status: int = 200
     """Any other status is answered with vLLM's error body."""
