@@ -130,10 +130,10 @@ def _kl_test(text: TextEvaluation, limit: float) -> LimitTest:
     mean, error = (text.kl_mean, text.kl_se) if text.kl_exact else (text.kl_upper, text.kl_upper_se)
     if not (math.isfinite(mean) and math.isfinite(error)):
         found = (
-            f"mean KL {text.kl_mean:.5f} nats per token on {text.tokens} tokens, a lower bound from "
-            f"{text.kl_vocabulary} tokens of the vocabulary; budget {limit:.5f}"
+            f"mean KL at least {text.kl_mean:.5f} nats per token on {text.tokens} tokens; only a lower bound is "
+            f"known: this server tells {text.kl_vocabulary} tokens' probabilities; budget {limit:.5f}"
         )
-        fix = "the true KL may be any larger: measure it on an engine that gives the whole vocabulary"
+        fix = "measure with Tiercel's engine (engine.python), which computes the KL itself"
         return LimitTest(1.0, text.kl_mean > limit, found, lambda _level: fix)
     kind = "mean KL" if mean == text.kl_mean else f"mean KL between {text.kl_mean:.5f} and"
     where = f"({text.tokens} tokens); budget {limit:.5f}"
