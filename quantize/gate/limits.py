@@ -130,8 +130,8 @@ def _kl_test(text: TextEvaluation, limit: float) -> LimitTest:
     mean, error = (text.kl_mean, text.kl_se) if text.kl_exact else (text.kl_upper, text.kl_upper_se)
     if not (math.isfinite(mean) and math.isfinite(error)):
         found = (
-            f"mean KL at least {text.kl_mean:.5f} nats per token on {text.tokens} tokens; only a lower bound is "
-            f"known: this server tells {text.kl_vocabulary} tokens' probabilities; budget {limit:.5f}"
+            f"mean KL at least {text.kl_mean:.5f} nats per token on {text.tokens} tokens; only a lower "
+            f"bound is known: this server tells of {text.kl_vocabulary} tokens; budget {limit:.5f}"
         )
         fix = "measure with Tiercel's engine (engine.python), which computes the KL itself"
         return LimitTest(1.0, text.kl_mean > limit, found, lambda _level: fix)
