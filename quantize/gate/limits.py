@@ -98,9 +98,13 @@ def _drop_test(
         return LimitTest(1.0, False, said, lambda _level: fix)
     found = (
         f"{what} {paired.drop:+.4f}, at most {drop_upper_bound(paired):+.4f} with 95 % confidence on "
-        f"{paired.items} items{beside}; budget {margin:.4f}; where nothing is lost, a drop of "
-        f"{provable_drop(paired):.4f} is ruled out with {100 * POWER:.0f} % probability"
+        f"{paired.items} items{beside}; budget {margin:.4f}"
     )
+    if paired.drop <= margin:
+        found += (
+            f"; where nothing is lost, a drop of {provable_drop(paired):.4f} is ruled out with "
+            f"{100 * POWER:.0f} % probability"
+        )
     return LimitTest(
         drop_p(paired, margin),
         paired.drop > margin,
