@@ -24,7 +24,7 @@ from deploy.engine_failures import (
     EngineStartError,
     diagnose,
 )
-from deploy.machine import nvidia_smi, parse_gpus
+from deploy.machine import find_gpus
 from deploy.placement import Need, Placed
 from gateway.config import Engine as EngineSettings
 from quantize.card import Card
@@ -126,12 +126,12 @@ def environment(spec: EngineSpec, settings: EngineSettings) -> dict[str, str]:
 
 def has_cuda() -> bool:
     """Whether engines run on a GPU here: what placement and targets go by as well."""
-    return bool(parse_gpus(_listed())[0])
+    return _listed()
 
 
 @functools.cache
-def _listed() -> str:
-    return nvidia_smi()
+def _listed() -> bool:
+    return bool(find_gpus()[0])
 
 
 def port_in_use(host: str, port: int) -> bool:

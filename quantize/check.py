@@ -184,7 +184,9 @@ def _scheme_row(checkpoint: Checkpoint, target: Target, modules: Modules, name: 
 
 def kept_rows(modules: Modules, target: Target, least: int) -> Iterable[KeptRow]:
     """Embeddings, head and towers, beside ``least`` bytes of the smallest uniform variant."""
-    lookup = "no target looks embeddings up in fewer bits"
+    lookup = f"{target.name} looks embeddings up at 16 bits"
+    if target.name.startswith("vllm-cuda"):
+        lookup += "; its kernel for packed ones, which few architectures use, was not run"
     if modules.head is None:
         yield from _kept_row("embeddings, which are the head too", modules.embedding_bytes, least, lookup)
     else:

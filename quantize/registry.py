@@ -23,7 +23,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -46,6 +46,7 @@ from quantize.core.checkpoint import Checkpoint, base_sha256, copy_companions, w
 from quantize.core.files import Say, held_bytes, link_or_copy, locked, make_read_only, point, share
 from quantize.core.modules import Modules, read_modules
 from quantize.core.plan import Plan
+from quantize.core.resources import Taken, measured
 from quantize.core.schemes import kv_scheme, scheme
 from quantize.core.targets import Target
 from quantize.make.calibration import CalibrationSet
@@ -251,7 +252,7 @@ class Registry:
                 if not (partial / name).exists():
                     link_or_copy(checkpoint.path / name, partial / name)
             return {
-                "scheme": str(checkpoint.config.get("dtype", "bfloat16")),
+                "scheme": "float16" if checkpoint.serving_dtype == "F16" else "bfloat16",
                 "method": "none",
                 "weight_bits": 16,
                 "module_bits": {},
@@ -290,12 +291,15 @@ class Registry:
         modules = read_modules(checkpoint)
 
         def fill(partial: Path) -> dict[str, Any]:
+            taken: Taken | None = None
             if make is not None:
                 make(partial)
             else:
                 log = self.directory / ".logs" / f"{variant}.log"
-                compress(checkpoint, modules, plan, calibration, partial, log, variant)
+                with measured() as taken:
+                    compress(checkpoint, modules, plan, calibration, partial, log, variant)
             return _described(plan, modules, checkpoint) | {
+                "making": asdict(taken) if taken else None,
                 "bits_per_weight": plan.bits_per_weight(modules),
                 "calibration": calibration.description if calibration else None,
                 "versions": made_with,

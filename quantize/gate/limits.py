@@ -98,9 +98,13 @@ def _drop_test(
         return LimitTest(1.0, False, said, lambda _level: fix)
     found = (
         f"{what} {paired.drop:+.4f}, at most {drop_upper_bound(paired):+.4f} with 95 % confidence on "
-        f"{paired.items} items{beside}; budget {margin:.4f}; where nothing is lost, a drop of "
-        f"{provable_drop(paired):.4f} is ruled out with {100 * POWER:.0f} % probability"
+        f"{paired.items} items{beside}; budget {margin:.4f}"
     )
+    if paired.drop <= margin:
+        found += (
+            f"; where nothing is lost, a drop of {provable_drop(paired):.4f} is ruled out with "
+            f"{100 * POWER:.0f} % probability"
+        )
     return LimitTest(
         drop_p(paired, margin),
         paired.drop > margin,
@@ -130,10 +134,10 @@ def _kl_test(text: TextEvaluation, limit: float) -> LimitTest:
     mean, error = (text.kl_mean, text.kl_se) if text.kl_exact else (text.kl_upper, text.kl_upper_se)
     if not (math.isfinite(mean) and math.isfinite(error)):
         found = (
-            f"mean KL {text.kl_mean:.5f} nats per token on {text.tokens} tokens, a lower bound from "
-            f"{text.kl_vocabulary} tokens of the vocabulary; budget {limit:.5f}"
+            f"mean KL at least {text.kl_mean:.5f} nats per token on {text.tokens} tokens; only a lower "
+            f"bound is known: this server tells of {text.kl_vocabulary} tokens; budget {limit:.5f}"
         )
-        fix = "the true KL may be any larger: measure it on an engine that gives the whole vocabulary"
+        fix = "measure with Tiercel's engine (engine.python), which computes the KL itself"
         return LimitTest(1.0, text.kl_mean > limit, found, lambda _level: fix)
     kind = "mean KL" if mean == text.kl_mean else f"mean KL between {text.kl_mean:.5f} and"
     where = f"({text.tokens} tokens); budget {limit:.5f}"

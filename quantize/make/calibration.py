@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +15,11 @@ from quantize.core.tokenizer import load_tokenizer
 __all__ = ["CalibrationError", "CalibrationSet", "load_tokenizer", "read_calibration"]
 
 MIN_CALIBRATION_SAMPLES = 16
+TEMPLATE_MARK = re.compile(
+    r"<\|\w+\|>|\[/?INST\]|<(?:start|end)_of_turn>|^#+ ?(?:Instruction|Response|Human|Assistant):",
+    re.MULTILINE,
+)
+"""What chat templates put between messages; within most messages it shows that one was applied already."""
 CALIBRATION_LENGTH = 512
 """Longest calibration sequence, tokens; longer ones are cut."""
 
@@ -44,7 +50,7 @@ def read_calibration(path: Path | None, checkpoint: Checkpoint) -> CalibrationSe
             f"calibration file {path} does not exist; set calibration in the YAML"
         ) from None
     tokenizer = load_tokenizer(checkpoint.path)
-    sequences = []
+    sequences, marks = [], list[str]()
     for number, line in lines:
         try:
             messages = json.loads(line)["messages"]
@@ -55,9 +61,16 @@ def read_calibration(path: Path | None, checkpoint: Checkpoint) -> CalibrationSe
                 'each line must be {"messages": [{"role": …, "content": …}, …]}'
             ) from None
         sequences.append(list(encoded["input_ids"])[:CALIBRATION_LENGTH])
+        found = (TEMPLATE_MARK.search(str(message.get("content"))) for message in messages)
+        marks += [mark[0] for mark in found if mark is not None][:1]
     if len(sequences) < MIN_CALIBRATION_SAMPLES:
         raise CalibrationError(
             f"{path} has {len(sequences)} conversations; calibration needs {MIN_CALIBRATION_SAMPLES} or more"
+        )
+    if len(marks) > len(sequences) / 2:
+        raise CalibrationError(
+            f"{path}: {len(marks)} of {len(sequences)} conversations hold a chat template's marks as text, such as "
+            f"{marks[0]!r}; give roles and contents alone, the model's own template is put around them here"
         )
     described = Calibration(
         source=path.name,

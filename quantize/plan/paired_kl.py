@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from quantize.core.jsonl import read_kept
 from quantize.core.plan import Plan
 from quantize.evaluate.bench import Bench, Span
 
@@ -48,12 +49,8 @@ class PairedKl:
 
         self._base, self._bench, self._spans, self._work, self._make = base, bench, spans, work, make
         self._file = work / "reported.jsonl"
-        self._known: dict[str, list[float]] = {}
         work.mkdir(parents=True, exist_ok=True)
-        if self._file.exists():
-            self._known = dict(
-                json.loads(line) for line in self._file.read_text(encoding="utf-8").splitlines()
-            )
+        self._known: dict[str, list[float]] = dict(read_kept(self._file))
         self.lengths = np.array([len(tokens) - start for tokens, start in spans])
 
     @staticmethod

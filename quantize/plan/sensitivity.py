@@ -23,6 +23,7 @@ its changes at all choices. Rows are kept as each block is finished, so that an 
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import sys
@@ -36,6 +37,7 @@ from pydantic import BaseModel, ConfigDict
 from tqdm import tqdm
 
 from quantize.core.dequantize import linear_weight
+from quantize.core.jsonl import read_kept
 from quantize.core.modules import Group
 from quantize.core.schemes import scheme
 from quantize.evaluate.bench import Span
@@ -125,14 +127,10 @@ def analyse(
 
 
 def _read_rows(path: Path) -> dict[tuple[str, str, str], Row]:
-    if not path.exists():
-        return {}
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            rows.append(Row.model_validate_json(line))
-        except ValueError:
-            continue  # a line that a killed run had begun
+    for entry in read_kept(path):
+        with contextlib.suppress(ValueError):  # a row of another form is taken again
+            rows.append(Row.model_validate(entry))
     return {(row.group, row.scheme, row.method): row for row in rows}
 
 

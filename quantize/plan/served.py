@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from quantize.core.jsonl import read_kept
 from quantize.core.plan import Plan
 from quantize.evaluate.bench import Bench, Span
 from quantize.make.parts import PartStore
@@ -40,11 +41,7 @@ class ServedKl:
         self._parts, self._bench, self._spans, self._workdir = parts, bench, spans, workdir
         workdir.mkdir(parents=True, exist_ok=True)
         self._reference, self._file = workdir / "reference.npz", workdir / "served.jsonl"
-        self._known: dict[str, float] = {}
-        if self._file.exists():
-            for line in self._file.read_text(encoding="utf-8").splitlines():
-                key, value = json.loads(line)
-                self._known[key] = value
+        self._known: dict[str, float] = dict(read_kept(self._file))
         self.measured = 0
         self.tokens = sum(len(tokens) - start for tokens, start in spans)
 

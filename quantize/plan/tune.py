@@ -18,7 +18,11 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
+from quantize.core.architectures import architecture
+from quantize.core.checkpoint import Checkpoint
 from quantize.core.dequantize import read_tensor, unpack
+from quantize.core.legality import is_experts
+from quantize.core.modules import Modules
 from quantize.core.plan import Plan
 from quantize.core.schemes import Numbers, Scheme, scheme
 from quantize.core.tensors import Part, read_parts
@@ -43,6 +47,18 @@ class Tuned:
     tensors: dict[str, Tensor]
     before: float
     after: float
+
+
+def untunable(checkpoint: Checkpoint, modules: Modules) -> str:
+    """Why scales of this model cannot be trained here, or an empty string; known before any work.
+
+    Modules are found by the names that they have on disk, which experts and wrappers do not have in memory.
+    """
+    if architecture(checkpoint.config).wrapper:
+        return "that is not done inside of a model with images"
+    if any(is_experts(group) for group in modules):
+        return "that is not done with experts"
+    return ""
 
 
 class _Scaled:

@@ -14,6 +14,7 @@ import pytest
 from aiohttp import web
 
 import deploy.measuring as module
+from deploy.commands.errors import chief
 from deploy.engine import EngineSpec
 from deploy.engine_failures import EngineLoadError, EngineRoomError
 from deploy.measuring import evaluate_variants, identity, unless_broken
@@ -64,6 +65,15 @@ class Engine(ScriptedEngine):
         return {"version": "0.32.0", "torch": "2", "ranks": [rank]}
 
 
+def differing(*found: str) -> Callable[..., Any]:
+    """What comparing an engine's tokenizer with the model's comes to."""
+
+    async def differences(*_: object) -> tuple[str, ...]:
+        return found
+
+    return differences
+
+
 @pytest.fixture
 def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
     write_base(tmp_path / "model")
@@ -82,6 +92,7 @@ default_role: core
         encoding="utf-8",
     )
     monkeypatch.setattr(module, "look", lambda: MACHINE)
+    monkeypatch.setattr(module, "tokenizer_differences", differing())  # the small model has no tokenizer
     return load_config(path)
 
 
@@ -171,6 +182,20 @@ async def test_the_reference_is_measured_first_and_accounts_are_kept(
         again = await evaluate_variants(other, [bf16, int4], said.append, engines)
         assert len(order) == 2 * asked
         assert not stale(again[1], now)
+
+
+async def test_an_engine_that_reads_text_otherwise_measures_nothing(
+    config: Config, cards: list[Card], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = differing("'The quick' is 3 tokens to the engine and 4 to model", "another")
+    monkeypatch.setattr(module, "tokenizer_differences", found)
+    async with running(config, cards, monkeypatch) as (engines, order):
+        with pytest.raises(ExceptionGroup) as error:
+            await evaluate_variants(config, cards, lambda _: None, engines)
+        assert order == []
+    said = str(chief(error.value))
+    assert said.startswith("the engine reads text otherwise than it was calibrated: 'The quick' is 3 tokens")
+    assert "(and 1 texts more); let it take the model's own tokenizer" in said
 
 
 async def test_a_variant_that_is_served_whole_is_caught(

@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from deploy.machine import parse_gpus
+from deploy.machine import find_gpus
 from deploy.placement import GIB, GPU_OVERHEAD, Machine, Need, Placed, PlacementError, Seats, place
 
 H100 = "0, NVIDIA H100 80GB HBM3, 81559, 81079, 570.124.06\n"
@@ -19,7 +19,8 @@ TWO_NODES = Machine({0: (0, 1, 2, 3), 1: (4, 5, 6, 7)}, 256 * GIB)
 
 
 def gpus(listing: str) -> Machine:
-    found, driver = parse_gpus(listing)
+    """A machine whose ``nvidia-smi`` prints ``listing``."""
+    found, driver = find_gpus(("sh", "-c", 'printf %s "$0"', listing))
     return Machine({0: tuple(range(16))}, 128 * GIB, found, driver)
 
 
@@ -30,8 +31,9 @@ def test_the_listing_of_nvidia_smi_is_read() -> None:
         (1, "NVIDIA L4", 22553 << 20),
     ]
     assert machine.driver == "550.90.07"
-    assert parse_gpus(MIG) == ((), "")
-    assert parse_gpus("NVIDIA-SMI has failed because it couldn't communicate with the driver.\n") == ((), "")
+    assert not gpus(MIG).gpus
+    assert not gpus("NVIDIA-SMI has failed because it couldn't communicate with the driver.\n").gpus
+    assert find_gpus(("no-such-command",)) == ((), "")
 
 
 def test_engines_share_a_gpu_by_bytes_and_not_by_a_share_of_it() -> None:

@@ -44,3 +44,20 @@ def test_bad_calibration_data(
         read_calibration(path, open_checkpoint(MODEL))
     with pytest.raises(CalibrationError, match="does not exist"):
         read_calibration(tmp_path / "none.jsonl", open_checkpoint(MODEL))
+
+
+@pytest.mark.parametrize(("mark", "refused"), [("[INST] hello [/INST]", True), ("hello", False)])
+def test_conversations_in_a_template_are_refused(
+    tmp_path: Path, mark: str, refused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They would be calibrated with two templates around them; one that speaks of marks is no such file."""
+    monkeypatch.setattr("quantize.make.calibration.load_tokenizer", TemplateAlone)
+    texts = ["what is <|im_start|>?", *[mark] * 20]
+    lines = [json.dumps({"messages": [{"role": "user", "content": text}]}) for text in texts]
+    path = tmp_path / "calibration.jsonl"
+    path.write_text("\n".join(lines), encoding="utf-8")
+    if refused:
+        with pytest.raises(CalibrationError, match=r"21 of 21 conversations hold a chat template's marks"):
+            read_calibration(path, open_checkpoint(MODEL))
+    else:
+        assert read_calibration(path, open_checkpoint(MODEL)).description.samples == 21

@@ -161,8 +161,8 @@ def test_a_lower_bound_of_the_kl_passes_nothing_and_fails_what_it_can() -> None:
     bound = TEXT.model_copy(update={"kl_exact": False, "kl_upper": math.inf, "kl_upper_se": math.inf})
     verdict = judge(card(GOOD.model_copy(update={"text": bound})), "core", QualityBudget(max_kl=1.0))
     assert verdict.outcome == Outcome.NOT_ENOUGH_EVIDENCE
-    assert "a lower bound from 128 tokens" in " ".join(verdict.reasons)
-    assert "the true KL may be any larger" in verdict.reasons[-1]
+    assert "only a lower bound is known: this server tells of 128 tokens" in " ".join(verdict.reasons)
+    assert "measure with Tiercel's engine" in verdict.reasons[-1]
     verdict = judge(card(GOOD.model_copy(update={"text": bound})), "core", QualityBudget(max_kl=0.005))
     assert verdict.outcome == Outcome.FAILED
 

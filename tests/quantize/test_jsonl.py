@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from quantize.core.jsonl import read_lines
+from quantize.core.jsonl import read_kept, read_lines
 from quantize.evaluate.tasks import TaskError, read_items
 
 
@@ -27,3 +27,13 @@ def test_the_line_of_a_mistake_is_the_files(tmp_path: Path) -> None:
     path.write_bytes(b'{"a": "\xff"}')
     with pytest.raises(TaskError, match=r"cannot be read .*; set roles\.core\.tasks"):
         read_items(path, "core")
+
+
+def test_what_a_killed_process_left_is_cut_off_and_the_next_entry_is_whole(tmp_path: Path) -> None:
+    file = tmp_path / "kept.jsonl"
+    assert read_kept(file) == []
+    file.write_bytes(b'["a", 1.5]\n\x00\x00\n["b\xe2\x80\xa8", 2]\n["torn", 3.')
+    assert read_kept(file) == [["a", 1.5], ["b\u2028", 2]]
+    with file.open("a", encoding="utf-8") as opened:
+        opened.write('["c", 3]\n')
+    assert read_kept(file) == [["a", 1.5], ["b\u2028", 2], ["c", 3]]

@@ -13,6 +13,7 @@ from quantize.make.blocks import Blocks
 from quantize.make.linears import load_model
 from quantize.make.parts import PartStore
 from quantize.plan.simulated import SimulatedModel, mean_kl
+from quantize.plan.tune import untunable
 from tests.quantize.tiny import VOCABULARY, make_checkpoint
 
 
@@ -61,3 +62,14 @@ def test_block_by_block_is_the_whole_model(tmp_path: Path, architecture: str) ->
         decoder = load_model(checkpoint.path, torch.float32).get_decoder()
         expected = decoder(torch.tensor([tokens]), use_cache=False).last_hidden_state
         torch.testing.assert_close(blocks.decoder.norm(states.batches[0].hidden), expected)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "said"),
+    [("llama", ""), ("mixtral", "with experts"), ("qwen3_moe", "with experts"), ("gemma3", "with images")],
+)
+def test_what_cannot_be_tuned_is_said_before_work(tmp_path: Path, architecture: str, said: str) -> None:
+    checkpoint = open_checkpoint(make_checkpoint(tmp_path / "model", architecture))
+    found = untunable(checkpoint, read_modules(checkpoint))
+    assert said in found
+    assert bool(said) == bool(found)
