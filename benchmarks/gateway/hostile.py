@@ -74,7 +74,7 @@ CASES = (
     Case("TLS handshakes, 40 a second", handshakes, kind="tls"),
     Case("a log pipe that nobody reads", kind="pipe", least=0, goes_on=False),
     Case("run_dir that cannot be written", kind="run_dir", least=0, goes_on=False),
-    Case("a database that does not answer", kind="database", least=0, goes_on=False),
+    Case("a database that refuses connections", kind="database", least=0, goes_on=False),
     Case("hedged, bursts of 64", burst, kind="bursts"),
 )
 
