@@ -58,4 +58,5 @@ def _peak_device() -> int | None:
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_initialized():
         return None
-    return sum(torch.cuda.max_memory_allocated(device) for device in range(torch.cuda.device_count()))
+    devices = range(torch.cuda.device_count())
+    return sum(int(torch.cuda.max_memory_allocated(device)) for device in devices)

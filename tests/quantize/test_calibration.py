@@ -1,5 +1,6 @@
 """Calibration data that cannot be used is refused with the line and the fix."""
 
+import json
 from pathlib import Path
 
 import pytest
