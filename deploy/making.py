@@ -40,7 +40,15 @@ def make_variants(
         raise QuantizeError(f"unknown variant {unknown[0]!r}; known: {known}")
     where = target(target_name or detect())
     modules = read_modules(open_checkpoint(config.model.path))
-    plans = {name: RECIPES[name].plan(modules, where) for name in variants if name != config.reference}
+    calibrated = config.calibration is not None
+    wanted = [RECIPES[name] for name in variants if name != config.reference]
+    plans = {recipe.variant: recipe.plan(modules, where, calibrated) for recipe in wanted}
+    for recipe in wanted if not calibrated else ():
+        if recipe.without_data:
+            say(
+                f"{recipe.variant} is made by {recipe.without_data} instead of {recipe.method}, which loses less "
+                "but needs conversations like those that will be served; set calibration in the YAML"
+            )
     return make_plans(config, plans, where, say, before)
 
 

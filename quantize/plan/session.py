@@ -34,6 +34,10 @@ from quantize.plan.tune import SEQUENCES, STEPS, Tuned, tune, write_tuned
 
 METHODS = ("imatrix+gptq",)
 """Whose parts below 8 bits a plan may mix, unless told otherwise."""
+SMOOTHED = ("smooth+imatrix+gptq",)
+"""The same for budgets of 8 bits per weight and more, where what is lost is lost by 8-bit inputs: all parts are
+of the smoothed model, and what is left of the budget goes to groups in 16 bits, such as down projections."""
+SMOOTHED_BITS = 8.0
 CHOOSING_SHARE = 4
 """One conversation in so many is kept from calibration, and plans are chosen on it."""
 MIN_CHOOSING = 8
@@ -45,6 +49,11 @@ SHORTLIST = (
     *("w8a8-r7", "w8a8", "fp8-dynamic", "w8a16-g128"),
 )
 """Schemes that are planned with where the target has them; each costs a quantization of the whole model."""
+
+
+def methods_for(bits: float) -> tuple[str, ...]:
+    """The methods to plan with at so many bits per weight."""
+    return SMOOTHED if bits >= SMOOTHED_BITS else METHODS
 
 
 def shortlist(where: Target, modules: Modules, tensor_parallel: int = 1) -> tuple[str, ...]:
