@@ -21,6 +21,7 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -50,6 +51,7 @@ from quantize.core.schemes import kv_scheme, scheme
 from quantize.core.targets import Target
 from quantize.make.calibration import CalibrationSet
 from quantize.make.compress import compress, versions
+from quantize.make.rate import taken
 from quantize.register.examine import examine
 from quantize.versions import is_proven, usable_version, why_kept
 
@@ -290,17 +292,21 @@ class Registry:
         modules = read_modules(checkpoint)
 
         def fill(partial: Path) -> dict[str, Any]:
+            began = time.monotonic()
             if make is not None:
                 make(partial)
             else:
                 log = self.directory / ".logs" / f"{variant}.log"
                 compress(checkpoint, modules, plan, calibration, partial, log, variant)
+            making = taken(time.monotonic() - began)
+            self._say(f"{variant}: made in {making.seconds:.0f} s")
             return _described(plan, modules, checkpoint) | {
                 "bits_per_weight": plan.bits_per_weight(modules),
                 "calibration": calibration.description if calibration else None,
                 "versions": made_with,
                 "target": target,
                 "predicted_kl": predicted_kl,
+                "making": making,
             }
 
         return self._add(variant, inputs, fill, checkpoint, base, parent=self._reference_version(base))

@@ -1,9 +1,13 @@
-"""How fast this machine multiplies matrices, measured in a second; estimates of time stand on it."""
+"""How fast this machine multiplies matrices, measured in a second, on which estimates of time stand; and what
+making took."""
 
 from __future__ import annotations
 
+import sys
 import time
 from functools import cache
+
+from quantize.card import Making
 
 SECONDS = 0.4
 
@@ -31,3 +35,25 @@ def matmul_rate(dtype: str = "float32", device: str | None = None) -> float:
         if where.type != "cpu":
             torch.accelerator.synchronize()
     return 2.0 * left.shape[0] * left.shape[1] * right.shape[1] * done / took
+
+
+def taken(seconds: float) -> Making:
+    """What making took: ``seconds``, and the process's largest resident size so far, libraries included."""
+    return Making(seconds=seconds, peak_memory_bytes=peak_memory(), peak_device_bytes=_peak_device())
+
+
+def peak_memory() -> int | None:
+    """The largest resident size of this process so far, bytes; None where the system does not tell."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _peak_device() -> int | None:
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_available():
+        return None
+    return int(torch.cuda.max_memory_allocated())
