@@ -11,7 +11,7 @@ from gateway.config import Config, RoleSettings
 from quantize.card import Card
 from quantize.check import reference_bytes, refuse_pattern, refuse_short, refuse_unfit
 from quantize.core.checkpoint import open_checkpoint
-from quantize.core.methods import parse_method
+from quantize.core.methods import SMOOTH, parse_method
 from quantize.core.modules import read_modules
 from quantize.core.plan import Plan, uniform
 from quantize.core.recipes import RECIPES
@@ -21,6 +21,7 @@ from quantize.cost import estimate
 from quantize.evaluate.tasks import Item, read_items
 from quantize.make.calibration import read_calibration
 from quantize.make.compress import QuantizeError
+from quantize.make.smooth import unsmoothed
 from quantize.registry import Registry
 
 Say = Callable[[str], None]
@@ -40,7 +41,15 @@ def make_variants(
         raise QuantizeError(f"unknown variant {unknown[0]!r}; known: {known}")
     where = target(target_name or detect())
     modules = read_modules(open_checkpoint(config.model.path))
-    plans = {name: RECIPES[name].plan(modules, where) for name in variants if name != config.reference}
+    calibrated = config.calibration is not None
+    wanted = [RECIPES[name] for name in variants if name != config.reference]
+    plans = {recipe.variant: recipe.plan(modules, where, calibrated) for recipe in wanted}
+    for recipe in wanted if not calibrated else ():
+        if recipe.without_data:
+            say(
+                f"{recipe.variant} is made by {recipe.without_data}, for calibration is not set; with "
+                f"conversations like those to be served it is made by {recipe.method}, which loses less"
+            )
     return make_plans(config, plans, where, say, before)
 
 
@@ -92,6 +101,9 @@ def make_plans(
     refuse_unfit(checkpoint)
     for note in checkpoint.notes:
         say(note)
+    smooth = any(SMOOTH in parse_method(plan.method).transforms for plan in plans.values())
+    if smooth and (left := unsmoothed(checkpoint.config, modules)):
+        say(f"smoothing leaves {', '.join(left)} as they are: their scales cannot be folded in exactly")
     needs_data = any(parse_method(plan.method).needs_data(plan) for plan in plans.values())
     calibration = read_calibration(config.calibration, checkpoint) if needs_data else None
     tokens = [len(sequence) for sequence in calibration.sequences] if calibration else [0]

@@ -31,7 +31,7 @@ from quantize.plan.controls import Controls, Kind
 from quantize.plan.paired_kl import PairedKl
 from quantize.plan.planner import Candidate, PlanError
 from quantize.plan.sensitivity import Sensitivity
-from quantize.plan.session import METHODS, TRIES, PlanningSession
+from quantize.plan.session import METHODS, TRIES, PlanningSession, methods_for
 from quantize.plan.tune import untunable
 from quantize.registry import Registry
 from quantize.report.tables import align, kl_text, megabytes
@@ -119,7 +119,7 @@ def plan(
     kv: Sequence[str] = ("auto",),
     kv_tokens: int = 0,
     tries: int = TRIES,
-    methods: Sequence[str] = METHODS,
+    methods: Sequence[str] | None = None,
     schemes: Sequence[str] | None = None,
     tuned: bool = True,
     compare_with: Sequence[Kind] = (),
@@ -138,6 +138,8 @@ def plan(
         raise PlanError("--concurrency and --context count in a budget of bytes; give it with --bytes")
     if before is not None:
         before()
+    if methods is None:
+        methods = methods_for(_bits(config, bits, budget))
     session = open_session(config, target_name, methods, schemes)
     for problem in (p for one in kv for p in session.target.kv_problems(one, session.checkpoint.head_dim)):
         raise PlanError(str(problem))
@@ -179,6 +181,14 @@ def plan(
         say(format_controls(compared))
         say(f"written to {compared.write(session.directory)}; `tiercel variants report` draws it")
     return card, candidates
+
+
+def _bits(config: Config, bits: float | None, budget: int | None) -> float:
+    """Bits per weight of the linear modules that a budget leaves."""
+    if budget is None:
+        return bits or 4.5
+    modules = read_modules(open_checkpoint(config.model.path))
+    return 8 * (budget - modules.other_bytes) / sum(group.weights for group in modules)
 
 
 def _can_tune(session: PlanningSession, say: Say) -> bool:

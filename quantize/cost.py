@@ -23,11 +23,12 @@ from pydantic import BaseModel, ConfigDict
 
 from quantize.core.checkpoint import Checkpoint
 from quantize.core.legality import is_experts
-from quantize.core.methods import AUTOROUND_ITERATIONS, parse_method
+from quantize.core.methods import AUTOROUND_ITERATIONS, SMOOTH, parse_method
 from quantize.core.modules import Modules
 from quantize.core.schemes import BF16_BYTES
 from quantize.make.blocks import BATCH_TOKENS, GPU_BATCH_TOKENS, MAPPED_BYTES, best_device
 from quantize.make.rate import matmul_rate
+from quantize.make.smooth import SAMPLED_TOKENS
 
 LIBRARIES_BYTES = 540_000_000
 """Resident memory of torch, transformers and llm-compressor at work on a model of no size, measured."""
@@ -44,6 +45,8 @@ STREAMED_LIBRARIES_BYTES = 420_000_000
 STREAMED_START_S = 6.0
 WEIGHT_S, RANGE_S, WALK_S = 1e-7, 1.2e-7, 6e-7
 """Seconds of one core per weight: rounding and packing; a searched range; GPTQ's walk."""
+SCALES_S = 1.2e-4
+"""Seconds of one core per channel whose smoothing scale is looked for."""
 CORE_RATE = 2e10
 """float32 operations per second of the core that those were measured on."""
 LAUNCHES_S = 5e-5
@@ -68,7 +71,7 @@ class Cost(BaseModel):
 def estimate(checkpoint: Checkpoint, modules: Modules, tokens: int, longest: int, method: str) -> Cost:
     """Memory, disk and time of making one variant with ``tokens`` calibration tokens."""
     chosen = parse_method(method)
-    if not chosen.transforms and chosen.solver != "autoround":
+    if chosen.transforms in ((), (SMOOTH,)) and chosen.solver != "autoround":
         return _streamed(checkpoint, modules, tokens, longest, method)
     weights = sum(group.weights for group in modules)
     model = modules.other_bytes + BF16_BYTES * weights
@@ -114,7 +117,8 @@ def _streamed(checkpoint: Checkpoint, modules: Modules, tokens: int, longest: in
     weights = sum(group.weights for group in modules)
     walks = chosen.solver == "gptq"
     data = walks or chosen.observer == "imatrix_mse"
-    tokens = tokens if data else 0
+    smooth = SMOOTH in chosen.transforms
+    tokens = tokens if data else min(tokens, SAMPLED_TOKENS) if smooth else 0
     hidden = int(checkpoint.text_config["hidden_size"])
     blocks: dict[int, int] = {}
     moments: dict[int, int] = {}
@@ -133,6 +137,7 @@ def _streamed(checkpoint: Checkpoint, modules: Modules, tokens: int, longest: in
     seconds = STREAMED_START_S + 2.0 * active * tokens / narrow
     if walks:
         seconds += sum(2.0 * max(m.in_features for m in g.members) ** 2 * tokens for g in modules) / wide
+    seconds += SCALES_S * sum(max(m.in_features for m in g.members) for g in modules) if smooth else 0.0
     per_weight = WEIGHT_S + (RANGE_S if chosen.observer != "memoryless_minmax" else 0.0)
     per_weight += WALK_S if walks and on_cpu else 0.0
     seconds += weights * per_weight * CORE_RATE / wide

@@ -298,6 +298,7 @@ class Registry:
                 log = self.directory / ".logs" / f"{variant}.log"
                 with measured() as taken:
                     compress(checkpoint, modules, plan, calibration, partial, log, variant)
+                self._say(f"{variant}: made in {taken.seconds:.0f} s")
             return _described(plan, modules, checkpoint) | {
                 "making": asdict(taken) if taken else None,
                 "bits_per_weight": plan.bits_per_weight(modules),
@@ -305,6 +306,7 @@ class Registry:
                 "versions": made_with,
                 "target": target,
                 "predicted_kl": predicted_kl,
+                "making": making,
             }
 
         return self._add(variant, inputs, fill, checkpoint, base, parent=self._reference_version(base))

@@ -71,7 +71,9 @@ def add_quantize(parser: argparse.ArgumentParser) -> None:
     planning.add_argument("--tries", type=int, default=12, help="plans that are measured on the engine")
     planning.add_argument("--no-tune", dest="tune", action="store_false", help="keep scales as they come")
     planning.add_argument("--schemes", nargs="+", help="what to choose from (default: the target's usual)")
-    planning.add_argument("--methods", nargs="+", default=["imatrix+gptq"], help="whose parts may be mixed")
+    planning.add_argument(
+        "--methods", nargs="+", help="whose parts may be mixed (imatrix+gptq; from 8 bits on smoothed before)"
+    )
     planning.add_argument(
         "--controls",
         nargs="*",
@@ -163,7 +165,7 @@ def plan(options: argparse.Namespace) -> None:
     from deploy.planning import plan
 
     config = load_config(options.config)
-    for method in options.methods:
+    for method in options.methods or ():
         parse_method(method)
     for name in options.schemes or ():
         scheme(name)

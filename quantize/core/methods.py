@@ -9,14 +9,16 @@ model into an equal one that quantizes better:
 ``imatrix``     solver       ranges of least squared error weighted by E[x²] of each input
 ``gptq``        solver       error of each column passed on to the next ones (arXiv:2210.17323)
 ``autoround``   solver       rounding and clipping learned block by block (arXiv:2309.05516)
+``smooth``      transform    scales per input channel of least expected error of 8-bit inputs and weights
+                             (:mod:`quantize.make.smooth`); alone: ``smooth+rtn``
 ``awq``         transform    scales salient input channels up (arXiv:2306.00978); alone: ``awq+rtn``
 ``smoothquant`` transform    moves outliers from inputs to weights (arXiv:2211.10438); alone: ``…+gptq``
 ``rotation``    transform    Hadamard rotations folded into the weights (arXiv:2405.16406, R1 and R2);
                              alone: ``rotation+gptq``
 =============== ============ ==============================================================================
 
-Transforms and AutoRound are llm-compressor's (AutoRound through it). Ranges and GPTQ are made block by block
-(:mod:`quantize.make.streaming`) with llm-compressor's numbers, unless a transform comes before them.
+Ranges, GPTQ and ``smooth`` are made block by block (:mod:`quantize.make.streaming`), ranges and GPTQ with
+llm-compressor's numbers. The other transforms and AutoRound are llm-compressor's, and what follows them.
 ``imatrix+gptq`` is GPTQ with importance-weighted ranges.
 """
 
@@ -36,7 +38,9 @@ SOLVERS: Mapping[str, str] = {
     "autoround": "memoryless_minmax",
 }
 """Solver to llm-compressor's observer of weight ranges."""
-ALONE: Mapping[str, str] = {"awq": "rtn", "smoothquant": "gptq", "rotation": "gptq"}
+SMOOTH = "smooth"
+"""The transform that is made block by block; parts of plans that mix schemes can have it."""
+ALONE: Mapping[str, str] = {SMOOTH: "rtn", "awq": "rtn", "smoothquant": "gptq", "rotation": "gptq"}
 """Transform to the solver that it is followed by when none is named."""
 AUTOROUND_ITERATIONS = 200
 
@@ -79,6 +83,10 @@ def parse_method(name: str) -> Method:
         raise MethodError(f"method {name!r}: transforms come first, each word once, for example awq+gptq")
     if not solvers:
         solvers = [ALONE[transforms[-1]]]
+    if SMOOTH in transforms and (len(transforms) > 1 or "autoround" in solvers):
+        raise MethodError(
+            f"method {name!r}: smooth goes before rtn, mse, imatrix and gptq, and with no other"
+        )
     *ranges, solver = solvers
     if len(ranges) > 1 or (ranges and (solver != "gptq" or ranges[0] not in ("imatrix", "mse"))):
         raise MethodError(f"method {name!r}: of two solvers, the first must be imatrix or mse, the last gptq")

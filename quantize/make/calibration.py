@@ -70,7 +70,8 @@ def read_calibration(path: Path | None, checkpoint: Checkpoint) -> CalibrationSe
     if len(marks) > len(sequences) / 2:
         raise CalibrationError(
             f"{path}: {len(marks)} of {len(sequences)} conversations hold a chat template's marks as text, "
-            f"such as {marks[0]!r}; give roles and contents alone, the model's own template is put around them here"
+            f"such as {marks[0]!r}; give roles and "
+            "contents alone, the model's own template is put around them here"
         )
     described = Calibration(
         source=path.name,

@@ -55,6 +55,8 @@ def _transform(name: str) -> Any:
             from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
 
             return SmoothQuantModifier(smoothing_strength=0.5)
+        case "smooth":
+            raise MethodError("smooth is made for integers and 8-bit floats alone; take smoothquant")
         case _:
             from llmcompressor.modifiers.transform.spinquant import SpinQuantModifier
 

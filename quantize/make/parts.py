@@ -7,6 +7,7 @@ directory/
   <scheme>-<method>-<key>/<group>.safetensors    a part; the key is of everything that decides it
   kept-<transforms>-<key>/kept.safetensors       embeddings, norms, head, biases, as a variant stores them
   kv-<scheme>-…-<key>/kv.safetensors             scales of the KV cache
+  smooth-<key>/<block>.safetensors               smoothing scales (:mod:`quantize.make.smooth`)
   .lock                                          held while parts are made
 
 Finished files stay when a run is killed; the next one makes what is missing. Parts fit together when their
@@ -22,13 +23,15 @@ import shutil
 import struct
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from quantize.core.architectures import architecture
 from quantize.core.checkpoint import Checkpoint, base_sha256, copy_companions, read_header
+from quantize.core.dequantize import read_tensor
 from quantize.core.files import READ_ONLY, link_or_copy, locked, write_whole
-from quantize.core.methods import MethodError, parse_method
+from quantize.core.methods import SMOOTH, MethodError, parse_method
 from quantize.core.modules import HEAD, Group, Modules
 from quantize.core.plan import Plan
 from quantize.core.quantization_config import quantization_config
@@ -36,7 +39,8 @@ from quantize.core.schemes import kv_scheme, scheme
 from quantize.core.tensors import Part, read_parts, write_tensors
 from quantize.make.calibration import CalibrationSet
 from quantize.make.ranges import FP8_MAX
-from quantize.make.streaming import Choice, make_parts, needs_data, streams
+from quantize.make.smooth import Scales, ScaleStore, folded, save_whole
+from quantize.make.streaming import Choice, make_parts, needs_data, smoothed, streams
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -68,7 +72,8 @@ class PartStore:
         scheme_name, method = choice
         if scheme(scheme_name).weights is None:
             return self._kept_directory(parse_method(method).transforms) / f"{group}.safetensors"
-        return self._place(f"{scheme_name}-{method}", needs_data(choice)) / f"{group}.safetensors"
+        data = needs_data(choice) or smoothed(choice)
+        return self._place(f"{scheme_name}-{method}", data) / f"{group}.safetensors"
 
     def kept_file(self, transforms: tuple[str, ...]) -> Path:
         """Embeddings, norms, head and biases, after the transforms."""
@@ -78,6 +83,15 @@ class PartStore:
         """Calibrated scales of the KV cache."""
         label = "-".join(("kv", kv, *transforms))
         return self._place(label, data=True) / "kv.safetensors"
+
+    @cached_property
+    def smoothing(self) -> ScaleStore:
+        """Smoothing scales, one set for all smoothed parts."""
+        return ScaleStore(self._place(SMOOTH, data=True))
+
+    def scales(self, group: Group, choice: Choice) -> Scales:
+        """The smoothing scales under which a finished part stands; none for a part of the plain model."""
+        return self.smoothing.of(group.layer) if smoothed(choice) and group.kind != HEAD else {}
 
     def _kept_directory(self, transforms: tuple[str, ...]) -> Path:
         # A head that is among the groups is not among what is kept.
@@ -101,35 +115,47 @@ class PartStore:
             self._read[file] = read_file_parts(file)
         return self._read[file]
 
-    def make(self, choices: Mapping[str, Iterable[Choice]], kv: Iterable[str] = (), label: str = "") -> None:
+    def make(
+        self,
+        choices: Mapping[str, Iterable[Choice]],
+        kv: Iterable[str] = (),
+        label: str = "",
+        transforms: tuple[str, ...] = (),
+    ) -> None:
         """Make what is missing of ``choices`` by group name and of the schemes ``kv`` of the cache.
 
-        All that is streamed is made in one pass over the model.
+        All that is streamed is made in one pass over the model. ``transforms`` are the cache's.
         """
         with locked(self.directory / ".lock", "parts of variants", lambda text: print(text, file=sys.stderr)):
             missing = {
                 name: [one for one in dict.fromkeys(wanted) if not self.file(name, one).exists()]
                 for name, wanted in choices.items()
             }
-            caches = [one for one in kv if kv_scheme(one).calibrated and not self.kv_file(one, ()).exists()]
+            caches = {one: self.kv_file(one, transforms) for one in kv if kv_scheme(one).calibrated}
+            caches = {one: file for one, file in caches.items() if not file.exists()}
             streamed = {name: [one for one in wanted if streams(one)] for name, wanted in missing.items()}
+            smooth = SMOOTH in transforms or any(smoothed(c) for wanted in choices.values() for c in wanted)
             if any(streamed.values()) or caches:
-                self._stream(streamed, caches, label or "quantize")
+                self._stream(streamed, caches, label or "quantize", smooth, SMOOTH in transforms)
             others = {one for wanted in missing.values() for one in wanted if not streams(one)}
             for choice in sorted(others):
                 self._split(choice, {name for name, wanted in missing.items() if choice in wanted})
 
-    def _stream(self, wanted: Mapping[str, Sequence[Choice]], caches: Sequence[str], label: str) -> None:
-        scales: dict[str, tuple[float, float]] = {}
-        attention = {
-            group.layer: f"{_attention(group)}" for group in self.modules if ".self_attn." in group.name
-        }
+    def _stream(
+        self,
+        wanted: Mapping[str, Sequence[Choice]],
+        caches: Mapping[str, Path],
+        label: str,
+        smooth: bool,
+        smooth_cache: bool,
+    ) -> None:
+        values: dict[int, tuple[float, Tensor]] = {}
 
         def keep(group: Group, choice: Choice, tensors: Mapping[str, Tensor]) -> None:
-            _save(tensors, self.file(group.name, choice))
+            save_whole(tensors, self.file(group.name, choice))
 
-        def keep_kv(layer: int, keys: float, values: float) -> None:
-            scales[attention[layer]] = (keys, values)
+        def keep_kv(layer: int, keys: float, of_channels: Tensor) -> None:
+            values[layer] = (keys, of_channels)
 
         sequences = self.calibration.sequences if self.calibration else ()
         make_parts(
@@ -140,9 +166,24 @@ class PartStore:
             keep,
             keep_kv if caches else None,
             label=label,
+            scales=self.smoothing if smooth else None,
         )
-        for kv in caches:
-            _save(_kv_tensors(scales, self.checkpoint), self.kv_file(kv, ()))
+        attention = {group.layer: _attention(group) for group in self.modules if ".self_attn." in group.name}
+        for file in caches.values():
+            found = {
+                attention[layer]: (keys, self._largest(layer, attention[layer], most, smooth_cache))
+                for layer, (keys, most) in values.items()
+            }
+            save_whole(_kv_tensors(found, self.checkpoint), file)
+
+    def _largest(self, layer: int, attention: str, values: Tensor, smooth: bool) -> float:
+        """The largest |value| of a block, in the model that has been smoothed if that is so."""
+        if smooth:
+            scales = self.smoothing.of(layer)
+            for leaf in ("v_proj", "qkv_proj"):
+                if (rows := scales.get(f"{attention}.{leaf}.rows")) is not None:
+                    values = values.cpu() / rows[-values.numel() :].view(values.shape)
+        return float(values.amax())
 
     def _split(self, choice: Choice, groups: set[str]) -> None:
         """Let llm-compressor make the whole model at a choice, and keep the parts of it."""
@@ -183,18 +224,39 @@ class PartStore:
         file = self.kept_file(transforms)
         if file.exists():
             return file
+        if transforms == (SMOOTH,):
+            self._keep_folded(file)
+            return file
         if transforms:
             method = "+".join((*transforms, "rtn"))
             self.make({group.name: [("bf16", method)] for group in self.modules})
             return file
+        kept = self._unquantized()
+        self._copy(kept, file, {name: self._kept_dtype(name) for name in kept})
+        return file
+
+    def _keep_folded(self, file: Path) -> None:
+        """Norms and biases with the smoothing scales in them, and all else that is kept."""
+        kept = self._unquantized()
+        dtypes = {name: self._kept_dtype(name) for name in kept}
+        scales = self.smoothing.everything(self.modules.layers)
+        changed = {}
+        for name in kept:
+            module, _, leaf = name.rpartition(".")
+            if name in scales or (leaf == "bias" and f"{module}.rows" in scales):
+                changed[name] = folded(name, read_tensor(kept[name]), scales).float()
+        folder = file.with_name(".folded.safetensors")
+        save_whole(changed, folder)
+        self._copy(kept | read_file_parts(folder), file, dtypes)
+        folder.unlink()
+
+    def _unquantized(self) -> dict[str, Part]:
         left_out = {f"{member.name}.weight" for member in self.modules.linears}
         config, text = self.checkpoint.config, self.checkpoint.text_config
         if architecture(config).tied(config, text):
             left_out.add(f"{HEAD}.weight")  # a copy of the embeddings, which engines do not load
         stored = read_parts(self.checkpoint.path)
-        kept = {name: part for name, part in stored.items() if name not in left_out}
-        self._copy(kept, file, {name: self._kept_dtype(name) for name in kept})
-        return file
+        return {name: part for name, part in stored.items() if name not in left_out}
 
     def _kept_dtype(self, name: str) -> str:
         return self.checkpoint.kept(name, self.checkpoint.tensors[name]).dtype
@@ -204,11 +266,12 @@ class PartStore:
         transforms = self._transforms(plan)
         choices = {group.name: self._choice(plan, group.name, transforms) for group in self.modules}
         calibrated = kv_scheme(plan.kv).calibrated
-        if calibrated and transforms:
+        if calibrated and transforms not in ((), (SMOOTH,)):
             raise MethodError(
                 f"a calibrated KV cache ({plan.kv}) is made together with transforms only in a uniform plan"
             )
-        self.make({name: [choice] for name, choice in choices.items()}, kv=[plan.kv], label=plan.describe())
+        wanted = {name: [choice] for name, choice in choices.items()}
+        self.make(wanted, kv=[plan.kv], label=plan.describe(), transforms=transforms)
         found = {f"{name}.safetensors": self.file(name, choice) for name, choice in choices.items()}
         found["kept.safetensors"] = self._kept(transforms)
         if calibrated:
@@ -304,17 +367,6 @@ def _of(group: Group, tensors: Mapping[str, Part]) -> dict[str, Part]:
     return {
         name: part for name, part in tensors.items() if name.startswith(names) and not name.endswith(".bias")
     }
-
-
-def _save(tensors: Mapping[str, Tensor], target: Path) -> None:
-    """Write a safetensors file that is there whole or not at all."""
-    from safetensors.torch import save_file
-
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".partial-{target.name}")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, {"format": "pt"})
-    partial.chmod(READ_ONLY)
-    partial.rename(target)
 
 
 def _attention(group: Group) -> str:

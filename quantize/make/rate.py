@@ -1,4 +1,5 @@
-"""How fast this machine multiplies matrices, measured in a second; estimates of time stand on it."""
+"""How fast this machine multiplies matrices, measured in a second, on which estimates of time stand; and what
+making took."""
 
 from __future__ import annotations
 

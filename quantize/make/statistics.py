@@ -3,8 +3,9 @@ largest keys and values. Taken in one pass, for all schemes and methods."""
 
 from __future__ import annotations
 
+import math
 import threading
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -34,25 +35,38 @@ class InputStatistics:
         """E[x²], (K,)."""
         return self.moments if self.moments.ndim == 1 else self.moments.diagonal()
 
+    def divided(self, scale: Tensor) -> InputStatistics:
+        """Of the same inputs, each channel divided by its ``scale`` (K,); the range is not known of those."""
+        moments = self.moments / scale / (scale if self.moments.ndim == 1 else scale.unsqueeze(1))
+        return InputStatistics(self.tokens, moments, -math.inf, math.inf)
+
 
 @dataclass(frozen=True)
 class BlockStatistics:
-    """By the name of a linear (the first of those that share inputs), and the block's |key| and |value|."""
+    """By the name of a linear (the first of those that share inputs), and the block's |key| and |value|.
+
+    ``rows`` are sampled inputs (tokens, K), float32, and ``energy`` E[x²] (K,) of the same inputs over all
+    tokens but the first of a sequence. ``values`` are the largest of each channel, (heads of values, size of
+    a head).
+    """
 
     inputs: dict[str, InputStatistics]
     keys: float
-    values: float
+    values: Tensor
+    rows: dict[str, Tensor]
+    energy: dict[str, Tensor]
 
 
 class _Cache:
     """Stands in for a KV cache: it hands keys and values through and remembers the largest."""
 
     def __init__(self) -> None:
-        self.keys = self.values = 0.0
+        self.keys = 0.0
+        self.values: Tensor | None = None
 
     def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         self.keys = max(self.keys, float(keys.abs().amax()))
-        self.values = max(self.values, float(values.abs().amax()))
+        self.values = values.abs().amax((0, 2)).float()
         return keys, values
 
     def get_seq_length(self, *_: Any) -> int:
@@ -73,34 +87,64 @@ def _shares(group: Group, other: str, name: str, parent: str) -> bool:
 
 
 def observe(
-    blocks: Blocks, layer: int, states: States, groups: Collection[Group], full: Collection[str]
+    blocks: Blocks,
+    layer: int,
+    states: States,
+    groups: Collection[Group],
+    full: Collection[str],
+    sampled: Collection[Group] = (),
+    places: Mapping[int, Sequence[int]] | None = None,
 ) -> BlockStatistics:
     """Take ``states`` through the loaded block and return what went into the linears of ``groups``.
 
-    ``full`` names the groups for which whole second moments are wanted.
+    ``full`` names the groups for which whole second moments are wanted. Of those ``sampled`` (no experts) the
+    rows at ``places``, by a sequence's number, are kept.
     """
     import torch
 
     wanted = {first_of(group, member.name): group for group in groups for member in group.members}
+    kept: dict[str, dict[int, Tensor]] = {group.members[0].name: {} for group in sampled}
+    energies: dict[str, dict[int, Tensor]] = {name: {} for name in kept}
     found: dict[str, InputStatistics] = {}
     lock, running = threading.Lock(), threading.local()
 
     def seen(name: str, x: Tensor) -> None:
-        rows = x[running.real] if x.ndim == 3 else x  # an expert's rows come without their places
-        _add(found, lock, name, rows.float(), whole=wanted[name].name in full)
+        if name in kept and len(running.lines):
+            kept[name][running.number] = x[running.lines, running.places].float()
+            later = running.real.clone()
+            later[:, 0] = False
+            energies[name][running.number] = x[later].float().square().mean(0)
+        if name in wanted:
+            rows = x[running.real] if x.ndim == 3 else x  # an expert's rows come without their places
+            _add(found, lock, name, rows.float(), whole=wanted[name].name in full)
 
-    def work(batch: Batch) -> tuple[float, float]:
-        running.real, cache = batch.real, _Cache()
+    def work(number: int) -> tuple[float, Tensor | None]:
+        batch = states.batches[number]
+        running.real, running.number, cache = batch.real, number, _Cache()
+        running.lines, running.places = _chosen(batch, places or {})
         with torch.no_grad():
             batch.hidden.copy_(blocks.through(layer, batch, batch.hidden, cache))
         return cache.keys, cache.values
 
-    with observing({name: blocks.places[name] for name in wanted}, seen):
+    numbers = range(len(states.batches))
+    with observing({name: blocks.places[name] for name in (*wanted, *kept)}, seen):
         on_processor = blocks.device.type == "cpu"
-        largest = side_by_side(work, states.batches) if on_processor else list(map(work, states.batches))
+        largest = side_by_side(work, numbers) if on_processor else list(map(work, numbers))
     for one in found.values():
         one.moments /= max(1, one.tokens)
-    return BlockStatistics(found, max(k for k, _ in largest), max(v for _, v in largest))
+    return BlockStatistics(
+        found,
+        max(keys for keys, _ in largest),
+        torch.stack([values for _, values in largest if values is not None]).amax(0),
+        {name: torch.cat([mine[number] for number in sorted(mine)]) for name, mine in kept.items() if mine},
+        {name: torch.stack([m[n] for n in sorted(m)]).mean(0) for name, m in energies.items() if m},
+    )
+
+
+def _chosen(batch: Batch, places: Mapping[int, Sequence[int]]) -> tuple[list[int], list[int]]:
+    """Lines of a batch and places in them, of the rows that are sampled."""
+    pairs = [(line, at) for line, number in enumerate(batch.numbers) for at in places.get(number, ())]
+    return [line for line, _ in pairs], [at for _, at in pairs]
 
 
 def _add(found: dict[str, InputStatistics], lock: threading.Lock, name: str, x: Tensor, whole: bool) -> None:

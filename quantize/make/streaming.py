@@ -2,7 +2,8 @@
 
 Per block: its weights are mapped, calibration's hidden states go through it, and what went into its
 linears (:mod:`quantize.make.statistics`) serves every scheme and method. Inputs are those of the unquantized
-model, so that a part does not depend on what the groups before it became, and any mixture of parts fits.
+model, so that a part does not depend on what the groups before it became, and any mixture of parts fits. Of
+the transforms ``smooth`` is made here: its scales are found once per block, from the same pass, and kept.
 
 Memory: one block, its second moments (4 K² bytes per kind of input), hidden states (on disk where they are
 many), and what GPTQ works on. Ranges alone, without data (``rtn``, ``mse``), take no pass at all.
@@ -11,18 +12,19 @@ many), and what GPTQ works on. Ranges alone, without data (``rtn``, ``mse``), ta
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
 from quantize.core.checkpoint import Checkpoint
-from quantize.core.methods import Method, parse_method
+from quantize.core.methods import SMOOTH, Method, MethodError, parse_method
 from quantize.core.modules import HEAD, Group, Modules
 from quantize.core.schemes import Scheme, scheme
 from quantize.make.blocks import Blocks, Files, best_device, serving_dtype
 from quantize.make.gptq import gptq
 from quantize.make.ranges import Grid, find_grid, restored, rounded
+from quantize.make.smooth import Scales, ScaleStore, block_scales, folded, places, smoothable
 from quantize.make.statistics import BlockStatistics, InputStatistics, first_of, observe
 from quantize.make.storage import stored_tensors
 from quantize.make.threads import side_by_side
@@ -35,8 +37,8 @@ Choice = tuple[str, str]
 """A scheme and a method."""
 Keep = Callable[[Group, Choice, Mapping[str, "Tensor"]], None]
 """Is given a finished part: its tensors by their names in the checkpoint."""
-KeepKv = Callable[[int, float, float], None]
-"""Is given a block's number and its largest |key| and |value|."""
+KeepKv = Callable[[int, float, "Tensor"], None]
+"""Is given a block's number, its largest |key|, and its largest |value| by head and channel."""
 RANGES = {"memoryless_minmax": "minmax", "memoryless_mse": "mse", "imatrix_mse": "imatrix"}
 MAX_ROUND_TRIP_ERROR = 0.75
 """Relative error of a stored weight above which it cannot be right: 2-bit rounding stays below."""
@@ -49,10 +51,10 @@ class QuantizeError(RuntimeError):
 def streams(choice: Choice) -> bool:
     """Whether a choice is made here; others are llm-compressor's (transforms, AutoRound, 4-bit floats)."""
     how, method = scheme(choice[0]), parse_method(choice[1])
-    if how.weights is None:
-        return not method.transforms
-    if method.transforms or method.solver == "autoround":
+    if method.transforms not in ((), (SMOOTH,)) or method.solver == "autoround":
         return False
+    if how.weights is None:
+        return True
     if how.weights.kind == "float":
         return how.weights.bits == 8 and method.solver != "gptq"
     return True
@@ -66,6 +68,11 @@ def needs_data(choice: Choice) -> bool:
     )
 
 
+def smoothed(choice: Choice) -> bool:
+    """Whether the part is of the model with smoothing scales."""
+    return SMOOTH in parse_method(choice[1]).transforms
+
+
 def make_parts(
     checkpoint: Checkpoint,
     modules: Modules,
@@ -75,50 +82,81 @@ def make_parts(
     keep_kv: KeepKv | None = None,
     device: torch.device | None = None,
     label: str = "quantize",
+    scales: ScaleStore | None = None,
 ) -> None:
     """Make the ``wanted`` parts, choices by group name, and hand each to ``keep`` as it is finished.
 
-    With ``keep_kv``, keys and values are measured as well. ``sequences`` are calibration's token ids, needed
-    for methods with data and for the KV cache. Raises QuantizeError for a damaged weight.
+    With ``keep_kv``, keys and values are measured as well. With ``scales``, smoothing scales of the blocks
+    that it has none of are made and kept there. ``sequences`` are calibration's token ids, needed for methods
+    with data and for the KV cache. Raises QuantizeError for a damaged weight.
     """
     groups = [group for group in modules if wanted.get(group.name)]
     data = {group.name for group in groups if any(map(needs_data, wanted[group.name]))}
-    for group in groups:
-        if group.kind == HEAD and group.name in data:
-            raise QuantizeError("the head is quantized by ranges alone, without data: rtn or mse")
-    if (data or keep_kv) and not sequences:
+    missing = scales.missing(modules.layers) if scales is not None else set()
+    _refuse(groups, wanted, data, scales)
+    if (data or keep_kv or missing) and not sequences:
         raise QuantizeError("these methods need calibration data; set calibration in the YAML")
     where = device or best_device()
-    if not data and keep_kv is None:
+    if not data and keep_kv is None and not missing:
         files = Files(checkpoint.path)
         dtype = serving_dtype(checkpoint)
         with tqdm(total=len(groups), desc=label, unit="group", file=sys.stderr) as bar:
 
             def work(group: Group) -> None:
-                _make_group(group, wanted[group.name], files, None, where, dtype, keep)
+                _make_group(group, wanted[group.name], files, None, where, dtype, keep, scales)
                 bar.update()
 
             side_by_side(work, groups)
         return
+    chosen = places([len(sequence) for sequence in sequences])
+    if not data and keep_kv is None:  # the rows that are sampled are all that is wanted
+        sequences = [sequences[number] for number in chosen]
+        chosen = dict(enumerate(chosen.values()))
     blocks = Blocks(checkpoint, modules, where)
     states = blocks.start(sequences)
-    last = (
-        max((g.layer for g in groups if g.name in data), default=-1) if keep_kv is None else len(blocks) - 1
-    )
+    last = max(missing | {g.layer for g in groups if g.name in data}, default=-1)
+    last = last if keep_kv is None else len(blocks) - 1
     full = {name for name in data if any(parse_method(m).solver == "gptq" for _, m in wanted[name])}
     for layer in tqdm(range(len(blocks)), desc=label, unit="block", file=sys.stderr):
         mine = [group for group in groups if group.layer == layer]
         found = None
         if layer <= last:
+            to_smooth = smoothable(checkpoint.config, modules, layer) if layer in missing else []
+            measured = [group for group in mine if group.name in data]
             with blocks.loaded(layer):
-                found = observe(blocks, layer, states, [g for g in mine if g.name in data], full)
+                found = observe(blocks, layer, states, measured, full, to_smooth, chosen)
             if keep_kv is not None:
                 keep_kv(layer, found.keys, found.values)
+            if scales is not None and layer in missing:
+                made = block_scales(
+                    checkpoint, to_smooth, found.rows, found.energy, blocks.files, blocks.dtype
+                )
+                scales.keep(layer, made)
         for group in mine:
-            _make_group(group, wanted[group.name], blocks.files, found, where, blocks.dtype, keep)
+            _make_group(group, wanted[group.name], blocks.files, found, where, blocks.dtype, keep, scales)
     for group in groups:
         if group.kind == HEAD:
-            _make_group(group, wanted[group.name], blocks.files, None, where, blocks.dtype, keep)
+            _make_group(group, wanted[group.name], blocks.files, None, where, blocks.dtype, keep, scales)
+
+
+def _refuse(
+    groups: Sequence[Group],
+    wanted: Mapping[str, Sequence[Choice]],
+    data: Collection[str],
+    scales: ScaleStore | None,
+) -> None:
+    """Raise before any work what cannot be made."""
+    for group in groups:
+        if group.kind == HEAD and group.name in data:
+            raise QuantizeError("the head is quantized by ranges alone, without data: rtn or mse")
+        for name, method in wanted[group.name]:
+            if smoothed((name, method)) and scheme(name).needs_calibration:
+                raise MethodError(
+                    f"{name} by {method}: fixed scales of inputs are not measured behind smoothing; take a "
+                    "scheme that scales inputs by token, such as w8a8 or fp8-dynamic"
+                )
+            if smoothed((name, method)) and scales is None:
+                raise ValueError("smoothed parts need a store of scales")
 
 
 def _make_group(
@@ -129,19 +167,40 @@ def _make_group(
     device: torch.device,
     dtype: torch.dtype,
     keep: Keep,
+    store: ScaleStore | None,
 ) -> None:
     """Make all parts of one group: those by GPTQ together, per input that they share."""
-    weights = {member.name: _weight(files, member.name, device) for member in group.members}
+    for smooth in (False, True):
+        mine = [choice for choice in choices if smoothed(choice) == smooth]
+        found = store.of(group.layer) if smooth and mine and store and group.kind != HEAD else {}
+        if mine:
+            _make_choices(group, mine, files, statistics, device, dtype, keep, found)
+
+
+def _make_choices(
+    group: Group,
+    choices: Sequence[Choice],
+    files: Files,
+    statistics: BlockStatistics | None,
+    device: torch.device,
+    dtype: torch.dtype,
+    keep: Keep,
+    scales: Scales,
+) -> None:
+    """Those parts of one group that are of the model with ``scales``."""
+    weights = {member.name: _weight(files, member.name, device, scales) for member in group.members}
     by_input: dict[str, list[str]] = {}
     for name in weights:
         by_input.setdefault(first_of(group, name), []).append(name)
     tensors: dict[Choice, dict[str, Tensor]] = {choice: {} for choice in choices}
     for choice in choices:
         if scheme(choice[0]).weights is None:
-            tensors[choice] = {f"{name}.weight": files[f"{name}.weight"].to(dtype) for name in weights}
+            tensors[choice] = {f"{name}.weight": weight.to(dtype).cpu() for name, weight in weights.items()}
     quantized = [choice for choice in choices if scheme(choice[0]).weights is not None]
     for first, names in by_input.items():
         inputs = statistics.inputs.get(first) if statistics else None
+        if inputs is not None and (columns := scales.get(f"{first}.columns")) is not None:
+            inputs = inputs.divided(columns.to(device))
         tasks = [(name, choice) for choice in quantized for name in names]
         for (_, choice), made in zip(tasks, _solved(tasks, weights, inputs, dtype), strict=True):
             tensors[choice] |= made
@@ -177,10 +236,11 @@ def _solved(
     return side_by_side(stored, range(len(tasks)))
 
 
-def _weight(files: Files, name: str, device: torch.device) -> Tensor:
+def _weight(files: Files, name: str, device: torch.device, scales: Scales) -> Tensor:
     import torch
 
     weight = files[f"{name}.weight"].to(device, torch.float32)
+    weight = folded(f"{name}.weight", weight, scales)
     if not torch.isfinite(weight).all():
         raise QuantizeError(f"{name}.weight holds NaN or infinity; the checkpoint is damaged")
     return weight

@@ -44,6 +44,7 @@ from quantize.evaluate.bench import Span
 from quantize.make.blocks import Batch, Blocks
 from quantize.make.linears import Place, observing
 from quantize.make.parts import PartStore
+from quantize.make.smooth import Scales, unfolded
 from quantize.make.statistics import first_of
 from quantize.make.threads import side_by_side
 from quantize.plan.served import Choice, ServedKl
@@ -264,10 +265,11 @@ class _Backward:
                 }
                 for group in groups:
                     for choice, change in zip(wanted[group.name], changes[group.name], strict=True):
-                        added = _product(group, choice, change, found.inputs, slopes) ** 2
+                        smooth = self.parts.scales(group, choice)
+                        added = _product(group, choice, change, found.inputs, slopes, smooth) ** 2
                         energies = (0.0, 0.0)
                         if number in noisy and draw == 0:
-                            energies = _energies(self.blocks, group, choice, change, found.inputs)
+                            energies = _energies(self.blocks, group, choice, change, found.inputs, smooth)
                         with lock:
                             sums[group.name, choice].add(added, *energies)
 
@@ -282,11 +284,13 @@ class _Backward:
         return sums
 
     def _changes(self, group: Group, choice: Choice) -> dict[str, Tensor]:
-        """Ŵ - W of a group's members, float32."""
+        """Ŵ - W of a group's members, float32; of smoothed parts, as they act in the plain model."""
         tensors = self.parts.tensors(self.parts.file(group.name, choice))
+        scales = self.parts.scales(group, choice)
         found = {}
         for member in group.members:
             quantized = linear_weight(tensors, member.name, scheme(choice[0])).to(self.blocks.device)
+            quantized = unfolded(member, quantized, scales)
             found[member.name] = quantized.sub_(self.blocks.places[member.name].weight.float())
         return found
 
@@ -366,6 +370,7 @@ def _product(
     change: Mapping[str, Tensor],
     inputs: Mapping[str, tuple[Tensor, Tensor | None]],
     slopes: Mapping[str, Tensor | None],
+    scales: Scales,
 ) -> float:
     """Σ_t g_t·e_t of one sequence: the errors of all members act together."""
     total = 0.0
@@ -378,7 +383,8 @@ def _product(
         for first in {first_of(group, member.name) for member in group.members}:
             x, slope = inputs.get(first, (None, None))
             if x is not None and slope is not None:
-                total += float((slope.float() * (round_inputs(x, how) - x).float()).sum())
+                rounded = round_inputs(x, how, scales.get(f"{first}.columns"))
+                total += float((slope.float() * (rounded - x).float()).sum())
     return total
 
 
@@ -388,6 +394,7 @@ def _energies(
     choice: Choice,
     change: Mapping[str, Tensor],
     inputs: Mapping[str, tuple[Tensor, Tensor | None]],
+    scales: Scales,
 ) -> tuple[float, float]:
     """A sequence's energies of outputs, and of their errors."""
     how = scheme(choice[0]).activations
@@ -398,7 +405,8 @@ def _energies(
             continue
         wide = x[0].float() if x.ndim == 3 else x.float()
         weight = blocks.places[member.name].weight.float()
-        rounded = round_inputs(wide, how) if how is not None else wide
+        columns = scales.get(f"{member.name}.columns")
+        rounded = round_inputs(wide, how, columns) if how is not None else wide
         clean = wide @ weight.T
         noise += float((rounded @ (weight + change[member.name]).T - clean).square().sum())
         signal += float(clean.square().sum())

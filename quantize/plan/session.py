@@ -15,7 +15,7 @@ from pathlib import Path
 
 from quantize.core.checkpoint import Checkpoint, base_sha256
 from quantize.core.files import write_whole
-from quantize.core.methods import parse_method
+from quantize.core.methods import SMOOTH, parse_method
 from quantize.core.modules import Modules, read_modules
 from quantize.core.plan import Plan
 from quantize.core.schemes import BF16_BYTES, kv_scheme, scheme
@@ -25,6 +25,7 @@ from quantize.make.calibration import CalibrationSet
 from quantize.make.compress import QuantizeError
 from quantize.make.parts import PartStore
 from quantize.make.rate import matmul_rate
+from quantize.make.streaming import streams
 from quantize.plan.planner import Candidate, PlanError, Planner
 from quantize.plan.search import search
 from quantize.plan.sensitivity import Sensitivity, analyse, calibrated
@@ -34,6 +35,10 @@ from quantize.plan.tune import SEQUENCES, STEPS, Tuned, tune, write_tuned
 
 METHODS = ("imatrix+gptq",)
 """Whose parts below 8 bits a plan may mix, unless told otherwise."""
+SMOOTHED = ("smooth+imatrix+gptq",)
+"""The same for budgets of 8 bits per weight and more, where what is lost is lost by 8-bit inputs: all parts
+are of the smoothed model, and what is left of the budget goes to groups in 16 bits, such as down_proj."""
+SMOOTHED_BITS = 8.0
 CHOOSING_SHARE = 4
 """One conversation in so many is kept from calibration, and plans are chosen on it."""
 MIN_CHOOSING = 8
@@ -45,6 +50,11 @@ SHORTLIST = (
     *("w8a8-r7", "w8a8", "fp8-dynamic", "w8a16-g128"),
 )
 """Schemes that are planned with where the target has them; each costs a quantization of the whole model."""
+
+
+def methods_for(bits: float) -> tuple[str, ...]:
+    """The methods to plan with at so many bits per weight."""
+    return SMOOTHED if bits >= SMOOTHED_BITS else METHODS
 
 
 def shortlist(where: Target, modules: Modules, tensor_parallel: int = 1) -> tuple[str, ...]:
@@ -102,6 +112,7 @@ class PlanningSession:
                 (name, method)
                 for name in names
                 for method in (self.methods if scheme(name).weight_bits < 8 else (self._plain,))
+                if SMOOTH not in parse_method(method).transforms or streams((name, method))
             ]
         if not any(found.values()):
             raise PlanError(f"{self.target.name} loads no quantized scheme for any module of this model")

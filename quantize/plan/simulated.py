@@ -19,6 +19,7 @@ from quantize.core.schemes import Numbers, scheme
 from quantize.evaluate.bench import Span
 from quantize.make.linears import exchanged, find_linears, load_model, observing
 from quantize.make.parts import PartStore
+from quantize.make.smooth import unfolded
 
 if TYPE_CHECKING:
     import torch
@@ -28,10 +29,16 @@ BATCH_TOKENS = 512
 """Tokens of a forward pass; the logits of so many take 4 bytes x vocabulary each."""
 
 
-def round_inputs(x: Tensor, how: Numbers) -> Tensor:
-    """Inputs (…, K) as a kernel would see them, one range per token, in the dtype of ``x``."""
+def round_inputs(x: Tensor, how: Numbers, columns: Tensor | None = None) -> Tensor:
+    """Inputs (…, K) as a kernel would see them, one range per token, in the dtype of ``x``.
+
+    With ``columns`` (K,) the kernel sees ``x / columns``; what that does to ``x`` is returned.
+    """
     import torch
 
+    if columns is not None:
+        columns = columns.to(x.device)
+        return (round_inputs(x.float() / columns, how) * columns).to(x.dtype)
     wide: Tensor = x.float()
     if how.kind == "float":
         top = torch.finfo(torch.float8_e4m3fn).max
@@ -65,22 +72,24 @@ class SimulatedModel:
         self._quantized: dict[tuple[str, str, str], list[Tensor]] = {}
 
     def weights(self, group: Group, scheme_name: str, method: str) -> list[Tensor]:
-        """Dequantized weights of a group's members, read once."""
+        """Dequantized weights of a group's members, as they act in the model without smoothing; read once."""
         key = (group.name, scheme_name, method)
         if key not in self._quantized:
             self.parts.make({group.name: [(scheme_name, method)]})
             tensors = self.parts.tensors(self.parts.file(group.name, (scheme_name, method)))
-            self._quantized[key] = [
-                dequantized(tensors, member.name, scheme(scheme_name)).to(self.model.dtype)
+            scales = self.parts.scales(group, (scheme_name, method))
+            found = [
+                unfolded(member, dequantized(tensors, member.name, scheme(scheme_name)), scales)
                 for member in group.members
             ]
+            self._quantized[key] = [weight.to(self.model.dtype) for weight in found]
         return self._quantized[key]
 
     @contextlib.contextmanager
     def swapped(self, choices: Mapping[str, tuple[str, str]]) -> Iterator[None]:
         """Within the block, the groups named in ``choices`` are quantized as chosen."""
         weights: dict[str, Tensor] = {}
-        inputs: dict[str, Numbers] = {}
+        inputs: dict[str, tuple[Numbers, Tensor | None]] = {}
         for group in self.modules:
             name, method = choices.get(group.name, ("bf16", ""))
             how = scheme(name)
@@ -89,11 +98,12 @@ class SimulatedModel:
             for member, weight in zip(group.members, self.weights(group, name, method), strict=True):
                 weights[member.name] = weight
                 if how.activations:
-                    inputs[member.name] = how.activations
+                    scales = self.parts.scales(group, (name, method))
+                    inputs[member.name] = how.activations, scales.get(f"{member.name}.columns")
         rounded = {name: self.places[name] for name in inputs}
         with (
             exchanged(self.places, weights),
-            observing(rounded, lambda name, x: round_inputs(x, inputs[name])),
+            observing(rounded, lambda name, x: round_inputs(x, *inputs[name])),
         ):
             yield
 

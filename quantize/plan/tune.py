@@ -124,10 +124,12 @@ def tune(
         for member in group.members
     }
     norms = _norms(model.model, tensors)
+    rest = _unquantized(model.model, tensors, {*linears, *norms})
     kept = {name: model.model.get_submodule(name).weight for name in (*linears, *norms)}
     changes = [one.change for one in linears.values()] + [change for _, change in norms.values()]
     optimizer = torch.optim.Adam(changes, lr=RATE, betas=(0.9, 0.95))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    kept_values: dict[str, Tensor] = {}
     rng, order = random.Random(seed), list(range(len(spans)))
     best, found = before, {}
     hooks = [
@@ -135,6 +137,9 @@ def tune(
         for name, one in linears.items()
         if one.inputs is not None
     ]
+    for name, tensor in rest.items():
+        kept_values[name] = model.model.get_parameter(name).data
+        model.model.get_parameter(name).data = tensor
     try:
         with tqdm(range(1, steps + 1), desc="tune", unit="step", file=sys.stderr) as bar:
             for step in bar:
@@ -157,7 +162,22 @@ def tune(
             hook.remove()
         for name, weight in kept.items():
             _restore(model.model.get_submodule(name), weight)
+        for name, tensor in kept_values.items():
+            model.model.get_parameter(name).data = tensor
     return Tuned(found, before, best)
+
+
+def _unquantized(model: Any, tensors: Mapping[str, Part], trained: set[str]) -> dict[str, Tensor]:
+    """Parameters by name as the variant has them where they are neither quantized nor trained.
+
+    A smoothed model's differ from the reference's.
+    """
+    found = {}
+    for name, parameter in model.named_parameters():
+        module, _, leaf = name.rpartition(".")
+        if name in tensors and (leaf == "bias" or module not in trained):
+            found[name] = read_tensor(tensors[name]).to(parameter.dtype)
+    return found
 
 
 def _norms(model: Any, tensors: Mapping[str, Part]) -> dict[str, tuple[Tensor, Tensor]]:

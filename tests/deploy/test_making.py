@@ -8,7 +8,7 @@ from aiohttp import web
 from aiohttp.test_utils import TestServer
 
 from deploy.demo import with_what_was_made
-from deploy.making import make_plans, role_tasks
+from deploy.making import make_plans, make_variants, role_tasks
 from deploy.measuring import Turns, answering_at_once, speed_or_none
 from deploy.placement import Machine
 from gateway.config import Config, load_config
@@ -90,6 +90,26 @@ def test_what_the_target_refuses_is_left_out_and_the_rest_is_made(
     assert said[0].startswith("int4 is left out, vllm-cpu-avx2 does not serve it: model.layers.0.")
     with pytest.raises(QuantizeError, match=r"^int4: model\.layers\.0\."):
         make_plans(config, {"int4": plans["int4"]}, avx2, said.append)
+
+
+def test_eight_bits_are_smoothed_where_there_is_calibration(
+    config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, str] = {}
+
+    def plans(_config: Config, plans: dict[str, Plan], *_: object) -> list[Card]:
+        seen.update({name: plan.method for name, plan in plans.items()})
+        return []
+
+    monkeypatch.setattr("deploy.making.make_plans", plans)
+    said: list[str] = []
+    make_variants(config, ["bf16", "int8"], said.append, "vllm-cpu-vnni")
+    assert seen == {"int8": "rtn"}
+    assert said[0].startswith("int8 is made by rtn, for calibration is not set")
+    calibrated = config.model_copy(update={"calibration": ROOT / "deploy/assistant/data/calibration.jsonl"})
+    make_variants(calibrated, ["int8", "int4"], said.append, "vllm-cpu-vnni")
+    assert seen == {"int8": "smooth+rtn", "int4": "imatrix+gptq"}
+    assert len(said) == 1
 
 
 def test_the_demo_goes_on_with_what_was_made(config: Config, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from quantize.core.plan import Plan
 from quantize.core.targets import target
 from quantize.make.calibration import read_calibration
 from quantize.plan.planner import PlanError
-from quantize.plan.session import PlanningSession
+from quantize.plan.session import PlanningSession, methods_for
 
 ROOT = Path(__file__).parents[2]
 
@@ -25,6 +25,22 @@ def test_the_least_budget(tmp_path: Path) -> None:
     assert session.least_bytes() == smallest.weight_bytes(session.modules)
     more = session.least_bytes(1000, ["auto"]) - session.least_bytes()
     assert more == 1000 * 2 * 2 * 4 * 128, "keys and values of 1,000 tokens, 16 bits, 4 layers, 128 wide"
+
+
+def test_from_eight_bits_on_everything_is_smoothed(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(ROOT / "deploy/assistant/model")
+    calibration = read_calibration(ROOT / "deploy/assistant/data/calibration.jsonl", checkpoint)
+    assert methods_for(4.5) == ("imatrix+gptq",)
+    session = PlanningSession(
+        tmp_path, checkpoint, calibration, target("vllm-cpu-vnni"), methods=methods_for(9.0)
+    )
+    for choices in session.choices().values():
+        assert {method for name, method in choices if name == "w8a8"} == {"smooth+rtn"}
+        assert {method for name, method in choices if name == "w4a16-g64"} == {"smooth+imatrix+gptq"}
+    hopper = PlanningSession(
+        tmp_path, checkpoint, calibration, target("vllm-cuda-hopper"), methods=methods_for(9.0)
+    )
+    assert not any(name == "nvfp4" for choices in hopper.choices().values() for name, _ in choices)
 
 
 def test_a_budget_below_it_is_refused_before_any_engine(tmp_path: Path) -> None:
