@@ -306,7 +306,6 @@ class Registry:
                 "versions": made_with,
                 "target": target,
                 "predicted_kl": predicted_kl,
-                "making": making,
             }
 
         return self._add(variant, inputs, fill, checkpoint, base, parent=self._reference_version(base))

@@ -1,5 +1,4 @@
-"""How fast this machine multiplies matrices, measured in a second, on which estimates of time stand; and what
-making took."""
+"""How fast this machine multiplies matrices, measured in a second, on which estimates of time stand."""
 
 from __future__ import annotations
 
