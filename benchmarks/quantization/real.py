@@ -1,15 +1,20 @@
-"""Variants of a real chat model at 8 bits and at 4 to 5, on the kernels of a real engine.
+"""Variants of a real chat model at 8 bits and at 4 to 6, on the kernels of a real engine.
 
     python -m benchmarks.quantization.real --list                  # what would be measured, in MB
-    python -m benchmarks.quantization.real --only w8a8             # rows whose label holds a word
+    python -m benchmarks.quantization.real --make                  # parts and estimates, without an engine
+    python -m benchmarks.quantization.real --only w4a16-g32        # rows whose label holds a word
+    python -m benchmarks.quantization.real --budgets 4.5 5 6       # plans and AutoScheme at those bytes
+    python -m benchmarks.quantization.real --groups 20             # single groups: estimated and measured
     python -m benchmarks.quantization.real --plan "planned 4.5=plan.json"
 
-Rows are uniform variants of llm-compressor's methods and AutoRound, 8 bits with down projections in 16,
-AutoScheme's assignments, and plans given as JSON (``--plan``), which must have been chosen on the set
-``chosen`` of :mod:`benchmarks.quantization.real_data`: every figure here is of the set ``reported``. It is
-the mean KL to BF16 over the whole vocabulary per token of the reference's own answers. Intervals are 95 %
-with conversations as independent; ratios of KL are paired by bootstrap. Finished rows are kept under
-var/benchmarks/real, so that an interrupted run goes on.
+Rows are uniform variants by every method, heuristics (the ends of the model or every down projection in
+more bits), and at each of ``--budgets``, in bits per weight of the linear modules, the planner's plan and
+what AutoScheme, 8 bits at the ends and chance make of the same bytes. Plans are chosen on the set
+``chosen`` of :mod:`benchmarks.quantization.real_data`; every figure here is of the set ``reported``, but
+for single groups. It is the mean KL to BF16 over the whole vocabulary per token of the reference's own
+answers. Intervals are 95 % with conversations as independent; ratios of KL are paired by bootstrap.
+Finished rows are kept under var/benchmarks/real, so that an interrupted run goes on; each run writes
+result.md, result.json, the seconds of its stages (stages.jsonl) and a picture from all rows so far.
 """
 
 from __future__ import annotations
@@ -17,84 +22,115 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
-from quantize.plan.parts import PartStore
-
-from benchmarks.quantization import real_data
+from benchmarks.quantization import real_data, show
+from benchmarks.quantization.stages import Stages
 from quantize.core.checkpoint import open_checkpoint
-from quantize.core.modules import Modules, read_modules
+from quantize.core.modules import Modules
 from quantize.core.plan import Plan, uniform
+from quantize.core.targets import Target, detect, target
 from quantize.evaluate.bench import Bench
-from quantize.plan import autoscheme
+from quantize.plan import controls
 from quantize.plan.paired_kl import PairedKl
+from quantize.plan.sensitivity import Row as Estimate
+from quantize.plan.sensitivity import analyse
+from quantize.plan.served import Choice, ServedKl
+from quantize.plan.session import PlanningSession
 
 WORK = Path("var/benchmarks/real")
 EIGHT = ("rtn", "mse", "gptq", "smoothquant+rtn", "smoothquant+gptq")
-FOUR = ("rtn", "imatrix", "gptq", "imatrix+gptq", "awq+gptq")
+FOUR = ("rtn", "imatrix", "gptq", "imatrix+gptq")
 GROUPS = ("w4a16-g128", "w4a16-g64", "w4a16-g32")
+ASYMMETRIC = ("w4a16-g64-asym", "w4a16-g32-asym")
+BEST = "imatrix+gptq"
+"""The method of plans, heuristics and asymmetric variants."""
 SLOW = ("awq+gptq", "autoround")
-"""At one group size alone: each takes tens of minutes on two cores."""
+"""Made by llm-compressor in tens of minutes on two cores: at one group size, and only with ``--slow``."""
 SLOW_GROUP = "w4a16-g64"
-AVERAGES = (4.5, 5.0)
-"""Average bits that AutoScheme is asked for."""
+AT_EQUAL_BYTES: tuple[controls.Kind, ...] = ("ends", "random")
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table."""
+    """One line of the table. ``bits`` are per weight of the linear modules, ``kl`` is in nats per token,
+    ``half`` half of its 95 % interval."""
 
     label: str
+    kind: str
     plan: Plan
     megabytes: float
+    bits: float
     kl: float
     half: float
 
 
-def fits(modules: Modules, scheme: str) -> bool:
-    """Whether the scheme's group size divides the inputs of every module."""
-    group = int(scheme.rpartition("-g")[2]) if "-g" in scheme else 1
-    return all(linear.in_features % group == 0 for linear in modules.linears)
+@dataclass(frozen=True)
+class Wanted:
+    """A plan that is to be measured."""
+
+    kind: str
+    plan: Plan
 
 
-def rows_at_8_bits(modules: Modules) -> dict[str, Plan]:
+Rows = dict[str, Wanted]
+"""What is measured, by label."""
+
+
+def fits(modules: Modules, where: Target, scheme: str) -> bool:
+    """Whether every module may have the scheme on the target."""
+    return all(scheme in where.candidates(group) for group in modules)
+
+
+def rows_at_8_bits(modules: Modules) -> Rows:
     """Uniform ``w8a8`` by every method, and with the groups that read the widest inputs in 16 bits."""
-    found = {f"w8a8 {method}": uniform(modules, "w8a8", method=method) for method in EIGHT}
+    found = {f"w8a8 {method}": Wanted("uniform", uniform(modules, "w8a8", method=method)) for method in EIGHT}
     mixed = {group.name: "bf16" if "down" in group.kind else "w8a8" for group in modules}
     for method in ("rtn", "smoothquant+rtn"):
-        found[f"w8a8 {method}, down_proj in 16 bits"] = Plan(groups=mixed, method=method)
+        plan = Plan(groups=mixed, method=method)
+        found[f"w8a8 {method}, down_proj in 16 bits"] = Wanted("heuristic", plan)
     return found
 
 
-def rows_at_4_bits(modules: Modules) -> dict[str, Plan]:
-    """Uniform ``w4a16`` by group size and method, and the ends of the model at 8 bits."""
-    found = {}
-    for scheme in filter(lambda one: fits(modules, one), GROUPS):
-        for method in (*FOUR, "autoround"):
-            if method not in SLOW or scheme == SLOW_GROUP:
-                found[f"{scheme} {method}"] = uniform(modules, scheme, method=method)
-    ends = (0, modules.layers - 1)
-    for eight in ("w8a8", "bf16"):
-        groups = {group.name: eight if group.layer in ends else SLOW_GROUP for group in modules}
-        found[f"first and last layer {eight}, else {SLOW_GROUP}"] = Plan(groups=groups, method="imatrix+gptq")
-    return found
-
-
-def rows_of_autoscheme(model: Path, modules: Modules, sequences: Sequence[Sequence[int]]) -> dict[str, Plan]:
-    """AutoRound's own mixture of 4 and 8 bits at each average."""
-    assigned = autoscheme.assign(model, modules, AVERAGES, WORK, sequences)
-    return {
-        f"AutoScheme at {bits}": Plan(
-            groups={name: "w8a8" if wide == 8 else SLOW_GROUP for name, wide in layers.items()},
-            method="imatrix+gptq",
-        )
-        for bits, layers in assigned.items()
+def rows_at_4_bits(modules: Modules, where: Target, slow: bool = False) -> Rows:
+    """Uniform ``w4a16`` by group size and method, and heuristics: ends or down projections in more bits."""
+    pairs = [(scheme, method) for scheme in GROUPS for method in FOUR]
+    pairs += [(scheme, BEST) for scheme in ASYMMETRIC]
+    pairs += [(SLOW_GROUP, method) for method in SLOW if slow]
+    found = {
+        f"{scheme} {method}": Wanted("uniform", uniform(modules, scheme, method=method))
+        for scheme, method in pairs
+        if fits(modules, where, scheme)
     }
+    ends = (0, modules.layers - 1)
+    for high in ("w8a8", "bf16"):
+        of_ends = {g.name: high if g.layer in ends else SLOW_GROUP for g in modules}
+        of_downs = {g.name: high if "down" in g.kind else SLOW_GROUP for g in modules}
+        for what, groups in (("first and last layer", of_ends), ("down_proj", of_downs)):
+            label = f"{what} {high}, else {SLOW_GROUP}"
+            methods = {name: "rtn" for name, scheme in groups.items() if scheme == "w8a8"}
+            found[label] = Wanted("heuristic", Plan(groups=groups, method=BEST, methods=methods))
+    return found
 
 
-def given_plans(arguments: Sequence[str]) -> dict[str, Plan]:
+def rows_at(
+    session: PlanningSession, bench: Bench, budgets: Sequence[float], tries: int, scheme_tool: bool
+) -> Iterator[tuple[str, Wanted]]:
+    """At each budget the planner's plan, and what needs no planner at no more bytes."""
+    weights = sum(group.weights for group in session.modules)
+    kinds = (*AT_EQUAL_BYTES, "autoscheme") if scheme_tool else AT_EQUAL_BYTES
+    for bits in budgets:
+        budget = session.modules.other_bytes + round(bits * weights / 8)
+        best = session.within(bench, budget, tries=tries)[0]
+        yield f"planned at {bits:g} bits", Wanted("planned", best.plan)
+        for label, kind, plan in controls.plans(session, session.planner(bench), budget, kinds, print):
+            yield f"{label} at {bits:g} bits", Wanted("random" if kind == "random" else "heuristic", plan)
+
+
+def given_plans(arguments: Sequence[str]) -> Rows:
     """Plans of ``LABEL=FILE`` arguments; ends the program with a sentence where one cannot be read."""
     found = {}
     for argument in arguments:
@@ -102,80 +138,172 @@ def given_plans(arguments: Sequence[str]) -> dict[str, Plan]:
         if not path:
             sys.exit(f"--plan {argument!r}: write LABEL=FILE, FILE being a plan as JSON")
         try:
-            found[label] = Plan.model_validate_json(Path(path).read_text(encoding="utf-8"))
+            plan = Plan.model_validate_json(Path(path).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             sys.exit(f"--plan {argument!r}: {error}")
+        found[label] = Wanted("given", plan)
     return found
 
 
-def dominated(rows: Sequence[Row], reported: PairedKl) -> list[str]:
-    """Of every row, the best other of no more bytes as a ratio of KL (paired, 95 %)."""
-    lines = []
-    for row in sorted(rows, key=lambda one: one.megabytes):
-        smaller = [one for one in rows if one is not row and one.megabytes <= row.megabytes]
-        if smaller:
-            best = min(smaller, key=lambda one: one.kl)
-            ratio = reported.ratio(row.plan, best.plan)
-            lines.append(
-                f"| {row.label} | {best.label} | {ratio.ratio:.2f} ({ratio.low:.2f}–{ratio.high:.2f}) |"
-            )
-    return lines
+def choices(session: PlanningSession, rows: Rows) -> dict[str, list[Choice]]:
+    """Everything that is streamed for the rows and the planner, by group: one pass makes it all."""
+    found = {name: list(known) for name, known in session.choices().items()}
+    for wanted in rows.values():
+        for name, scheme in wanted.plan.groups.items():
+            found[name].append((scheme, wanted.plan.method_of(name)))
+    return {name: list(dict.fromkeys(many)) for name, many in found.items()}
 
 
-def report(rows: Sequence[Row], reported: PairedKl) -> str:
-    """Two Markdown tables: KL by bytes, and each row over the best that is no larger."""
-    lines = ["| variant | weights, MB | KL, 1/1000 nat per token |", "|---|---|---|"]
-    for row in sorted(rows, key=lambda one: (one.megabytes, one.kl)):
-        lines.append(f"| {row.label} | {row.megabytes:.1f} | {1e3 * row.kl:.1f} ± {1e3 * row.half:.1f} |")
-    lines += ["", "| variant | best other of no more bytes | ratio of KL |", "|---|---|---|"]
-    return "\n".join(lines + dominated(rows, reported)) + "\n"
+def single_groups(estimates: Sequence[Estimate], served: ServedKl, count: int) -> list[dict[str, Any]]:
+    """Groups at ``SLOW_GROUP``, everything else in 16 bits, as measured on the engine: evenly spread over
+    the order of the estimates. KL in nats per token."""
+    order = sorted((one for one in estimates if one.scheme == SLOW_GROUP), key=lambda one: one.fisher)
+    spread = {order[round(n * (len(order) - 1) / max(1, count - 1))].group for n in range(count)}
+    return [
+        {
+            "group": one.group,
+            "estimate": one.fisher,
+            "kl": served({one.group: (one.scheme, one.method)}),
+        }
+        for one in order
+        if one.group in spread
+    ]
 
 
-def measured(plans: Mapping[str, Plan], modules: Modules, reported: PairedKl) -> list[Row]:
+def rank_correlation(singles: Sequence[Mapping[str, Any]]) -> tuple[float, float]:
+    """Spearman's rank correlation of estimate and measured KL, and its p-value."""
+    from scipy.stats import spearmanr
+
+    found = spearmanr([one["estimate"] for one in singles], [one["kl"] for one in singles])
+    return float(found.statistic), float(found.pvalue)
+
+
+def ratios(rows: Sequence[Row], reported: PairedKl) -> list[dict[str, Any]]:
+    """Paired ratios of KL (95 %): methods over ``BEST`` at one group size; plans over the best uniform,
+    heuristic and random one of no more bytes."""
+    found = []
+
+    def add(row: Row, other: Row, what: str) -> None:
+        ratio = asdict(reported.ratio(row.plan, other.plan))
+        found.append({"label": row.label, "over": other.label, "what": what, **ratio})
+
+    by_label = {row.label: row for row in rows}
+    for row in rows:
+        scheme = row.label.partition(" ")[0]
+        best = by_label.get(f"{scheme.removesuffix('-asym')} {BEST}")
+        if row.kind == "uniform" and best is not None and best is not row:
+            add(row, best, "method")
+    for row in (one for one in rows if one.kind in ("planned", "given")):
+        for kinds in (("uniform",), ("heuristic",), ("random",)):
+            smaller = [one for one in rows if one.kind in kinds and one.megabytes <= row.megabytes + 1e-6]
+            if smaller:
+                add(row, min(smaller, key=lambda one: one.kl), kinds[0])
+    return found
+
+
+def measured(
+    wanted: Mapping[str, Wanted], modules: Modules, reported: PairedKl, known_only: bool = False
+) -> list[Row]:
     """Every plan on the engine, one after another, said as it comes."""
     rows = []
-    for label, plan in plans.items():
-        kl, half = reported.interval(plan)
-        rows.append(Row(label, plan, plan.weight_bytes(modules) / 1e6, kl, half))
-        print(f"{label}: {rows[-1].megabytes:.1f} MB, KL {kl:.5f} ± {half:.5f}", file=sys.stderr, flush=True)
+    for label, one in wanted.items():
+        if known_only and not reported.knows(one.plan):
+            continue
+        new = not reported.knows(one.plan)
+        kl, half = reported.interval(one.plan)
+        megabytes, bits = one.plan.weight_bytes(modules) / 1e6, one.plan.bits_per_weight(modules)
+        rows.append(Row(label, one.kind, one.plan, megabytes, bits, kl, half))
+        if new:
+            print(f"{label}: {megabytes:.1f} MB, KL {kl:.5f} ± {half:.5f}", file=sys.stderr, flush=True)
     return rows
 
 
-def main() -> None:
+def remembered(file: Path) -> Rows:
+    """What earlier runs measured."""
+    if not file.is_file():
+        return {}
+    rows = json.loads(file.read_text(encoding="utf-8"))["rows"]
+    return {row["label"]: Wanted(row["kind"], Plan.model_validate(row["plan"])) for row in rows}
+
+
+def write(rows: Sequence[Row], reported: PairedKl, singles: Sequence[Mapping[str, Any]]) -> None:
+    """result.json, result.md and the picture."""
+    result = {
+        "conversations": len(reported.lengths),
+        "tokens": int(reported.lengths.sum()),
+        "rows": [asdict(row) | {"plan": row.plan.model_dump(mode="json")} for row in rows],
+        "ratios": ratios(rows, reported),
+        "groups": list(singles),
+    }
+    if len(singles) > 2:
+        result["rank_correlation"], result["p"] = rank_correlation(singles)
+    (WORK / "result.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
+    with (WORK / "result.md").open("w", encoding="utf-8") as file:
+        show.by_bytes(result, file)
+    show.loss_by_bytes(result, WORK / "real-model.png")
+
+
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--model", type=Path, default=WORK / "model", help="made where it is missing")
     parser.add_argument("--only", nargs="*", default=[], help="rows whose label holds one of these words")
     parser.add_argument("--plan", action="append", default=[], metavar="LABEL=FILE")
-    parser.add_argument("--calibration", type=int, default=64, help="conversations")
+    parser.add_argument("--budgets", nargs="*", type=float, default=[], help="bits per weight of plans")
+    parser.add_argument("--tries", type=int, default=12, help="plans that are measured for each budget")
     parser.add_argument("--autoscheme", action="store_true", help="tens of minutes on two cores")
+    parser.add_argument("--slow", action="store_true", help="AWQ and AutoRound as well")
+    parser.add_argument("--groups", type=int, default=0, metavar="N", help="single groups to measure")
+    parser.add_argument("--calibration", type=int, default=64, help="conversations")
+    parser.add_argument("--make", action="store_true", help="make parts and estimates, start no engine")
     parser.add_argument("--list", action="store_true", help="print the rows and end")
     parser.add_argument("--python", type=Path, default=Path(".venv-engine/bin/python"))
-    options = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = arguments()
     directory = real_data.real_model(options.model)
-    checkpoint = open_checkpoint(directory)
-    modules = read_modules(checkpoint)
-    plans = rows_at_8_bits(modules) | rows_at_4_bits(modules) | given_plans(options.plan)
-    if options.only:
-        plans = {label: plan for label, plan in plans.items() if any(word in label for word in options.only)}
-    if options.list:
-        for label, plan in plans.items():
-            print(f"{plan.weight_bytes(modules) / 1e6:8.1f} MB  {label}")
-        return
     texts = real_data.texts(directory, WORK / "texts.json")
-    calibration = texts.calibration(options.calibration)
-    if options.autoscheme:
-        plans |= rows_of_autoscheme(directory, modules, calibration.sequences)
-    parts = PartStore(WORK / "parts", checkpoint, modules, calibration)
-    with Bench(options.python, WORK / "engine.log", site=Path("deploy/engine_site")) as bench:
-        reported = PairedKl(directory, bench, texts.reported, WORK / "reported", parts.assemble)
-        rows = measured(plans, modules, reported)
-        table = report(rows, reported)
-    (WORK / "result.md").write_text(table, encoding="utf-8")
-    (WORK / "plans.json").write_text(
-        json.dumps({label: plan.model_dump(mode="json") for label, plan in plans.items()}, indent=1),
-        encoding="utf-8",
+    session = PlanningSession(
+        WORK / "planning",
+        open_checkpoint(directory),
+        texts.calibration(options.calibration),
+        target(detect()),
+        methods=(BEST,),
+        choosing=texts.chosen,
     )
-    print(table)
+    modules, where = session.modules, session.target
+    rows = rows_at_8_bits(modules) | rows_at_4_bits(modules, where, options.slow) | given_plans(options.plan)
+    if options.only:
+        rows = {label: one for label, one in rows.items() if any(word in label for word in options.only)}
+    if options.list:
+        for label, one in rows.items():
+            print(f"{one.plan.weight_bytes(modules) / 1e6:8.1f} MB  {label}")
+        return
+    stages = Stages(WORK / "stages.jsonl")
+    estimates: Sequence[Estimate] = ()
+    with stages("parts"):
+        session.parts.make(choices(session, rows), label="parts")
+    if options.make or options.budgets or options.groups:
+        with stages("estimates"):
+            known = session.directory / "rows.jsonl"
+            estimates = analyse(session.parts, session.choices(), session.choosing, known)
+    if options.make:
+        return
+    with Bench(options.python, WORK / "engine.log", site=Path("deploy/engine_site")) as bench:
+        reported = PairedKl(directory, bench, texts.reported, WORK / "reported", session.parts.link)
+        with stages(f"{len(rows)} rows on the engine"):
+            measured(rows, modules, reported)
+        served = ServedKl(session.parts, bench, session.choosing, session.directory / "served")
+        with stages(f"{options.groups} single groups on the engine"):
+            singles = single_groups(estimates, served, options.groups) if options.groups else []
+        for bits in options.budgets:
+            with stages(f"plan at {bits:g} bits"):
+                rows |= dict(rows_at(session, bench, [bits], options.tries, options.autoscheme))
+        with stages("plans on the engine"):
+            rows = remembered(WORK / "result.json") | rows
+            write(measured(rows, modules, reported), reported, singles)
+    print((WORK / "result.md").read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ COLOURS = {
     "random": "#9a9a9a",
     "planned": "#b5303c",
     "tuned": "#6f2f8f",
+    "given": "#3f8f5f",
 }
 
 
@@ -66,6 +67,59 @@ def figure(results: Results, path: Path) -> None:
         ax.set_title(f"{result['model']} on {result['target']}")
         ax.grid(alpha=0.25, which="both")
         ax.legend(frameon=False)
+    shown.tight_layout()
+    shown.savefig(path, dpi=130)
+    plt.close(shown)
+
+
+def by_bytes(result: Mapping[str, Any], out: TextIO) -> None:
+    """Tables of a real model: KL by bytes, paired ratios, and estimates beside what was measured."""
+    print(f"{result['conversations']} conversations, {result['tokens']} tokens.\n", file=out)
+    print("| variant | weights, MB | bits per weight | KL, 1/1000 nat per token |", file=out)
+    print("|---|---|---|---|", file=out)
+    for row in sorted(result["rows"], key=lambda one: (round(one["megabytes"], 2), one["kl"])):
+        kl = f"{1000 * row['kl']:.1f} ± {1000 * row['half']:.1f}"
+        print(f"| {row['label']} | {row['megabytes']:.1f} | {row['bits']:.3f} | {kl} |", file=out)
+    print("\n| variant | over | ratio of KL |\n|---|---|---|", file=out)
+    for one in result["ratios"]:
+        ratio = f"{one['ratio']:.2f} ({one['low']:.2f}–{one['high']:.2f})"
+        print(f"| {one['label']} | {one['over']} | {ratio} |", file=out)
+    if "rank_correlation" in result:
+        count, rho, p = len(result["groups"]), result["rank_correlation"], result["p"]
+        what = f"Estimates and {count} single groups on the engine"
+        print(f"\n{what}: rank correlation {rho:.2f} (p {p:.2g}).", file=out)
+
+
+def loss_by_bytes(result: Mapping[str, Any], path: Path) -> None:
+    """KL against bytes of weights, with 95 % intervals; plans are joined by a line."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    shown, ax = plt.subplots(figsize=(7.6, 4.8))
+    for kind, colour in COLOURS.items():
+        rows = sorted(
+            (row for row in result["rows"] if row["kind"] == kind), key=lambda one: one["megabytes"]
+        )
+        if not rows:
+            continue
+        ax.errorbar(
+            [row["megabytes"] for row in rows],
+            [1000 * row["kl"] for row in rows],
+            yerr=[1000 * row["half"] for row in rows],
+            fmt="D-" if kind == "planned" else "o",
+            ms=6 if kind == "planned" else 4,
+            color=colour,
+            elinewidth=0.8,
+            linewidth=1.2,
+            label=kind,
+        )
+    ax.set_yscale("log")
+    ax.set_xlabel("weights, MB")
+    ax.set_ylabel("mean KL to BF16, 1/1000 nat per token")
+    ax.grid(alpha=0.25, which="both")
+    ax.legend(frameon=False)
     shown.tight_layout()
     shown.savefig(path, dpi=130)
     plt.close(shown)
