@@ -97,7 +97,8 @@ def loss_by_bytes(result: Mapping[str, Any], path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    shown, ax = plt.subplots(figsize=(7.6, 4.8))
+    shown, ax = plt.subplots(figsize=(9.6, 5.6))
+    smallest = min(row["megabytes"] for row in result["rows"])
     for kind, colour in COLOURS.items():
         rows = sorted(
             (row for row in result["rows"] if row["kind"] == kind), key=lambda one: one["megabytes"]
@@ -115,7 +116,21 @@ def loss_by_bytes(result: Mapping[str, Any], path: Path) -> None:
             linewidth=1.2,
             label=kind,
         )
+        for row in rows if kind != "random" else ():
+            left = row["megabytes"] < smallest + 0.1  # others' labels would lie on it
+            ax.annotate(
+                row["label"].partition(", else")[0],
+                (row["megabytes"], 1000 * row["kl"]),
+                xytext=(-6 if left else 6, 2),
+                textcoords="offset points",
+                ha="right" if left else "left",
+                fontsize=6.5,
+                color=colour,
+            )
     ax.set_yscale("log")
+    ax.yaxis.set_major_formatter("{x:g}")
+    ax.yaxis.set_minor_formatter("{x:g}")
+    ax.margins(x=0.2)
     ax.set_xlabel("weights, MB")
     ax.set_ylabel("mean KL to BF16, 1/1000 nat per token")
     ax.grid(alpha=0.25, which="both")
