@@ -23,6 +23,8 @@ ROOT = Path(__file__).resolve().parents[2]
 CLINC150 = ROOT.parent / "shared/data/clinc150.json"
 INTENT_ITEMS = 600
 RECORD_ITEMS = 120
+STOPPING = ("test_vectors.py", "test_watch.py")
+"""Tests that read the stack's configuration, and stop it: they start engines of their own."""
 
 
 def clinc150_items() -> list[dict[str, object]]:
@@ -78,9 +80,29 @@ _running: list[Callable[[], None]] = []
 
 
 def stop_stack() -> None:
-    """Stop the session's stack, if it runs; tests that need it must have been run before."""
+    """Stop the session's stack, if it runs; tests that need it have been run before (:func:`_turn`)."""
     while _running:
         _running.pop()()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    here = Path(__file__).parent
+    mine = [item for item in items if item.path.is_relative_to(here)]
+    others = [item for item in items if not item.path.is_relative_to(here)]
+    items[:] = [*others, *sorted(mine, key=_turn)]
+
+
+def _turn(item: pytest.Item) -> int:
+    """Tests of the session's stack first, then those that stop it, of which some read its configuration."""
+    if "stack" not in getattr(item, "fixturenames", ()):
+        return 2
+    return 1 if item.path.name in STOPPING else 0
+
+
+@pytest.fixture(autouse=True)
+def _no_more_than_three_engines(request: pytest.FixtureRequest) -> None:
+    if "stack" not in request.fixturenames:
+        stop_stack()
 
 
 @pytest.fixture(scope="session")

@@ -99,7 +99,7 @@ def urls(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Urls]:
             exits.callback(process.terminate)
             wait_for(ready, process, log)
 
-        run(command(spec, settings), spec.log, f"{spec.url}/health", env=environment(settings))
+        run(command(spec, settings), spec.log, f"{spec.url}/health", env=environment(spec, settings))
         gateways = []
         for rate in (0.0, 1.0):
             port = free_port("127.0.0.1")

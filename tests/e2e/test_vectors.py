@@ -63,7 +63,7 @@ def urls(stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tup
     started = []
     try:
         for name, line, env in (
-            ("engine", command(spec, settings), environment(settings)),
+            ("engine", command(spec, settings), environment(spec, settings)),
             ("gateway", [sys.executable, "-m", "gateway", "--config", str(directory / "tiercel.yaml")], None),
         ):
             log = directory / f"{name}.log"
