@@ -50,7 +50,8 @@ from quantize.core.resources import Taken, measured
 from quantize.core.schemes import kv_scheme, scheme
 from quantize.core.targets import Target
 from quantize.make.calibration import CalibrationSet
-from quantize.make.compress import compress, versions
+from quantize.make.compress import versions
+from quantize.make.variant import compress
 from quantize.register.examine import examine
 from quantize.versions import is_proven, usable_version, why_kept
 

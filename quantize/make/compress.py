@@ -28,12 +28,10 @@ from quantize.core.plan import Plan
 from quantize.core.schemes import scheme
 from quantize.make.calibration import CalibrationSet
 from quantize.make.modifiers import modifiers
-from quantize.make.streaming import QuantizeError, streams
+from quantize.make.streaming import QuantizeError
 
-__all__ = ["QuantizeError", "compress", "compress_whole", "versions"]
+__all__ = ["QuantizeError", "compress_whole", "versions"]
 
-PARTS = ".parts"
-"""Directory of parts beside the variants; it can be removed at any time."""
 MAX_ROUND_TRIP_ERROR = 0.75
 """Relative error of a dequantized weight above which it cannot be right: 2-bit rounding stays below."""
 SERVING = {"BF16": "bfloat16", "F16": "float16"}
@@ -45,32 +43,6 @@ def versions() -> dict[str, str]:
     """Versions of what decides the numbers of a variant."""
     names = ("torch", "transformers", "llmcompressor", "compressed-tensors")
     return {name: version(name) for name in names}
-
-
-def compress(
-    checkpoint: Checkpoint,
-    modules: Modules,
-    plan: Plan,
-    calibration: CalibrationSet | None,
-    out: Path,
-    log: Path,
-    label: str,
-) -> None:
-    """Quantize ``checkpoint`` by ``plan`` into ``out``.
-
-    What :func:`quantize.make.streaming.streams` is made block by block, from parts that are kept beside
-    ``out``; the rest is llm-compressor's, whose output goes to ``log``. Raises QuantizeError when the weights
-    are damaged, or when a module was not quantized as intended.
-    """
-    method = parse_method(plan.method)
-    if method.needs_data(plan) and calibration is None:
-        raise QuantizeError(f"method {method.name} needs calibration data; set calibration in the YAML")
-    if all(streams((name, plan.method_of(group))) for group, name in plan.groups.items()):
-        from quantize.make.parts import PartStore
-
-        PartStore(out.parent / PARTS, checkpoint, modules, calibration).assemble(plan, out)
-        return
-    compress_whole(checkpoint, modules, plan, calibration, out, log, label)
 
 
 def compress_whole(

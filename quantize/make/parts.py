@@ -38,6 +38,7 @@ from quantize.core.quantization_config import quantization_config
 from quantize.core.schemes import kv_scheme, scheme
 from quantize.core.tensors import Part, read_parts, write_tensors
 from quantize.make.calibration import CalibrationSet
+from quantize.make.compress import compress_whole
 from quantize.make.ranges import FP8_MAX
 from quantize.make.smooth import Scales, ScaleStore, folded, save_whole
 from quantize.make.streaming import Choice, make_parts, needs_data, smoothed, streams
@@ -207,8 +208,6 @@ class PartStore:
         folder = self.directory / f".whole-{label}"
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        from quantize.make.compress import compress_whole
-
         log = self.directory / ".logs" / f"{label}.log"
         compress_whole(self.checkpoint, self.modules, plan, self.calibration, folder, log, label)
         return folder

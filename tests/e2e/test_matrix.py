@@ -22,7 +22,7 @@ from quantize.core.schemes import KV_SCHEMES, kv_scheme, scheme
 from quantize.core.targets import TARGETS, detect_cpu
 from quantize.evaluate.bench import Bench, Span
 from quantize.make.calibration import CalibrationSet
-from quantize.make.compress import compress
+from quantize.make.variant import compress
 from tests.quantize.tiny import VOCABULARY, make_checkpoint
 
 TRIED = ("vllm-cpu-avx512", "vllm-cpu-vnni")
