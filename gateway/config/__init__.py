@@ -5,12 +5,12 @@ refers to nothing is a ConfigError whose text gives the key, the value and the f
 """
 
 from gateway.config.access import Adapter, ApiKey, Provider
-from gateway.config.engine import Engine
+from gateway.config.engine import Engine, EngineChanges
 from gateway.config.file import Config
 from gateway.config.fixed import refuse_fixed
 from gateway.config.gateway import POLICIES, Cost, GatewaySettings
 from gateway.config.load import load_config, parse_config
-from gateway.config.model import Model
+from gateway.config.model import Model, ModelConfig, parts_of, slug, variant_id
 from gateway.config.quality import Quality
 from gateway.config.responses import ResponsesSettings
 from gateway.config.roles import Canary, RoleSettings, WhenFull
@@ -29,9 +29,11 @@ __all__ = [
     "ConfigError",
     "Cost",
     "Engine",
+    "EngineChanges",
     "GatewaySettings",
     "Judge",
     "Model",
+    "ModelConfig",
     "Provider",
     "Quality",
     "ResponsesSettings",
@@ -41,8 +43,11 @@ __all__ = [
     "is_loopback",
     "load_config",
     "parse_config",
+    "parts_of",
     "refuse_fixed",
     "shown",
     "shown_url",
+    "slug",
+    "variant_id",
     "with_secrets",
 ]

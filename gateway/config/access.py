@@ -29,7 +29,8 @@ class ApiKey(Section):
     roles: tuple[str, ...] = Field(default=(), description="roles it may use; empty: all")
     models: tuple[str, ...] = Field(
         default=(),
-        description="models it may use; empty: all. The base model's name stands for roles and variants too",
+        description="models it may use; empty: all. A base model's name stands for its variants too, and "
+        "for the roles that it may serve",
     )
     role: str | None = Field(default=None, description="the role of all its requests")
     default_role: str | None = Field(default=None, description="the role of requests that name none")

@@ -58,6 +58,26 @@ class Engine(Section):
         needed = self.context(longest, kv_bytes_per_token) * kv_bytes_per_token
         return min(MOST_KV_GIB, max(1, -(-needed // GIB))) * GIB
 
+    def changed(self, changes: EngineChanges) -> Engine:
+        """With a model's own settings: its arguments come after the shared ones, its environment on top."""
+        given = {name: value for name, value in dict(changes).items() if value is not None}
+        given["extra_args"] = (*self.extra_args, *changes.extra_args)
+        given["env"] = {**self.env, **changes.env}
+        return self.model_copy(update=given)
+
     def patience_s(self, weight_bytes: int) -> float:
         """Seconds that an engine may take to load so many bytes and be ready."""
         return self.start_timeout_s or 300.0 + weight_bytes / 50e6
+
+
+class EngineChanges(Section):
+    """What of :class:`Engine` one model has otherwise; what is not given is as it is for all."""
+
+    max_model_len: int | None = Field(default=None, ge=64)
+    kv_cache_gib: int | None = Field(default=None, ge=1)
+    max_num_seqs: int | None = Field(default=None, ge=1)
+    start_timeout_s: float | None = Field(default=None, gt=0)
+    extra_args: Annotated[tuple[str, ...], Secret.OPTIONS] = Field(
+        default=(), description="after the shared ones"
+    )
+    env: Annotated[dict[str, str], Secret.ALL] = Field(default_factory=dict, description="on top")

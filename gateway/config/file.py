@@ -10,26 +10,29 @@ from pydantic import Field, PrivateAttr, model_validator
 from gateway.config.access import Adapter, ApiKey, Provider
 from gateway.config.engine import Engine
 from gateway.config.gateway import GatewaySettings
-from gateway.config.model import Model
+from gateway.config.model import Model, ModelConfig, ModelName, parts_of, slug, variant_id
 from gateway.config.quality import Quality
 from gateway.config.responses import ResponsesSettings, check_url
 from gateway.config.roles import RoleSettings
 from gateway.config.section import Secret, Section, shown_url
 from gateway.config.watch import WatchSettings
 
+_ONE_MODEL = ("model", "serve", "reference", "calibration")
+"""Keys of the time when a file had one model; they are a model's own now."""
+
 
 class Config(Section):
-    """The whole file."""
+    """The whole file. A variant is named ``model:variant`` in it, or by the variant alone where one model
+    alone serves one of that name; here it is always the whole name."""
 
-    model: Model
-    variants_dir: Path
-    reference: str = "bf16"
-    serve: tuple[str, ...] = Field(min_length=1, description="variants that have a pool")
+    models: dict[ModelName, Model] = Field(
+        min_length=1, description="by the name that clients use; the first serves who names none"
+    )
+    variants_dir: Path = Field(description="where variants are kept, those of each model apart")
     roles: dict[str, RoleSettings] = Field(min_length=1)
     default_role: str
-    calibration: Path | None = Field(default=None, description="JSON Lines of conversations")
     pools: Annotated[dict[str, tuple[str, ...]], Secret.URL] = Field(
-        default_factory=dict, description="replica base URLs of pools that are not started here"
+        default_factory=dict, description="variant to base URLs of replicas that are not started here"
     )
     providers: tuple[Provider, ...] = ()
     adapters: dict[str, Adapter] = Field(
@@ -38,7 +41,7 @@ class Config(Section):
     keys: tuple[ApiKey, ...] = ()
     run_dir: Path = Path("var/run")
     gateway: GatewaySettings = GatewaySettings()
-    engine: Engine = Engine()
+    engine: Engine = Field(default=Engine(), description="of all models, as far as they change nothing")
     quality: Quality = Quality()
     watch: WatchSettings = WatchSettings()
     responses: ResponsesSettings = ResponsesSettings()
@@ -49,19 +52,88 @@ class Config(Section):
         """Where the file lies that this was read from."""
         return self._directory
 
+    @property
+    def served(self) -> tuple[str, ...]:
+        """Every variant that has a pool, as ``model:variant``."""
+        return tuple(variant_id(name, one) for name, model in self.models.items() for one in model.serve)
+
+    @property
+    def default_model(self) -> str:
+        """Of who names none, and of roles that name none."""
+        return next(iter(self.models))
+
+    @property
+    def references(self) -> dict[str, str]:
+        """Model to its reference as ``model:variant``, served or not."""
+        return {name: variant_id(name, model.reference) for name, model in self.models.items()}
+
+    def models_of(self, role: str) -> tuple[str, ...]:
+        """Models that may serve a role, the one first that the others are measured against."""
+        return self.roles[role].models or (self.default_model,)
+
+    def of(self, name: str) -> ModelConfig:
+        """A model, with everything that concerns it. Raises KeyError."""
+        model = self.models[name]
+        variants_dir = self.variants_dir / slug(name)
+        first = self.served.index(variant_id(name, model.serve[0]))
+        return ModelConfig(
+            name=name,
+            path=model.path or variants_dir / ".hub",
+            hub=model.hub,
+            revision=model.revision,
+            variants_dir=variants_dir,
+            reference=model.reference,
+            serve=model.serve,
+            calibration=model.calibration,
+            engine=self.engine.changed(model.engine),
+            roles={role: one for role, one in self.roles.items() if name in self.models_of(role)},
+            pools={one: urls for one in model.serve if (urls := self.pools.get(variant_id(name, one)))},
+            ports={one: self.engine.base_port + first + n for n, one in enumerate(model.serve)},
+            run_dir=self.run_dir,
+        )
+
+    def each(self) -> tuple[ModelConfig, ...]:
+        """All models."""
+        return tuple(map(self.of, self.models))
+
+    def replicas(self, variant: str) -> tuple[str, ...]:
+        """Base URLs (no trailing slash) of a pool, by ``model:variant``: the given ones, else the local
+        engine."""
+        given = self.pools.get(variant)
+        if given:
+            return tuple(url.rstrip("/") for url in given)
+        return (f"http://{self.engine.host}:{self.engine.base_port + self.served.index(variant)}",)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _has_several_models(cls, raw: Any) -> Any:
+        if isinstance(raw, dict) and (old := [key for key in _ONE_MODEL if key in raw]):
+            own = raw["model"] if isinstance(raw.get("model"), dict) else {}
+            inner = {"path": own.get("path", "…"), **{key: raw[key] for key in old if key != "model"}}
+            text = ", ".join(f"{key}: {_yaml(value)}" for key, value in inner.items())
+            raise ValueError(
+                f"{old[0]}: a fleet has several models now, and this belongs to one of them; write "
+                f"models: {{ {own.get('name', 'NAME')}: {{ {text} }} }}"
+            )
+        return raw
+
     @model_validator(mode="after")
     def _names_refer_to_something(self) -> Config:
-        if self.reference not in self.serve:
-            raise ValueError(f"serve: must contain the reference {self.reference!r}; add it")
-        if len(set(self.serve)) != len(self.serve):
-            raise ValueError("serve: a variant is listed twice; list each once")
         if self.default_role not in self.roles:
             raise ValueError(
                 f"default_role: {self.default_role!r} is not a role; known: {names_of(self.roles)}"
             )
-        for variant in self.pools:
-            if variant not in self.serve:
-                raise ValueError(f"pools.{variant}: not a served variant; known: {names_of(self.serve)}")
+        for name, model in self.models.items():
+            if self.watch.reference == "live" and self.watch.enabled and model.reference not in model.serve:
+                raise ValueError(
+                    f"models.{name}.serve: must contain the reference {model.reference!r}, which the watch "
+                    "asks; add it, or set watch.reference to none"
+                )
+        slugs: dict[str, str] = {}
+        for name in self.models:
+            if (other := slugs.setdefault(slug(name), name)) != name:
+                raise ValueError(f"models.{name}: its files would be those of {other}; rename one")
+        self._name_variants_in_full()
         for variant, urls in self.pools.items():
             for url in urls:
                 if not url.removeprefix("dns+").startswith(("http://", "https://")):
@@ -69,21 +141,10 @@ class Config(Section):
                         f"pools.{variant}: {shown_url(url)!r} is no URL of an engine; give http://HOST:PORT, "
                         "or dns+http://NAME:PORT for every address of a name"
                     )
-        agents: dict[str, str] = {}
-        for name, role in self.roles.items():
-            for agent in role.agents:
-                if agents.setdefault(agent, name) != name:
-                    raise ValueError(f"roles.{name}.agents: {agent!r} already belongs to {agents[agent]}")
-        for name, role in self.roles.items():
-            if role.canary and role.canary.variant not in self.serve:
-                raise ValueError(
-                    f"roles.{name}.canary.variant: {role.canary.variant!r} is not a served variant; "
-                    f"known: {names_of(self.serve)}"
-                )
+        self._check_roles()
         self._check_keys()
         if (judge := self.watch.judge) is not None:
-            models = {self.model.name, *(f"{self.model.name}:{variant}" for variant in self.serve)}
-            models |= {provider.model for provider in self.providers}
+            models = {*self.models, *self.served, *(provider.model for provider in self.providers)}
             if judge.model not in models:
                 raise ValueError(
                     f"watch.judge.model: {judge.model!r} does not exist; known: {names_of(models)}"
@@ -93,24 +154,81 @@ class Config(Section):
         self._check_model_names()
         return self
 
+    def _name_variants_in_full(self) -> None:
+        """Wherever the file names a variant, by the variant alone too, put ``model:variant``."""
+        pools = {self._full(f"pools.{name}", name): urls for name, urls in self.pools.items()}
+        if len(pools) < len(self.pools):
+            raise ValueError("pools: a variant is listed twice; list each once")
+        roles = {}
+        for name, role in self.roles.items():
+            if (canary := role.canary) is not None:
+                full = self._full(f"roles.{name}.canary.variant", canary.variant)
+                role = role.model_copy(update={"canary": canary.model_copy(update={"variant": full})})
+            roles[name] = role
+        adapters = {
+            name: one.model_copy(
+                update={"variants": tuple(self._full(f"adapters.{name}.variants", v) for v in one.variants)}
+            )
+            for name, one in self.adapters.items()
+        }
+        keys = tuple(
+            key.model_copy(update={"lowest": self._full(f"keys.{key.name}.lowest", key.lowest)})
+            if key.lowest is not None
+            else key
+            for key in self.keys
+        )
+        for field, value in (("pools", pools), ("roles", roles), ("adapters", adapters), ("keys", keys)):
+            object.__setattr__(self, field, value)  # frozen for everybody else
+
+    def _full(self, where: str, variant: str) -> str:
+        """A served variant's whole name. Raises ValueError."""
+        if variant in self.served:
+            return variant
+        found = [one for one in self.served if parts_of(one)[1] == variant]
+        if len(found) == 1:
+            return found[0]
+        if found:
+            raise ValueError(f"{where}: several models serve {variant!r}; write one of: {names_of(found)}")
+        raise ValueError(f"{where}: {variant!r} is not a served variant; known: {names_of(self.served)}")
+
+    def _check_roles(self) -> None:
+        agents: dict[str, str] = {}
+        for name, role in self.roles.items():
+            for model in role.models:
+                if model not in self.models:
+                    raise ValueError(
+                        f"roles.{name}.models: {model!r} is not a model; known: {names_of(self.models)}"
+                    )
+            for agent in role.agents:
+                if agents.setdefault(agent, name) != name:
+                    raise ValueError(f"roles.{name}.agents: {agent!r} already belongs to {agents[agent]}")
+            if role.canary and parts_of(role.canary.variant)[0] not in self.models_of(name):
+                raise ValueError(
+                    f"roles.{name}.canary.variant: {role.canary.variant!r} is of a model that may not serve "
+                    "the role; add it to the role's models"
+                )
+
     def _check_model_names(self) -> None:
         """A client names a model, a role, an adapter or a provider's model, and each name is one thing."""
-        if self.model.name in self.roles:
-            raise ValueError(f"roles.{self.model.name}: is also the model's name; rename one")
-        taken = {self.model.name, *self.roles, *(f"{self.model.name}:{name}" for name in self.serve)}
+        taken = {*self.models, *self.served}
+        for name in self.roles:
+            if name in taken:
+                raise ValueError(f"roles.{name}: is also a model's name; rename one")
+            taken.add(name)
         for name, adapter in self.adapters.items():
             if name in taken:
                 raise ValueError(f"adapters.{name}: is already a model or role; rename it")
             taken.add(name)
-            for variant in adapter.variants:
-                if variant not in self.serve:
-                    raise ValueError(
-                        f"adapters.{name}.variants: {variant!r} is not a served variant; "
-                        f"known: {names_of(self.serve)}"
-                    )
-            if adapter.variants and self.reference not in adapter.variants:
+            of = {parts_of(variant)[0] for variant in adapter.variants or self.served}
+            if len(of) > 1:
                 raise ValueError(
-                    f"adapters.{name}.variants: must contain the reference {self.reference!r}, to which "
+                    f"adapters.{name}.variants: an adapter is of one model, and these are of {names_of(of)}; "
+                    "list those of one"
+                )
+            reference = self.references[of.pop()]
+            if adapter.variants and reference not in adapter.variants:
+                raise ValueError(
+                    f"adapters.{name}.variants: must contain the reference {reference!r}, to which "
                     "requests go up; add it"
                 )
         for provider in self.providers:
@@ -128,7 +246,7 @@ class Config(Section):
         hashes = [key.sha256 for key in self.keys]
         if len(set(names)) < len(names) or len(set(hashes)) < len(hashes):
             raise ValueError("keys: a name or a hash is listed twice; list each once")
-        models = {self.model.name, *self.roles, *(f"{self.model.name}:{variant}" for variant in self.serve)}
+        models = {*self.models, *self.roles, *self.served}
         models |= {*self.adapters, *(provider.model for provider in self.providers)}
         for key in self.keys:
             for role in (*key.roles, *filter(None, (key.role, key.default_role))):
@@ -143,20 +261,11 @@ class Config(Section):
                     raise ValueError(
                         f"keys.{key.name}.models: {model!r} does not exist; known: {names_of(models)}"
                     )
-            if key.lowest is not None and key.lowest not in self.serve:
-                raise ValueError(
-                    f"keys.{key.name}.lowest: {key.lowest!r} is not a served variant; "
-                    f"known: {names_of(self.serve)}"
-                )
-
-    def replicas(self, variant: str) -> tuple[str, ...]:
-        """Base URLs (no trailing slash) of a variant's pool: the given ones, else the local engine."""
-        given = self.pools.get(variant)
-        if given:
-            return tuple(url.rstrip("/") for url in given)
-        port = self.engine.base_port + self.serve.index(variant)
-        return (f"http://{self.engine.host}:{port}",)
 
 
 def names_of(names: Any) -> str:
     return ", ".join(sorted(names))
+
+
+def _yaml(value: Any) -> str:
+    return "[" + ", ".join(map(str, value)) + "]" if isinstance(value, list | tuple) else str(value)

@@ -106,9 +106,11 @@ def _absolute(config: Config, base: Path) -> Config:
     python = config.engine.python or Path(".venv-engine/bin/python")
     absolute = config.model_copy(
         update={
-            "model": config.model.model_copy(update={"path": at(config.model.path)}),
+            "models": {
+                name: model.model_copy(update={"path": at(model.path), "calibration": at(model.calibration)})
+                for name, model in config.models.items()
+            },
             "variants_dir": at(config.variants_dir),
-            "calibration": at(config.calibration),
             "quality": config.quality.model_copy(update={"classifier": at(config.quality.classifier)}),
             "run_dir": at(config.run_dir),
             "engine": config.engine.model_copy(update={"python": at(python)}),

@@ -34,6 +34,11 @@ class Canary(Section):
 class RoleSettings(Section):
     """What an agent does, and the quality it needs."""
 
+    models: tuple[str, ...] = Field(
+        default=(),
+        description="that may serve it: the cheapest variant of any of them that passes does; the reference "
+        "of the first is what all others are measured against. Default: the first of models",
+    )
     budget: QualityBudget = QualityBudget()
     agents: tuple[str, ...] = Field(default=(), description="agent names that mean this role")
     grounded: bool = Field(default=False, description="check answers against the conversation's context")
@@ -87,6 +92,8 @@ class RoleSettings(Section):
 
     @model_validator(mode="after")
     def _has_tasks_too(self) -> RoleSettings:
+        if len(set(self.models)) != len(self.models):
+            raise ValueError("models: a model is listed twice; list each once")
         if self.long_context is not None and self.tasks is None:
             raise ValueError(f"long_context: {str(self.long_context)!r} needs tasks as well; give tasks")
         return self

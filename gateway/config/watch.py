@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -25,6 +25,11 @@ class WatchSettings(Section):
     """Quantized answers compared with the reference's while they are served, and what follows from it."""
 
     enabled: bool = True
+    reference: Literal["live", "none"] = Field(
+        default="live",
+        description="live: the reference is served, and asked about a share of quantized answers; none: it "
+        "need not be served, and rules and signals alone watch",
+    )
     store: Annotated[str | None, Secret.URL] = Field(
         default=None, description="SQLAlchemy URL of what all gateways share; default: SQLite in run_dir"
     )
