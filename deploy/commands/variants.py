@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from deploy.commands import add_command, add_json, print_json, say
-from gateway.config import Config, load_config
+from deploy.commands import add_command, add_json, add_model, print_json, say
+from deploy.models import one_model, registry_of
+from gateway.config import ModelConfig, load_config
 from quantize.card import Card, CardError, read_card
 from quantize.registry import Registry
 from quantize.report.distributions import Distributions
@@ -38,6 +39,8 @@ def add_variants(parser: argparse.ArgumentParser) -> None:
     reporting = add_command(commands, "report", report, "write one HTML file with pictures of all variants")
     reporting.add_argument("--out", type=Path, default=Path("var/variants.html"))
     reporting.add_argument("--no-distributions", dest="distributions", action="store_false")
+    for command in (listing, showing, comparing, using, deleting, reporting):
+        add_model(command)
 
 
 def with_list(arguments: list[str]) -> list[str]:
@@ -47,14 +50,14 @@ def with_list(arguments: list[str]) -> list[str]:
     return arguments
 
 
-def _registry(config: Config) -> Registry:
-    return Registry(config.variants_dir, config.model.name, config.reference, say)
+def _model(options: argparse.Namespace) -> ModelConfig:
+    return one_model(load_config(options.config), options.model)
 
 
-def _cards(config: Config, registry: Registry) -> tuple[Card, ...]:
+def _cards(model: ModelConfig, registry: Registry) -> tuple[Card, ...]:
     cards = registry.cards()
     if not cards:
-        raise CardError(f"{config.variants_dir} holds no variants; make them with `tiercel quantize`")
+        raise CardError(f"{model.variants_dir} holds no variants; make them with `tiercel quantize`")
     return cards
 
 
@@ -66,10 +69,10 @@ def card_as_json(card: Card) -> dict[str, Any]:
 def list_variants(options: argparse.Namespace) -> None:
     from quantize.report.tables import format_variants
 
-    config = load_config(options.config)
-    registry = _registry(config)
-    cards = _cards(config, registry)
-    old = stale_variants(config, cards)
+    model = _model(options)
+    registry = registry_of(model, say)
+    cards = _cards(model, registry)
+    old = stale_variants(model, cards)
     if options.json:
         print_json([card_as_json(card) | {"stale": old[card.variant]} for card in cards])
         return
@@ -79,7 +82,7 @@ def list_variants(options: argparse.Namespace) -> None:
         print(line)
 
 
-def stale_variants(config: Config, cards: Sequence[Card]) -> dict[str, tuple[str, ...]]:
+def stale_variants(model: ModelConfig, cards: Sequence[Card]) -> dict[str, tuple[str, ...]]:
     """Per variant how the engine that it was measured on differs from the one of this configuration.
 
     Empty where this machine has no engine environment: then nothing is measured here.
@@ -88,7 +91,7 @@ def stale_variants(config: Config, cards: Sequence[Card]) -> dict[str, tuple[str
     from deploy.measuring import identity
     from quantize.versions import stale
 
-    now = identity(config, look())
+    now = identity(model, look())
     if "engine" not in now:
         return {card.variant: () for card in cards}
     return {card.variant: stale(card, now) for card in cards}
@@ -110,10 +113,10 @@ def waiting_lines(registry: Registry, cards: Sequence[Card]) -> list[str]:
 def show(options: argparse.Namespace) -> None:
     from quantize.report.tables import format_card
 
-    config = load_config(options.config)
-    registry = _registry(config)
+    model = _model(options)
+    registry = registry_of(model, say)
     card = registry.card(options.variant)
-    versions, old = registry.versions(options.variant), stale_variants(config, [card])[card.variant]
+    versions, old = registry.versions(options.variant), stale_variants(model, [card])[card.variant]
     if options.json:
         print_json(card_as_json(card) | {"all_versions": versions, "stale": old})
     else:
@@ -123,7 +126,7 @@ def show(options: argparse.Namespace) -> None:
 def compare(options: argparse.Namespace) -> None:
     from quantize.report.tables import format_comparison
 
-    registry = _registry(load_config(options.config))
+    registry = registry_of(_model(options), say)
     cards = [registry.card(name) for name in options.variants]
     if options.json:
         print_json([card_as_json(card) for card in cards])
@@ -132,41 +135,43 @@ def compare(options: argparse.Namespace) -> None:
 
 
 def use(options: argparse.Namespace) -> None:
-    card = _registry(load_config(options.config)).use(options.variant, options.version)
+    card = registry_of(_model(options), say).use(options.variant, options.version)
     say(f"{card.variant} is now version {card.version}; restart `tiercel up` to serve it")
 
 
 def delete(options: argparse.Namespace) -> None:
-    say(str(_registry(load_config(options.config)).delete(options.variant, options.version)))
+    say(str(registry_of(_model(options), say).delete(options.variant, options.version)))
 
 
 def report(options: argparse.Namespace) -> None:
     from deploy.planning import known_controls, known_sensitivity
     from quantize.report.report import Report, write_report
 
-    config = load_config(options.config)
-    registry = _registry(config)
-    cards = _cards(config, registry)
-    found = known_sensitivity(config)
+    model = _model(options)
+    registry = registry_of(model, say)
+    cards = _cards(model, registry)
+    found = known_sensitivity(model)
     page = Report(
-        model=config.model.name,
+        model=model.name,
         cards=cards,
-        controls=known_controls(config, cards),
+        controls=known_controls(model, cards),
         sensitivity=found.rows if found else (),
-        distributions=_distributions(config, registry, cards) if options.distributions else {},
+        distributions=_distributions(model, registry, cards) if options.distributions else {},
     )
     write_report(page, options.out)
     say(f"written to {options.out}")
 
 
-def _distributions(config: Config, registry: Registry, cards: tuple[Card, ...]) -> dict[str, Distributions]:
+def _distributions(
+    model: ModelConfig, registry: Registry, cards: tuple[Card, ...]
+) -> dict[str, Distributions]:
     """Of every variant whose layout is known; computed once per version."""
     from quantize.core.checkpoint import open_checkpoint
     from quantize.core.modules import read_modules
     from quantize.make.calibration import read_calibration
     from quantize.report.distributions import compute_distributions, load_distributions, save_distributions
 
-    checkpoint = open_checkpoint(config.model.path)
+    checkpoint = open_checkpoint(model.path)
     modules = read_modules(checkpoint)
     made: dict[str, Distributions] = {}
     sequences = None
@@ -177,7 +182,7 @@ def _distributions(config: Config, registry: Registry, cards: tuple[Card, ...]) 
         figures = load_distributions(path)
         if figures is None:
             if sequences is None:
-                sequences = read_calibration(config.calibration, checkpoint).sequences
+                sequences = read_calibration(model.calibration, checkpoint).sequences
             say(f"{card.variant}: distributions of weights and activations")
             figures = compute_distributions(
                 checkpoint,
