@@ -10,7 +10,7 @@ from pathlib import Path
 from deploy.commands import NOT_WELL, add_command, add_json, add_model, print_json, run_engines, say
 from deploy.commands.before import refuse_unmeasurable
 from deploy.commands.variants import card_as_json
-from deploy.models import one_model, registry_of
+from deploy.models import one_model, registry_of, variants_of
 from gateway.config import ModelConfig, load_config
 from quantize.card import Card
 from quantize.core.checkpoint import open_checkpoint
@@ -133,8 +133,8 @@ def check(options: argparse.Namespace) -> None:
 def make(options: argparse.Namespace) -> None:
     from deploy.making import make_one, make_variants
 
-    model = _model(options)
-    before = _before(model, options, 1 if options.scheme else len(options.variants or RECIPES))
+    model, variants = variants_of(load_config(options.config), options.variants, options.model)
+    before = _before(model, options, 1 if options.scheme else len(variants or RECIPES))
     if options.scheme:
         scheme(options.scheme)
         kv_scheme(options.kv)
@@ -143,16 +143,16 @@ def make(options: argparse.Namespace) -> None:
             model, options.name, options.scheme, options.method, options.kv, say, options.target, before
         )
     else:
-        cards = make_variants(model, options.variants or list(RECIPES), say, options.target, before)
+        cards = make_variants(model, variants or list(RECIPES), say, options.target, before)
     _judge(model, cards, options)
 
 
 def measure(options: argparse.Namespace) -> None:
     from deploy.measuring import say_hopeless
 
-    model = _model(options)
+    model, variants = variants_of(load_config(options.config), options.variants, options.model)
     registry = registry_of(model, say)
-    names = options.variants or registry.variants()
+    names = variants or registry.variants()
     others = [name for name in dict.fromkeys(names) if name != model.reference]
     cards = [registry.card(name) for name in (model.reference, *others)]
     say_hopeless(model, len(others), say)
