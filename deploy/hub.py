@@ -34,7 +34,7 @@ class HubError(CheckpointError):
 
 def ensure(model: ModelConfig, say: Say = lambda _text: None) -> Path:
     """The directory of the model's checkpoint, fetched where it is a hub's and not there. Raises HubError."""
-    if model.hub is None or is_there(model):
+    if is_there(model):
         return model.path
     with locked(model.path / ".lock", f"fetching {model.hub}", say):
         if not is_there(model):
@@ -44,7 +44,9 @@ def ensure(model: ModelConfig, say: Say = lambda _text: None) -> Path:
 
 
 def is_there(model: ModelConfig) -> bool:
-    """Whether all of it was fetched; nobody is asked."""
+    """Whether all of a hub's model was fetched, which nobody is asked; of others always."""
+    if model.hub is None:
+        return True
     state = _state(model.path)
     return (
         state.get("hub") == model.hub
