@@ -200,7 +200,7 @@ class _Work:
                     if own:
                         self.reference_done.set()
             async with self.turns.alone():
-                speed = await speed_or_none(client, card.variant, self.say)
+                speed = await speed_or_none(client, card.variant, _context(self.config, card), self.say)
             return Found(passes, speed or card.speed, account)
 
     def _journals(self, card: Card) -> dict[str, Journal]:
@@ -282,11 +282,11 @@ def equals_reference(evaluation: Evaluation) -> bool:
     return same_scores and all(role.same_answer == role.items for role in evaluation.roles.values())
 
 
-async def speed_or_none(client: EngineClient, variant: str, say: Say) -> Speed | None:
+async def speed_or_none(client: EngineClient, variant: str, longest: int, say: Say) -> Speed | None:
     """A variant's speed. An engine that cannot write what it is measured by (its context may be shorter) has
     none, which is said: what was found out about quality stands without it."""
     try:
-        return await measure_speed(client)
+        return await measure_speed(client, longest)
     except EngineError as error:
         say(f"{variant}: its speed was not measured: {error}")
         return None

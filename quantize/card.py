@@ -209,6 +209,16 @@ class Making(_Strict):
     peak_device_bytes: int | None = Field(default=None, ge=0, description="largest use of an accelerator")
 
 
+class SpeedPoint(_Strict):
+    """How long an engine takes for requests that come together, none of whose prompts it has seen before."""
+
+    together: int = Field(ge=1, description="requests")
+    prompt_tokens: int = Field(ge=1, description="of each")
+    answer_tokens: int = Field(ge=2, description="of each")
+    prompt_s: float = Field(gt=0, description="until all have their first token")
+    step_s: float = Field(gt=0, description="for one more token of each, the mean over their answers")
+
+
 class Speed(_Strict):
     """How fast the serving engine wrote, prompts included, with so many requests at a time."""
 
@@ -218,6 +228,7 @@ class Speed(_Strict):
     together: int = Field(ge=1, description="requests at a time")
     prompt_tokens: int = Field(ge=1, description="of each")
     answer_tokens: int = Field(ge=1, description="of each")
+    points: tuple[SpeedPoint, ...] = Field(default=(), description="at several loads, each a median")
 
 
 class Calibration(_Strict):
