@@ -22,6 +22,7 @@ from deploy.commands.status import add_status
 from deploy.commands.top import add_top
 from deploy.commands.variants import add_variants, with_list
 from deploy.commands.watch import add_watch, with_show
+from deploy.models import one_model
 from deploy.supervisor import run_until_stopped
 from gateway.config import load_config
 
@@ -36,7 +37,8 @@ def demo(options: argparse.Namespace) -> None:
 
     config = load_config(options.config)
     say("1/5 quantize: making the variants")
-    cards = make_variants(config, config.serve, say)
+    model = one_model(config)
+    cards = make_variants(model, model.serve, say)
     config, path = with_what_was_made(config, options.config, cards, say)
     run_engines(run_demo(config, path, cards, options.out, options.messages, say))
 

@@ -19,8 +19,9 @@ from deploy.engine_account import ServedOtherwiseError, checked_account, refuse_
 from deploy.engine_failures import EngineLoadError, EngineRoomError
 from deploy.machine import engine_identity, look
 from deploy.making import role_tasks
+from deploy.models import registry_of
 from deploy.placement import Machine, PlacementError, Seats
-from gateway.config import Config
+from gateway.config import ModelConfig
 from quantize.account import suspicion
 from quantize.card import Card, EngineAccount, Evaluation, Speed
 from quantize.core.checkpoint import CheckpointError, open_checkpoint
@@ -50,9 +51,9 @@ Say = Callable[[str], None]
 T = TypeVar("T")
 
 
-def identity(config: Config, machine: Machine) -> dict[str, str]:
+def identity(model: ModelConfig, machine: Machine) -> dict[str, str]:
     """On what this configuration measures: engine and build, device and driver, flags and environment."""
-    settings = config.engine
+    settings = model.engine
     context = str(settings.max_model_len) if settings.max_model_len else "the model's"
     flags = [*shared_flags(settings), "--max-model-len", context]
     found = engine_identity(settings, machine, flags)
@@ -62,22 +63,22 @@ def identity(config: Config, machine: Machine) -> dict[str, str]:
 
 
 async def evaluate_variants(
-    config: Config, cards: Sequence[Card], say: Say, engines: Mapping[str, EngineSpec] | None = None
+    model: ModelConfig, cards: Sequence[Card], say: Say, engines: Mapping[str, EngineSpec] | None = None
 ) -> list[Card]:
     """Measure every variant through its engine, compare with the reference, judge, write the cards.
 
-    ``engines`` are those that run already, by variant; others are started here, as are those that serve
-    another version. A variant that its engine cannot load, or serves otherwise than its card says, is marked
-    broken, with the reason; one for which there is no room is left as it was; the others go on. The
+    ``engines`` are those that run already, by ``model:variant``; others are started here, as are those that
+    serve another version. A variant that its engine cannot load, or serves otherwise than its card says, is
+    marked broken, with the reason; one for which there is no room is left as it was; the others go on. The
     reference is measured twice: what it differs by from itself is the noise floor. A version that passes is
     put to use.
     """
-    tasks, machine = role_tasks(config), look()
-    reference = next(card for card in cards if card.variant == config.reference)
-    work = _Work(config, tasks, identity(config, machine), machine, say, engines or {}, reference)
+    tasks, machine = role_tasks(model), look()
+    reference = next(card for card in cards if card.variant == model.reference)
+    work = _Work(model, tasks, identity(model, machine), machine, say, engines or {}, reference)
     ordered = [reference, *(card for card in cards if card is not reference)]
     for card in ordered:
-        if card.max_model_len > (taken := _context(config, card)) and config.engine.max_model_len is None:
+        if card.max_model_len > (taken := _context(model, card)) and model.engine.max_model_len is None:
             say(
                 f"{card.variant}: {taken:,} of the model's {card.max_model_len:,} tokens fit into the KV "
                 "cache; raise engine.kv_cache_gib for more"
@@ -91,9 +92,9 @@ async def evaluate_variants(
         for card, task in zip(ordered, tasks_of, strict=True)
         if (result := task.result()) is not None
     }
-    first, again = results[config.reference].passes
+    first, again = results[model.reference].passes
     evaluations = {name: compare(first, found.passes[-1], tasks, again) for name, found in results.items()}
-    budgets = {name: role.budget for name, role in config.roles.items()}
+    budgets = {name: role.budget for name, role in model.roles.items()}
     measured = [
         _with_findings(card, results[card.variant], evaluations[card.variant], say)
         if card.variant in results
@@ -107,12 +108,12 @@ async def evaluate_variants(
     return done
 
 
-def say_hopeless(config: Config, variants: int, say: Say) -> None:
+def say_hopeless(model: ModelConfig, variants: int, say: Say) -> None:
     """Before any work: say which roles none of ``variants`` can pass on their items, however good it is.
 
     Raises QuantizeError and TaskError where there are no items at all.
     """
-    tasks = role_tasks(config)
+    tasks = role_tasks(model)
     counts = {
         role: ItemCounts(
             task=sum(item.suite == "task" for item in items),
@@ -122,13 +123,13 @@ def say_hopeless(config: Config, variants: int, say: Say) -> None:
         )
         for role, items in tasks.items()
     }
-    budgets = {name: role.budget for name, role in config.roles.items()}
+    budgets = {name: role.budget for name, role in model.roles.items()}
     for role, reasons in hopeless(counts, budgets, variants).items():
         say(f"no variant can pass for {role}: {'; '.join(reasons)}")
 
 
-def _context(config: Config, card: Card) -> int:
-    return config.engine.context(card.max_model_len, card.kv_bytes_per_token)
+def _context(model: ModelConfig, card: Card) -> int:
+    return model.engine.context(card.max_model_len, card.kv_bytes_per_token)
 
 
 @dataclass
@@ -144,7 +145,7 @@ class Found:
 class _Work:
     """Measurements of one configuration: places, and the order in which engines answer."""
 
-    config: Config
+    model: ModelConfig
     tasks: Mapping[str, list[Item]]
     engine: dict[str, str]
     machine: Machine
@@ -154,19 +155,19 @@ class _Work:
     reference_done: asyncio.Event = field(default_factory=asyncio.Event)
 
     def __post_init__(self) -> None:
-        config = self.config
-        self.registry = Registry(config.variants_dir, config.model.name, config.reference, self.say)
-        settings = config.engine
+        model = self.model
+        self.registry = registry_of(model, self.say)
+        settings = model.engine
         at_once = (
             min(ENGINES_AT_ONCE, max(1, self.machine.cores)) if not self.machine.gpus else ENGINES_AT_ONCE
         )
         self.seats = Seats(self.machine, at_once, settings.env, settings.extra_args)
-        self.turns = Turns(answering_at_once(config, self.machine))
+        self.turns = Turns(answering_at_once(model, self.machine))
         self._key = measurement_key(self.tasks, self.engine)
 
     async def of(self, card: Card) -> Found:
         """Measure one variant, or read what was measured on the same engine before."""
-        own = card.variant == self.config.reference
+        own = card.variant == self.model.reference
         journals = self._journals(card)
         known = [
             read_measurement(journal, self._compared_with(card, number))
@@ -180,7 +181,7 @@ class _Work:
             url, account = await self._engine(stack, card)
             client = await stack.enter_async_context(EngineClient(url, card.model))
             if own:
-                await refuse_other_tokens(self.config, client)
+                await refuse_other_tokens(self.model, client)
             else:
                 await self.reference_done.wait()
             async with self.turns.one():
@@ -206,46 +207,46 @@ class _Work:
     def _journals(self, card: Card) -> dict[str, Journal]:
         path = self.registry.measurement_path(card, self._key)
         journals = {card.variant: Journal(path)}
-        if card.variant == self.config.reference:
+        if card.variant == self.model.reference:
             again = path.with_name(f"{path.name.split('.json')[0]}-2.json.gz")
             journals[f"{card.variant} again"] = Journal(again)
         return journals
 
     def _compared_with(self, card: Card, number: int) -> Path | None:
         """What is kept of the reference's first pass, with which all others are compared."""
-        if card.variant == self.config.reference and number == 0:
+        if card.variant == self.model.reference and number == 0:
             return None
         return reference_path(Journal(self.registry.measurement_path(self.reference, self._key)))
 
     async def _engine(self, stack: AsyncExitStack, card: Card) -> tuple[str, EngineAccount | None]:
         """The address of the variant's engine, running and compared with the card."""
         directory = self.registry.path(card.variant, card.version)
-        if (given := self.engines.get(card.variant)) is not None and given.directory == directory:
+        given = self.engines.get(self.model.id(card.variant))
+        if given is not None and given.directory == directory:
             return given.url, await checked_account(card, given.url)
-        settings = self.config.engine
+        settings = self.model.engine
         placed = await stack.enter_async_context(self.seats.take(need_of(card, directory, settings)))
-        spec = EngineSpec(
-            card=card,
-            directory=directory,
-            host=settings.host,
-            port=free_port(settings.host),
-            log=self.config.variants_dir / ".logs" / f"engine-{card.variant}.log",
-            placed=placed,
-        )
         # A head that is not the variant's own is read from the reference's files.
         beside = self.registry.path(self.reference.variant, self.reference.version).resolve()
         env = {"TIERCEL_REFERENCE": str(beside), **settings.env}
-        started = running(spec, settings.model_copy(update={"env": env}), self.say)
-        engine = await stack.enter_async_context(started)
+        spec = EngineSpec(
+            card=card,
+            directory=directory,
+            settings=settings.model_copy(update={"env": env}),
+            port=free_port(settings.host),
+            log=self.model.variants_dir / ".logs" / f"engine-{card.variant}.log",
+            placed=placed,
+        )
+        engine = await stack.enter_async_context(running(spec, self.say))
         account = await refuse_otherwise(engine)
         self.say(f"{card.variant}: {account_text(account)}")
         return spec.url, account
 
 
-async def refuse_other_tokens(config: Config, client: EngineClient) -> None:
+async def refuse_other_tokens(model: ModelConfig, client: EngineClient) -> None:
     """Raise CheckpointError where the engine makes other tokens of a text than the model's own tokenizer, by
     which calibration data were read."""
-    checkpoint = open_checkpoint(config.model.path)
+    checkpoint = open_checkpoint(model.path)
     if found := await tokenizer_differences(checkpoint, client.tokenize):
         more = f" (and {len(found) - 1} texts more)" if len(found) > 1 else ""
         raise CheckpointError(
@@ -366,11 +367,11 @@ async def unless_broken(registry: Registry, card: Card, work: Awaitable[T], say:
         return None
 
 
-def answering_at_once(config: Config, machine: Machine) -> int:
+def answering_at_once(model: ModelConfig, machine: Machine) -> int:
     """Engines that can answer side by side without taking each other's cores; 1 where they use all."""
     if machine.gpus:
         return ENGINES_AT_ONCE
-    threads = config.engine.env.get("OMP_NUM_THREADS", "1")
+    threads = model.engine.env.get("OMP_NUM_THREADS", "1")
     if not threads.isdigit() or not int(threads):
         return 1
     return max(1, min(ENGINES_AT_ONCE, machine.cores // int(threads)))

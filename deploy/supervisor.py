@@ -20,10 +20,10 @@ from deploy.engine import EngineProcess, EngineSpec, EngineStartError, need_of, 
 from deploy.engine_account import refuse_otherwise
 from deploy.engine_failures import EngineLoadError
 from deploy.machine import look
+from deploy.models import registry_of
 from deploy.placement import Placed, PlacementError, place
-from gateway.config import Config
+from gateway.config import Config, ModelConfig
 from quantize.card import VERSION, Card, refuse_broken
-from quantize.registry import Registry
 from quantize.versions import usable_version
 
 Say = Callable[[str], None]
@@ -44,44 +44,47 @@ def engine_specs(config: Config, say: Say = lambda _text: None) -> list[EngineSp
     In place of a version that its engine could not load, the newest one that passed is served, which is
     said. Raises CardError and PlacementError.
     """
-    registry = Registry(config.variants_dir, config.model.name, config.reference)
-    cards = []
-    for variant in config.serve:
-        if config.pools.get(variant):
-            continue
-        directory, sentence = usable_version(config.variants_dir, variant)
-        if sentence:
-            say(sentence)
-        cards.append(registry.card(variant, directory.name if VERSION.fullmatch(directory.name) else None))
-        refuse_broken(cards[-1])
+    found: list[tuple[ModelConfig, Card, Path]] = []
+    for model in config.each():
+        registry = registry_of(model)
+        for variant in model.serve:
+            if variant in model.pools:
+                continue
+            directory, sentence = usable_version(model.variants_dir, variant)
+            if sentence:
+                say(sentence)
+            version = directory.name if VERSION.fullmatch(directory.name) else None
+            card = registry.card(variant, version)
+            refuse_broken(card)
+            found.append((model, card, registry.path(variant, card.version)))
     return [
         EngineSpec(
             card=card,
-            directory=registry.path(card.variant, card.version),
-            host=config.engine.host,
-            port=config.engine.base_port + config.serve.index(card.variant),
-            log=config.run_dir / "logs" / f"engine-{card.variant}.log",
+            directory=directory,
+            settings=model.engine,
+            port=model.ports[card.variant],
+            log=model.log(card.variant),
             placed=placed,
         )
-        for card, placed in zip(cards, side_by_side(config, cards), strict=True)
+        for (model, card, directory), placed in zip(found, side_by_side(found), strict=True)
     ]
 
 
-def side_by_side(config: Config, cards: Sequence[Card]) -> list[Placed]:
+def side_by_side(engines: Sequence[tuple[ModelConfig, Card, Path]]) -> list[Placed]:
     """Places for engines that all run at once. Raises PlacementError."""
     machine, placed = look(), list[Placed]()
-    registry = Registry(config.variants_dir, config.model.name, config.reference)
-    for card in cards:
-        need = need_of(card, registry.path(card.variant, card.version), config.engine)
-        found = place(machine, need, placed, len(cards), config.engine.env, config.engine.extra_args)
+    for model, card, directory in engines:
+        settings = model.engine
+        need = need_of(card, directory, settings)
+        found = place(machine, need, placed, len(engines), settings.env, settings.extra_args)
         if found is None and not machine.gpus:
             # Engines that serve may share cores: what they wait for most is the next request.
             found = dataclasses.replace(placed[0], memory=need.weight_bytes + need.kv_bytes)
         if found is None:
-            names = ", ".join(one.variant for one in cards)
+            names = ", ".join(of.id(one.variant) for of, one, _ in engines)
             raise PlacementError(
-                f"{names} do not fit on this machine side by side, {card.variant} has no room; serve fewer "
-                "variants here (serve, pools), or lower engine.kv_cache_gib"
+                f"{names} do not fit on this machine side by side, {model.id(card.variant)} has no room; "
+                "serve fewer variants here (serve, pools), or lower engine.kv_cache_gib"
             )
         placed.append(found)
     return placed
@@ -103,7 +106,7 @@ class Stack:
         self.config, self._config_path, self._say = config, config_path, say
         self._before_gateway = before_gateway
         self._specs = engine_specs(config, say)
-        self.engines = {spec.card.variant: EngineProcess(spec, config.engine) for spec in self._specs}
+        self.engines = {spec.id: EngineProcess(spec) for spec in self._specs}
         self._gateway: asyncio.subprocess.Process | None = None
         self._watchers: dict[str, asyncio.Task[None]] = {}
         """By variant, and ``_GATEWAY``, which is no variant's name."""
@@ -146,7 +149,7 @@ class Stack:
                 except EngineLoadError as error:
                     engine = self._instead(engine, error)
                     await _bring_up(engine)
-                bar.set_postfix_str(f"{engine.spec.card.variant} ready")
+                bar.set_postfix_str(f"{engine.spec.id} ready")
                 bar.update()
 
             starts = [asyncio.create_task(bring_up(engine)) for engine in self.engines.values()]
@@ -171,25 +174,23 @@ class Stack:
         card = failed.spec.card
         if card.variant == card.reference:
             raise error
-        registry = Registry(
-            self.config.variants_dir, self.config.model.name, self.config.reference, self._say
-        )
+        registry = registry_of(self.config.of(card.model), self._say)
         registry.mark_broken(card, error.words)
         directory = registry.path(card.variant)
         if directory.name == card.version:
             raise error
         spec = dataclasses.replace(failed.spec, card=registry.card(card.variant), directory=directory)
-        engine = self.engines[card.variant] = EngineProcess(spec, self.config.engine)
+        engine = self.engines[spec.id] = EngineProcess(spec)
         return engine
 
     async def _follow_choice(self) -> None:
         """Serve what is in use now: the gateway reads those cards, and a gate may have chosen others."""
         for spec in engine_specs(self.config, self._say):
-            old = self.engines[spec.card.variant]
+            old = self.engines[spec.id]
             if old.spec.directory != spec.directory:
                 await old.stop()
-                engine = EngineProcess(dataclasses.replace(spec, placed=old.spec.placed), self.config.engine)
-                self.engines[spec.card.variant] = engine
+                engine = EngineProcess(dataclasses.replace(spec, placed=old.spec.placed))
+                self.engines[spec.id] = engine
                 await engine.start()
                 await engine.wait_ready()
                 self._write_state()
@@ -221,7 +222,7 @@ class Stack:
             began = time.monotonic()
             status = await engine.wait()
             delay = FIRST_BACK_OFF_S if time.monotonic() - began > STEADY_S else delay
-            name = engine.spec.card.variant
+            name = engine.spec.id
             self._say(f"engine {name} ended with status {status}; starting it again in {delay:.0f} s")
             await engine.stop()
             await asyncio.sleep(delay)
@@ -243,7 +244,7 @@ class Stack:
         await asyncio.gather(watcher, return_exceptions=True)
         await old.stop()
         spec = dataclasses.replace(old.spec, directory=directory)
-        engine = self.engines[variant] = EngineProcess(spec, self.config.engine)
+        engine = self.engines[variant] = EngineProcess(spec)
         await engine.start()
         self._write_state()
         await engine.wait_ready()
@@ -340,7 +341,7 @@ async def run_until_stopped(config: Config, config_path: Path, say: Say) -> None
 def _try_it(stack: Stack) -> str:
     """What a person can type now."""
     role = next(iter(stack.config.roles))
-    model = stack.config.model.name
+    model = stack.config.default_model
     return f"""
 Tiercel is up at {stack.url}  (Ctrl-C stops it; logs in {stack.gateway_log.parent})
 

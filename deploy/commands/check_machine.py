@@ -117,8 +117,9 @@ def check_processor(subject: Subject) -> Findings:
         return
     kind = target.removeprefix("vllm-cpu-")
     text = f"{cores} cores, {PROCESSORS.get(kind, kind)} ({target})"
+    model = subject.config.each()[0]
     if kind == "avx2" and subject.local():
-        yield warning(f"{text}: engines are slow here", f"tiercel quantize check {subject.config.model.path}")
+        yield warning(f"{text}: engines are slow here", f"tiercel quantize check {model.path}")
     else:
         yield ok(text)
 
@@ -131,9 +132,9 @@ def check_memory(subject: Subject) -> Findings:
         yield ok(have)
         return
     weights = sum(weight_bytes(subject, variant) for variant in local)
-    cache = 0 if has_cuda() else (subject.config.engine.kv_cache_gib or 1) * 2**30
+    caches = 0 if has_cuda() else sum((subject.of(v)[0].engine.kv_cache_gib or 1) * 2**30 for v in local)
     # On a GPU the weights pass through this memory once, one engine's at a time at worst.
-    need = weights + (0 if has_cuda() else len(local) * (cache + ENGINE_BYTES))
+    need = weights + (0 if has_cuda() else caches + len(local) * ENGINE_BYTES)
     running = engine_pids(subject.config.run_dir)
     room = memory.total if running else memory.available
     text = f"{have}; {', '.join(local)} here need about {_gib(need)}"
@@ -145,7 +146,7 @@ def check_memory(subject: Subject) -> Findings:
 
 def check_disk(subject: Subject) -> Findings:
     """Room for another variant, and for logs and the watch's store."""
-    weights = weight_bytes(subject, subject.config.reference)
+    weights = max(weight_bytes(subject, one) for one in subject.config.references.values())
     places = {"variants_dir": (subject.config.variants_dir, weights), "run_dir": (subject.config.run_dir, 0)}
     for name, (path, need) in places.items():
         free = shutil.disk_usage(existing(path)).free
@@ -185,11 +186,12 @@ def check_open_files() -> Findings:
 
 
 def weight_bytes(subject: Subject, variant: str) -> int:
-    """Of a variant by its card; of one that is not made yet, the model's."""
+    """Of a ``model:variant`` by its card; of one that is not made yet, the model's."""
+    model, short = subject.of(variant)
     try:
-        return read_card(variant_directory(subject.config.variants_dir, variant)).weight_bytes
+        return read_card(variant_directory(model.variants_dir, short)).weight_bytes
     except CardError:
-        return sum(path.stat().st_size for path in subject.config.model.path.glob("*.safetensors"))
+        return sum(path.stat().st_size for path in model.path.glob("*.safetensors"))
 
 
 def existing(path: Path) -> Path:

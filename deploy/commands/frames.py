@@ -27,6 +27,7 @@ from deploy.commands.readings import (
     share_text,
 )
 from deploy.commands.status import state_text
+from gateway.config import variant_id
 
 AROUND = 8
 """Lines of a frame that are neither roles nor replicas."""
@@ -124,16 +125,15 @@ def _roles(found: Sequence[Flow], room: int | None) -> Iterator[RenderableType]:
 def _replicas(replicas: Sequence[tuple[str, str, Mapping[str, Any]]], reading: Reading) -> Table:
     table = _table("in flight", "queue", "KV cache", "memory", names=("replica", "state", "address"))
     for variant, name, one in replicas:
-        of = {"variant": variant, "replica": name}
-        queue, state = reading.one(QUEUE, **of), state_text(one)
+        queue, state = reading.of_replica(QUEUE, variant, name), state_text(one)
         table.add_row(
             _name(name),
             _name(state, "red" if state in BAD else "green"),
             _name(one["url"]),
             str(one["in_flight"]),
             "-" if queue is None else f"{queue:.0f}",
-            share_text(reading.one(KV_CACHE, **of)),
-            bytes_text(reading.one(MEMORY, **of)),
+            share_text(reading.of_replica(KV_CACHE, variant, name)),
+            bytes_text(reading.of_replica(MEMORY, variant, name)),
         )
     return table
 
@@ -141,5 +141,5 @@ def _replicas(replicas: Sequence[tuple[str, str, Mapping[str, Any]]], reading: R
 def _demoted(reading: Reading) -> Iterator[Text]:
     out = [dict(labels) for labels, value in reading.samples.get(DEMOTED, {}).items() if value]
     if out:
-        names = ", ".join(f"{one['variant']} as {one['role']}" for one in out)
+        names = ", ".join(f"{variant_id(one['model'], one['variant'])} as {one['role']}" for one in out)
         yield Text(f"demoted: {names} (tiercel watch says why)", style="yellow")
