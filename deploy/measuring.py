@@ -201,7 +201,7 @@ class _Work:
                     if own:
                         self.reference_done.set()
             async with self.turns.alone():
-                speed = await speed_or_none(client, card.variant, _context(self.config, card), self.say)
+                speed = await speed_or_none(client, card.variant, _context(self.model, card), self.say)
             return Found(passes, speed or card.speed, account)
 
     def _journals(self, card: Card) -> dict[str, Journal]:
