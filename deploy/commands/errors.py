@@ -19,6 +19,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from deploy.engine import EngineStartError
+from deploy.fleet.speed import NoSpeedError
+from deploy.fleet.traffic import TrafficError
+from deploy.placement import PlacementError
 from deploy.supervisor import UpError
 from gateway.config import ConfigError, load_config
 from gateway.errors import GatewayError
@@ -51,6 +54,9 @@ USER_ERRORS = (
     EngineError,
     GatewayError,
     UpError,
+    PlacementError,
+    NoSpeedError,
+    TrafficError,
 )
 MENDABLE = 2
 """Exit status for what a person can mend."""

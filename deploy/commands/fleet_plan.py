@@ -88,8 +88,8 @@ def _traffic(config: Config, options: argparse.Namespace) -> Traffic:
         found = default_traffic(config.roles, SESSIONS)
         one = next(iter(found.roles.values()))
         say(
-            f"no traffic is given: one request of every role in a session, with {one.prompt_tokens:.0f} tokens "
-            f"of prompt and {one.answer_tokens:.0f} of answer (--traffic FILE, or --from URL, says otherwise)"
+            f"no traffic is given: one request of every role in a session, {one.prompt_tokens:.0f} tokens of "
+            f"prompt and {one.answer_tokens:.0f} of answer (--traffic FILE, or --from URL, says otherwise)"
         )
     return found if options.sessions is None else found.model_copy(update={"sessions": options.sessions})
 
