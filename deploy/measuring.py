@@ -157,11 +157,10 @@ class _Work:
     def __post_init__(self) -> None:
         model = self.model
         self.registry = registry_of(model, self.say)
-        settings = model.engine
         at_once = (
             min(ENGINES_AT_ONCE, max(1, self.machine.cores)) if not self.machine.gpus else ENGINES_AT_ONCE
         )
-        self.seats = Seats(self.machine, at_once, settings.env, settings.extra_args)
+        self.seats = Seats(self.machine, at_once)
         self.turns = Turns(answering_at_once(model, self.machine))
         self._key = measurement_key(self.tasks, self.engine)
 

@@ -21,8 +21,8 @@ from pathlib import Path
 from deploy.engine import EngineStartError
 from deploy.fleet.speed import NoSpeedError
 from deploy.fleet.traffic import TrafficError
+from deploy.gateway_process import UpError
 from deploy.placement import PlacementError
-from deploy.supervisor import UpError
 from gateway.config import ConfigError, load_config
 from gateway.errors import GatewayError
 from quantize.card import CardError
@@ -53,8 +53,8 @@ USER_ERRORS = (
     EngineStartError,
     EngineError,
     GatewayError,
-    UpError,
     PlacementError,
+    UpError,
     NoSpeedError,
     TrafficError,
 )

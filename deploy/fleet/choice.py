@@ -4,24 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from deploy.engine import need_of
+from deploy.fleet.engines import Version, need_in
 from deploy.fleet.layouts import Candidate
 from deploy.fleet.plan import Target
 from deploy.fleet.speed import speed_of
+from deploy.models import registry_of
 from gateway.cards import load_cards
 from gateway.config import Config
 from gateway.routing.pools import Pools
 from gateway.routing.router import Router
 from quantize.card import Card, CardError
-from quantize.registry import Registry
 
 
 def with_all_variants(config: Config) -> Config:
     """The configuration as if every variant that is there and loads were served. Raises CardError."""
     models = {}
     for one in config.each():
-        registry = Registry(one.variants_dir, one.name, one.reference)
-        names = tuple(card.variant for card in registry.cards() if card.state == "ready")
+        names = tuple(card.variant for card in registry_of(one).cards() if card.state == "ready")
         if not names:
             raise CardError(
                 f"models.{one.name}: {one.variants_dir} holds no variant that loads; run `tiercel quantize`"
@@ -43,17 +42,9 @@ def candidates_of(config: Config) -> dict[str, Candidate]:
 
 def _candidate(config: Config, identity: str, card: Card) -> Candidate:
     model = config.of(card.model)
-    directory = Registry(model.variants_dir, model.name, model.reference).path(card.variant, card.version)
-    settings = model.engine
-    return Candidate(
-        identity,
-        need_of(card, directory, settings),
-        speed_of(card),
-        card.kv_bytes_per_token,
-        settings.max_num_seqs,
-        settings.env,
-        settings.extra_args,
-    )
+    version = Version(model, card, registry_of(model).path(card.variant, card.version))
+    need = need_in(config, version)
+    return Candidate(identity, need, speed_of(card), card.kv_bytes_per_token, model.engine.max_num_seqs)
 
 
 def beside(config: Config) -> Mapping[str, str]:

@@ -11,9 +11,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from deploy.fleet.predict import Device, PoolLoad
+from deploy.fleet.room import side_by_side
 from deploy.fleet.speed import EngineSpeed
 from deploy.fleet.traffic import RoleTraffic, Traffic
-from deploy.placement import Machine, Need, Placed, PlacementError, place
+from deploy.placement import Machine, Need, Placed, PlacementError
 
 MOST_TOGETHER = 4
 """Variants in one layout, apart from references that must be served beside them."""
@@ -29,8 +30,6 @@ class Candidate:
     speed: EngineSpeed
     kv_bytes_per_token: int
     max_num_seqs: int
-    env: Mapping[str, str]
-    arguments: Sequence[str]
 
 
 @dataclass(frozen=True)
@@ -75,10 +74,11 @@ def layouts(
         if set(served) != used | {beside[one] for one in used if one in beside}:
             continue
         try:
-            placed = _side_by_side([candidates[one] for one in served], machine)
+            places = side_by_side(machine, [candidates[one].need for one in served])
         except PlacementError as error:
             refused[served] = str(error)
             continue
+        placed = dict(zip(served, places, strict=True))
         for mps in (False, True) if _share_a_gpu(placed) else (False,):
             devices = _devices(served, serves, placed, candidates, traffic, mps)
             fit.append(Layout(served, serves, placed, devices, mps))
@@ -101,17 +101,6 @@ def _sets(
                 yield served
 
 
-def _side_by_side(candidates: Sequence[Candidate], machine: Machine) -> dict[str, Placed]:
-    """Raises PlacementError."""
-    placed: dict[str, Placed] = {}
-    for one in candidates:
-        found = place(machine, one.need, list(placed.values()), len(candidates), one.env, one.arguments)
-        if found is None:
-            raise PlacementError(f"{one.id} has no room beside {', '.join(placed)}")
-        placed[one.id] = found
-    return placed
-
-
 def _share_a_gpu(placed: Mapping[str, Placed]) -> bool:
     taken = [gpu for one in placed.values() for gpu in one.gpus]
     return len(set(taken)) < len(taken)
@@ -132,8 +121,7 @@ def _devices(
         if not roles:
             continue
         candidate, where = candidates[one], placed[one]
-        own = {f"GPU {gpu}" for gpu in where.gpus} or {f"core {core}" for core in where.cores}
-        names = own if all(other.gpus or other.cores for other in placed.values()) else {"all cores"}
+        names = {f"GPU {gpu}" for gpu in where.gpus} or {f"core {core}" for core in where.cores} or {"cores"}
         load = PoolLoad(one, candidate.speed, roles, _fits(candidate, roles))
         joined = [group for group in groups if group[0] & names]
         for group in joined:

@@ -21,6 +21,7 @@ FAST = EngineSpeed((1e-3, 0.0), (0.02, 0.002, 0.0))
 SHORT = RoleTraffic(requests=2, prompt_tokens=100, answer_tokens=8)
 LONG = RoleTraffic(requests=1, prompt_tokens=400, answer_tokens=60)
 TRAFFIC = Traffic(roles={"intent": SHORT, "core": LONG}, sessions=6)
+WITH_JUDGE = Traffic(roles={**TRAFFIC.roles, "judge": SHORT}, sessions=6)
 TWO_CORES = Machine({0: (0, 1)}, 16 * GIB)
 
 
@@ -29,7 +30,7 @@ def pool(name: str, speed: EngineSpeed, roles: Mapping[str, RoleTraffic], most: 
 
 
 def candidate(name: str, speed: EngineSpeed, weight_bytes: int = GIB) -> Candidate:
-    return Candidate(name, Need(name, weight_bytes, GIB), speed, 20_000, 64, {}, ())
+    return Candidate(name, Need(name, weight_bytes, GIB), speed, 20_000, 64)
 
 
 def test_the_laws_are_found_again_from_points_that_obey_them() -> None:
@@ -149,10 +150,18 @@ def test_layouts_serve_every_role_and_nothing_that_nobody_gets() -> None:
 def test_a_reference_that_the_watch_asks_is_served_beside_its_variants() -> None:
     beside = {"m:int8": "m:bf16", "m:int4": "m:bf16"}
     found, _ = layouts(CANDIDATES, LADDERS, beside, TWO_CORES, TRAFFIC)
-    assert {one.served for one in found} == {("m:bf16",), ("m:bf16", "m:int8"), ("m:bf16", "m:int4")} | {
-        one.served for one in found if len(one.served) == 3
+    assert {one.served for one in found} == {
+        ("m:bf16",),
+        ("m:bf16", "m:int8"),
+        ("m:bf16", "m:int4"),
+        ("m:bf16", "m:int8", "m:int4"),
     }
-    assert all("m:bf16" in one.served for one in found)
+
+
+def test_engines_that_share_cores_are_one_device() -> None:
+    found, _ = layouts(CANDIDATES, {**LADDERS, "judge": ("m:bf16",)}, {}, TWO_CORES, WITH_JUDGE)
+    three = next(one for one in found if len(one.served) == 3)
+    assert sorted(len(device.pools) for device in three.devices) == [1, 2]
 
 
 def test_what_does_not_fit_is_said() -> None:
@@ -162,7 +171,7 @@ def test_what_does_not_fit_is_said() -> None:
     found, refused = layouts(large, ladders, {}, card, TRAFFIC)
     assert [one.served for one in found] == [("m:bf16",)]
     assert list(refused) == [("m:bf16", "m:int8")]
-    assert "no room" in refused["m:bf16", "m:int8"]
+    assert "do not fit on this machine side by side" in refused["m:bf16", "m:int8"]
 
 
 def test_the_fastest_layout_is_chosen_and_the_runner_up_says_why_it_lost() -> None:
