@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import deploy.commands.fleet as command
-import deploy.fleet as fleet
+import deploy.fleet.engines as fleet
 from deploy.cli import main
 from deploy.fleet.engines import engine_specs, without_ours
 from deploy.models import one_model, registry_of, variant_of, variants_of
