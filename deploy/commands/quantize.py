@@ -145,7 +145,7 @@ def measure(options: argparse.Namespace) -> None:
     registry = Registry(config.variants_dir, config.model.name, config.reference, say)
     names = options.variants or registry.variants()
     others = [name for name in dict.fromkeys(names) if name != config.reference]
-    cards = [registry.card(name) for name in (config.reference, *others)]
+    cards = [registry.to_measure(name) for name in (config.reference, *others)]
     say_hopeless(config, len(others), say)
     _judge(config, cards, options)
 
