@@ -154,7 +154,7 @@ def measure(options: argparse.Namespace) -> None:
     registry = registry_of(model, say)
     names = variants or registry.variants()
     others = [name for name in dict.fromkeys(names) if name != model.reference]
-    cards = [registry.card(name) for name in (model.reference, *others)]
+    cards = [registry.to_measure(name) for name in (model.reference, *others)]
     say_hopeless(model, len(others), say)
     _judge(model, cards, options)
 
