@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from deploy.hub import ensure
 from gateway.config import Config, ConfigError, ModelConfig, parts_of
+from quantize.core.checkpoint import Checkpoint, open_checkpoint
 from quantize.registry import Registry
 
 Say = Callable[[str], None]
@@ -13,6 +15,11 @@ Say = Callable[[str], None]
 def registry_of(model: ModelConfig, say: Say = lambda _text: None) -> Registry:
     """The model's variants directory."""
     return Registry(model.variants_dir, model.name, model.reference, say)
+
+
+def checkpoint_of(model: ModelConfig, say: Say = lambda _text: None) -> Checkpoint:
+    """The model's checkpoint, fetched before if it is a hub's. Raises CheckpointError."""
+    return open_checkpoint(ensure(model, say))
 
 
 def first_models(model: ModelConfig) -> dict[str, str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from deploy.commands import add_command, add_json, add_model, print_json, say
-from deploy.models import one_model, registry_of, some_models, variant_of
+from deploy.models import checkpoint_of, one_model, registry_of, some_models, variant_of
 from gateway.config import ModelConfig, load_config, variant_id
 from quantize.card import Card, CardError, read_card
 from quantize.registry import Registry
@@ -181,12 +181,11 @@ def _distributions(
     model: ModelConfig, registry: Registry, cards: tuple[Card, ...]
 ) -> dict[str, Distributions]:
     """Of every variant whose layout is known; computed once per version."""
-    from quantize.core.checkpoint import open_checkpoint
     from quantize.core.modules import read_modules
     from quantize.make.calibration import read_calibration
     from quantize.report.distributions import compute_distributions, load_distributions, save_distributions
 
-    checkpoint = open_checkpoint(model.path)
+    checkpoint = checkpoint_of(model, say)
     modules = read_modules(checkpoint)
     made: dict[str, Distributions] = {}
     sequences = None
