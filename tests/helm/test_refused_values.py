@@ -168,7 +168,7 @@ def pool(model: str, variant: str, **fields: Any) -> dict[str, Any]:
         (
             "two-precisions",
             {"quantize": {"tasks": {"configMap": ""}}},
-            'roles.intent_classifier.tasks: "/tasks/intents.jsonl" is in quantize.tasks, which is empty; give',
+            'roles.intent_classifier.tasks: "/tasks/intents.jsonl" is in quantize.tasks, which is empty',
         ),
         (
             "two-precisions",
