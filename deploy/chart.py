@@ -172,15 +172,8 @@ QUANTIZE = _object(
         "enabled": BOOLEAN,
         "image": IMAGE,
         "enginePython": {"type": "string", "pattern": "^/"},
-        "checkpoints": _object(
-            {
-                "existingClaim": NAME,
-                "size": SIZE,
-                "storageClass": NAME,
-                "accessModes": ACCESS,
-                "tokenSecret": SECRET,
-            }
-        ),
+        "checkpoints": _object({"existingClaim": NAME}),
+        "tokenSecret": SECRET,
         "tasks": _object({"configMap": NAME, "existingClaim": NAME, "path": TEXT, "image": IMAGE_VOLUME}),
         "resources": RESOURCES,
         "shm": SIZE,

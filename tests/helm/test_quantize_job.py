@@ -2,20 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
-import json
-import os
 import shlex
-import sys
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-from aiohttp import web
-
 from deploy.cli import parser
-from gateway.config import slug
 from tests.helm.chart import (
     Object,
     changed,
@@ -27,6 +18,7 @@ from tests.helm.chart import (
     without_job,
 )
 
+REVISION = "0e9e39f249a16976918f6564b8830bc894c89659"
 BOTH = changed(
     scenario("two-models"),
     {"models": {"small": {"quantize": {"make": ["bf16"], "plan": [{"name": "planned", "bits": 4.5}]}}}},
@@ -95,7 +87,7 @@ def test_a_checkpoint_is_where_the_job_looks_for_it() -> None:
         assert len(ran) == len(config.models)
         for model, settings in config.models.items():
             mounts = [mount["mountPath"] for one in ran for mount in one["volumeMounts"]]
-            assert any(
+            assert settings.hub or any(
                 str(settings.path).startswith(mount + "/") or str(settings.path) == mount for mount in mounts
             )
             for path in filter(None, (settings.calibration, *(role.tasks for role in config.roles.values()))):
@@ -155,107 +147,12 @@ def test_another_job_has_another_name() -> None:
     assert not of_kind(render(without_job(values)), "Job")
 
 
-FILES = {
-    "config.json": "{}",
-    "model.safetensors.index.json": json.dumps(
-        {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
-    ),
-    "model-1.safetensors": "one",
-    "model-2.safetensors": "two",
-    "tokenizer.json": "{}",
-    "chat_template.jinja": "{{ messages }}",
-    "LICENSE.txt": "free",
-    "README.md": "# Read me",
-    "model.safetensors": "of an older time",
-    "consolidated.safetensors": "Mistral's",
-    "pytorch_model.bin": "pickle",
-    "original/consolidated.00.pth": "Meta's",
-    "onnx/model.onnx": "ONNX",
-    "model.Q4_K_M.gguf": "GGUF",
-}
-REVISION = "0e9e39f249a16976918f6564b8830bc894c89659"
-
-
-@asynccontextmanager
-async def hub(files: dict[str, str]) -> AsyncIterator[tuple[str, list[str]]]:
-    """A hub with one repository; gives its address and what is downloaded of it."""
-    sent: list[str] = []
-
-    async def about(request: web.Request) -> web.Response:
-        return web.json_response(
-            {
-                "id": "meta-llama/Llama-3.1-8B-Instruct",
-                "sha": REVISION,
-                "siblings": [{"rfilename": n} for n in files],
-            }
-        )
-
-    async def tree(request: web.Request) -> web.Response:
-        return web.json_response(
-            [{"type": "file", "path": name, "size": len(text), "oid": name} for name, text in files.items()]
-        )
-
-    async def resolve(request: web.Request) -> web.Response:
-        name = request.match_info["name"]
-        if request.method == "GET":
-            sent.append(name)
-        headers = {"etag": f'"{slug(name)}"', "x-repo-commit": REVISION}
-        return web.Response(text=files[name], headers=headers)
-
-    app = web.Application()
-    api = "/api/models/{owner}/{repo}"
-    app.router.add_get(api + "/revision/{revision}", about)
-    app.router.add_get(api + "/tree/{revision}", tree)
-    app.router.add_get("/{owner}/{repo}/resolve/{revision}/{name:.*}", resolve)
-    runner = web.AppRunner(app)
-    await runner.setup()
-    try:
-        await web.TCPSite(runner, "127.0.0.1", 0).start()
-        yield f"http://127.0.0.1:{runner.addresses[0][1]}", sent
-    finally:
-        await runner.cleanup()
-
-
-async def download(address: str, place: Path) -> tuple[int, str, Path]:
-    """Run what the job's first container runs, against that hub: status, words, and where files should be."""
-    step = steps(scenario("two-precisions"))["download-llama"]
-    given = {one["name"]: one.get("value", "secret") for one in step["env"]}
-    directory = place / given["DIRECTORY"].removeprefix("/")
-    environment = {
-        **os.environ,
-        **given,
-        "DIRECTORY": str(directory),
-        "HF_HOME": str(place / "home"),
-        "HF_ENDPOINT": address,
-    }
-    run = await asyncio.create_subprocess_exec(
-        *(sys.executable, *step["command"][1:], *step["args"]),
-        env=environment,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.STDOUT,
-    )
-    said, _ = await run.communicate()
-    return run.returncode or 0, said.decode(), directory
-
-
-async def test_the_job_downloads_what_is_read_and_nothing_else(tmp_path: Path) -> None:
-    async with hub(FILES) as (address, sent):
-        status, said, directory = await download(address, tmp_path)
-    assert status == 0, said
-    read = {"config.json", "model.safetensors.index.json", "model-1.safetensors", "model-2.safetensors"}
-    read |= {"tokenizer.json", "chat_template.jinja", "LICENSE.txt"}
-    assert set(sent) == read
-    assert {path.name for path in directory.iterdir() if path.is_file()} == read
-    config = gateway_config(render(scenario("two-precisions")), "-quantize")
-    assert str(directory).endswith(str(config.models["llama"].path))
-
-
-async def test_a_repository_without_safetensors_is_refused_before_anything_is_downloaded(
-    tmp_path: Path,
-) -> None:
-    files = {name: text for name, text in FILES.items() if not name.startswith("model")}
-    async with hub(files) as (address, sent):
-        status, said, _ = await download(address, tmp_path)
-    assert status == 1
-    assert "has no model.safetensors and no model.safetensors.index.json; convert it" in said
-    assert sent == []
+def test_the_hub_is_asked_with_the_token_of_a_secret_and_nobody_else_is() -> None:
+    environment = {one["name"]: one for one in steps(scenario("two-precisions"))["quantize-llama"]["env"]}
+    assert "HF_HUB_OFFLINE" not in environment
+    assert environment["HF_TOKEN"]["valueFrom"]["secretKeyRef"] == {"name": "hub", "key": "token"}
+    llama = gateway_config(render(scenario("two-precisions")), "-quantize").models["llama"]
+    assert (llama.hub, llama.revision) == ("meta-llama/Llama-3.1-8B-Instruct", REVISION)
+    for one in steps(scenario("two-models")).values():
+        assert {"name": "HF_HUB_OFFLINE", "value": "1"} in one["env"]
+        assert "HF_TOKEN" not in str(one["env"])

@@ -205,7 +205,7 @@ def test_values_that_cannot_be_used(base: str, changes: dict[str, Any], sentence
         ({"quantize": {"make": ["int8"]}}, 'write models: { NAME: { quantize: { make: ["int8"] } } }'),
         ({"quantize": {"plan": [{"name": "p", "bits": 4}]}}, "write models: { NAME: { quantize: { plan: "),
         ({"quantize": {"model": {"existingClaim": "m"}}}, "write models: { NAME: { hub: OWNER/NAME"),
-        ({"quantize": {"models": {"size": "1Ti"}}}, "quantize.models: is called quantize.checkpoints now"),
+        ({"quantize": {"models": {"size": "1Ti"}}}, "quantize.models: is gone: a checkpoint of the hub is"),
         ({"quantize": {"tasksConfigMap": "t"}}, "write quantize: { tasks: { configMap: t } }"),
     ],
 )

@@ -45,7 +45,7 @@
 {{- fail "quantize.model: is a model's own now; write models: { NAME: { hub: OWNER/NAME, revision: … } }, or path and quantize.checkpoints.existingClaim, or checkpointImage" -}}
 {{- end -}}
 {{- with .Values.quantize.models -}}
-{{- fail "quantize.models: is called quantize.checkpoints now; rename it" -}}
+{{- fail "quantize.models: is gone: a checkpoint of the hub is fetched to where the variants lie; give variants.size room for it, and name a claim with checkpoints of your own in quantize.checkpoints.existingClaim" -}}
 {{- end -}}
 {{- with .Values.quantize.tasksConfigMap -}}
 {{- fail (printf "quantize.tasksConfigMap: write quantize: { tasks: { configMap: %s } }; a claim or an image can be named as well" .) -}}
