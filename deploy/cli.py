@@ -16,12 +16,14 @@ from deploy.commands import add_command, run_engines, say
 from deploy.commands.completion import add_completion
 from deploy.commands.doctor import add_doctor
 from deploy.commands.errors import explain
+from deploy.commands.fleet import add_fleet
 from deploy.commands.gateway import add_gateway
 from deploy.commands.quantize import add_quantize, with_make
 from deploy.commands.status import add_status
 from deploy.commands.top import add_top
 from deploy.commands.variants import add_variants, with_list
 from deploy.commands.watch import add_watch, with_show
+from deploy.models import one_model
 from deploy.supervisor import run_until_stopped
 from gateway.config import load_config
 
@@ -36,7 +38,8 @@ def demo(options: argparse.Namespace) -> None:
 
     config = load_config(options.config)
     say("1/5 quantize: making the variants")
-    cards = make_variants(config, config.serve, say)
+    model = one_model(config)
+    cards = make_variants(model, model.serve, say)
     config, path = with_what_was_made(config, options.config, cards, say)
     run_engines(run_demo(config, path, cards, options.out, options.messages, say))
 
@@ -56,6 +59,7 @@ def parser() -> argparse.ArgumentParser:
     add_status(commands)
     add_top(commands)
     add_doctor(commands)
+    add_fleet(commands)
     add_command(commands, "up", up, "start one engine per served variant and the gateway, until Ctrl-C")
     showing = add_command(commands, "demo", demo, "quantize, serve, and run the demo team; writes a report")
     showing.add_argument("--out", type=Path, default=Path("var/demo"), help="where the report goes")

@@ -25,11 +25,12 @@ from agents.team import MAX_TOKENS, ROLES, TicketResult, read_tickets, run_team,
 from deploy.engine import EngineSpec
 from deploy.machine import cpu_line
 from deploy.measuring import evaluate_variants
+from deploy.models import one_model
 from deploy.report import format_table, write_report
 from deploy.report_data import DemoReport, Machine, RoleReport, VariantReport
 from deploy.second_act import Clock, second_act
 from deploy.supervisor import Stack
-from gateway.config import Config, load_config
+from gateway.config import Config, ModelConfig, load_config
 from quantize.card import Card
 from quantize.evaluate.client import EngineClient
 from quantize.evaluate.statistics import percentile
@@ -48,13 +49,13 @@ async def run_demo(
     config: Config, config_path: Path, cards: Sequence[Card], out: Path, messages: int, say: Say
 ) -> None:
     """Run the path from made variants on; write ``report.json``, ``.html`` and ``.png`` into ``out``."""
-    began = time.monotonic()
+    began, model = time.monotonic(), one_model(config)
     tickets = read_tickets(Path(str(files("deploy.assistant") / "data" / "messages.jsonl")))[:messages]
 
     async def gate(engines: dict[str, EngineSpec]) -> None:
         nonlocal cards
         say("3/5 gate: measuring each variant on its own engine")
-        cards = await evaluate_variants(config, cards, say, engines)
+        cards = await evaluate_variants(model, cards, say, engines)
         say(format_variants(cards))
 
     forget_watch(config)  # what an earlier run was shown does not count in this one
@@ -71,14 +72,14 @@ async def run_demo(
             results = await run_team(
                 tickets,
                 stack.url,
-                config.model.name,
+                model.name,
                 concurrency=CONCURRENCY,
                 progress=advance,
             )
         wall = time.monotonic() - sent
         await asyncio.sleep(1.0)  # the last answers are being checked
         metrics = await read_metrics(stack.url)  # before the reference is asked, which would count too
-        agreement = await agreement_with_reference(config, stack.url, results)
+        agreement = await agreement_with_reference(model, stack.url, results)
         say("5/5 watch: a quantized variant is harmed while it serves")
         incident = await second_act(stack, clock, tickets, CONCURRENCY, say)
     forget_watch(config)
@@ -91,7 +92,7 @@ async def run_demo(
         messages=len(results),
         wall_seconds=wall,
         roles={role: role_report(role, results, wall, agreement, metrics) for role in ROLES},
-        variants={card.variant: variant_report(card, metrics) for card in cards},
+        variants={model.id(card.variant): variant_report(card, metrics) for card in cards},
         incident=incident,
     )
     write_report(report, out)
@@ -104,12 +105,12 @@ async def run_demo(
 def with_what_was_made(config: Config, path: Path, cards: Sequence[Card], say: Say) -> tuple[Config, Path]:
     """The configuration without variants that this machine does not serve, and the file that it is read
     from: a copy in ``run_dir`` where there are any."""
-    made = {card.variant for card in cards}
-    if not (missing := [variant for variant in config.serve if variant not in made]):
+    made, model = {card.variant for card in cards}, one_model(config)
+    if not (missing := [variant for variant in model.serve if variant not in made]):
         return config, path
     say(f"going on without {', '.join(missing)}")
     narrowed = config.model_dump(mode="json", exclude_unset=True)
-    narrowed["serve"] = [variant for variant in config.serve if variant in made]
+    narrowed["models"][model.name]["serve"] = [variant for variant in model.serve if variant in made]
     config.run_dir.mkdir(parents=True, exist_ok=True)
     copy = config.run_dir / "demo.yaml"
     copy.touch(mode=0o600)
@@ -124,17 +125,19 @@ def forget_watch(config: Config) -> None:
 
 
 async def agreement_with_reference(
-    config: Config, url: str, results: Sequence[TicketResult]
+    model: ModelConfig, url: str, results: Sequence[TicketResult]
 ) -> dict[str, float | None]:
     """Per role: the share of answers by a quantized variant that the reference gives word by word.
 
     The reference is asked the same prompts again; None where it served every answer itself.
     """
     shares: dict[str, float | None] = {}
-    async with EngineClient(url, f"{config.model.name}:{config.reference}") as reference:
+    async with EngineClient(url, model.id(model.reference)) as reference:
         for role in ROLES:
             quantized = [
-                r for r in results if not r.roles[role].error and r.roles[role].variant != config.reference
+                r
+                for r in results
+                if not r.roles[role].error and r.roles[role].variant != model.id(model.reference)
             ]
             prompts = [
                 [
@@ -194,7 +197,7 @@ def role_report(
 
 def variant_report(card: Card, metrics: Metrics) -> VariantReport:
     evaluation = card.evaluation
-    memory = total(metrics, "tiercel_engine_memory_bytes", variant=card.variant)
+    memory = total(metrics, "tiercel_engine_memory_bytes", model=card.model, variant=card.variant)
     return VariantReport(
         scheme=card.scheme,
         weight_bytes=card.weight_bytes,

@@ -27,6 +27,7 @@ from deploy.engine_failures import (
 from deploy.machine import find_gpus
 from deploy.placement import Need, Placed
 from gateway.config import Engine as EngineSettings
+from gateway.telemetry.engines import parse_reading
 from quantize.card import Card
 
 __all__ = ["EngineLoadError", "EngineProcess", "EngineSpec", "EngineStartError", "command", "environment"]
@@ -35,6 +36,7 @@ SITE = Path(__file__).with_name("engine_site")
 """What an engine's interpreter runs at start, and the CPU server's entry."""
 LAST_LINES = 12
 """Lines of an engine's log that an error message shows."""
+DRAIN = "/tiercel/drain"
 PORT_FREE_S = 10.0
 """For the port of an engine that has been stopped to be free again."""
 
@@ -45,20 +47,34 @@ class EngineSpec:
 
     card: Card
     directory: Path
-    host: str
+    settings: EngineSettings
     port: int
     log: Path
     placed: Placed = field(default_factory=Placed)
 
     @property
+    def id(self) -> str:
+        """The variant's name in the fleet."""
+        return self.card.id
+
+    @property
     def url(self) -> str:
-        return f"http://{self.host}:{self.port}"
+        return f"http://{self.settings.host}:{self.port}"
 
 
 def need_of(card: Card, directory: Path, settings: EngineSettings) -> Need:
     """What an engine of the variant takes: its weights and its KV cache."""
-    cache = settings.kv_bytes(card.max_model_len, card.kv_bytes_per_token)
-    return Need(card.variant, card.weight_bytes, cache, attention_heads(directory))
+    return Need(
+        name=card.id,
+        weight_bytes=card.weight_bytes,
+        kv_bytes=settings.kv_bytes(card.max_model_len, card.kv_bytes_per_token),
+        heads=attention_heads(directory),
+        env=settings.env,
+        arguments=settings.extra_args,
+        token_bytes=card.kv_bytes_per_token,
+        context=settings.context(card.max_model_len, card.kv_bytes_per_token),
+        kv_dtype=card.kv,
+    )
 
 
 def attention_heads(directory: Path) -> tuple[int, ...]:
@@ -86,14 +102,15 @@ def shared_flags(settings: EngineSettings) -> list[str]:
     return [*flags, *settings.extra_args]
 
 
-def command(spec: EngineSpec, settings: EngineSettings) -> list[str]:
+def command(spec: EngineSpec) -> list[str]:
     """vLLM's command line for a variant, from its card."""
+    settings = spec.settings
     arguments = [
         str(settings.python),
         str(SITE / ("serve_scored.py" if has_cuda() else "serve_vllm.py")),
         *("--model", str(spec.directory)),
         *("--served-model-name", spec.card.model),
-        *("--host", spec.host),
+        *("--host", settings.host),
         *("--port", str(spec.port)),
         *("--max-model-len", str(settings.context(spec.card.max_model_len, spec.card.kv_bytes_per_token))),
         *("--kv-cache-dtype", spec.card.kv),
@@ -103,9 +120,10 @@ def command(spec: EngineSpec, settings: EngineSettings) -> list[str]:
     return [*arguments, *shared_flags(settings)]
 
 
-def environment(spec: EngineSpec, settings: EngineSettings) -> dict[str, str]:
+def environment(spec: EngineSpec) -> dict[str, str]:
     """The engine's environment: no hub, no telemetry, our sitecustomize first, its place, then the user's
     own. Of what both name the place's devices hold, which were chosen among the user's."""
+    settings = spec.settings
     cache = settings.kv_bytes(spec.card.max_model_len, spec.card.kv_bytes_per_token)
     added = {
         "HF_HUB_OFFLINE": "1",
@@ -167,8 +185,8 @@ def _first_ephemeral_port() -> int:
 class EngineProcess:
     """A running (or ended) engine. ``start`` and ``wait_ready`` raise EngineStartError."""
 
-    def __init__(self, spec: EngineSpec, settings: EngineSettings) -> None:
-        self.spec, self._settings = spec, settings
+    def __init__(self, spec: EngineSpec) -> None:
+        self.spec = spec
         self._process: asyncio.subprocess.Process | None = None
         self._log_from = 0
         """Where in the log this start begins: what an earlier one said is no reason for this one."""
@@ -183,42 +201,42 @@ class EngineProcess:
 
     async def start(self) -> None:
         """Start the process in its own process group, its output appended to the log."""
-        python = self._settings.python
+        python = self.spec.settings.python
         if python is None or not python.exists():
             raise EngineSetupError(
                 f"no engine environment at {python}; run `make setup`, or set engine.python"
             )
-        if port_in_use(self.spec.host, self.spec.port):
+        if port_in_use(self.spec.settings.host, self.spec.port):
             raise EngineRoomError(
-                f"port {self.spec.port} on {self.spec.host} is in use; stop what listens there, "
+                f"port {self.spec.port} on {self.spec.settings.host} is in use; stop what listens there, "
                 "or set engine.base_port to another range"
             )
         self.spec.log.parent.mkdir(parents=True, exist_ok=True)
         self._log_from = self.spec.log.stat().st_size if self.spec.log.exists() else 0
         with self.spec.log.open("ab") as log:
             self._process = await asyncio.create_subprocess_exec(
-                *command(self.spec, self._settings),
+                *command(self.spec),
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                env=environment(self.spec, self._settings),
+                env=environment(self.spec),
                 start_new_session=True,
             )
 
     async def wait_ready(self) -> None:
         """Return when the engine has answered a request, log-probabilities included."""
-        patience = self._settings.patience_s(self.spec.card.weight_bytes)
+        patience = self.spec.settings.patience_s(self.spec.card.weight_bytes)
         deadline = asyncio.get_running_loop().time() + patience
         async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=60)) as session:
             while not await self._answers(session):
                 if self.exit_code is not None:
                     raise diagnose(self.said(), self.exit_code).error(
-                        f"engine {self.spec.card.variant} ended with status {self.exit_code} while starting; "
+                        f"engine {self.spec.id} ended with status {self.exit_code} while starting; "
                         f"its last words ({self.spec.log}):\n{self.last_words()}"
                     )
                 if asyncio.get_running_loop().time() > deadline:
                     raise EngineRoomError(
-                        f"engine {self.spec.card.variant} was not ready after {patience:.0f} s; raise "
+                        f"engine {self.spec.id} was not ready after {patience:.0f} s; raise "
                         f"engine.start_timeout_s or see {self.spec.log}:\n{self.last_words()}"
                     )
                 await asyncio.sleep(0.5)
@@ -234,17 +252,44 @@ class EngineProcess:
         except (aiohttp.ClientError, TimeoutError):
             return False
 
+    async def drain(self) -> bool:
+        """Have it say that it takes no more requests; whether it does. A stock server knows no such thing."""
+        try:
+            async with (
+                aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=10)) as session,
+                session.post(self.spec.url + DRAIN) as response,
+            ):
+                return response.status == 200
+        except (aiohttp.ClientError, TimeoutError):
+            return False
+
+    async def until_idle(self, within_s: float) -> bool:
+        """Wait until it has finished what it does; whether it has, or has ended."""
+        deadline, idle = time.monotonic() + within_s, 0
+        async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=10)) as session:
+            while time.monotonic() < deadline:
+                try:
+                    async with session.get(self.spec.url + "/metrics") as response:
+                        reading = parse_reading(await response.text())
+                except (aiohttp.ClientError, TimeoutError, ValueError):
+                    return self.exit_code is not None
+                idle = 0 if reading.running or reading.waiting else idle + 1
+                if idle > 1:  # a request is counted only when the engine's core has it
+                    return True
+                await asyncio.sleep(0.2)
+        return False
+
     async def wait(self) -> int:
         """Wait for the process to end; returns its exit status."""
         if self._process is None:
-            raise EngineStartError(f"engine {self.spec.card.variant} was never started")
+            raise EngineStartError(f"engine {self.spec.id} was never started")
         return await self._process.wait()
 
     async def stop(self) -> None:
         """End the whole process group: SIGTERM, then SIGKILL after ``engine.stop_timeout_s``."""
         if self._process is None:
             return
-        for sent, patience in ((signal.SIGTERM, self._settings.stop_timeout_s), (signal.SIGKILL, 10.0)):
+        for sent, patience in ((signal.SIGTERM, self.spec.settings.stop_timeout_s), (signal.SIGKILL, 10.0)):
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, sent)
             with contextlib.suppress(TimeoutError):
@@ -254,7 +299,7 @@ class EngineProcess:
             os.killpg(self._process.pid, signal.SIGKILL)
         # They have inherited its socket, and hold the port until the last of them is gone.
         deadline = time.monotonic() + PORT_FREE_S
-        while port_in_use(self.spec.host, self.spec.port) and time.monotonic() < deadline:  # noqa: ASYNC110
+        while port_in_use(self.spec.settings.host, self.spec.port) and time.monotonic() < deadline:  # noqa: ASYNC110
             await asyncio.sleep(0.02)
 
     def last_words(self) -> str:
@@ -273,13 +318,11 @@ class EngineProcess:
 
 
 @contextlib.asynccontextmanager
-async def running(
-    spec: EngineSpec, settings: EngineSettings, say: Callable[[str], None]
-) -> AsyncIterator[EngineProcess]:
+async def running(spec: EngineSpec, say: Callable[[str], None]) -> AsyncIterator[EngineProcess]:
     """An engine that is ready inside the block and gone after it."""
-    engine = EngineProcess(spec, settings)
+    engine = EngineProcess(spec)
     where = f", {spec.placed.where}" if spec.placed.where else ""
-    say(f"starting engine {spec.card.variant} on port {spec.port}{where}")
+    say(f"starting engine {spec.id} on port {spec.port}{where}")
     try:
         await engine.start()
         await engine.wait_ready()

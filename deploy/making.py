@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from gateway.config import Config, RoleSettings
+from deploy.models import checkpoint_of, registry_of
+from gateway.config import ModelConfig, RoleSettings
 from quantize.card import Card
 from quantize.check import reference_bytes, refuse_pattern, refuse_short, refuse_unfit
-from quantize.core.checkpoint import open_checkpoint
 from quantize.core.methods import SMOOTH, parse_method
 from quantize.core.modules import read_modules
 from quantize.core.plan import Plan, uniform
@@ -22,27 +22,26 @@ from quantize.evaluate.tasks import Item, read_items
 from quantize.make.calibration import read_calibration
 from quantize.make.compress import QuantizeError
 from quantize.make.smooth import unsmoothed
-from quantize.registry import Registry
 
 Say = Callable[[str], None]
 
 
 def make_variants(
-    config: Config,
+    model: ModelConfig,
     variants: Sequence[str],
     say: Say,
     target_name: str | None = None,
     before: Callable[[], None] | None = None,
 ) -> list[Card]:
     """Make the reference and the named ``variants`` if they are not there yet. Returns their cards."""
-    unknown = [name for name in variants if name not in RECIPES and name != config.reference]
+    unknown = [name for name in variants if name not in RECIPES and name != model.reference]
     if unknown:
-        known = ", ".join([config.reference, *RECIPES])
+        known = ", ".join([model.reference, *RECIPES])
         raise QuantizeError(f"unknown variant {unknown[0]!r}; known: {known}")
     where = target(target_name or detect())
-    modules = read_modules(open_checkpoint(config.model.path))
-    calibrated = config.calibration is not None
-    wanted = [RECIPES[name] for name in variants if name != config.reference]
+    modules = read_modules(checkpoint_of(model, say))
+    calibrated = model.calibration is not None
+    wanted = [RECIPES[name] for name in variants if name != model.reference]
     plans = {recipe.variant: recipe.plan(modules, where, calibrated) for recipe in wanted}
     for recipe in wanted if not calibrated else ():
         if recipe.without_data:
@@ -50,11 +49,11 @@ def make_variants(
                 f"{recipe.variant} is made by {recipe.without_data}, for calibration is not set; with "
                 f"conversations like those to be served it is made by {recipe.method}, which loses less"
             )
-    return make_plans(config, plans, where, say, before)
+    return make_plans(model, plans, where, say, before)
 
 
 def make_one(
-    config: Config,
+    model: ModelConfig,
     name: str | None,
     scheme: str,
     method: str,
@@ -65,14 +64,14 @@ def make_one(
 ) -> list[Card]:
     """Make the reference and one uniform variant, called after what it is unless ``name`` says otherwise."""
     where = target(target_name or detect())
-    plan = uniform(read_modules(open_checkpoint(config.model.path)), scheme, kv=kv, method=method)
+    plan = uniform(read_modules(checkpoint_of(model, say)), scheme, kv=kv, method=method)
     kv_name = "" if kv == "auto" else f"-{kv}"
     called = name or f"{scheme}-{method.replace('+', '-')}{kv_name}"
-    return make_plans(config, {called: plan}, where, say, before)
+    return make_plans(model, {called: plan}, where, say, before)
 
 
 def make_plans(
-    config: Config,
+    model: ModelConfig,
     plans: Mapping[str, Plan],
     where: Target,
     say: Say,
@@ -83,7 +82,7 @@ def make_plans(
 
     ``before`` is what else is looked at before work: it comes after what is quicker.
     """
-    checkpoint = open_checkpoint(config.model.path)
+    checkpoint = checkpoint_of(model, say)
     modules = read_modules(checkpoint)
     refused = {}
     for name, plan in plans.items():
@@ -95,7 +94,7 @@ def make_plans(
     for name, why in refused.items():
         say(f"{name} is left out, {where.name} does not serve it: {why}")
     plans = {name: plan for name, plan in plans.items() if name not in refused}
-    refuse_pattern(config.variants_dir)
+    refuse_pattern(model.variants_dir)
     if before is not None:
         before()
     refuse_unfit(checkpoint)
@@ -105,13 +104,13 @@ def make_plans(
     if smooth and (left := unsmoothed(checkpoint.config, modules)):
         say(f"smoothing leaves {', '.join(left)} as they are: their scales cannot be folded in exactly")
     needs_data = any(parse_method(plan.method).needs_data(plan) for plan in plans.values())
-    calibration = read_calibration(config.calibration, checkpoint) if needs_data else None
+    calibration = read_calibration(model.calibration, checkpoint) if needs_data else None
     tokens = [len(sequence) for sequence in calibration.sequences] if calibration else [0]
     costs = [estimate(checkpoint, modules, sum(tokens), max(tokens), plan.method) for plan in plans.values()]
-    reference = reference_bytes(checkpoint, config.variants_dir)
-    refuse_short(costs, config.variants_dir, more_bytes=reference)
+    reference = reference_bytes(checkpoint, model.variants_dir)
+    refuse_short(costs, model.variants_dir, more_bytes=reference)
     refuse_not_finite(checkpoint.path)
-    registry = Registry(config.variants_dir, config.model.name, config.reference, say)
+    registry = registry_of(model, say)
     cards = [registry.add_reference(checkpoint)]
     if plans:
         for number, (name, plan) in enumerate(plans.items(), 1):
@@ -120,10 +119,10 @@ def make_plans(
     return cards
 
 
-def role_tasks(config: Config) -> dict[str, list[Item]]:
+def role_tasks(model: ModelConfig) -> dict[str, list[Item]]:
     """Held-out items of every role that has a task file, long contexts last. Raises TaskError."""
     tasks: dict[str, list[Item]] = {}
-    for name, role in config.roles.items():
+    for name, role in model.roles.items():
         if role.tasks:
             items = read_items(role.tasks, name)
             if role.long_context:

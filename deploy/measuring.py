@@ -8,22 +8,26 @@ asked and on what (:func:`deploy.machine.engine_identity`): after an upgrade it 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
+from deploy.across import Compared, with_across
 from deploy.engine import EngineSpec, free_port, need_of, running, shared_flags
 from deploy.engine_account import ServedOtherwiseError, checked_account, refuse_otherwise
 from deploy.engine_failures import EngineLoadError, EngineRoomError
 from deploy.machine import engine_identity, look
 from deploy.making import role_tasks
+from deploy.models import checkpoint_of, first_models, registry_of
 from deploy.placement import Machine, PlacementError, Seats
-from gateway.config import Config
+from deploy.room import too_large
+from deploy.turns import Turns, answering_at_once, running_at_once
+from gateway.config import ModelConfig
 from quantize.account import suspicion
 from quantize.card import Card, EngineAccount, Evaluation, Speed
-from quantize.core.checkpoint import CheckpointError, open_checkpoint
+from quantize.core.checkpoint import CheckpointError
 from quantize.core.tokenizer import tokenizer_differences
 from quantize.evaluate.client import EngineClient, EngineError
 from quantize.evaluate.journal import Journal
@@ -38,21 +42,18 @@ from quantize.evaluate.pairing import compare
 from quantize.evaluate.speed import measure_speed
 from quantize.evaluate.tasks import Item
 from quantize.gate.evidence import ItemCounts, hopeless
-from quantize.gate.judgement import QualityBudget, gate_p_values, judge
+from quantize.gate.judgement import gate_p_values, judge_across
 from quantize.registry import Registry
 from quantize.report.tables import served_text
 from quantize.versions import stale
-
-ENGINES_AT_ONCE = 2
-"""While one engine answers, the next one starts, or answers too where it has cores of its own."""
 
 Say = Callable[[str], None]
 T = TypeVar("T")
 
 
-def identity(config: Config, machine: Machine) -> dict[str, str]:
+def identity(model: ModelConfig, machine: Machine) -> dict[str, str]:
     """On what this configuration measures: engine and build, device and driver, flags and environment."""
-    settings = config.engine
+    settings = model.engine
     context = str(settings.max_model_len) if settings.max_model_len else "the model's"
     flags = [*shared_flags(settings), "--max-model-len", context]
     found = engine_identity(settings, machine, flags)
@@ -62,22 +63,27 @@ def identity(config: Config, machine: Machine) -> dict[str, str]:
 
 
 async def evaluate_variants(
-    config: Config, cards: Sequence[Card], say: Say, engines: Mapping[str, EngineSpec] | None = None
+    model: ModelConfig,
+    cards: Sequence[Card],
+    say: Say,
+    engines: Mapping[str, EngineSpec] | None = None,
+    first: Mapping[str, Compared] | None = None,
 ) -> list[Card]:
     """Measure every variant through its engine, compare with the reference, judge, write the cards.
 
-    ``engines`` are those that run already, by variant; others are started here, as are those that serve
-    another version. A variant that its engine cannot load, or serves otherwise than its card says, is marked
-    broken, with the reason; one for which there is no room is left as it was; the others go on. The
-    reference is measured twice: what it differs by from itself is the noise floor. A version that passes is
-    put to use.
+    ``engines`` are those that run already, by ``model:variant``; others are started here, as are those that
+    serve another version. A variant that its engine cannot load, or serves otherwise than its card says, is
+    marked broken, with the reason; one for which there is no room is left as it was, which is said before any
+    engine is started; the others go on. The reference is measured twice: what it differs by from itself is
+    the noise floor. ``first``: what of other models roles are compared with. A version that passes is put to
+    use.
     """
-    tasks, machine = role_tasks(config), look()
-    reference = next(card for card in cards if card.variant == config.reference)
-    work = _Work(config, tasks, identity(config, machine), machine, say, engines or {}, reference)
-    ordered = [reference, *(card for card in cards if card is not reference)]
+    tasks, machine = role_tasks(model), look()
+    reference = next(card for card in cards if card.variant == model.reference)
+    work = _Work(model, tasks, identity(model, machine), machine, say, engines or {}, reference)
+    ordered = work.that_fit([reference, *(card for card in cards if card is not reference)])
     for card in ordered:
-        if card.max_model_len > (taken := _context(config, card)) and config.engine.max_model_len is None:
+        if card.max_model_len > (taken := _context(model, card)) and model.engine.max_model_len is None:
             say(
                 f"{card.variant}: {taken:,} of the model's {card.max_model_len:,} tokens fit into the KV "
                 "cache; raise engine.kv_cache_gib for more"
@@ -91,28 +97,30 @@ async def evaluate_variants(
         for card, task in zip(ordered, tasks_of, strict=True)
         if (result := task.result()) is not None
     }
-    first, again = results[config.reference].passes
-    evaluations = {name: compare(first, found.passes[-1], tasks, again) for name, found in results.items()}
-    budgets = {name: role.budget for name, role in config.roles.items()}
+    own, again = results[model.reference].passes
+    evaluations = {
+        name: with_across(compare(own, found.passes[-1], tasks, again), found.passes[0], tasks, first or {})
+        for name, found in results.items()
+    }
     measured = [
         _with_findings(card, results[card.variant], evaluations[card.variant], say)
         if card.variant in results
         else card
         for card in cards
     ]
-    done = judged(work.registry, measured, evaluations, budgets)
+    done = judged(work.registry, measured, evaluations, model)
     for card in done:
         if card.variant in evaluations:
             work.registry.adopt(card)
     return done
 
 
-def say_hopeless(config: Config, variants: int, say: Say) -> None:
+def say_hopeless(model: ModelConfig, variants: int, say: Say) -> None:
     """Before any work: say which roles none of ``variants`` can pass on their items, however good it is.
 
     Raises QuantizeError and TaskError where there are no items at all.
     """
-    tasks = role_tasks(config)
+    tasks = role_tasks(model)
     counts = {
         role: ItemCounts(
             task=sum(item.suite == "task" for item in items),
@@ -122,13 +130,13 @@ def say_hopeless(config: Config, variants: int, say: Say) -> None:
         )
         for role, items in tasks.items()
     }
-    budgets = {name: role.budget for name, role in config.roles.items()}
+    budgets = {name: role.budget for name, role in model.roles.items()}
     for role, reasons in hopeless(counts, budgets, variants).items():
         say(f"no variant can pass for {role}: {'; '.join(reasons)}")
 
 
-def _context(config: Config, card: Card) -> int:
-    return config.engine.context(card.max_model_len, card.kv_bytes_per_token)
+def _context(model: ModelConfig, card: Card) -> int:
+    return model.engine.context(card.max_model_len, card.kv_bytes_per_token)
 
 
 @dataclass
@@ -144,7 +152,7 @@ class Found:
 class _Work:
     """Measurements of one configuration: places, and the order in which engines answer."""
 
-    config: Config
+    model: ModelConfig
     tasks: Mapping[str, list[Item]]
     engine: dict[str, str]
     machine: Machine
@@ -154,33 +162,51 @@ class _Work:
     reference_done: asyncio.Event = field(default_factory=asyncio.Event)
 
     def __post_init__(self) -> None:
-        config = self.config
-        self.registry = Registry(config.variants_dir, config.model.name, config.reference, self.say)
-        settings = config.engine
-        at_once = (
-            min(ENGINES_AT_ONCE, max(1, self.machine.cores)) if not self.machine.gpus else ENGINES_AT_ONCE
-        )
-        self.seats = Seats(self.machine, at_once, settings.env, settings.extra_args)
-        self.turns = Turns(answering_at_once(config, self.machine))
+        model = self.model
+        self.registry = registry_of(model, self.say)
+        self.seats = Seats(self.machine, running_at_once(self.machine))
+        self.turns = Turns(answering_at_once(model, self.machine))
         self._key = measurement_key(self.tasks, self.engine)
+
+    def that_fit(self, cards: Sequence[Card]) -> list[Card]:
+        """Those whose engines have room, one after another; of the others it is said what would help. Raises
+        PlacementError for the reference."""
+        needs = {
+            card.id: need_of(card, self.registry.path(card.variant, card.version), self.model.engine)
+            for card in cards
+            if card.id not in self.engines and self.known(card) is None
+        }
+        refused = too_large(self.machine, list(needs.values()))
+        if (why := refused.get(self.reference.id)) is not None:
+            raise PlacementError(why)
+        for card in cards:
+            if card.id in refused:
+                self.say(f"{card.id} {card.version} is not measured, its card stays: {refused[card.id]}")
+        return [card for card in cards if card.id not in refused]
+
+    def known(self, card: Card) -> Found | None:
+        """What was measured on the same engine before; None where anything is missing."""
+        known = [
+            read_measurement(journal, self._compared_with(card, number))
+            for number, journal in enumerate(self._journals(card).values())
+        ]
+        if card.speed is None or stale(card, self.engine) or not all(one.done for one in known):
+            return None
+        return Found(known, card.speed, card.account)
 
     async def of(self, card: Card) -> Found:
         """Measure one variant, or read what was measured on the same engine before."""
-        own = card.variant == self.config.reference
+        own = card.variant == self.model.reference
         journals = self._journals(card)
-        known = [
-            read_measurement(journal, self._compared_with(card, number))
-            for number, journal in enumerate(journals.values())
-        ]
-        if card.speed is not None and not stale(card, self.engine) and all(one.done for one in known):
+        if (known := self.known(card)) is not None:
             if own:
                 self.reference_done.set()
-            return Found(known, card.speed, card.account)
+            return known
         async with AsyncExitStack() as stack:
             url, account = await self._engine(stack, card)
             client = await stack.enter_async_context(EngineClient(url, card.model))
             if own:
-                await refuse_other_tokens(self.config, client)
+                await refuse_other_tokens(self.model, client)
             else:
                 await self.reference_done.wait()
             async with self.turns.one():
@@ -206,46 +232,46 @@ class _Work:
     def _journals(self, card: Card) -> dict[str, Journal]:
         path = self.registry.measurement_path(card, self._key)
         journals = {card.variant: Journal(path)}
-        if card.variant == self.config.reference:
+        if card.variant == self.model.reference:
             again = path.with_name(f"{path.name.split('.json')[0]}-2.json.gz")
             journals[f"{card.variant} again"] = Journal(again)
         return journals
 
     def _compared_with(self, card: Card, number: int) -> Path | None:
         """What is kept of the reference's first pass, with which all others are compared."""
-        if card.variant == self.config.reference and number == 0:
+        if card.variant == self.model.reference and number == 0:
             return None
         return reference_path(Journal(self.registry.measurement_path(self.reference, self._key)))
 
     async def _engine(self, stack: AsyncExitStack, card: Card) -> tuple[str, EngineAccount | None]:
         """The address of the variant's engine, running and compared with the card."""
         directory = self.registry.path(card.variant, card.version)
-        if (given := self.engines.get(card.variant)) is not None and given.directory == directory:
+        given = self.engines.get(self.model.id(card.variant))
+        if given is not None and given.directory == directory:
             return given.url, await checked_account(card, given.url)
-        settings = self.config.engine
+        settings = self.model.engine
         placed = await stack.enter_async_context(self.seats.take(need_of(card, directory, settings)))
-        spec = EngineSpec(
-            card=card,
-            directory=directory,
-            host=settings.host,
-            port=free_port(settings.host),
-            log=self.config.variants_dir / ".logs" / f"engine-{card.variant}.log",
-            placed=placed,
-        )
         # A head that is not the variant's own is read from the reference's files.
         beside = self.registry.path(self.reference.variant, self.reference.version).resolve()
         env = {"TIERCEL_REFERENCE": str(beside), **settings.env}
-        started = running(spec, settings.model_copy(update={"env": env}), self.say)
-        engine = await stack.enter_async_context(started)
+        spec = EngineSpec(
+            card=card,
+            directory=directory,
+            settings=settings.model_copy(update={"env": env}),
+            port=free_port(settings.host),
+            log=self.model.variants_dir / ".logs" / f"engine-{card.variant}.log",
+            placed=placed,
+        )
+        engine = await stack.enter_async_context(running(spec, self.say))
         account = await refuse_otherwise(engine)
         self.say(f"{card.variant}: {account_text(account)}")
         return spec.url, account
 
 
-async def refuse_other_tokens(config: Config, client: EngineClient) -> None:
+async def refuse_other_tokens(model: ModelConfig, client: EngineClient) -> None:
     """Raise CheckpointError where the engine makes other tokens of a text than the model's own tokenizer, by
     which calibration data were read."""
-    checkpoint = open_checkpoint(config.model.path)
+    checkpoint = checkpoint_of(model)
     if found := await tokenizer_differences(checkpoint, client.tokenize):
         more = f" (and {len(found) - 1} texts more)" if len(found) > 1 else ""
         raise CheckpointError(
@@ -292,43 +318,15 @@ async def speed_or_none(client: EngineClient, variant: str, say: Say) -> Speed |
         return None
 
 
-class Turns:
-    """Lets so many engines answer side by side, or one alone."""
-
-    def __init__(self, most: int) -> None:
-        self._most = most
-        self._free = asyncio.Semaphore(most)
-        self._first = asyncio.Lock()
-
-    @asynccontextmanager
-    async def one(self) -> AsyncIterator[None]:
-        """A turn beside others."""
-        async with self._free:
-            yield
-
-    @asynccontextmanager
-    async def alone(self) -> AsyncIterator[None]:
-        """A turn while no other engine answers. It is not to be taken within another turn."""
-        taken = 0
-        async with self._first:
-            try:
-                for _ in range(self._most):
-                    await self._free.acquire()
-                    taken += 1
-                yield
-            finally:
-                for _ in range(taken):
-                    self._free.release()
-
-
 def judged(
     registry: Registry,
     cards: Sequence[Card],
     evaluations: Mapping[str, Evaluation],
-    budgets: Mapping[str, QualityBudget],
+    model: ModelConfig,
 ) -> list[Card]:
     """The cards with their figures and the verdicts on all of them together, written. A variant without
     figures could not be loaded; its card is what the registry holds."""
+    budgets, first = {name: role.budget for name, role in model.roles.items()}, first_models(model)
     loaded = {
         card.variant: card.model_copy(
             update={"evaluation": evaluations[card.variant], "state": "ready", "engine_words": ""}
@@ -336,11 +334,11 @@ def judged(
         for card in cards
         if card.variant in evaluations
     }
-    p_values = gate_p_values(list(loaded.values()), budgets)
+    p_values = gate_p_values(list(loaded.values()), budgets, first)
     for name, card in loaded.items():
         evaluation = evaluations[name].model_copy(update={"p_values": p_values})
         card = card.model_copy(update={"evaluation": evaluation})
-        gate = {role: judge(card, role, budget) for role, budget in budgets.items()}
+        gate = {role: judge_across(card, role, budget, first[role]) for role, budget in budgets.items()}
         loaded[name] = registry.update(card.model_copy(update={"gate": gate}))
     return [loaded.get(card.variant) or registry.card(card.variant, card.version) for card in cards]
 
@@ -364,13 +362,3 @@ async def unless_broken(registry: Registry, card: Card, work: Awaitable[T], say:
             raise
         say(f"{card.variant} {card.version} was not measured, its card stays as it was: {error}")
         return None
-
-
-def answering_at_once(config: Config, machine: Machine) -> int:
-    """Engines that can answer side by side without taking each other's cores; 1 where they use all."""
-    if machine.gpus:
-        return ENGINES_AT_ONCE
-    threads = config.engine.env.get("OMP_NUM_THREADS", "1")
-    if not threads.isdigit() or not int(threads):
-        return 1
-    return max(1, min(ENGINES_AT_ONCE, machine.cores // int(threads)))

@@ -14,10 +14,10 @@ import psutil
 
 from deploy.engine import SITE
 from deploy.making import role_tasks
-from gateway.config import Config
+from deploy.models import checkpoint_of, registry_of
+from gateway.config import ModelConfig
 from quantize.card import Card
 from quantize.check import refuse_pattern, refuse_short, refuse_unfit
-from quantize.core.checkpoint import open_checkpoint
 from quantize.core.files import locked
 from quantize.core.modules import read_modules
 from quantize.core.plan import Plan
@@ -33,7 +33,6 @@ from quantize.plan.planner import Candidate, PlanError
 from quantize.plan.sensitivity import Sensitivity
 from quantize.plan.session import METHODS, TRIES, PlanningSession, methods_for
 from quantize.plan.tune import untunable
-from quantize.registry import Registry
 from quantize.report.tables import align, kl_text, megabytes
 
 Say = Callable[[str], None]
@@ -47,42 +46,42 @@ REPORTED_CONVERSATIONS = 240
 
 
 def open_session(
-    config: Config,
+    model: ModelConfig,
     target_name: str | None,
     methods: Sequence[str] = METHODS,
     schemes: Sequence[str] | None = None,
 ) -> PlanningSession:
     """The session for the configured model; everything it makes lies in ``variants_dir/.planning``."""
-    checkpoint = open_checkpoint(config.model.path)
-    refuse_pattern(config.variants_dir)
-    refuse_pattern(checkpoint.path, "model.path")
+    checkpoint = checkpoint_of(model, _say_aside)
+    refuse_pattern(model.variants_dir)
+    refuse_pattern(checkpoint.path, f"models.{model.name}.path")
     refuse_unfit(checkpoint)
     refuse_not_finite(checkpoint.path)
     where = target(target_name or detect())
-    calibration = read_calibration(config.calibration, checkpoint)
+    calibration = read_calibration(model.calibration, checkpoint)
     tokens = [len(sequence) for sequence in calibration.sequences]
     for method in methods:
         cost = estimate(checkpoint, read_modules(checkpoint), sum(tokens), max(tokens), method)
-        refuse_short(cost, config.variants_dir)
-    directory = config.variants_dir / ".planning"
+        refuse_short(cost, model.variants_dir)
+    directory = model.variants_dir / ".planning"
     return PlanningSession(directory, checkpoint, calibration, where, methods=methods, schemes=schemes)
 
 
 @contextlib.contextmanager
-def open_bench(config: Config) -> Iterator[Bench]:
+def open_bench(model: ModelConfig) -> Iterator[Bench]:
     """A bench engine in the configured engine environment.
 
     One process at a time plans in a variants directory: candidates are put together in the same place.
     """
-    if config.engine.python is None:
+    if model.engine.python is None:
         raise PlanError("engine.python is not set; planning measures on the engine, run `make setup`")
     with (
-        locked(config.variants_dir / ".planning" / ".lock", "planning", _say_aside),
+        locked(model.variants_dir / ".planning" / ".lock", "planning", _say_aside),
         Bench(
-            config.engine.python,
-            config.variants_dir / ".logs" / "bench.log",
-            max_model_len=config.engine.max_model_len or BENCH_CONTEXT,
-            env=config.engine.env,
+            model.engine.python,
+            model.variants_dir / ".logs" / "bench.log",
+            max_model_len=model.engine.max_model_len or BENCH_CONTEXT,
+            env=model.engine.env,
             site=SITE,
         ) as bench,
     ):
@@ -93,22 +92,22 @@ def _say_aside(text: str) -> None:
     print(text, file=sys.stderr)
 
 
-def sensitivity(config: Config, target_name: str | None) -> tuple[Sensitivity, Path]:
+def sensitivity(model: ModelConfig, target_name: str | None) -> tuple[Sensitivity, Path]:
     """Analyse the configured model; returns the rows and where they were written."""
-    session = open_session(config, target_name)
-    with open_bench(config) as bench:
+    session = open_session(model, target_name)
+    with open_bench(model) as bench:
         found = session.sensitivity(bench)
     return found, session.directory / "sensitivity.json"
 
 
-def known_sensitivity(config: Config) -> Sensitivity | None:
+def known_sensitivity(model: ModelConfig) -> Sensitivity | None:
     """The newest finished analysis of the configured model, if there is one."""
-    newest = _newest(config, "sensitivity.json")
+    newest = _newest(model, "sensitivity.json")
     return Sensitivity.model_validate_json(newest.read_text(encoding="utf-8")) if newest else None
 
 
 def plan(
-    config: Config,
+    model: ModelConfig,
     name: str,
     say: Say,
     *,
@@ -139,8 +138,8 @@ def plan(
     if before is not None:
         before()
     if methods is None:
-        methods = methods_for(_bits(config, bits, budget))
-    session = open_session(config, target_name, methods, schemes)
+        methods = methods_for(_bits(model, bits, budget))
+    session = open_session(model, target_name, methods, schemes)
     for problem in (p for one in kv for p in session.target.kv_problems(one, session.checkpoint.head_dim)):
         raise PlanError(str(problem))
     weights, other = sum(group.weights for group in session.modules), session.modules.other_bytes
@@ -153,7 +152,7 @@ def plan(
             "and norms); raise it"
         )
     tuned = tuned and _can_tune(session, say)
-    with open_bench(config) as bench:
+    with open_bench(model) as bench:
         if loss is not None:
             candidates = [session.for_loss(bench, loss)]
         else:
@@ -166,7 +165,7 @@ def plan(
         if (after := session.make(chosen, out)) is not None:
             say(f"tuned: KL in torch {after.before:.5f} -> {after.after:.5f} on the choosing conversations")
 
-    registry = Registry(config.variants_dir, config.model.name, config.reference)
+    registry = registry_of(model)
     card = registry.add(
         session.checkpoint,
         name,
@@ -177,17 +176,17 @@ def plan(
         predicted_kl=best.predicted_kl,
     )
     if compare_with:
-        compared = compare(config, session, card, wanted, registry.path(name), compare_with, say)
+        compared = compare(model, session, card, wanted, registry.path(name), compare_with, say)
         say(format_controls(compared))
         say(f"written to {compared.write(session.directory)}; `tiercel variants report` draws it")
     return card, candidates
 
 
-def _bits(config: Config, bits: float | None, budget: int | None) -> float:
+def _bits(model: ModelConfig, bits: float | None, budget: int | None) -> float:
     """Bits per weight of the linear modules that a budget leaves."""
     if budget is None:
         return bits or 4.5
-    modules = read_modules(open_checkpoint(config.model.path))
+    modules = read_modules(checkpoint_of(model, _say_aside))
     return 8 * (budget - modules.other_bytes) / sum(group.weights for group in modules)
 
 
@@ -208,7 +207,7 @@ def _can_tune(session: PlanningSession, say: Say) -> bool:
 
 
 def compare(
-    config: Config,
+    model: ModelConfig,
     session: PlanningSession,
     card: Card,
     plan: Plan,
@@ -219,10 +218,10 @@ def compare(
     """The variant that was made of ``plan`` beside controls of at most its bytes, on the roles' held-out
     conversations; without tasks, on those that plans are chosen on."""
     spans: Sequence[Span]
-    spans, what = held_out(config), "held-out conversations of the roles"
+    spans, what = held_out(model), "held-out conversations of the roles"
     if not spans:
         spans, what = session.choosing, "the conversations that the plan was chosen on, which favours it"
-    with open_bench(config) as bench:
+    with open_bench(model) as bench:
         key = hashlib.sha256(repr((bench.identity, spans)).encode()).hexdigest()[:12]
         work = session.directory / f"compared-{key}"
         paired = PairedKl(session.checkpoint.path, bench, spans, work, session.make)
@@ -240,36 +239,36 @@ def compare(
     )
 
 
-def held_out(config: Config) -> list[Span]:
+def held_out(model: ModelConfig) -> list[Span]:
     """The roles' items with their right answers as token ids, as many of each role; all but the first token
     is scored. Those that an engine's context does not hold are left out."""
-    if not any(role.tasks for role in config.roles.values()):
+    if not any(role.tasks for role in model.roles.values()):
         return []
-    tokenizer: Any = load_tokenizer(config.model.path)
+    tokenizer: Any = load_tokenizer(model.path)
     taken = itertools.zip_longest(
-        *([item for item in items if item.suite == "task"] for items in role_tasks(config).values())
+        *([item for item in items if item.suite == "task"] for items in role_tasks(model).values())
     )
     spans: list[Span] = []
     for item in itertools.chain.from_iterable(taken):
         if item is not None and len(spans) < REPORTED_CONVERSATIONS:
             messages = [*item.messages, {"role": "assistant", "content": item.expected}]
             encoded = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)
-            if 1 < len(encoded["input_ids"]) < (config.engine.max_model_len or BENCH_CONTEXT):
+            if 1 < len(encoded["input_ids"]) < (model.engine.max_model_len or BENCH_CONTEXT):
                 spans.append((list(encoded["input_ids"]), 1))
     return spans
 
 
-def known_controls(config: Config, cards: Sequence[Card]) -> Controls | None:
+def known_controls(model: ModelConfig, cards: Sequence[Card]) -> Controls | None:
     """The newest comparison, if it is of one of ``cards``."""
-    path = _newest(config, controls.FILE)
+    path = _newest(model, controls.FILE)
     if path is None:
         return None
     found = Controls.model_validate_json(path.read_text(encoding="utf-8"))
     return found if any((c.variant, c.version) == (found.variant, found.version) for c in cards) else None
 
 
-def _newest(config: Config, name: str) -> Path | None:
-    paths = (config.variants_dir / ".planning").glob(f"*/{name}")
+def _newest(model: ModelConfig, name: str) -> Path | None:
+    paths = (model.variants_dir / ".planning").glob(f"*/{name}")
     return max(paths, key=lambda path: path.stat().st_mtime, default=None)
 
 

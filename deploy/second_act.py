@@ -57,7 +57,9 @@ async def second_act(
 ) -> Incident | None:
     """Harm, wait for the watch, go on for a while. None where no quantized variant serves anything."""
     config = stack.config
-    served = Counter(answer.variant for answer in clock.answers if answer.variant != config.reference)
+    served = Counter(
+        answer.variant for answer in clock.answers if answer.variant not in config.references.values()
+    )
     if not served:
         say("no quantized variant serves a role: there is nothing to harm")
         return None
@@ -80,7 +82,7 @@ async def second_act(
                 )
                 try:
                     await run_team(
-                        batch, stack.url, config.model.name, concurrency=concurrency, progress=clock.take
+                        batch, stack.url, config.default_model, concurrency=concurrency, progress=clock.take
                     )
                 finally:
                     looking.cancel()

@@ -18,10 +18,10 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 CARD_NAME = "card.json"
-FORMAT: Literal[3] = 3
+FORMAT: Literal[4] = 4
 """Raised whenever a card gets fields that an older version cannot read."""
-READABLE = (2, FORMAT)
-"""Formats that are read. What was measured under an older one is stale: it does not say on what."""
+READABLE = (2, 3, FORMAT)
+"""Formats that are read. What was measured under the oldest is stale: it does not say on what."""
 CURRENT = "current"
 """Name of the link, in a variant's directory, to the version that is in use."""
 VARIANT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -71,9 +71,7 @@ class TextEvaluation(_Strict):
     kl_se: float = Field(default=0.0, ge=0, description="standard error of kl_mean, clustered by sequence")
     kl_interval: tuple[float, float] | None = Field(default=None, description="95 % of kl_mean, clustered")
     kl_upper: float = Field(
-        default=math.inf,
-        ge=0,
-        description="upper bound of kl_mean, equal where it is exact; infinite where nothing bounds it",
+        default=math.inf, ge=0, description="upper bound of kl_mean, equal where exact; infinite without one"
     )
     kl_upper_se: float = Field(default=math.inf, ge=0, description="standard error of kl_upper")
     sequences: int = Field(default=0, ge=0, description="conversations that the tokens are of; 0: not kept")
@@ -138,6 +136,10 @@ class RoleEvaluation(_Strict):
         default=None, description="answers that say nothing which the items' grounds do not hold"
     )
     valid_json: Paired | None = Field(default=None, description="answers that match the items' JSON schema")
+    across: dict[str, Paired] = Field(
+        default_factory=dict, description="another model to right answers, paired with its reference's"
+    )
+    across_grounded: dict[str, Paired] = Field(default_factory=dict, description="the same of grounded ones")
     long_context: LongContext | None = None
     noise: NoiseFloor | None = None
 
@@ -168,13 +170,10 @@ class Evaluation(_Strict):
     roles: dict[str, RoleEvaluation]
     text: TextEvaluation = Field(description="all roles pooled")
     tasks_sha256: str
-    engine: dict[str, str] = Field(
-        description="on what it was measured: engine and its build, device and driver, flags, environment"
-    )
+    engine: dict[str, str] = Field(description="on what: engine, build, device, driver, flags, environment")
     noise: NoiseFloor | None = Field(default=None, description="all roles pooled")
     p_values: dict[str, float] = Field(
-        default_factory=dict,
-        description="'variant/role' to the p-value of its gate, of all that were judged together",
+        default_factory=dict, description="'variant/role' to its gate's p-value, of all judged together"
     )
 
 
@@ -234,7 +233,7 @@ class Card(_Strict):
     later (evaluation, gate, state) is written into the card again.
     """
 
-    format: Literal[3] = FORMAT
+    format: Literal[4] = FORMAT
     model: str
     variant: str
     reference: str = Field(description="name of the variant that this one is compared with")
@@ -278,6 +277,11 @@ class Card(_Strict):
         default=(), description="why its figures are not to be trusted; with any it passes no gate"
     )
     gate: dict[str, Verdict] = Field(default_factory=dict)
+
+    @property
+    def id(self) -> str:
+        """What the variant is called among those of other models."""
+        return f"{self.model}:{self.variant}"
 
     @property
     def version(self) -> str:
@@ -358,30 +362,24 @@ def read_card(directory: Path) -> Card:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise CardError(f"{path} does not exist; make the variant with `tiercel quantize`") from None
-    found = _format(text)
     try:
-        if found in READABLE and found != FORMAT:
-            return Card.model_validate(json.loads(text) | {"format": FORMAT})
-        return Card.model_validate_json(text)
+        found = json.loads(text)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise CardError(f"{path}: is no JSON object; make the variant again")
+    if (given := found.get("format", FORMAT)) not in READABLE:
+        known = ", ".join(map(str, READABLE))
+        raise CardError(
+            f"{path}: format {given!r} is none of {known}, which this version of Tiercel reads; "
+            "make the variant again"
+        )
+    try:
+        return Card.model_validate(found | {"format": FORMAT})
     except ValidationError as error:
-        if found is not None and found not in READABLE:
-            known = " and ".join(map(str, READABLE))
-            raise CardError(
-                f"{path}: format {found!r} is none of {known}, which this version of Tiercel reads; "
-                "make the variant again"
-            ) from None
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "the file"
         raise CardError(f"{path}: {where}: {first['msg']}; make the variant again") from None
-
-
-def _format(text: str) -> object:
-    """The format that a card says it has; None where it says nothing."""
-    try:
-        card = json.loads(text)
-    except ValueError:
-        return None
-    return card.get("format") if isinstance(card, dict) else None
 
 
 def verify_files(card: Card, directory: Path) -> None:

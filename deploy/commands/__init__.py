@@ -32,6 +32,11 @@ def add_command(commands: Any, name: str, run: Run, text: str) -> argparse.Argum
     return command
 
 
+def add_model(command: argparse.ArgumentParser, otherwise: str = "the only one") -> None:
+    """Let a command be told which model it concerns; ``otherwise`` says which without."""
+    command.add_argument("--model", help=f"which model (default: {otherwise})")
+
+
 def add_json(command: argparse.ArgumentParser) -> None:
     """Let a command give its result as JSON as well."""
     command.add_argument("--json", action="store_true", help="machine-readable")

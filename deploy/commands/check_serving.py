@@ -29,7 +29,8 @@ from sqlalchemy.pool import NullPool
 from deploy.commands.check_machine import existing
 from deploy.commands.findings import Finding, Findings, Subject, failure, ok, warning
 from deploy.engine import port_in_use
-from gateway.config import ConfigError, shown_url
+from deploy.hub import is_there
+from gateway.config import ConfigError, shown_url, slug
 from gateway.quality.tables import FACTS, FORMAT
 from gateway.quality.watch import store_url
 from gateway.routing.discovery import PREFIX
@@ -49,11 +50,16 @@ PROBES = 16
 def check_files(subject: Subject) -> Findings:
     """What the configuration names beside variants."""
     config, well = subject.config, True
-    if not (config.model.path / "config.json").is_file():
-        fix = "set model.path to a checkpoint's directory"
-        yield warning(f"model.path: {config.model.path} holds no checkpoint; no variant can be made", fix)
-        well = False
-    named = {"calibration": config.calibration, "quality.classifier": config.quality.classifier}
+    named = {"quality.classifier": config.quality.classifier}
+    for model in config.each():
+        key = f"models.{model.name}"
+        if model.hub is None and not (model.path / "config.json").is_file():
+            fix = f"set {key}.path to a checkpoint's directory"
+            yield warning(f"{key}.path: {model.path} holds no checkpoint; no variant can be made", fix)
+            well = False
+        elif not is_there(model):
+            yield ok(f"{key}.hub: {model.hub} is not fetched yet; `tiercel quantize` does it")
+        named[f"{key}.calibration"] = model.calibration
     for name, role in config.roles.items():
         named |= {f"roles.{name}.tasks": role.tasks, f"roles.{name}.long_context": role.long_context}
     missing = [f"{key}: {path}" for key, path in named.items() if path is not None and not path.exists()]
@@ -67,20 +73,21 @@ def check_files(subject: Subject) -> Findings:
             yield warning(text, f"export {variable}=…")
             well = False
     if well:
-        yield ok("the model, tasks and calibration are where the configuration says")
+        yield ok("models, tasks and calibration are where the configuration says")
 
 
 def check_variants(subject: Subject) -> Findings:
     """Every served variant has its files and a card, and passed a gate."""
-    for variant in subject.config.serve:
+    for variant in subject.config.served:
         yield _variant(subject, variant)
 
 
 def _variant(subject: Subject, variant: str) -> Finding:
-    config = subject.config
-    make = f"tiercel quantize {variant}" if variant in {*RECIPES, config.reference} else "tiercel variants"
+    model, short = subject.of(variant)
+    of = f" --model {model.name}" if len(subject.config.models) > 1 else ""
+    make = f"tiercel quantize{of} {short}" if short in {*RECIPES, model.reference} else "tiercel variants"
     try:
-        directory = variant_directory(config.variants_dir, variant)
+        directory = variant_directory(model.variants_dir, short)
         card = read_card(directory)
         refuse_broken(card)
     except CardError as error:
@@ -89,11 +96,11 @@ def _variant(subject: Subject, variant: str) -> Finding:
     if missing:
         return failure(f"{directory}: {missing[0]} is listed in the card but missing", make)
     text = f"{variant} {card.version}, {card.weight_bytes / 1e6:,.1f} MB"
-    if variant == config.reference:
+    if short == model.reference:
         return ok(f"{text}: the reference")
     if card.evaluation is None:
         return warning(f"{text}: was never measured, so no role may be routed to it", make)
-    verdicts = {name: judge(card, name, role.budget).outcome for name, role in config.roles.items()}
+    verdicts = {name: judge(card, name, role.budget).outcome for name, role in model.roles.items()}
     passed = [name for name, outcome in verdicts.items() if outcome is Outcome.PASSED]
     others = [f"{n} ({o.value.replace('_', ' ')})" for n, o in verdicts.items() if o is not Outcome.PASSED]
     if not passed:
@@ -242,8 +249,9 @@ def check_ports(subject: Subject) -> Findings:
     pids = {variant: pid for (variant, _), pid in engine_pids(config.run_dir).items()}
     free = []
     for variant in subject.local():
-        port = config.engine.base_port + config.serve.index(variant)
-        taken = owner(config.engine.host, port)
+        model, short = subject.of(variant)
+        port = model.ports[short]
+        taken = owner(model.engine.host, port)
         if taken is None:
             free.append(str(port))
         elif pids.get(variant) in _lineage(taken.pid):
@@ -274,18 +282,19 @@ def check_engines(subject: Subject) -> Findings:
     """Every replica answers, serves the model, and has the same time."""
     config = subject.config
     local, running = set(subject.local()), {variant for variant, _ in _living(subject)}
-    asked = [(variant, url) for variant in config.serve for url in _addresses(config.replicas(variant))]
+    asked = [(variant, url) for variant in config.served for url in _addresses(config.replicas(variant))]
     with ThreadPoolExecutor(PROBES) as pool:
-        answers = list(pool.map(lambda one: _probe(one[1], config.model.name), asked))
+        answers = list(pool.map(lambda one: _probe(one[1]), asked))
     idle = []
     for (variant, url), answer in zip(asked, answers, strict=True):
         name = f"{variant} at {shown_url(url)}"
         if answer.error is None:
-            yield _judged(name, answer, config.model.name)
+            yield _judged(name, answer, subject.of(variant)[0].name)
         elif variant in local and variant not in running:
             idle.append(variant)
         else:
-            log = f"tail {config.run_dir}/logs/engine-{variant}.log"
+            model, short = subject.of(variant)
+            log = f"tail {model.log(short)}"
             fix = log if variant in local else f"start it, or take it out of pools.{variant}"
             yield failure(f"{name} does not answer: {answer.error}", fix)
     if idle:
@@ -328,7 +337,7 @@ def _addresses(urls: tuple[str, ...]) -> Iterator[str]:
             yield f"{parts.scheme}://{host}:{parts.port or 80}"
 
 
-def _probe(url: str, model: str) -> Answer:
+def _probe(url: str) -> Answer:
     opener = build_opener(ProxyHandler({}))
     try:
         began = time.time()
@@ -380,11 +389,21 @@ def check_leftovers(subject: Subject) -> Findings:
         if not _listening(path):
             found = True
             yield warning(f"{path} is of a worker that does not run", f"rm {path}")
-    for path in sorted(config.variants_dir.glob(".partial-*")):
-        variant = path.name.removeprefix(".partial-").partition("@")[0]
-        if not _held(config.variants_dir / ".locks" / variant):
+    for model in config.each():
+        for path in sorted(model.variants_dir.glob(".partial-*")):
+            variant = path.name.removeprefix(".partial-").partition("@")[0]
+            if not _held(model.variants_dir / ".locks" / variant):
+                found = True
+                yield warning(f"{path} was left by a run that was killed", f"rm -r {path}")
+    known = {slug(name) for name in config.models}
+    for path in sorted(config.variants_dir.glob("*/current")):
+        if path.is_symlink() and path.parent.name not in known:
             found = True
-            yield warning(f"{path} was left by a run that was killed", f"rm -r {path}")
+            where = config.variants_dir / slug(config.default_model)
+            yield warning(
+                f"{path.parent} is of the time when a file had one model, and is not read",
+                f"mkdir -p {where}; mv {path.parent} {where}/",
+            )
     if not found:
         yield ok("nothing is left of processes that were killed")
 

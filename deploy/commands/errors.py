@@ -19,7 +19,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from deploy.engine import EngineStartError
-from deploy.supervisor import UpError
+from deploy.gateway_process import UpError
+from deploy.placement import PlacementError
 from gateway.config import ConfigError, load_config
 from gateway.errors import GatewayError
 from quantize.card import CardError
@@ -50,6 +51,7 @@ USER_ERRORS = (
     EngineStartError,
     EngineError,
     GatewayError,
+    PlacementError,
     UpError,
 )
 MENDABLE = 2

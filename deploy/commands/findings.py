@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 
-from gateway.config import Config
+from gateway.config import Config, ModelConfig, parts_of
 
 
 class Level(StrEnum):
@@ -37,8 +37,13 @@ class Subject:
     config: Config
 
     def local(self) -> list[str]:
-        """Variants whose engines are started here."""
-        return [variant for variant in self.config.serve if not self.config.pools.get(variant)]
+        """Variants whose engines are started here, as ``model:variant``."""
+        return [variant for variant in self.config.served if variant not in self.config.pools]
+
+    def of(self, variant: str) -> tuple[ModelConfig, str]:
+        """The model of a ``model:variant``, and the variant's name within it."""
+        model, short = parts_of(variant)
+        return self.config.of(model), short
 
 
 Findings = Iterator[Finding]

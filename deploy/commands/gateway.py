@@ -13,8 +13,9 @@ from gateway.cards import load_cards
 from gateway.config import ApiKey, Config, ConfigError, load_config
 from gateway.identity import Identities, hash_of
 from gateway.proxy.body import RequestFields
+from gateway.routing.choices import Explanation
 from gateway.routing.pools import Pools
-from gateway.routing.router import Explanation, Router
+from gateway.routing.router import Router
 
 
 def add_gateway(commands: Any) -> None:
@@ -31,7 +32,7 @@ def add_gateway(commands: Any) -> None:
 
     routing = add_command(commands, "route", route, "say which variant would serve a request, and why")
     routing.add_argument("--role", help="as a request's x-agent-role (default: the default role)")
-    routing.add_argument("--model", help="as in a request (default: the model's name)")
+    routing.add_argument("--model", help="as in a request (default: the first model)")
     add_json(routing)
 
 
@@ -50,7 +51,7 @@ def new_key(options: argparse.Namespace) -> None:
 
 def route(options: argparse.Namespace) -> None:
     config = load_config(options.config)
-    found = explain(config, options.role, options.model or config.model.name)
+    found = explain(config, options.role, options.model or config.default_model)
     if options.json:
         steps = [
             {

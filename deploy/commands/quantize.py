@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from deploy.commands import NOT_WELL, add_command, add_json, print_json, run_engines, say
+from deploy.commands import NOT_WELL, add_command, add_json, add_model, print_json, run_engines, say
 from deploy.commands.before import refuse_unmeasurable
 from deploy.commands.variants import card_as_json
-from gateway.config import Config, load_config
+from deploy.models import checkpoint_of, one_model, registry_of, some_models, variant_of, variants_of
+from gateway.config import Config, ModelConfig, load_config
 from quantize.card import Card
 from quantize.core.checkpoint import open_checkpoint
 from quantize.core.methods import parse_method
@@ -20,7 +21,6 @@ from quantize.core.recipes import RECIPES
 from quantize.core.schemes import kv_scheme, scheme
 from quantize.core.targets import detect, target
 from quantize.plan.controls import KINDS
-from quantize.registry import Registry
 
 COMMANDS = ("check", "make", "measure", "sensitivity", "plan", "register", "-h", "--help")
 TARGET_HELP = "where it is to be loaded (default: this machine)"
@@ -40,6 +40,7 @@ def add_quantize(parser: argparse.ArgumentParser) -> None:
     checking.set_defaults(run=check)
 
     making = add_command(commands, "make", make, "make variants, measure and judge them")
+    add_model(making)
     making.add_argument("variants", nargs="*", help=f"which (default: {' '.join(RECIPES)})")
     making.add_argument("--scheme", help="make one variant of this scheme instead, such as w4a16-g64")
     making.add_argument("--method", default="gptq", help="how, with --scheme (default: gptq)")
@@ -48,17 +49,20 @@ def add_quantize(parser: argparse.ArgumentParser) -> None:
     making.add_argument("--target", help=TARGET_HELP)
     _unmeasured(making)
 
-    text = "measure and judge variants that are there, on the engine at hand"
+    text = "measure and judge variants that are there, on the engine at hand, one model after another"
     measuring = add_command(commands, "measure", measure, text)
+    add_model(measuring, "all")
     measuring.add_argument("variants", nargs="*", help="which (default: all)")
     add_json(measuring)
     measuring.set_defaults(evaluate=True)
 
     looking = add_command(commands, "sensitivity", sensitivity, "what each group loses at each scheme")
+    add_model(looking)
     looking.add_argument("--target", help=TARGET_HELP)
     add_json(looking)
 
     planning = add_command(commands, "plan", plan, "find and make the best mixture within a budget")
+    add_model(planning)
     wanted = planning.add_mutually_exclusive_group()
     wanted.add_argument("--bits", type=float, help="bits per weight, scales included (default: 4.5)")
     wanted.add_argument("--bytes", type=int, help="bytes of all weights, and of the KV cache if asked for")
@@ -85,6 +89,7 @@ def add_quantize(parser: argparse.ArgumentParser) -> None:
     registering = add_command(
         commands, "register", register, "take in a checkpoint that was quantized elsewhere, and gate it"
     )
+    add_model(registering)
     registering.add_argument("directory", type=Path, help="compressed-tensors, AWQ, GPTQ or AutoRound format")
     registering.add_argument("name", help="the variant's name")
     _unmeasured(registering)
@@ -103,6 +108,11 @@ def with_make(arguments: Sequence[str]) -> list[str]:
     if given[:1] == ["quantize"] and (len(given) == 1 or given[1] not in COMMANDS):
         given.insert(1, "make")
     return given
+
+
+def _model(options: argparse.Namespace) -> tuple[Config, ModelConfig]:
+    config = load_config(options.config)
+    return config, one_model(config, options.model)
 
 
 def check(options: argparse.Namespace) -> None:
@@ -125,35 +135,47 @@ def make(options: argparse.Namespace) -> None:
     from deploy.making import make_one, make_variants
 
     config = load_config(options.config)
-    before = _before(config, options, 1 if options.scheme else len(options.variants or RECIPES))
+    model, variants = variants_of(config, options.variants, options.model)
+    before = _before(model, options, 1 if options.scheme else len(variants or RECIPES))
     if options.scheme:
         scheme(options.scheme)
         kv_scheme(options.kv)
         parse_method(options.method)
         cards = make_one(
-            config, options.name, options.scheme, options.method, options.kv, say, options.target, before
+            model, options.name, options.scheme, options.method, options.kv, say, options.target, before
         )
     else:
-        cards = make_variants(config, options.variants or list(RECIPES), say, options.target, before)
-    _judge(config, cards, options)
+        cards = make_variants(model, variants or list(RECIPES), say, options.target, before)
+    _judge(config, {model.name: cards}, options)
 
 
 def measure(options: argparse.Namespace) -> None:
+    """The named variants, each beside its model's reference; without any, all of one model or of all."""
     from deploy.measuring import say_hopeless
 
     config = load_config(options.config)
-    registry = Registry(config.variants_dir, config.model.name, config.reference, say)
-    names = options.variants or registry.variants()
-    others = [name for name in dict.fromkeys(names) if name != config.reference]
-    cards = [registry.card(name) for name in (config.reference, *others)]
-    say_hopeless(config, len(others), say)
+    wanted: dict[str, list[str]] = {}
+    for name in options.variants:
+        model, variant = variant_of(config, name, options.model)
+        wanted.setdefault(model.name, []).append(variant)
+    if not wanted:
+        wanted = {one.name: [] for one in some_models(config, options.model)}
+    cards = {}
+    for model in map(config.of, wanted):
+        registry = registry_of(model, say)
+        if not (names := wanted[model.name] or registry.variants()) and len(wanted) > 1:
+            say(f"{model.name}: no variants; make them with `tiercel quantize --model {model.name}`")
+            continue
+        others = [name for name in dict.fromkeys(names) if name != model.reference]
+        cards[model.name] = [registry.card(name) for name in (model.reference, *others)]
+        say_hopeless(model, len(others), say)
     _judge(config, cards, options)
 
 
 def sensitivity(options: argparse.Namespace) -> None:
     from deploy.planning import format_sensitivity, sensitivity
 
-    found, path = sensitivity(load_config(options.config), options.target)
+    found, path = sensitivity(_model(options)[1], options.target)
     if options.json:
         print_json(found)
     else:
@@ -164,13 +186,13 @@ def sensitivity(options: argparse.Namespace) -> None:
 def plan(options: argparse.Namespace) -> None:
     from deploy.planning import plan
 
-    config = load_config(options.config)
+    config, model = _model(options)
     for method in options.methods or ():
         parse_method(method)
     for name in options.schemes or ():
         scheme(name)
     card, _ = plan(
-        config,
+        model,
         options.name,
         say,
         target_name=options.target,
@@ -184,23 +206,23 @@ def plan(options: argparse.Namespace) -> None:
         schemes=options.schemes,
         tuned=options.tune,
         compare_with=KINDS if options.controls == [] else options.controls or (),
-        before=_before(config, options),
+        before=_before(model, options),
     )
-    _judge(config, [_reference(config), card], options)
+    _judge(config, {model.name: [_reference(model), card]}, options)
 
 
 def register(options: argparse.Namespace) -> None:
     from quantize.check import refuse_pattern, refuse_unfit
 
-    config = load_config(options.config)
-    _before(config, options)()
-    checkpoint = open_checkpoint(config.model.path)
-    refuse_pattern(config.variants_dir)
+    config, model = _model(options)
+    _before(model, options)()
+    checkpoint = checkpoint_of(model, say)
+    refuse_pattern(model.variants_dir)
     refuse_unfit(checkpoint)
     for note in checkpoint.notes:
         say(note)
-    reference = _reference(config)
-    registry = Registry(config.variants_dir, config.model.name, config.reference, say)
+    reference = _reference(model)
+    registry = registry_of(model, say)
     card = registry.register(options.directory, options.name, checkpoint, target(detect()))
     if card.schemes:
         found = target(detect()).check_plan(
@@ -208,36 +230,38 @@ def register(options: argparse.Namespace) -> None:
         )
         for problem in found:
             say(f"{options.name} may not load here: {problem}")
-    _judge(config, [reference, card], options)
+    _judge(config, {model.name: [reference, card]}, options)
 
 
-def _before(config: Config, options: argparse.Namespace, variants: int = 1) -> Callable[[], None]:
+def _before(model: ModelConfig, options: argparse.Namespace, variants: int = 1) -> Callable[[], None]:
     """What is looked at before work, for so many variants that are to be measured."""
 
     def look() -> None:
         from deploy.measuring import say_hopeless
 
-        refuse_unmeasurable(config)
-        say_hopeless(config, variants, say)
+        refuse_unmeasurable(model)
+        say_hopeless(model, variants, say)
 
     return look if options.evaluate else lambda: None
 
 
-def _reference(config: Config) -> Card:
-    registry = Registry(config.variants_dir, config.model.name, config.reference, say)
-    return registry.add_reference(open_checkpoint(config.model.path))
+def _reference(model: ModelConfig) -> Card:
+    return registry_of(model, say).add_reference(checkpoint_of(model, say))
 
 
-def _judge(config: Config, cards: Sequence[Card], options: argparse.Namespace) -> None:
+def _judge(config: Config, cards: Mapping[str, Sequence[Card]], options: argparse.Namespace) -> None:
+    """Measure and judge cards, by model, where that is asked for, and show them."""
     from quantize.report.tables import format_variants
 
+    shown = [card for of_model in cards.values() for card in of_model]
     if options.evaluate:
-        from deploy.measuring import evaluate_variants
+        from deploy.evaluation import evaluate_models
 
-        cards = run_engines(evaluate_variants(config, cards, say))
+        shown = run_engines(evaluate_models(config, cards, say))
     if options.json:
-        print_json([card_as_json(card) for card in cards])
-    else:
-        print(format_variants(cards))
-    if options.evaluate and any(card.evaluation is None and card.state == "ready" for card in cards):
+        print_json([card_as_json(card) for card in shown])
+    for model in cards if not options.json else ():
+        table = format_variants([card for card in shown if card.model == model])
+        print(f"{model}\n{table}" if len(cards) > 1 else table)
+    if options.evaluate and any(card.evaluation is None and card.state == "ready" for card in shown):
         sys.exit(NOT_WELL)  # said above: there was no room for its engine

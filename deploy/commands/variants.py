@@ -7,13 +7,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from deploy.commands import add_command, add_json, print_json, say
-from gateway.config import Config, load_config
+from deploy.commands import add_command, add_json, add_model, print_json, say
+from deploy.models import checkpoint_of, one_model, registry_of, some_models, variant_of
+from gateway.config import ModelConfig, load_config, variant_id
 from quantize.card import Card, CardError, read_card
 from quantize.registry import Registry
 from quantize.report.distributions import Distributions
 
 COMMANDS = ("list", "show", "compare", "use", "delete", "report", "-h", "--help")
+NAMED = "model:variant, or its name where one model alone has such"
 DISTRIBUTION_SAMPLES = 32
 """Calibration conversations that activation distributions are taken from."""
 
@@ -24,20 +26,23 @@ def add_variants(parser: argparse.ArgumentParser) -> None:
     listing = add_command(commands, "list", list_variants, "every variant with its figures and verdicts")
     add_json(listing)
     showing = add_command(commands, "show", show, "one variant: what it is, what it lost, its versions")
-    showing.add_argument("variant")
+    showing.add_argument("variant", help=NAMED)
     add_json(showing)
     comparing = add_command(commands, "compare", compare, "variants side by side")
-    comparing.add_argument("variants", nargs="+")
+    comparing.add_argument("variants", nargs="+", help=NAMED)
     add_json(comparing)
     using = add_command(commands, "use", use, "choose a version: roll back, or forward again")
-    using.add_argument("variant")
+    using.add_argument("variant", help=NAMED)
     using.add_argument("version", help="twelve hex digits, as `show` lists them")
     deleting = add_command(commands, "delete", delete, "delete a version, or a whole variant")
-    deleting.add_argument("variant")
+    deleting.add_argument("variant", help=NAMED)
     deleting.add_argument("version", nargs="?")
     reporting = add_command(commands, "report", report, "write one HTML file with pictures of all variants")
     reporting.add_argument("--out", type=Path, default=Path("var/variants.html"))
     reporting.add_argument("--no-distributions", dest="distributions", action="store_false")
+    add_model(listing, "all")
+    for command in (showing, comparing, using, deleting, reporting):
+        add_model(command)
 
 
 def with_list(arguments: list[str]) -> list[str]:
@@ -47,39 +52,44 @@ def with_list(arguments: list[str]) -> list[str]:
     return arguments
 
 
-def _registry(config: Config) -> Registry:
-    return Registry(config.variants_dir, config.model.name, config.reference, say)
-
-
-def _cards(config: Config, registry: Registry) -> tuple[Card, ...]:
-    cards = registry.cards()
-    if not cards:
-        raise CardError(f"{config.variants_dir} holds no variants; make them with `tiercel quantize`")
-    return cards
-
-
 def card_as_json(card: Card) -> dict[str, Any]:
     """The card with its version, which follows from its files."""
     return {"version": card.version, **card.model_dump(mode="json")}
 
 
 def list_variants(options: argparse.Namespace) -> None:
+    """Of all models, one after the other, unless one is named."""
+    config = load_config(options.config)
+    models = [(one, registry_of(one, say)) for one in some_models(config, options.model)]
+    if not any(registry.variants() for _, registry in models):
+        raise CardError(
+            f"{models[0][0].variants_dir if len(models) == 1 else config.variants_dir} holds no variants; "
+            "make them with `tiercel quantize`"
+        )
+    if options.json:
+        print_json([one for model, registry in models for one in _listed(model, registry.cards())])
+        return
+    print("\n\n".join(_table(model, registry, len(config.models) > 1) for model, registry in models))
+
+
+def _listed(model: ModelConfig, cards: Sequence[Card]) -> list[dict[str, Any]]:
+    old = stale_variants(model, cards)
+    return [card_as_json(card) | {"stale": old[card.variant]} for card in cards]
+
+
+def _table(model: ModelConfig, registry: Registry, several: bool) -> str:
     from quantize.report.tables import format_variants
 
-    config = load_config(options.config)
-    registry = _registry(config)
-    cards = _cards(config, registry)
-    old = stale_variants(config, cards)
-    if options.json:
-        print_json([card_as_json(card) | {"stale": old[card.variant]} for card in cards])
-        return
+    cards = registry.cards()
+    named = f"{model.name}\n" if several else ""
+    if not cards:
+        return f"{named}no variants; make them with `tiercel quantize --model {model.name}`"
     counts = {card.variant: len(registry.versions(card.variant)) for card in cards}
-    print(format_variants(cards, counts, old))
-    for line in waiting_lines(registry, cards):
-        print(line)
+    table = format_variants(cards, counts, stale_variants(model, cards))
+    return named + "\n".join([table, *waiting_lines(registry, cards)])
 
 
-def stale_variants(config: Config, cards: Sequence[Card]) -> dict[str, tuple[str, ...]]:
+def stale_variants(model: ModelConfig, cards: Sequence[Card]) -> dict[str, tuple[str, ...]]:
     """Per variant how the engine that it was measured on differs from the one of this configuration.
 
     Empty where this machine has no engine environment: then nothing is measured here.
@@ -88,7 +98,7 @@ def stale_variants(config: Config, cards: Sequence[Card]) -> dict[str, tuple[str
     from deploy.measuring import identity
     from quantize.versions import stale
 
-    now = identity(config, look())
+    now = identity(model, look())
     if "engine" not in now:
         return {card.variant: () for card in cards}
     return {card.variant: stale(card, now) for card in cards}
@@ -110,10 +120,10 @@ def waiting_lines(registry: Registry, cards: Sequence[Card]) -> list[str]:
 def show(options: argparse.Namespace) -> None:
     from quantize.report.tables import format_card
 
-    config = load_config(options.config)
-    registry = _registry(config)
-    card = registry.card(options.variant)
-    versions, old = registry.versions(options.variant), stale_variants(config, [card])[card.variant]
+    model, variant = variant_of(load_config(options.config), options.variant, options.model)
+    registry = registry_of(model, say)
+    card = registry.card(variant)
+    versions, old = registry.versions(variant), stale_variants(model, [card])[variant]
     if options.json:
         print_json(card_as_json(card) | {"all_versions": versions, "stale": old})
     else:
@@ -123,50 +133,59 @@ def show(options: argparse.Namespace) -> None:
 def compare(options: argparse.Namespace) -> None:
     from quantize.report.tables import format_comparison
 
-    registry = _registry(load_config(options.config))
-    cards = [registry.card(name) for name in options.variants]
+    config = load_config(options.config)
+    found = [variant_of(config, name, options.model) for name in options.variants]
+    cards = [registry_of(model, say).card(variant) for model, variant in found]
     if options.json:
         print_json([card_as_json(card) for card in cards])
-    else:
-        print(format_comparison(cards))
+        return
+    if len({card.model for card in cards}) > 1:  # then a variant's own name does not tell which it is
+        whole = [{"variant": card.id, "reference": variant_id(card.model, card.reference)} for card in cards]
+        cards = [card.model_copy(update=names) for card, names in zip(cards, whole, strict=True)]
+    print(format_comparison(cards))
 
 
 def use(options: argparse.Namespace) -> None:
-    card = _registry(load_config(options.config)).use(options.variant, options.version)
-    say(f"{card.variant} is now version {card.version}; restart `tiercel up` to serve it")
+    model, variant = variant_of(load_config(options.config), options.variant, options.model)
+    card = registry_of(model, say).use(variant, options.version)
+    say(f"{model.id(variant)} is now version {card.version}; a running `tiercel up` takes it over")
 
 
 def delete(options: argparse.Namespace) -> None:
-    say(str(_registry(load_config(options.config)).delete(options.variant, options.version)))
+    model, variant = variant_of(load_config(options.config), options.variant, options.model)
+    say(str(registry_of(model, say).delete(variant, options.version)))
 
 
 def report(options: argparse.Namespace) -> None:
     from deploy.planning import known_controls, known_sensitivity
     from quantize.report.report import Report, write_report
 
-    config = load_config(options.config)
-    registry = _registry(config)
-    cards = _cards(config, registry)
-    found = known_sensitivity(config)
+    model = one_model(load_config(options.config), options.model)
+    registry = registry_of(model, say)
+    cards = registry.cards()
+    if not cards:
+        raise CardError(f"{model.variants_dir} holds no variants; make them with `tiercel quantize`")
+    found = known_sensitivity(model)
     page = Report(
-        model=config.model.name,
+        model=model.name,
         cards=cards,
-        controls=known_controls(config, cards),
+        controls=known_controls(model, cards),
         sensitivity=found.rows if found else (),
-        distributions=_distributions(config, registry, cards) if options.distributions else {},
+        distributions=_distributions(model, registry, cards) if options.distributions else {},
     )
     write_report(page, options.out)
     say(f"written to {options.out}")
 
 
-def _distributions(config: Config, registry: Registry, cards: tuple[Card, ...]) -> dict[str, Distributions]:
+def _distributions(
+    model: ModelConfig, registry: Registry, cards: tuple[Card, ...]
+) -> dict[str, Distributions]:
     """Of every variant whose layout is known; computed once per version."""
-    from quantize.core.checkpoint import open_checkpoint
     from quantize.core.modules import read_modules
     from quantize.make.calibration import read_calibration
     from quantize.report.distributions import compute_distributions, load_distributions, save_distributions
 
-    checkpoint = open_checkpoint(config.model.path)
+    checkpoint = checkpoint_of(model, say)
     modules = read_modules(checkpoint)
     made: dict[str, Distributions] = {}
     sequences = None
@@ -177,7 +196,7 @@ def _distributions(config: Config, registry: Registry, cards: tuple[Card, ...]) 
         figures = load_distributions(path)
         if figures is None:
             if sequences is None:
-                sequences = read_calibration(config.calibration, checkpoint).sequences
+                sequences = read_calibration(model.calibration, checkpoint).sequences
             say(f"{card.variant}: distributions of weights and activations")
             figures = compute_distributions(
                 checkpoint,

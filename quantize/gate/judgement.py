@@ -20,6 +20,10 @@ judged together Holm's procedure (Scandinavian Journal of Statistics 1979;6:65) 
 ones are at most ALPHA / (m - k + 1). A card carries the p-values of the pairs it was judged with, so that one
 card can be judged again, with another budget as well, as if all were there. What policy alone refuses
 (``min_weight_bits``) is no test and does not count.
+
+**Models.** A KL is between two precisions of one model; across models answers alone compare. A variant of
+another model is held to its own reference by what only that can tell, and to the reference of the role's
+first model by answers to the same items (:func:`judge_across`).
 """
 
 from __future__ import annotations
@@ -27,6 +31,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from quantize.card import Card, Outcome, Verdict
+from quantize.gate.across import across_tests
 from quantize.gate.budget import QualityBudget as QualityBudget
 from quantize.gate.family import holm
 from quantize.gate.limits import LimitTest, limit_tests
@@ -35,25 +40,34 @@ from quantize.gate.paired import drop_upper_bound as drop_upper_bound
 from quantize.gate.shares import wilson_interval as wilson_interval
 
 
-def gate_p_values(cards: Sequence[Card], budgets: Mapping[str, QualityBudget]) -> dict[str, float]:
-    """'variant/role' to the p-value of every pair that is judged by figures: a family for Holm."""
+def gate_p_values(
+    cards: Sequence[Card], budgets: Mapping[str, QualityBudget], first: Mapping[str, str] | None = None
+) -> dict[str, float]:
+    """'variant/role' to the p-value of every pair that is judged by figures: a family for Holm. ``first``:
+    role to the model whose reference others are compared with; without it the cards' own."""
     return {
         _name(card, role): max(test.p for test in tests)
         for card in cards
         for role, budget in budgets.items()
-        if (tests := _tests(card, role, budget))
+        if (tests := _tests(card, role, budget, (first or {}).get(role, card.model)))
     }
 
 
 def judge(card: Card, role: str, budget: QualityBudget) -> Verdict:
     """Judge ``card`` for ``role``. A variant without figures for the role cannot pass."""
-    if card.variant == card.reference:
+    return judge_across(card, role, budget, card.model)
+
+
+def judge_across(card: Card, role: str, budget: QualityBudget, first_model: str) -> Verdict:
+    """Judge ``card`` for a ``role`` that ``first_model`` is the first to serve. Of that model itself as
+    :func:`judge` does; of another one the reference as well has to show what it can do."""
+    if _is_measure(card, first_model):
         return Verdict(outcome=Outcome.PASSED, reasons=("is the reference",))
     if refusal := _refused(card, budget):
         return Verdict(outcome=Outcome.FAILED, reasons=(refusal,))
     if card.doubts:
         return Verdict(outcome=Outcome.NOT_ENOUGH_EVIDENCE, reasons=card.doubts)
-    tests = _tests(card, role, budget)
+    tests = _tests(card, role, budget, first_model)
     if not tests or card.evaluation is None:
         reason = f"not evaluated for role {role}"
         return Verdict(outcome=Outcome.NOT_ENOUGH_EVIDENCE, reasons=(reason,))
@@ -69,6 +83,11 @@ def judge(card: Card, role: str, budget: QualityBudget) -> Verdict:
     level = ALPHA / len(family)  # the strictest step, so that it suffices whatever the others turn out
     reasons += [test.needed(level) for test in tests if test.p > level]
     return Verdict(outcome=Outcome.NOT_ENOUGH_EVIDENCE, reasons=tuple(reasons))
+
+
+def _is_measure(card: Card, first_model: str) -> bool:
+    """Whether it is the one that all others are compared with."""
+    return card.model == first_model and card.variant == card.reference
 
 
 def _name(card: Card, role: str) -> str:
@@ -91,10 +110,12 @@ def _refused(card: Card, budget: QualityBudget) -> str:
     return ""
 
 
-def _tests(card: Card, role: str, budget: QualityBudget) -> list[LimitTest]:
-    """One test per limit; none for the reference, by policy, or without figures."""
-    if card.variant == card.reference or _refused(card, budget):
+def _tests(card: Card, role: str, budget: QualityBudget, first_model: str) -> list[LimitTest]:
+    """One test per limit; none for the first model's reference, by policy, or without figures."""
+    if _is_measure(card, first_model) or _refused(card, budget):
         return []
     if card.evaluation is None or (figures := card.evaluation.roles.get(role)) is None:
         return []
-    return limit_tests(figures, budget)
+    if card.model == first_model:
+        return limit_tests(figures, budget)
+    return across_tests(figures, budget, first_model, is_reference=card.variant == card.reference)

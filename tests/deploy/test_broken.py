@@ -9,15 +9,15 @@ import pytest
 from deploy.engine import EngineSpec, free_port, running
 from deploy.engine_failures import EngineLoadError
 from deploy.engine_log import reason
+from deploy.fleet import engine_specs
 from deploy.measuring import unless_broken
-from deploy.supervisor import engine_specs
+from deploy.models import registry_of
 from gateway.cards import load_cards
 from gateway.config import Config, load_config
 from quantize.card import Card, CardError
 from quantize.core.checkpoint import open_checkpoint
 from quantize.core.modules import read_modules
 from quantize.core.plan import uniform
-from quantize.registry import Registry
 from tests.quantize.small import write_base
 
 WORDS = "ValueError: The output_size 48 is not divisible by 32"
@@ -40,9 +40,8 @@ def config(tmp_path: Path) -> Config:
     path = tmp_path / "tiercel.yaml"
     path.write_text(
         f"""
-model: {{name: assistant, path: {tmp_path}/model}}
+models: {{assistant: {{path: {tmp_path}/model, serve: [bf16, int4]}}}}
 variants_dir: variants
-serve: [bf16, int4]
 roles: {{core: {{tasks: core.jsonl}}}}
 default_role: core
 engine: {{python: {engine}, start_timeout_s: 30, stop_timeout_s: 5}}
@@ -54,11 +53,11 @@ engine: {{python: {engine}, start_timeout_s: 30, stop_timeout_s: 5}}
 
 @pytest.fixture
 def cards(config: Config) -> list[Card]:
-    checkpoint = open_checkpoint(config.model.path)
-    registry = Registry(config.variants_dir, "assistant", "bf16")
+    model = config.of("assistant")
+    checkpoint, registry = open_checkpoint(model.path), registry_of(model)
 
     def make(out: Path) -> None:
-        shutil.copyfile(config.model.path / "model.safetensors", out / "model.safetensors")
+        shutil.copyfile(model.path / "model.safetensors", out / "model.safetensors")
 
     plan = uniform(read_modules(checkpoint), "w4a16-g32")
     return [registry.add_reference(checkpoint), registry.add(checkpoint, "int4", plan, None, make=make)]
@@ -68,17 +67,17 @@ async def serve(config: Config, card: Card) -> str:
     """Start the variant's engine, as an evaluation does."""
     spec = EngineSpec(
         card=card,
-        directory=config.variants_dir / card.variant / card.version,
-        host="127.0.0.1",
+        directory=config.variants_dir / "assistant" / card.variant / card.version,
+        settings=config.engine,
         port=free_port("127.0.0.1"),
         log=config.variants_dir / ".logs" / "engine.log",
     )
-    async with running(spec, config.engine, lambda _: None):
+    async with running(spec, lambda _: None):
         return "served"
 
 
 async def test_it_is_marked_and_neither_served_nor_routed_to(config: Config, cards: list[Card]) -> None:
-    registry = Registry(config.variants_dir, "assistant", "bf16")
+    registry = registry_of(config.of("assistant"))
     said: list[str] = []
     assert await unless_broken(registry, cards[1], serve(config, cards[1]), said.append) is None
     broken = registry.card("int4")
@@ -90,7 +89,7 @@ async def test_it_is_marked_and_neither_served_nor_routed_to(config: Config, car
 
 
 async def test_a_reference_that_does_not_load_stops_everything(config: Config, cards: list[Card]) -> None:
-    registry = Registry(config.variants_dir, "assistant", "bf16")
+    registry = registry_of(config.of("assistant"))
     with pytest.raises(EngineLoadError, match="ended with status 1"):
         await unless_broken(registry, cards[0], serve(config, cards[0]), lambda _: None)
     assert registry.card("bf16").state == "ready"

@@ -18,10 +18,12 @@ def write_config(tmp_path: Path) -> Callable[..., Path]:
     def write(extra: str = "", model: str = str(ROOT / "deploy/assistant/model"), roles: str = "") -> Path:
         path = tmp_path / "tiercel.yaml"
         text = f"""
-            model: {{name: assistant, path: {model}}}
+            models:
+              assistant:
+                path: {model}
+                serve: [bf16, int8]
+                calibration: {ROOT}/deploy/assistant/data/calibration.jsonl
             variants_dir: {tmp_path}/variants
-            serve: [bf16, int8]
-            calibration: {ROOT}/deploy/assistant/data/calibration.jsonl
             roles: {{core: {{}}{roles}}}
             default_role: core
             run_dir: {tmp_path}/run
@@ -50,9 +52,12 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
             "engine: {base_port: 80}",
             "engine.base_port: Input should be greater than or equal to 1024, got 80",
         ),
-        ("pools: {fp4: ['http://127.0.0.1:1']}", "pools.fp4: not a served variant; known: bf16, int8"),
+        (
+            "pools: {fp4: ['http://127.0.0.1:1']}",
+            "pools.fp4: 'fp4' is not a served variant; known: assistant:bf16",
+        ),
         ("gateway: {host: 0.0.0.0}", "0.0.0.0"),
-        ("reference: fp32", "serve: must contain the reference 'fp32'"),
+        ("reference: fp32", "write models: { NAME: { path: …, reference: fp32 } }"),
         ("engine: [", "is not valid YAML"),
     ],
 )
@@ -98,7 +103,7 @@ def test_up_before_quantize(capsys, write_config) -> None:
 def test_card_that_does_not_match_its_files(capsys, write_config, tmp_path: Path) -> None:
     path = write_config()
     main(["quantize", "--config", str(path), "--no-evaluate", "bf16"])
-    weights = tmp_path / "variants/bf16/current/model.safetensors"
+    weights = tmp_path / "variants/assistant/bf16/current/model.safetensors"
     spoiled = bytearray(weights.read_bytes())
     spoiled[-1] ^= 1
     weights.unlink()  # it is a hard link to the shipped model

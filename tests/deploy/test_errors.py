@@ -90,7 +90,7 @@ def test_the_traceback_of_what_nobody_foresaw_is_kept(
     config = tmp_path / "tiercel.yaml"
     model = write_base(tmp_path / "model")
     config.write_text(
-        f"model: {{name: m, path: {model}}}\nserve: [bf16]\nroles: {{core: {{}}}}\ndefault_role: core\n"
+        f"models: {{m: {{path: {model}, serve: [bf16]}}}}\nroles: {{core: {{}}}}\ndefault_role: core\n"
         "variants_dir: variants\n",
         encoding="utf-8",
     )
@@ -150,7 +150,7 @@ def write_config(tmp_path: Path) -> Callable[..., Path]:
         (tmp_path / "core.jsonl").write_text(items, encoding="utf-8")
         path = tmp_path / "tiercel.yaml"
         path.write_text(
-            f"model: {{name: m, path: {model}}}\nserve: [bf16]\nroles: {{core: {{tasks: core.jsonl}}}}\n"
+            f"models: {{m: {{path: {model}, serve: [bf16]}}}}\nroles: {{core: {{tasks: core.jsonl}}}}\n"
             f"default_role: core\nengine: {{python: {python}}}\nvariants_dir: {tmp_path}/variants\n",
             encoding="utf-8",
         )

@@ -1,6 +1,7 @@
 """What `tiercel quantize` decides before it starts engines."""
 
 import asyncio
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,9 @@ from aiohttp.test_utils import TestServer
 from deploy.demo import with_what_was_made
 from deploy.making import make_plans, make_variants, role_tasks
 from deploy.measuring import Turns, answering_at_once, speed_or_none
+from deploy.models import one_model, registry_of
 from deploy.placement import Machine
-from gateway.config import Config, load_config
+from gateway.config import Config, ModelConfig, load_config
 from quantize.card import Card
 from quantize.core.checkpoint import open_checkpoint
 from quantize.core.modules import read_modules
@@ -39,10 +41,10 @@ from tests.deploy.test_supervisor import ROOT
 def test_engines_answer_side_by_side_only_with_threads_of_their_own(
     threads: str | None, cores: int, at_once: int
 ) -> None:
-    config = load_config(ROOT / "tiercel.yaml")
+    model = one_model(load_config(ROOT / "tiercel.yaml"))
     env = {} if threads is None else {"OMP_NUM_THREADS": threads}
-    config = config.model_copy(update={"engine": config.engine.model_copy(update={"env": env})})
-    assert answering_at_once(config, Machine({0: tuple(range(cores))}, 1 << 40)) == at_once
+    model = replace(model, engine=model.engine.model_copy(update={"env": env}))
+    assert answering_at_once(model, Machine({0: tuple(range(cores))}, 1 << 40)) == at_once
 
 
 @pytest.fixture
@@ -50,9 +52,8 @@ def config(tmp_path: Path) -> Config:
     path = tmp_path / "tiercel.yaml"
     path.write_text(
         f"""
-model: {{name: assistant, path: {ROOT}/deploy/assistant/model}}
+models: {{assistant: {{path: {ROOT}/deploy/assistant/model, serve: [bf16, int8, int4]}}}}
 variants_dir: variants
-serve: [bf16, int8, int4]
 roles: {{core: {{}}}}
 default_role: core
 """,
@@ -61,8 +62,13 @@ default_role: core
     return load_config(path)
 
 
-def plans_of(config: Config) -> dict[str, Plan]:
-    modules = read_modules(open_checkpoint(config.model.path))
+@pytest.fixture
+def model(config: Config) -> ModelConfig:
+    return one_model(config)
+
+
+def plans_of(model: ModelConfig) -> dict[str, Plan]:
+    modules = read_modules(open_checkpoint(model.path))
     return {
         "int8": uniform(modules, "w8a8-r7", method="rtn"),
         "int4": uniform(modules, "w4a16-g32", method="rtn"),
@@ -70,7 +76,7 @@ def plans_of(config: Config) -> dict[str, Plan]:
 
 
 def test_what_the_target_refuses_is_left_out_and_the_rest_is_made(
-    config: Config, monkeypatch: pytest.MonkeyPatch
+    model: ModelConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: list[str] = []
 
@@ -81,66 +87,65 @@ def test_what_the_target_refuses_is_left_out_and_the_rest_is_made(
     monkeypatch.setattr(Registry, "add", add)
     said: list[str] = []
     looked: list[int] = []
-    plans = plans_of(config)
+    plans = plans_of(model)
     avx2 = target("vllm-cpu-avx2")
-    cards = make_plans(config, plans, avx2, said.append, lambda: looked.append(len(made)))
+    cards = make_plans(model, plans, avx2, said.append, lambda: looked.append(len(made)))
     assert [card.variant for card in cards] == ["bf16", "int8"]
     assert made == ["int8"]
     assert looked == [0]  # before any work
     assert said[0].startswith("int4 is left out, vllm-cpu-avx2 does not serve it: model.layers.0.")
     with pytest.raises(QuantizeError, match=r"^int4: model\.layers\.0\."):
-        make_plans(config, {"int4": plans["int4"]}, avx2, said.append)
+        make_plans(model, {"int4": plans["int4"]}, avx2, said.append)
 
 
 def test_eight_bits_are_smoothed_where_there_is_calibration(
-    config: Config, monkeypatch: pytest.MonkeyPatch
+    model: ModelConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: dict[str, str] = {}
 
-    def plans(_config: Config, plans: dict[str, Plan], *_: object) -> list[Card]:
+    def plans(_model: ModelConfig, plans: dict[str, Plan], *_: object) -> list[Card]:
         seen.update({name: plan.method for name, plan in plans.items()})
         return []
 
     monkeypatch.setattr("deploy.making.make_plans", plans)
     said: list[str] = []
-    make_variants(config, ["bf16", "int8"], said.append, "vllm-cpu-vnni")
+    make_variants(model, ["bf16", "int8"], said.append, "vllm-cpu-vnni")
     assert seen == {"int8": "rtn"}
     assert said[0].startswith("int8 is made by rtn, for calibration is not set")
-    calibrated = config.model_copy(update={"calibration": ROOT / "deploy/assistant/data/calibration.jsonl"})
+    calibrated = replace(model, calibration=ROOT / "deploy/assistant/data/calibration.jsonl")
     make_variants(calibrated, ["int8", "int4"], said.append, "vllm-cpu-vnni")
     assert seen == {"int8": "smooth+rtn", "int4": "imatrix+gptq"}
     assert len(said) == 1
 
 
-def test_the_demo_goes_on_with_what_was_made(config: Config, tmp_path: Path) -> None:
-    registry = Registry(config.variants_dir, "assistant", "bf16")
-    bf16 = registry.add_reference(open_checkpoint(config.model.path))
+def test_the_demo_goes_on_with_what_was_made(config: Config, model: ModelConfig, tmp_path: Path) -> None:
+    bf16 = registry_of(model).add_reference(open_checkpoint(model.path))
     cards = [bf16, bf16.model_copy(update={"variant": "int8"})]
     said: list[str] = []
     path = tmp_path / "tiercel.yaml"
     narrowed, read_from = with_what_was_made(config, path, cards, said.append)
     assert said == ["going on without int4"]
-    assert narrowed.serve == ("bf16", "int8")
-    assert (narrowed.model, narrowed.variants_dir) == (config.model, config.variants_dir)
+    assert narrowed.served == ("assistant:bf16", "assistant:int8")
+    assert (one_model(narrowed).path, narrowed.variants_dir) == (model.path, config.variants_dir)
     assert load_config(read_from) == narrowed
     everything = [*cards, bf16.model_copy(update={"variant": "int4"})]
     assert with_what_was_made(config, path, everything, said.append) == (config, path)
 
 
-def test_items_take_what_their_role_sets(config: Config, tmp_path: Path) -> None:
+def test_items_take_what_their_role_sets(model: ModelConfig, tmp_path: Path) -> None:
     lines = [
         '{"messages": [{"role": "user", "content": "a"}], "expected": "b"}',
         '{"messages": [{"role": "user", "content": "a"}], "expected": "b", "max_tokens": 9}',
     ]
     (tmp_path / "core.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    role = config.roles["core"].model_copy(
+    role = model.roles["core"].model_copy(
         update={
             "tasks": tmp_path / "core.jsonl",
             "max_tokens": 2000,
             "chat_template_kwargs": {"enable_thinking": False},
         }
     )
-    long, short = role_tasks(config.model_copy(update={"roles": {"core": role}}))["core"]
+    long, short = role_tasks(replace(model, roles={"core": role}))["core"]
     assert (long.max_tokens, short.max_tokens) == (2000, 9)
     assert long.chat_template_kwargs == short.chat_template_kwargs == {"enable_thinking": False}
 

@@ -4,8 +4,9 @@ Engines are scripted ones that run already; what they serve is told by an accoun
 """
 
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -18,13 +19,13 @@ from deploy.commands.errors import chief
 from deploy.engine import EngineSpec
 from deploy.engine_failures import EngineLoadError, EngineRoomError
 from deploy.measuring import evaluate_variants, identity, unless_broken
+from deploy.models import one_model, registry_of
 from deploy.placement import Machine
-from gateway.config import Config, load_config
+from gateway.config import ModelConfig, load_config
 from quantize.card import Card, Outcome
 from quantize.core.checkpoint import open_checkpoint
 from quantize.core.modules import read_modules
 from quantize.core.plan import uniform
-from quantize.registry import Registry
 from quantize.versions import stale
 from tests.quantize.scripted_engine import ScriptedEngine
 from tests.quantize.small import write_base
@@ -36,8 +37,15 @@ MACHINE = Machine({0: (0, 1)}, 1 << 40)
 class Engine(ScriptedEngine):
     """A scripted engine that writes what speed is measured by, and says what it serves."""
 
-    def __init__(self, shift: float, bits: int, order: list[str], name: str) -> None:
-        super().__init__(lambda text: "$5", shift, vocabulary=None)
+    def __init__(
+        self,
+        shift: float,
+        bits: int,
+        order: list[str],
+        name: str,
+        answer: Callable[[str], str] = lambda _: "$5",
+    ) -> None:
+        super().__init__(answer, shift, vocabulary=None)
         self.bits, self.order, self.name = bits, order, name
 
     async def _completions(self, request: web.Request) -> web.Response:
@@ -75,7 +83,7 @@ def differing(*found: str) -> Callable[..., Any]:
 
 
 @pytest.fixture
-def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
+def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModelConfig:
     write_base(tmp_path / "model")
     item = {"messages": [{"role": "user", "content": "what is due"}], "expected": "$5"}
     lines = [json.dumps(item | {"messages": [{"role": "user", "content": f"due {i}"}]}) for i in range(12)]
@@ -83,9 +91,8 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Config:
     path = tmp_path / "tiercel.yaml"
     path.write_text(
         f"""
-model: {{name: assistant, path: {tmp_path}/model}}
+models: {{assistant: {{path: {tmp_path}/model, serve: [bf16, int4]}}}}
 variants_dir: variants
-serve: [bf16, int4]
 roles: {{core: {{tasks: core.jsonl}}}}
 default_role: core
 """,
@@ -93,16 +100,16 @@ default_role: core
     )
     monkeypatch.setattr(module, "look", lambda: MACHINE)
     monkeypatch.setattr(module, "tokenizer_differences", differing())  # the small model has no tokenizer
-    return load_config(path)
+    return one_model(load_config(path))
 
 
 @pytest.fixture
-def cards(config: Config) -> list[Card]:
-    checkpoint = open_checkpoint(config.model.path)
-    registry = Registry(config.variants_dir, "assistant", "bf16")
+def cards(model: ModelConfig) -> list[Card]:
+    checkpoint = open_checkpoint(model.path)
+    registry = registry_of(model)
 
     def make(out: Path) -> None:
-        (out / "model.safetensors").write_bytes((config.model.path / "model.safetensors").read_bytes() + b"")
+        (out / "model.safetensors").write_bytes((model.path / "model.safetensors").read_bytes() + b"")
         (out / "config.json").write_text("{}", encoding="utf-8")
 
     plan = uniform(read_modules(checkpoint), "w4a16-g32")
@@ -111,19 +118,29 @@ def cards(config: Config) -> list[Card]:
 
 @asynccontextmanager
 async def running(
-    config: Config, cards: list[Card], monkeypatch: pytest.MonkeyPatch, shift: float = 0.1, bits: int = 4
+    model: ModelConfig, cards: list[Card], monkeypatch: pytest.MonkeyPatch, shift: float = 0.1, bits: int = 4
 ) -> AsyncIterator[tuple[dict[str, EngineSpec], list[str]]]:
     order: list[str] = []
     engines = {"bf16": Engine(0.0, 16, order, "bf16"), "int4": Engine(shift, bits, order, "int4")}
+    served = [(model, card, engines[card.variant]) for card in cards]
+    async with serving(served, monkeypatch) as specs:
+        yield specs, order
+
+
+@asynccontextmanager
+async def serving(
+    served: Sequence[tuple[ModelConfig, Card, Engine]], monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[dict[str, EngineSpec]]:
+    """Engines that run already, by ``model:variant``."""
     monkeypatch.setattr(ScriptedEngine, "serve", _serve_with_account)
     async with AsyncExitStack() as stack:
         specs = {}
-        for card in cards:
-            parts = urlsplit(await stack.enter_async_context(engines[card.variant].serve()))
-            directory = config.variants_dir / card.variant / card.version
-            log = config.run_dir / "log"
-            specs[card.variant] = EngineSpec(card, directory, str(parts.hostname), parts.port or 0, log)
-        yield specs, order
+        for model, card, engine in served:
+            parts = urlsplit(await stack.enter_async_context(engine.serve()))
+            settings = model.engine.model_copy(update={"host": parts.hostname})
+            directory = model.variants_dir / card.variant / card.version
+            specs[card.id] = EngineSpec(card, directory, settings, parts.port or 0, model.run_dir / "log")
+        yield specs
 
 
 _serve = ScriptedEngine.serve
@@ -160,11 +177,11 @@ def _forward_to(url: str) -> Callable[[web.Request], Any]:
 
 
 async def test_the_reference_is_measured_first_and_accounts_are_kept(
-    config: Config, cards: list[Card], monkeypatch: pytest.MonkeyPatch
+    model: ModelConfig, cards: list[Card], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said: list[str] = []
-    async with running(config, cards, monkeypatch) as (engines, order):
-        int4, bf16 = await evaluate_variants(config, cards, said.append, engines)
+    async with running(model, cards, monkeypatch) as (engines, order):
+        int4, bf16 = await evaluate_variants(model, cards, said.append, engines)
         assert order[0] == "bf16"
         assert order.index("int4") > 11  # its engine waits for the reference's first pass
         assert int4.account is not None
@@ -173,10 +190,10 @@ async def test_the_reference_is_measured_first_and_accounts_are_kept(
         assert bf16.evaluation is not None
         assert bf16.evaluation.engine["cpu"]
         asked = len(order)
-        await evaluate_variants(config, [bf16, int4], said.append, engines)
+        await evaluate_variants(model, [bf16, int4], said.append, engines)
         assert len(order) == asked  # nothing is asked twice on the same engine
-        changed = config.engine.model_copy(update={"env": {"VLLM_CPU_INT4_W4A8": "0"}})
-        other = config.model_copy(update={"engine": changed})
+        changed = model.engine.model_copy(update={"env": {"VLLM_CPU_INT4_W4A8": "0"}})
+        other = replace(model, engine=changed)
         now = identity(other, MACHINE)
         assert stale(int4, now) == ("env none, now VLLM_CPU_INT4_W4A8=0",)
         again = await evaluate_variants(other, [bf16, int4], said.append, engines)
@@ -185,13 +202,13 @@ async def test_the_reference_is_measured_first_and_accounts_are_kept(
 
 
 async def test_an_engine_that_reads_text_otherwise_measures_nothing(
-    config: Config, cards: list[Card], monkeypatch: pytest.MonkeyPatch
+    model: ModelConfig, cards: list[Card], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = differing("'The quick' is 3 tokens to the engine and 4 to model", "another")
     monkeypatch.setattr(module, "tokenizer_differences", found)
-    async with running(config, cards, monkeypatch) as (engines, order):
+    async with running(model, cards, monkeypatch) as (engines, order):
         with pytest.raises(ExceptionGroup) as error:
-            await evaluate_variants(config, cards, lambda _: None, engines)
+            await evaluate_variants(model, cards, lambda _: None, engines)
         assert order == []
     said = str(chief(error.value))
     assert said.startswith("the engine reads text otherwise than it was calibrated: 'The quick' is 3 tokens")
@@ -199,22 +216,22 @@ async def test_an_engine_that_reads_text_otherwise_measures_nothing(
 
 
 async def test_a_variant_that_is_served_whole_is_caught(
-    config: Config, cards: list[Card], monkeypatch: pytest.MonkeyPatch
+    model: ModelConfig, cards: list[Card], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said: list[str] = []
-    async with running(config, cards, monkeypatch, bits=16) as (engines, _):
-        int4, bf16 = await evaluate_variants(config, cards, said.append, engines)
+    async with running(model, cards, monkeypatch, bits=16) as (engines, _):
+        int4, bf16 = await evaluate_variants(model, cards, said.append, engines)
     assert (int4.state, bf16.state) == ("broken", "ready")
     assert "found no quantization config, the card says w4a16-g32" in int4.engine_words
     assert any("is broken, it is not what its card says: " in line for line in said)
 
 
 async def test_equal_bits_pass_no_gate(
-    config: Config, cards: list[Card], monkeypatch: pytest.MonkeyPatch
+    model: ModelConfig, cards: list[Card], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said: list[str] = []
-    async with running(config, cards, monkeypatch, shift=0.0) as (engines, _):
-        int4, _bf16 = await evaluate_variants(config, cards, said.append, engines)
+    async with running(model, cards, monkeypatch, shift=0.0) as (engines, _):
+        int4, _bf16 = await evaluate_variants(model, cards, said.append, engines)
     assert "equal the reference's in every bit" in int4.doubts[0]
     assert int4.gate["core"].outcome == Outcome.NOT_ENOUGH_EVIDENCE
     assert any(line.startswith("int4: suspicious: ") for line in said)
@@ -224,8 +241,8 @@ async def fails(error: Exception) -> str:
     raise error
 
 
-async def test_want_of_room_leaves_a_card_as_it_was(config: Config, cards: list[Card]) -> None:
-    registry = Registry(config.variants_dir, "assistant", "bf16")
+async def test_want_of_room_leaves_a_card_as_it_was(model: ModelConfig, cards: list[Card]) -> None:
+    registry = registry_of(model)
     said: list[str] = []
     short = EngineRoomError("ValueError: Free memory on device cuda:0 is less than desired")
     assert await unless_broken(registry, cards[0], fails(short), said.append) is None
@@ -237,9 +254,9 @@ async def test_want_of_room_leaves_a_card_as_it_was(config: Config, cards: list[
     assert registry.card("int4").state == "broken"
 
 
-def test_secrets_do_not_reach_a_card(config: Config) -> None:
+def test_secrets_do_not_reach_a_card(model: ModelConfig) -> None:
     env = {"OMP_NUM_THREADS": "1", "HF_TOKEN": "hf_verysecret"}
-    engine = config.engine.model_copy(update={"env": env, "extra_args": ("--api-key", "verysecret")})
-    found = identity(config.model_copy(update={"engine": engine}), MACHINE)
+    engine = model.engine.model_copy(update={"env": env, "extra_args": ("--api-key", "verysecret")})
+    found = identity(replace(model, engine=engine), MACHINE)
     assert "verysecret" not in str(found)
     assert "OMP_NUM_THREADS=1" in found["env"]

@@ -23,7 +23,8 @@ import pytest
 
 from deploy.cli import main
 from deploy.engine import EngineProcess, EngineStartError, command, environment, free_port
-from deploy.supervisor import Stack, engine_specs
+from deploy.fleet import engine_specs
+from deploy.supervisor import Stack
 from gateway.config import Config, load_config
 from quantize.card import Outcome, Verdict
 from quantize.core.checkpoint import open_checkpoint
@@ -50,9 +51,8 @@ def config_path(tmp_path: Path) -> Path:
     path = tmp_path / "tiercel.yaml"
     path.write_text(
         f"""
-model: {{name: assistant, path: {ROOT}/deploy/assistant/model}}
+models: {{assistant: {{path: {ROOT}/deploy/assistant/model, serve: [bf16]}}}}
 variants_dir: variants
-serve: [bf16]
 roles: {{core: {{}}}}
 default_role: core
 run_dir: run
@@ -87,7 +87,7 @@ async def test_serves_restarts_a_crashed_engine_and_stops_cleanly(config_path: P
     others = set(psutil.Process().children(recursive=True))  # of other tests, such as a resource tracker
     async with Stack(load_config(config_path), config_path, said.append) as stack:
         assert await status(stack.url + "/readiness") == 200
-        engine = stack.engines["bf16"]
+        engine = stack.engines["assistant:bf16"]
         crashed = engine.pid
         assert crashed is not None
         os.kill(crashed, signal.SIGKILL)
@@ -135,12 +135,13 @@ def with_a_version_that_fails(config_path: Path) -> tuple[Config, Registry, str,
     text = config_path.read_text(encoding="utf-8").replace("serve: [bf16]", "serve: [bf16, int4]")
     config_path.write_text(text, encoding="utf-8")
     config = load_config(config_path)
-    checkpoint = open_checkpoint(config.model.path)
-    registry = Registry(config.variants_dir, "assistant", "bf16")
+    model = config.of("assistant")
+    checkpoint = open_checkpoint(model.path)
+    registry = Registry(config.variants_dir / "assistant", "assistant", "bf16")
 
     def make(out: Path) -> None:
         for name in ("model.safetensors", "config.json"):
-            (out / name).write_bytes((config.model.path / name).read_bytes())
+            (out / name).write_bytes((model.path / name).read_bytes())
 
     def make_other(out: Path) -> None:
         make(out)
@@ -165,7 +166,7 @@ async def test_a_version_that_does_not_load_gives_way_to_one_that_passed(config_
     said: list[str] = []
     async with Stack(config, config_path, said.append) as stack:
         assert await status(stack.url + "/readiness") == 200
-        assert stack.engines["int4"].spec.directory.name == good
+        assert stack.engines["assistant:int4"].spec.directory.name == good
     assert registry.current("int4") == good
     assert registry.card("int4", bad).engine_words == "ValueError: group size 48"
     assert any("is used instead of" in line for line in said)
@@ -177,7 +178,7 @@ async def test_engine_that_dies_at_start_shows_its_last_words(config_path: Path)
         async with Stack(config, config_path, lambda _: None):
             pass
     text = str(failed.value)
-    assert "engine bf16 ended with status 3 while starting" in text
+    assert "engine assistant:bf16 ended with status 3 while starting" in text
     assert "not enough KV blocks" in text
 
 
@@ -186,13 +187,13 @@ async def test_engine_port_in_use(config_path: Path) -> None:
     server = await asyncio.start_server(lambda r, w: None, "127.0.0.1", config.engine.base_port)
     async with server:
         with pytest.raises(EngineStartError, match=f"port {config.engine.base_port} on 127.0.0.1 is in use"):
-            await EngineProcess(engine_specs(config)[0], config.engine).start()
+            await EngineProcess(engine_specs(config)[0]).start()
 
 
 async def test_engine_that_hangs_is_given_up_and_killed(config_path: Path) -> None:
     config = dead_engine(config_path, "#!/bin/sh\ntrap '' TERM\nwhile :; do sleep 1; done\n")
     settings = config.engine.model_copy(update={"start_timeout_s": 1.0, "stop_timeout_s": 0.5})
-    engine = EngineProcess(engine_specs(config)[0], settings)
+    engine = EngineProcess(dataclasses.replace(engine_specs(config)[0], settings=settings))
     await engine.start()
     with pytest.raises(EngineStartError, match=r"was not ready after 1 s; raise engine\.start_timeout_s"):
         await engine.wait_ready()
@@ -205,7 +206,7 @@ async def test_missing_engine_environment(config_path: Path) -> None:
     config = load_config(config_path)
     settings = config.engine.model_copy(update={"python": Path("/nonexistent/python")})
     with pytest.raises(EngineStartError, match="run `make setup`"):
-        await EngineProcess(engine_specs(config)[0], settings).start()
+        await EngineProcess(dataclasses.replace(engine_specs(config)[0], settings=settings)).start()
 
 
 def test_command_line_comes_from_the_card(config_path: Path) -> None:
@@ -213,13 +214,13 @@ def test_command_line_comes_from_the_card(config_path: Path) -> None:
     spec = engine_specs(config)[0]
     card = spec.card.model_copy(update={"kv": "fp8", "max_model_len": 512})
     spec = dataclasses.replace(spec, card=card)
-    line = command(spec, config.engine)
+    line = command(spec)
     pairs = dict(itertools.pairwise(line))
     assert pairs["--kv-cache-dtype"] == "fp8"
     assert pairs["--max-model-len"] == "512"
     assert pairs["--served-model-name"] == "assistant"
     assert pairs["--load-format"] == "safetensors"
     assert pairs["--config-format"] == "hf"
-    started = environment(spec, config.engine)
+    started = environment(spec)
     assert started["VLLM_CPU_KVCACHE_SPACE"] == "1"
     assert started["OMP_NUM_THREADS"].isdigit()

@@ -75,9 +75,9 @@ def test_malformed_card_names_the_file_and_the_fix(tmp_path: Path, text: str, se
 def test_a_card_of_an_older_format_says_so(tmp_path: Path) -> None:
     make_variant(tmp_path)
     path = tmp_path / "card.json"
-    older = path.read_text(encoding="utf-8").replace('"format": 3', '"format": 1')
+    older = path.read_text(encoding="utf-8").replace('"format": 4', '"format": 1')
     path.write_text(older, encoding="utf-8")
-    with pytest.raises(CardError, match=r"format 1 is none of 2 and 3, .*make the variant again"):
+    with pytest.raises(CardError, match=r"format 1 is none of 2, 3, 4, .*make the variant again"):
         read_card(tmp_path)
 
 
@@ -86,9 +86,16 @@ def test_missing_card_says_how_to_make_one(tmp_path: Path) -> None:
         read_card(tmp_path / "int8")
 
 
-def test_a_card_of_the_format_before_is_read_and_its_figures_are_stale(tmp_path: Path) -> None:
+@pytest.mark.parametrize("older", [2, 3])
+def test_a_card_of_a_format_before_is_read(tmp_path: Path, older: int) -> None:
     card = make_variant(tmp_path)
     path = tmp_path / "card.json"
-    path.write_text(path.read_text(encoding="utf-8").replace('"format": 3', '"format": 2'), encoding="utf-8")
+    text = path.read_text(encoding="utf-8")
+    path.write_text(text.replace('"format": 4', f'"format": {older}'), encoding="utf-8")
     assert read_card(tmp_path).version == card.version
-    assert read_card(tmp_path).format == 3
+    assert read_card(tmp_path).format == 4
+
+
+def test_a_variant_has_a_name_among_those_of_other_models(tmp_path: Path) -> None:
+    card = make_variant(tmp_path)
+    assert card.id == f"{card.model}:{card.variant}"
