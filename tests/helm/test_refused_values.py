@@ -180,7 +180,11 @@ def pool(model: str, variant: str, **fields: Any) -> dict[str, Any]:
             {"models": {"llama": {"calibration": "/data/calibration.jsonl"}}},
             'models.llama.calibration: "/data/calibration.jsonl" is no file that the job has',
         ),
-        ("two-precisions", {"quantize": {"gpuResource": ""}}, "quantize.gpuResource: is empty, and so is"),
+        (
+            "two-precisions",
+            {"quantize": {"gpuResource": ""}},
+            "models.llama.quantize.gpuResource: is empty, and so",
+        ),
         *(
             ("cpu", {"gateway": {"config": {field: "x"}}}, f"gateway.config.{field}: is written by the chart")
             for field in WRITTEN_BY_THE_CHART

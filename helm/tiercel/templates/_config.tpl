@@ -83,7 +83,7 @@ models:
 {{- define "tiercel.checkpoint" -}}
 {{- $image := (.model.checkpointImage | default dict).reference -}}
 {{- if $image -}}
-{{ printf "/images/%s/%s" (include "tiercel.slug" .name) (.model.path | default "") | trimSuffix "/" }}
+{{ printf "/checkpoint/%s" (.model.path | default "") | trimSuffix "/" }}
 {{- else -}}
 /checkpoints/{{ .model.path | default "" | trimSuffix "/" }}
 {{- end -}}
