@@ -146,6 +146,20 @@ PLAN = _list(
         "oneOf": [{"required": [budget]} for budget in ("bits", "bytes", "loss")],
     }
 )
+JOB: Schema = {
+    **PLACEMENT,
+    **GPUS,
+    "resourceClaims": CLAIMS,
+    "image": IMAGE,
+    "resources": RESOURCES,
+    "shm": SIZE,
+    "extraEnv": ENVIRONMENT,
+    "runtimeClassName": NAME,
+    "backoffLimit": _number("integer", 0),
+    "checkpoints": _object({"existingClaim": NAME}),
+    "tokenSecret": SECRET,
+    "tasks": _object({"configMap": NAME, "existingClaim": NAME, "path": TEXT, "image": IMAGE_VOLUME}),
+}
 MODEL = _object(
     {
         "hub": {"type": "string", "pattern": "^[\\w.-]+/[\\w.-]+$"},
@@ -160,33 +174,15 @@ MODEL = _object(
             "additionalProperties": {"$ref": "#/definitions/engine"},
         },
         "engine": {"$ref": "#/definitions/engine"},
-        "quantize": _object({"make": _list(VARIANT), "plan": PLAN, **GPUS, "resources": RESOURCES}),
+        "quantize": _object({"make": _list(VARIANT), "plan": PLAN, **JOB}),
     }
 )
 QUANTIZE = _object(
     {
-        **PLACEMENT,
-        **GPUS,
+        **JOB,
         **{key: {} for key in MAKING_OF_ONE_MODEL},
-        "resourceClaims": CLAIMS,
         "enabled": BOOLEAN,
-        "image": IMAGE,
         "enginePython": {"type": "string", "pattern": "^/"},
-        "checkpoints": _object(
-            {
-                "existingClaim": NAME,
-                "size": SIZE,
-                "storageClass": NAME,
-                "accessModes": ACCESS,
-                "tokenSecret": SECRET,
-            }
-        ),
-        "tasks": _object({"configMap": NAME, "existingClaim": NAME, "path": TEXT, "image": IMAGE_VOLUME}),
-        "resources": RESOURCES,
-        "shm": SIZE,
-        "extraEnv": ENVIRONMENT,
-        "runtimeClassName": NAME,
-        "backoffLimit": _number("integer", 0),
     }
 )
 

@@ -2,24 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
-import json
-import os
+import re
 import shlex
-import sys
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-from aiohttp import web
-
 from deploy.cli import parser
-from gateway.config import slug
 from tests.helm.chart import (
     Object,
     changed,
-    containers,
     gateway_config,
     of_kind,
     render,
@@ -27,49 +18,55 @@ from tests.helm.chart import (
     without_job,
 )
 
-BOTH = changed(
-    scenario("two-models"),
-    {"models": {"small": {"quantize": {"make": ["bf16"], "plan": [{"name": "planned", "bits": 4.5}]}}}},
-)
+REVISION = "0e9e39f249a16976918f6564b8830bc894c89659"
 
 
-def quantize_job(values: dict[str, Any]) -> Object:
-    (found,) = of_kind(render(values), "Job")
+def jobs(values: dict[str, Any]) -> dict[str, Object]:
+    """The job of every model that has one."""
+    found = {}
+    for job in of_kind(render(values), "Job"):
+        (container,) = job["spec"]["template"]["spec"]["containers"]
+        (name, *_) = re.findall(r"--model (\S+)", container["command"][2])
+        found[name] = job
     return found
 
 
-def steps(values: dict[str, Any]) -> dict[str, Object]:
-    """The job's containers by name, in the order in which they run."""
-    return {one["name"]: one for one in containers(quantize_job(values)["spec"]["template"])}
+def container(values: dict[str, Any], model: str) -> Object:
+    (found,) = jobs(values)[model]["spec"]["template"]["spec"]["containers"]
+    assert isinstance(found, dict)
+    return found
 
 
-def commands(values: dict[str, Any]) -> list[list[str]]:
-    """The lines that its containers run, one after the other."""
-    scripts = [one["command"][2] for one in steps(values).values() if one["command"][0] == "sh"]
-    return [shlex.split(line) for script in scripts for line in script.splitlines() if line.strip()]
+def commands(values: dict[str, Any], model: str) -> list[list[str]]:
+    """The lines that a model's job runs, one after the other."""
+    return [shlex.split(line) for line in container(values, model)["command"][2].splitlines()]
 
 
-def test_the_job_runs_commands_that_there_are() -> None:
-    lines = commands(BOTH)
+def test_the_jobs_run_commands_that_there_are() -> None:
+    values = changed(
+        scenario("two-models"),
+        {
+            "models": {
+                "small": {
+                    "quantize": {"plan": [{"name": "p", "bits": 4.5}, {"name": "s", "bytes": 5_000_000_000}]}
+                }
+            }
+        },
+    )
+    assert set(jobs(values)) == {"Qwen/Qwen3-8B", "small"}
+    lines = commands(values, "small")
     assert [line[:3] for line in lines] == [
         ["tiercel", "quantize", "make"],
-        ["tiercel", "quantize", "make"],
         ["tiercel", "quantize", "plan"],
-        ["tiercel", "quantize", "measure"],
+        ["tiercel", "quantize", "plan"],
         ["tiercel", "variants", "list"],
     ]
-    large, small, plan, again, _ = (parser().parse_args(line[1:]) for line in lines)
-    assert (large.model, large.variants) == ("Qwen/Qwen3-8B", ["bf16", "int8"])
-    assert (small.model, small.variants) == ("small", ["bf16"])
-    assert (plan.model, plan.name, plan.bits) == ("small", "planned", 4.5)
-    assert again.model == "Qwen/Qwen3-8B", "what it is compared with may have been measured after it"
-    alone = changed(
-        scenario("two-precisions"),
-        {"models": {"llama": {"quantize": {"plan": [{"name": "s", "bytes": 5_000_000_000}]}}}},
-    )
-    (sized,) = (parser().parse_args(line[1:]) for line in commands(alone) if "plan" in line)
+    made, plan, sized, _ = (parser().parse_args(line[1:]) for line in lines)
+    assert (made.model, made.variants) == ("small", ["bf16"])
+    assert (plan.model, plan.name, plan.bits) == ("small", "p", 4.5)
     assert sized.bytes == 5_000_000_000
-    assert "measure" not in str(commands(alone)), "one model is judged once"
+    large = parser().parse_args(commands(values, "Qwen/Qwen3-8B")[0][1:])
+    assert (large.model, large.variants) == ("Qwen/Qwen3-8B", ["bf16", "int8"])
 
 
 def test_the_job_judges_by_the_roles_that_the_gateway_has() -> None:
@@ -86,33 +83,31 @@ def test_the_job_judges_by_the_roles_that_the_gateway_has() -> None:
             assert job.of(model).engine.max_model_len == gateway.of(model).engine.max_model_len
 
 
-def test_a_checkpoint_is_where_the_job_looks_for_it() -> None:
+def test_a_checkpoint_is_where_its_job_looks_for_it() -> None:
     """What is configured is under a volume that the container mounts."""
     for name in ("two-precisions", "two-models"):
         config = gateway_config(render(scenario(name)), "-quantize")
-        made = {f"quantize-{model}" for model in ("llama", "small", "qwen-qwen3-8")}
-        ran = [one for called, one in steps(scenario(name)).items() if called.startswith(tuple(made))]
-        assert len(ran) == len(config.models)
         for model, settings in config.models.items():
-            mounts = [mount["mountPath"] for one in ran for mount in one["volumeMounts"]]
-            assert any(
-                str(settings.path).startswith(mount + "/") or str(settings.path) == mount for mount in mounts
-            )
-            for path in filter(None, (settings.calibration, *(role.tasks for role in config.roles.values()))):
-                assert path.parent == Path("/tasks"), model
-                assert "/tasks" in mounts
+            mounts = [Path(one["mountPath"]) for one in container(scenario(name), model)["volumeMounts"]]
+            if settings.path is not None:
+                assert any(settings.path.is_relative_to(mount) for mount in mounts)
+            files = [settings.calibration, *(role.tasks for role in config.roles.values())]
+            assert {path.parent for path in files if path is not None} == {Path("/tasks")} <= set(mounts)
 
 
-def test_models_are_made_one_after_the_other_with_what_each_needs() -> None:
+def test_a_models_job_has_what_that_model_needs() -> None:
     values = changed(
-        BOTH, {"models": {"small": {"quantize": {"gpus": 0}}, "Qwen/Qwen3-8B": {"quantize": {"gpus": 4}}}}
+        scenario("two-models"),
+        {"models": {"small": {"quantize": {"gpus": 0, "nodeSelector": {"gpu": "no"}, "shm": "1Gi"}}}},
     )
-    job = quantize_job(values)["spec"]["template"]["spec"]
-    large, small = job["initContainers"][0], job["containers"][0]
+    large, small = container(values, "Qwen/Qwen3-8B"), container(values, "small")
     assert large["resources"]["requests"] == {"cpu": "16", "memory": "96Gi"}
-    assert large["resources"]["limits"] == {"nvidia.com/gpu": 4}
+    assert large["resources"]["limits"] == {"nvidia.com/gpu": 1}
     assert small["resources"]["requests"] == {"cpu": "8", "memory": "64Gi"}
     assert "limits" not in small["resources"]
+    pods = {model: job["spec"]["template"]["spec"] for model, job in jobs(values).items()}
+    assert pods["small"]["nodeSelector"] == {"gpu": "no"}
+    assert "nodeSelector" not in pods["Qwen/Qwen3-8B"]
 
 
 def test_tasks_come_from_a_config_map_a_claim_or_an_image() -> None:
@@ -131,7 +126,7 @@ def test_tasks_come_from_a_config_map_a_claim_or_an_image() -> None:
         ),
     ):
         values = changed(scenario("two-precisions"), {"quantize": {"tasks": {"configMap": ""} | tasks}})
-        pod = quantize_job(values)["spec"]["template"]["spec"]
+        pod = jobs(values)["llama"]["spec"]["template"]["spec"]
         (found,) = (one for one in pod["volumes"] if one["name"] == "tasks")
         assert found == {"name": "tasks"} | volume
         (mount,) = (one for one in pod["containers"][0]["volumeMounts"] if one["name"] == "tasks")
@@ -143,7 +138,7 @@ def test_another_job_has_another_name() -> None:
     values = scenario("two-precisions")
 
     def name(changes: dict[str, Any]) -> str:
-        found: str = quantize_job(changed(values, changes))["metadata"]["name"]
+        found: str = jobs(changed(values, changes))["llama"]["metadata"]["name"]
         return found
 
     same = name({})
@@ -155,107 +150,13 @@ def test_another_job_has_another_name() -> None:
     assert not of_kind(render(without_job(values)), "Job")
 
 
-FILES = {
-    "config.json": "{}",
-    "model.safetensors.index.json": json.dumps(
-        {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
-    ),
-    "model-1.safetensors": "one",
-    "model-2.safetensors": "two",
-    "tokenizer.json": "{}",
-    "chat_template.jinja": "{{ messages }}",
-    "LICENSE.txt": "free",
-    "README.md": "# Read me",
-    "model.safetensors": "of an older time",
-    "consolidated.safetensors": "Mistral's",
-    "pytorch_model.bin": "pickle",
-    "original/consolidated.00.pth": "Meta's",
-    "onnx/model.onnx": "ONNX",
-    "model.Q4_K_M.gguf": "GGUF",
-}
-REVISION = "0e9e39f249a16976918f6564b8830bc894c89659"
-
-
-@asynccontextmanager
-async def hub(files: dict[str, str]) -> AsyncIterator[tuple[str, list[str]]]:
-    """A hub with one repository; gives its address and what is downloaded of it."""
-    sent: list[str] = []
-
-    async def about(request: web.Request) -> web.Response:
-        return web.json_response(
-            {
-                "id": "meta-llama/Llama-3.1-8B-Instruct",
-                "sha": REVISION,
-                "siblings": [{"rfilename": n} for n in files],
-            }
-        )
-
-    async def tree(request: web.Request) -> web.Response:
-        return web.json_response(
-            [{"type": "file", "path": name, "size": len(text), "oid": name} for name, text in files.items()]
-        )
-
-    async def resolve(request: web.Request) -> web.Response:
-        name = request.match_info["name"]
-        if request.method == "GET":
-            sent.append(name)
-        headers = {"etag": f'"{slug(name)}"', "x-repo-commit": REVISION}
-        return web.Response(text=files[name], headers=headers)
-
-    app = web.Application()
-    api = "/api/models/{owner}/{repo}"
-    app.router.add_get(api + "/revision/{revision}", about)
-    app.router.add_get(api + "/tree/{revision}", tree)
-    app.router.add_get("/{owner}/{repo}/resolve/{revision}/{name:.*}", resolve)
-    runner = web.AppRunner(app)
-    await runner.setup()
-    try:
-        await web.TCPSite(runner, "127.0.0.1", 0).start()
-        yield f"http://127.0.0.1:{runner.addresses[0][1]}", sent
-    finally:
-        await runner.cleanup()
-
-
-async def download(address: str, place: Path) -> tuple[int, str, Path]:
-    """Run what the job's first container runs, against that hub: status, words, and where files should be."""
-    step = steps(scenario("two-precisions"))["download-llama"]
-    given = {one["name"]: one.get("value", "secret") for one in step["env"]}
-    directory = place / given["DIRECTORY"].removeprefix("/")
-    environment = {
-        **os.environ,
-        **given,
-        "DIRECTORY": str(directory),
-        "HF_HOME": str(place / "home"),
-        "HF_ENDPOINT": address,
-    }
-    run = await asyncio.create_subprocess_exec(
-        *(sys.executable, *step["command"][1:], *step["args"]),
-        env=environment,
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.STDOUT,
-    )
-    said, _ = await run.communicate()
-    return run.returncode or 0, said.decode(), directory
-
-
-async def test_the_job_downloads_what_is_read_and_nothing_else(tmp_path: Path) -> None:
-    async with hub(FILES) as (address, sent):
-        status, said, directory = await download(address, tmp_path)
-    assert status == 0, said
-    read = {"config.json", "model.safetensors.index.json", "model-1.safetensors", "model-2.safetensors"}
-    read |= {"tokenizer.json", "chat_template.jinja", "LICENSE.txt"}
-    assert set(sent) == read
-    assert {path.name for path in directory.iterdir() if path.is_file()} == read
-    config = gateway_config(render(scenario("two-precisions")), "-quantize")
-    assert str(directory).endswith(str(config.models["llama"].path))
-
-
-async def test_a_repository_without_safetensors_is_refused_before_anything_is_downloaded(
-    tmp_path: Path,
-) -> None:
-    files = {name: text for name, text in FILES.items() if not name.startswith("model")}
-    async with hub(files) as (address, sent):
-        status, said, _ = await download(address, tmp_path)
-    assert status == 1
-    assert "has no model.safetensors and no model.safetensors.index.json; convert it" in said
-    assert sent == []
+def test_the_hub_is_asked_with_the_token_of_a_secret_and_nobody_else_is() -> None:
+    environment = {one["name"]: one for one in container(scenario("two-precisions"), "llama")["env"]}
+    assert "HF_HUB_OFFLINE" not in environment
+    assert environment["HF_TOKEN"]["valueFrom"]["secretKeyRef"] == {"name": "hub", "key": "token"}
+    llama = gateway_config(render(scenario("two-precisions")), "-quantize").models["llama"]
+    assert (llama.hub, llama.revision) == ("meta-llama/Llama-3.1-8B-Instruct", REVISION)
+    for model in jobs(scenario("two-models")):
+        own = container(scenario("two-models"), model)["env"]
+        assert {"name": "HF_HUB_OFFLINE", "value": "1"} in own
+        assert "HF_TOKEN" not in str(own)

@@ -168,7 +168,7 @@ def pool(model: str, variant: str, **fields: Any) -> dict[str, Any]:
         (
             "two-precisions",
             {"quantize": {"tasks": {"configMap": ""}}},
-            'roles.intent_classifier.tasks: "/tasks/intents.jsonl" is in quantize.tasks, which is empty; give',
+            'roles.intent_classifier.tasks: "/tasks/intents.jsonl" is in quantize.tasks, which is empty',
         ),
         (
             "two-precisions",
@@ -180,7 +180,11 @@ def pool(model: str, variant: str, **fields: Any) -> dict[str, Any]:
             {"models": {"llama": {"calibration": "/data/calibration.jsonl"}}},
             'models.llama.calibration: "/data/calibration.jsonl" is no file that the job has',
         ),
-        ("two-precisions", {"quantize": {"gpuResource": ""}}, "quantize.gpuResource: is empty, and so is"),
+        (
+            "two-precisions",
+            {"quantize": {"gpuResource": ""}},
+            "models.llama.quantize.gpuResource: is empty, and so",
+        ),
         *(
             ("cpu", {"gateway": {"config": {field: "x"}}}, f"gateway.config.{field}: is written by the chart")
             for field in WRITTEN_BY_THE_CHART
@@ -205,7 +209,7 @@ def test_values_that_cannot_be_used(base: str, changes: dict[str, Any], sentence
         ({"quantize": {"make": ["int8"]}}, 'write models: { NAME: { quantize: { make: ["int8"] } } }'),
         ({"quantize": {"plan": [{"name": "p", "bits": 4}]}}, "write models: { NAME: { quantize: { plan: "),
         ({"quantize": {"model": {"existingClaim": "m"}}}, "write models: { NAME: { hub: OWNER/NAME"),
-        ({"quantize": {"models": {"size": "1Ti"}}}, "quantize.models: is called quantize.checkpoints now"),
+        ({"quantize": {"models": {"size": "1Ti"}}}, "quantize.models: is gone: a checkpoint of the hub is"),
         ({"quantize": {"tasksConfigMap": "t"}}, "write quantize: { tasks: { configMap: t } }"),
     ],
 )

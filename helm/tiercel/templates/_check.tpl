@@ -45,7 +45,7 @@
 {{- fail "quantize.model: is a model's own now; write models: { NAME: { hub: OWNER/NAME, revision: … } }, or path and quantize.checkpoints.existingClaim, or checkpointImage" -}}
 {{- end -}}
 {{- with .Values.quantize.models -}}
-{{- fail "quantize.models: is called quantize.checkpoints now; rename it" -}}
+{{- fail "quantize.models: is gone: a checkpoint of the hub is fetched to where the variants lie; give variants.size room for it, and name a claim with checkpoints of your own in quantize.checkpoints.existingClaim" -}}
 {{- end -}}
 {{- with .Values.quantize.tasksConfigMap -}}
 {{- fail (printf "quantize.tasksConfigMap: write quantize: { tasks: { configMap: %s } }; a claim or an image can be named as well" .) -}}
@@ -206,42 +206,13 @@
 {{- if .Values.variants.image.reference -}}
 {{- fail (printf "quantize.enabled: is true, and the variants are an image (%q), which nobody can write to; empty variants.image.reference" .Values.variants.image.reference) -}}
 {{- end -}}
-{{- include "tiercel.checkDevices" (merge (dict "where" "quantize" "root" .) .Values.quantize) -}}
-{{- $tasks := .Values.quantize.tasks -}}
-{{- $places := without (list $tasks.configMap $tasks.existingClaim $tasks.image.reference) "" -}}
-{{- if gt (len $places) 1 -}}
-{{- fail (printf "quantize.tasks: %s all say where the files are; give one of configMap, existingClaim and image" (join " and " $places)) -}}
-{{- end -}}
-{{- $images := not (empty $tasks.image.reference) -}}
-{{- $wanted := dict -}}
-{{- range $name, $role := .Values.gateway.config.roles -}}
-{{- range $field := list "tasks" "long_context" -}}
-{{- with get ($role | default dict) $field -}}{{- $_ := set $wanted (printf "gateway.config.roles.%s.%s" $name $field) . -}}{{- end -}}
-{{- end -}}
-{{- end -}}
 {{- $any := false -}}
 {{- range $model, $settings := .Values.models -}}
-{{- $quantize := $settings.quantize | default dict -}}
 {{- $made := include "tiercel.made" (dict "root" $ "model" $model) | fromJsonArray -}}
 {{- if $made -}}
 {{- $any = true -}}
-{{- with $settings.calibration -}}{{- $_ := set $wanted (printf "models.%s.calibration" $model) . -}}{{- end -}}
-{{- $image := ($settings.checkpointImage | default dict).reference -}}
-{{- if $image -}}{{- $images = true -}}{{- end -}}
-{{- $sources := list -}}
-{{- if $settings.hub -}}{{- $sources = append $sources "hub" -}}{{- end -}}
-{{- if $image -}}{{- $sources = append $sources "checkpointImage" -}}{{- end -}}
-{{- if and $settings.path (not $image) -}}{{- $sources = append $sources "path" -}}{{- end -}}
-{{- if ne (len $sources) 1 -}}
-{{- fail (printf "models.%s: its checkpoint has %d sources%s; give one of hub, path (in quantize.checkpoints.existingClaim) and checkpointImage" $model (len $sources) (ternary "" (printf " (%s)" (join ", " $sources)) (empty $sources))) -}}
-{{- end -}}
-{{- if and (eq (first $sources) "path") (not $.Values.quantize.checkpoints.existingClaim) -}}
-{{- fail (printf "models.%s.path: %q lies in no claim; name it in quantize.checkpoints.existingClaim" $model $settings.path) -}}
-{{- end -}}
-{{- if and $settings.revision (not $settings.hub) -}}
-{{- fail (printf "models.%s.revision: %q is of a repository of the hub; give hub, or leave it out" $model $settings.revision) -}}
-{{- end -}}
-{{- include "tiercel.checkDevices" (merge (dict "where" (printf "models.%s.quantize" $model) "root" $) (omit $quantize "make" "plan") (deepCopy $.Values.quantize)) -}}
+{{- $job := mergeOverwrite (deepCopy $.Values.quantize) (deepCopy $settings.quantize) -}}
+{{- include "tiercel.checkJob" (dict "root" $ "where" (printf "models.%s" $model) "settings" $settings "job" $job) -}}
 {{- end -}}
 {{- if and $.Release.IsInstall (not $.Values.variants.existingClaim) -}}
 {{- range $variant, $_ := $settings.pools -}}
@@ -254,6 +225,41 @@
 {{- if not $any -}}
 {{- fail "quantize.enabled: is true, and there is nothing to make; name it in models.NAME.quantize.make or plan" -}}
 {{- end -}}
+{{- end -}}
+{{- end -}}
+
+{{/* The job of one model: its checkpoint, and the files that it is given. */}}
+{{- define "tiercel.checkJob" -}}
+{{- $where := .where -}}
+{{- $settings := .settings -}}
+{{- $job := .job -}}
+{{- $version := .root.Capabilities.KubeVersion.Version -}}
+{{- include "tiercel.checkDevices" (merge (dict "where" (printf "%s.quantize" $where) "root" .root) $job) -}}
+{{- $image := ($settings.checkpointImage | default dict).reference -}}
+{{- $sources := list -}}
+{{- if $settings.hub -}}{{- $sources = append $sources "hub" -}}{{- end -}}
+{{- if $image -}}{{- $sources = append $sources "checkpointImage" -}}{{- end -}}
+{{- if and $settings.path (not $image) -}}{{- $sources = append $sources "path" -}}{{- end -}}
+{{- if ne (len $sources) 1 -}}
+{{- fail (printf "%s: its checkpoint has %d sources%s; give one of hub, path (in quantize.checkpoints.existingClaim) and checkpointImage" $where (len $sources) (ternary "" (printf " (%s)" (join ", " $sources)) (empty $sources))) -}}
+{{- end -}}
+{{- if and (eq (first $sources) "path") (not $job.checkpoints.existingClaim) -}}
+{{- fail (printf "%s.path: %q lies in no claim; name it in quantize.checkpoints.existingClaim" $where $settings.path) -}}
+{{- end -}}
+{{- if and $settings.revision (not $settings.hub) -}}
+{{- fail (printf "%s.revision: %q is of a repository of the hub; give hub, or leave it out" $where $settings.revision) -}}
+{{- end -}}
+{{- $places := without (list $job.tasks.configMap $job.tasks.existingClaim $job.tasks.image.reference) "" -}}
+{{- if gt (len $places) 1 -}}
+{{- fail (printf "quantize.tasks: %s all say where the files are; give one of configMap, existingClaim and image" (join " and " $places)) -}}
+{{- end -}}
+{{- $wanted := dict -}}
+{{- with $settings.calibration -}}{{- $_ := set $wanted (printf "%s.calibration" $where) . -}}{{- end -}}
+{{- range $name, $role := .root.Values.gateway.config.roles -}}
+{{- range $field := list "tasks" "long_context" -}}
+{{- with get ($role | default dict) $field -}}{{- $_ := set $wanted (printf "gateway.config.roles.%s.%s" $name $field) . -}}{{- end -}}
+{{- end -}}
+{{- end -}}
 {{- range $field, $path := $wanted -}}
 {{- if not (hasPrefix "/tasks/" $path) -}}
 {{- fail (printf "%s: %q is no file that the job has; put it into quantize.tasks and write /tasks/NAME" $field $path) -}}
@@ -262,8 +268,7 @@
 {{- fail (printf "%s: %q is in quantize.tasks, which is empty; give configMap, existingClaim or image" $field $path) -}}
 {{- end -}}
 {{- end -}}
-{{- if and $images (semverCompare "<1.31-0" .Capabilities.KubeVersion.Version) -}}
-{{- fail (printf "image volumes need Kubernetes 1.31, and this is %s; use a claim" .Capabilities.KubeVersion.Version) -}}
-{{- end -}}
+{{- if and (or $image $job.tasks.image.reference) (semverCompare "<1.31-0" $version) -}}
+{{- fail (printf "image volumes need Kubernetes 1.31, and this is %s; use a claim" $version) -}}
 {{- end -}}
 {{- end -}}

@@ -20,7 +20,8 @@ models:
 {{- $pool := include "tiercel.pool" (dict "root" $.root "model" $.model "variant" $variant) | fromYaml -}}
 {{- $length = ternary (int64 $pool.maxModelLen) (min $length (int64 $pool.maxModelLen)) (eq (int64 $length) 0) -}}
 {{- end -}}
-{{- $settings := dict "path" .path "reference" (include "tiercel.reference" $model) "serve" (keys $model.pools | sortAlpha) -}}
+{{- $settings := dict "reference" (include "tiercel.reference" $model) "serve" (keys $model.pools | sortAlpha) -}}
+{{- $settings = merge $settings (ternary (pick $model "hub" "revision") (dict "path" .path) (hasKey $model "hub")) -}}
 {{- $_ := set $settings "engine" (dict "max_model_len" (int64 $length)) -}}
 {{- $settings | toJson -}}
 {{- end -}}
@@ -78,13 +79,11 @@ models:
 {{- include "tiercel.configText" (dict "models" $models "rest" $config) -}}
 {{- end -}}
 
-{{/* Where the job finds a model's checkpoint. */}}
+{{/* Where the job finds a model's checkpoint, unless it is the hub's. */}}
 {{- define "tiercel.checkpoint" -}}
 {{- $image := (.model.checkpointImage | default dict).reference -}}
-{{- if .model.hub -}}
-/checkpoints/{{ .model.hub | replace "/" "--" }}
-{{- else if $image -}}
-{{ printf "/images/%s/%s" (include "tiercel.slug" .name) (.model.path | default "") | trimSuffix "/" }}
+{{- if $image -}}
+{{ printf "/checkpoint/%s" (.model.path | default "") | trimSuffix "/" }}
 {{- else -}}
 /checkpoints/{{ .model.path | default "" | trimSuffix "/" }}
 {{- end -}}

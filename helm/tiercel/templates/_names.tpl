@@ -83,10 +83,6 @@ tiercel.dev/variant: {{ include "tiercel.labelValue" .variant | quote }}
 {{- .Values.variants.existingClaim | default (printf "%s-variants" (include "tiercel.name" .)) -}}
 {{- end -}}
 
-{{- define "tiercel.checkpointsClaim" -}}
-{{- .Values.quantize.checkpoints.existingClaim | default (printf "%s-checkpoints" (include "tiercel.name" .)) -}}
-{{- end -}}
-
 {{/* The models' names, the default one first, as a JSON list. */}}
 {{- define "tiercel.models" -}}
 {{- $default := .Values.defaultModel | default (keys .Values.models | sortAlpha | first) -}}
