@@ -18,11 +18,11 @@ from deploy.across import Compared, with_across
 from deploy.engine import EngineSpec, free_port, need_of, running, shared_flags
 from deploy.engine_account import ServedOtherwiseError, checked_account, refuse_otherwise
 from deploy.engine_failures import EngineLoadError, EngineRoomError
+from deploy.fleet.room import too_large
 from deploy.machine import engine_identity, look
 from deploy.making import role_tasks
 from deploy.models import checkpoint_of, first_models, registry_of
 from deploy.placement import Machine, PlacementError, Seats
-from deploy.room import too_large
 from deploy.turns import Turns, answering_at_once, running_at_once
 from gateway.config import ModelConfig
 from quantize.account import suspicion
