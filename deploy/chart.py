@@ -1,7 +1,8 @@
-"""Writes the chart's ``values.schema.json``: ``python -m deploy.chart``.
+"""Writes what the chart takes from elsewhere: ``python -m deploy.chart``.
 
-What the gateway's configuration may hold is taken from the class that reads it, so that a misspelled field of
-a role is refused by ``helm install`` already, and not by a pod.
+``values.schema.json``: what the gateway's configuration may hold is taken from the class that reads it, so
+that a misspelled field of a role is refused by ``helm install`` already, and not by a pod.
+``files/sitecustomize.py`` is the one of engines on CPUs: a chart can read files of its own folder alone.
 """
 
 from __future__ import annotations
@@ -11,10 +12,18 @@ from pathlib import Path
 from typing import Any
 
 from gateway.config import Config
+from gateway.config.model import MODEL_NAME
 
-SCHEMA = Path(__file__).parents[1] / "helm" / "tiercel" / "values.schema.json"
-WRITTEN_BY_THE_CHART = ("model", "reference", "variants_dir", "serve", "pools", "run_dir")
+_CHART = Path(__file__).parents[1] / "helm" / "tiercel"
+SCHEMA = _CHART / "values.schema.json"
+ENGINE_SITE = Path(__file__).with_name("engine_site") / "sitecustomize.py"
+ENGINE_SITE_COPY = _CHART / "files" / "sitecustomize.py"
+WRITTEN_BY_THE_CHART = ("models", "variants_dir", "pools", "run_dir")
 """Fields of the configuration that values must not have: a template refuses them with a sentence."""
+OF_ONE_MODEL = ("model", "pools")
+"""Values of the time when a release had one model: a template refuses them and shows the new form."""
+MAKING_OF_ONE_MODEL = ("model", "models", "make", "plan", "tasksConfigMap")
+"""The same, within ``quantize``."""
 
 Schema = dict[str, Any]
 
@@ -43,7 +52,7 @@ VARIANT: Schema = {"type": "string", "pattern": "^[A-Za-z0-9][A-Za-z0-9._-]*$"}
 SIZE: Schema = {"type": "string", "pattern": "^[0-9]+(\\.[0-9]+)?([KMGTP]i?)?$"}
 MAP: Schema = {"type": "object", "additionalProperties": TEXT}
 KUBERNETES: Schema = {"type": "object"}
-"""What Kubernetes itself checks."""
+"""What Kubernetes itself checks, or a template."""
 ENVIRONMENT = _list(_object({"name": TEXT, "value": TEXT, "valueFrom": KUBERNETES}, ("name",)))
 PULL: Schema = {"enum": ["IfNotPresent", "Always", "Never"]}
 ACCESS = _list({"enum": ["ReadWriteOnce", "ReadOnlyMany", "ReadWriteMany", "ReadWriteOncePod"]})
@@ -69,13 +78,27 @@ POD: Schema = {
 }
 COUNT = _number("integer", 1)
 
+GPUS: Schema = {
+    "gpus": _number("integer", 0, 64),
+    "gpuResource": TEXT,
+}
+CLAIMS = _list(
+    {
+        **_object(
+            {"name": NAME, "resourceClaimName": NAME, "resourceClaimTemplateName": NAME, "request": TEXT},
+            ("name",),
+        ),
+        "oneOf": [{"required": ["resourceClaimName"]}, {"required": ["resourceClaimTemplateName"]}],
+    }
+)
+
 ENGINE = _object(
     {
         **POD,
+        **GPUS,
+        "resourceClaims": CLAIMS,
         "image": IMAGE,
         "replicas": _number("integer", 0),
-        "gpus": _number("integer", 0, 64),
-        "gpuResource": TEXT,
         "tensorParallel": COUNT,
         "pipelineParallel": COUNT,
         "nodes": COUNT,
@@ -99,17 +122,80 @@ ENGINE = _object(
             }
         ),
         "inferencePool": _object(
-            {"enabled": BOOLEAN, "endpointPicker": NAME, "port": _number("integer", 1, 65535)}
+            {
+                "enabled": BOOLEAN,
+                "endpointPicker": NAME,
+                "port": _number("integer", 1, 65535),
+                "from": _list(KUBERNETES),
+            }
         ),
+    }
+)
+
+PLAN = _list(
+    {
+        **_object(
+            {
+                "name": VARIANT,
+                "bits": _number("number", 1, 16),
+                "bytes": COUNT,
+                "loss": {"type": "number", "exclusiveMinimum": 0},
+            },
+            ("name",),
+        ),
+        "oneOf": [{"required": [budget]} for budget in ("bits", "bytes", "loss")],
+    }
+)
+JOB: Schema = {
+    **PLACEMENT,
+    **GPUS,
+    "resourceClaims": CLAIMS,
+    "image": IMAGE,
+    "resources": RESOURCES,
+    "shm": SIZE,
+    "extraEnv": ENVIRONMENT,
+    "runtimeClassName": NAME,
+    "backoffLimit": _number("integer", 0),
+    "checkpoints": _object({"existingClaim": NAME}),
+    "tokenSecret": SECRET,
+    "tasks": _object({"configMap": NAME, "existingClaim": NAME, "path": TEXT, "image": IMAGE_VOLUME}),
+}
+MODEL = _object(
+    {
+        "hub": {"type": "string", "pattern": "^[\\w.-]+/[\\w.-]+$"},
+        "revision": {"type": "string", "minLength": 1},
+        "path": {"type": "string", "pattern": "^[^/]"},
+        "checkpointImage": IMAGE_VOLUME,
+        "reference": VARIANT,
+        "calibration": {"type": "string", "pattern": "^/"},
+        "pools": {
+            "type": "object",
+            "propertyNames": VARIANT,
+            "additionalProperties": {"$ref": "#/definitions/engine"},
+        },
+        "engine": {"$ref": "#/definitions/engine"},
+        "quantize": _object({"make": _list(VARIANT), "plan": PLAN, **JOB}),
+    }
+)
+QUANTIZE = _object(
+    {
+        **JOB,
+        **{key: {} for key in MAKING_OF_ONE_MODEL},
+        "enabled": BOOLEAN,
+        "enginePython": {"type": "string", "pattern": "^/"},
     }
 )
 
 VALUES: Schema = {
     "global": KUBERNETES,
-    "model": _object(
-        {"name": {"type": "string", "pattern": "^[A-Za-z0-9][A-Za-z0-9._/-]*$"}, "reference": VARIANT},
-        ("name", "reference"),
-    ),
+    "fullnameOverride": {**NAME, "maxLength": 30},
+    **dict.fromkeys(OF_ONE_MODEL, KUBERNETES),
+    "models": {
+        "type": "object",
+        "propertyNames": {"pattern": MODEL_NAME},
+        "additionalProperties": {"$ref": "#/definitions/model"},
+    },
+    "defaultModel": TEXT,
     "variants": _object(
         {
             "existingClaim": NAME,
@@ -119,54 +205,7 @@ VALUES: Schema = {
             "image": IMAGE_VOLUME,
         }
     ),
-    "quantize": _object(
-        {
-            **PLACEMENT,
-            "enabled": BOOLEAN,
-            "image": IMAGE,
-            "enginePython": {"type": "string", "pattern": "^/"},
-            "make": _list(VARIANT),
-            "plan": _list(
-                {
-                    **_object(
-                        {
-                            "name": VARIANT,
-                            "bits": _number("number", 1, 16),
-                            "bytes": COUNT,
-                            "loss": {"type": "number", "exclusiveMinimum": 0},
-                        },
-                        ("name",),
-                    ),
-                    "oneOf": [{"required": [budget]} for budget in ("bits", "bytes", "loss")],
-                }
-            ),
-            "model": _object(
-                {
-                    "huggingFace": _object(
-                        {
-                            "repo": {"type": "string", "pattern": "^([\\w.-]+/[\\w.-]+)?$"},
-                            "revision": {"type": "string", "minLength": 1},
-                            "tokenSecret": SECRET,
-                        }
-                    ),
-                    "existingClaim": NAME,
-                    "path": {"type": "string", "pattern": "^([^/].*)?$"},
-                    "image": IMAGE_VOLUME,
-                }
-            ),
-            "models": _object(
-                {"existingClaim": NAME, "size": SIZE, "storageClass": NAME, "accessModes": ACCESS}
-            ),
-            "tasksConfigMap": NAME,
-            "gpus": _number("integer", 0, 64),
-            "gpuResource": TEXT,
-            "resources": RESOURCES,
-            "shm": SIZE,
-            "extraEnv": ENVIRONMENT,
-            "runtimeClassName": NAME,
-            "backoffLimit": _number("integer", 0),
-        }
-    ),
+    "quantize": QUANTIZE,
     "gateway": _object(
         {
             **POD,
@@ -194,11 +233,6 @@ VALUES: Schema = {
         }
     ),
     "watch": _object({"storeSecret": SECRET}),
-    "pools": {
-        "type": "object",
-        "propertyNames": VARIANT,
-        "additionalProperties": {"$ref": "#/definitions/engine"},
-    },
     "engine": {"$ref": "#/definitions/engine"},
     "serviceAccount": _object({"annotations": MAP}),
     "networkPolicy": _object({"enabled": BOOLEAN, "prometheusNamespaceLabels": MAP}),
@@ -231,7 +265,7 @@ VALUES: Schema = {
 def values_schema() -> Schema:
     """JSON Schema (draft 7, which every Helm reads) of the chart's values."""
     config = Config.model_json_schema(ref_template="#/definitions/{model}")
-    definitions = {**config.pop("$defs"), "engine": ENGINE}
+    definitions = {**config.pop("$defs"), "engine": ENGINE, "model": MODEL}
     for field in WRITTEN_BY_THE_CHART:
         config["properties"][field] = {}
     del config["required"]  # what is missing is said by the templates, in a sentence
@@ -269,3 +303,4 @@ def schema_text() -> str:
 
 if __name__ == "__main__":
     SCHEMA.write_text(schema_text(), encoding="utf-8")
+    ENGINE_SITE_COPY.write_bytes(ENGINE_SITE.read_bytes())

@@ -16,6 +16,7 @@ from deploy.commands import add_command, run_engines, say
 from deploy.commands.completion import add_completion
 from deploy.commands.doctor import add_doctor
 from deploy.commands.errors import explain
+from deploy.commands.fleet import add_fleet, with_placement
 from deploy.commands.gateway import add_gateway
 from deploy.commands.quantize import add_quantize, with_make
 from deploy.commands.status import add_status
@@ -58,6 +59,7 @@ def parser() -> argparse.ArgumentParser:
     add_status(commands)
     add_top(commands)
     add_doctor(commands)
+    add_fleet(commands)
     add_command(commands, "up", up, "start one engine per served variant and the gateway, until Ctrl-C")
     showing = add_command(commands, "demo", demo, "quantize, serve, and run the demo team; writes a report")
     showing.add_argument("--out", type=Path, default=Path("var/demo"), help="where the report goes")
@@ -67,9 +69,10 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    options = parser().parse_args(
-        with_show(with_list(with_make(sys.argv[1:] if arguments is None else arguments)))
-    )
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    for in_full in (with_make, with_list, with_show, with_placement):
+        given = in_full(given)
+    options = parser().parse_args(given)
     try:
         options.run(options)
     except KeyboardInterrupt:

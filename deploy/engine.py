@@ -27,7 +27,7 @@ from deploy.engine_failures import (
 from deploy.machine import find_gpus
 from deploy.placement import Need, Placed
 from gateway.config import Engine as EngineSettings
-from gateway.config import variant_id
+from gateway.telemetry.engines import parse_reading
 from quantize.card import Card
 
 __all__ = ["EngineLoadError", "EngineProcess", "EngineSpec", "EngineStartError", "command", "environment"]
@@ -36,6 +36,7 @@ SITE = Path(__file__).with_name("engine_site")
 """What an engine's interpreter runs at start, and the CPU server's entry."""
 LAST_LINES = 12
 """Lines of an engine's log that an error message shows."""
+DRAIN = "/tiercel/drain"
 PORT_FREE_S = 10.0
 """For the port of an engine that has been stopped to be free again."""
 
@@ -54,7 +55,7 @@ class EngineSpec:
     @property
     def id(self) -> str:
         """The variant's name in the fleet."""
-        return variant_id(self.card.model, self.card.variant)
+        return self.card.id
 
     @property
     def url(self) -> str:
@@ -63,8 +64,17 @@ class EngineSpec:
 
 def need_of(card: Card, directory: Path, settings: EngineSettings) -> Need:
     """What an engine of the variant takes: its weights and its KV cache."""
-    cache = settings.kv_bytes(card.max_model_len, card.kv_bytes_per_token)
-    return Need(variant_id(card.model, card.variant), card.weight_bytes, cache, attention_heads(directory))
+    return Need(
+        name=card.id,
+        weight_bytes=card.weight_bytes,
+        kv_bytes=settings.kv_bytes(card.max_model_len, card.kv_bytes_per_token),
+        heads=attention_heads(directory),
+        env=settings.env,
+        arguments=settings.extra_args,
+        token_bytes=card.kv_bytes_per_token,
+        context=settings.context(card.max_model_len, card.kv_bytes_per_token),
+        kv_dtype=card.kv,
+    )
 
 
 def attention_heads(directory: Path) -> tuple[int, ...]:
@@ -241,6 +251,33 @@ class EngineProcess:
                 return first.status == 200
         except (aiohttp.ClientError, TimeoutError):
             return False
+
+    async def drain(self) -> bool:
+        """Have it say that it takes no more requests; whether it does. A stock server knows no such thing."""
+        try:
+            async with (
+                aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=10)) as session,
+                session.post(self.spec.url + DRAIN) as response,
+            ):
+                return response.status == 200
+        except (aiohttp.ClientError, TimeoutError):
+            return False
+
+    async def until_idle(self, within_s: float) -> bool:
+        """Wait until it has finished what it does; whether it has, or has ended."""
+        deadline, idle = time.monotonic() + within_s, 0
+        async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=10)) as session:
+            while time.monotonic() < deadline:
+                try:
+                    async with session.get(self.spec.url + "/metrics") as response:
+                        reading = parse_reading(await response.text())
+                except (aiohttp.ClientError, TimeoutError, ValueError):
+                    return self.exit_code is not None
+                idle = 0 if reading.running or reading.waiting else idle + 1
+                if idle > 1:  # a request is counted only when the engine's core has it
+                    return True
+                await asyncio.sleep(0.2)
+        return False
 
     async def wait(self) -> int:
         """Wait for the process to end; returns its exit status."""

@@ -38,12 +38,13 @@ def look() -> Machine:
 
 
 def find_gpus(command: Sequence[str] | None = None) -> tuple[tuple[Gpu, ...], str]:
-    """GPUs (memory in bytes) and the driver's version, as ``nvidia-smi`` tells them; those without figures,
-    as MIG parents, are left out."""
+    """GPUs (memory in bytes) and the driver's version, as ``nvidia-smi`` tells them. Memory is 0 where it
+    does not tell, as of a GPU that is cut in parts (MIG) or that has none of its own."""
     gpus, driver = [], ""
     for index, name, total, free, version in ask_gpus(_FIELDS, command):
-        if index.isdigit() and total.isdigit() and free.isdigit():
-            gpus.append(Gpu(int(index), name, int(total) * _MIB, int(free) * _MIB))
+        if index.isdigit():
+            figures = (int(text) * _MIB if text.isdigit() else 0 for text in (total, free))
+            gpus.append(Gpu(int(index), name, *figures))
             driver = version
     return tuple(gpus), driver
 

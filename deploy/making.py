@@ -7,11 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from deploy.models import registry_of
+from deploy.models import checkpoint_of, registry_of
 from gateway.config import ModelConfig, RoleSettings
 from quantize.card import Card
 from quantize.check import reference_bytes, refuse_pattern, refuse_short, refuse_unfit
-from quantize.core.checkpoint import open_checkpoint
 from quantize.core.methods import SMOOTH, parse_method
 from quantize.core.modules import read_modules
 from quantize.core.plan import Plan, uniform
@@ -40,7 +39,7 @@ def make_variants(
         known = ", ".join([model.reference, *RECIPES])
         raise QuantizeError(f"unknown variant {unknown[0]!r}; known: {known}")
     where = target(target_name or detect())
-    modules = read_modules(open_checkpoint(model.path))
+    modules = read_modules(checkpoint_of(model, say))
     calibrated = model.calibration is not None
     wanted = [RECIPES[name] for name in variants if name != model.reference]
     plans = {recipe.variant: recipe.plan(modules, where, calibrated) for recipe in wanted}
@@ -65,7 +64,7 @@ def make_one(
 ) -> list[Card]:
     """Make the reference and one uniform variant, called after what it is unless ``name`` says otherwise."""
     where = target(target_name or detect())
-    plan = uniform(read_modules(open_checkpoint(model.path)), scheme, kv=kv, method=method)
+    plan = uniform(read_modules(checkpoint_of(model, say)), scheme, kv=kv, method=method)
     kv_name = "" if kv == "auto" else f"-{kv}"
     called = name or f"{scheme}-{method.replace('+', '-')}{kv_name}"
     return make_plans(model, {called: plan}, where, say, before)
@@ -83,7 +82,7 @@ def make_plans(
 
     ``before`` is what else is looked at before work: it comes after what is quicker.
     """
-    checkpoint = open_checkpoint(model.path)
+    checkpoint = checkpoint_of(model, say)
     modules = read_modules(checkpoint)
     refused = {}
     for name, plan in plans.items():

@@ -8,23 +8,26 @@ asked and on what (:func:`deploy.machine.engine_identity`): after an upgrade it 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
+from deploy.across import Compared, with_across
 from deploy.engine import EngineSpec, free_port, need_of, running, shared_flags
 from deploy.engine_account import ServedOtherwiseError, checked_account, refuse_otherwise
 from deploy.engine_failures import EngineLoadError, EngineRoomError
+from deploy.fleet.room import too_large
 from deploy.machine import engine_identity, look
 from deploy.making import role_tasks
-from deploy.models import registry_of
+from deploy.models import checkpoint_of, first_models, registry_of
 from deploy.placement import Machine, PlacementError, Seats
+from deploy.turns import Turns, answering_at_once, running_at_once
 from gateway.config import ModelConfig
 from quantize.account import suspicion
 from quantize.card import Card, EngineAccount, Evaluation, Speed
-from quantize.core.checkpoint import CheckpointError, open_checkpoint
+from quantize.core.checkpoint import CheckpointError
 from quantize.core.tokenizer import tokenizer_differences
 from quantize.evaluate.client import EngineClient, EngineError
 from quantize.evaluate.journal import Journal
@@ -39,13 +42,10 @@ from quantize.evaluate.pairing import compare
 from quantize.evaluate.speed import measure_speed
 from quantize.evaluate.tasks import Item
 from quantize.gate.evidence import ItemCounts, hopeless
-from quantize.gate.judgement import QualityBudget, gate_p_values, judge
+from quantize.gate.judgement import gate_p_values, judge_across
 from quantize.registry import Registry
 from quantize.report.tables import served_text
 from quantize.versions import stale
-
-ENGINES_AT_ONCE = 2
-"""While one engine answers, the next one starts, or answers too where it has cores of its own."""
 
 Say = Callable[[str], None]
 T = TypeVar("T")
@@ -63,20 +63,25 @@ def identity(model: ModelConfig, machine: Machine) -> dict[str, str]:
 
 
 async def evaluate_variants(
-    model: ModelConfig, cards: Sequence[Card], say: Say, engines: Mapping[str, EngineSpec] | None = None
+    model: ModelConfig,
+    cards: Sequence[Card],
+    say: Say,
+    engines: Mapping[str, EngineSpec] | None = None,
+    first: Mapping[str, Compared] | None = None,
 ) -> list[Card]:
     """Measure every variant through its engine, compare with the reference, judge, write the cards.
 
     ``engines`` are those that run already, by ``model:variant``; others are started here, as are those that
     serve another version. A variant that its engine cannot load, or serves otherwise than its card says, is
-    marked broken, with the reason; one for which there is no room is left as it was; the others go on. The
-    reference is measured twice: what it differs by from itself is the noise floor. A version that passes is
-    put to use.
+    marked broken, with the reason; one for which there is no room is left as it was, which is said before any
+    engine is started; the others go on. The reference is measured twice: what it differs by from itself is
+    the noise floor. ``first``: what of other models roles are compared with. A version that passes is put to
+    use.
     """
     tasks, machine = role_tasks(model), look()
     reference = next(card for card in cards if card.variant == model.reference)
     work = _Work(model, tasks, identity(model, machine), machine, say, engines or {}, reference)
-    ordered = [reference, *(card for card in cards if card is not reference)]
+    ordered = work.that_fit([reference, *(card for card in cards if card is not reference)])
     for card in ordered:
         if card.max_model_len > (taken := _context(model, card)) and model.engine.max_model_len is None:
             say(
@@ -92,16 +97,18 @@ async def evaluate_variants(
         for card, task in zip(ordered, tasks_of, strict=True)
         if (result := task.result()) is not None
     }
-    first, again = results[model.reference].passes
-    evaluations = {name: compare(first, found.passes[-1], tasks, again) for name, found in results.items()}
-    budgets = {name: role.budget for name, role in model.roles.items()}
+    own, again = results[model.reference].passes
+    evaluations = {
+        name: with_across(compare(own, found.passes[-1], tasks, again), found.passes[0], tasks, first or {})
+        for name, found in results.items()
+    }
     measured = [
         _with_findings(card, results[card.variant], evaluations[card.variant], say)
         if card.variant in results
         else card
         for card in cards
     ]
-    done = judged(work.registry, measured, evaluations, budgets)
+    done = judged(work.registry, measured, evaluations, model)
     for card in done:
         if card.variant in evaluations:
             work.registry.adopt(card)
@@ -157,26 +164,44 @@ class _Work:
     def __post_init__(self) -> None:
         model = self.model
         self.registry = registry_of(model, self.say)
-        settings = model.engine
-        at_once = (
-            min(ENGINES_AT_ONCE, max(1, self.machine.cores)) if not self.machine.gpus else ENGINES_AT_ONCE
-        )
-        self.seats = Seats(self.machine, at_once, settings.env, settings.extra_args)
+        self.seats = Seats(self.machine, running_at_once(self.machine))
         self.turns = Turns(answering_at_once(model, self.machine))
         self._key = measurement_key(self.tasks, self.engine)
+
+    def that_fit(self, cards: Sequence[Card]) -> list[Card]:
+        """Those whose engines have room, one after another; of the others it is said what would help. Raises
+        PlacementError for the reference."""
+        needs = {
+            card.id: need_of(card, self.registry.path(card.variant, card.version), self.model.engine)
+            for card in cards
+            if card.id not in self.engines and self.known(card) is None
+        }
+        refused = too_large(self.machine, list(needs.values()))
+        if (why := refused.get(self.reference.id)) is not None:
+            raise PlacementError(why)
+        for card in cards:
+            if card.id in refused:
+                self.say(f"{card.id} {card.version} is not measured, its card stays: {refused[card.id]}")
+        return [card for card in cards if card.id not in refused]
+
+    def known(self, card: Card) -> Found | None:
+        """What was measured on the same engine before; None where anything is missing."""
+        known = [
+            read_measurement(journal, self._compared_with(card, number))
+            for number, journal in enumerate(self._journals(card).values())
+        ]
+        if card.speed is None or stale(card, self.engine) or not all(one.done for one in known):
+            return None
+        return Found(known, card.speed, card.account)
 
     async def of(self, card: Card) -> Found:
         """Measure one variant, or read what was measured on the same engine before."""
         own = card.variant == self.model.reference
         journals = self._journals(card)
-        known = [
-            read_measurement(journal, self._compared_with(card, number))
-            for number, journal in enumerate(journals.values())
-        ]
-        if card.speed is not None and not stale(card, self.engine) and all(one.done for one in known):
+        if (known := self.known(card)) is not None:
             if own:
                 self.reference_done.set()
-            return Found(known, card.speed, card.account)
+            return known
         async with AsyncExitStack() as stack:
             url, account = await self._engine(stack, card)
             client = await stack.enter_async_context(EngineClient(url, card.model))
@@ -201,7 +226,7 @@ class _Work:
                     if own:
                         self.reference_done.set()
             async with self.turns.alone():
-                speed = await speed_or_none(client, card.variant, self.say)
+                speed = await speed_or_none(client, card.variant, _context(self.model, card), self.say)
             return Found(passes, speed or card.speed, account)
 
     def _journals(self, card: Card) -> dict[str, Journal]:
@@ -246,7 +271,7 @@ class _Work:
 async def refuse_other_tokens(model: ModelConfig, client: EngineClient) -> None:
     """Raise CheckpointError where the engine makes other tokens of a text than the model's own tokenizer, by
     which calibration data were read."""
-    checkpoint = open_checkpoint(model.path)
+    checkpoint = checkpoint_of(model)
     if found := await tokenizer_differences(checkpoint, client.tokenize):
         more = f" (and {len(found) - 1} texts more)" if len(found) > 1 else ""
         raise CheckpointError(
@@ -283,53 +308,25 @@ def equals_reference(evaluation: Evaluation) -> bool:
     return same_scores and all(role.same_answer == role.items for role in evaluation.roles.values())
 
 
-async def speed_or_none(client: EngineClient, variant: str, say: Say) -> Speed | None:
+async def speed_or_none(client: EngineClient, variant: str, longest: int, say: Say) -> Speed | None:
     """A variant's speed. An engine that cannot write what it is measured by (its context may be shorter) has
     none, which is said: what was found out about quality stands without it."""
     try:
-        return await measure_speed(client)
+        return await measure_speed(client, longest)
     except EngineError as error:
         say(f"{variant}: its speed was not measured: {error}")
         return None
-
-
-class Turns:
-    """Lets so many engines answer side by side, or one alone."""
-
-    def __init__(self, most: int) -> None:
-        self._most = most
-        self._free = asyncio.Semaphore(most)
-        self._first = asyncio.Lock()
-
-    @asynccontextmanager
-    async def one(self) -> AsyncIterator[None]:
-        """A turn beside others."""
-        async with self._free:
-            yield
-
-    @asynccontextmanager
-    async def alone(self) -> AsyncIterator[None]:
-        """A turn while no other engine answers. It is not to be taken within another turn."""
-        taken = 0
-        async with self._first:
-            try:
-                for _ in range(self._most):
-                    await self._free.acquire()
-                    taken += 1
-                yield
-            finally:
-                for _ in range(taken):
-                    self._free.release()
 
 
 def judged(
     registry: Registry,
     cards: Sequence[Card],
     evaluations: Mapping[str, Evaluation],
-    budgets: Mapping[str, QualityBudget],
+    model: ModelConfig,
 ) -> list[Card]:
     """The cards with their figures and the verdicts on all of them together, written. A variant without
     figures could not be loaded; its card is what the registry holds."""
+    budgets, first = {name: role.budget for name, role in model.roles.items()}, first_models(model)
     loaded = {
         card.variant: card.model_copy(
             update={"evaluation": evaluations[card.variant], "state": "ready", "engine_words": ""}
@@ -337,11 +334,11 @@ def judged(
         for card in cards
         if card.variant in evaluations
     }
-    p_values = gate_p_values(list(loaded.values()), budgets)
+    p_values = gate_p_values(list(loaded.values()), budgets, first)
     for name, card in loaded.items():
         evaluation = evaluations[name].model_copy(update={"p_values": p_values})
         card = card.model_copy(update={"evaluation": evaluation})
-        gate = {role: judge(card, role, budget) for role, budget in budgets.items()}
+        gate = {role: judge_across(card, role, budget, first[role]) for role, budget in budgets.items()}
         loaded[name] = registry.update(card.model_copy(update={"gate": gate}))
     return [loaded.get(card.variant) or registry.card(card.variant, card.version) for card in cards]
 
@@ -365,13 +362,3 @@ async def unless_broken(registry: Registry, card: Card, work: Awaitable[T], say:
             raise
         say(f"{card.variant} {card.version} was not measured, its card stays as it was: {error}")
         return None
-
-
-def answering_at_once(model: ModelConfig, machine: Machine) -> int:
-    """Engines that can answer side by side without taking each other's cores; 1 where they use all."""
-    if machine.gpus:
-        return ENGINES_AT_ONCE
-    threads = model.engine.env.get("OMP_NUM_THREADS", "1")
-    if not threads.isdigit() or not int(threads):
-        return 1
-    return max(1, min(ENGINES_AT_ONCE, machine.cores // int(threads)))

@@ -10,6 +10,7 @@ tokens in 19.5 s instead of under 2 s on two cores, measured).
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -30,7 +31,7 @@ class PlacementError(RuntimeError):
 
 @dataclass(frozen=True)
 class Gpu:
-    """One GPU as ``nvidia-smi`` lists it; memory in bytes."""
+    """One GPU as ``nvidia-smi`` lists it; memory in bytes, 0 in all where it does not tell."""
 
     index: int
     name: str
@@ -54,12 +55,23 @@ class Machine:
 
 @dataclass(frozen=True)
 class Need:
-    """One engine to place. ``heads`` are the KV heads and attention heads that ranks divide."""
+    """One engine to place."""
 
     name: str
     weight_bytes: int
     kv_bytes: int
     heads: tuple[int, ...] = ()
+    """KV heads and attention heads, which ranks divide."""
+    env: Mapping[str, str] = field(default_factory=dict)
+    """The user's own, which decides where it says something, as do the arguments."""
+    arguments: tuple[str, ...] = ()
+    token_bytes: int = 0
+    """Of the KV cache, of one token; 0 where it is not known."""
+    context: int = 0
+    """Tokens that it is to take."""
+    kv_dtype: str = "auto"
+    needed: bool = False
+    """A fleet cannot do without it, as without a reference that the watch asks."""
 
 
 @dataclass(frozen=True)
@@ -75,32 +87,55 @@ class Placed:
     where: str = ""
 
 
-def place(
-    machine: Machine,
-    need: Need,
-    busy: Sequence[Placed],
-    at_once: int,
-    env: Mapping[str, str],
-    arguments: Sequence[str] = (),
-) -> Placed | None:
+def place(machine: Machine, need: Need, busy: Sequence[Placed], at_once: int) -> Placed | None:
     """A place for one more engine beside those in ``busy``; None while they leave no room.
 
-    ``at_once`` is how many engines will run side by side, which divide the cores; ``env`` and ``arguments``
-    are the user's own, which decide where they say something. Raises PlacementError where it would not
-    fit alone either.
+    ``at_once`` is how many engines will run side by side, which divide the cores. Raises PlacementError where
+    it would not fit alone either.
     """
     if machine.gpus:
-        return _on_gpus(machine, need, busy, env, arguments)
-    return _on_cores(machine, need, busy, at_once, env)
+        return _on_gpus(machine, need, busy)
+    return _on_cores(machine, need, busy, at_once)
 
 
-def _on_gpus(
-    machine: Machine, need: Need, busy: Sequence[Placed], env: Mapping[str, str], arguments: Sequence[str]
-) -> Placed | None:
-    gpus = visible(machine.gpus, env)
-    if any(argument.partition("=")[0] in _OWN_SHARE for argument in arguments):
+def arranged(machine: Machine, needs: Sequence[Need]) -> list[Placed] | None:
+    """Places for engines that all run at once, in their order; None where not all fit.
+
+    On a GPU the largest are placed first, which leaves the fewest gaps. On a CPU engines that serve may share
+    cores, for what they wait for most is the next request; memory they never share.
+    """
+    found: dict[int, Placed] = {}
+    order: Sequence[int] = range(len(needs))
+    if machine.gpus:
+        order = sorted(order, key=lambda number: -taken_by(needs[number]))
+    for number in order:
+        need, busy = needs[number], list(found.values())
+        try:
+            placed = place(machine, need, busy, len(needs))
+        except PlacementError:
+            return None
+        if placed is None and not machine.gpus:
+            memory = _memory_on_cores(need)
+            if memory + sum(one.memory for one in busy) <= machine.memory_free:
+                shared = busy[number % len(busy)]
+                placed = dataclasses.replace(shared, memory=memory, where=f"{shared.where}, shared")
+        if placed is None:
+            return None
+        found[number] = placed
+    return [found[number] for number in range(len(needs))]
+
+
+def _on_gpus(machine: Machine, need: Need, busy: Sequence[Placed]) -> Placed | None:
+    gpus = visible(machine.gpus, need.env)
+    if any(argument.partition("=")[0] in _OWN_SHARE for argument in need.arguments):
         # The user shares the card out; nothing of it is known here.
         return Placed(where="by engine.extra_args")
+    if gpus and not any(gpu.total for gpu in gpus):
+        raise PlacementError(
+            f"{need.name}: nvidia-smi tells no memory of {gpus[0].name}, as of a part of a GPU or of one "
+            "that shares the machine's memory; say what an engine may take: engine.extra_args "
+            "[--gpu-memory-utilization, SHARE, --kv-cache-memory-bytes, BYTES]"
+        )
     taken = {gpu.index: sum(one.memory for one in busy if gpu.index in one.gpus) for gpu in gpus}
     for ranks in _possible_ranks(need, len(gpus)):
         share = round(need.weight_bytes * WEIGHTS_FACTOR / ranks) + need.kv_bytes // ranks + GPU_OVERHEAD
@@ -121,9 +156,16 @@ def _on_gpus(
     )
     raise PlacementError(
         f"{need.name} needs {need.weight_bytes / GIB:.1f} GiB for weights, {need.kv_bytes / GIB:.1f} for the "
-        f"KV cache and {GPU_OVERHEAD / GIB:.1f} on every GPU; there is {have or 'no GPU that is visible'}. "
-        "Free the device, lower engine.kv_cache_gib, or name other devices (engine.env CUDA_VISIBLE_DEVICES)"
+        f"KV cache and {GPU_OVERHEAD / GIB:.1f} on every GPU; there is {have or _NONE_VISIBLE}"
     )
+
+
+_NONE_VISIBLE = "no GPU that is visible (engine.env CUDA_VISIBLE_DEVICES)"
+
+
+def taken_by(need: Need) -> int:
+    """Bytes that the engine takes in all, on one GPU or of the machine's memory."""
+    return round(need.weight_bytes * WEIGHTS_FACTOR) + need.kv_bytes + GPU_OVERHEAD
 
 
 _OWN_SHARE = ("--gpu-memory-utilization", "--kv-cache-memory-bytes", "--tensor-parallel-size", "-tp")
@@ -155,15 +197,16 @@ def threads_each(cores: int, at_once: int) -> int:
     return max(1, share - 1)
 
 
-def _on_cores(
-    machine: Machine, need: Need, busy: Sequence[Placed], at_once: int, env: Mapping[str, str]
-) -> Placed | None:
-    memory = round(need.weight_bytes * WEIGHTS_FACTOR) + need.kv_bytes + CPU_OVERHEAD
+def _memory_on_cores(need: Need) -> int:
+    return round(need.weight_bytes * WEIGHTS_FACTOR) + need.kv_bytes + CPU_OVERHEAD
+
+
+def _on_cores(machine: Machine, need: Need, busy: Sequence[Placed], at_once: int) -> Placed | None:
+    memory, env = _memory_on_cores(need), need.env
     if memory > machine.memory_free:
         raise PlacementError(
             f"{need.name} needs about {memory / GIB:.1f} GiB of memory ({need.weight_bytes / GIB:.1f} for "
-            f"weights, {need.kv_bytes / GIB:.1f} for the KV cache); {machine.memory_free / GIB:.1f} are "
-            "free. Free memory, or lower engine.kv_cache_gib or engine.max_model_len"
+            f"weights, {need.kv_bytes / GIB:.1f} for the KV cache); {machine.memory_free / GIB:.1f} are free"
         )
     if memory + sum(one.memory for one in busy) > machine.memory_free:
         return None
@@ -190,10 +233,8 @@ def _on_cores(
 class Seats:
     """Places that engines take and give back while they come and go."""
 
-    def __init__(
-        self, machine: Machine, at_once: int, env: Mapping[str, str], arguments: Sequence[str] = ()
-    ) -> None:
-        self._machine, self._at_once, self._env, self._arguments = machine, at_once, env, arguments
+    def __init__(self, machine: Machine, at_once: int) -> None:
+        self._machine, self._at_once = machine, at_once
         self._busy: list[Placed] = []
         self._changed = asyncio.Condition()
 
@@ -214,7 +255,7 @@ class Seats:
     def _next(self, need: Need) -> Placed | None:
         if len(self._busy) >= self._at_once:
             return None
-        placed = place(self._machine, need, self._busy, self._at_once, self._env, self._arguments)
+        placed = place(self._machine, need, self._busy, self._at_once)
         if placed is None and not self._busy:
             raise PlacementError(f"{need.name} fits nowhere on this machine")
         return placed

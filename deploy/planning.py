@@ -14,11 +14,10 @@ import psutil
 
 from deploy.engine import SITE
 from deploy.making import role_tasks
-from deploy.models import registry_of
+from deploy.models import checkpoint_of, registry_of
 from gateway.config import ModelConfig
 from quantize.card import Card
 from quantize.check import refuse_pattern, refuse_short, refuse_unfit
-from quantize.core.checkpoint import open_checkpoint
 from quantize.core.files import locked
 from quantize.core.modules import read_modules
 from quantize.core.plan import Plan
@@ -53,9 +52,9 @@ def open_session(
     schemes: Sequence[str] | None = None,
 ) -> PlanningSession:
     """The session for the configured model; everything it makes lies in ``variants_dir/.planning``."""
-    checkpoint = open_checkpoint(model.path)
+    checkpoint = checkpoint_of(model, _say_aside)
     refuse_pattern(model.variants_dir)
-    refuse_pattern(checkpoint.path, "model.path")
+    refuse_pattern(checkpoint.path, f"models.{model.name}.path")
     refuse_unfit(checkpoint)
     refuse_not_finite(checkpoint.path)
     where = target(target_name or detect())
@@ -187,7 +186,7 @@ def _bits(model: ModelConfig, bits: float | None, budget: int | None) -> float:
     """Bits per weight of the linear modules that a budget leaves."""
     if budget is None:
         return bits or 4.5
-    modules = read_modules(open_checkpoint(model.path))
+    modules = read_modules(checkpoint_of(model, _say_aside))
     return 8 * (budget - modules.other_bytes) / sum(group.weights for group in modules)
 
 

@@ -28,7 +28,8 @@ find_python() {
 
 python=$(find_python)
 [ -n "$python" ] || exit 1
-if [ -e /proc/driver/nvidia/version ]; then build=cuda; else build=cpu; fi
+# The product's own detector, which needs no package: it is right in containers and under WSL2 as well.
+build=$("$python" -c 'from quantize.core.gpus import ask_gpus; print("cuda" if ask_gpus(["name"]) else "cpu")')
 
 # What an environment is made from; when this changes, it is made again.
 stamp_of() { # environment

@@ -20,7 +20,7 @@ from gateway.api.operations import REFUSALS, Operations
 from gateway.api.overview import Overview
 from gateway.api.watching import Watching
 from gateway.cards import load_cards
-from gateway.config import Config, ConfigError, GatewaySettings, parse_config, refuse_fixed
+from gateway.config import Config, ConfigError, GatewaySettings, parse_config, parts_of, refuse_fixed
 from gateway.console.files import Files
 from gateway.control import Commit, Heartbeat, Read, Reloads, Supervisor
 from gateway.proxy.attempts import Attempts, Limits
@@ -102,7 +102,7 @@ class Gateway:
         self.escalation = CheckProcess("escalation", self.metrics, niceness=0)
         self._inquiry = Inquiry(
             config.watch,
-            config.model.name,
+            config.references,
             lambda: self.plane.snapshot.pools,
             self.metrics,
             self._ask_provider,
@@ -168,16 +168,15 @@ class Gateway:
             admit=Admit(config),  # the head alone: path, method, key, size
             pipeline=self._make_pipeline(config, router, observer),
             observer=observer,
-            model=config.model.name,
         )
 
     def _make_pipeline(self, config: Config, router: Router, observer: Observer) -> Pipeline:
         """What every request goes through that has been admitted, in order."""
         plane, observe = self.plane, Observe(observer)
-        names = frozenset((config.model.name, *config.roles, *config.adapters, *router.known_models()))
+        names = frozenset(router.known_models())
         return Pipeline(
             before=(
-                ReadBody(config),  # what is asked
+                ReadBody(),  # what is asked
                 Identify(),  # who asks: role and session; the key was looked at with the head
                 # what `previous_response_id` goes on from, and what is kept to go on from
                 ContinueResponse(self.responses, self._background, plane.reply, names),
@@ -199,7 +198,7 @@ class Gateway:
             reply=plane.reply,
             after=(
                 partial(plane.ledger.record, log=config.gateway.access_log),  # books and log
-                *((partial(self._end_span, model=config.model.name),) if plane.traces is not None else ()),
+                *((self._end_span,) if plane.traces is not None else ()),
                 Settle(self.settlement),  # what no engine has counted
                 observe,  # has answers checked that were listened to
             ),
@@ -214,12 +213,13 @@ class Gateway:
 
     def _escalated(self, observe: Observe, exchange: Exchange, why: str) -> None:
         if exchange.route is not None:
-            self.metrics.escalations.labels(exchange.route.role, exchange.route.variant, why).inc()
+            route = exchange.route
+            self.metrics.escalations.labels(route.role, *route.replica.labels, why).inc()
         observe.offer(exchange)
 
-    def _end_span(self, record: Record, exchange: Exchange, model: str) -> None:
+    def _end_span(self, record: Record, exchange: Exchange) -> None:
         if exchange.span is not None and self.plane.traces is not None:
-            self.plane.traces.end(exchange.span, record, model)
+            self.plane.traces.end(exchange.span, record)
 
     def build(self, config: Config, cards: Mapping[str, Card]) -> Commit:
         """What a configuration needs, ready to be taken over; changes nothing until then. Raises ConfigError
@@ -232,9 +232,10 @@ class Gateway:
 
         def commit() -> None:
             if anew:
-                self._inquiry.settings, self._inquiry.model = config.watch, config.model.name
+                self._inquiry.settings, self._inquiry.references = config.watch, config.references
                 self.metrics.know_roles(config.roles)
-                self.metrics.forget_variants(config.serve, before.config.roles.keys() - config.roles.keys())
+                served = frozenset(map(parts_of, config.served))
+                self.metrics.forget_variants(served, before.config.roles.keys() - config.roles.keys())
                 self.providers.know(config.providers)
                 self.responses.know(config.responses)
                 self._show(cards)
@@ -246,7 +247,7 @@ class Gateway:
             gone = set(before.pools.replicas()) - set(snapshot.pools.replicas())
             for replica in gone:
                 replica.connections.close()
-            self.metrics.forget((replica.variant, replica.name) for replica in gone)
+            self.metrics.forget((*replica.labels, replica.name) for replica in gone)
 
         return commit
 
@@ -261,7 +262,7 @@ class Gateway:
 
     def _show(self, cards: Mapping[str, Card]) -> None:
         for variant, card in cards.items():
-            self.metrics.weight_bytes.labels(variant).set(card.weight_bytes)
+            self.metrics.weight_bytes.labels(*parts_of(variant)).set(card.weight_bytes)
 
     def _numbers(self, family: Family[Any]) -> Numbers:
         """What all workers have counted of a metric, and how they are."""

@@ -1,10 +1,10 @@
-"""The cards of the served variants, read once at start-up."""
+"""The cards of the served variants, read at the start and at every reload."""
 
 from __future__ import annotations
 
 import logging
 
-from gateway.config import Config
+from gateway.config import Config, ModelConfig
 from quantize.card import CARD_NAME, Card, CardError, read_card, refuse_broken
 from quantize.versions import usable_version
 
@@ -12,26 +12,33 @@ logger = logging.getLogger(__name__)
 
 
 def load_cards(config: Config) -> dict[str, Card]:
-    """Card of every served variant, by variant name. Raises CardError when one cannot be used.
+    """Card of every served variant, by ``model:variant``. Raises CardError when one cannot be used.
 
     In place of a version that its engine could not load, the newest one that passed a gate is used.
     """
-    cards = {}
-    for variant in config.serve:
-        directory, sentence = usable_version(config.variants_dir, variant)
-        if sentence:
-            logger.warning(sentence)
-        card = read_card(directory)
-        if card.variant != variant:
-            raise CardError(
-                f"{directory / CARD_NAME}: is the card of {card.variant!r}, not {variant!r}; "
-                "rename the directory or make the variant again"
-            )
-        if card.reference != config.reference:
-            raise CardError(
-                f"{directory / CARD_NAME}: was compared with {card.reference!r}, but the reference is "
-                f"{config.reference!r}; make the variant again"
-            )
-        refuse_broken(card)
-        cards[variant] = card
-    return cards
+    return {model.id(variant): _load(model, variant) for model in config.each() for variant in model.serve}
+
+
+def _load(model: ModelConfig, variant: str) -> Card:
+    directory, sentence = usable_version(model.variants_dir, variant)
+    if sentence:
+        logger.warning("%s: %s", model.name, sentence)
+    card = read_card(directory)
+    path = directory / CARD_NAME
+    if card.variant != variant:
+        raise CardError(
+            f"{path}: is the card of {card.variant!r}, not {variant!r}; rename the directory or make the "
+            "variant again"
+        )
+    if card.model != model.name:
+        raise CardError(
+            f"{path}: is of the model {card.model!r}, not {model.name!r}; call the model so in the "
+            "configuration, or make the variant again"
+        )
+    if card.reference != model.reference:
+        raise CardError(
+            f"{path}: was compared with {card.reference!r}, but the reference of {model.name} is "
+            f"{model.reference!r}; make the variant again"
+        )
+    refuse_broken(card)
+    return card

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import unquote
 
-from gateway.config import ApiKey, Config
+from gateway.config import ApiKey, Config, parts_of
 from gateway.errors import BadRequestError, ForbiddenError, UnauthenticatedError
 from gateway.proxy.body import RequestFields
 
@@ -141,7 +141,9 @@ class Sender:
     def _caller(self, asked: RequestFields, session: str | None) -> Caller:
         role = self._role(asked)
         if self._key is not None:
-            _check(self._key, role, asked.model, self._config)
+            # Who names none is served as its role; so is who names another role than its key's.
+            named = role if not asked.model or asked.model in self._config.roles else asked.model
+            _check(self._key, role, named, self._config)
         priority = self._config.roles[role].priority
         if self._key is not None:
             priority += self._key.priority
@@ -182,14 +184,14 @@ def hash_of(secret: str) -> str:
 
 
 def may_use(key: ApiKey, model: str, config: Config) -> bool:
-    """Whether a key may name a model. It may if the name is listed, or that of the base model is and the name
-    means the base model: a role, ``model:variant``, none. Adapters and providers are models of their own."""
+    """Whether a key may name a model. It may if the name is listed, or if a model is listed that it stands
+    for: that of a ``model:variant``, or one that may serve a role. Adapters, and models of providers, stand
+    for themselves alone."""
     if not key.models or model in key.models:
         return True
-    base = config.model.name
-    if base not in key.models:
-        return False
-    return not model or model in config.roles or model in [f"{base}:{variant}" for variant in config.serve]
+    if model in config.roles:
+        return not set(config.models_of(model)).isdisjoint(key.models)
+    return model in config.served and parts_of(model)[0] in key.models
 
 
 def _check(key: ApiKey, role: str, model: str, config: Config) -> None:

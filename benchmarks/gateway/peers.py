@@ -21,7 +21,7 @@ import yaml
 import deploy.engine
 
 if TYPE_CHECKING:
-    from quantize.card import Card
+    from quantize.card import Card, write_card
 
 ROOT = Path(__file__).resolve().parents[2]
 WORK = ROOT / "var/benchmarks/gateway"
@@ -132,7 +132,7 @@ def variants() -> dict[str, Card]:
         )  # fmt: skip
         directory = VARIANTS / name / "000000000000"
         directory.mkdir(parents=True, exist_ok=True)
-        (directory / "card.json").write_text(card.model_dump_json())
+        write_card(card, directory)
         current = VARIANTS / name / "current"
         if not current.is_symlink():
             current.symlink_to(directory.name)

@@ -32,9 +32,9 @@ def add_command(commands: Any, name: str, run: Run, text: str) -> argparse.Argum
     return command
 
 
-def add_model(command: argparse.ArgumentParser) -> None:
-    """Let a command be told which model it concerns."""
-    command.add_argument("--model", help="which model (default: the only one)")
+def add_model(command: argparse.ArgumentParser, otherwise: str = "the only one") -> None:
+    """Let a command be told which model it concerns; ``otherwise`` says which without."""
+    command.add_argument("--model", help=f"which model (default: {otherwise})")
 
 
 def add_json(command: argparse.ArgumentParser) -> None:

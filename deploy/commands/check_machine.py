@@ -16,16 +16,17 @@ import psutil
 from packaging.requirements import Requirement
 
 from deploy.commands.findings import Finding, Findings, Subject, failure, ok, warning
-from deploy.engine import has_cuda
-from gateway.telemetry.engines import engine_pids
+from deploy.engine import has_cuda, need_of
+from deploy.fleet.engines import without_ours
+from deploy.fleet.room import side_by_side
+from deploy.machine import find_gpus, look
+from deploy.placement import Need, PlacementError, taken_by
 from quantize.card import CardError, read_card, variant_directory
 from quantize.core.legality import ENGINE
 from quantize.core.targets import TargetError, detect
 
 CONSTRAINTS = Path(__file__).resolve().parents[1] / "constraints"
 OLDEST_PYTHON = (3, 11)
-ENGINE_BYTES = 1.8 * 2**30
-"""Of an engine on a CPU beside its weights and its KV cache, measured with vLLM 0.32."""
 SMALL_SHM_BYTES, FEW_FILES = 2**30, 4096
 MOST_NAMED = 3
 LIST_PACKAGES = (
@@ -106,14 +107,8 @@ def check_processor(subject: Subject) -> Findings:
         return
     cores = psutil.cpu_count(logical=False) or psutil.cpu_count() or 1
     if not target.startswith("vllm-cpu"):
-        asked = subprocess.run(
-            ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader"],
-            capture_output=True,
-            text=True,
-            timeout=20,
-            check=True,
-        )
-        yield ok(f"{'; '.join(asked.stdout.split(chr(10))).strip('; ')} ({target})")
+        gpus = "; ".join(f"{gpu.name}, {gpu.total >> 20} MiB" for gpu in find_gpus()[0])
+        yield ok(f"{gpus} ({target})")
         return
     kind = target.removeprefix("vllm-cpu-")
     text = f"{cores} cores, {PROCESSORS.get(kind, kind)} ({target})"
@@ -131,17 +126,26 @@ def check_memory(subject: Subject) -> Findings:
     if not local:
         yield ok(have)
         return
-    weights = sum(weight_bytes(subject, variant) for variant in local)
-    caches = 0 if has_cuda() else sum((subject.of(v)[0].engine.kv_cache_gib or 1) * 2**30 for v in local)
-    # On a GPU the weights pass through this memory once, one engine's at a time at worst.
-    need = weights + (0 if has_cuda() else caches + len(local) * ENGINE_BYTES)
-    running = engine_pids(subject.config.run_dir)
-    room = memory.total if running else memory.available
-    text = f"{have}; {', '.join(local)} here need about {_gib(need)}"
-    if need > room:
-        yield failure(text, "lower engine.kv_cache_gib, or serve fewer variants here (serve, pools)")
+    needs = [_need(subject, variant) for variant in local]
+    text = f"{have}; {', '.join(local)} here need about {_gib(sum(map(taken_by, needs)))}"
+    try:
+        places = side_by_side(without_ours(look(), subject.config.run_dir), needs)
+    except PlacementError as error:
+        why, _, ways = str(error).partition(" What helps: ")
+        yield failure(f"{have}; {why}", ways or "serve fewer variants here (serve, pools)")
     else:
-        yield ok(text + (" and have it" if running else ""))
+        yield ok(f"{text}: {', '.join(dict.fromkeys(one.where for one in places))}")
+
+
+def _need(subject: Subject, variant: str) -> Need:
+    """What an engine takes; of a variant that is not made yet, or not whole, what the model's own would."""
+    model, short = subject.of(variant)
+    try:
+        directory = variant_directory(model.variants_dir, short)
+        return need_of(read_card(directory), directory, model.engine)
+    except (CardError, OSError):
+        cache = (model.engine.kv_cache_gib or 1) * 2**30
+        return Need(variant, weight_bytes(subject, variant), cache, env=model.engine.env)
 
 
 def check_disk(subject: Subject) -> Findings:

@@ -29,7 +29,8 @@ from sqlalchemy.pool import NullPool
 from deploy.commands.check_machine import existing
 from deploy.commands.findings import Finding, Findings, Subject, failure, ok, warning
 from deploy.engine import port_in_use
-from gateway.config import ConfigError, shown_url
+from deploy.hub import is_there
+from gateway.config import ConfigError, shown_url, slug
 from gateway.quality.tables import FACTS, FORMAT
 from gateway.quality.watch import store_url
 from gateway.routing.discovery import PREFIX
@@ -52,10 +53,12 @@ def check_files(subject: Subject) -> Findings:
     named = {"quality.classifier": config.quality.classifier}
     for model in config.each():
         key = f"models.{model.name}"
-        if not (model.path / "config.json").is_file():
+        if model.hub is None and not (model.path / "config.json").is_file():
             fix = f"set {key}.path to a checkpoint's directory"
             yield warning(f"{key}.path: {model.path} holds no checkpoint; no variant can be made", fix)
             well = False
+        elif not is_there(model):
+            yield ok(f"{key}.hub: {model.hub} is not fetched yet; `tiercel quantize` does it")
         named[f"{key}.calibration"] = model.calibration
     for name, role in config.roles.items():
         named |= {f"roles.{name}.tasks": role.tasks, f"roles.{name}.long_context": role.long_context}
@@ -386,11 +389,21 @@ def check_leftovers(subject: Subject) -> Findings:
         if not _listening(path):
             found = True
             yield warning(f"{path} is of a worker that does not run", f"rm {path}")
-    for path in sorted(config.variants_dir.glob("*/.partial-*")):
-        variant = path.name.removeprefix(".partial-").partition("@")[0]
-        if not _held(path.parent / ".locks" / variant):
+    for model in config.each():
+        for path in sorted(model.variants_dir.glob(".partial-*")):
+            variant = path.name.removeprefix(".partial-").partition("@")[0]
+            if not _held(model.variants_dir / ".locks" / variant):
+                found = True
+                yield warning(f"{path} was left by a run that was killed", f"rm -r {path}")
+    known = {slug(name) for name in config.models}
+    for path in sorted(config.variants_dir.glob("*/current")):
+        if path.is_symlink() and path.parent.name not in known:
             found = True
-            yield warning(f"{path} was left by a run that was killed", f"rm -r {path}")
+            where = config.variants_dir / slug(config.default_model)
+            yield warning(
+                f"{path.parent} is of the time when a file had one model, and is not read",
+                f"mkdir -p {where}; mv {path.parent} {where}/",
+            )
     if not found:
         yield ok("nothing is left of processes that were killed")
 

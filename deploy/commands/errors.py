@@ -19,7 +19,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from deploy.engine import EngineStartError
-from deploy.supervisor import UpError
+from deploy.fleet.speed import NoSpeedError
+from deploy.fleet.traffic import TrafficError
+from deploy.gateway_process import UpError
+from deploy.placement import PlacementError
 from gateway.config import ConfigError, load_config
 from gateway.errors import GatewayError
 from quantize.card import CardError
@@ -50,7 +53,10 @@ USER_ERRORS = (
     EngineStartError,
     EngineError,
     GatewayError,
+    PlacementError,
     UpError,
+    NoSpeedError,
+    TrafficError,
 )
 MENDABLE = 2
 """Exit status for what a person can mend."""

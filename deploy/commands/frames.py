@@ -27,6 +27,7 @@ from deploy.commands.readings import (
     share_text,
 )
 from deploy.commands.status import state_text
+from gateway.config import parts_of, variant_id
 
 AROUND = 8
 """Lines of a frame that are neither roles nor replicas."""
@@ -59,6 +60,8 @@ def frame(
 ) -> RenderableType:
     """What is shown at one moment. ``height``: lines that there is room for; the busiest roles are shown."""
     replicas = [(v, name, one) for v, pool in now.pools.items() for name, one in pool["replicas"].items()]
+    models = {parts_of(variant)[0] for variant in now.pools}
+    known = f"{models.pop()}:" if len(models) == 1 else ""
     found = None
     if before is not None and comparable(before.reading, now.reading):
         found = flows(before.reading, now.reading)
@@ -70,8 +73,8 @@ def frame(
         parts += [Text(f"waiting for the next reading: {why}", style="yellow"), Text()]
     else:
         room = None if height is None else max(3, height - AROUND - len(replicas))
-        parts += [*_roles(found, room), Text()]
-    parts += [_replicas(replicas, now.reading), *_demoted(now.reading)]
+        parts += [*_roles(found, room, known), Text()]
+    parts += [_replicas(replicas, now.reading, known), *_demoted(now.reading)]
     return Group(*parts)
 
 
@@ -101,13 +104,14 @@ def _name(text: str, style: str = "") -> Text:
     return Text(text, style=style, no_wrap=True, overflow="ellipsis")
 
 
-def _roles(found: Sequence[Flow], room: int | None) -> Iterator[RenderableType]:
+def _roles(found: Sequence[Flow], room: int | None, known: str) -> Iterator[RenderableType]:
+    """``known``: what names of variants begin with that need not be said."""
     busiest = sorted(found, key=lambda one: -one.requests)[:room]
     table = _table("req/s", "4xx/s", "5xx/s", "p50/p95", "TTFT", "tokens/s", names=("role", "variant"))
     for one in sorted(busiest, key=lambda one: (one.role, one.variant)):
         table.add_row(
             _name(one.role),
-            _name(one.variant),
+            _name(one.variant.removeprefix(known)),
             f"{one.requests:.1f}",
             f"{one.refused:.1f}",
             Text(f"{one.errors:.1f}", style="red" if one.errors else ""),
@@ -121,19 +125,18 @@ def _roles(found: Sequence[Flow], room: int | None) -> Iterator[RenderableType]:
         yield Text(f"… and {left} quieter", style="dim")
 
 
-def _replicas(replicas: Sequence[tuple[str, str, Mapping[str, Any]]], reading: Reading) -> Table:
+def _replicas(replicas: Sequence[tuple[str, str, Mapping[str, Any]]], reading: Reading, known: str) -> Table:
     table = _table("in flight", "queue", "KV cache", "memory", names=("replica", "state", "address"))
     for variant, name, one in replicas:
-        of = {"variant": variant, "replica": name}
-        queue, state = reading.one(QUEUE, **of), state_text(one)
+        queue, state = reading.of_replica(QUEUE, variant, name), state_text(one)
         table.add_row(
-            _name(name),
+            _name(name.removeprefix(known)),
             _name(state, "red" if state in BAD else "green"),
             _name(one["url"]),
             str(one["in_flight"]),
             "-" if queue is None else f"{queue:.0f}",
-            share_text(reading.one(KV_CACHE, **of)),
-            bytes_text(reading.one(MEMORY, **of)),
+            share_text(reading.of_replica(KV_CACHE, variant, name)),
+            bytes_text(reading.of_replica(MEMORY, variant, name)),
         )
     return table
 
@@ -141,5 +144,5 @@ def _replicas(replicas: Sequence[tuple[str, str, Mapping[str, Any]]], reading: R
 def _demoted(reading: Reading) -> Iterator[Text]:
     out = [dict(labels) for labels, value in reading.samples.get(DEMOTED, {}).items() if value]
     if out:
-        names = ", ".join(f"{one['variant']} as {one['role']}" for one in out)
+        names = ", ".join(f"{variant_id(one['model'], one['variant'])} as {one['role']}" for one in out)
         yield Text(f"demoted: {names} (tiercel watch says why)", style="yellow")

@@ -13,8 +13,9 @@ from gateway.cards import load_cards
 from gateway.config import ApiKey, Config, ConfigError, load_config
 from gateway.identity import Identities, hash_of
 from gateway.proxy.body import RequestFields
+from gateway.routing.choices import Explanation
 from gateway.routing.pools import Pools
-from gateway.routing.router import Explanation, Router
+from gateway.routing.router import Router
 
 
 def add_gateway(commands: Any) -> None:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from deploy.commands import NOT_WELL, add_command, add_json, add_model, print_json, run_engines, say
 from deploy.commands.before import refuse_unmeasurable
 from deploy.commands.variants import card_as_json
-from deploy.models import one_model, registry_of
-from gateway.config import ModelConfig, load_config
+from deploy.models import checkpoint_of, one_model, registry_of, some_models, variant_of, variants_of
+from gateway.config import Config, ModelConfig, load_config
 from quantize.card import Card
 from quantize.core.checkpoint import open_checkpoint
 from quantize.core.methods import parse_method
@@ -49,9 +49,9 @@ def add_quantize(parser: argparse.ArgumentParser) -> None:
     making.add_argument("--target", help=TARGET_HELP)
     _unmeasured(making)
 
-    text = "measure and judge variants that are there, on the engine at hand"
+    text = "measure and judge variants that are there, on the engine at hand, one model after another"
     measuring = add_command(commands, "measure", measure, text)
-    add_model(measuring)
+    add_model(measuring, "all")
     measuring.add_argument("variants", nargs="*", help="which (default: all)")
     add_json(measuring)
     measuring.set_defaults(evaluate=True)
@@ -110,8 +110,9 @@ def with_make(arguments: Sequence[str]) -> list[str]:
     return given
 
 
-def _model(options: argparse.Namespace) -> ModelConfig:
-    return one_model(load_config(options.config), options.model)
+def _model(options: argparse.Namespace) -> tuple[Config, ModelConfig]:
+    config = load_config(options.config)
+    return config, one_model(config, options.model)
 
 
 def check(options: argparse.Namespace) -> None:
@@ -133,8 +134,9 @@ def check(options: argparse.Namespace) -> None:
 def make(options: argparse.Namespace) -> None:
     from deploy.making import make_one, make_variants
 
-    model = _model(options)
-    before = _before(model, options, 1 if options.scheme else len(options.variants or RECIPES))
+    config = load_config(options.config)
+    model, variants = variants_of(config, options.variants, options.model)
+    before = _before(model, options, 1 if options.scheme else len(variants or RECIPES))
     if options.scheme:
         scheme(options.scheme)
         kv_scheme(options.kv)
@@ -143,26 +145,37 @@ def make(options: argparse.Namespace) -> None:
             model, options.name, options.scheme, options.method, options.kv, say, options.target, before
         )
     else:
-        cards = make_variants(model, options.variants or list(RECIPES), say, options.target, before)
-    _judge(model, cards, options)
+        cards = make_variants(model, variants or list(RECIPES), say, options.target, before)
+    _judge(config, {model.name: cards}, options)
 
 
 def measure(options: argparse.Namespace) -> None:
+    """The named variants, each beside its model's reference; without any, all of one model or of all."""
     from deploy.measuring import say_hopeless
 
-    model = _model(options)
-    registry = registry_of(model, say)
-    names = options.variants or registry.variants()
-    others = [name for name in dict.fromkeys(names) if name != model.reference]
-    cards = [registry.card(name) for name in (model.reference, *others)]
-    say_hopeless(model, len(others), say)
-    _judge(model, cards, options)
+    config = load_config(options.config)
+    wanted: dict[str, list[str]] = {}
+    for name in options.variants:
+        model, variant = variant_of(config, name, options.model)
+        wanted.setdefault(model.name, []).append(variant)
+    if not wanted:
+        wanted = {one.name: [] for one in some_models(config, options.model)}
+    cards = {}
+    for model in map(config.of, wanted):
+        registry = registry_of(model, say)
+        if not (names := wanted[model.name] or registry.variants()) and len(wanted) > 1:
+            say(f"{model.name}: no variants; make them with `tiercel quantize --model {model.name}`")
+            continue
+        others = [name for name in dict.fromkeys(names) if name != model.reference]
+        cards[model.name] = [registry.to_measure(name) for name in (model.reference, *others)]
+        say_hopeless(model, len(others), say)
+    _judge(config, cards, options)
 
 
 def sensitivity(options: argparse.Namespace) -> None:
     from deploy.planning import format_sensitivity, sensitivity
 
-    found, path = sensitivity(_model(options), options.target)
+    found, path = sensitivity(_model(options)[1], options.target)
     if options.json:
         print_json(found)
     else:
@@ -173,7 +186,7 @@ def sensitivity(options: argparse.Namespace) -> None:
 def plan(options: argparse.Namespace) -> None:
     from deploy.planning import plan
 
-    model = _model(options)
+    config, model = _model(options)
     for method in options.methods or ():
         parse_method(method)
     for name in options.schemes or ():
@@ -195,15 +208,15 @@ def plan(options: argparse.Namespace) -> None:
         compare_with=KINDS if options.controls == [] else options.controls or (),
         before=_before(model, options),
     )
-    _judge(model, [_reference(model), card], options)
+    _judge(config, {model.name: [_reference(model), card]}, options)
 
 
 def register(options: argparse.Namespace) -> None:
     from quantize.check import refuse_pattern, refuse_unfit
 
-    model = _model(options)
+    config, model = _model(options)
     _before(model, options)()
-    checkpoint = open_checkpoint(model.path)
+    checkpoint = checkpoint_of(model, say)
     refuse_pattern(model.variants_dir)
     refuse_unfit(checkpoint)
     for note in checkpoint.notes:
@@ -217,7 +230,7 @@ def register(options: argparse.Namespace) -> None:
         )
         for problem in found:
             say(f"{options.name} may not load here: {problem}")
-    _judge(model, [reference, card], options)
+    _judge(config, {model.name: [reference, card]}, options)
 
 
 def _before(model: ModelConfig, options: argparse.Namespace, variants: int = 1) -> Callable[[], None]:
@@ -233,20 +246,22 @@ def _before(model: ModelConfig, options: argparse.Namespace, variants: int = 1) 
 
 
 def _reference(model: ModelConfig) -> Card:
-    registry = registry_of(model, say)
-    return registry.add_reference(open_checkpoint(model.path))
+    return registry_of(model, say).add_reference(checkpoint_of(model, say))
 
 
-def _judge(model: ModelConfig, cards: Sequence[Card], options: argparse.Namespace) -> None:
+def _judge(config: Config, cards: Mapping[str, Sequence[Card]], options: argparse.Namespace) -> None:
+    """Measure and judge cards, by model, where that is asked for, and show them."""
     from quantize.report.tables import format_variants
 
+    shown = [card for of_model in cards.values() for card in of_model]
     if options.evaluate:
-        from deploy.measuring import evaluate_variants
+        from deploy.evaluation import evaluate_models
 
-        cards = run_engines(evaluate_variants(model, cards, say))
+        shown = run_engines(evaluate_models(config, cards, say))
     if options.json:
-        print_json([card_as_json(card) for card in cards])
-    else:
-        print(format_variants(cards))
-    if options.evaluate and any(card.evaluation is None and card.state == "ready" for card in cards):
+        print_json([card_as_json(card) for card in shown])
+    for model in cards if not options.json else ():
+        table = format_variants([card for card in shown if card.model == model])
+        print(f"{model}\n{table}" if len(cards) > 1 else table)
+    if options.evaluate and any(card.evaluation is None and card.state == "ready" for card in shown):
         sys.exit(NOT_WELL)  # said above: there was no room for its engine

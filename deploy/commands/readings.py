@@ -12,6 +12,8 @@ from itertools import pairwise
 
 from prometheus_client.parser import text_string_to_metric_families
 
+from gateway.config import parts_of, variant_id
+
 REQUESTS = "tiercel_requests_total"
 TOKENS = "tiercel_tokens_total"
 DURATION = "tiercel_request_duration_seconds_bucket"
@@ -30,7 +32,7 @@ CLIENT_LEFT = "499"
 
 Labels = tuple[tuple[str, str], ...]
 Cell = tuple[str, str]
-"""Role and variant."""
+"""Role, and variant as ``model:variant``."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,11 @@ class Reading:
     def one(self, name: str, **labels: str) -> float | None:
         """The sample with exactly these labels."""
         return self.samples.get(name, {}).get(tuple(sorted(labels.items())))
+
+    def of_replica(self, name: str, variant: str, replica: str) -> float | None:
+        """The same for a replica of a ``model:variant``."""
+        model, short = parts_of(variant)
+        return self.one(name, model=model, variant=short, replica=replica)
 
 
 @dataclass(frozen=True)
@@ -154,7 +161,7 @@ def _histograms(before: Reading, now: Reading, name: str) -> dict[Cell, dict[flo
 
 
 def _cell(labels: Mapping[str, str]) -> Cell:
-    return labels["role"], labels["variant"]
+    return labels["role"], variant_id(labels["model"], labels["variant"])
 
 
 def seconds_text(seconds: float) -> str:

@@ -27,7 +27,7 @@ from deploy.commands.readings import (
     share_text,
     span_text,
 )
-from gateway.config import ConfigError
+from gateway.config import ConfigError, parts_of, slug, variant_id
 from quantize.report.tables import align
 
 TIMEOUT_S = 10.0
@@ -60,7 +60,7 @@ def look(gateway: GatewayClient, over_s: float) -> dict[str, Any]:
     before = _read(gateway)
     config = gateway.ask("/admin/config")
     watch = _watch(gateway, config)
-    roles = [_role(gateway, config, role) for role in config["roles"]]
+    roles = [_role(gateway, role) for role in config["roles"]]
     time.sleep(max(0.0, before.at + over_s - time.monotonic()))
     now = _read(gateway)
     readiness = gateway.ask("/readiness", also=503)
@@ -106,9 +106,9 @@ def _watch(gateway: GatewayClient, config: Mapping[str, Any]) -> dict[str, Any]:
     return {"enabled": True, "error": None, "cells": cells}
 
 
-def _role(gateway: GatewayClient, config: Mapping[str, Any], role: str) -> dict[str, Any]:
+def _role(gateway: GatewayClient, role: str) -> dict[str, Any]:
     """Who serves a role at this moment, and why."""
-    route = gateway.ask("/v1/route", {"model": config["model"]["name"]}, {"x-agent-role": role})
+    route = gateway.ask("/v1/route", {"model": role})
     if route["role"] != role:
         raise RefusedError(
             f"the key's requests are all of role {route['role']}, so nothing can be said of {role}; "
@@ -136,8 +136,8 @@ def _role(gateway: GatewayClient, config: Mapping[str, Any], role: str) -> dict[
 def _gateway(config: Mapping[str, Any], now: Reading) -> dict[str, Any]:
     started = now.one(STARTED)
     return {
-        "model": config["model"]["name"],
-        "reference": config["reference"],
+        "models": list(config["models"]),
+        "references": {name: variant_id(name, one["reference"]) for name, one in config["models"].items()},
         "workers": config["gateway"]["workers"],
         "up_s": None if started is None else max(0.0, time.time() - started),
         "memory_bytes": now.one(RESIDENT),
@@ -149,9 +149,9 @@ def _pool(variant: str, pool: Mapping[str, Any], now: Reading) -> dict[str, Any]
         {
             "name": name,
             **replica,
-            "queue": now.one(QUEUE, variant=variant, replica=name),
-            "kv_cache_usage": now.one(KV_CACHE, variant=variant, replica=name),
-            "memory_bytes": now.one(MEMORY, variant=variant, replica=name),
+            "queue": now.of_replica(QUEUE, variant, name),
+            "kv_cache_usage": now.of_replica(KV_CACHE, variant, name),
+            "memory_bytes": now.of_replica(MEMORY, variant, name),
         }
         for name, replica in pool["replicas"].items()
     ]
@@ -183,7 +183,8 @@ def not_well(found: Mapping[str, Any], config: Mapping[str, Any]) -> Iterator[tu
             name, url = replica["name"], replica["url"]
             if not replica["reachable"]:
                 given = config["pools"].get(variant)
-                log = f"{config['run_dir']}/logs/engine-{variant}.log"
+                model, short = parts_of(variant)
+                log = f"{config['run_dir']}/logs/engine-{slug(model)}-{short}.log"
                 fix = (
                     f"start it, or take it out of pools.{variant}" if given else f"its last words: tail {log}"
                 )
@@ -225,7 +226,7 @@ def format_status(found: Mapping[str, Any]) -> str:
     """For a terminal."""
     gateway, concerns = found["gateway"], found["not_well"]
     many = f"{len(concerns)} thing{'s are' if len(concerns) > 1 else ' is'} not well"
-    about = [f"{found['url']} serves {gateway['model']}"]
+    about = [f"{found['url']} serves {', '.join(gateway['models'])}"]
     if gateway["up_s"] is not None:
         about.append(f"up {span_text(gateway['up_s'])}")
     if gateway["memory_bytes"] is not None:

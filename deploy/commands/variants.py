@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from deploy.commands import add_command, add_json, add_model, print_json, say
-from deploy.models import one_model, registry_of
-from gateway.config import ModelConfig, load_config
+from deploy.models import checkpoint_of, one_model, registry_of, some_models, variant_of
+from gateway.config import ModelConfig, load_config, variant_id
 from quantize.card import Card, CardError, read_card
 from quantize.registry import Registry
 from quantize.report.distributions import Distributions
 
 COMMANDS = ("list", "show", "compare", "use", "delete", "report", "-h", "--help")
+NAMED = "model:variant, or its name where one model alone has such"
 DISTRIBUTION_SAMPLES = 32
 """Calibration conversations that activation distributions are taken from."""
 
@@ -25,21 +26,22 @@ def add_variants(parser: argparse.ArgumentParser) -> None:
     listing = add_command(commands, "list", list_variants, "every variant with its figures and verdicts")
     add_json(listing)
     showing = add_command(commands, "show", show, "one variant: what it is, what it lost, its versions")
-    showing.add_argument("variant")
+    showing.add_argument("variant", help=NAMED)
     add_json(showing)
     comparing = add_command(commands, "compare", compare, "variants side by side")
-    comparing.add_argument("variants", nargs="+")
+    comparing.add_argument("variants", nargs="+", help=NAMED)
     add_json(comparing)
     using = add_command(commands, "use", use, "choose a version: roll back, or forward again")
-    using.add_argument("variant")
+    using.add_argument("variant", help=NAMED)
     using.add_argument("version", help="twelve hex digits, as `show` lists them")
     deleting = add_command(commands, "delete", delete, "delete a version, or a whole variant")
-    deleting.add_argument("variant")
+    deleting.add_argument("variant", help=NAMED)
     deleting.add_argument("version", nargs="?")
     reporting = add_command(commands, "report", report, "write one HTML file with pictures of all variants")
     reporting.add_argument("--out", type=Path, default=Path("var/variants.html"))
     reporting.add_argument("--no-distributions", dest="distributions", action="store_false")
-    for command in (listing, showing, comparing, using, deleting, reporting):
+    add_model(listing, "all")
+    for command in (showing, comparing, using, deleting, reporting):
         add_model(command)
 
 
@@ -50,36 +52,41 @@ def with_list(arguments: list[str]) -> list[str]:
     return arguments
 
 
-def _model(options: argparse.Namespace) -> ModelConfig:
-    return one_model(load_config(options.config), options.model)
-
-
-def _cards(model: ModelConfig, registry: Registry) -> tuple[Card, ...]:
-    cards = registry.cards()
-    if not cards:
-        raise CardError(f"{model.variants_dir} holds no variants; make them with `tiercel quantize`")
-    return cards
-
-
 def card_as_json(card: Card) -> dict[str, Any]:
     """The card with its version, which follows from its files."""
     return {"version": card.version, **card.model_dump(mode="json")}
 
 
 def list_variants(options: argparse.Namespace) -> None:
+    """Of all models, one after the other, unless one is named."""
+    config = load_config(options.config)
+    models = [(one, registry_of(one, say)) for one in some_models(config, options.model)]
+    if not any(registry.variants() for _, registry in models):
+        raise CardError(
+            f"{models[0][0].variants_dir if len(models) == 1 else config.variants_dir} holds no variants; "
+            "make them with `tiercel quantize`"
+        )
+    if options.json:
+        print_json([one for model, registry in models for one in _listed(model, registry.cards())])
+        return
+    print("\n\n".join(_table(model, registry, len(config.models) > 1) for model, registry in models))
+
+
+def _listed(model: ModelConfig, cards: Sequence[Card]) -> list[dict[str, Any]]:
+    old = stale_variants(model, cards)
+    return [card_as_json(card) | {"stale": old[card.variant]} for card in cards]
+
+
+def _table(model: ModelConfig, registry: Registry, several: bool) -> str:
     from quantize.report.tables import format_variants
 
-    model = _model(options)
-    registry = registry_of(model, say)
-    cards = _cards(model, registry)
-    old = stale_variants(model, cards)
-    if options.json:
-        print_json([card_as_json(card) | {"stale": old[card.variant]} for card in cards])
-        return
+    cards = registry.cards()
+    named = f"{model.name}\n" if several else ""
+    if not cards:
+        return f"{named}no variants; make them with `tiercel quantize --model {model.name}`"
     counts = {card.variant: len(registry.versions(card.variant)) for card in cards}
-    print(format_variants(cards, counts, old))
-    for line in waiting_lines(registry, cards):
-        print(line)
+    table = format_variants(cards, counts, stale_variants(model, cards))
+    return named + "\n".join([table, *waiting_lines(registry, cards)])
 
 
 def stale_variants(model: ModelConfig, cards: Sequence[Card]) -> dict[str, tuple[str, ...]]:
@@ -113,10 +120,10 @@ def waiting_lines(registry: Registry, cards: Sequence[Card]) -> list[str]:
 def show(options: argparse.Namespace) -> None:
     from quantize.report.tables import format_card
 
-    model = _model(options)
+    model, variant = variant_of(load_config(options.config), options.variant, options.model)
     registry = registry_of(model, say)
-    card = registry.card(options.variant)
-    versions, old = registry.versions(options.variant), stale_variants(model, [card])[card.variant]
+    card = registry.card(variant)
+    versions, old = registry.versions(variant), stale_variants(model, [card])[variant]
     if options.json:
         print_json(card_as_json(card) | {"all_versions": versions, "stale": old})
     else:
@@ -126,30 +133,38 @@ def show(options: argparse.Namespace) -> None:
 def compare(options: argparse.Namespace) -> None:
     from quantize.report.tables import format_comparison
 
-    registry = registry_of(_model(options), say)
-    cards = [registry.card(name) for name in options.variants]
+    config = load_config(options.config)
+    found = [variant_of(config, name, options.model) for name in options.variants]
+    cards = [registry_of(model, say).card(variant) for model, variant in found]
     if options.json:
         print_json([card_as_json(card) for card in cards])
-    else:
-        print(format_comparison(cards))
+        return
+    if len({card.model for card in cards}) > 1:  # then a variant's own name does not tell which it is
+        whole = [{"variant": card.id, "reference": variant_id(card.model, card.reference)} for card in cards]
+        cards = [card.model_copy(update=names) for card, names in zip(cards, whole, strict=True)]
+    print(format_comparison(cards))
 
 
 def use(options: argparse.Namespace) -> None:
-    card = registry_of(_model(options), say).use(options.variant, options.version)
-    say(f"{card.variant} is now version {card.version}; restart `tiercel up` to serve it")
+    model, variant = variant_of(load_config(options.config), options.variant, options.model)
+    card = registry_of(model, say).use(variant, options.version)
+    say(f"{model.id(variant)} is now version {card.version}; a running `tiercel up` takes it over")
 
 
 def delete(options: argparse.Namespace) -> None:
-    say(str(registry_of(_model(options), say).delete(options.variant, options.version)))
+    model, variant = variant_of(load_config(options.config), options.variant, options.model)
+    say(str(registry_of(model, say).delete(variant, options.version)))
 
 
 def report(options: argparse.Namespace) -> None:
     from deploy.planning import known_controls, known_sensitivity
     from quantize.report.report import Report, write_report
 
-    model = _model(options)
+    model = one_model(load_config(options.config), options.model)
     registry = registry_of(model, say)
-    cards = _cards(model, registry)
+    cards = registry.cards()
+    if not cards:
+        raise CardError(f"{model.variants_dir} holds no variants; make them with `tiercel quantize`")
     found = known_sensitivity(model)
     page = Report(
         model=model.name,
@@ -166,12 +181,11 @@ def _distributions(
     model: ModelConfig, registry: Registry, cards: tuple[Card, ...]
 ) -> dict[str, Distributions]:
     """Of every variant whose layout is known; computed once per version."""
-    from quantize.core.checkpoint import open_checkpoint
     from quantize.core.modules import read_modules
     from quantize.make.calibration import read_calibration
     from quantize.report.distributions import compute_distributions, load_distributions, save_distributions
 
-    checkpoint = open_checkpoint(model.path)
+    checkpoint = checkpoint_of(model, say)
     modules = read_modules(checkpoint)
     made: dict[str, Distributions] = {}
     sequences = None

@@ -10,8 +10,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from tqdm import tqdm
 
 from deploy.commands import add_json, print_json, say
-from deploy.commands.asking import add_asking, client
-from gateway.config import ConfigError, load_config
+from deploy.commands.asking import GatewayClient, add_asking, client
+from gateway.config import ConfigError, load_config, variant_id
 from gateway.quality.judge import JudgeError, read, request
 from quantize.core.jsonl import read_lines
 
@@ -36,7 +36,7 @@ def add_watch(parser: argparse.ArgumentParser) -> None:
     }
     for name, text in texts.items():
         acting = add_asking(commands, name, act, text)
-        acting.add_argument("variant")
+        acting.add_argument("variant", help="model:variant, or its name where one model alone serves such")
         acting.add_argument("role")
         acting.add_argument("--why", default="by hand", help="for whoever reads the events")
         acting.set_defaults(action=name, out_of=False)
@@ -82,9 +82,22 @@ def act(options: argparse.Namespace) -> None:
     action = options.action
     if action == "pin":
         action = "pin_demoted" if options.out_of else "pin_serving"
-    order = {"action": action, "variant": options.variant, "role": options.role, "why": options.why}
-    event = client(options).ask(PATH, order)
+    gateway = client(options)
+    variant = _whole_name(options.variant, gateway)
+    order = {"action": action, "variant": variant, "role": options.role, "why": options.why}
+    event = gateway.ask(PATH, order)
     say(f"{event['variant']} as {event['role']}: {event['kind']}: {event['why']}")
+
+
+def _whole_name(variant: str, gateway: GatewayClient) -> str:
+    """``model:variant``, of a variant alone that one model alone serves. Raises ConfigError."""
+    if ":" in variant:
+        return variant
+    models = gateway.ask("/admin/config")["models"]
+    found = [variant_id(name, variant) for name, model in models.items() if variant in model["serve"]]
+    if len(found) > 1:
+        raise ConfigError(f"{variant}: several models serve such a variant; write one of: {', '.join(found)}")
+    return found[0] if found else variant  # which the gateway refuses, with those that it knows
 
 
 def judge(options: argparse.Namespace) -> None:

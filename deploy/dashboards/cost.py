@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from deploy.dashboards.model import BOTH, RATE, ROLE, VARIANT, Dashboard, Panel, Row, small
+from deploy.dashboards.model import BOTH, ENGINE, MODEL, RATE, ROLE, VARIANT, Dashboard, Panel, Row, small
 
 _TOKENS = f"tiercel_tokens_total{{{BOTH}}}"
 _RAISED = f'tiercel_route_total{{{BOTH}, reason=~"raised_.*|escalated"}}'
 _COMPLETION = f'tiercel_tokens_total{{{BOTH}, kind="completion"}}'
-_WEIGHTS = "max by (variant) (tiercel_variant_weight_bytes)"
+_WEIGHTS = f"max by (model, variant) (tiercel_variant_weight_bytes{{{MODEL}}})"
+_LARGEST = f"max(tiercel_variant_weight_bytes{{{MODEL}}})"
 _READ = (
-    f"sum(sum by (variant) (rate({_COMPLETION}[{RATE}])) * on (variant) {_WEIGHTS}) "
+    f"sum(sum by (model, variant) (rate({_COMPLETION}[{RATE}])) * on (model, variant) {_WEIGHTS}) "
     f"/ sum(rate({_COMPLETION}[{RATE}]))"
 )
-_REPLICAS = f"sum by (variant) (max by (variant, replica) (tiercel_replica_reachable{{{VARIANT}}}))"
+_REPLICAS = (
+    f"sum by (model, variant) (max by (model, variant, replica) (tiercel_replica_reachable{{{VARIANT}}}))"
+)
 
 COST = Dashboard(
     "cost",
@@ -26,8 +29,8 @@ COST = Dashboard(
                 small(
                     "Weights behind a token",
                     "Bytes of weights that an answer's token is computed with, as a share of the largest "
-                    "variant's. 1: everything is served by the reference.",
-                    f"{_READ} / scalar(max(tiercel_variant_weight_bytes))",
+                    "variant's. 1: everything is served by the largest model's reference.",
+                    f"{_READ} / scalar({_LARGEST})",
                     "percentunit",
                 ),
                 small("Replicas", "That can be reached.", f"sum({_REPLICAS})"),
@@ -52,7 +55,7 @@ COST = Dashboard(
                 Panel(
                     "By variant",
                     "Tokens of answers per second.",
-                    [(f"sum by (variant) (rate({_COMPLETION}[{RATE}]))", "{{variant}}")],
+                    [(f"sum by (model, variant) (rate({_COMPLETION}[{RATE}]))", "{{model}}:{{variant}}")],
                     stacked=True,
                 ),
                 Panel(
@@ -72,9 +75,11 @@ COST = Dashboard(
                     "Share of prompt tokens that an engine did not compute again.",
                     [
                         (
-                            f"sum by (instance) (rate(vllm:prefix_cache_hits_total[{RATE}])) "
-                            f"/ sum by (instance) (rate(vllm:prefix_cache_queries_total[{RATE}]))",
-                            "{{instance}}",
+                            "sum by (model_name, instance) "
+                            f"(rate(vllm:prefix_cache_hits_total{{{ENGINE}}}[{RATE}])) "
+                            "/ sum by (model_name, instance) "
+                            f"(rate(vllm:prefix_cache_queries_total{{{ENGINE}}}[{RATE}]))",
+                            "{{model_name}} {{instance}}",
                         )
                     ],
                     "percentunit",
@@ -96,10 +101,10 @@ COST = Dashboard(
                     "Share of a role's requests that each variant has answered.",
                     [
                         (
-                            f"sum by (role, variant) (rate(tiercel_requests_total{{{BOTH}}}[{RATE}])) "
+                            f"sum by (role, model, variant) (rate(tiercel_requests_total{{{BOTH}}}[{RATE}])) "
                             "/ on (role) group_left () "
                             f"sum by (role) (rate(tiercel_requests_total{{{ROLE}}}[{RATE}]))",
-                            "{{role}}: {{variant}}",
+                            "{{role}}: {{model}}:{{variant}}",
                         )
                     ],
                     "percentunit",
@@ -112,26 +117,33 @@ COST = Dashboard(
                 Panel(
                     "Weights",
                     "Bytes of each variant's weights.",
-                    [(f"max by (variant) (tiercel_variant_weight_bytes{{{VARIANT}}})", "{{variant}}")],
+                    [
+                        (
+                            f"max by (model, variant) (tiercel_variant_weight_bytes{{{VARIANT}}})",
+                            "{{model}}:{{variant}}",
+                        )
+                    ],
                     "bytes",
                     kind="bargauge",
                 ),
-                Panel("Replicas", "That can be reached.", [(_REPLICAS, "{{variant}}")], stacked=True),
+                Panel(
+                    "Replicas", "That can be reached.", [(_REPLICAS, "{{model}}:{{variant}}")], stacked=True
+                ),
                 Panel(
                     "Per million tokens",
                     "Price of a variant's replicas for their tokens: a pool that idles is dear.",
                     [
                         (
                             f"1e6 * $replica_hour * {_REPLICAS} "
-                            f"/ (3600 * sum by (variant) (rate({_TOKENS}[{RATE}])))",
-                            "{{variant}}",
+                            f"/ (3600 * sum by (model, variant) (rate({_TOKENS}[{RATE}])))",
+                            "{{model}}:{{variant}}",
                         )
                     ],
                 ),
                 Panel(
                     "Weights behind a token",
                     "Mean bytes that an answer's token is computed with, and the largest variant's.",
-                    [(_READ, "served"), ("max(tiercel_variant_weight_bytes)", "largest variant")],
+                    [(_READ, "served"), (_LARGEST, "largest variant")],
                     "bytes",
                     width=12,
                 ),

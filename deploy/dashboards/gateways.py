@@ -76,19 +76,24 @@ GATEWAYS = Dashboard(
                 Panel(
                     "Pools missed",
                     "Per second: no replica could take a request of the variant that it should have had.",
-                    [(_rate("tiercel_pool_missed_total", "variant", BOTH), "{{variant}}")],
+                    [(_rate("tiercel_pool_missed_total", "model, variant", BOTH), "{{model}}:{{variant}}")],
                     "ops",
                 ),
                 Panel(
                     "Prompt tokens from a cache",
                     "Per second, as engines count them.",
-                    [(_rate("tiercel_cached_tokens_total", "variant", BOTH), "{{variant}}")],
+                    [(_rate("tiercel_cached_tokens_total", "model, variant", BOTH), "{{model}}:{{variant}}")],
                     "ops",
                 ),
                 Panel(
                     "Requests not counted to their end",
                     "Per second: an engine began with them and never said what they took.",
-                    [(_rate("tiercel_usage_unreported_total", "variant", BOTH), "{{variant}}")],
+                    [
+                        (
+                            _rate("tiercel_usage_unreported_total", "model, variant", BOTH),
+                            "{{model}}:{{variant}}",
+                        )
+                    ],
                     "ops",
                 ),
                 Panel(

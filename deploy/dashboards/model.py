@@ -6,8 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-ROLE, VARIANT = 'role=~"$role"', 'variant=~"$variant"'
+ROLE, MODEL = 'role=~"$role"', 'model=~"$model"'
+VARIANT = f'{MODEL}, variant=~"$variant"'
 BOTH = f"{ROLE}, {VARIANT}"
+ENGINE = 'model_name=~"$model"'
+"""What the choice of models narrows vLLM's own metrics by."""
 RATE = "$__rate_interval"
 
 Query = tuple[str, str]

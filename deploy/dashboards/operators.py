@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from deploy.dashboards.model import BOTH, RATE, ROLE, VARIANT, Dashboard, Panel, Row, quantile, small
+from deploy.dashboards.model import BOTH, ENGINE, RATE, ROLE, VARIANT, Dashboard, Panel, Row, quantile, small
 
 OPERATORS = Dashboard(
     "operators",
@@ -35,13 +35,13 @@ OPERATORS = Dashboard(
                 small(
                     "Waiting",
                     "Requests in the engines' queues.",
-                    f"sum(variant:tiercel_queue_depth:sum{{{VARIANT}}})",
+                    f"sum(model_variant:tiercel_queue_depth:sum{{{VARIANT}}})",
                     limits=(16, 32),
                 ),
                 small(
                     "Replicas reached",
                     "Share of replicas that every gateway reaches.",
-                    f"avg(min by (variant, replica) (tiercel_replica_reachable{{{VARIANT}}}))",
+                    f"avg(min by (model, variant, replica) (tiercel_replica_reachable{{{VARIANT}}}))",
                     "percentunit",
                     limits=(0.5, 1),
                     good_is_high=True,
@@ -98,8 +98,27 @@ OPERATORS = Dashboard(
                 Panel(
                     "Between tokens",
                     "Between the chunks of a stream, 95 % are faster.",
-                    [(quantile(0.95, "tiercel_inter_token_latency_seconds", "variant"), "{{variant}}")],
+                    [
+                        (
+                            quantile(0.95, "tiercel_inter_token_latency_seconds", "model, variant"),
+                            "{{model}}:{{variant}}",
+                        )
+                    ],
                     "s",
+                ),
+                Panel(
+                    "Asked for, and served by",
+                    "What clients named as the model, and what answered.",
+                    [
+                        (
+                            "sum by (requested, model, variant) "
+                            f"(rate(tiercel_requests_total{{{BOTH}}}[{RATE}]))",
+                            "{{requested}} → {{model}}:{{variant}}",
+                        )
+                    ],
+                    "reqps",
+                    width=24,
+                    stacked=True,
                 ),
                 Panel(
                     "Routes",
@@ -137,7 +156,7 @@ OPERATORS = Dashboard(
                 Panel(
                     "Queue",
                     "Requests that wait within the engines of a variant.",
-                    [(f"variant:tiercel_queue_depth:sum{{{VARIANT}}}", "{{variant}}")],
+                    [(f"model_variant:tiercel_queue_depth:sum{{{VARIANT}}}", "{{model}}:{{variant}}")],
                     limits=(16, 32),
                 ),
                 Panel(
@@ -156,12 +175,23 @@ OPERATORS = Dashboard(
                 Panel(
                     "Running",
                     "Requests that an engine works on, by its own metrics.",
-                    [("sum by (instance) (vllm:num_requests_running)", "{{instance}}")],
+                    [
+                        (
+                            f"sum by (model_name, instance) (vllm:num_requests_running{{{ENGINE}}})",
+                            "{{model_name}} {{instance}}",
+                        )
+                    ],
                 ),
                 Panel(
                     "Preemptions",
                     "Requests thrown out of a full cache, per second. They begin again.",
-                    [(f"sum by (instance) (rate(vllm:num_preemptions_total[{RATE}]))", "{{instance}}")],
+                    [
+                        (
+                            "sum by (model_name, instance) "
+                            f"(rate(vllm:num_preemptions_total{{{ENGINE}}}[{RATE}]))",
+                            "{{model_name}} {{instance}}",
+                        )
+                    ],
                     "ops",
                     limits=(0.02, 0.1),
                 ),
@@ -170,9 +200,9 @@ OPERATORS = Dashboard(
                     "Seconds until an engine begins with a request, 95 % wait less.",
                     [
                         (
-                            "histogram_quantile(0.95, sum by (le, instance) "
-                            f"(rate(vllm:request_queue_time_seconds_bucket[{RATE}])))",
-                            "{{instance}}",
+                            "histogram_quantile(0.95, sum by (le, model_name, instance) "
+                            f"(rate(vllm:request_queue_time_seconds_bucket{{{ENGINE}}}[{RATE}])))",
+                            "{{model_name}} {{instance}}",
                         )
                     ],
                     "s",

@@ -18,20 +18,20 @@ QUALITY = Dashboard(
                 small(
                     "Demoted",
                     "Variants that are out of a role's choice.",
-                    f"sum(max by (variant, role) (tiercel_variant_demoted{{{BOTH}}}))",
+                    f"sum(max by (model, variant, role) (tiercel_variant_demoted{{{BOTH}}}))",
                     limits=(1, 2),
                 ),
                 small(
                     "Made up, 1 h",
                     "Of the sentences that claim something. The worst role and variant.",
-                    f"max(role_variant:tiercel_sentences_made_up:ratio_rate1h{{{BOTH}}})",
+                    f"max(role_model_variant:tiercel_sentences_made_up:ratio_rate1h{{{BOTH}}})",
                     "percentunit",
                     limits=(0.05, 0.1),
                 ),
                 small(
                     "Disputed, 1 h",
                     "Of the answers put before the reference. The worst role and variant.",
-                    f"max(role_variant:tiercel_shadow_disputed:ratio_rate1h{{{BOTH}}})",
+                    f"max(role_model_variant:tiercel_shadow_disputed:ratio_rate1h{{{BOTH}}})",
                     "percentunit",
                     limits=(0.05, 0.2),
                 ),
@@ -66,8 +66,8 @@ QUALITY = Dashboard(
                     "Whether a variant may serve a role.",
                     [
                         (
-                            f"max by (variant, role) (tiercel_variant_demoted{{{BOTH}}})",
-                            "{{variant}} as {{role}}",
+                            f"max by (model, variant, role) (tiercel_variant_demoted{{{BOTH}}})",
+                            "{{model}}:{{variant}} as {{role}}",
                         )
                     ],
                     kind="state-timeline",
@@ -79,8 +79,8 @@ QUALITY = Dashboard(
                     "That a check has changed for the worse, nats. 15.4 are an alarm.",
                     [
                         (
-                            f"max by (role, variant, check) (tiercel_quality_cusum{{{BOTH}}})",
-                            "{{variant}} as {{role}}: {{check}}",
+                            f"max by (role, model, variant, check) (tiercel_quality_cusum{{{BOTH}}})",
+                            "{{model}}:{{variant}} as {{role}}: {{check}}",
                         )
                     ],
                     width=12,
@@ -91,8 +91,8 @@ QUALITY = Dashboard(
                     "Share of the compared answers, over an hour.",
                     [
                         (
-                            f"role_variant:tiercel_shadow_disputed:ratio_rate1h{{{BOTH}}}",
-                            "{{variant}} as {{role}}",
+                            f"role_model_variant:tiercel_shadow_disputed:ratio_rate1h{{{BOTH}}}",
+                            "{{model}}:{{variant}} as {{role}}",
                         )
                     ],
                     "percentunit",
@@ -121,8 +121,8 @@ QUALITY = Dashboard(
                     "Log-ratio per token of the median answer, nats: at temperature 1 the KL divergence.",
                     [
                         (
-                            quantile(0.5, "tiercel_shadow_divergence_nats", "role, variant"),
-                            "{{variant}} as {{role}}",
+                            quantile(0.5, "tiercel_shadow_divergence_nats", "role, model, variant"),
+                            "{{model}}:{{variant}} as {{role}}",
                         )
                     ],
                 ),
@@ -131,8 +131,8 @@ QUALITY = Dashboard(
                     "Share of an answer's tokens that are not the reference's first choice, mean.",
                     [
                         (
-                            mean("tiercel_shadow_token_disagreement_ratio", "role, variant"),
-                            "{{variant}} as {{role}}",
+                            mean("tiercel_shadow_token_disagreement_ratio", "role, model, variant"),
+                            "{{model}}:{{variant}} as {{role}}",
                         )
                     ],
                     "percentunit",
@@ -158,8 +158,8 @@ QUALITY = Dashboard(
                     "Share of the sentences that claim something, over an hour.",
                     [
                         (
-                            f"role_variant:tiercel_sentences_made_up:ratio_rate1h{{{BOTH}}}",
-                            "{{variant}} as {{role}}",
+                            f"role_model_variant:tiercel_sentences_made_up:ratio_rate1h{{{BOTH}}}",
+                            "{{model}}:{{variant}} as {{role}}",
                         )
                     ],
                     "percentunit",
@@ -193,21 +193,31 @@ QUALITY = Dashboard(
                 Panel(
                     "Scores",
                     "Mean of an answer's score, 1 is best.",
-                    [(mean("tiercel_quality_score", "variant, check"), "{{variant}}: {{check}}")],
+                    [
+                        (
+                            mean("tiercel_quality_score", "model, variant, check"),
+                            "{{model}}:{{variant}}: {{check}}",
+                        )
+                    ],
                     "percentunit",
                 ),
                 Panel(
                     "Surprise",
                     "Mean -log p of an answer's tokens, nats: the median answer.",
-                    [(quantile(0.5, "tiercel_token_nll_mean", "role, variant"), "{{variant}} as {{role}}")],
+                    [
+                        (
+                            quantile(0.5, "tiercel_token_nll_mean", "role, model, variant"),
+                            "{{model}}:{{variant}} as {{role}}",
+                        )
+                    ],
                 ),
                 Panel(
                     "Highest entropy",
                     "Of an answer's tokens, nats: 95 % of the answers stay below.",
                     [
                         (
-                            quantile(0.95, "tiercel_token_entropy_max", "role, variant"),
-                            "{{variant}} as {{role}}",
+                            quantile(0.95, "tiercel_token_entropy_max", "role, model, variant"),
+                            "{{model}}:{{variant}} as {{role}}",
                         )
                     ],
                 ),

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from deploy.dashboards.model import Dashboard, Panel, Row
+from deploy.dashboards.model import MODEL, Dashboard, Panel, Row
 
 COLUMNS = 24
 """Of Grafana's grid."""
@@ -59,7 +59,10 @@ def render(dashboard: Dashboard) -> dict[str, Any]:
                     "current": {},
                 },
                 _labels("role", "Role", "label_values(tiercel_requests_total, role)"),
-                _labels("variant", "Variant", "label_values(tiercel_variant_weight_bytes, variant)"),
+                _labels("model", "Model", "label_values(tiercel_variant_weight_bytes, model)"),
+                _labels(
+                    "variant", "Variant", f"label_values(tiercel_variant_weight_bytes{{{MODEL}}}, variant)"
+                ),
                 *dashboard.variables,
             ]
         },

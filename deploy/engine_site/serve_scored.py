@@ -1,4 +1,4 @@
-"""vLLM's OpenAI-compatible server with what Tiercel measures by: a route and a worker extension.
+"""vLLM's OpenAI-compatible server with what Tiercel measures and drains by: routes and a worker extension.
 
 For GPUs it is the entry as it stands, in place of ``python -m vllm.entrypoints.openai.api_server``; the CPU's
 (:mod:`serve_vllm`) calls :func:`add_scoring`. The folder has to be on PYTHONPATH, for the workers. A
@@ -9,10 +9,11 @@ import sys
 
 import vllm.plugins
 from account_route import AccountRoute  # type: ignore[import-not-found]
+from drain_route import DrainRoute  # type: ignore[import-not-found]
 from score_route import ScoreRoute  # type: ignore[import-not-found]
 
 EXTENSION = "worker_extension.WorkerExtension"
-ROUTES = (ScoreRoute, AccountRoute)
+ROUTES = (ScoreRoute, AccountRoute, DrainRoute)
 
 
 def add_scoring(arguments: list[str]) -> None:

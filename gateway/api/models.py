@@ -13,11 +13,12 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 
+from gateway.config import parts_of
 from gateway.errors import ForbiddenError, UnknownModelError
 from gateway.identity import Identities, Sender
 from gateway.proxy.body import RequestFields
 from gateway.proxy.plane import DataPlane, Snapshot
-from gateway.routing.router import precision
+from gateway.routing.ladders import precision
 
 _CREDENTIALS = ("authorization", "x-api-key")
 _PAGE = 20
@@ -81,7 +82,8 @@ def usable_models(snapshot: Snapshot, headers: Mapping[str, str]) -> list[str]:
     """The known models that a request with this key may name, and gets. Raises UnauthenticatedError."""
     given = {name: headers[name] for name in _CREDENTIALS if name in headers}
     sender = Identities(snapshot.config).sender(given)
-    return [model for model in snapshot.router.known_models() if _may_use(snapshot, sender, model)]
+    known = snapshot.router.known_models()
+    return [model for model in known if _may_use(snapshot, sender, model)]
 
 
 def _may_use(snapshot: Snapshot, sender: Sender, model: str) -> bool:
@@ -92,27 +94,23 @@ def _may_use(snapshot: Snapshot, sender: Sender, model: str) -> bool:
         return False
     if model in snapshot.config.roles:
         return caller.role == model  # a bound key names another role in vain
-    lowest, variant = caller.key.lowest if caller.key else None, model.rpartition(":")[2]
-    if lowest is None or variant == model or variant not in snapshot.cards:
+    lowest, cards = caller.key.lowest if caller.key else None, snapshot.cards
+    if lowest is None or model not in cards or parts_of(model)[0] != parts_of(lowest)[0]:
         return True
-    return precision(snapshot.cards[variant]) >= precision(snapshot.cards[lowest])
+    return precision(cards[model]) >= precision(cards[lowest])
 
 
 def longest(snapshot: Snapshot, model: str) -> int | None:
     """Tokens of prompt and answer together that every engine takes which may serve a model; None where that
     is not ours to know, as of a provider's model."""
     config, cards = snapshot.config, snapshot.cards
-    base, _, variant = model.partition(":")
-    if model in config.roles:
-        variants = snapshot.router.ladder(model)
-    elif base == config.model.name and variant in cards:
-        variants = (variant,)
-    elif model == config.model.name or model in config.adapters:
-        variants = tuple(config.serve)
-    else:
-        return None
-    chosen = [cards[name] for name in variants]
-    return min(config.engine.context(card.max_model_len, card.kv_bytes_per_token) for card in chosen)
+
+    def context(variant: str) -> int:
+        of = config.models[parts_of(variant)[0]]
+        engine, card = config.engine.changed(of.engine), cards[variant]
+        return engine.context(card.max_model_len, card.kv_bytes_per_token)
+
+    return min(map(context, snapshot.router.variants_of(model)), default=None)
 
 
 def _page(entries: list[dict[str, Any]], request: Request) -> dict[str, Any]:

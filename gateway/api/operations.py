@@ -151,7 +151,7 @@ class Operations:
         except (ConfigError, CardError) as error:
             raise BadRequestError(str(error)) from None
         new = self._plane.snapshot.config
-        return {"applied": True, "serve": list(new.serve), "roles": list(new.roles)}
+        return {"applied": True, "served": list(new.served), "roles": list(new.roles)}
 
     def _known(self, request: Request) -> None:
         Identities(self._plane.snapshot.config).key(request.headers)

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import msgspec
 from fastapi import Depends, FastAPI, Query, Request, Response
 
+from gateway.api.models import longest
 from gateway.config import shown_url
 from gateway.console.history import INTERVAL_S, KEPT, History, Totals, add_totals, read_totals, rows
 from gateway.identity import Caller
@@ -148,7 +149,7 @@ class Overview:
         memory = _by_replica(self._metrics.engine_memory)
         now = self._plane.clock()
         return [
-            _replica(replica, memory.get((replica.variant, replica.name)), now)
+            _replica(replica, memory.get((*replica.labels, replica.name)), now)
             for replica in self._plane.snapshot.pools.replicas()
         ]
 
@@ -157,15 +158,17 @@ def describe(snapshot: Snapshot, watched: bool) -> dict[str, Any]:
     """Roles with their choice and its reasons, and the cards."""
     config = snapshot.config
     return {
-        "model": config.model.name,
-        "reference": config.reference,
+        "models": [
+            {"name": name, "reference": config.references[name], "max_model_len": longest(snapshot, name)}
+            for name in config.models
+        ],
         "default_role": config.default_role,
         "keys": bool(config.keys),
         "workers": config.gateway.workers,
         "watch": watched,
         "max_in_flight": config.gateway.max_in_flight,
         "roles": [_role(snapshot, name) for name in config.roles],
-        "variants": [_variant(card) for card in snapshot.cards.values()],
+        "variants": [_variant(variant, card) for variant, card in snapshot.cards.items()],
         "providers": [provider.model for provider in config.providers],
     }
 
@@ -173,9 +176,10 @@ def describe(snapshot: Snapshot, watched: bool) -> dict[str, Any]:
 def _role(snapshot: Snapshot, name: str) -> dict[str, Any]:
     config = snapshot.config
     role = config.roles[name]
-    found = snapshot.router.explain(Caller(name, None), config.model.name)
+    found = snapshot.router.explain(Caller(name, None), name)
     return {
         "name": name,
+        "models": config.models_of(name),
         "ladder": found.ladder,
         "reason": found.reason,
         "considered": [
@@ -194,12 +198,13 @@ def _role(snapshot: Snapshot, name: str) -> dict[str, Any]:
     }
 
 
-def _variant(card: Card) -> dict[str, Any]:
+def _variant(variant: str, card: Card) -> dict[str, Any]:
     evaluation = card.evaluation
     text = evaluation.text if evaluation else None
     roles = evaluation.roles if evaluation else {}
     return {
-        "variant": card.variant,
+        "variant": variant,
+        "model": card.model,
         "version": card.version,
         "reference": card.variant == card.reference,
         "scheme": card.scheme,
@@ -218,6 +223,14 @@ def _variant(card: Card) -> dict[str, Any]:
                 "accuracy": one.accuracy,
                 "reference_accuracy": one.reference_correct / one.items,
                 "agreement": one.agreement,
+                "across": {
+                    model: {
+                        "items": paired.items,
+                        "accuracy": paired.good / paired.items,
+                        "drop": paired.drop,
+                    }
+                    for model, paired in one.across.items()
+                },
                 "kl": one.text.kl_mean,
             }
             for name, one in roles.items()
@@ -262,6 +275,7 @@ def _replica(replica: Replica, memory: float | None, now: float) -> dict[str, An
     fresh = now - reading.at <= STALE_READING_S
     return {
         "variant": replica.variant,
+        "model": replica.model,
         "name": replica.name,
         "url": shown_url(replica.url),
         "reachable": replica.reachable,
@@ -275,5 +289,5 @@ def _replica(replica: Replica, memory: float | None, now: float) -> dict[str, An
     }
 
 
-def _by_replica(gauge: GaugeFamily) -> dict[tuple[str, str], float]:
-    return {(variant, replica): child.value for (variant, replica), child in gauge.children.items()}
+def _by_replica(gauge: GaugeFamily) -> dict[tuple[str, ...], float]:
+    return {labels: child.value for labels, child in gauge.children.items()}

@@ -15,8 +15,10 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry
 
-from gateway.telemetry.counters import Counter, Labels
+from gateway.config import variant_id
+from gateway.telemetry.counters import Labels
 from gateway.telemetry.exposition import Numbers
+from gateway.telemetry.ledger import NO_VARIANT
 from gateway.telemetry.metrics import Metrics
 
 INTERVAL_S = 5
@@ -29,7 +31,7 @@ SHORTEST_S = 1.0
 CLIENT_LEFT = "499"
 
 Series = tuple[str, str]
-"""Role and variant."""
+"""Role and ``model:variant``; ``none`` for requests that got no route."""
 Sums = list[float]
 """Requests, errors, tokens written, then the buckets of the duration and of the time to the first token."""
 REQUESTS, ERRORS, TOKENS, BUCKETS = 0, 1, 2, 3
@@ -53,11 +55,11 @@ class Totals:
 
     series: dict[Series, Sums] = field(default_factory=dict)
     tokens: dict[Labels, float] = field(default_factory=dict)
-    """Role, variant and kind to tokens."""
+    """Role, ``model:variant`` and kind to tokens."""
     key_tokens: dict[Labels, float] = field(default_factory=dict)
-    """Key, role, variant and kind to tokens."""
+    """Key, role, ``model:variant`` and kind to tokens."""
     routes: dict[Labels, float] = field(default_factory=dict)
-    """Role, variant and reason to requests."""
+    """Role, ``model:variant`` and reason to requests."""
 
     @property
     def requests(self) -> float:
@@ -68,20 +70,29 @@ def read_totals(metrics: Metrics) -> Totals:
     """Of this process."""
     duration, first = len(metrics.duration.bounds) + 1, len(metrics.first_token.bounds) + 1
     found = Totals(
-        tokens=_values(metrics.tokens.children),
-        key_tokens=_values(metrics.key_tokens.children),
-        routes=_values(metrics.routes.children),
+        tokens={
+            (role, _id(model, variant), kind): count.value
+            for (role, model, variant, kind), count in metrics.tokens.children.items()
+        },
+        key_tokens={
+            (key, role, _id(model, variant), kind): count.value
+            for (key, role, model, variant, kind), count in metrics.key_tokens.children.items()
+        },
+        routes={
+            (role, _id(model, variant), reason): count.value
+            for (role, model, variant, reason), count in metrics.routes.children.items()
+        },
     )
     of = _Series(found.series, duration + first)
-    for (role, _, variant, outcome), count in metrics.requests.children.items():
-        of.count(role, variant, outcome, count.value)
+    for (role, _, model, variant, outcome), count in metrics.requests.children.items():
+        of.count(role, _id(model, variant), outcome, count.value)
     for (role, variant, kind), value in found.tokens.items():
         if kind == "completion":
             of(role, variant)[TOKENS] += value
-    for (role, variant), spread in metrics.duration.children.items():
-        of(role, variant)[BUCKETS : BUCKETS + duration] = spread.counts
-    for (role, variant), spread in metrics.first_token.children.items():
-        of(role, variant)[BUCKETS + duration :] = spread.counts
+    for (role, model, variant), spread in metrics.duration.children.items():
+        of(role, _id(model, variant))[BUCKETS : BUCKETS + duration] = spread.counts
+    for (role, model, variant), spread in metrics.first_token.children.items():
+        of(role, _id(model, variant))[BUCKETS + duration :] = spread.counts
     return found
 
 
@@ -228,8 +239,8 @@ def _with_all(series: dict[Series, Sums]) -> dict[Series, Sums]:
     return {**series, ALL: [sum(column) for column in zip(*series.values(), strict=True)]}
 
 
-def _values(children: Mapping[Labels, Counter]) -> dict[Labels, float]:
-    return {labels: count.value for labels, count in children.items()}
+def _id(model: str, variant: str) -> str:
+    return NO_VARIANT if model == variant == NO_VARIANT else variant_id(model, variant)
 
 
 def _round(value: float) -> float:

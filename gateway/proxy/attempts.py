@@ -36,9 +36,10 @@ from gateway.proxy.record import Spent, Usage
 from gateway.proxy.reply import JSON, Reply, only_comments
 from gateway.proxy.waiting import WaitingLines
 from gateway.quality.answer import Answer
+from gateway.routing.choices import Reason
 from gateway.routing.pools import PROVIDER
 from gateway.routing.replicas import Replica
-from gateway.routing.router import Reason, Route
+from gateway.routing.router import Route
 from gateway.upstream.readers import Reader, reader_for
 
 MOST_TRIES = 4

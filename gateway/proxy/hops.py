@@ -104,9 +104,6 @@ class Admit:
 class ReadBody:
     """What is asked: the body, as far as the gateway depends on it."""
 
-    def __init__(self, config: Config) -> None:
-        self._model = config.model.name
-
     def __call__(self, exchange: Exchange) -> None:
         admitted: Admitted = exchange.head.memo
         endpoint = exchange.endpoint
@@ -124,9 +121,8 @@ class ReadBody:
         body = exchange.body = Body(raw, endpoint.reads, utf8=utf8)
         if endpoint is INVOCATIONS:
             endpoint = exchange.endpoint = endpoint.of(body)
-        # Where none is named, vLLM takes the one that it has.
         fields = body.fields
-        exchange.model = fields.model = fields.model or self._model
+        exchange.model = fields.model
         if endpoint.form is COMPLETIONS:
             exchange.options = OutputOptions.of(fields, chat=endpoint.chat, body=body)
         elif endpoint.form is not Form.PLAIN and fields.stream:
@@ -138,7 +134,10 @@ class Identify:
 
     def __call__(self, exchange: Exchange) -> None:
         sender: Sender = exchange.head.memo.sender
-        exchange.caller = sender.caller(exchange.body.fields)
+        fields = exchange.body.fields
+        exchange.caller = caller = sender.caller(fields)
+        if not fields.model:  # who names none gets what its role does
+            exchange.model = fields.model = caller.role
 
 
 class ChooseRoute:
@@ -172,7 +171,7 @@ class Settle:
             return
         body = attempt.request_body()
         self._settlement.report(
-            Unreported(record.role, replica.variant, record.key, replica.url, path, body, usage)
+            Unreported(record.role, replica.labels, record.key, replica.url, path, body, usage)
         )
 
 
@@ -192,7 +191,7 @@ class Observe:
         if tapped is None or route is None:
             return
         if tapped.confused:
-            self._observer.count_error("listen", route.role, route.variant)
+            self._observer.count_error("listen", route.role, route.replica.labels)
             return
         first, gaps = exchange.first_at, exchange.gaps
         self._observer.offer(
@@ -207,5 +206,6 @@ class Observe:
                 sum(gaps) / len(gaps) if gaps else None,
                 exchange.caller.cache_salt if exchange.caller else "",
                 exchange.sample_id,
+                exchange.model,
             )
         )

@@ -45,13 +45,12 @@ class Snapshot:
 
     config: Config
     cards: Mapping[str, Card]
+    """Of every served variant, by ``model:variant``."""
     pools: Pools
     router: Router
     admit: Admit
     pipeline: Pipeline
     observer: Observer
-    model: str
-    """As engines know it."""
 
 
 class DataPlane:
@@ -116,7 +115,7 @@ class DataPlane:
 
     def refuse(self, client: ClientConnection, error: GatewayError, head: RequestHead | None) -> None:
         endpoint = errors_of(head.path) if head else ANY
-        self.metrics.requests.labels("other", "other", "none", str(error.status)).inc()
+        self.metrics.requests.labels("other", "other", "none", "none", str(error.status)).inc()
         identity = request_id(head.headers.get("x-request-id") if head else None).encode()
         line = STATUS_LINES.get(error.status) or b"HTTP/1.1 %d Error\r\n" % error.status
         more = b""

@@ -27,6 +27,7 @@ class Spent(msgspec.Struct, frozen=True, gc=False):
     """Tokens of an answer that nobody got: an escalated one, or one that lost to a hedge."""
 
     variant: str
+    """As ``model:variant``."""
     replica: str
     usage: Usage
     why: str
@@ -46,6 +47,7 @@ class Record(msgspec.Struct, frozen=True, gc=False):
     model: str
     """As the client named it, if that is a model that exists, else ``other``."""
     variant: str | None
+    """As ``model:variant``; of a provider's model ``provider``."""
     replica: str | None
     """Whose answer the client got; of a hedged request, the winner."""
     reason: str | None

@@ -92,6 +92,8 @@ class DemotionPolicy(BaseModel):
     agree: int = Field(description="checks that have to agree before a variant is demoted")
     rates: Mapping[str, tuple[float, float]]
     """Check to the tolerated and the alarming share of bad answers."""
+    compared: bool = True
+    """A reference is asked about its answers; else rules and signals alone say something of it."""
     said: frozenset[str] = frozenset()
     """Checks whose change is said and not acted upon; only what is above their usual range counts."""
     probation_after_s: float
@@ -238,13 +240,14 @@ class Cell(BaseModel):
             yield WatchEvent(EventKind.FAILED_PROBATION, self.key, outcome.at, self.why, dict(self.probation))
         elif decision is Decision.HEALTHY:
             self.passed.append(outcome.check)
-            if self.passed_all():
+            if self.passed_all(policy):
                 yield self.restore(f"passed probation: {', '.join(sorted(self.passed))}", outcome.at)
 
-    def passed_all(self) -> bool:
+    def passed_all(self, policy: DemotionPolicy) -> bool:
         """All checks that answers on probation are judged by have found it healthy, the comparison with the
-        reference among them."""
-        return "shadow" in self.passed and set(self.passed) >= set(self.probation)
+        reference among them, where there is one."""
+        needed = "shadow" if policy.compared else "rules"
+        return needed in self.passed and set(self.passed) >= set(self.probation)
 
     def begin_probation(self, policy: DemotionPolicy, at: float) -> WatchEvent | None:
         """When it is time: later and later after each failure."""

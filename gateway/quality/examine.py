@@ -232,7 +232,7 @@ async def _copy(subject: Subject, examiner: Examiner, task: Copy, tools: Tools) 
     copy = Subject(subject.record, subject.request, answer)
     found = Findings()
     _rules(copy, found, tools)
-    if _incomparable(copy) is None:
+    if task.reference is not None and _incomparable(copy) is None:
         scored = await _score(copy, examiner, task.reference)
         found.compared, found.evaluations = scored.compared, scored.evaluations
         found.disagreement, found.divergence = scored.disagreement, scored.divergence

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 
 import aiohttp
 import msgspec
@@ -45,14 +45,14 @@ class Inquiry:
     def __init__(
         self,
         settings: WatchSettings,
-        model: str,
+        references: Mapping[str, str],
         pools: Callable[[], Pools],
         metrics: Metrics,
         provider: Provider | None = None,
     ) -> None:
-        """``provider``: the way to models that no pool of ours serves."""
+        """``references``: of every model. ``provider``: the way to models that no pool of ours serves."""
         self.settings = settings
-        self.model = model
+        self.references = references
         self._pools = pools
         self._metrics = metrics
         self._provider = provider
@@ -126,7 +126,7 @@ class Inquiry:
         """What an engine of a variant answers to a POST. ``body`` is a JSON object that is not empty, and
         names neither a model nor a priority. Raises UnansweredError or ShedError."""
         replica = self.replica(variant)
-        whole = _with(body, b'"model":%b' % msgspec.json.encode(self.model))
+        whole = _with(body, b'"model":%b' % msgspec.json.encode(replica.model))
         if path == TOKENIZE or not self.settings.priority or replica.url in self._plain:
             status, raw = await self._post(replica.url + path, whole)
         else:
@@ -139,12 +139,12 @@ class Inquiry:
             raise UnansweredError(f"{replica.name}{path} answered with status {status}")
         return raw
 
-    async def ask_judge(self, judge: str, reference: str, body: bytes) -> bytes:
-        """The judge's answer: the model itself is its reference, ``model:variant`` a pool, else a provider.
+    async def ask_judge(self, judge: str, body: bytes) -> bytes:
+        """The judge's answer: a model itself is its reference, ``model:variant`` a pool, else a provider.
         Raises UnansweredError or ShedError."""
-        ours, _, variant = judge.partition(":")
-        if ours == self.model:
-            return await self.ask(variant or reference, CHAT, body)
+        variant = self.references.get(judge, judge)
+        if variant in self._pools().by_variant:
+            return await self.ask(variant, CHAT, body)
         if self._provider is None:
             raise UnansweredError(f"{judge} is no model of ours, and there are no providers")
         try:

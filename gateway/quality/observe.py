@@ -15,7 +15,7 @@ import logging
 from dataclasses import dataclass
 from functools import partial
 
-from gateway.config import Config
+from gateway.config import Config, parts_of
 from gateway.quality.answer import Answer
 from gateway.quality.cells import CellKey
 from gateway.quality.examiner import UnansweredError
@@ -41,6 +41,7 @@ from gateway.quality.records import (
 )
 from gateway.quality.watch import Watch
 from gateway.telemetry.evaluations import emit
+from gateway.telemetry.ledger import labels_of
 from gateway.telemetry.logs import EVENTS
 from gateway.telemetry.metrics import Metrics
 
@@ -73,6 +74,8 @@ class Observed:
     """The tenant's."""
     sample_id: str = ""
     """Unlike the request's id not of the client's choosing: it decides which samples the answer is in."""
+    requested: str = ""
+    """The model as the client named it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +84,8 @@ class _Kept:
 
     role: str
     variant: str
+    labels: tuple[str, str]
+    """Of metrics: its model and variant."""
     request_id: str
     sample_id: str
     key: CellKey | None
@@ -126,7 +131,7 @@ class Observer:
         try:
             self._offer(seen)
         except Exception:
-            self.count_error("listen", seen.role, seen.variant)
+            self.count_error("listen", seen.role, labels_of(seen.variant, seen.requested))
             self._log.exception("an answer could not be looked at")
 
     def _offer(self, seen: Observed) -> None:
@@ -138,6 +143,7 @@ class Observer:
         kept = _Kept(
             seen.role,
             seen.variant,
+            labels_of(seen.variant, seen.requested),
             seen.request_id,
             seen.sample_id,
             self._watch.key(seen.variant, seen.role) if self._watch else None,
@@ -175,9 +181,9 @@ class Observer:
             return None
         return step.findings.insufficient
 
-    def count_error(self, check: str, role: str, variant: str) -> None:
-        """A check could not be made."""
-        self._metrics.quality_checks.labels(role, variant, check, CheckOutcome.ERROR).inc()
+    def count_error(self, check: str, role: str, of: tuple[str, str]) -> None:
+        """A check could not be made of an answer of a model and its variant."""
+        self._metrics.quality_checks.labels(role, *of, check, CheckOutcome.ERROR).inc()
 
     # what was found
 
@@ -185,7 +191,7 @@ class Observer:
         found = step.findings if step else None
         if found is None:
             for check in ("signals", "rules", *(("grounded",) if kept.grounded else ())):
-                self.count_error(check, kept.role, kept.variant)
+                self.count_error(check, kept.role, kept.labels)
             if step:
                 self._say(kept, "checks", step.error)
             return
@@ -198,35 +204,27 @@ class Observer:
     ) -> None:
         """Count what was found; ``of``: whom it is about, where that is not who answered the client."""
         key = of or kept.key
-        role, variant, metrics = kept.role, of.variant if of else kept.variant, self._metrics
+        labels, metrics = parts_of(of.variant) if of else kept.labels, self._metrics
+        asked = kept.role, *labels
         for check, outcome in found.outcomes.items():
-            metrics.quality_checks.labels(role, variant, check, outcome).inc()
+            metrics.quality_checks.labels(*asked, check, outcome).inc()
         for check, score in found.scores.items():
-            metrics.quality_score.labels(role, variant, check).observe(score)
+            metrics.quality_score.labels(*asked, check).observe(score)
         for label, count in found.sentences.items():
-            metrics.quality_sentences.labels(role, variant, label).inc(count)
+            metrics.quality_sentences.labels(*asked, label).inc(count)
         if found.nll_mean is not None and found.entropy_max is not None:
-            metrics.nll_mean.labels(role, variant).observe(found.nll_mean)
-            metrics.entropy_max.labels(role, variant).observe(found.entropy_max)
+            metrics.nll_mean.labels(*asked).observe(found.nll_mean)
+            metrics.entropy_max.labels(*asked).observe(found.entropy_max)
         if found.compared is not None:
-            metrics.shadow.labels(role, variant, found.compared).inc()
+            metrics.shadow.labels(*asked, found.compared).inc()
         if found.disagreement is not None and found.divergence is not None:
-            metrics.disagreement.labels(role, variant).observe(found.disagreement)
-            metrics.divergence.labels(role, variant).observe(found.divergence)
+            metrics.disagreement.labels(*asked).observe(found.disagreement)
+            metrics.divergence.labels(*asked).observe(found.divergence)
         if key and self._watch:
             for note in found.notes:
                 self._watch.note(key, note.check, note.bad, note.value, probation=probation)
-        model = self._config.model.name
         for one in found.evaluations:
-            emit(
-                one.name,
-                one.label,
-                one.score,
-                role=role,
-                variant=variant,
-                model=model,
-                request_id=kept.request_id,
-            )
+            emit(one.name, one.label, one.score, role=kept.role, of=labels, request_id=kept.request_id)
         for problem in found.problems:
             self._say(kept, "checks", problem)
 
@@ -246,27 +244,35 @@ class Observer:
         if kept.grounded and _in(kept.sample_id, "judge", self._judged):
             skipped = partial(self._judged_as, kept, CheckOutcome.SKIPPED)
             inquiry.offer(partial(self._judge, kept), skipped)
-        shadowed = key is not None and _in(kept.sample_id, "shadow", self._shadowed)
+        reference = self._reference(kept.variant)
+        shadowed = reference is not None and _in(kept.sample_id, "shadow", self._shadowed)
         unusual = key is not None and found.nll_mean is not None and watch.unusual(key, found.nll_mean)
         if not shadowed and not candidates and not unusual:
             return
         if not found.askable:
-            self._compared(kept, Result.INCOMPARABLE)
+            if reference is not None:
+                self._compared(kept, Result.INCOMPARABLE)
             return
-        if key is not None and shadowed:
+        if key is not None and reference is not None and shadowed:
             if found.incomparable is not None:
                 self._compared(kept, found.incomparable)
             else:
                 shed = partial(self._compared, kept, Result.SHED)
-                inquiry.offer(partial(self._shadow, watch, kept, key), shed)
+                inquiry.offer(partial(self._shadow, watch, kept, key, reference), shed)
         if key is not None and unusual and found.one_text:
             inquiry.offer(partial(self._resample, kept, key), later=True)
         for other in candidates:
             inquiry.offer(partial(self._copy, kept, other), later=True)
 
-    async def _shadow(self, watch: Watch, kept: _Kept, key: CellKey) -> None:
+    def _reference(self, variant: str) -> str | None:
+        """Of the variant's own model; None where it is this one, or is to be left alone."""
+        if self._config.watch.reference == "none":
+            return None
+        reference = self._config.references.get(parts_of(variant)[0])
+        return None if reference == variant else reference
+
+    async def _shadow(self, watch: Watch, kept: _Kept, key: CellKey, reference: str) -> None:
         """Let the reference score the answer; where there is suspicion, let it answer too."""
-        reference = self._config.reference
         try:
             found = await self._examine(kept, Score(reference))
         except UnansweredError as error:
@@ -292,7 +298,8 @@ class Observer:
     async def _copy(self, kept: _Kept, other: CellKey) -> None:
         """Let a variant on probation answer a request that another has answered, and judge that."""
         try:
-            found = await self._examine(kept, Copy(other.variant, self._config.reference))
+            task = Copy(other.variant, self._reference(other.variant))
+            found = await self._examine(kept, task)
         except UnansweredError as error:
             self._say(kept, "probation", str(error))
             return
@@ -338,13 +345,13 @@ class Observer:
             return await self._inquiry.ask(variant, path, body)
         judge = self._config.watch.judge
         assert judge
-        return await self._inquiry.ask_judge(judge.model, self._config.reference, body)
+        return await self._inquiry.ask_judge(judge.model, body)
 
     def _judged_as(self, kept: _Kept, outcome: CheckOutcome) -> None:
-        self._metrics.quality_checks.labels(kept.role, kept.variant, "judge", outcome).inc()
+        self._metrics.quality_checks.labels(kept.role, *kept.labels, "judge", outcome).inc()
 
     def _compared(self, kept: _Kept, result: Result) -> None:
-        self._metrics.shadow.labels(kept.role, kept.variant, result).inc()
+        self._metrics.shadow.labels(kept.role, *kept.labels, result).inc()
 
 
 def _in(sample_id: str, what: str, below: int) -> bool:

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from gateway.config import Config
+from gateway.config import Config, parts_of
 from gateway.quality.cells import CellKey, DemotionPolicy
 from gateway.quality.sequential import threshold
 from quantize.card import Card
@@ -20,6 +20,8 @@ DEFAULT_RATES: Mapping[str, tuple[float, float]] = {
 }
 """Check to the tolerated and the alarming share, where neither the role nor the card says another one. The
 rules for grounded answers have none: how often they are wrong depends on the role, which its card knows."""
+BY_REFERENCE = ("shadow", "regenerated")
+"""Checks that ask the reference."""
 
 ENGINE = "(engine)"
 """What stands for the role in the cells of engines themselves."""
@@ -40,7 +42,7 @@ class Watched:
 
     config: Config
     keys: Mapping[tuple[str, str], CellKey]
-    """Of every quantized variant in every role."""
+    """Of every variant in every role, but for the reference that the role's others are measured against."""
     engines: Mapping[str, CellKey]
     """Of every variant's engines."""
     policies: Mapping[CellKey, DemotionPolicy]
@@ -49,11 +51,12 @@ class Watched:
 
     @classmethod
     def of(cls, config: Config, cards: Mapping[str, Card]) -> Watched:
+        """``cards``: of every served variant, by ``model:variant``, as which a cell's variant is named."""
         keys = {
             (variant, role): CellKey(variant=variant, version=card.version, role=role)
             for variant, card in cards.items()
             for role in config.roles
-            if variant != config.reference
+            if not _measures(config, variant, role)
         }
         engines = {
             variant: CellKey(variant=variant, version=card.version, role=ENGINE)
@@ -64,6 +67,13 @@ class Watched:
         return cls(
             config, keys, engines, policies, {variant: gate_of(card) for variant, card in cards.items()}
         )
+
+
+def _measures(config: Config, variant: str, role: str) -> bool:
+    """Whether a variant is the reference to whose answers a role's others are held. That of a model which is
+    not the role's first, and may serve it, is watched as others are, but not compared with itself."""
+    model = parts_of(variant)[0]
+    return variant == config.references[model] and model not in config.models_of(role)[1:]
 
 
 def gate_of(card: Card) -> str:
@@ -80,16 +90,18 @@ def policy_of(config: Config, card: Card, role: str) -> DemotionPolicy:
     The gate has counted how many of the variant's answers differ from the reference's on held-out items. The
     watch asks less of an answer than to be the same, so that share is tolerated, and 15 points more alarms.
     """
-    rates = dict(DEFAULT_RATES)
+    compared = config.watch.reference == "live" and card.variant != card.reference
+    rates = {name: one for name, one in DEFAULT_RATES.items() if compared or name not in BY_REFERENCE}
     figures = card.evaluation.roles.get(role) if card.evaluation else None
     if figures is not None:
-        for check in ("shadow", "regenerated"):
+        for check in BY_REFERENCE if compared else ():
             rates[check] = _wider(rates[check], 1 - figures.agreement)
         if figures.grounded is not None:
             lowest = (0.05, 0.2)
             rates["grounded"] = _wider(lowest, 1 - figures.grounded.good / figures.grounded.items)
-    rates.update(config.roles[role].rates)
-    return _policy(config, rates)
+    own = config.roles[role].rates
+    rates.update({name: one for name, one in own.items() if compared or name not in BY_REFERENCE})
+    return _policy(config, rates, compared=compared)
 
 
 def _wider(least: tuple[float, float], accepted: float) -> tuple[float, float]:
@@ -98,13 +110,18 @@ def _wider(least: tuple[float, float], accepted: float) -> tuple[float, float]:
 
 
 def _policy(
-    config: Config, rates: Mapping[str, tuple[float, float]], said: frozenset[str] = frozenset()
+    config: Config,
+    rates: Mapping[str, tuple[float, float]],
+    said: frozenset[str] = frozenset(),
+    *,
+    compared: bool = False,
 ) -> DemotionPolicy:
     settings = config.watch
     return DemotionPolicy(
         alarm=threshold(settings.answers_per_false_alarm, len(rates)),
         agree=settings.agree,
         rates=rates,
+        compared=compared,
         said=said,
         probation_after_s=settings.probation_after_s,
         alpha=0.05,

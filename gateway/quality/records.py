@@ -96,10 +96,11 @@ class Resample(msgspec.Struct, tag="resample", array_like=True):
 
 
 class Copy(msgspec.Struct, tag="copy", array_like=True):
-    """Let another variant answer the request, and judge that by the reference and by rules."""
+    """Let another variant answer the request, and judge that by rules and, if there is one, by the
+    reference of its model."""
 
     variant: str
-    reference: str
+    reference: str | None
 
 
 class Judge(msgspec.Struct, tag="judge", array_like=True):

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 import aiohttp
 
-from gateway.config import Config
+from gateway.config import Config, parts_of
 from gateway.errors import BadRequestError
 from gateway.quality.cells import Cell, CellKey, EventKind, Outcome, Status, WatchEvent
 from gateway.quality.folding import Action, act, fold
@@ -92,7 +92,7 @@ class Watch:
     # what others ask of it
 
     def key(self, variant: str, role: str) -> CellKey | None:
-        """None for what is not watched: the reference, and providers."""
+        """None for what is not watched: the reference that a role's others are held to, and providers."""
         return self._watched.keys.get((variant, role))
 
     def note(
@@ -152,20 +152,34 @@ class Watch:
         }
 
     async def act(self, action: Action, variant: str, role: str, why: str) -> WatchEvent:
-        """A person's word, which is obeyed at once. Raises BadRequestError or StoreError."""
-        key = self._watched.keys.get((variant, role))
-        if key is None:
-            known = ", ".join(sorted({variant for variant, _ in self._watched.keys})) or "none"
-            roles = ", ".join(sorted(self._watched.config.roles))
-            raise BadRequestError(
-                f"variant: no quantized variant {variant[:80]!r} serves a role {role[:80]!r}; "
-                f"variants: {known}; roles: {roles}",
-                param="variant",
-            )
+        """A person's word, which is obeyed at once. ``variant``: ``model:variant``, or the variant alone
+        where one model alone has it. Raises BadRequestError or StoreError."""
+        key = self._named(variant, role)
         event = await self._in_thread(lambda: self._act(action, key, why))
         await self._refresh()
         self._announce([event])
         return event
+
+    def _named(self, variant: str, role: str) -> CellKey:
+        """Raises BadRequestError."""
+        keys = self._watched.keys
+        if (key := keys.get((variant, role))) is not None:
+            return key
+        found = {one: key for (one, of), key in keys.items() if of == role and parts_of(one)[1] == variant}
+        if len(found) == 1:
+            return next(iter(found.values()))
+        if found:
+            raise BadRequestError(
+                f"variant: several models have {variant[:80]!r}; send one of: {', '.join(sorted(found))}",
+                param="variant",
+            )
+        known = ", ".join(sorted({variant for variant, _ in keys})) or "none"
+        roles = ", ".join(sorted(self._watched.config.roles))
+        raise BadRequestError(
+            f"variant: no watched variant {variant[:80]!r} serves a role {role[:80]!r}; "
+            f"variants: {known}; roles: {roles}",
+            param="variant",
+        )
 
     async def know_judge(self, errors: JudgeErrors) -> None:
         """How often the judge is wrong, measured on labelled answers. Raises BadRequestError or
@@ -278,9 +292,10 @@ class Watch:
     def _show(self) -> None:
         for (variant, role), key in self._watched.keys.items():
             cell = self.cells.get(key)
-            self._metrics.demoted.labels(variant, role).set(cell is not None and not cell.serves)
+            asked = role, *parts_of(variant)
+            self._metrics.demoted.labels(*asked).set(cell is not None and not cell.serves)
             for check, track in cell.tracks.items() if cell else ():
-                self._metrics.cusum.labels(role, variant, check).set(track.evidence)
+                self._metrics.cusum.labels(*asked, check).set(track.evidence)
 
     def _announce(self, events: Sequence[WatchEvent]) -> None:
         for event in events:
@@ -294,7 +309,8 @@ class Watch:
                 event.why,
                 extra={"fields": event_as_json(event)},
             )
-            self._metrics.watch_events.labels(event.key.role, event.key.variant, event.kind.value).inc()
+            labels = event.key.role, *parts_of(event.key.variant), event.kind.value
+            self._metrics.watch_events.labels(*labels).inc()
             self._webhook.offer(event)
 
     async def post_forever(self, session: aiohttp.ClientSession) -> None:

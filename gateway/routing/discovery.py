@@ -52,7 +52,7 @@ class Discovery:
     async def look(self, config: Config) -> None:
         """Resolve every name of a configuration once."""
         names = {
-            url for variant in config.serve for url in config.replicas(variant) if url.startswith(PREFIX)
+            url for variant in config.served for url in config.replicas(variant) if url.startswith(PREFIX)
         }
         await asyncio.gather(*(self._look_up(name) for name in names))
 

@@ -12,7 +12,7 @@ from gateway.routing.replicas import Replica
 from gateway.workers.board import Board
 
 PROVIDER = "provider"
-"""The variant label of what LiteLLM serves, whose precision nobody here knows."""
+"""Stands for the variant of what LiteLLM serves, whose precision nobody here knows."""
 
 
 class Pool:
@@ -57,8 +57,8 @@ class Pool:
 
 
 class Pools:
-    """Every pool, by variant, and the models of providers, by model id. Replicas that ``before`` had too
-    are taken over, with their connections and what is known of them."""
+    """Every pool, by ``model:variant``, and the models of providers, by model id. Replicas that ``before``
+    had too are taken over, with their connections and what is known of them."""
 
     def __init__(
         self,
@@ -89,7 +89,7 @@ class Pools:
                 POLICIES[config.gateway.policy](),
                 config.gateway.max_in_flight,
             )
-            for variant in config.serve
+            for variant in config.served
         }
         if before is not None:
             for variant, pool in self.by_variant.items():

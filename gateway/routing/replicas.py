@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-from gateway.config import shown_url
+from gateway.config import parts_of, shown_url
 from gateway.proxy.endpoints import Endpoint
 from gateway.routing.breaker import Breaker, Clock
 from gateway.wire.engine import ConnectionPool
@@ -78,9 +78,15 @@ class Replica:
         connect_timeout_s: float = 2.0,
         board: Board | None = None,
     ) -> None:
-        """``board``: where several workers tell each other of their requests in flight."""
+        """``variant``: ``model:variant``. ``board``: where several workers tell each other of their requests
+        in flight."""
         self.variant = variant
         self.name = name
+        model, short = parts_of(variant)
+        self.model = model or name
+        """As its engine knows it; of a provider's, as clients do."""
+        self.labels = self.model, short
+        """Of metrics: model and variant."""
         self.url = url
         self.breaker = Breaker(clock)
         self.mine = 0
@@ -91,8 +97,6 @@ class Replica:
             weakref.finalize(self, board.free, self.slot).atexit = False
         self.work = 0.0
         """Blocks that are not in its cache, of requests whose first token has not come."""
-        self.heard_at = 0.0
-        """When it last gave a byte of an answer to anybody; seconds of the clock."""
         self.reachable: bool | None = None
         """What the last health probe found; None before the first."""
         self.reading = Reading()

@@ -12,7 +12,7 @@ histogram's buckets one by one.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Generic, Protocol, TypeVar
 
 from prometheus_client.core import (
@@ -239,13 +239,6 @@ class GaugeFamily(Family[Gauge]):
     def remove(self, *labels: str) -> None:
         """Show a child no more; none need be there."""
         self.children.pop(labels, None)
-
-    def remove_by_labels(self, wanted: Mapping[str, str]) -> None:
-        """Show no child more that has these label values."""
-        at = [(self.label_names.index(name), value) for name, value in wanted.items()]
-        for labels in tuple(self.children):
-            if all(labels[number] == value for number, value in at):
-                del self.children[labels]
 
     def _metric(self) -> GaugeMetricFamily:
         return GaugeMetricFamily(self.name, self.text, labels=self.label_names)

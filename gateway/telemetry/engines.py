@@ -69,7 +69,8 @@ def _cache_tokens(labels: Mapping[str, str]) -> int | None:
 
 
 def engine_pids(run_dir: Path) -> dict[tuple[str, str], int]:
-    """Process ids of locally started engines by (variant, base URL), as their supervisor wrote them."""
+    """Process ids of locally started engines by (``model:variant``, base URL), as their supervisor wrote
+    them."""
     try:
         engines = json.loads((run_dir / ENGINES_FILE).read_text(encoding="utf-8"))["engines"]
         return {(name, engine["url"].rstrip("/")): int(engine["pid"]) for name, engine in engines.items()}
@@ -107,8 +108,8 @@ class EngineReader:
         clock: Clock,
         seen: Callable[[str, float | None, float | None, float | None], None] | None = None,
     ) -> None:
-        """``seen`` is told every engine's variant, memory (bytes), share of the KV cache in use, and requests
-        that were thrown out of it since the reading before."""
+        """``seen`` is told every engine's ``model:variant``, memory (bytes), share of the KV cache in use,
+        and requests that were thrown out of it since the reading before."""
         self._seen = seen
         self._session = session
         self._metrics = metrics
@@ -123,7 +124,7 @@ class EngineReader:
         reading = (self._read(replica, pids.get((replica.variant, replica.url))) for replica in asked)
         failed = [one for one in await asyncio.gather(*reading, return_exceptions=True) if one is not None]
         left = set(asked) - set(replicas())  # a replica may go while it is being asked
-        self._metrics.forget((replica.variant, replica.name) for replica in left)
+        self._metrics.forget((*replica.labels, replica.name) for replica in left)
         if failed:
             raise failed[0]
 
@@ -140,7 +141,8 @@ class EngineReader:
         memory = None if pid is None else await asyncio.to_thread(resident_bytes, pid)
         if self._seen is not None:
             self._seen(replica.variant, memory, reading.kv_cache_usage, preempted)
-        self._metrics.engine_read.labels(replica.variant, replica.name).set(reading.waiting is not None)
+        labels = (*replica.labels, replica.name)
+        self._metrics.engine_read.labels(*labels).set(reading.waiting is not None)
         for gauge, value in (
             (self._metrics.reachable, replica.reachable),
             (self._metrics.kv_cache_usage, reading.kv_cache_usage),
@@ -148,6 +150,6 @@ class EngineReader:
             (self._metrics.engine_memory, memory),
         ):
             if value is None:  # an old figure would pass for a present one
-                gauge.remove_by_labels({"variant": replica.variant, "replica": replica.name})
+                gauge.remove(*labels)
             else:
-                gauge.labels(replica.variant, replica.name).set(value)
+                gauge.labels(*labels).set(value)

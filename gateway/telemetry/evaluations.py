@@ -15,15 +15,16 @@ EVENT = "gen_ai.evaluation.result"
 
 
 def emit(
-    name: str, label: str, score: float | None, *, role: str, variant: str, model: str, request_id: str
+    name: str, label: str, score: float | None, *, role: str, of: tuple[str, str], request_id: str
 ) -> None:
-    """One evaluation of one answer. ``label``: what was found; ``score``: 1 is best, None for none."""
+    """One evaluation of one answer. ``label``: what was found; ``score``: 1 is best, None for none;
+    ``of``: the answer's model and variant."""
     attributes: dict[str, Any] = {
         "gen_ai.evaluation.name": name,
         "gen_ai.evaluation.score.label": label,
         "gen_ai.agent.name": role,
-        "gen_ai.request.model": model,
-        "tiercel.variant": variant,
+        "gen_ai.request.model": of[0],
+        "tiercel.variant": ":".join(of),
         "tiercel.request_id": request_id,
     }
     if score is not None:

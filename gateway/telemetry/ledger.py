@@ -6,13 +6,14 @@ import time
 
 import msgspec
 
+from gateway.config import parts_of
 from gateway.proxy.record import Record, Usage
 from gateway.telemetry.counters import Counter, Histogram
 from gateway.telemetry.logs import AccessLog
 from gateway.telemetry.metrics import OTHER, Metrics
 
 NO_VARIANT = "none"
-"""The variant label of a request that got no route."""
+"""The labels, model and variant, of a request that got no route."""
 
 
 class _Line(msgspec.Struct, gc=False):
@@ -41,10 +42,10 @@ class _Line(msgspec.Struct, gc=False):
     logger: str = "tiercel.access"
 
 
-_Account = tuple[str | None, str, str]
-"""Key, role and variant: whose tokens they are."""
+_Account = tuple[str | None, str, tuple[str, str]]
+"""Key, role, and model with its variant: whose tokens they are."""
 _Kind = tuple[str | None, str, str, str, str, int]
-"""Key, role, model, variant, reason and outcome."""
+"""Key, role, model as it was asked for, ``model:variant``, reason and outcome."""
 
 
 class _Tokens:
@@ -53,15 +54,15 @@ class _Tokens:
     __slots__ = ("cached", "completion", "key_completion", "key_prompt", "prompt")
 
     def __init__(self, metrics: Metrics, account: _Account) -> None:
-        key, role, variant = account
-        self.prompt: Counter = metrics.tokens.labels(role, variant, "prompt")
-        self.cached: Counter = metrics.cached_tokens.labels(role, variant)
-        self.completion: Counter = metrics.tokens.labels(role, variant, "completion")
+        key, role, of = account
+        self.prompt: Counter = metrics.tokens.labels(role, *of, "prompt")
+        self.cached: Counter = metrics.cached_tokens.labels(role, *of)
+        self.completion: Counter = metrics.tokens.labels(role, *of, "completion")
         self.key_prompt: Counter | None = None
         self.key_completion: Counter | None = None
         if key is not None:
-            self.key_prompt = metrics.key_tokens.labels(key, role, variant, "prompt")
-            self.key_completion = metrics.key_tokens.labels(key, role, variant, "completion")
+            self.key_prompt = metrics.key_tokens.labels(key, role, *of, "prompt")
+            self.key_completion = metrics.key_tokens.labels(key, role, *of, "completion")
 
     def add(self, usage: Usage) -> None:
         prompt, completion = usage.prompt or 0, usage.completion
@@ -79,14 +80,15 @@ class _Books:
     __slots__ = ("duration", "first_token", "gaps", "overhead", "requests", "routes", "tokens")
 
     def __init__(self, metrics: Metrics, kind: _Kind) -> None:
-        key, role, model, variant, reason, outcome = kind
-        self.requests: Counter = metrics.requests.labels(role, model, variant, str(outcome))
-        self.routes: Counter = metrics.routes.labels(role, variant, reason)
-        self.duration: Histogram = metrics.duration.labels(role, variant)
-        self.overhead: Histogram = metrics.overhead.labels(role, variant)
-        self.first_token: Histogram = metrics.first_token.labels(role, variant)
-        self.gaps: Histogram = metrics.token_gap.labels(role, variant)
-        self.tokens = _Tokens(metrics, (key, role, variant))
+        key, role, requested, variant, reason, outcome = kind
+        of = labels_of(variant, requested)
+        self.requests: Counter = metrics.requests.labels(role, requested, *of, str(outcome))
+        self.routes: Counter = metrics.routes.labels(role, *of, reason)
+        self.duration: Histogram = metrics.duration.labels(role, *of)
+        self.overhead: Histogram = metrics.overhead.labels(role, *of)
+        self.first_token: Histogram = metrics.first_token.labels(role, *of)
+        self.gaps: Histogram = metrics.token_gap.labels(role, *of)
+        self.tokens = _Tokens(metrics, (key, role, of))
 
 
 class Ledger:
@@ -116,22 +118,30 @@ class Ledger:
                 for gap in record.gaps_s:
                     books.gaps.observe(gap)
             for spent in record.spent:
-                self.spend(record.key, role, spent.variant, spent.usage)
+                self.spend(record.key, role, labels_of(spent.variant, record.model), spent.usage)
             if record.hedged:
-                self._metrics.hedges.labels(role, variant, record.winner or "none").inc()
+                of = labels_of(variant, record.model)
+                self._metrics.hedges.labels(role, *of, record.winner or "none").inc()
         else:
-            labels = (role or OTHER, record.model, NO_VARIANT, str(record.status))
+            labels = (role or OTHER, record.model, NO_VARIANT, NO_VARIANT, str(record.status))
             self._metrics.requests.labels(*labels).inc()
         if log or record.status != 200:
             self.log.write(_line(record))
 
-    def spend(self, key: str | None, role: str, variant: str, usage: Usage) -> None:
-        """Tokens of an answer that nobody got, or that became known after its request had ended."""
-        account = (key, role, variant)
+    def spend(self, key: str | None, role: str, of: tuple[str, str], usage: Usage) -> None:
+        """Tokens of an answer that nobody got, or that became known after its request had ended. ``of``: the
+        model and the variant that wrote it."""
+        account = (key, role, of)
         tokens = self._accounts.get(account)
         if tokens is None:
             tokens = self._accounts[account] = _Tokens(self._metrics, account)
         tokens.add(usage)
+
+
+def labels_of(variant: str, requested: str) -> tuple[str, str]:
+    """Model and variant. A provider's model is called as it was asked for, and its variant ``provider``."""
+    model, short = parts_of(variant)
+    return model or requested, short
 
 
 def _line(record: Record) -> _Line:

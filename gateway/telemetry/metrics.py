@@ -1,7 +1,7 @@
 """Every metric of the gateway. The registry is passed in; labels come from bounded sets only, and none is
 named like one that Prometheus adds itself (``job``, ``instance``).
 
-Roles, variants and replicas come from the configuration, so what clients invent never becomes a label
+Roles, models, variants and replicas come from the configuration, so what clients invent never becomes a label
 value. ``outcome`` of a request is its status as a number in words of HTTP: 200, 400 …, 499 for a client
 that left, and 502 or 504 also for a stream that broke off after its 200 had been sent.
 """
@@ -28,8 +28,8 @@ _LAG_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
 _SCORE = (0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1)
 
 
-ASKED = ("role", "variant")
-PLACED = ("variant", "replica")
+ASKED = ("role", "model", "variant")
+PLACED = ("model", "variant", "replica")
 
 
 class _Families:
@@ -76,7 +76,13 @@ class Metrics:
 
     def _of_requests(self, make: _Families) -> None:
         self.requests = make.counter(
-            "tiercel_requests_total", "Requests, by how they ended", "role", "model", "variant", "outcome"
+            "tiercel_requests_total",
+            "Requests, by what was asked for, who answered, and how they ended",
+            "role",
+            "requested",
+            "model",
+            "variant",
+            "outcome",
         )
         self.duration = make.histogram(
             "tiercel_request_duration_seconds",
@@ -105,7 +111,7 @@ class Metrics:
             "tiercel_cached_tokens_total", "Prompt tokens that came out of a prefix cache", *ASKED
         )
         self.key_tokens = make.counter(
-            "tiercel_key_tokens_total", "Tokens, by API key", "key", "role", "variant", "kind"
+            "tiercel_key_tokens_total", "Tokens, by API key", "key", *ASKED, "kind"
         )
         self.usage_unreported = make.counter(
             "tiercel_usage_unreported_total",
@@ -148,7 +154,7 @@ class Metrics:
             "tiercel_engine_metrics_read", "1 if an engine's own metrics could be read the last time", *PLACED
         )
         self.weight_bytes = make.gauge(
-            "tiercel_variant_weight_bytes", "Bytes of a variant's weights", "variant"
+            "tiercel_variant_weight_bytes", "Bytes of a variant's weights", "model", "variant"
         )
 
     def _of_answers(self, make: _Families) -> None:
@@ -190,7 +196,7 @@ class Metrics:
             "tiercel_quality_cusum", "Evidence that a check has changed for the worse, nats", *ASKED, "check"
         )
         self.demoted = make.gauge(
-            "tiercel_variant_demoted", "1 while a variant is out of a role's choice", "variant", "role"
+            "tiercel_variant_demoted", "1 while a variant is out of a role's choice", *ASKED
         )
         self.watch_events = make.counter(
             "tiercel_watch_events_total", "What the watch did and said", *ASKED, "kind"
@@ -253,8 +259,8 @@ class Metrics:
         """The label of a role: itself if it is configured, else ``other``."""
         return role if role in self._roles else OTHER
 
-    def forget(self, replicas: Iterable[tuple[str, str]]) -> None:
-        """Replicas that are gone: an old figure would pass for a present one."""
+    def forget(self, replicas: Iterable[tuple[str, str, str]]) -> None:
+        """Replicas that are gone, by model, variant and name: an old figure would pass for a present one."""
         for labels in replicas:
             for gauge in (
                 self.engine_memory,
@@ -265,12 +271,14 @@ class Metrics:
             ):
                 gauge.remove(*labels)
 
-    def forget_variants(self, serve: Container[str], gone_roles: Container[str]) -> None:
-        """What is served no more, and roles that are gone: figures that nobody writes would stay for ever."""
+    def forget_variants(self, served: Container[tuple[str, str]], gone_roles: Container[str]) -> None:
+        """What is served no more, by model and variant, and roles that are gone: figures that nobody writes
+        would stay for ever."""
         for gauge in (self.weight_bytes, self.cusum, self.demoted):
             for values in tuple(gauge.children):
                 labels = dict(zip(gauge.label_names, values, strict=True))
-                if labels["variant"] not in serve or labels.get("role") in gone_roles:
+                of = labels["model"], labels["variant"]
+                if of not in served or labels.get("role") in gone_roles:
                     gauge.remove(*values)
 
     def know_roles(self, roles: Iterable[str]) -> None:

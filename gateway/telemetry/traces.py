@@ -21,6 +21,7 @@ from opentelemetry.trace import (
 )
 
 from gateway.proxy.record import Record
+from gateway.telemetry.ledger import labels_of
 from gateway.telemetry.propagation import W3C
 
 _OPERATIONS = {
@@ -43,18 +44,18 @@ class Traces:
         operation = _OPERATIONS.get(path, path)
         return self._tracer.start_span(operation, W3C.extract(headers), SpanKind.SERVER)
 
-    def end(self, span: Span, record: Record, served_model: str) -> None:
-        """Say how a request went. ``served_model``: as engines know the model."""
+    def end(self, span: Span, record: Record) -> None:
+        """Say how a request went."""
         if span.is_recording():
             operation = _OPERATIONS.get(record.path, record.path)
             span.update_name(f"{operation} {record.model}" if record.role is not None else operation)
-            span.set_attributes(_attributes(record, operation, served_model))
+            span.set_attributes(_attributes(record, operation))
             if record.status >= 500:
                 span.set_status(StatusCode.ERROR)
         span.end()
 
 
-def _attributes(record: Record, operation: str, served_model: str) -> dict[str, Any]:
+def _attributes(record: Record, operation: str) -> dict[str, Any]:
     found: dict[str, Any] = {
         "gen_ai.operation.name": operation,
         "gen_ai.provider.name": "vllm",
@@ -70,7 +71,7 @@ def _attributes(record: Record, operation: str, served_model: str) -> dict[str, 
         found["gen_ai.conversation.id"] = record.session
     if record.variant is not None and record.replica is not None:
         found |= {
-            "gen_ai.response.model": f"{served_model}:{record.variant}",
+            "gen_ai.response.model": ":".join(labels_of(record.variant, record.model)),
             "gen_ai.usage.output_tokens": record.usage.completion,
             "tiercel.variant": record.variant,
             "tiercel.replica": record.replica,

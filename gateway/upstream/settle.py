@@ -82,7 +82,8 @@ class Unreported(msgspec.Struct, frozen=True, gc=False):
     """An attempt that an engine began and did not count to its end."""
 
     role: str
-    variant: str
+    labels: tuple[str, str]
+    """Of the replica: its model and variant."""
     key: str | None
     """The API key's name."""
     url: str
@@ -110,8 +111,10 @@ class _Waiting(msgspec.Struct, eq=False, gc=False):
 class Settlement:
     """Counts what has no usage, and books the prompts of it. ``run`` is to be supervised."""
 
-    def __init__(self, metrics: Metrics, book: Callable[[str | None, str, str, Usage], None]) -> None:
-        """``book`` enters tokens under a key, a role and a variant."""
+    def __init__(
+        self, metrics: Metrics, book: Callable[[str | None, str, tuple[str, str], Usage], None]
+    ) -> None:
+        """``book`` enters tokens under a key, a role, and a model with its variant."""
         self._metrics = metrics
         self._book = book
         self._waiting: deque[_Waiting] = deque()
@@ -126,7 +129,7 @@ class Settlement:
 
     def report(self, attempt: Unreported) -> None:
         """Never waits and never raises."""
-        self._metrics.usage_unreported.labels(attempt.role, attempt.variant).inc()
+        self._metrics.usage_unreported.labels(attempt.role, *attempt.labels).inc()
         if attempt.usage.prompt is not None:
             self._count(attempt, "known")  # what is booked is all that will be known
             return
@@ -207,7 +210,7 @@ class Settlement:
             self._failed(waiting, error, for_good=True)
         else:
             if prompt is not None:
-                self._book(attempt.key, attempt.role, attempt.variant, Usage(prompt))
+                self._book(attempt.key, attempt.role, attempt.labels, Usage(prompt))
             self._settled(waiting, "unknown" if prompt is None else "booked")
 
     def _failed(self, waiting: _Waiting, error: Exception, *, for_good: bool) -> None:
@@ -216,7 +219,7 @@ class Settlement:
             waiting.asked += 1
             self._later[waiting] = asyncio.get_running_loop().call_later(after_s, self._wait, waiting)
             return
-        fields = {"variant": waiting.attempt.variant, "cause": type(error).__name__}
+        fields = {"variant": ":".join(waiting.attempt.labels), "cause": type(error).__name__}
         logging.getLogger(EVENTS).info("a prompt could not be counted", extra={"fields": fields})
         self._settled(waiting, "failed")
 
@@ -228,7 +231,7 @@ class Settlement:
         self._count(waiting.attempt, outcome)
 
     def _count(self, attempt: Unreported, outcome: str) -> None:
-        self._metrics.usage_settled.labels(attempt.role, attempt.variant, outcome).inc()
+        self._metrics.usage_settled.labels(attempt.role, *attempt.labels, outcome).inc()
 
 
 def _is_for_good(error: Exception) -> bool:

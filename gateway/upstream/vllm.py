@@ -56,12 +56,10 @@ class Engines:
 
     def __init__(self, config: Config) -> None:
         self._config = config
-        self._same_name = frozenset((config.model.name, *config.adapters))
-        """Model ids that engines know as they are."""
-        self._model = msgspec.json.encode(config.model.name)
         self._several_keys = len(config.keys) > 1
-        self._tails: dict[tuple[str, str, int], bytes] = {}
-        """What is added to bodies of a sender and a model where nothing else is: by salt, model, priority."""
+        self._tails: dict[tuple[str, str, str, int], bytes] = {}
+        """What is added to bodies of a sender and a model where nothing else is: by salt, the model that the
+        engine knows, the one that is asked for, priority."""
 
     def attempt(self, listener: Listener, exchange: Exchange, replica: Replica, work: float) -> EngineAttempt:
         """One request to one engine, which ``start`` sends."""
@@ -74,7 +72,7 @@ class Engines:
         given, priority = body.fields.priority, caller.priority
         if given is not UNSET:
             priority = sent_priority(caller, given) or 0
-        of = (caller.cache_salt, exchange.model, priority)
+        of = (caller.cache_salt, replica.model, exchange.model, priority)
         tail = self._tails.get(of)
         if tail is None:
             tail = self._tail(*of, keep=given is UNSET)
@@ -97,18 +95,19 @@ class Engines:
         blamed = caller.key.name if self._several_keys and caller.key else ""
         return EngineAttempt(listener, exchange, replica, request, replica.take(work), blamed)
 
-    def _tail(self, salt: str, model: str, priority: int, *, keep: bool) -> bytes:
-        """What a body ends with, but for its brace."""
+    def _tail(self, salt: str, known: str, model: str, priority: int, *, keep: bool) -> bytes:
+        """What a body ends with, but for its brace. Engines know their own model, and adapters, by the names
+        that clients use; whatever else a client names, an engine is sent its own."""
         changes: dict[str, bytes] = {}
         if salt:
             changes["cache_salt"] = b'"%b"' % salt.encode()
-        if model not in self._same_name:
-            changes["model"] = self._model
+        if model != known and model not in self._config.adapters:
+            changes["model"] = msgspec.json.encode(known)
         if priority:
             changes["priority"] = b"%d" % priority
         tail = fields_of(changes)
         if keep and len(self._tails) < _MOST_TAILS and len(model) <= LONGEST_MODEL:
-            self._tails[salt, model, priority] = tail
+            self._tails[salt, known, model, priority] = tail
         return tail
 
 

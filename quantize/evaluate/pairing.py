@@ -35,6 +35,17 @@ def compare(
     )
 
 
+def across(
+    items: Sequence[Item], first: Mapping[int, str], answers: Mapping[int, str]
+) -> tuple[Paired, Paired | None]:
+    """Right answers, and grounded ones where items have grounds, paired with another model's to the same
+    items of a role. Both are texts, so that tokenizers do not matter."""
+    task = _suite(items, "task")
+    grounded, has = _grounded(task)
+    right = _paired(task, first, answers, Item.is_right)
+    return right, _paired(grounded, first, answers, has) if grounded else None
+
+
 def count_items(items: Sequence[Item]) -> ItemCounts:
     """How many of a role's items there are for each limit that a gate can test."""
     task = _suite(items, "task").values()
@@ -60,9 +71,8 @@ def _role(
     unlabelled = all(item.check == "reference" for item in task.values())
     # Without labels the first pass is what is right: what the reference keeps of it is its noise floor.
     right = _paired(task, (again or reference).answers[role] if unlabelled else before, after, Item.is_right)
-    grounded = {index: item for index, item in task.items() if item.grounds is not None}
+    grounded, has = _grounded(task)
     structured = {index: item for index, item in task.items() if item.json_schema is not None}
-    grounding = Grounding(grounded.values())
     return RoleEvaluation(
         evidence="reference" if unlabelled else "labels",
         items=right.items,
@@ -73,9 +83,7 @@ def _role(
         mcnemar_p=right.mcnemar_p,
         same_answer=sum(before[index] == after[index] for index in task),
         text=_text([(role, items)], "task", reference, variant),
-        grounded=_paired(grounded, before, after, lambda item, text: not grounding.invented(item, text))
-        if grounded
-        else None,
+        grounded=_paired(grounded, before, after, has) if grounded else None,
         valid_json=_paired(structured, before, after, Item.is_valid_json) if structured else None,
         long_context=LongContext(
             prompt_tokens=sum(variant.scored[role][index].prompt_tokens for index in far) / len(far),
@@ -87,6 +95,13 @@ def _role(
         else None,
         noise=_noise([(role, items)], reference, again) if again else None,
     )
+
+
+def _grounded(task: Items) -> tuple[Items, Callable[[Item, str], bool]]:
+    """The items with grounds, and whether an answer to one says nothing that these do not hold."""
+    grounded = {index: item for index, item in task.items() if item.grounds is not None}
+    grounding = Grounding(grounded.values())
+    return grounded, lambda item, text: not grounding.invented(item, text)
 
 
 def _paired(

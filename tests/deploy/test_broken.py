@@ -9,9 +9,9 @@ import pytest
 from deploy.engine import EngineSpec, free_port, running
 from deploy.engine_failures import EngineLoadError
 from deploy.engine_log import reason
+from deploy.fleet.engines import engine_specs
 from deploy.measuring import unless_broken
 from deploy.models import registry_of
-from deploy.supervisor import engine_specs
 from gateway.cards import load_cards
 from gateway.config import Config, load_config
 from quantize.card import Card, CardError

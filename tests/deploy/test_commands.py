@@ -33,6 +33,7 @@ LISTING = {
     "watch show",
     "status",
     "doctor",
+    "fleet",
 }
 
 
@@ -113,8 +114,8 @@ def test_standard_output_is_one_document(
 
 def test_what_was_made_is_one_document_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "tiercel.yaml"
-    model = {"name": "assistant", "path": str(ROOT / "deploy/assistant/model")}
-    path.write_text(settings(tmp_path / "variants", {}, model=model))
+    models = {"assistant": {"path": str(ROOT / "deploy/assistant/model"), "serve": ["bf16"]}}
+    path.write_text(settings(tmp_path / "variants", {}, models=models))
     main(["quantize", "bf16", "--no-evaluate", "--json", "--config", str(path)])
     (made,) = json.loads(capsys.readouterr().out)
     main(["variants", "show", "bf16", "--json", "--config", str(path)])

@@ -26,10 +26,11 @@ from aiohttp import web
 from deploy.cli import main
 from deploy.commands import check_machine, check_serving
 from deploy.commands.doctor import _run, examine
-from deploy.commands.findings import Finding, Level, Subject, ok
+from deploy.commands.findings import Finding, Level, Subject, ok, warning
 from gateway.config import load_config
 from gateway.quality.store import Store
 from gateway.upstream.fake import FakeEngine
+from quantize.card import read_card, write_card
 from quantize.core.targets import TargetError
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "gateway"))
@@ -47,7 +48,8 @@ def write(tmp_path: Path) -> Callable[..., Path]:
     write_variants(tmp_path / "variants")
 
     def written(**changes: Any) -> Path:
-        fields = {"run_dir": "run", "model": {"name": "assistant", "path": str(MODEL)}, "watch": {}} | changes
+        model = {"path": str(MODEL), "serve": list(VARIANTS)} | changes.pop("model", {})
+        fields = {"run_dir": "run", "models": {"assistant": model}, "watch": {}} | changes
         fields["gateway"] = {"port": free_port()} | fields.get("gateway", {})
         path = tmp_path / "tiercel.yaml"
         urls = fields.pop("pools", {variant: ["http://127.0.0.1:9"] for variant in VARIANTS})
@@ -135,23 +137,29 @@ def test_a_check_that_fails_stops_nothing(
 
 
 def damage_missing(variants: Path) -> None:
-    shutil.rmtree(variants / "int8")
+    shutil.rmtree(variants / "assistant/int8")
+
+
+def rewrite(variants: Path, **changes: object) -> None:
+    directory = next((variants / "assistant/int8").glob("*/card.json")).parent
+    write_card(read_card(directory).model_copy(update=changes), directory)
 
 
 def damage_files(variants: Path) -> None:
-    card = next((variants / "int8").glob("*/card.json"))
-    card.write_text(card.read_text().replace('"files": {}', f'"files": {{"w": "{"0" * 64}"}}'))
+    rewrite(variants, files={"w": "0" * 64})
 
 
 def damage_state(variants: Path) -> None:
-    card = next((variants / "int8").glob("*/card.json"))
-    fields = json.loads(card.read_text())
-    card.write_text(json.dumps(fields | {"state": "broken", "engine_words": "ValueError: no kernel"}))
+    rewrite(variants, state="broken", engine_words="ValueError: no kernel")
 
 
 def damage_gate(variants: Path) -> None:
-    card = next((variants / "int8").glob("*/card.json"))
-    card.write_text(json.dumps(json.loads(card.read_text()) | {"evaluation": None}))
+    rewrite(variants, evaluation=None)
+
+
+def damage_seal(variants: Path) -> None:
+    card = next((variants / "assistant/int8").glob("*/card.json"))
+    card.write_text(json.dumps(json.loads(card.read_text()) | {"doubts": ["none"]}))
 
 
 @pytest.mark.parametrize(
@@ -161,6 +169,7 @@ def damage_gate(variants: Path) -> None:
         (damage_files, Level.FAILURE, "w is listed in the card but missing", "tiercel quantize int8"),
         (damage_state, Level.FAILURE, "ValueError: no kernel", "tiercel quantize int8"),
         (damage_gate, Level.WARNING, "was never measured", "tiercel quantize int8"),
+        (damage_seal, Level.FAILURE, "was edited after it was written", "tiercel quantize int8"),
     ],
 )
 def test_variants(
@@ -209,11 +218,11 @@ def test_ports_that_are_taken(write: Callable[..., Path]) -> None:
         assert f"kill {os.getpid()}" in found.fix
         path = write(pools={}, engine={"base_port": port})
         found = worst(look(check_serving.check_ports, path))
-        assert f"port {port} of the engine of bf16 is taken" in found.found
+        assert f"port {port} of the engine of assistant:bf16 is taken" in found.found
         # The same process, where the supervisor's list says that it is the engine.
         run = path.parent / "run"
         run.mkdir()
-        engines = {"bf16": {"url": f"http://127.0.0.1:{port}", "pid": os.getpid()}}
+        engines = {"assistant:bf16": {"url": f"http://127.0.0.1:{port}", "pid": os.getpid()}}
         (run / "engines.json").write_text(json.dumps({"engines": engines}))
         assert worst(look(check_serving.check_ports, path)).level is Level.OK
 
@@ -290,9 +299,11 @@ def test_engines_that_do_not_run(write: Callable[..., Path]) -> None:
     given = worst(look(check_serving.check_engines, write()))
     assert given.level is Level.FAILURE
     assert "does not answer" in given.found
-    assert given.fix == "start it, or take it out of pools.bf16"
+    assert given.fix == "start it, or take it out of pools.assistant:bf16"
     (idle,) = look(check_serving.check_engines, write(pools={}, engine={"base_port": 1024}))
-    assert idle == ok("not running: bf16, int8, int4-kv8; `tiercel up` starts them")
+    assert idle == ok(
+        "not running: assistant:bf16, assistant:int8, assistant:int4-kv8; `tiercel up` starts them"
+    )
 
 
 def test_the_store(write: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -359,12 +370,12 @@ def test_directories_that_cannot_be_written_to(write: Callable[..., Path], tmp_p
 
 def test_leftovers(write: Callable[..., Path]) -> None:
     path = write()
-    directory, run = path.parent / "variants", path.parent / "run"
+    directory, run = path.parent / "variants/assistant", path.parent / "run"
     (run / "workers").mkdir(parents=True)
     assert worst(look(check_serving.check_leftovers, path)).level is Level.OK
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
-    engines = {"bf16": {"url": "http://127.0.0.1:1", "pid": ended.pid}}
+    engines = {"assistant:bf16": {"url": "http://127.0.0.1:1", "pid": ended.pid}}
     (run / "engines.json").write_text(json.dumps({"engines": engines}))
     with socket.socket(socket.AF_UNIX) as gone:
         gone.bind(str(run / "workers/worker-1.sock"))
@@ -379,6 +390,11 @@ def test_leftovers(write: Callable[..., Path]) -> None:
     with (directory / ".locks/int8").open("w") as lock:  # somebody is making it
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert len(look(check_serving.check_leftovers, path)) == 2
+    (directory / "bf16").rename(directory.parent / "bf16")
+    assert look(check_serving.check_leftovers, path)[-1] == warning(
+        f"{directory.parent}/bf16 is of the time when a file had one model, and is not read",
+        f"mkdir -p {directory}; mv {directory.parent}/bf16 {directory}/",
+    )
 
 
 def test_files_that_the_configuration_names(
@@ -388,9 +404,8 @@ def test_files_that_the_configuration_names(
     provider = {"model": "gpt", "litellm_model": "openai/gpt-4o", "api_key_env": "NO_SUCH_KEY"}
     roles = {"core": {"tasks": "nowhere.jsonl"}}
     path = write(
-        model={"name": "assistant", "path": "no-model"},
+        model={"path": "no-model", "calibration": "none.jsonl"},
         roles=roles,
-        calibration="none.jsonl",
         providers=[provider],
     )
     found = look(check_serving.check_files, path)
@@ -459,10 +474,9 @@ def test_small_machines(write: Callable[..., Path], monkeypatch: pytest.MonkeyPa
     small = SimpleNamespace(total=2**30, available=2**29, free=2**20)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: small)
     found = worst(look(check_machine.check_memory, path))
-    assert (found.level, "bf16, int8, int4-kv8 here need about 8.4 GiB" in found.found) == (
-        Level.FAILURE,
-        True,
-    )
+    assert found.level is Level.FAILURE
+    assert "assistant:bf16 needs about 2.5 GiB of memory" in found.found
+    assert found.fix == "7.1 GiB more free memory"  # of all three
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(total=64 << 20, free=1 << 20))
     assert "another variant takes up to" in worst(look(check_machine.check_disk, path)).found
     assert "/dev/shm has 64 MiB" in worst(look(check_machine.check_shm, path)).found
@@ -475,7 +489,7 @@ def test_small_machines(write: Callable[..., Path], monkeypatch: pytest.MonkeyPa
     assert worst(look(check_machine.check_processor, path)).level is Level.FAILURE
     assert worst(look(check_machine.check_processor, write())).level is Level.OK
     nvidia = tmp_path / "nvidia-smi"
-    nvidia.write_text("#!/bin/sh\necho 'NVIDIA H100 80GB HBM3, 81559 MiB'\n")
+    nvidia.write_text("#!/bin/sh\necho '0, NVIDIA H100 80GB HBM3, 81559, 81079, 570.124.06'\n")
     nvidia.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setattr(check_machine, "detect", lambda: "vllm-cuda-hopper")

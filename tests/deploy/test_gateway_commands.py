@@ -39,11 +39,15 @@ def test_a_route_is_explained(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     path.write_text(settings(tmp_path / "variants", {}))
     config = ["--config", str(path)]
     main(["route", "--role", "intent_classifier", *config])
-    assert "int4-kv8 → int8 → bf16 (cheapest_in_budget)" in capsys.readouterr().out
+    assert (
+        "assistant:int4-kv8 → assistant:int8 → assistant:bf16 (cheapest_in_budget)" in capsys.readouterr().out
+    )
     main(["route", "--role", "summarizer", "--json", *config])
     found = json.loads(capsys.readouterr().out)
-    assert found["ladder"] == ["int8", "bf16"]
-    assert [step["variant"] for step in found["considered"]] == ["int4-kv8", "int8", "bf16"]
+    assert found["ladder"] == ["assistant:int8", "assistant:bf16"]
+    assert [step["variant"] for step in found["considered"]] == [
+        f"assistant:{one}" for one in ("int4-kv8", "int8", "bf16")
+    ]
     for arguments, says in (
         (["--role", "boss"], "'boss' is not a role"),
         (["--model", "assistant:int8"], "is less precise than role core allows"),

@@ -4,7 +4,7 @@ Engines are scripted ones that run already; what they serve is told by an accoun
 """
 
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -37,8 +37,15 @@ MACHINE = Machine({0: (0, 1)}, 1 << 40)
 class Engine(ScriptedEngine):
     """A scripted engine that writes what speed is measured by, and says what it serves."""
 
-    def __init__(self, shift: float, bits: int, order: list[str], name: str) -> None:
-        super().__init__(lambda text: "$5", shift, vocabulary=None)
+    def __init__(
+        self,
+        shift: float,
+        bits: int,
+        order: list[str],
+        name: str,
+        answer: Callable[[str], str] = lambda _: "$5",
+    ) -> None:
+        super().__init__(answer, shift, vocabulary=None)
         self.bits, self.order, self.name = bits, order, name
 
     async def _completions(self, request: web.Request) -> web.Response:
@@ -115,16 +122,25 @@ async def running(
 ) -> AsyncIterator[tuple[dict[str, EngineSpec], list[str]]]:
     order: list[str] = []
     engines = {"bf16": Engine(0.0, 16, order, "bf16"), "int4": Engine(shift, bits, order, "int4")}
+    served = [(model, card, engines[card.variant]) for card in cards]
+    async with serving(served, monkeypatch) as specs:
+        yield specs, order
+
+
+@asynccontextmanager
+async def serving(
+    served: Sequence[tuple[ModelConfig, Card, Engine]], monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[dict[str, EngineSpec]]:
+    """Engines that run already, by ``model:variant``."""
     monkeypatch.setattr(ScriptedEngine, "serve", _serve_with_account)
     async with AsyncExitStack() as stack:
         specs = {}
-        for card in cards:
-            parts = urlsplit(await stack.enter_async_context(engines[card.variant].serve()))
-            directory = model.variants_dir / card.variant / card.version
-            log = model.run_dir / "log"
+        for model, card, engine in served:
+            parts = urlsplit(await stack.enter_async_context(engine.serve()))
             settings = model.engine.model_copy(update={"host": parts.hostname})
-            specs[model.id(card.variant)] = EngineSpec(card, directory, settings, parts.port or 0, log)
-        yield specs, order
+            directory = model.variants_dir / card.variant / card.version
+            specs[card.id] = EngineSpec(card, directory, settings, parts.port or 0, model.run_dir / "log")
+        yield specs
 
 
 _serve = ScriptedEngine.serve

@@ -1,6 +1,7 @@
 """Engines get cores, devices and memory; what does not fit side by side goes one after another."""
 
 import asyncio
+from dataclasses import replace
 
 import pytest
 
@@ -31,14 +32,14 @@ def test_the_listing_of_nvidia_smi_is_read() -> None:
         (1, "NVIDIA L4", 22553 << 20),
     ]
     assert machine.driver == "550.90.07"
-    assert not gpus(MIG).gpus
+    assert [gpu.total for gpu in gpus(MIG).gpus] == [0]
     assert not gpus("NVIDIA-SMI has failed because it couldn't communicate with the driver.\n").gpus
     assert find_gpus(("no-such-command",)) == ((), "")
 
 
 def test_engines_share_a_gpu_by_bytes_and_not_by_a_share_of_it() -> None:
     machine, busy = gpus(H100), list[Placed]()
-    while (placed := place(machine, SMALL, busy, 9, {})) is not None:
+    while (placed := place(machine, SMALL, busy, 9)) is not None:
         busy.append(placed)
     assert len(busy) == 3  # 16.8 + 4 + 1.5 GiB each, of 79.2
     first = busy[0]
@@ -49,77 +50,78 @@ def test_engines_share_a_gpu_by_bytes_and_not_by_a_share_of_it() -> None:
 
 def test_the_emptier_gpu_is_taken_and_the_users_choice_of_devices_holds() -> None:
     machine, need = gpus(L4_BUSY), Need("int8", 8 * GIB, GIB)
-    free = place(machine, need, [], 2, {})
+    free = place(machine, need, [], 2)
     assert free is not None
     assert free.gpus == (1,)
-    named = place(machine, need, [], 2, {"CUDA_VISIBLE_DEVICES": "0"})
+    first = replace(need, env={"CUDA_VISIBLE_DEVICES": "0"})
+    named = place(machine, first, [], 2)
     assert named is not None
     assert named.gpus == (0,)
-    assert place(machine, need, [named], 2, {"CUDA_VISIBLE_DEVICES": "0"}) is None
-    own = place(machine, need, [], 2, {}, ["--gpu-memory-utilization=0.4"])
+    assert place(machine, first, [named], 2) is None
+    own = place(machine, replace(need, arguments=("--gpu-memory-utilization=0.4",)), [], 2)
     assert own is not None
     assert not own.arguments
     assert not own.env
 
 
 def test_what_fits_no_gpu_is_split_over_the_fewest_that_hold_it() -> None:
-    placed = place(gpus(FOUR), LARGE, [], 2, {})
+    placed = place(gpus(FOUR), LARGE, [], 2)
     assert placed is not None
     assert placed.gpus == (0, 1)
     assert placed.arguments[-4:] == ("--kv-cache-memory-bytes", str(2 * GIB), "--tensor-parallel-size", "2")
-    beside = place(gpus(FOUR), LARGE, [placed], 2, {})
+    beside = place(gpus(FOUR), LARGE, [placed], 2)
     assert beside is not None
     assert beside.gpus == (2, 3)
     odd = Need("bf16", 132 * GIB, 4 * GIB, (25, 5))  # 25 heads are divided by no power of two
     with pytest.raises(
         PlacementError, match=r"bf16 needs 132\.0 GiB for weights.*GPU 0 79\.2 of 79\.6 GiB free"
     ):
-        place(gpus(FOUR), odd, [], 2, {})
+        place(gpus(FOUR), odd, [], 2)
 
 
 def test_two_engines_on_two_cores_get_one_each() -> None:
     need = Need("bf16", GIB // 4, GIB)
-    first = place(TWO_CORES, need, [], 2, {})
+    first = place(TWO_CORES, need, [], 2)
     assert first is not None
-    second = place(TWO_CORES, need, [first], 2, {})
+    second = place(TWO_CORES, need, [first], 2)
     assert second is not None
     assert first.env == second.env == {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     assert (first.cores, second.cores) == ((0,), (1,))
-    alone = place(TWO_CORES, need, [], 1, {})
+    alone = place(TWO_CORES, need, [], 1)
     assert alone is not None
     assert alone.env["OMP_NUM_THREADS"] == "1"  # the other core is for the engine's other processes
 
 
 def test_engines_on_two_nodes_stay_on_their_own() -> None:
     need = Need("bf16", 16 * GIB, 4 * GIB)
-    first = place(TWO_NODES, need, [], 2, {})
+    first = place(TWO_NODES, need, [], 2)
     assert first is not None
-    second = place(TWO_NODES, need, [first], 2, {})
+    second = place(TWO_NODES, need, [first], 2)
     assert second is not None
     assert first.env == {"OMP_NUM_THREADS": "3", "VLLM_CPU_OMP_THREADS_BIND": "0,1,2"}
     assert second.env["VLLM_CPU_OMP_THREADS_BIND"] == "4,5,6"
 
 
 def test_threads_that_the_user_sets_are_kept_and_counted() -> None:
-    need = Need("bf16", GIB // 4, GIB)
-    first = place(TWO_CORES, need, [], 2, {"OMP_NUM_THREADS": "2"})
+    need = Need("bf16", GIB // 4, GIB, env={"OMP_NUM_THREADS": "2"})
+    first = place(TWO_CORES, need, [], 2)
     assert first is not None
     assert not first.env
-    assert place(TWO_CORES, need, [first], 2, {"OMP_NUM_THREADS": "2"}) is None
-    assert place(TWO_CORES, need, [first], 2, {"OMP_NUM_THREADS": "1"}) is not None
+    assert place(TWO_CORES, need, [first], 2) is None
+    assert place(TWO_CORES, replace(need, env={"OMP_NUM_THREADS": "1"}), [first], 2) is not None
 
 
 def test_engines_that_want_more_memory_than_there_is() -> None:
     need = Need("bf16", 12 * GIB, 2 * GIB)
-    first = place(TWO_CORES, need, [], 2, {})
+    first = place(TWO_CORES, need, [], 2)
     assert first is not None
-    assert place(TWO_CORES, need, [first], 2, {}) is None
+    assert place(TWO_CORES, need, [first], 2) is None
     with pytest.raises(PlacementError, match=r"needs about 34\.5 GiB of memory \(30\.0 for weights, 1\.5"):
-        place(TWO_CORES, Need("bf16", 30 * GIB, 3 * GIB // 2), [], 2, {})
+        place(TWO_CORES, Need("bf16", 30 * GIB, 3 * GIB // 2), [], 2)
 
 
 async def test_who_finds_no_room_waits_for_it() -> None:
-    seats = Seats(TWO_CORES, 2, {})
+    seats = Seats(TWO_CORES, 2)
     need, inside, most = Need("bf16", 12 * GIB, 2 * GIB), 0, 0
 
     async def engine() -> None:

@@ -34,6 +34,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "gateway"))
 
 from gateway_stack import Stack, eventually, running_gateway, settings
 
+INT4 = "assistant:int4-kv8"
+
 
 async def tiercel(*words: str) -> int:
     """Run a command beside the gateway; gives its exit status."""
@@ -73,13 +75,21 @@ async def test_all_is_well(stack: Stack, capsys: pytest.CaptureFixture[str]) -> 
     shown = capsys.readouterr().out
     assert f"all is well: {stack.url} serves assistant" in shown
     assert re.search(r"int8-0 +ok +0 +0 +0.0 %", shown)
-    assert re.search(r"intent_classifier +int4-kv8 .*cheapest in budget", shown)
-    assert re.search(r"summarizer +int8 .*not int4-kv8 \(not enough evidence\)", shown)
+    assert re.search(r"intent_classifier +assistant:int4-kv8 .*cheapest in budget", shown)
+    assert re.search(r"summarizer +assistant:int8 .*not assistant:int4-kv8 \(not enough evidence\)", shown)
     assert await tiercel("status", "--json", *options) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["well"] is True
-    assert [role["variant"] for role in found["roles"]] == ["int4-kv8", "int8", "bf16"]
-    assert [pool["variant"] for pool in found["pools"]] == ["bf16", "int8", "int4-kv8"]
+    assert [role["variant"] for role in found["roles"]] == [
+        "assistant:int4-kv8",
+        "assistant:int8",
+        "assistant:bf16",
+    ]
+    assert [pool["variant"] for pool in found["pools"]] == [
+        "assistant:bf16",
+        "assistant:int8",
+        "assistant:int4-kv8",
+    ]
 
 
 async def test_rates_are_of_the_time_between_two_readings(stack: Stack) -> None:
@@ -93,7 +103,7 @@ async def test_rates_are_of_the_time_between_two_readings(stack: Stack) -> None:
     now = await asyncio.to_thread(look, gateway)
     passed = now.reading.at - before.reading.at
     found = {(one.role, one.variant): one for one in flows(before.reading, now.reading)}
-    core, summarizer = found["core", "bf16"], found["summarizer", "int8"]
+    core, summarizer = found["core", "assistant:bf16"], found["summarizer", "assistant:int8"]
     assert core.requests * passed == pytest.approx(4)
     assert core.errors * passed == pytest.approx(1)
     assert core.duration is not None
@@ -109,32 +119,32 @@ async def test_what_is_not_well_is_said_with_what_to_do(
     stack.engines["int8"].script.healthy = False
     stack.engines["bf16"].kv_cache_usage = 0.99
     stack.engines["int4-kv8"].waiting = 40
-    order = {"action": "demote", "variant": "int4-kv8", "role": "intent_classifier", "why": "looks odd"}
+    order = {"action": "demote", "variant": INT4, "role": "intent_classifier", "why": "looks odd"}
     async with stack.http.post(stack.url + "/admin/watch", json=order) as response:
         assert response.status == 200
     pools = stack.gateway.plane.snapshot.pools.by_variant
-    await eventually(lambda: not pools["int8"].reachable)
+    await eventually(lambda: not pools["assistant:int8"].reachable)
     await eventually(
-        lambda: stack.sample("tiercel_queue_depth", variant="int4-kv8", replica="int4-kv8-0") == 40
+        lambda: stack.sample("tiercel_queue_depth", variant="int4-kv8", replica=f"{INT4}-0") == 40
     )
-    usage = {"variant": "bf16", "replica": "bf16-0"}
+    usage = {"variant": "bf16", "replica": "assistant:bf16-0"}
     await eventually(lambda: stack.sample("tiercel_kv_cache_usage_ratio", **usage) == 0.99)
     assert await tiercel("status", "--json", "--url", stack.url, "--over", "0.2") == 1
     found = json.loads(capsys.readouterr().out)
     said = {one["what"]: one["fix"] for one in found["not_well"]}
-    url = stack.gateway.plane.snapshot.config.pools["int8"][0]
+    url = stack.gateway.plane.snapshot.config.pools["assistant:int8"][0]
     assert said.keys() == {
-        f"int8-0 at {url} cannot be reached",
-        "the KV cache of bf16-0 is 99 % full",
-        "40 requests wait in the engines of int4-kv8",
-        "int4-kv8 as intent_classifier is out of service (demoted): looks odd",
+        f"assistant:int8-0 at {url} cannot be reached",
+        "the KV cache of assistant:bf16-0 is 99 % full",
+        f"40 requests wait in the engines of {INT4}",
+        f"{INT4} as intent_classifier is out of service (demoted): looks odd",
     }
-    demoted = said["int4-kv8 as intent_classifier is out of service (demoted): looks odd"]
-    assert "tiercel watch restore int4-kv8 intent_classifier" in demoted
+    demoted = said[f"{INT4} as intent_classifier is out of service (demoted): looks odd"]
+    assert f"tiercel watch restore {INT4} intent_classifier" in demoted
     assert {role["role"]: role["variant"] for role in found["roles"]} == {
-        "intent_classifier": "bf16",
-        "summarizer": "bf16",
-        "core": "bf16",
+        "intent_classifier": "assistant:bf16",
+        "summarizer": "assistant:bf16",
+        "core": "assistant:bf16",
     }
     reasons = {role["role"]: role["reason"] for role in found["roles"]}
     assert reasons["summarizer"] == "raised_pool_down"
@@ -147,12 +157,19 @@ async def test_what_is_not_well_is_said_with_what_to_do(
 async def test_failing_requests_and_a_variant_that_is_pinned_out(
     stack: Stack, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    order = {"action": "pin_demoted", "variant": "int8", "role": "summarizer", "why": "until Monday"}
+    order = {
+        "action": "pin_demoted",
+        "variant": "assistant:int8",
+        "role": "summarizer",
+        "why": "until Monday",
+    }
     async with stack.http.post(stack.url + "/admin/watch", json=order) as response:
         assert response.status == 200
     # A person's decision is shown, and nothing to be alarmed at.
     assert await tiercel("status", "--url", stack.url, "--over", "0.1") == 0
-    assert "pinned: int8 is kept out of summarizer's choice: until Monday" in capsys.readouterr().out
+    assert (
+        "pinned: assistant:int8 is kept out of summarizer's choice: until Monday" in capsys.readouterr().out
+    )
     looking = asyncio.create_task(tiercel("status", "--url", stack.url, "--over", "1", "--json"))
     stack.engines["bf16"].script.status = 500
     while not looking.done():
@@ -225,7 +242,7 @@ async def test_no_proxy_leads_to_the_address_of_the_file(
 
 
 async def test_what_is_no_gateway_is_said(capsys: pytest.CaptureFixture[str], stack: Stack) -> None:
-    engine = stack.gateway.plane.snapshot.config.pools["bf16"][0]
+    engine = stack.gateway.plane.snapshot.config.pools["assistant:bf16"][0]
     for command in ("status", "top"):
         assert await tiercel(command, "--url", engine, *(["--once"] if command == "top" else [])) == 2
         assert "give --url" in capsys.readouterr().err
@@ -252,7 +269,7 @@ def test_percentiles_are_those_of_the_buckets() -> None:
 
 
 def counted(at: float, requests: int, outcome: str = "200") -> str:
-    labels = f'role="core",model="m",variant="bf16",outcome="{outcome}"'
+    labels = f'role="core",requested="m",model="m",variant="bf16",outcome="{outcome}"'
     return f"# TYPE tiercel_requests counter\ntiercel_requests_total{{{labels}}} {requests}.0\n"
 
 
@@ -284,12 +301,12 @@ def shown(drawn: Any, width: int = 80) -> str:
 
 def test_a_frame_fits_a_small_terminal() -> None:
     lines = [
-        f'tiercel_requests_total{{role="{"a_very_long_role_" * 6}{n}",model="m",variant="int4-kv8",'
-        f'outcome="200"}} {n}.0'
+        f'tiercel_requests_total{{role="{"a_very_long_role_" * 6}{n}",requested="m",'
+        f'model="m",variant="int4-kv8",outcome="200"}} {n}.0'
         for n in range(60)
     ]
     replica = {"url": "http://engines.default.svc.cluster.local:8000", "reachable": True, "usable": False}
-    pools = {"int4-kv8": {"replicas": {"int4-kv8-0": replica | {"in_flight": 123}}}}
+    pools = {"m:int4-kv8": {"replicas": {"m:int4-kv8-0": replica | {"in_flight": 123}}}}
     before, now = Look(parse("", 0.0), pools), Look(parse("\n".join(lines), 1.0), pools)
     text = shown(frame("http://127.0.0.1:8080", now, before, "it does not answer", 80, 24))
     assert max(map(len, text.splitlines())) <= 80
@@ -298,6 +315,11 @@ def test_a_frame_fits_a_small_terminal() -> None:
     assert "quieter" in text
     assert "FAILING" in text
     assert "it does not answer" in text
+    assert "m:int4-kv8" not in text  # of one model there is no need to say which
+    pools |= {"other:int8": {"replicas": {"other:int8-0": replica | {"in_flight": 1}}}}
+    text = shown(frame("http://127.0.0.1:8080", Look(now.reading, pools), None, width=120))
+    assert "m:int4-kv8-0" in text
+    assert "other:int8-0" in text
 
 
 async def test_top_prints_one_frame(stack: Stack, capsys: pytest.CaptureFixture[str]) -> None:

@@ -27,6 +27,12 @@ CHAT = "/v1/chat/completions"
 RECORD = "Order C2390\ncustomer: Greta Vidal\ntotal: $277\n\nhow much does order C2390 cost"
 
 
+def full(variant: str) -> str:
+    """The id of a variant; one without a model is of ``assistant``, the only one where nothing else is
+    said."""
+    return variant if ":" in variant else f"assistant:{variant}"
+
+
 def make_card(variant: str, *, passes: tuple[str, ...] = (), **changes: Any) -> Card:
     """A card of ``variant``; its gate passes for the roles in ``passes`` and for no other."""
     text = TextEvaluation(
@@ -75,27 +81,32 @@ def make_card(variant: str, *, passes: tuple[str, ...] = (), **changes: Any) -> 
 
 def make_cards() -> dict[str, Card]:
     """bf16 for everybody, int8 for the auxiliary roles, int4-kv8 for the intent classifier only."""
-    return {
-        "bf16": make_card("bf16"),
-        "int8": make_card(
-            "int8", passes=("intent_classifier", "summarizer"), weight_bits=8, weight_bytes=5_000_000
-        ),
-        "int4-kv8": make_card(
+    return by_id(
+        make_card("bf16"),
+        make_card("int8", passes=("intent_classifier", "summarizer"), weight_bits=8, weight_bytes=5_000_000),
+        make_card(
             "int4-kv8",
             passes=("intent_classifier",),
             weight_bits=4,
             weight_bytes=3_000_000,
             kv="fp8",
         ),
-    }
+    )
+
+
+def by_id(*cards: Card) -> dict[str, Card]:
+    """As the gateway has them."""
+    return {card.id: card for card in cards}
 
 
 def make_config(**changes: Any) -> Config:
+    """``serve``, ``reference`` and ``calibration`` are the model's, where it is the only one."""
+    own = {name: changes.pop(name) for name in ("serve", "reference", "calibration") if name in changes}
+    assistant = {"path": Path("model"), "serve": ("bf16", "int8", "int4-kv8")} | own
     gateway = {"scrape_interval_s": 0.05, "health_interval_s": 0.05} | changes.pop("gateway", {})
     fields = {
-        "model": {"name": "assistant", "path": Path("model")},
+        "models": {"assistant": assistant},
         "variants_dir": Path("variants"),
-        "serve": ("bf16", "int8", "int4-kv8"),
         "roles": {
             "intent_classifier": {"agents": ("IntentAgent",)},
             "summarizer": {},
@@ -111,19 +122,20 @@ def make_config(**changes: Any) -> Config:
 
 def write_variants(directory: Path) -> None:
     """The cards on disk, as variants without weights."""
-    for variant, card in make_cards().items():
-        place = directory / variant / card.version
+    for card in make_cards().values():
+        place = directory / card.model / card.variant / card.version
         place.mkdir(parents=True, exist_ok=True)
         write_card(card, place)
         point(place.parent / "current", card.version)
 
 
 def settings(directory: Path, urls: dict[str, list[str]], **changes: Any) -> str:
+    """A file; ``serve`` and ``reference`` are the model's."""
+    own = {name: changes.pop(name) for name in ("serve", "reference") if name in changes}
     return yaml.safe_dump(
         {
-            "model": {"name": "assistant", "path": "model"},
+            "models": {"assistant": {"path": "model", "serve": ["bf16", "int8", "int4-kv8"]} | own},
             "variants_dir": str(directory),
-            "serve": ["bf16", "int8", "int4-kv8"],
             "roles": {"intent_classifier": {}, "summarizer": {}, "core": {}},
             "default_role": "core",
             "pools": urls,
@@ -145,6 +157,15 @@ def free_socket() -> socket.socket:
     return listening
 
 
+class EngineByVariant(dict[str, FakeEngine]):
+    """By ``model:variant``; a variant alone is one of ``assistant``."""
+
+    def __missing__(self, variant: str) -> FakeEngine:
+        if ":" in variant:
+            raise KeyError(variant)
+        return self[full(variant)]
+
+
 class Stack:
     """A running gateway with a fake engine per variant."""
 
@@ -155,7 +176,7 @@ class Stack:
         self.url = url
         self.http = http
         self.registry = registry
-        self.engines: dict[str, FakeEngine] = {}
+        self.engines = EngineByVariant()
 
     def post(self, body: Any = None, path: str = CHAT, **options: Any) -> Any:
         """A request; ``body`` has what differs from a plain question to the model."""
@@ -169,6 +190,9 @@ class Stack:
         return [value if value == "[DONE]" else json.loads(value) for value in values]
 
     def sample(self, name: str, **labels: str) -> float:
+        """A variant without its model is one of ``assistant``."""
+        if "variant" in labels:
+            labels.setdefault("model", "assistant")
         return self.registry.get_sample_value(name, labels) or 0.0
 
     def asked(self, variant: str) -> list[dict[str, Any]]:
@@ -213,7 +237,7 @@ async def running_gateway(**changes: Any) -> AsyncIterator[Stack]:
     cards = changes.pop("cards", None) or make_cards()
     discovery = changes.pop("discovery", None)
     async with AsyncExitStack() as exits:
-        engines = {variant: FakeEngine(Script()) for variant in cards}
+        engines = EngineByVariant({variant: FakeEngine(Script()) for variant in cards})
         urls = {v: (await exits.enter_async_context(engine.serving()),) for v, engine in engines.items()}
         config = make_config(**{"pools": urls} | changes)
         registry = CollectorRegistry()

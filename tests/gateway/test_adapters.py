@@ -33,7 +33,7 @@ async def test_an_adapter_is_asked_for_by_its_own_name() -> None:
             assert sent["model"] == model
             assert ("logprobs" in sent) is (model == "assistant"), "what it says is not held against the base"
         assert stack.sample(
-            "tiercel_requests_total", role="core", model="legal", variant="bf16", outcome="200"
+            "tiercel_requests_total", role="core", requested="legal", variant="bf16", outcome="200"
         ), "it is a model of its own in the metrics"
         async with stack.post({"model": "poetry"}) as response:
             assert response.status == 404
@@ -47,7 +47,7 @@ async def test_going_up_stays_with_who_has_it() -> None:
         async def at_the_reference() -> bool:
             asked = {"x-agent-role": "summarizer"}
             async with stack.post({"model": "legal"}, headers=asked) as response:
-                return response.headers.get("x-tiercel-variant") == "bf16"
+                return response.headers.get("x-tiercel-variant") == "assistant:bf16"
 
         await eventually(at_the_reference)
 

@@ -26,7 +26,7 @@ class Clock:
 
 def made() -> tuple[Replica, Breaker, Clock]:
     clock = Clock()
-    replica = Replica("int8", "int8-0", "http://127.0.0.1:1", clock)
+    replica = Replica("int8", "assistant:int8-0", "http://127.0.0.1:1", clock)
     return replica, replica.breaker, clock
 
 

@@ -19,8 +19,8 @@ async def test_headers_say_what_was_decided(stack: Stack) -> None:
         async with stack.post(body, headers={"x-request-id": "my-id.1"}) as response:
             assert response.status == 200
             assert response.headers["x-request-id"] == "my-id.1"
-            assert response.headers["x-tiercel-variant"] == "int4-kv8"
-            assert response.headers["x-tiercel-replica"] == "int4-kv8-0"
+            assert response.headers["x-tiercel-variant"] == "assistant:int4-kv8"
+            assert response.headers["x-tiercel-replica"] == "assistant:int4-kv8-0"
             assert response.headers["x-tiercel-route-reason"] == "cheapest_in_budget"
     async with stack.post(headers={"x-request-id": "bad id\t"}) as response:
         assert len(response.headers["x-request-id"]) == 32
@@ -115,7 +115,7 @@ async def test_dead_replica_is_left_for_a_living_one() -> None:
                 for _ in range(4):
                     async with stack.post() as response:
                         assert response.status == 200
-                        assert response.headers["x-tiercel-replica"] == "bf16-1"
+                        assert response.headers["x-tiercel-replica"] == "assistant:bf16-1"
         assert len(from_clients(alive)) == 4
 
 

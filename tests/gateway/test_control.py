@@ -299,7 +299,7 @@ async def test_until_it_is_committed_a_reload_changes_nothing(
         await eventually(held.waiting.is_set)
         async with stack.post() as response:
             assert response.status == 200, "requests go on while it is built"
-            assert response.headers["x-tiercel-variant"] == "bf16"
+            assert response.headers["x-tiercel-variant"] == "assistant:bf16"
         assert state_of(stack.gateway) == before
         held.may_go_on.set()
         assert (await putting)[0] == 200
@@ -379,7 +379,7 @@ async def test_an_interval_that_a_reload_changes_is_kept_soon(monkeypatch: pytes
 
 
 def names(stack: Stack) -> list[str]:
-    return [replica.url for replica in stack.gateway.plane.snapshot.pools.by_variant["bf16"].replicas]
+    return [replica.url for replica in stack.gateway.plane.snapshot.pools.by_variant["assistant:bf16"].replicas]
 
 
 async def test_a_reload_during_a_look_up_does_not_lose_its_result(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -112,7 +112,7 @@ async def test_clients_reach_it_by_every_name(stack: Stack) -> None:
     body = {"messages": [{"role": "user", "content": "hi"}], "model": None}
     async with stack.post(body) as response:
         assert response.status == 200
-        assert response.headers["x-tiercel-variant"] == "bf16"
+        assert response.headers["x-tiercel-variant"] == "assistant:bf16"
 
 
 async def test_unserved_paths_are_told_in_the_clients_form(stack: Stack) -> None:

@@ -102,13 +102,13 @@ PROVIDERS = ({"model": "gpt", "litellm_model": "openai/gpt"},)
     [
         (
             ("assistant",),
-            ("assistant", "", "core", "summarizer", "assistant:int8"),
+            ("assistant", "core", "summarizer", "assistant:int8"),
             ("legal", "assistant:tone", "gpt", "assistant:int2", "assistant:", "nobody"),
         ),
-        (("gpt",), ("gpt",), ("assistant", "", "core", "assistant:bf16", "legal", "assistant:tone")),
+        (("gpt",), ("gpt",), ("assistant", "core", "assistant:bf16", "legal", "assistant:tone")),
         (("legal",), ("legal",), ("assistant", "core", "gpt", "assistant:tone", "legal:bf16")),
-        (("assistant:int8",), ("assistant:int8",), ("assistant", "", "core", "assistant:bf16")),
-        (("summarizer",), ("summarizer",), ("assistant", "", "core", "assistant:int8")),
+        (("assistant:int8",), ("assistant:int8",), ("assistant", "core", "assistant:bf16")),
+        (("summarizer",), ("summarizer",), ("assistant", "core", "assistant:int8")),
         ((), ("assistant", "core", "legal", "gpt"), ()),
     ],
 )

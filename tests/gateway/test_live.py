@@ -33,7 +33,7 @@ async def test_the_configuration_is_swapped_whole_or_not_at_all(tmp_path: Path) 
         assert (status, answer["applied"]) == (200, True)
         assert (await running.read()).endswith(b"data: [DONE]\n\n"), "what runs goes on as it began"
         async with stack.post() as response:
-            assert response.headers["x-tiercel-variant"] == "int8", "what comes is routed anew"
+            assert response.headers["x-tiercel-variant"] == "assistant:int8", "what comes is routed anew"
         before = stack.gateway.plane.snapshot
         for text, says in (
             (settings(tmp_path, urls, default_role="boss", **port), "'boss' is not a role"),
@@ -156,22 +156,22 @@ async def test_replicas_are_found_by_name_and_come_and_go(
 
         def names() -> list[str]:
             return [
-                replica.name for replica in stack.gateway.plane.snapshot.pools.by_variant["bf16"].replicas
+                replica.name for replica in stack.gateway.plane.snapshot.pools.by_variant["assistant:bf16"].replicas
             ]
 
         async with stack.post() as response:
             assert response.status == 503, "nothing is known yet"
         async with bf16.serving(free_port, "127.0.0.2"), bf16.serving(free_port, "127.0.0.3"):
             addresses[:] = ["127.0.0.2", "127.0.0.3"]
-            await eventually(lambda: names() == ["bf16-0", "bf16-1"])
-            kept = stack.gateway.plane.snapshot.pools.by_variant["bf16"].replicas[1]
+            await eventually(lambda: names() == ["assistant:bf16-0", "assistant:bf16-1"])
+            kept = stack.gateway.plane.snapshot.pools.by_variant["assistant:bf16"].replicas[1]
             assert await _variant(stack, "core") == "bf16"
             addresses[:] = ["127.0.0.3"]
-            await eventually(lambda: names() == ["bf16-1"])
-            assert stack.gateway.plane.snapshot.pools.by_variant["bf16"].replicas[0] is kept
+            await eventually(lambda: names() == ["assistant:bf16-1"])
+            assert stack.gateway.plane.snapshot.pools.by_variant["assistant:bf16"].replicas[0] is kept
             assert await _variant(stack, "core") == "bf16"
             addresses[:] = ["127.0.0.3", "127.0.0.4"]
-            await eventually(lambda: names() == ["bf16-1", "bf16-0"])
+            await eventually(lambda: names() == ["assistant:bf16-1", "assistant:bf16-0"])
             addresses.clear()
             seen = looks
             await eventually(lambda: looks > seen + 2)

@@ -65,7 +65,7 @@ async def test_a_key_sees_what_it_may_use() -> None:
 
 async def test_how_long_a_request_may_be() -> None:
     cards = make_cards()
-    cards["int8"] = cards["int8"].model_copy(update={"max_model_len": 512})
+    cards["assistant:int8"] = cards["assistant:int8"].model_copy(update={"max_model_len": 512})
     async with running_gateway(cards=cards, engine={"max_model_len": 800}) as stack:
         longest = {entry["id"]: entry["max_model_len"] for entry in await models(stack)}
     assert longest["assistant:bf16"] == 800, "the engine's setting is below what the card allows"

@@ -46,7 +46,7 @@ async def test_it_is_ready_while_every_role_can_be_served(stack: Stack) -> None:
     await eventually(lambda: readiness_is(200, "int8"))
     detail = json.loads((await get(stack, "/readiness"))[1])
     assert (detail["ready"], detail["unserved"]) == (True, [])
-    assert detail["pools"]["bf16"]["replicas"]["bf16-0"]["reachable"] is True
+    assert detail["pools"]["bf16"]["replicas"]["assistant:bf16-0"]["reachable"] is True
 
     stack.engines["bf16"].script.healthy = False
     await eventually(lambda: readiness_is(503, "bf16", "int8"))
@@ -128,7 +128,7 @@ async def test_engine_metrics_are_read_and_forgotten_when_stale(tmp_path: Path) 
     async with running_gateway(run_dir=tmp_path) as stack:
         engine = stack.engines["int8"]
         engine.waiting, engine.kv_cache_usage = 3, 0.25
-        at = {"variant": "int8", "replica": "int8-0"}
+        at = {"variant": "int8", "replica": "assistant:int8-0"}
         await eventually(lambda: stack.sample("tiercel_queue_depth", **at) == 3)
         assert stack.sample("tiercel_kv_cache_usage_ratio", **at) == 0.25
         assert stack.registry.get_sample_value("tiercel_engine_memory_bytes", at) is None

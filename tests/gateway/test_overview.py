@@ -53,7 +53,7 @@ async def test_it_says_what_every_role_runs_on_and_why() -> None:
         "core": {"budget": {"min_weight_bits": 16}},
     }
     async with running_gateway(roles=roles) as stack:
-        await eventually(lambda: stack.gateway.plane.snapshot.pools.by_variant["int8"].reachable)
+        await eventually(lambda: stack.gateway.plane.snapshot.pools.by_variant["assistant:int8"].reachable)
         setup = (await overview(stack))["setup"]
         classifier, core = setup["roles"]
         assert classifier["ladder"] == ["int4-kv8", "int8", "bf16"]
@@ -63,9 +63,9 @@ async def test_it_says_what_every_role_runs_on_and_why() -> None:
         assert verdicts == {"int4-kv8": "failed", "int8": "failed", "bf16": "reference"}
         assert any("16 or more" in why for step in core["considered"] for why in step["why"])
         cards = {card["variant"]: card for card in setup["variants"]}
-        assert cards["int4-kv8"]["weight_bytes"] == 3_000_000
-        assert cards["int8"]["text"]["kl_mean"] == 0.001
-        assert cards["int8"]["roles"]["summarizer"]["accuracy"] == 0.95
+        assert cards["assistant:int4-kv8"]["weight_bytes"] == 3_000_000
+        assert cards["assistant:int8"]["text"]["kl_mean"] == 0.001
+        assert cards["assistant:int8"]["roles"]["summarizer"]["accuracy"] == 0.95
 
 
 async def test_what_is_known_is_left_out_until_it_changes() -> None:
@@ -92,7 +92,7 @@ async def test_replicas_are_shown_as_engines_and_the_gateway_see_them() -> None:
 
         async def seen() -> bool:
             found = {one["name"]: one for one in (await overview(stack))["replicas"]}
-            full, down = found["int8-0"], found["int4-kv8-0"]
+            full, down = found["assistant:int8-0"], found["assistant:int4-kv8-0"]
             return (full["kv_cache_usage"], full["waiting"]) == (0.25, 3) and down["reachable"] is False
 
         await eventually(seen)
@@ -124,7 +124,7 @@ async def test_rates_of_the_last_minute_and_samples_for_charts() -> None:
         assert ["intent_classifier", "int4-kv8", "completion", 12.0] in found["tokens"]
         assert found["requests"] == 5
         at = found["samples"][-1]["at"]
-        assert set(found["samples"][-1]["engines"]) == {"bf16-0", "int8-0", "int4-kv8-0"}
+        assert set(found["samples"][-1]["engines"]) == {"assistant:bf16-0", "assistant:int8-0", "assistant:int4-kv8-0"}
         assert all(sample["at"] > at for sample in (await overview(stack, since=at))["samples"])
 
 

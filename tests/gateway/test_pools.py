@@ -91,22 +91,22 @@ def test_a_full_replica_is_not_picked() -> None:
 def test_replicas_that_stay_keep_what_is_known_of_them() -> None:
     clock = Clock()
     pools = Pools(make_config(pools={"int8": ("http://a:1", "http://b:1")}), clock)
-    a, b = pools.by_variant["int8"].replicas
+    a, b = pools.by_variant["assistant:int8"].replicas
     lease = b.take()
     b.breaker.not_reached()
     after = Pools(make_config(pools={"int8": ("http://c:1", "http://b:1")}), clock, before=pools)
-    c, still = after.by_variant["int8"].replicas
+    c, still = after.by_variant["assistant:int8"].replicas
     assert still is b
     assert (still.in_flight, still.breaker.closed) == (1, False)
     assert c is not a
-    assert c.name == "int8-0", "the lowest name that is free"
-    assert after.by_variant["int8"].policy is pools.by_variant["int8"].policy, "and what it knows of caches"
+    assert c.name == "assistant:int8-0", "the lowest name that is free"
+    assert after.by_variant["assistant:int8"].policy is pools.by_variant["assistant:int8"].policy, "and what it knows of caches"
     lease.release()
     assert still.in_flight == 0
 
 
 def test_a_replica_is_named_without_its_password() -> None:
-    replica = Replica("int8", "int8-0", "http://me:pw@10.0.0.1:8000", Clock())
+    replica = Replica("int8", "assistant:int8-0", "http://me:pw@10.0.0.1:8000", Clock())
     assert replica.where == "int8-0 at http://me:…@10.0.0.1:8000"
 
 

@@ -355,7 +355,7 @@ async def test_an_answer_that_cannot_be_checked_in_time_is_sent_as_it_is() -> No
         stack.engines["int4-kv8"].script.text = "no json"
         os.kill(pid, signal.SIGSTOP)
         async with stack.post({"response_format": {"type": "json_object"}}, headers=ROLE) as response:
-            assert response.headers["x-tiercel-variant"] == "int4-kv8"
+            assert response.headers["x-tiercel-variant"] == "assistant:int4-kv8"
         assert stack.sample("tiercel_quality_dropped_total", reason="late") == 1
         # The process is replaced by one that answers.
         await eventually(lambda: stack.gateway.escalation.pid not in (None, pid), within_s=SLOW_S)
@@ -369,7 +369,7 @@ async def test_an_answer_that_is_too_long_to_be_checked_is_sent_as_it_is(
     async with running_gateway(**escalating()) as stack:
         stack.engines["int4-kv8"].script.text = "no json"
         async with stack.post({"response_format": {"type": "json_object"}}, headers=ROLE) as response:
-            assert response.headers["x-tiercel-variant"] == "int4-kv8"
+            assert response.headers["x-tiercel-variant"] == "assistant:int4-kv8"
         assert stack.sample("tiercel_quality_dropped_total", reason="too_long") >= 1
 
 
@@ -411,7 +411,7 @@ async def test_what_the_watch_asks_carries_the_tenants_salt() -> None:
         headers = {"authorization": "Bearer sk-a"}
         async with stack.post(headers=headers) as response:
             assert response.status == 200, await response.text()
-            assert response.headers["x-tiercel-variant"] == "int8"
+            assert response.headers["x-tiercel-variant"] == "assistant:int8"
             await response.read()
         scored, judged = stack.engines["bf16"].requests, stack.engines["int8"].requests
         await eventually(lambda: len(scored) == 1 and len(judged) == 2, within_s=SLOW_S)

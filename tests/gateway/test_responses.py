@@ -486,7 +486,7 @@ async def test_in_the_background(stack: Stack, client: openai.AsyncOpenAI) -> No
     assert (status, message) == (400, "Cannot cancel a synchronous response.")
     assert (
         stack.sample(
-            "tiercel_requests_total", role="summarizer", model="summarizer", variant="int8", outcome="200"
+            "tiercel_requests_total", role="summarizer", requested="summarizer", variant="int8", outcome="200"
         )
         >= 2
     )

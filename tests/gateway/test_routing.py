@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from gateway_stack import make_card, make_cards, make_config
+from gateway_stack import full, make_card, make_cards, make_config
 
 from gateway.config import ApiKey, ConfigError
 from gateway.errors import NoReplicaError, PrecisionTooLowError, UnknownModelError
@@ -12,7 +12,9 @@ from gateway.proxy.body import Body
 from gateway.proxy.endpoints import CHAT
 from gateway.routing.hedging import Hedging
 from gateway.routing.pools import Pools
-from gateway.routing.router import Reason, Route, Router, precision
+from gateway.routing.choices import Reason
+from gateway.routing.ladders import precision
+from gateway.routing.router import Route, Router
 from quantize.card import Card, Speed
 
 
@@ -32,10 +34,10 @@ class Routing:
         config = make_config(**changes)
         self.pools = Pools(config, Clock())
         for variant in down:
-            for replica in self.pools.by_variant[variant].replicas:
+            for replica in self.pools.by_variant[full(variant)].replicas:
                 replica.breaker.not_reached()
         self.hedging = Hedging()
-        self.missed: list[tuple[str, str]] = []
+        self.missed: list[tuple[str, ...]] = []
         self.router = Router(
             config,
             cards or make_cards(),
@@ -73,8 +75,8 @@ make_router = Routing
 )
 def test_variant(role: str, model: str, down: tuple[str, ...], variant: str, reason: str) -> None:
     route = make_router(down).route(role, model)
-    assert (route.role, route.variant, route.reason) == (role, variant, reason)
-    assert route.replica.variant == variant
+    assert (route.role, route.variant, route.reason) == (role, full(variant), reason)
+    assert route.replica.variant == full(variant)
 
 
 def test_a_client_may_not_lower_precision() -> None:
@@ -110,16 +112,16 @@ def test_the_last_pool_tries_a_replica_that_fails_rather_than_refuse_all() -> No
         router.route(Caller("summarizer", None), body, CHAT)
     clock.now += 1
     route = router.route(Caller("summarizer", None), body, CHAT)
-    assert (route.variant, route.reason) == ("bf16", Reason.RAISED_POOL_DOWN)
+    assert (route.variant, route.reason) == ("assistant:bf16", Reason.RAISED_POOL_DOWN)
     route.replica.take()
     with pytest.raises(NoReplicaError):
         router.route(Caller("summarizer", None), body, CHAT)
 
 
-def test_a_request_without_a_model_is_for_the_base_model() -> None:
+def test_a_request_without_a_model_gets_what_its_role_does() -> None:
     body = Body(b'{"messages": []}')
     route = make_router().router.route(Caller("summarizer", None), body, CHAT)
-    assert (route.variant, route.reason) == ("int8", Reason.CHEAPEST_IN_BUDGET)
+    assert (route.variant, route.reason) == ("assistant:int8", Reason.CHEAPEST_IN_BUDGET)
 
 
 def test_what_is_planned_is_bounded_by_names_that_exist() -> None:
@@ -139,11 +141,15 @@ def test_what_a_pool_missed_is_counted() -> None:
     routing = make_router(("int4-kv8",))
     routing.route("summarizer")
     routing.route("intent_classifier")
-    for replica in [*routing.pools.by_variant["int8"].replicas, *routing.pools.by_variant["bf16"].replicas]:
-        replica.breaker.not_reached()
+    for variant in ("assistant:int8", "assistant:bf16"):
+        for replica in routing.pools.by_variant[variant].replicas:
+            replica.breaker.not_reached()
     with pytest.raises(NoReplicaError):
         routing.route("summarizer")
-    assert routing.missed == [("intent_classifier", "int4-kv8"), ("summarizer", "int8")]
+    assert routing.missed == [
+        ("intent_classifier", "assistant", "int4-kv8"),
+        ("summarizer", "assistant", "int8"),
+    ]
 
 
 def test_provider_model() -> None:
@@ -166,11 +172,11 @@ def test_precision_order() -> None:
 
 
 def test_an_explicit_variant_goes_down_to_what_the_key_allows() -> None:
-    key = ApiKey(name="k", sha256="0" * 64, lowest="int8")
-    assert make_router().route("core", "assistant:int8", key=key).variant == "int8"
+    key = ApiKey(name="k", sha256="0" * 64, lowest="assistant:int8")
+    assert make_router().route("core", "assistant:int8", key=key).variant == "assistant:int8"
     with pytest.raises(PrecisionTooLowError, match=r"than this key allows.*assistant:int8"):
         make_router().route("core", "assistant:int4-kv8", key=key)
-    assert make_router().route("core", key=key).variant == "bf16", "only when it asks for it"
+    assert make_router().route("core", key=key).variant == "assistant:bf16", "only when it asks for it"
 
 
 @pytest.mark.parametrize("when_full", ["raise", "queue", "refuse"])
@@ -179,11 +185,11 @@ def test_a_full_pool(when_full: str) -> None:
     routing = make_router(roles=roles, gateway={"max_in_flight": 2})
     for _ in range(2):
         route = routing.route("summarizer")
-        assert (route.variant, route.reason) == ("int8", Reason.CHEAPEST_IN_BUDGET)
+        assert (route.variant, route.reason) == ("assistant:int8", Reason.CHEAPEST_IN_BUDGET)
         route.replica.take()
     if when_full == "raise":
         route = routing.route("summarizer")
-        assert (route.variant, route.reason) == ("bf16", Reason.RAISED_POOL_FULL)
+        assert (route.variant, route.reason) == ("assistant:bf16", Reason.RAISED_POOL_FULL)
         return
     with pytest.raises(NoReplicaError) as caught:
         routing.route("summarizer")
@@ -198,9 +204,9 @@ def test_a_canary_gets_its_share_and_sessions_stay() -> None:
     }
     routing = make_router(roles=roles)
     served = {n: routing.route("core", session=f"session-{n}") for n in range(2000)}
-    share = sum(route.variant == "int8" for route in served.values()) / len(served)
+    share = sum(route.variant == "assistant:int8" for route in served.values()) / len(served)
     assert 0.16 < share < 0.24
-    assert {route.reason for route in served.values() if route.variant == "int8"} == {Reason.CANARY}
+    assert {route.reason for route in served.values() if route.variant == "assistant:int8"} == {Reason.CANARY}
     again = {n: routing.route("core", session=f"session-{n}").variant for n in served}
     assert again == {n: route.variant for n, route in served.items()}
 
@@ -212,41 +218,42 @@ def timed(**tokens_per_s: float) -> dict[str, Card]:
         speed = Speed(
             tokens_per_s=rate, slowest=rate, fastest=rate, together=8, prompt_tokens=128, answer_tokens=48
         )
-        cards[variant] = cards[variant].model_copy(update={"speed": speed})
+        cards[full(variant)] = cards[full(variant)].model_copy(update={"speed": speed})
     return cards
 
 
 def test_the_cheapest_by_memory_and_time() -> None:
     cards = timed(bf16=100, int8=150, int4_kv8=20)
     by_memory = make_router(cards=cards)
-    assert by_memory.route("intent_classifier").variant == "int4-kv8"
+    assert by_memory.route("intent_classifier").variant == "assistant:int4-kv8"
     by_both = make_router(cards=cards, gateway={"cost": "memory_time"})
-    assert by_both.route("intent_classifier").variant == "int8", "four bits are slow here"
+    assert by_both.route("intent_classifier").variant == "assistant:int8", "four bits are slow here"
     found = by_both.router.explain(Caller("intent_classifier", None), "assistant")
-    assert next((step.variant, step.tokens_per_s) for step in found.considered) == ("int8", 150)
+    assert next((step.variant, step.tokens_per_s) for step in found.considered) == ("assistant:int8", 150)
     slow = make_router(cards=timed(bf16=1000, int8=10, int4_kv8=10), gateway={"cost": "memory_time"})
-    assert slow.route("intent_classifier").variant == "bf16"
+    assert slow.route("intent_classifier").variant == "assistant:bf16"
 
 
 def test_a_cost_that_nobody_has_measured_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"gateway.cost: memory_time needs .* that of int8; run"):
+    with pytest.raises(ConfigError, match=r"gateway.cost: memory_time needs .* that of assistant:int8; run"):
         make_router(cards=timed(bf16=100, int4_kv8=20), gateway={"cost": "memory_time"})
 
 
 def test_a_decision_is_explained() -> None:
     found = make_router().router.explain(Caller("core", None), "assistant")
-    assert (found.ladder, found.reason) == (("bf16",), Reason.REFERENCE_ONLY)
+    assert (found.ladder, found.reason) == (("assistant:bf16",), Reason.REFERENCE_ONLY)
     verdicts = {step.variant: (step.verdict, " ".join(step.why)) for step in found.considered}
-    assert verdicts["bf16"][0] == "reference"
-    assert verdicts["int8"] == ("failed", "8-bit weights, the role asks for 16 or more")
-    assert [step.variant for step in found.considered] == ["int4-kv8", "int8", "bf16"], "the cheapest first"
+    assert verdicts["assistant:bf16"][0] == "reference"
+    assert verdicts["assistant:int8"] == ("failed", "8-bit weights, the role asks for 16 or more")
+    order = ["assistant:int4-kv8", "assistant:int8", "assistant:bf16"]
+    assert [step.variant for step in found.considered] == order, "the cheapest first"
 
 
 def test_a_hedge_waits_for_the_95th_percentile() -> None:
     roles = {"summarizer": {"hedge": True}, "core": {}, "intent_classifier": {}}
     routing = make_router(roles=roles)
     assert routing.route("summarizer").hedge_after_s is None, "nothing is known yet"
-    kind = ("summarizer", "int8", CHAT.path, False)
+    kind = ("summarizer", "assistant:int8", CHAT.path, False)
     assert routing.route("summarizer").kind == kind
     for n in range(100):
         routing.hedging.seconds(kind, n / 100)

@@ -224,7 +224,7 @@ async def test_readiness_shows_addresses_to_admins_alone() -> None:
             assert json.loads(text) == {"ready": True, "unserved": [], "not_reachable": []}
             assert not any(port in text for port in ports)
         detail = json.loads((await readiness(admin_of(stack)))[1])
-        assert detail["pools"]["bf16"]["replicas"]["bf16-0"]["url"].rpartition(":")[2] in ports
+        assert detail["pools"]["bf16"]["replicas"]["assistant:bf16-0"]["url"].rpartition(":")[2] in ports
     async with running_gateway() as stack:
         async with stack.http.get(stack.url + "/readiness") as response:
             assert "pools" in await response.json(), "without keys this machine is an admin"

@@ -79,7 +79,7 @@ def harm(stack: Stack) -> None:
 
 async def test_harm_is_noticed_and_routed_around() -> None:
     async with watching() as stack:
-        assert set(await ask(stack, 5)) == {"int4-kv8"}
+        assert set(await ask(stack, 5)) == {"assistant:int4-kv8"}
         await eventually(stack.settled)
         await eventually(lambda: healthy(stack))
         harm(stack)
@@ -87,7 +87,7 @@ async def test_harm_is_noticed_and_routed_around() -> None:
             if "int8" in await ask(stack, 2):
                 break
             await asyncio.sleep(0.1)
-        assert set(await ask(stack, 3)) == {"int8"}
+        assert set(await ask(stack, 3)) == {"assistant:int8"}
         found = await cell(stack)
         assert (found["status"], found["serves"], found["verdict"]) == ("demoted", False, "demoted")
         assert "shadow" in found["why"]
@@ -100,7 +100,7 @@ async def test_harm_is_noticed_and_routed_around() -> None:
         assert step["verdict"] == "demoted"
         # Who names it outright goes up too.
         async with stack.post({"model": "assistant:int4-kv8"}, headers=ROLE) as response:
-            assert response.headers["x-tiercel-variant"] == "int8"
+            assert response.headers["x-tiercel-variant"] == "assistant:int8"
             assert response.headers["x-tiercel-route-reason"] == "raised_demoted"
 
 
@@ -118,7 +118,7 @@ async def test_one_check_alone_is_not_enough_evidence() -> None:
             await asyncio.sleep(0.1)
         await eventually(lambda: alarmed(stack))
         assert (await cell(stack))["verdict"] == "not enough evidence"
-        assert set(await ask(stack, 3)) == {"int4-kv8"}
+        assert set(await ask(stack, 3)) == {"assistant:int4-kv8"}
         # The reference was asked to answer itself, and said the same.
         checks = (await cell(stack))["checks"]
         assert checks["regenerated"]["answers"] > 0
@@ -133,13 +133,13 @@ async def test_a_person_demotes_pins_and_restores() -> None:
     async with watching() as stack:
         status, event = await order(stack, "demote", why="looks odd")
         assert (status, event["kind"], event["why"]) == (200, "demoted", "looks odd")
-        assert await ask(stack) == ["int8"]
+        assert await ask(stack) == ["assistant:int8"]
         assert (await order(stack, "pin_serving"))[0] == 200
-        assert await ask(stack) == ["int4-kv8"]
+        assert await ask(stack) == ["assistant:int4-kv8"]
         assert (await order(stack, "unpin"))[0] == 200
-        assert await ask(stack) == ["int8"]
+        assert await ask(stack) == ["assistant:int8"]
         assert (await order(stack, "restore"))[0] == 200
-        assert await ask(stack) == ["int4-kv8"]
+        assert await ask(stack) == ["assistant:int4-kv8"]
         assert await kinds(stack) == ["restored", "unpinned", "pinned", "demoted"]
 
 
@@ -164,7 +164,7 @@ async def test_probation_judges_copies_that_no_client_gets() -> None:
         harm(stack)
         await order(stack, "demote")
         await eventually(lambda: on_probation(stack))
-        assert set(await ask(stack, 6)) == {"int8"}
+        assert set(await ask(stack, 6)) == {"assistant:int8"}
         await eventually(lambda: failed(stack))
         stack.engines["int4-kv8"].script.text = "The total is $277."
         await eventually(lambda: restored(stack), within_s=90)
@@ -192,13 +192,13 @@ async def test_two_gateways_obey_one_store_and_a_restart_forgets_nothing(tmp_pat
             await order(one, "demote")
             await eventually(lambda: moved(other))
             harm(other)
-        assert await ask(one) == ["int8"]
+        assert await ask(one) == ["assistant:int8"]
     async with watching(watch=shared) as again:
         await eventually(lambda: moved(again))
 
 
 async def moved(stack: Stack) -> bool:
-    return await ask(stack) == ["int8"]
+    return await ask(stack) == ["assistant:int8"]
 
 
 async def test_a_reference_that_is_down_or_talks_nonsense_harms_nobody() -> None:
@@ -206,7 +206,7 @@ async def test_a_reference_that_is_down_or_talks_nonsense_harms_nobody() -> None
         for trouble in ({"status": 500}, {"garbage": True}, {"status": 400}):
             for name, value in trouble.items():
                 setattr(stack.engines["bf16"].script, name, value)
-            assert set(await ask(stack, 3)) == {"int4-kv8"}
+            assert set(await ask(stack, 3)) == {"assistant:int4-kv8"}
             await eventually(stack.settled)
             stack.engines["bf16"].script.status, stack.engines["bf16"].script.garbage = 200, False
         labels = {"role": "intent_classifier", "variant": "int4-kv8"}
@@ -247,11 +247,11 @@ async def test_a_store_that_fails_is_said_and_requests_go_on(
 ) -> None:
     (tmp_path / "watch.db").mkdir()
     async with watching(watch={"store": f"sqlite:///{tmp_path / 'watch.db'}"}) as stack:
-        assert await ask(stack) == ["int4-kv8"]
+        assert await ask(stack) == ["assistant:int4-kv8"]
         await eventually(lambda: "watch.store" in caplog.text)
         status, answer = await order(stack, "demote")
         assert (status, answer["error"]["code"]) == (503, "store_down")
-        assert await ask(stack) == ["int4-kv8"]
+        assert await ask(stack) == ["assistant:int4-kv8"]
 
 
 async def test_events_are_posted() -> None:
@@ -337,7 +337,7 @@ async def test_an_answer_that_fails_a_check_is_asked_of_a_higher_precision() -> 
         stack.engines["int8"].script.text = '{"intent": "pay"}'
         async with stack.post(JSON, headers=ROLE) as response:
             answer = await response.json()
-            assert response.headers["x-tiercel-variant"] == "int8"
+            assert response.headers["x-tiercel-variant"] == "assistant:int8"
             assert response.headers["x-tiercel-route-reason"] == "escalated"
         assert answer["choices"][0]["message"]["content"] == '{"intent": "pay"}'
         labels = {"role": "intent_classifier", "variant": "int4-kv8"}
@@ -367,13 +367,13 @@ async def test_what_is_not_asked_again(
 ) -> None:
     async with watching(**escalating(**role)) as stack:
         stack.engines["int4-kv8"].script.text, stack.engines["int8"].script.text = texts
-        assert await ask(stack, **body) == ["int4-kv8"]
+        assert await ask(stack, **body) == ["assistant:int4-kv8"]
         assert stack.asked("int8") == []
 
 
 async def test_an_unsure_answer_is_asked_again() -> None:
     async with watching(**escalating(confidence=0.95)) as stack:  # a fake's tokens have 0.9
-        assert await ask(stack) == ["int8"]
+        assert await ask(stack) == ["assistant:int8"]
 
 
 async def test_escalation_is_bounded_and_happens_once() -> None:
@@ -381,7 +381,7 @@ async def test_escalation_is_bounded_and_happens_once() -> None:
         for engine in stack.engines.values():
             engine.script.text = "no json"
         variants = [(await ask(stack, **JSON))[0] for _ in range(40)]
-        assert 2 <= variants.count("int8") <= 8
+        assert 2 <= variants.count("assistant:int8") <= 8
         assert "bf16" not in variants
 
 

@@ -13,6 +13,8 @@ from typing import Any
 import yaml
 from helm_python import Chart, HelmRenderError, HelmValuesError
 
+from gateway.config import Config, parse_config
+
 CHART = Path(__file__).parents[2] / "helm" / "tiercel"
 ENGINE_PYTHON = Path(__file__).parents[2] / ".venv-engine" / "bin" / "python"
 SCENARIOS = tuple(sorted(path.name.removesuffix("-values.yaml") for path in (CHART / "ci").iterdir()))
@@ -45,14 +47,16 @@ def chart() -> Chart:
     return Chart.load(str(CHART))
 
 
-def render(values: Mapping[str, Any]) -> list[Object]:
+def render(values: Mapping[str, Any], name: str = RELEASE, upgrade: bool = False) -> list[Object]:
     """Every object that would be applied. Raises HelmRenderError (templates), HelmValuesError (schema)."""
-    return _rendered(json.dumps(values))
+    return _rendered(json.dumps(values), name, upgrade)
 
 
 @cache
-def _rendered(values: str) -> list[Object]:
-    texts = chart().render(json.loads(values), name=RELEASE, namespace=NAMESPACE)
+def _rendered(values: str, name: str, upgrade: bool) -> list[Object]:
+    texts = chart().render(
+        json.loads(values), name=name, namespace=NAMESPACE, is_install=not upgrade, is_upgrade=upgrade
+    )
     return [
         found
         for path, text in texts.items()
@@ -67,10 +71,10 @@ def notes(values: Mapping[str, Any]) -> str:
     return next(text for path, text in texts.items() if path.endswith("NOTES.txt"))
 
 
-def refusal(values: Mapping[str, Any]) -> str:
+def refusal(values: Mapping[str, Any], upgrade: bool = False) -> str:
     """What Helm says of values that cannot be used."""
     try:
-        render(values)
+        render(values, upgrade=upgrade)
     except (HelmRenderError, HelmValuesError) as error:
         return str(error)
     return "accepted"
@@ -107,6 +111,40 @@ def pods(objects: Iterable[Object]) -> Iterator[tuple[Object, Object]]:
         elif found["kind"] == "LeaderWorkerSet":
             yield found, spec["leaderWorkerTemplate"]["leaderTemplate"]
             yield found, spec["leaderWorkerTemplate"]["workerTemplate"]
+
+
+def pools(objects: Iterable[Object]) -> dict[str, tuple[Object, Object]]:
+    """The pool of every ``model:variant``: its Deployment or LeaderWorkerSet, and the pod that answers."""
+    found = {}
+    for owner, pod in pods(objects):
+        (first, *_) = pod["spec"]["containers"]
+        if first["name"] == "engine" and labels(pod).get("tiercel.dev/rank") != "worker":
+            (model,) = (arg.partition("=")[2] for arg in first["args"] if arg.startswith("--served-model"))
+            found[f"{model}:{first['command'][2].split('/')[-2]}"] = (owner, pod)
+    return found
+
+
+def fullname(objects: Iterable[Object]) -> str:
+    """What the gateway's objects are called."""
+    (service,) = (
+        found
+        for found in of_kind(objects, "Service")
+        if labels(found)["app.kubernetes.io/component"] == "gateway"
+    )
+    name: str = service["metadata"]["name"]
+    return name
+
+
+def gateway_config(objects: Iterable[Object], part: str = "") -> Config:
+    """The configuration of the gateway, or (``-quantize``) of the job, as its own class reads it."""
+    name = fullname(objects) + part
+    (found,) = (one for one in of_kind(objects, "ConfigMap") if one["metadata"]["name"] == name)
+    return parse_config(found["data"]["tiercel.yaml"], f"ConfigMap {name}", Path("/etc/tiercel"))
+
+
+def without_job(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values after the job has ended: what is made is served."""
+    return changed(values, {"quantize": {"enabled": False}})
 
 
 def containers(pod: Object) -> list[Object]:

@@ -101,6 +101,7 @@ def filled(expression: str) -> str:
         "$__rate_interval": "5m",
         "$__range": "1h",
         "$role": ".*",
+        "$model": ".*",
         "$variant": ".*",
         "$replica_hour": "1",
     }

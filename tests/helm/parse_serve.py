@@ -23,6 +23,7 @@ for name, line in json.load(sys.stdin).items():
         "nnodes",
         "node_rank",
         "scheduling_policy",
+        "shutdown_timeout",
     )
     found[name] = {field: getattr(parsed, field) for field in fields}
 print(json.dumps(found))

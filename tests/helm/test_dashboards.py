@@ -95,8 +95,10 @@ def test_every_panel_says_what_it_shows(dashboard: Dashboard) -> None:
         assert len({target["refId"] for target in panel["targets"]}) == len(panel["targets"]) > 0, title
         for target in panel["targets"]:
             assert target["instant"] is not target["range"], title
+            legend = target["legendFormat"]
             if panel["type"] != "stat":
-                assert target["legendFormat"] != "__auto", title
+                assert legend != "__auto", title
+            assert legend.count("{{variant}}") == legend.count("{{model}}:{{variant}}"), title
 
 
 @EACH
@@ -111,12 +113,13 @@ def test_every_query_reads_metrics_that_exist_of_the_chosen_source(dashboard: Da
 def test_variables_are_declared_before_they_are_used(dashboard: Dashboard) -> None:
     made = render(dashboard)
     declared = [variable["name"] for variable in made["templating"]["list"]]
-    assert declared[:3] == ["datasource", "role", "variant"]
+    assert declared[:4] == ["datasource", "role", "model", "variant"]
     for variable in made["templating"]["list"]:
         if variable["type"] == "query":
             query = variable["query"]["query"]
-            metric, label = query.removeprefix("label_values(").removesuffix(")").split(", ")
-            check_names(f'{metric}{{{label}=~".*"}}')
+            series, _, label = query.removeprefix("label_values(").removesuffix(")").rpartition(", ")
+            check_names(filled(series))
+            check_names(f'{series.partition("{")[0]}{{{label}=~".*"}}')
     for name in declared[1:]:
         assert f"${name}" in json.dumps(made["panels"]), f"{name} is chosen, and changes nothing"
 
@@ -136,6 +139,9 @@ def test_a_choice_of_roles_and_variants_narrows_every_query_that_has_them(dashbo
                 if "tiercel" in name and not name.startswith(whole) and panel["title"] != "Gateways":
                     chosen = {matcher.name for matcher in selector.matchers.matchers}
                     assert chosen & {"role", "variant"}, (panel["title"], name)
+                    assert ("variant" in chosen) <= ("model" in chosen), (panel["title"], name)
+                if name.startswith("vllm:"):
+                    assert "model_name" in {matcher.name for matcher in selector.matchers.matchers}
 
 
 def test_every_metric_has_a_panel() -> None:
