@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +21,7 @@ from quantize.core.checkpoint import CheckpointError
 from quantize.evaluate.client import EngineClient
 from quantize.evaluate.conversations import Conversation, without_system
 from quantize.evaluate.journal import Entry, Journal, run_jobs
-from quantize.evaluate.tasks import Item
+from quantize.evaluate.tasks import BEGINNING, Item
 
 Messages = Sequence[dict[str, str]]
 Encode = Callable[[Messages], Sequence[int]]
@@ -108,6 +109,12 @@ def fitting(conversations: Sequence[Conversation], encode: Encode, room: int) ->
     return found
 
 
+def _enough(answer: Answer, most: int) -> int:
+    """Tokens with which another answer shows whether it begins alike, with some to spare."""
+    share = min(1.0, BEGINNING / max(1, len(answer.text)))
+    return min(most, math.ceil(share * len(answer.tokens)) + 8) if answer.tokens else most
+
+
 def _frozen(messages: Messages) -> tuple[tuple[tuple[str, str], ...], ...]:
     return tuple(tuple(message.items()) for message in messages)
 
@@ -122,7 +129,7 @@ def items_of(
             expected=answer.text,
             expected_tokens=answer.tokens,
             check="reference",
-            max_tokens=asking.max_tokens,
+            max_tokens=asking.max_tokens if one.json_schema else _enough(answer, asking.max_tokens),
             chat_template_kwargs=dict(asking.template) or None,
             json_schema=one.json_schema,
         )

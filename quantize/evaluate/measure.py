@@ -22,7 +22,7 @@ from quantize.evaluate.client import TOPS_IN_JSON, EngineClient
 from quantize.evaluate.journal import Entry, Job, Journal, run_jobs
 from quantize.evaluate.reference import ReferenceFile, span_sha256
 from quantize.evaluate.scores import Scored
-from quantize.evaluate.tasks import Item, TaskError
+from quantize.evaluate.tasks import Item, TaskError, by_first_role
 
 SCORED_TOKENS, SCORED_CONVERSATIONS = 1000, 80
 """Per role: tokens of right answers that are scored, spread over so many conversations: of answers that are
@@ -113,6 +113,16 @@ def reference_path(journal: Journal) -> Path:
     return journal.path.with_name(journal.path.name + ".reference")
 
 
+def for_all_roles(measurement: Measurement, tasks: Tasks) -> Measurement:
+    """The same with what was asked once for several roles under each of them."""
+    first = by_first_role(tasks)
+    return replace(
+        measurement,
+        answers={role: measurement.answers[one] for role, one in first.items() if one in measurement.answers},
+        scored={role: measurement.scored[one] for role, one in first.items() if one in measurement.scored},
+    )
+
+
 async def measure(
     client: EngineClient,
     tasks: Tasks,
@@ -123,7 +133,8 @@ async def measure(
     reference: Path | None = None,
     backwards: bool = False,
 ) -> Measurement:
-    """Answer every item greedily and score right answers, with a progress bar; what is there is kept.
+    """Answer every item greedily and score right answers, with a progress bar; what is there is kept. What
+    roles have in common is asked for the first of them (:func:`for_all_roles`).
 
     Without ``reference`` this is the reference's own measurement, and what variants need of it is kept in
     :func:`reference_path`, which is a variant's ``reference``. ``backwards`` asks in the opposite order, so
@@ -133,6 +144,7 @@ async def measure(
     measurement = read_measurement(journal, reference)
     if measurement.done:
         return measurement
+    tasks = {role: tasks[role] for role in dict.fromkeys(by_first_role(tasks).values())}
     if reference is None:
         _take_own_answers(measurement, tasks, journal)
     kept = ReferenceFile(reference or reference_path(journal))

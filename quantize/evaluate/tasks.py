@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -85,6 +86,14 @@ class Item(BaseModel):
     def is_valid_json(self, answer: str) -> bool:
         """Whether the whole answer is JSON that matches ``json_schema``."""
         return is_valid(answer, self.json_schema or {})
+
+
+def by_first_role(tasks: Mapping[str, Sequence[Item]]) -> dict[str, str]:
+    """Role to the first role with the same items, itself or another: what is asked of both is asked once."""
+    return {
+        role: next(first for first, others in tasks.items() if others == items)
+        for role, items in tasks.items()
+    }
 
 
 def read_items(path: Path, role: str, suite: Suite = "task") -> list[Item]:
