@@ -72,7 +72,8 @@ def make_plans(
     """Make the reference and a variant per plan. A plan that would not load on the target is left out, which
     is said. Raises QuantizeError where none is left.
 
-    ``before`` is what else is looked at before work: it comes after what is quicker.
+    ``before`` is what else is done before work, such as having the reference answer what calibrates: it comes
+    after what is quicker.
     """
     checkpoint = checkpoint_of(model, say)
     modules = read_modules(checkpoint)
@@ -87,8 +88,6 @@ def make_plans(
         say(f"{name} is left out, {where.name} does not serve it: {why}")
     plans = {name: plan for name, plan in plans.items() if name not in refused}
     refuse_pattern(model.variants_dir)
-    if before is not None:
-        before()
     refuse_unfit(checkpoint)
     for note in checkpoint.notes:
         say(note)
@@ -98,6 +97,8 @@ def make_plans(
     if smooth and (left := unsmoothed(checkpoint.config, modules)):
         say(f"smoothing leaves {', '.join(left)} as they are: their scales cannot be folded in exactly")
     needs_data = any(parse_method(plan.method).needs_data(plan) for plan in plans.values())
+    if before is not None:
+        before()
     registry = registry_of(model, say)
     reference = registry.add_reference(checkpoint)
     calibration = calibration_for(model, checkpoint, reference.version) if needs_data else None

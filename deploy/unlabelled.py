@@ -55,15 +55,6 @@ class Questions:
     calibrating: Journal
     judging: Journal
 
-    @property
-    def open(self) -> bool:
-        """Whether answers are missing."""
-        return any(
-            one.id not in read_answers(journal)
-            for journal, part in ((self.calibrating, self.calibration), (self.judging, self.held_out))
-            for one in part
-        )
-
     def items(self) -> list[Item]:
         """Of those that judge: as far as they are answered."""
         return items_of(self.held_out, read_answers(self.judging), self.asking)
@@ -72,11 +63,6 @@ class Questions:
 def unlabelled_roles(model: ModelConfig) -> dict[str, RoleSettings]:
     """Roles that are judged by the reference's own answers."""
     return {name: role for name, role in model.roles.items() if role.tasks is None}
-
-
-def needs_answers(model: ModelConfig) -> bool:
-    """Whether anything is made or judged with the reference's own answers."""
-    return model.calibration is None or bool(unlabelled_roles(model))
 
 
 def questions(model: ModelConfig, version: str, role: RoleSettings | None = None) -> Questions:
@@ -164,17 +150,28 @@ def calibration_for(model: ModelConfig, checkpoint: Checkpoint, version: str) ->
 
 
 async def ask_reference(
-    model: ModelConfig, say: Say, engines: Mapping[str, EngineSpec] | None = None
+    model: ModelConfig,
+    say: Say,
+    engines: Mapping[str, EngineSpec] | None = None,
+    *,
+    to_calibrate: bool = False,
 ) -> None:
-    """Have the reference answer what it has not answered yet, on its engine in ``engines`` (by
+    """Have the reference answer what roles without tasks are judged by, and ``to_calibrate`` what calibrates
+    where the model has no file for it, as far as it has not yet: on its engine in ``engines`` (by
     ``model:variant``), or on one that is started for it."""
-    if not needs_answers(model):
+    to_calibrate = to_calibrate and model.calibration is None
+    roles = unlabelled_roles(model)
+    if not roles and not to_calibrate:
         return
     registry = registry_of(model, say)
     reference = registry.add_reference(checkpoint_of(model, say))
-    roles = [None, *unlabelled_roles(model).values()]
-    ways = {one.judging.path: one for one in (questions(model, reference.version, role) for role in roles)}
-    missing = [one for one in ways.values() if one.open]
+    parts: dict[Path, _Part] = {}
+    if to_calibrate:
+        asked = questions(model, reference.version)
+        parts[asked.calibrating.path] = _Part("calibrate with", asked, asked.calibration, asked.calibrating)
+    for asked in (questions(model, reference.version, role) for role in roles.values()):
+        parts[asked.judging.path] = _Part("judge by", asked, asked.held_out, asked.judging)
+    missing = [part for part in parts.values() if part.missing]
     if not missing:
         return
     async with AsyncExitStack() as stack:
@@ -182,10 +179,9 @@ async def ask_reference(
         if spec is None or spec.directory != registry.path(reference.variant, reference.version):
             spec = await stack.enter_async_context(reference_engine(model, reference, say))
         client = await stack.enter_async_context(EngineClient(spec.url, reference.model))
-        for one in missing:
-            say(_told(one))
-            await answer_all(client, one.calibration, one.asking, one.calibrating)
-            await answer_all(client, one.held_out, one.asking, one.judging)
+        for part in missing:
+            say(part.told())
+            await answer_all(client, part.conversations, part.asked.asking, part.journal)
 
 
 @asynccontextmanager
@@ -206,10 +202,24 @@ async def reference_engine(model: ModelConfig, reference: Card, say: Say) -> Asy
             yield spec
 
 
-def _told(asked: Questions) -> str:
-    left = f" ({asked.left_out} are too long for it, or not for its chat template)" if asked.left_out else ""
-    return (
-        f"the reference answers {len(asked.calibration)} conversations to calibrate with and "
-        f"{len(asked.held_out)} to judge by{left}, in at most {asked.asking.max_tokens} tokens each; "
-        "conversations.count and conversations.max_tokens change that"
-    )
+@dataclass(frozen=True)
+class _Part:
+    """What the reference answers at once."""
+
+    purpose: str
+    asked: Questions
+    conversations: tuple[Conversation, ...]
+    journal: Journal
+
+    @property
+    def missing(self) -> bool:
+        known = read_answers(self.journal)
+        return any(one.id not in known for one in self.conversations)
+
+    def told(self) -> str:
+        left = self.asked.left_out
+        without = f", {left} of all being too long for it or nothing for its chat template" if left else ""
+        return (
+            f"the reference answers {len(self.conversations)} conversations to {self.purpose}{without}, in at "
+            f"most {self.asked.asking.max_tokens} tokens each (conversations.count, conversations.max_tokens)"
+        )
