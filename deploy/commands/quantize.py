@@ -23,6 +23,8 @@ from quantize.core.targets import detect, target
 from quantize.plan.controls import KINDS
 
 COMMANDS = ("check", "make", "measure", "sensitivity", "plan", "register", "-h", "--help")
+WITHOUT_DATA = ("rtn", "mse")
+"""Methods that look at weights alone."""
 TARGET_HELP = "where it is to be loaded (default: this machine)"
 
 
@@ -136,7 +138,12 @@ def make(options: argparse.Namespace) -> None:
 
     config = load_config(options.config)
     model, variants = variants_of(config, options.variants, options.model)
-    before = _before(model, options, 1 if options.scheme else len(variants or RECIPES))
+    before = _before(
+        model,
+        options,
+        1 if options.scheme else len(variants or RECIPES),
+        to_calibrate=not options.scheme or options.method not in WITHOUT_DATA,
+    )
     if options.scheme:
         scheme(options.scheme)
         kv_scheme(options.kv)
@@ -206,7 +213,7 @@ def plan(options: argparse.Namespace) -> None:
         schemes=options.schemes,
         tuned=options.tune,
         compare_with=KINDS if options.controls == [] else options.controls or (),
-        before=_before(model, options),
+        before=_before(model, options, to_calibrate=True),
     )
     _judge(config, {model.name: [_reference(model), card]}, options)
 
@@ -215,12 +222,12 @@ def register(options: argparse.Namespace) -> None:
     from quantize.check import refuse_pattern, refuse_unfit
 
     config, model = _model(options)
-    _before(model, options)()
     checkpoint = checkpoint_of(model, say)
     refuse_pattern(model.variants_dir)
     refuse_unfit(checkpoint)
     for note in checkpoint.notes:
         say(note)
+    _before(model, options)()
     reference = _reference(model)
     registry = registry_of(model, say)
     card = registry.register(options.directory, options.name, checkpoint, target(detect()))
@@ -233,14 +240,19 @@ def register(options: argparse.Namespace) -> None:
     _judge(config, {model.name: [reference, card]}, options)
 
 
-def _before(model: ModelConfig, options: argparse.Namespace, variants: int = 1) -> Callable[[], None]:
-    """What is looked at before work, for so many variants that are to be measured."""
+def _before(
+    model: ModelConfig, options: argparse.Namespace, variants: int = 1, to_calibrate: bool = False
+) -> Callable[[], None]:
+    """What is done before work, for so many variants that are to be measured: a look at what may stop it, and
+    the reference's answers to what judges them and, if wanted, calibrates them."""
 
     def look() -> None:
         from deploy.measuring import say_hopeless
+        from deploy.unlabelled import ask_reference
 
         refuse_unmeasurable(model)
         say_hopeless(model, variants, say)
+        run_engines(ask_reference(model, say, to_calibrate=to_calibrate))
 
     return look if options.evaluate else lambda: None
 

@@ -5,6 +5,7 @@ refers to nothing is a ConfigError whose text gives the key, the value and the f
 """
 
 from gateway.config.access import Adapter, ApiKey, Provider
+from gateway.config.conversations import Conversations
 from gateway.config.engine import Engine, EngineChanges
 from gateway.config.file import Config
 from gateway.config.fixed import refuse_fixed
@@ -27,6 +28,7 @@ __all__ = [
     "Canary",
     "Config",
     "ConfigError",
+    "Conversations",
     "Cost",
     "Engine",
     "EngineChanges",

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 from pydantic import Field, PrivateAttr, model_validator
 
 from gateway.config.access import Adapter, ApiKey, Provider
+from gateway.config.conversations import Conversations
 from gateway.config.engine import Engine
 from gateway.config.gateway import GatewaySettings
 from gateway.config.model import Model, ModelConfig, ModelName, parts_of, slug, variant_id
@@ -42,6 +43,7 @@ class Config(Section):
     run_dir: Path = Path("var/run")
     gateway: GatewaySettings = GatewaySettings()
     engine: Engine = Field(default=Engine(), description="of all models, as far as they change nothing")
+    conversations: Conversations = Conversations()
     quality: Quality = Quality()
     watch: WatchSettings = WatchSettings()
     responses: ResponsesSettings = ResponsesSettings()
@@ -90,6 +92,7 @@ class Config(Section):
             pools={one: urls for one in model.serve if (urls := self.pools.get(variant_id(name, one)))},
             ports={one: self.engine.base_port + first + n for n, one in enumerate(model.serve)},
             run_dir=self.run_dir,
+            conversations=self.conversations,
         )
 
     def each(self) -> tuple[ModelConfig, ...]:

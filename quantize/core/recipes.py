@@ -18,13 +18,10 @@ class Recipe:
     scheme: str
     method: str = "gptq"
     kv: str = "auto"
-    without_data: str | None = None
-    """The method where there are no calibration data; None: they are asked for."""
 
-    def plan(self, modules: Modules, where: Target, calibrated: bool = True) -> Plan:
+    def plan(self, modules: Modules, where: Target) -> Plan:
         """The plan on that target: where it computes the scheme badly, the one that stands in for it."""
-        method = self.method if calibrated else self.without_data or self.method
-        return uniform(modules, where.instead(self.scheme), kv=self.kv, method=method)
+        return uniform(modules, where.instead(self.scheme), kv=self.kv, method=self.method)
 
 
 FOUR_BITS = "w4a16-g64"
@@ -33,7 +30,7 @@ FOUR_BITS_METHOD = "imatrix+gptq"
 RECIPES: Mapping[str, Recipe] = {
     recipe.variant: recipe
     for recipe in (
-        Recipe("int8", "w8a8", "smooth+rtn", without_data="rtn"),
+        Recipe("int8", "w8a8", "smooth+rtn"),
         Recipe("int4", FOUR_BITS, FOUR_BITS_METHOD),
         Recipe("int4-kv8", FOUR_BITS, FOUR_BITS_METHOD, kv="fp8"),
     )
