@@ -21,7 +21,7 @@ import numpy as np
 from prometheus_client import CollectorRegistry
 from tqdm import tqdm
 
-from benchmarks.watch.inject import VARIANT, WORK, configuration
+from benchmarks.watch.inject import MODEL, SHORT, VARIANT, WORK, configuration
 from benchmarks.watch.traffic import questions
 from deploy.commands import run_engines, say
 from deploy.engine import EngineSpec, free_port, running
@@ -117,30 +117,33 @@ async def log_probabilities(url: str, model: str, repeats: int) -> dict[str, Any
 
 
 async def benchmark(config: Config, count: int, repeats: int) -> dict[str, Any]:
-    registry = Registry(config.variants_dir, config.model.name, config.reference)
+    model = config.of(MODEL)
+    registry = Registry(model.variants_dir, model.name, model.reference)
     urls = {}
     specs = []
-    for variant in (config.reference, VARIANT):
+    for variant in (model.reference, SHORT):
         card = registry.card(variant)
         log = WORK / f"engine-{variant}.log"
         directory = registry.path(variant, card.version)
         specs.append(EngineSpec(card, directory, "127.0.0.1", free_port("127.0.0.1"), log))
-        urls[variant] = (specs[-1].url,)
-    config = config.model_copy(update={"pools": urls, "serve": (config.reference, VARIANT)})
+        urls[model.id(variant)] = (specs[-1].url,)
+    served = config.models[MODEL].model_copy(update={"serve": (model.reference, SHORT)})
+    config = config.model_copy(update={"pools": urls, "models": {MODEL: served}})
+    reference = config.references[MODEL]
     pools = Pools(config, time.monotonic)
-    inquiry = Inquiry(config.watch, config.model.name, lambda: pools, Metrics(CollectorRegistry(), ()))
+    inquiry = Inquiry(config.watch, config.references, lambda: pools, Metrics(CollectorRegistry(), ()))
     first, second = specs
     async with (
-        running(first, config.engine, say),
-        running(second, config.engine, say),
+        running(first, model.engine, say),
+        running(second, model.engine, say),
         aiohttp.ClientSession() as session,
     ):
         working = asyncio.create_task(inquiry.run(session))
         await asyncio.sleep(0.1)
         examiner = Examiner(inquiry.ask)
-        await scoring(examiner, config.reference, 3)  # warm
-        scored = await scoring(examiner, config.reference, count)
-        asked = await log_probabilities(second.url, config.model.name, repeats)
+        await scoring(examiner, reference, 3)  # warm
+        scored = await scoring(examiner, reference, count)
+        asked = await log_probabilities(second.url, MODEL, repeats)
         working.cancel()
     return {"scoring": scored, "log_probabilities": asked}
 
