@@ -21,16 +21,16 @@ import numpy as np
 from prometheus_client import CollectorRegistry
 from tqdm import tqdm
 
-from benchmarks.watch.inject import VARIANT, WORK, configuration
+from benchmarks.watch.inject import MODEL, SHORT, VARIANT, WORK, configuration
 from benchmarks.watch.traffic import questions
 from deploy.commands import run_engines, say
 from deploy.engine import EngineSpec, free_port, running
-from deploy.models import one_model, registry_of
-from gateway.config import Config, load_config, parts_of
+from gateway.config import Config, load_config
 from gateway.quality.examiner import Examiner
 from gateway.quality.inquiry import Inquiry
 from gateway.routing.pools import Pools
 from gateway.telemetry.metrics import Metrics
+from quantize.registry import Registry
 
 LENGTHS = (8, 64, 256)
 """Tokens that are written, each answer to the end."""
@@ -117,32 +117,33 @@ async def log_probabilities(url: str, model: str, repeats: int) -> dict[str, Any
 
 
 async def benchmark(config: Config, count: int, repeats: int) -> dict[str, Any]:
-    model = one_model(config)
-    registry, short = registry_of(model), parts_of(VARIANT)[1]
+    model = config.of(MODEL)
+    registry = Registry(model.variants_dir, model.name, model.reference)
     urls = {}
     specs = []
-    for variant in (model.reference, short):
+    for variant in (model.reference, SHORT):
         card = registry.card(variant)
         log = WORK / f"engine-{variant}.log"
         directory = registry.path(variant, card.version)
-        specs.append(EngineSpec(card, directory, model.engine, free_port(model.engine.host), log))
-        urls[card.id] = (specs[-1].url,)
-    served = config.models[model.name].model_copy(update={"serve": (model.reference, short)})
-    config = config.model_copy(update={"pools": urls, "models": {model.name: served}})
+        specs.append(EngineSpec(card, directory, "127.0.0.1", free_port("127.0.0.1"), log))
+        urls[model.id(variant)] = (specs[-1].url,)
+    served = config.models[MODEL].model_copy(update={"serve": (model.reference, SHORT)})
+    config = config.model_copy(update={"pools": urls, "models": {MODEL: served}})
+    reference = config.references[MODEL]
     pools = Pools(config, time.monotonic)
     inquiry = Inquiry(config.watch, config.references, lambda: pools, Metrics(CollectorRegistry(), ()))
     first, second = specs
     async with (
-        running(first, say),
-        running(second, say),
+        running(first, model.engine, say),
+        running(second, model.engine, say),
         aiohttp.ClientSession() as session,
     ):
         working = asyncio.create_task(inquiry.run(session))
         await asyncio.sleep(0.1)
         examiner = Examiner(inquiry.ask)
-        await scoring(examiner, model.id(model.reference), 3)  # warm
-        scored = await scoring(examiner, model.id(model.reference), count)
-        asked = await log_probabilities(second.url, model.name, repeats)
+        await scoring(examiner, reference, 3)  # warm
+        scored = await scoring(examiner, reference, count)
+        asked = await log_probabilities(second.url, MODEL, repeats)
         working.cancel()
     return {"scoring": scored, "log_probabilities": asked}
 
