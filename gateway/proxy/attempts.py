@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine
 from typing import Any, Protocol
 
 import msgspec
@@ -32,6 +32,7 @@ from gateway.identity import Sampler
 from gateway.proxy.endpoints import Form
 from gateway.proxy.escalations import Escalations
 from gateway.proxy.exchange import Attempt, Exchange
+from gateway.proxy.limits import Limits
 from gateway.proxy.record import Spent, Usage
 from gateway.proxy.reply import JSON, Reply, only_comments
 from gateway.proxy.waiting import WaitingLines
@@ -64,25 +65,6 @@ class Sufficient(Protocol):
     """Says what is wrong with an answer of a role that escalates; None if nothing, or no time to look."""
 
     async def insufficient(self, role: str, body: bytes, answer: Answer, salt: str) -> str | None: ...
-
-
-class Limits(msgspec.Struct, frozen=True):
-    """Time limits, in seconds, and what is hedged, listened to and escalated."""
-
-    first_byte_s: float
-    """Of a stream, until its first part."""
-    answer_s: float
-    """Of an answer that is not streamed, until all of it has come."""
-    idle_s: float
-    total_s: float
-    wait_s: Mapping[str, float]
-    """By role: how long a request waits for a replica."""
-    escalates: frozenset[str] = frozenset()
-    """Roles whose answers are looked at before the client gets them."""
-    escalated_share: float = 0.2
-    listened_share: float = 0.0
-    adapters: frozenset[str] = frozenset()
-    """Their answers are not listened to: the reference without the adapter would say something else."""
 
 
 class Attempts:

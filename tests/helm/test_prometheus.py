@@ -144,6 +144,16 @@ async def counted(prometheus: Prometheus, requests: float) -> None:
     await eventually(there, within_s=WITHIN_S)
 
 
+async def looked_at(prometheus: Prometheus) -> None:
+    """Prometheus has heard of what was found in answers: what comes later is an increase then."""
+
+    async def there() -> bool:
+        found = [f"tiercel_{name}_total" for name in ("quality_sentences", "shadow_compared")]
+        return all([await prometheus.query(name) for name in found])
+
+    await eventually(there, within_s=WITHIN_S)
+
+
 async def test_the_rules_are_evaluated_on_what_the_gateway_says(served: tuple[Stack, Prometheus]) -> None:
     stack, prometheus = served
     targets = (await prometheus.get("targets"))["activeTargets"]
@@ -151,6 +161,7 @@ async def test_the_rules_are_evaluated_on_what_the_gateway_says(served: tuple[St
     # One request of each kind first: an increase is counted from the first value that was read.
     await wave(stack, core=1, failing=1, streams=1)
     await counted(prometheus, 3)
+    await looked_at(prometheus)
     for _ in range(2):
         await asyncio.sleep(1)
         await wave(stack)
@@ -184,7 +195,7 @@ async def test_a_demotion_becomes_an_alert(served: tuple[Stack, Prometheus]) -> 
     stack, prometheus = served
 
     async def order(action: str) -> None:
-        body = {"action": action, "variant": "int8", "role": "summarizer"}
+        body = {"action": action, "variant": "assistant:int8", "role": "summarizer"}
         async with stack.http.post(stack.url + "/admin/watch", json=body) as response:
             assert response.status == 200, await response.text()
 
@@ -199,7 +210,7 @@ async def test_a_demotion_becomes_an_alert(served: tuple[Stack, Prometheus]) -> 
     await eventually(firing, within_s=WITHIN_S)
     (alert,) = await prometheus.alert("TiercelVariantDemoted")
     assert alert["labels"]["severity"] == "warning"
-    assert alert["annotations"]["summary"] == "int8 is out of summarizer's choice"
+    assert alert["annotations"]["summary"] == "assistant:int8 is out of summarizer's choice"
     await order("restore")
     await eventually(quiet, within_s=WITHIN_S)
 
@@ -219,7 +230,7 @@ async def test_a_pool_that_goes_and_is_wanted_becomes_an_alert(served: tuple[Sta
     async with asyncio.timeout(WITHIN_S):
         while not await firing():
             async with stack.post(headers={"x-agent-role": "summarizer"}) as response:
-                assert response.headers["x-tiercel-variant"] == "bf16"
+                assert response.headers["x-tiercel-variant"] == "assistant:bf16"
                 await response.read()
             await asyncio.sleep(EVERY_S)
     for other in ("TiercelReplicaDown", "TiercelGatewayAbsent"):
@@ -239,7 +250,7 @@ async def test_an_engine_whose_metrics_cannot_be_read_is_told_from_one_that_is_d
         url = f"http://127.0.0.1:{runner.addresses[0][1]}"
         pools = dict.fromkeys(("bf16", "int8", "int4-kv8"), (url,))
         async with running_gateway(pools=pools) as stack:
-            labels = {"variant": "int8", "replica": "int8-0"}
+            labels = {"model": "assistant", "variant": "int8", "replica": "assistant:int8-0"}
             await eventually(lambda: stack.sample("tiercel_replica_reachable", **labels) == 1)
             assert stack.registry.get_sample_value("tiercel_engine_metrics_read", labels) == 0
             assert stack.registry.get_sample_value("tiercel_queue_depth", labels) is None
@@ -250,9 +261,9 @@ async def test_an_engine_whose_metrics_cannot_be_read_is_told_from_one_that_is_d
 async def test_a_replica_that_goes_while_it_is_asked_leaves_no_figures(tmp_path: Path) -> None:
     """They would be of a replica that is down, for ever."""
     metrics = Metrics(CollectorRegistry(), ())
-    labels = {"variant": "int8", "replica": "int8-0"}
+    labels = {"model": "assistant", "variant": "int8", "replica": "assistant:int8-0"}
     async with FakeEngine().serving() as url, aiohttp.ClientSession() as http:
-        replica = Replica("int8", "int8-0", url, time.monotonic)
+        replica = Replica("assistant:int8", "assistant:int8-0", url, time.monotonic)
         asked = [[], [replica]]
         reader = EngineReader(http, metrics, tmp_path, time.monotonic)
         await reader.read(asked.pop)
@@ -265,6 +276,7 @@ async def test_prometheus_answers_every_query_of_the_dashboards(served: tuple[St
     stack, prometheus = served
     await wave(stack)
     await counted(prometheus, 15)
+    await looked_at(prometheus)
     await wave(stack)
     await counted(prometheus, 30)
     deadline = time.monotonic() + 60
