@@ -220,6 +220,6 @@ class _Part:
         left = self.asked.left_out
         without = f", {left} of all being too long for it or nothing for its chat template" if left else ""
         return (
-            f"the reference answers {len(self.conversations)} conversations to {self.purpose}{without}, in at "
-            f"most {self.asked.asking.max_tokens} tokens each (conversations.count, conversations.max_tokens)"
+            f"the reference answers {len(self.conversations)} conversations to {self.purpose}{without}, in "
+            f"at most {self.asked.asking.max_tokens} tokens each (conversations.count and .max_tokens)"
         )

@@ -17,7 +17,7 @@ from quantize.core.checkpoint import open_checkpoint
 from quantize.core.methods import parse_method
 from quantize.core.modules import read_modules
 from quantize.core.plan import Plan
-from quantize.core.recipes import RECIPES
+from quantize.core.recipes import RECIPES, unasked
 from quantize.core.schemes import kv_scheme, scheme
 from quantize.core.targets import detect, target
 from quantize.plan.controls import KINDS
@@ -43,7 +43,8 @@ def add_quantize(parser: argparse.ArgumentParser) -> None:
 
     making = add_command(commands, "make", make, "make variants, measure and judge them")
     add_model(making)
-    making.add_argument("variants", nargs="*", help=f"which (default: {' '.join(RECIPES)})")
+    suited = f"which of {', '.join(RECIPES)} (default: those that suit the target)"
+    making.add_argument("variants", nargs="*", help=suited)
     making.add_argument("--scheme", help="make one variant of this scheme instead, such as w4a16-g64")
     making.add_argument("--method", default="gptq", help="how, with --scheme (default: gptq)")
     making.add_argument("--kv", default="auto", help="KV-cache scheme, with --scheme")
@@ -138,10 +139,11 @@ def make(options: argparse.Namespace) -> None:
 
     config = load_config(options.config)
     model, variants = variants_of(config, options.variants, options.model)
+    variants = variants or unasked(target(options.target or detect()))
     before = _before(
         model,
         options,
-        1 if options.scheme else len(variants or RECIPES),
+        1 if options.scheme else len(variants),
         to_calibrate=not options.scheme or options.method not in WITHOUT_DATA,
     )
     if options.scheme:
@@ -152,7 +154,7 @@ def make(options: argparse.Namespace) -> None:
             model, options.name, options.scheme, options.method, options.kv, say, options.target, before
         )
     else:
-        cards = make_variants(model, variants or list(RECIPES), say, options.target, before)
+        cards = make_variants(model, variants, say, options.target, before)
     _judge(config, {model.name: cards}, options)
 
 

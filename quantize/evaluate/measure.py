@@ -22,12 +22,15 @@ from quantize.evaluate.client import TOPS_IN_JSON, EngineClient
 from quantize.evaluate.journal import Entry, Job, Journal, run_jobs
 from quantize.evaluate.reference import ReferenceFile, span_sha256
 from quantize.evaluate.scores import Scored
-from quantize.evaluate.tasks import Item, TaskError, by_first_role
+from quantize.evaluate.tasks import BEGINNING, Item, TaskError, by_first_role
 
 SCORED_TOKENS, SCORED_CONVERSATIONS = 1000, 80
 """Per role: tokens of right answers that are scored, spread over so many conversations: of answers that are
 longer than their part of it, a stretch is. All conversations of a long context are scored as they are."""
-QUESTIONS = 3
+OWN_TOKENS, OWN_CONVERSATIONS = 12_000, 256
+"""The same of the reference's own answers, by which alone such a role is judged: shares of first choices within
+a conversation are known well enough from about 30 tokens on."""
+QUESTIONS = 4
 """Raised whenever the code asks something else of the same items; kept measurements are made anew."""
 Tasks = Mapping[str, Sequence[Item]]
 """Role name to its held-out items, of all suites."""
@@ -69,7 +72,8 @@ class Measurement:
 def tasks_sha256(tasks: Tasks) -> str:
     """Changes whenever an item, or what is measured on it, changes."""
     listing: dict[str, Any] = {role: [item.model_dump() for item in tasks[role]] for role in sorted(tasks)}
-    listing["settings"] = [QUESTIONS, SCORED_TOKENS, SCORED_CONVERSATIONS, *TOPS_IN_JSON]
+    amounts = (SCORED_TOKENS, SCORED_CONVERSATIONS, OWN_TOKENS, OWN_CONVERSATIONS, BEGINNING)
+    listing["settings"] = [QUESTIONS, *amounts, *TOPS_IN_JSON]
     return hashlib.sha256(json.dumps(listing, sort_keys=True).encode()).hexdigest()
 
 
@@ -243,11 +247,13 @@ async def _chosen(client: EngineClient, items: Sequence[Item]) -> list[tuple[int
         return index, whole, len(await client.tokenize(item.messages, True, more))
 
     task = [index for index, item in enumerate(items) if item.suite == "task"]
-    step = max(1.0, len(task) / SCORED_CONVERSATIONS)  # evenly, for items are often sorted
-    task = [task[int(number * step)] for number in range(min(len(task), SCORED_CONVERSATIONS))]
+    own = all(items[index].check == "reference" for index in task)
+    budget, count = (OWN_TOKENS, OWN_CONVERSATIONS) if own else (SCORED_TOKENS, SCORED_CONVERSATIONS)
+    step = max(1.0, len(task) / count)  # evenly, for items are often sorted
+    task = [task[int(number * step)] for number in range(min(len(task), count))]
     others = [index for index, item in enumerate(items) if item.suite != "task"]
     found = await asyncio.gather(*(conversation(index) for index in [*task, *others]))
-    most = _spread([len(tokens) - start for _, tokens, start in found[: len(task)]], SCORED_TOKENS)
+    most = _spread([len(tokens) - start for _, tokens, start in found[: len(task)]], budget)
     return [
         *(_stretch(index, tokens, start, most) for index, tokens, start in found[: len(task)]),
         *found[len(task) :],

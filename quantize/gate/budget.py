@@ -13,7 +13,7 @@ from quantize.card import Evidence
 LEAST_REFERENCE_ACCURACY = 0.1
 FIRST_CHOICES = 0.9
 """Default of ``min_first_choice_agreement`` where there are no labels."""
-CHANGED_ANSWERS = 0.25
+CHANGED_ANSWERS = 0.6
 """Default of ``max_changed_answers`` there."""
 LOST_JSON = 0.15
 """Default of ``max_valid_json_drop`` there."""
