@@ -223,6 +223,14 @@ def test_an_adapter_is_of_one_model() -> None:
     assert routing.router.variants_of("tone") == ("small:bf16", "small:int4")
 
 
+def test_an_adapter_needs_its_reference_only_where_that_is_served() -> None:
+    adapters = {"tone": {"variants": ("big:int8",)}}
+    with pytest.raises(ValueError, match="must contain the reference 'big:bf16'"):
+        fleet(adapters=adapters)
+    routing = Routing(quantized("core", "writer"), adapters=adapters, **ALONE)
+    assert routing.route("core", "tone").ladder == ("big:int8",)
+
+
 def test_a_canary_is_of_a_model_that_may_serve_the_role() -> None:
     roles = ROLES | {"core": {"models": ("big", "small"), "canary": {"variant": "int4", "percent": 100}}}
     routing = Routing(roles=roles)
@@ -247,6 +255,10 @@ def test_a_canary_is_of_a_model_that_may_serve_the_role() -> None:
         ),
         ({"roles": ROLES | {"core": {"models": ("tiny",)}}}, "'tiny' is not a model; known: big, small"),
         ({"keys": [key(lowest="bf16").model_dump()]}, "several models serve 'bf16'"),
+        (
+            {"watch": {"reference": "none", "judge": {"model": "small"}}},
+            "'small' stands for its reference, which is left alone",
+        ),
     ],
 )
 def test_names_that_could_be_two_things_are_refused(changes: dict[str, Any], says: str) -> None:
