@@ -114,7 +114,7 @@ class Attempts:
             self._choose(exchange)
             self._ask(exchange)
             return
-        key = (caller.role, exchange.model)
+        key = (caller.role, exchange.model, caller.key.models if caller.key is not None else ())
         if not self._lines.waits(key):
             try:
                 self._choose_and_ask(exchange)

@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
+from fleet import MODELS, ROLES, across, cards_of
 from gateway_stack import Stack, by_id, eventually, make_card, make_config, running_gateway
 
 from gateway.config import ApiKey, Config, ConfigError
@@ -20,52 +21,7 @@ from gateway.routing.choices import Reason
 from gateway.routing.hedging import Hedging
 from gateway.routing.pools import Pools
 from gateway.routing.router import Route, Router
-from quantize.card import Card, Paired
-
-MODELS: dict[str, Any] = {
-    "big": {"path": "big", "serve": ("bf16", "int8")},
-    "small": {"path": "small", "serve": ("bf16", "int4"), "engine": {"max_model_len": 512}},
-}
-ROLES: dict[str, Any] = {
-    "core": {},
-    "writer": {"models": ("big", "small")},
-    "tagger": {"models": ("small",)},
-}
-
-
-def paired(lost: int) -> Paired:
-    """Of a thousand answers, of which the first model's reference has 950 right."""
-    return Paired(
-        items=1000,
-        good=950 - lost,
-        reference_good=950,
-        flips_to_bad=lost,
-        flips_to_good=0,
-        mcnemar_p=1.0,
-    )
-
-
-def across(card: Card, lost: int) -> Card:
-    """The card with what it loses, in the role ``writer``, against the reference of ``big``."""
-    assert card.evaluation is not None
-    role = card.evaluation.roles["writer"].model_copy(update={"across": {"big": paired(lost)}})
-    roles = {**card.evaluation.roles, "writer": role}
-    return card.model_copy(update={"evaluation": card.evaluation.model_copy(update={"roles": roles})})
-
-
-def cards_of(lost: int | None = 0) -> dict[str, Card]:
-    """``lost``: right answers of ``small`` that ``big`` would have got, of a thousand; None: not compared."""
-    small = [
-        make_card("bf16", model="small", passes=("writer", "tagger"), weight_bytes=2_000_000),
-        make_card("int4", model="small", passes=("writer", "tagger"), weight_bits=4, weight_bytes=600_000),
-    ]
-    if lost is not None:
-        small = [across(card, lost) for card in small]
-    return by_id(
-        make_card("bf16", model="big", weight_bytes=16_000_000),
-        make_card("int8", model="big", passes=("writer",), weight_bits=8, weight_bytes=9_000_000),
-        *small,
-    )
+from quantize.card import Card
 
 
 def fleet(**changes: Any) -> Config:
@@ -223,6 +179,14 @@ def test_an_adapter_is_of_one_model() -> None:
     assert routing.router.variants_of("tone") == ("small:bf16", "small:int4")
 
 
+def test_an_adapter_needs_its_reference_only_where_that_is_served() -> None:
+    adapters = {"tone": {"variants": ("big:int8",)}}
+    with pytest.raises(ValueError, match="must contain the reference 'big:bf16'"):
+        fleet(adapters=adapters)
+    routing = Routing(quantized("core", "writer"), adapters=adapters, **ALONE)
+    assert routing.route("core", "tone").ladder == ("big:int8",)
+
+
 def test_a_canary_is_of_a_model_that_may_serve_the_role() -> None:
     roles = ROLES | {"core": {"models": ("big", "small"), "canary": {"variant": "int4", "percent": 100}}}
     routing = Routing(roles=roles)
@@ -247,6 +211,10 @@ def test_a_canary_is_of_a_model_that_may_serve_the_role() -> None:
         ),
         ({"roles": ROLES | {"core": {"models": ("tiny",)}}}, "'tiny' is not a model; known: big, small"),
         ({"keys": [key(lowest="bf16").model_dump()]}, "several models serve 'bf16'"),
+        (
+            {"watch": {"reference": "none", "judge": {"model": "small"}}},
+            "'small' stands for its reference, which is left alone",
+        ),
     ],
 )
 def test_names_that_could_be_two_things_are_refused(changes: dict[str, Any], says: str) -> None:
