@@ -21,7 +21,7 @@ import yaml
 import deploy.engine
 
 if TYPE_CHECKING:
-    from quantize.card import Card, write_card
+    from quantize.card import Card
 
 ROOT = Path(__file__).resolve().parents[2]
 WORK = ROOT / "var/benchmarks/gateway"
@@ -121,7 +121,7 @@ def environment(name: str, requirements: tuple[str, ...]) -> Path:
 
 def variants() -> dict[str, Card]:
     """The cards of variants that nobody made, in the folder where a gateway looks for them."""
-    from quantize.card import Card
+    from quantize.card import Card, write_card
 
     cards = {}
     for name, bits, size in (("bf16", 16, 8_000_000), ("int8", 8, 5_000_000)):
