@@ -42,7 +42,7 @@ COUNTED = {
     "tiercel_cached_tokens_total": ("role", "variant"),
     "tiercel_usage_unreported_total": ("role", "variant"),
 }
-"""Counters of the books, and their labels in order."""
+"""Counters of the books, and their labels in order; a variant is known as ``model:variant``."""
 SETTLED = "tiercel_usage_settled_total"
 Books = dict[tuple[str, ...], int]
 """A counter's name and labels, and its value."""
@@ -380,7 +380,8 @@ def _read_counters(text: str, wanted: Mapping[str, tuple[str, ...]]) -> Books:
     for family in text_string_to_metric_families(text):
         for sample in family.samples:
             if sample.name in wanted and sample.value:
-                labels = tuple(sample.labels[label] for label in wanted[sample.name])
+                known = sample.labels | {"variant": f"{sample.labels['model']}:{sample.labels['variant']}"}
+                labels = tuple(known[label] for label in wanted[sample.name])
                 found[sample.name, *labels] = round(sample.value)
     return found
 
