@@ -121,7 +121,7 @@ def environment(name: str, requirements: tuple[str, ...]) -> Path:
 
 def variants() -> dict[str, Card]:
     """The cards, by id, of variants that nobody made, in the folder where a gateway looks for them."""
-    from quantize.card import Card
+    from quantize.card import Card, write_card
 
     cards = {}
     for name, bits, size in (("bf16", 16, 8_000_000), ("int8", 8, 5_000_000)):
@@ -133,7 +133,11 @@ def variants() -> dict[str, Card]:
         cards[card.id] = card
         directory = VARIANTS / card.model / name / "000000000000"
         directory.mkdir(parents=True, exist_ok=True)
+<<<<<<< HEAD
         (directory / "card.json").write_text(card.model_dump_json())
+=======
+        write_card(card, directory)
+>>>>>>> dep
         current = directory.parent / "current"
         if not current.is_symlink():
             current.symlink_to(directory.name)
