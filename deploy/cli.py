@@ -16,7 +16,7 @@ from deploy.commands import add_command, run_engines, say
 from deploy.commands.completion import add_completion
 from deploy.commands.doctor import add_doctor
 from deploy.commands.errors import explain
-from deploy.commands.fleet import add_fleet
+from deploy.commands.fleet import add_fleet, with_placement
 from deploy.commands.gateway import add_gateway
 from deploy.commands.quantize import add_quantize, with_make
 from deploy.commands.status import add_status
@@ -69,9 +69,10 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    options = parser().parse_args(
-        with_show(with_list(with_make(sys.argv[1:] if arguments is None else arguments)))
-    )
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    for in_full in (with_make, with_list, with_show, with_placement):
+        given = in_full(given)
+    options = parser().parse_args(given)
     try:
         options.run(options)
     except KeyboardInterrupt:

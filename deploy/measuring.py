@@ -18,11 +18,11 @@ from deploy.across import Compared, with_across
 from deploy.engine import EngineSpec, free_port, need_of, running, shared_flags
 from deploy.engine_account import ServedOtherwiseError, checked_account, refuse_otherwise
 from deploy.engine_failures import EngineLoadError, EngineRoomError
+from deploy.fleet.room import too_large
 from deploy.machine import engine_identity, look
 from deploy.making import role_tasks
 from deploy.models import checkpoint_of, first_models, registry_of
 from deploy.placement import Machine, PlacementError, Seats
-from deploy.room import too_large
 from deploy.turns import Turns, answering_at_once, running_at_once
 from gateway.config import ModelConfig
 from quantize.account import suspicion
@@ -226,7 +226,7 @@ class _Work:
                     if own:
                         self.reference_done.set()
             async with self.turns.alone():
-                speed = await speed_or_none(client, card.variant, self.say)
+                speed = await speed_or_none(client, card.variant, _context(self.model, card), self.say)
             return Found(passes, speed or card.speed, account)
 
     def _journals(self, card: Card) -> dict[str, Journal]:
@@ -308,11 +308,11 @@ def equals_reference(evaluation: Evaluation) -> bool:
     return same_scores and all(role.same_answer == role.items for role in evaluation.roles.values())
 
 
-async def speed_or_none(client: EngineClient, variant: str, say: Say) -> Speed | None:
+async def speed_or_none(client: EngineClient, variant: str, longest: int, say: Say) -> Speed | None:
     """A variant's speed. An engine that cannot write what it is measured by (its context may be shorter) has
     none, which is said: what was found out about quality stands without it."""
     try:
-        return await measure_speed(client)
+        return await measure_speed(client, longest)
     except EngineError as error:
         say(f"{variant}: its speed was not measured: {error}")
         return None

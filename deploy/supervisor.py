@@ -16,7 +16,7 @@ from tqdm import tqdm
 from deploy.engine import EngineProcess, EngineSpec, EngineStartError, port_in_use
 from deploy.engine_account import refuse_otherwise
 from deploy.engine_failures import EngineLoadError
-from deploy.fleet import Version, engine_specs, placed_again, served_here, version_of
+from deploy.fleet.engines import Version, engine_specs, placed_again, served_here, version_of
 from deploy.following import Following
 from deploy.gateway_process import GatewayProcess, UpError
 from deploy.models import registry_of

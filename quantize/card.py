@@ -1,7 +1,7 @@
 """The card of a variant: what it is, how it was made, what it lost, and whether it may serve a role.
 
 ``card.json`` lies beside the variant's weights and is the contract between ``quantize``, which
-writes it, and ``gateway`` and ``deploy``, which read it. This module needs pydantic alone.
+writes it, and ``gateway`` and ``deploy``, which read it. This module needs pydantic alone, and is light.
 """
 
 from __future__ import annotations
@@ -16,6 +16,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from quantize.core.files import sha256_of, write_whole
+from quantize.seal import SEAL, is_edited, sealed
 
 CARD_NAME = "card.json"
 FORMAT: Literal[4] = 4
@@ -208,6 +211,16 @@ class Making(_Strict):
     peak_device_bytes: int | None = Field(default=None, ge=0, description="largest use of an accelerator")
 
 
+class SpeedPoint(_Strict):
+    """How long an engine takes for requests that come together, none of whose prompts it has seen before."""
+
+    together: int = Field(ge=1, description="requests")
+    prompt_tokens: int = Field(ge=1, description="of each")
+    answer_tokens: int = Field(ge=2, description="of each")
+    prompt_s: float = Field(gt=0, description="until all have their first token")
+    step_s: float = Field(gt=0, description="for one more token of each, the mean over their answers")
+
+
 class Speed(_Strict):
     """How fast the serving engine wrote, prompts included, with so many requests at a time."""
 
@@ -217,6 +230,7 @@ class Speed(_Strict):
     together: int = Field(ge=1, description="requests at a time")
     prompt_tokens: int = Field(ge=1, description="of each")
     answer_tokens: int = Field(ge=1, description="of each")
+    points: tuple[SpeedPoint, ...] = Field(default=(), description="at several loads, each a median")
 
 
 class Calibration(_Strict):
@@ -331,14 +345,6 @@ def refuse_broken(card: Card) -> None:
         )
 
 
-def sha256_of(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def hash_files(directory: Path) -> dict[str, str]:
     """SHA-256 of every file of a variant but its card, by name relative to ``directory``."""
     paths = sorted(path for path in directory.rglob("*") if path.is_file() and path.name != CARD_NAME)
@@ -346,17 +352,13 @@ def hash_files(directory: Path) -> dict[str, str]:
 
 
 def write_card(card: Card, directory: Path) -> None:
-    """Write ``card.json`` so that a reader sees the old one or the new one, never a part."""
-    partial = directory / (CARD_NAME + ".partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(card.model_dump_json(indent=2) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    partial.rename(directory / CARD_NAME)
+    """Write ``card.json``, sealed, so that a reader sees the old one or the new one, never a part."""
+    write_whole(directory / CARD_NAME, sealed(card.model_dump_json()))
 
 
-def read_card(directory: Path) -> Card:
-    """Read a variant's card. Raises CardError when there is none or it is malformed."""
+def read_card(directory: Path, *, even_edited: bool = False) -> Card:
+    """Read a variant's card. Raises CardError when there is none or it is malformed, and when it was edited
+    after it was written, unless ``even_edited``: then nothing that it says of measurements is to be used."""
     path = directory / CARD_NAME
     try:
         text = path.read_text(encoding="utf-8")
@@ -374,12 +376,20 @@ def read_card(directory: Path) -> Card:
             f"{path}: format {given!r} is none of {known}, which this version of Tiercel reads; "
             "make the variant again"
         )
+    edited = is_edited(found)
+    found.pop(SEAL, None)
     try:
-        return Card.model_validate(found | {"format": FORMAT})
+        card = Card.model_validate(found | {"format": FORMAT})
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "the file"
         raise CardError(f"{path}: {where}: {first['msg']}; make the variant again") from None
+    if edited and not even_edited:
+        raise CardError(
+            f"{path} was edited after it was written: it does not match its own seal, and what it says of "
+            f"measurements cannot be trusted; `tiercel quantize measure {card.variant}` measures again"
+        )
+    return card
 
 
 def verify_files(card: Card, directory: Path) -> None:

@@ -21,7 +21,7 @@ import yaml
 import deploy.engine
 
 if TYPE_CHECKING:
-    from quantize.card import Card
+    from quantize.card import Card, write_card
 
 ROOT = Path(__file__).resolve().parents[2]
 WORK = ROOT / "var/benchmarks/gateway"
@@ -130,10 +130,10 @@ def variants() -> dict[str, Card]:
             weight_bits=bits, module_bits={}, weight_bytes=size, kv_bytes_per_token=1024, max_model_len=1024,
             versions={}, created="2026-11-21", files={}, evaluation=None,
         )  # fmt: skip
-        directory = VARIANTS / name / "000000000000"
+        directory = VARIANTS / "assistant" / name / "000000000000"
         directory.mkdir(parents=True, exist_ok=True)
-        (directory / "card.json").write_text(card.model_dump_json())
-        current = VARIANTS / name / "current"
+        write_card(card, directory)
+        current = directory.parent / "current"
         if not current.is_symlink():
             current.symlink_to(directory.name)
     return cards
@@ -144,10 +144,9 @@ def tiercel(port: int, upstream: int, **changes: object) -> tuple[list[str], str
     ``changes`` are laid over the configuration."""
     variants()
     config = {
-        "model": {"name": "assistant", "path": str(ROOT / "deploy/assistant/model")},
+        "models": {"assistant": {"path": str(ROOT / "deploy/assistant/model"), "serve": ["bf16", "int8"]}},
         "variants_dir": str(VARIANTS),
         "run_dir": str(WORK / "run"),
-        "serve": ["bf16", "int8"],
         "roles": {"core": {}, "summarizer": {}},
         "default_role": "core",
         "pools": {variant: [f"http://127.0.0.1:{upstream}"] for variant in ("bf16", "int8")},

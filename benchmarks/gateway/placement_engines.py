@@ -181,9 +181,7 @@ def engine(port: int, blocks: int) -> EngineProcess:
         env={"OMP_NUM_THREADS": "1", "VLLM_SERVER_DEV_MODE": "1"},
     )
     model = ROOT / "deploy/assistant/model"
-    return EngineProcess(
-        EngineSpec(variants()["bf16"], model, "127.0.0.1", port, WORK / f"engine-{port}.log"), settings
-    )
+    return EngineProcess(EngineSpec(variants()["bf16"], model, settings, port, WORK / f"engine-{port}.log"))
 
 
 async def main() -> None:

@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from deploy.assistant.corpus import Utterance, clinc150, intent_messages, record_conversation
-from quantize.card import Calibration, sha256_of
+from quantize.card import Calibration
+from quantize.core.files import sha256_of
 from quantize.evaluate.bench import Span
 from quantize.make.calibration import CalibrationSet, load_tokenizer
 

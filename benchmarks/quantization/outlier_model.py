@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.quantization.data import Sources, clinc_path, encode, planting_conversations
-from quantize.card import sha256_of
+from quantize.core.files import sha256_of
 
 CACHE = Path("var/benchmarks/outlier-model")
 LAYERS, SEED = 6, 11

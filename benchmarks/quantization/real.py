@@ -42,14 +42,16 @@ from quantize.plan.served import Choice, ServedKl
 from quantize.plan.session import PlanningSession
 
 WORK = Path("var/benchmarks/real")
-EIGHT = ("rtn", "mse", "gptq", "smoothquant+rtn", "smoothquant+gptq")
-FOUR = ("rtn", "imatrix", "gptq", "imatrix+gptq")
+EIGHT = ("rtn", "gptq", "smooth+rtn")
+SLOW_EIGHT = ("smoothquant+rtn", "rotation+rtn")
+FOUR = ("rtn", "imatrix", "gptq", "imatrix+gptq", "smooth+imatrix+gptq")
 GROUPS = ("w4a16-g128", "w4a16-g64", "w4a16-g32")
 ASYMMETRIC = ("w4a16-g64-asym", "w4a16-g32-asym")
 BEST = "imatrix+gptq"
 """The method of plans, heuristics and asymmetric variants."""
-SLOW = ("awq+gptq", "autoround")
-"""Made by llm-compressor in tens of minutes on two cores: at one group size, and only with ``--slow``."""
+SLOW_FOUR = ("awq+rtn", "awq+imatrix+gptq", "autoround")
+"""Made by llm-compressor in minutes or tens of minutes on two cores: at one group size, and only with
+``--slow``."""
 SLOW_GROUP = "w4a16-g64"
 AT_EQUAL_BYTES: tuple[controls.Kind, ...] = ("ends", "random")
 
@@ -85,11 +87,17 @@ def fits(modules: Modules, where: Target, scheme: str) -> bool:
     return all(scheme in where.candidates(group) for group in modules)
 
 
-def rows_at_8_bits(modules: Modules) -> Rows:
+def rows_at_8_bits(modules: Modules, where: Target, slow: bool = False) -> Rows:
     """Uniform ``w8a8`` by every method, and with the groups that read the widest inputs in 16 bits."""
-    found = {f"w8a8 {method}": Wanted("uniform", uniform(modules, "w8a8", method=method)) for method in EIGHT}
+    pairs = [("w8a8", method) for method in (*EIGHT, *(SLOW_EIGHT if slow else ()))]
+    pairs.append(("w8a8-asym", "smooth+rtn"))
+    found = {
+        f"{scheme} {method}": Wanted("uniform", uniform(modules, scheme, method=method))
+        for scheme, method in pairs
+        if fits(modules, where, scheme)
+    }
     mixed = {group.name: "bf16" if "down" in group.kind else "w8a8" for group in modules}
-    for method in ("rtn", "smoothquant+rtn"):
+    for method in ("rtn", "smooth+rtn"):
         plan = Plan(groups=mixed, method=method)
         found[f"w8a8 {method}, down_proj in 16 bits"] = Wanted("heuristic", plan)
     return found
@@ -99,7 +107,7 @@ def rows_at_4_bits(modules: Modules, where: Target, slow: bool = False) -> Rows:
     """Uniform ``w4a16`` by group size and method, and heuristics: ends or down projections in more bits."""
     pairs = [(scheme, method) for scheme in GROUPS for method in FOUR]
     pairs += [(scheme, BEST) for scheme in ASYMMETRIC]
-    pairs += [(SLOW_GROUP, method) for method in SLOW if slow]
+    pairs += [(SLOW_GROUP, method) for method in SLOW_FOUR if slow]
     found = {
         f"{scheme} {method}": Wanted("uniform", uniform(modules, scheme, method=method))
         for scheme, method in pairs
@@ -273,7 +281,8 @@ def main() -> None:
         choosing=texts.chosen,
     )
     modules, where = session.modules, session.target
-    rows = rows_at_8_bits(modules) | rows_at_4_bits(modules, where, options.slow) | given_plans(options.plan)
+    rows = rows_at_8_bits(modules, where, options.slow) | rows_at_4_bits(modules, where, options.slow)
+    rows |= given_plans(options.plan)
     if options.only:
         rows = {label: one for label, one in rows.items() if any(word in label for word in options.only)}
     if options.list:

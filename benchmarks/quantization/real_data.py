@@ -27,6 +27,8 @@ CALIBRATION, CHOSEN, REPORTED = "calibration", "chosen", "reported"
 SIZES = {CALIBRATION: 16, CHOSEN: 8, REPORTED: 16}
 """Prompts of each kind in a set."""
 PROMPT_TOKENS, ANSWER_TOKENS = 224, 56
+TOGETHER = 16
+"""Prompts that are answered at a time."""
 WORDS = (40, 90)
 """Shortest paragraph of WikiText-2 that is taken, and where longer ones are cut, in words."""
 
@@ -115,19 +117,30 @@ def split_prompts(kinds: Sequence[Sequence[Conversation]]) -> dict[str, list[Con
 
 
 def answered(model: Any, tokenizer: Any, asked: Sequence[Conversation]) -> list[Span]:
-    """The model's greedy answers, one prompt at a time: batches would change BF16 results."""
+    """The model's greedy answers, up to the end of its turn; prompts of like length are answered together."""
     import torch
 
-    spans = []
+    prompts = []
     for messages in asked:
         encoded = tokenizer.apply_chat_template(
             messages, add_generation_prompt=True, tokenize=True, return_dict=True
         )
-        ids = list(encoded["input_ids"])[:PROMPT_TOKENS]
+        prompts.append(list(encoded["input_ids"])[:PROMPT_TOKENS])
+    end = tokenizer.eos_token_id
+    order = sorted(range(len(prompts)), key=lambda number: len(prompts[number]))
+    spans: dict[int, Span] = {}
+    for at in range(0, len(order), TOGETHER):
+        numbers = order[at : at + TOGETHER]
+        width = len(prompts[numbers[-1]])
+        ids = torch.tensor([[end] * (width - len(prompts[n])) + prompts[n] for n in numbers])
+        mask = torch.tensor([[0] * (width - len(prompts[n])) + [1] * len(prompts[n]) for n in numbers])
         with torch.inference_mode():
-            whole = model.generate(torch.tensor([ids]), max_new_tokens=ANSWER_TOKENS, do_sample=False)
-        spans.append((whole[0].tolist(), len(ids)))
-    return spans
+            whole = model.generate(ids, attention_mask=mask, max_new_tokens=ANSWER_TOKENS, do_sample=False)
+        for number, line in zip(numbers, whole.tolist(), strict=True):
+            answer = line[width:]
+            answer = answer[: answer.index(end) + 1] if end in answer else answer
+            spans[number] = (prompts[number] + answer, len(prompts[number]))
+    return [spans[number] for number in range(len(prompts))]
 
 
 def texts(directory: Path, kept: Path, folder: Path = SHARED) -> Texts:

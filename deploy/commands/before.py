@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from deploy.commands import say
+from deploy.fleet.room import too_large
 from deploy.machine import look
 from deploy.making import role_tasks
 from deploy.models import checkpoint_of
 from deploy.placement import Need, PlacementError
-from deploy.room import too_large
 from gateway.config import ModelConfig
 from quantize.core.checkpoint import Checkpoint, CheckpointError
 from quantize.core.tokenizer import encode_messages, load_tokenizer

@@ -17,10 +17,10 @@ from packaging.requirements import Requirement
 
 from deploy.commands.findings import Finding, Findings, Subject, failure, ok, warning
 from deploy.engine import has_cuda, need_of
-from deploy.fleet import without_ours
+from deploy.fleet.engines import without_ours
+from deploy.fleet.room import side_by_side
 from deploy.machine import find_gpus, look
 from deploy.placement import Need, PlacementError, taken_by
-from deploy.room import side_by_side
 from quantize.card import CardError, read_card, variant_directory
 from quantize.core.legality import ENGINE
 from quantize.core.targets import TargetError, detect

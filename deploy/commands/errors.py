@@ -19,6 +19,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from deploy.engine import EngineStartError
+from deploy.fleet.speed import NoSpeedError
+from deploy.fleet.traffic import TrafficError
 from deploy.gateway_process import UpError
 from deploy.placement import PlacementError
 from gateway.config import ConfigError, load_config
@@ -53,6 +55,8 @@ USER_ERRORS = (
     GatewayError,
     PlacementError,
     UpError,
+    NoSpeedError,
+    TrafficError,
 )
 MENDABLE = 2
 """Exit status for what a person can mend."""

@@ -3,20 +3,38 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from typing import Any
 
 from deploy.commands import add_command, add_json, print_json, say
+from deploy.commands.fleet_plan import add_fleet_plan
 from deploy.engine import EngineSpec, command
-from deploy.fleet import placed_specs, served_here, without_ours
+from deploy.fleet.engines import placed_specs, served_here, without_ours
 from deploy.machine import look
 from gateway.config import load_config, shown_url
 from gateway.config.section import Secret
 from quantize.report.tables import align
 
+COMMANDS = ("show", "plan", "-h", "--help")
+
 
 def add_fleet(commands: Any) -> None:
+    """``tiercel fleet`` alone shows; see :func:`with_placement`."""
+    text = "where engines would run that `up` starts; which variants to serve where"
+    kinds = commands.add_parser("fleet", help=text, description=text).add_subparsers(
+        required=True, metavar="command"
+    )
     text = "where every engine would run that `up` starts: device, memory, context, arguments; starts nothing"
-    add_json(add_command(commands, "fleet", fleet, text))
+    add_json(add_command(kinds, "show", fleet, text))
+    add_fleet_plan(kinds)
+
+
+def with_placement(arguments: Sequence[str]) -> list[str]:
+    """``tiercel fleet`` is short for ``tiercel fleet show``."""
+    given = list(arguments)
+    if given[:1] == ["fleet"] and (len(given) == 1 or given[1] not in COMMANDS):
+        given.insert(1, "show")
+    return given
 
 
 def fleet(options: argparse.Namespace) -> None:

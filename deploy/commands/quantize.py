@@ -167,7 +167,7 @@ def measure(options: argparse.Namespace) -> None:
             say(f"{model.name}: no variants; make them with `tiercel quantize --model {model.name}`")
             continue
         others = [name for name in dict.fromkeys(names) if name != model.reference]
-        cards[model.name] = [registry.card(name) for name in (model.reference, *others)]
+        cards[model.name] = [registry.to_measure(name) for name in (model.reference, *others)]
         say_hopeless(model, len(others), say)
     _judge(config, cards, options)
 

@@ -20,7 +20,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from quantize.card import sha256_of
 from quantize.core.companions import (
     TOKENIZER_FILES,
     companion_files,
@@ -29,6 +28,7 @@ from quantize.core.companions import (
     refuse_bad_companions,
     wrong_class,
 )
+from quantize.core.files import sha256_of
 from quantize.core.model_config import refuse_incomplete, text_config
 from quantize.core.weights import (
     CONFIGS,

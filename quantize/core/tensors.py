@@ -10,13 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantize.core.weights import DTYPE_BYTES, CheckpointError, read_header, weight_files
+from quantize.core.files import write_whole
+from quantize.core.weights import DTYPE_BYTES, INDEX, CheckpointError, read_header, weight_files
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
 COPY_BYTES = 1 << 22
+SHARD_BYTES = 5_000_000_000
 EXPONENTS = {
     "F64": ("<u8", 0x7FF << 52),
     "F32": ("<u4", 0x7F800000),
@@ -54,13 +56,20 @@ def blocks(part: Part, size: int = COPY_BYTES) -> Iterator[bytes]:
 
 def read_parts(directory: Path) -> dict[str, Part]:
     """Every tensor of a checkpoint with its place on disk."""
-    found = {}
+    found: dict[str, Part] = {}
     for file in weight_files(directory):
-        with file.open("rb") as opened:
-            start = 8 + struct.unpack("<Q", opened.read(8))[0]
-        for name, tensor in read_header(file).items():
-            begin, end = tensor["data_offsets"]
-            found[name] = Part(file, start + begin, tensor["dtype"], tuple(tensor["shape"]), end - begin)
+        found |= read_file_parts(file)
+    return found
+
+
+def read_file_parts(file: Path) -> dict[str, Part]:
+    """Every tensor of one safetensors file with its place on disk."""
+    with file.open("rb") as opened:
+        start = 8 + struct.unpack("<Q", opened.read(8))[0]
+    found = {}
+    for name, tensor in read_header(file).items():
+        begin, end = tensor["data_offsets"]
+        found[name] = Part(file, start + begin, tensor["dtype"], tuple(tensor["shape"]), end - begin)
     return found
 
 
@@ -92,6 +101,28 @@ def write_tensors(tensors: Mapping[str, Part], path: Path, dtypes: Mapping[str, 
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
+
+
+def write_shards(tensors: Mapping[str, Part], out: Path) -> None:
+    """Write ``model.safetensors``, or shards and their index where it would be over ``SHARD_BYTES``."""
+    shards: list[dict[str, Part]] = [{}]
+    size = 0
+    for name, part in sorted(tensors.items()):
+        if size and size + part.bytes > SHARD_BYTES:
+            shards.append({})
+            size = 0
+        shards[-1][name] = part
+        size += part.bytes
+    if len(shards) == 1:
+        write_tensors(shards[0], out / "model.safetensors")
+        return
+    index = {}
+    for number, shard in enumerate(shards, 1):
+        file = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        write_tensors(shard, out / file)
+        index.update(dict.fromkeys(shard, file))
+    total = sum(part.bytes for part in tensors.values())
+    write_whole(out / INDEX, json.dumps({"metadata": {"total_size": total}, "weight_map": index}))
 
 
 def _narrowed(block: bytes, stored: str, wanted: str, name: str) -> bytes:

@@ -1,4 +1,8 @@
-"""How fast an engine writes a variant's answers: with its bytes, what the variant costs."""
+"""How fast an engine writes a variant's answers: with its bytes, what the variant costs.
+
+Measured at several loads, so that :mod:`deploy.fleet` can tell what other traffic would take. Prompts are
+random tokens: none is in the prefix cache.
+"""
 
 from __future__ import annotations
 
@@ -6,33 +10,71 @@ import asyncio
 import random
 import statistics
 import time
+from dataclasses import dataclass
 
-from quantize.card import Speed
+from quantize.card import Speed, SpeedPoint
 from quantize.evaluate.client import EngineClient
 
-PROMPT_TOKENS, ANSWER_TOKENS = 128, 48
-TOGETHER = 8
-"""Requests at a time: an auxiliary agent's engine is never alone with one."""
-PASSES = 3
 _WORDS = range(100, 1000)
 """Token ids that every vocabulary has."""
 
 
-async def measure_speed(client: EngineClient) -> Speed:
-    """Tokens written per second, the median of some passes after one that is not counted. Prompts are random
-    tokens, so that none is in the prefix cache. The machine should do nothing else. Raises EngineError."""
+@dataclass(frozen=True)
+class Load:
+    """Requests that come together, and the tokens of each."""
+
+    together: int
+    prompt_tokens: int
+    answer_tokens: int
+
+
+USUAL = Load(8, 128, 48)
+"""By which ``tokens_per_s`` is measured: an auxiliary agent's engine is never alone with one request."""
+PASSES = 3
+"""Of the usual load, after one that is not counted; the others have one each."""
+OTHERS = (Load(1, 128, 24), Load(16, 128, 24), Load(4, 512, 24))
+"""From which, with the usual one, is told what batch size and context cost."""
+
+
+async def measure_speed(client: EngineClient, longest: int) -> Speed:
+    """Tokens written per second at the usual load, the median of some passes, and points at several loads:
+    those that fit into ``longest`` tokens. The machine should do nothing else. Raises EngineError."""
     rng = random.Random(time.monotonic_ns())
-    rates = []
-    for _ in range(PASSES + 1):
-        prompts = [rng.choices(_WORDS, k=PROMPT_TOKENS) for _ in range(TOGETHER)]
-        began = time.monotonic()
-        written = await asyncio.gather(*(client.write(prompt, ANSWER_TOKENS) for prompt in prompts))
-        rates.append(sum(written) / (time.monotonic() - began))
+    await _seconds(client, rng, USUAL, USUAL.answer_tokens)
+    whole = [await _seconds(client, rng, USUAL, USUAL.answer_tokens) for _ in range(PASSES)]
+    points = [await _point(client, rng, USUAL, statistics.median(whole))]
+    for load in OTHERS:
+        if load.prompt_tokens + load.answer_tokens <= longest:
+            seconds = await _seconds(client, rng, load, load.answer_tokens)
+            points.append(await _point(client, rng, load, seconds))
+    written = USUAL.together * USUAL.answer_tokens
     return Speed(
-        tokens_per_s=statistics.median(rates[1:]),
-        slowest=min(rates[1:]),
-        fastest=max(rates[1:]),
-        together=TOGETHER,
-        prompt_tokens=PROMPT_TOKENS,
-        answer_tokens=ANSWER_TOKENS,
+        tokens_per_s=written / statistics.median(whole),
+        slowest=written / max(whole),
+        fastest=written / min(whole),
+        together=USUAL.together,
+        prompt_tokens=USUAL.prompt_tokens,
+        answer_tokens=USUAL.answer_tokens,
+        points=tuple(points),
     )
+
+
+async def _point(client: EngineClient, rng: random.Random, load: Load, whole: float) -> SpeedPoint:
+    """The load's point: of the seconds ``whole`` those that its prompts take, and the rest per step."""
+    prompt_s = await _seconds(client, rng, load, 1)
+    return SpeedPoint(
+        together=load.together,
+        prompt_tokens=load.prompt_tokens,
+        answer_tokens=load.answer_tokens,
+        prompt_s=prompt_s,
+        # A pass in which others disturbed the prompts leaves nothing for the steps; they take some time.
+        step_s=max(whole - prompt_s, 0.01 * whole) / (load.answer_tokens - 1),
+    )
+
+
+async def _seconds(client: EngineClient, rng: random.Random, load: Load, answer_tokens: int) -> float:
+    """Until all requests of a load have written so many tokens."""
+    prompts = [rng.choices(_WORDS, k=load.prompt_tokens) for _ in range(load.together)]
+    began = time.monotonic()
+    await asyncio.gather(*(client.write(prompt, answer_tokens) for prompt in prompts))
+    return time.monotonic() - began

@@ -7,8 +7,9 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from quantize.card import Calibration, sha256_of
+from quantize.card import Calibration
 from quantize.core.checkpoint import Checkpoint
+from quantize.core.files import sha256_of
 from quantize.core.jsonl import read_lines
 from quantize.core.tokenizer import load_tokenizer
 

@@ -17,18 +17,18 @@ scheme as well, so its parts are only good for uniform plans.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import shutil
-import struct
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from quantize.core.architectures import architecture
-from quantize.core.checkpoint import Checkpoint, base_sha256, copy_companions, read_header
+from quantize.core.checkpoint import Checkpoint, base_sha256, copy_companions
 from quantize.core.dequantize import read_tensor
 from quantize.core.files import READ_ONLY, link_or_copy, locked, write_whole
 from quantize.core.methods import SMOOTH, MethodError, parse_method
@@ -36,7 +36,8 @@ from quantize.core.modules import HEAD, Group, Modules
 from quantize.core.plan import Plan
 from quantize.core.quantization_config import quantization_config
 from quantize.core.schemes import kv_scheme, scheme
-from quantize.core.tensors import Part, read_parts, write_tensors
+from quantize.core.tensors import Part, read_file_parts, read_parts, write_shards, write_tensors
+from quantize.core.weights import INDEX
 from quantize.make.calibration import CalibrationSet
 from quantize.make.compress import compress_whole
 from quantize.make.ranges import FP8_MAX
@@ -49,8 +50,6 @@ if TYPE_CHECKING:
 KV_SCALES = (".k_scale", ".v_scale")
 NUMERICS = 1
 """Raised whenever the same inputs would give other parts."""
-SHARD_BYTES = 5_000_000_000
-INDEX = "model.safetensors.index.json"
 
 
 class PartStore:
@@ -125,22 +124,45 @@ class PartStore:
     ) -> None:
         """Make what is missing of ``choices`` by group name and of the schemes ``kv`` of the cache.
 
-        All that is streamed is made in one pass over the model. ``transforms`` are the cache's.
+        All that is streamed is made in one pass over the model. ``transforms`` are the cache's. Where all is
+        there, nobody is waited for.
         """
+        wanted = {name: list(dict.fromkeys(many)) for name, many in choices.items()}
+        caches = {one: self.kv_file(one, transforms) for one in kv if kv_scheme(one).calibrated}
+        if self._missing(wanted) or _absent(caches):
+            with self._locked():
+                self._make(wanted, caches, label or "quantize", transforms)
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        """One process at a time makes parts."""
         with locked(self.directory / ".lock", "parts of variants", lambda text: print(text, file=sys.stderr)):
-            missing = {
-                name: [one for one in dict.fromkeys(wanted) if not self.file(name, one).exists()]
-                for name, wanted in choices.items()
-            }
-            caches = {one: self.kv_file(one, transforms) for one in kv if kv_scheme(one).calibrated}
-            caches = {one: file for one, file in caches.items() if not file.exists()}
-            streamed = {name: [one for one in wanted if streams(one)] for name, wanted in missing.items()}
-            smooth = SMOOTH in transforms or any(smoothed(c) for wanted in choices.values() for c in wanted)
-            if any(streamed.values()) or caches:
-                self._stream(streamed, caches, label or "quantize", smooth, SMOOTH in transforms)
-            others = {one for wanted in missing.values() for one in wanted if not streams(one)}
-            for choice in sorted(others):
-                self._split(choice, {name for name, wanted in missing.items() if choice in wanted})
+            yield
+
+    def _missing(self, choices: Mapping[str, Sequence[Choice]]) -> dict[str, list[Choice]]:
+        """The choices that are not made, by group name."""
+        found = {
+            name: [one for one in wanted if not self.file(name, one).exists()]
+            for name, wanted in choices.items()
+        }
+        return {name: some for name, some in found.items() if some}
+
+    def _make(
+        self,
+        choices: Mapping[str, Sequence[Choice]],
+        caches: Mapping[str, Path],
+        label: str,
+        transforms: tuple[str, ...],
+    ) -> None:
+        """What is missing, while no other process makes any."""
+        missing, caches = self._missing(choices), _absent(caches)
+        streamed = {name: [one for one in wanted if streams(one)] for name, wanted in missing.items()}
+        smooth = SMOOTH in transforms or any(smoothed(c) for wanted in choices.values() for c in wanted)
+        if any(streamed.values()) or caches:
+            self._stream(streamed, caches, label, smooth, SMOOTH in transforms)
+        others = {one for wanted in missing.values() for one in wanted if not streams(one)}
+        for choice in sorted(others):
+            self._split(choice, {name for name, wanted in missing.items() if choice in wanted})
 
     def _stream(
         self,
@@ -223,15 +245,17 @@ class PartStore:
         file = self.kept_file(transforms)
         if file.exists():
             return file
-        if transforms == (SMOOTH,):
-            self._keep_folded(file)
-            return file
-        if transforms:
-            method = "+".join((*transforms, "rtn"))
-            self.make({group.name: [("bf16", method)] for group in self.modules})
-            return file
-        kept = self._unquantized()
-        self._copy(kept, file, {name: self._kept_dtype(name) for name in kept})
+        with self._locked():
+            if file.exists():
+                pass  # another process has made it meanwhile
+            elif transforms == (SMOOTH,):
+                self._keep_folded(file)
+            elif transforms:
+                method = "+".join((*transforms, "rtn"))
+                self._make({group.name: [("bf16", method)] for group in self.modules}, {}, "quantize", ())
+            else:
+                kept = self._unquantized()
+                self._copy(kept, file, {name: self._kept_dtype(name) for name in kept})
         return file
 
     def _keep_folded(self, file: Path) -> None:
@@ -328,37 +352,8 @@ class PartStore:
         return transforms
 
 
-def write_shards(tensors: Mapping[str, Part], out: Path) -> None:
-    """Write ``model.safetensors``, or shards and their index where it would be over ``SHARD_BYTES``."""
-    shards: list[dict[str, Part]] = [{}]
-    size = 0
-    for name, part in sorted(tensors.items()):
-        if size and size + part.bytes > SHARD_BYTES:
-            shards.append({})
-            size = 0
-        shards[-1][name] = part
-        size += part.bytes
-    if len(shards) == 1:
-        write_tensors(shards[0], out / "model.safetensors")
-        return
-    index = {}
-    for number, shard in enumerate(shards, 1):
-        file = f"model-{number:05}-of-{len(shards):05}.safetensors"
-        write_tensors(shard, out / file)
-        index.update(dict.fromkeys(shard, file))
-    total = sum(part.bytes for part in tensors.values())
-    write_whole(out / INDEX, json.dumps({"metadata": {"total_size": total}, "weight_map": index}))
-
-
-def read_file_parts(file: Path) -> dict[str, Part]:
-    """Every tensor of one safetensors file with its place on disk."""
-    with file.open("rb") as opened:
-        start = 8 + struct.unpack("<Q", opened.read(8))[0]
-    found = {}
-    for name, tensor in read_header(file).items():
-        begin, end = tensor["data_offsets"]
-        found[name] = Part(file, start + begin, tensor["dtype"], tuple(tensor["shape"]), end - begin)
-    return found
+def _absent(files: Mapping[str, Path]) -> dict[str, Path]:
+    return {name: file for name, file in files.items() if not file.exists()}
 
 
 def _of(group: Group, tensors: Mapping[str, Part]) -> dict[str, Part]:

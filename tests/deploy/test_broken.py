@@ -9,7 +9,7 @@ import pytest
 from deploy.engine import EngineSpec, free_port, running
 from deploy.engine_failures import EngineLoadError
 from deploy.engine_log import reason
-from deploy.fleet import engine_specs
+from deploy.fleet.engines import engine_specs
 from deploy.measuring import unless_broken
 from deploy.models import registry_of
 from gateway.cards import load_cards

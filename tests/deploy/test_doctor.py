@@ -30,6 +30,7 @@ from deploy.commands.findings import Finding, Level, Subject, ok, warning
 from gateway.config import load_config
 from gateway.quality.store import Store
 from gateway.upstream.fake import FakeEngine
+from quantize.card import read_card, write_card
 from quantize.core.targets import TargetError
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "gateway"))
@@ -139,20 +140,26 @@ def damage_missing(variants: Path) -> None:
     shutil.rmtree(variants / "assistant/int8")
 
 
+def rewrite(variants: Path, **changes: object) -> None:
+    directory = next((variants / "assistant/int8").glob("*/card.json")).parent
+    write_card(read_card(directory).model_copy(update=changes), directory)
+
+
 def damage_files(variants: Path) -> None:
-    card = next((variants / "assistant/int8").glob("*/card.json"))
-    card.write_text(card.read_text().replace('"files": {}', f'"files": {{"w": "{"0" * 64}"}}'))
+    rewrite(variants, files={"w": "0" * 64})
 
 
 def damage_state(variants: Path) -> None:
-    card = next((variants / "assistant/int8").glob("*/card.json"))
-    fields = json.loads(card.read_text())
-    card.write_text(json.dumps(fields | {"state": "broken", "engine_words": "ValueError: no kernel"}))
+    rewrite(variants, state="broken", engine_words="ValueError: no kernel")
 
 
 def damage_gate(variants: Path) -> None:
+    rewrite(variants, evaluation=None)
+
+
+def damage_seal(variants: Path) -> None:
     card = next((variants / "assistant/int8").glob("*/card.json"))
-    card.write_text(json.dumps(json.loads(card.read_text()) | {"evaluation": None}))
+    card.write_text(json.dumps(json.loads(card.read_text()) | {"doubts": ["none"]}))
 
 
 @pytest.mark.parametrize(
@@ -162,6 +169,7 @@ def damage_gate(variants: Path) -> None:
         (damage_files, Level.FAILURE, "w is listed in the card but missing", "tiercel quantize int8"),
         (damage_state, Level.FAILURE, "ValueError: no kernel", "tiercel quantize int8"),
         (damage_gate, Level.WARNING, "was never measured", "tiercel quantize int8"),
+        (damage_seal, Level.FAILURE, "was edited after it was written", "tiercel quantize int8"),
     ],
 )
 def test_variants(

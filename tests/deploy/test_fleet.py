@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 import deploy.commands.fleet as command
-import deploy.fleet as fleet
+import deploy.fleet.engines as fleet
 from deploy.cli import main
-from deploy.fleet import engine_specs, without_ours
+from deploy.fleet.engines import engine_specs, without_ours
 from deploy.models import one_model, registry_of, variant_of, variants_of
 from deploy.placement import GIB, Gpu, Machine
 from gateway.config import Config, ConfigError, load_config

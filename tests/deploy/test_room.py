@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 
+from deploy.fleet.room import helping, side_by_side, too_large
 from deploy.placement import GIB, Gpu, Machine, Need, PlacementError, arranged, taken_by
-from deploy.room import helping, side_by_side, too_large
 
 
 def gpus(*gib: float) -> Machine:

@@ -23,7 +23,7 @@ import pytest
 
 from deploy.cli import main
 from deploy.engine import EngineProcess, EngineStartError, command, environment, free_port
-from deploy.fleet import engine_specs
+from deploy.fleet.engines import engine_specs
 from deploy.supervisor import Stack
 from gateway.config import Config, load_config
 from quantize.card import Outcome, Verdict

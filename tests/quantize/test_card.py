@@ -1,5 +1,6 @@
 """A card is the contract between quantize and gateway: it must not lie about its files."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -90,8 +91,9 @@ def test_missing_card_says_how_to_make_one(tmp_path: Path) -> None:
 def test_a_card_of_a_format_before_is_read(tmp_path: Path, older: int) -> None:
     card = make_variant(tmp_path)
     path = tmp_path / "card.json"
-    text = path.read_text(encoding="utf-8")
-    path.write_text(text.replace('"format": 4', f'"format": {older}'), encoding="utf-8")
+    content = json.loads(path.read_text(encoding="utf-8"))
+    del content["seal"]  # which those had not
+    path.write_text(json.dumps(content | {"format": older}), encoding="utf-8")
     assert read_card(tmp_path).version == card.version
     assert read_card(tmp_path).format == 4
 
@@ -99,3 +101,36 @@ def test_a_card_of_a_format_before_is_read(tmp_path: Path, older: int) -> None:
 def test_a_variant_has_a_name_among_those_of_other_models(tmp_path: Path) -> None:
     card = make_variant(tmp_path)
     assert card.id == f"{card.model}:{card.variant}"
+
+
+EDITS: dict[str, object] = {
+    "gate": {"core": {"outcome": "passed", "reasons": []}},
+    "account": {"source": "log", "engine": "0.32", "quantization": "none"},
+    "doubts": ["none"],
+    "state": "broken",
+    "weight_bytes": 6,
+    "format": 3,
+}
+
+
+@pytest.mark.parametrize("field", EDITS)
+def test_a_card_that_was_edited_names_the_file_and_the_fix(tmp_path: Path, field: str) -> None:
+    """A gate is what was measured, not what somebody wrote into the card."""
+    make_variant(tmp_path)
+    path = tmp_path / "card.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps(content | {field: EDITS[field]}), encoding="utf-8")
+    with pytest.raises(CardError, match=r"card.json was edited .*`tiercel quantize measure int8`"):
+        read_card(tmp_path)
+
+
+def test_a_seal_that_was_taken_out_is_an_edit_and_another_order_of_fields_is_none(tmp_path: Path) -> None:
+    card = make_variant(tmp_path)
+    path = tmp_path / "card.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps(dict(reversed(content.items()))), encoding="utf-8")
+    assert read_card(tmp_path) == card
+    del content["seal"]
+    path.write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(CardError, match="does not match its own seal"):
+        read_card(tmp_path)

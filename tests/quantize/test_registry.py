@@ -260,3 +260,30 @@ def test_the_reference_is_the_checkpoint_itself(registry: Registry, checkpoint: 
     assert (card.variant, card.weight_bits, card.method) == ("bf16", 16, "none")
     assert card.kv_bytes_per_token == 2 * 2 * CONFIG["num_hidden_layers"] * 2 * 16
     assert registry.card("bf16") == card
+
+
+def test_an_edited_card_is_measured_again_from_nothing(registry: Registry, checkpoint: Checkpoint) -> None:
+    """Figures and verdicts that somebody wrote into it are gone; what the files are stays."""
+    registry.add_reference(checkpoint)
+    card = registry.add(checkpoint, "int4", plan(checkpoint), CALIBRATION, make=writes(b"a"))
+    card = registry.update(card.model_copy(update={"evaluation": make_evaluation(0.01), "doubts": ("why",)}))
+    path = registry.path("int4") / "card.json"
+    path.write_text(path.read_text(encoding="utf-8").replace('"why"', '"fine"'), encoding="utf-8")
+    with pytest.raises(CardError, match="was edited"):
+        registry.card("int4")
+    again = registry.to_measure("int4")
+    assert again == registry.card("int4")
+    assert (again.evaluation, again.doubts, again.files) == (None, (), card.files)
+    assert registry.to_measure("int4") == again
+    path.write_text("{", encoding="utf-8")
+    with pytest.raises(CardError, match="make the variant again"):
+        registry.to_measure("int4")
+
+
+def test_an_edited_card_does_not_count_as_made(registry: Registry, checkpoint: Checkpoint) -> None:
+    registry.add_reference(checkpoint)
+    card = registry.add(checkpoint, "int4", plan(checkpoint), CALIBRATION, make=writes(b"a"))
+    path = registry.path("int4") / "card.json"
+    path.write_text(path.read_text(encoding="utf-8").replace('"ready"', '"broken"'), encoding="utf-8")
+    made = registry.add(checkpoint, "int4", plan(checkpoint), CALIBRATION, make=writes(b"a"))
+    assert (made.version, registry.card("int4").state) == (card.version, "ready")

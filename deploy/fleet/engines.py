@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from deploy.engine import EngineSpec, need_of
+from deploy.fleet.room import side_by_side
 from deploy.machine import look
 from deploy.models import Say, registry_of
 from deploy.placement import Machine, Need, PlacementError, place
-from deploy.room import side_by_side
 from gateway.config import Config, ModelConfig
 from gateway.telemetry.engines import ENGINES_FILE, engine_pids, resident_bytes
 from quantize.card import VERSION, Card, refuse_broken
