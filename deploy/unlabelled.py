@@ -149,6 +149,23 @@ def calibration_for(model: ModelConfig, checkpoint: Checkpoint, version: str) ->
     return calibration_of(whole, "conversations of Tiercel, answered by the reference", checkpoint)
 
 
+def is_answered(model: ModelConfig) -> bool:
+    """Whether the reference that is there has answered all that calibrates and judges."""
+    version = version_in_use(model)
+    return bool(version) and not any(part.missing for part in _parts(model, version, to_calibrate=True))
+
+
+def _parts(model: ModelConfig, version: str, to_calibrate: bool) -> list[_Part]:
+    """What the reference is asked, once each."""
+    parts: dict[Path, _Part] = {}
+    if to_calibrate and model.calibration is None:
+        asked = questions(model, version)
+        parts[asked.calibrating.path] = _Part("calibrate with", asked, asked.calibration, asked.calibrating)
+    for asked in (questions(model, version, role) for role in unlabelled_roles(model).values()):
+        parts[asked.judging.path] = _Part("judge by", asked, asked.held_out, asked.judging)
+    return list(parts.values())
+
+
 async def ask_reference(
     model: ModelConfig,
     say: Say,
@@ -159,19 +176,11 @@ async def ask_reference(
     """Have the reference answer what roles without tasks are judged by, and ``to_calibrate`` what calibrates
     where the model has no file for it, as far as it has not yet: on its engine in ``engines`` (by
     ``model:variant``), or on one that is started for it."""
-    to_calibrate = to_calibrate and model.calibration is None
-    roles = unlabelled_roles(model)
-    if not roles and not to_calibrate:
+    if not unlabelled_roles(model) and not (to_calibrate and model.calibration is None):
         return
     registry = registry_of(model, say)
     reference = registry.add_reference(checkpoint_of(model, say))
-    parts: dict[Path, _Part] = {}
-    if to_calibrate:
-        asked = questions(model, reference.version)
-        parts[asked.calibrating.path] = _Part("calibrate with", asked, asked.calibration, asked.calibrating)
-    for asked in (questions(model, reference.version, role) for role in roles.values()):
-        parts[asked.judging.path] = _Part("judge by", asked, asked.held_out, asked.judging)
-    missing = [part for part in parts.values() if part.missing]
+    missing = [part for part in _parts(model, reference.version, to_calibrate) if part.missing]
     if not missing:
         return
     async with AsyncExitStack() as stack:

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from quantize.card import Evidence
 
 LEAST_REFERENCE_ACCURACY = 0.1
-FIRST_CHOICES = 0.9
+FIRST_CHOICES = 0.88
 """Default of ``min_first_choice_agreement`` where there are no labels."""
 CHANGED_ANSWERS = 0.6
 """Default of ``max_changed_answers`` there."""

@@ -3,8 +3,8 @@
 - First choices: of each conversation the share of tokens whose likeliest one is another than the
   reference's, while the reference's own answer is read. Conversations are the units and count alike: their
   shares are not negative, and a mean over them is tested as a KL's is (:mod:`quantize.gate.means`). Weighted
-  by tokens, a few long answers would decide, and a limit would be passed wrongly in up to 18 % of samples
-  where lengths differ much (simulated).
+  by tokens, a few long answers would decide, and a limit would be passed wrongly in 9 % of samples where
+  lengths differ much (simulated).
 - Changed answers: an item is *kept* where an answer begins as the reference's did. The reference itself does
   not keep all, since engines compute in other batches: what it loses is the noise floor, and the variant's
   loss beyond that is a drop between paired shares, tested exactly (:mod:`quantize.gate.paired`).
