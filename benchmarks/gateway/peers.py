@@ -133,11 +133,7 @@ def variants() -> dict[str, Card]:
         cards[card.id] = card
         directory = VARIANTS / card.model / name / "000000000000"
         directory.mkdir(parents=True, exist_ok=True)
-<<<<<<< HEAD
-        (directory / "card.json").write_text(card.model_dump_json())
-=======
         write_card(card, directory)
->>>>>>> dep
         current = directory.parent / "current"
         if not current.is_symlink():
             current.symlink_to(directory.name)

@@ -79,7 +79,7 @@ def made() -> Gateway:
             "watch": {"enabled": False},
         }
     )
-    gateway = Gateway(config, cards)
+    gateway = Gateway(config, {card.id: card for card in cards.values()})
     gateway.log.flush = lambda: gateway.log._lines.clear()  # type: ignore[method-assign]
     return gateway
 

@@ -181,13 +181,9 @@ def engine(port: int, blocks: int) -> EngineProcess:
         env={"OMP_NUM_THREADS": "1", "VLLM_SERVER_DEV_MODE": "1"},
     )
     model = ROOT / "deploy/assistant/model"
-<<<<<<< HEAD
     return EngineProcess(
-        EngineSpec(variants()["bf16"], model, "127.0.0.1", port, WORK / f"engine-{port}.log"), settings
+        EngineSpec(variants()["assistant:bf16"], model, settings, port, WORK / f"engine-{port}.log")
     )
-=======
-    return EngineProcess(EngineSpec(variants()["assistant:bf16"], model, settings, port, WORK / f"engine-{port}.log"))
->>>>>>> dep
 
 
 async def main() -> None:

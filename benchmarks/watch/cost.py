@@ -25,16 +25,12 @@ from benchmarks.watch.inject import MODEL, SHORT, VARIANT, WORK, configuration
 from benchmarks.watch.traffic import questions
 from deploy.commands import run_engines, say
 from deploy.engine import EngineSpec, free_port, running
-<<<<<<< HEAD
-=======
 from deploy.models import registry_of
->>>>>>> dep
 from gateway.config import Config, load_config
 from gateway.quality.examiner import Examiner
 from gateway.quality.inquiry import Inquiry
 from gateway.routing.pools import Pools
 from gateway.telemetry.metrics import Metrics
-from quantize.registry import Registry
 
 LENGTHS = (8, 64, 256)
 """Tokens that are written, each answer to the end."""
@@ -129,29 +125,16 @@ async def benchmark(config: Config, count: int, repeats: int) -> dict[str, Any]:
         card = registry.card(variant)
         log = WORK / f"engine-{variant}.log"
         directory = registry.path(variant, card.version)
-<<<<<<< HEAD
-        specs.append(EngineSpec(card, directory, "127.0.0.1", free_port("127.0.0.1"), log))
-        urls[model.id(variant)] = (specs[-1].url,)
-    served = config.models[MODEL].model_copy(update={"serve": (model.reference, SHORT)})
-    config = config.model_copy(update={"pools": urls, "models": {MODEL: served}})
-    reference = config.references[MODEL]
-=======
         specs.append(EngineSpec(card, directory, model.engine, free_port(model.engine.host), log))
         urls[card.id] = (specs[-1].url,)
     served = config.models[model.name].model_copy(update={"serve": (model.reference, SHORT)})
     config = config.model_copy(update={"pools": urls, "models": {model.name: served}})
->>>>>>> dep
     pools = Pools(config, time.monotonic)
     inquiry = Inquiry(config.watch, config.references, lambda: pools, Metrics(CollectorRegistry(), ()))
     first, second = specs
     async with (
-<<<<<<< HEAD
-        running(first, model.engine, say),
-        running(second, model.engine, say),
-=======
         running(first, say),
         running(second, say),
->>>>>>> dep
         aiohttp.ClientSession() as session,
     ):
         working = asyncio.create_task(inquiry.run(session))
@@ -159,11 +142,7 @@ async def benchmark(config: Config, count: int, repeats: int) -> dict[str, Any]:
         examiner = Examiner(inquiry.ask)
         await scoring(examiner, reference, 3)  # warm
         scored = await scoring(examiner, reference, count)
-<<<<<<< HEAD
-        asked = await log_probabilities(second.url, MODEL, repeats)
-=======
         asked = await log_probabilities(second.url, model.name, repeats)
->>>>>>> dep
         working.cancel()
     return {"scoring": scored, "log_probabilities": asked}
 

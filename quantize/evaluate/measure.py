@@ -28,13 +28,8 @@ SCORED_TOKENS, SCORED_CONVERSATIONS = 1000, 80
 """Per role: tokens of right answers that are scored, spread over so many conversations: of answers that are
 longer than their part of it, a stretch is. All conversations of a long context are scored as they are."""
 OWN_TOKENS, OWN_CONVERSATIONS = 12_000, 256
-<<<<<<< HEAD
-"""The same of the reference's own answers, by which alone such a role is judged: shares of first choices
-within a conversation are known well enough from about 30 tokens on."""
-=======
 """The same of the reference's own answers, by which alone such a role is judged: a conversation's share of
 first choices is known well enough from about 30 tokens on."""
->>>>>>> start
 QUESTIONS = 4
 """Raised whenever the code asks something else of the same items; kept measurements are made anew."""
 Tasks = Mapping[str, Sequence[Item]]
