@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from agents.team import ROLES, Ticket, TicketResult, run_team
 from deploy.damage import damaged
+from deploy.models import one_model
 from deploy.report_data import Answer, Demotion, Incident
 from deploy.supervisor import Stack
 from gateway.config import parts_of
