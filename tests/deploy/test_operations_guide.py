@@ -72,14 +72,14 @@ def matches(shown: str, wanted: str) -> bool:
 def older_version(variants: Path) -> str:
     """A version of int8 from before the one in use."""
     weights = b"weights of yesterday"
-    card = make_cards()["int8"]
+    card = make_cards()["assistant:int8"]
     digest = hashlib.sha256(weights).hexdigest()
     card = card.model_copy(update={"files": {"model.safetensors": digest}, "created": "2026-11-19"})
-    directory = variants / "int8" / card.version
+    directory = variants / "assistant/int8" / card.version
     directory.mkdir()
     (directory / "model.safetensors").write_bytes(weights)
     write_card(card, directory)
-    point(directory.parent / "current", make_cards()["int8"].version)
+    point(directory.parent / "current", make_cards()["assistant:int8"].version)
     return card.version
 
 
@@ -152,7 +152,7 @@ async def test_the_commands_run(tmp_path: Path) -> None:
     log = (tmp_path / "var/run/logs/gateway.log").read_text(encoding="utf-8")
     assert log.count("the configuration was read anew") == 3
     assert "the configuration was not changed" not in log
-    assert os.readlink(tmp_path / "var/variants/int8/current") == older
+    assert os.readlink(tmp_path / "var/variants/assistant/int8/current") == older
 
 
 def test_every_command_is_run_or_marked() -> None:
@@ -185,12 +185,14 @@ def known(values: Any, chart: Any, at: str = "") -> list[str]:
 def test_the_chart_has_what_the_guide_names() -> None:
     chart = yaml.safe_load((ROOT / "helm/tiercel/values.yaml").read_text(encoding="utf-8"))
     (values,) = (yaml.safe_load(block.text) for block in blocks("yaml") if block.info == "values")
-    pools, config = values.pop("pools"), values["gateway"].pop("config")
+    ((name, model),) = values.pop("models").items()
+    pools, config = model["pools"], values["gateway"].pop("config")
     assert known(values, chart) == []
     assert known({"x": 1, "gateway": {"y": 2}}, chart) == ["x", "gateway.y"]
     for pool in pools.values():
         assert known(pool, chart["engine"]) == []
-    base = yaml.safe_load(settings(Path(), {})) | {"gateway": {}, "serve": list(pools)}
+    models = {name: {"path": "model", "serve": list(pools)}}
+    base = yaml.safe_load(settings(Path(), {})) | {"gateway": {}, "models": models}
     assert parse_config(yaml.safe_dump(base | config), "", Path()).default_role == "core"
     for name in re.findall(
         r"`((?:gateway|quantize|ingress)\.(?:tlsSecret|enabled|replicas|autoscaling))", TEXT
