@@ -24,8 +24,8 @@ from gateway.config import Config, ConfigError, GatewaySettings, parse_config, p
 from gateway.console.files import Files
 from gateway.control import Commit, Heartbeat, Reloads, Supervisor
 from gateway.proxy.attempts import Attempts
-from gateway.proxy.exchange import Exchange
-from gateway.proxy.hops import Admit, ChooseRoute, Identify, Observe, ReadBody, Settle
+from gateway.proxy.exchange import Attempt, Exchange
+from gateway.proxy.hops import Admit, ChooseRoute, Identify, Observe, Pace, ReadBody, Settle
 from gateway.proxy.limits import limits_of
 from gateway.proxy.pipeline import Pipeline
 from gateway.proxy.plane import DataPlane, Snapshot
@@ -43,6 +43,7 @@ from gateway.routing.breaker import Clock
 from gateway.routing.discovery import INTERVAL_S, Discovery
 from gateway.routing.health import Prober
 from gateway.routing.hedging import Hedging
+from gateway.routing.pace import Paces
 from gateway.routing.pools import Pools
 from gateway.routing.replicas import Replica
 from gateway.routing.router import Router
@@ -97,6 +98,7 @@ class Gateway:
         self.metrics = Metrics(registry or CollectorRegistry(), config.roles, self._sheet)
         self.log = log or AccessLog()
         self.hedging = Hedging()
+        self.paces = Paces(clock)
         self.watch = Watch(config, cards, self.metrics, self._avoid) if config.watch.enabled else None
         self.providers = LiteLLM(config.providers, config.gateway)
         self.checks = CheckProcess("checks", self.metrics)
@@ -152,7 +154,12 @@ class Gateway:
             lambda variant: self._discovery.replicas(config, variant),
         )
         router = Router(
-            config, cards, pools, self.hedging, lambda *asked: self.metrics.missed.labels(*asked).inc()
+            config,
+            cards,
+            pools,
+            self.hedging,
+            lambda *asked: self.metrics.missed.labels(*asked).inc(),
+            self.paces,
         )
         if self.watch is not None:
             router.avoid(self.watch.demoted())
@@ -173,7 +180,7 @@ class Gateway:
 
     def _make_pipeline(self, config: Config, router: Router, observer: Observer) -> Pipeline:
         """What every request goes through that has been admitted, in order."""
-        plane, observe = self.plane, Observe(observer)
+        plane, observe, limits = self.plane, Observe(observer), limits_of(config)
         names = frozenset(router.known_models())
         return Pipeline(
             before=(
@@ -183,7 +190,7 @@ class Gateway:
                 ContinueResponse(self.responses, self._background, plane.reply, names),
             ),
             attempts=Attempts(
-                limits=limits_of(config),
+                limits=limits,
                 choose=ChooseRoute(router),  # which precision, which replica, and why
                 router=router,
                 engines=Engines(config),  # there, as bytes
@@ -201,6 +208,7 @@ class Gateway:
                 partial(plane.ledger.record, log=config.gateway.access_log),  # books and log
                 *((self._end_span,) if plane.traces is not None else ()),
                 Settle(self.settlement),  # what no engine has counted
+                *((Pace(self.paces),) if limits.paced else ()),  # how soon its pool answers
                 observe,  # has answers checked that were listened to
             ),
             known_models=names,
@@ -208,9 +216,11 @@ class Gateway:
             ended=plane.ended,
         )
 
-    def _took(self, exchange: Exchange, seconds: float) -> None:
+    def _took(self, exchange: Exchange, attempt: Attempt, seconds: float) -> None:
         if exchange.route is not None and exchange.route.kind is not None:
             self.hedging.seconds(exchange.route.kind, seconds)
+        if exchange.options.stream and not (exchange.tries or exchange.hedged or exchange.spent):
+            self.paces.first_token(attempt.replica.variant, seconds, attempt.replica.in_flight)
 
     def _escalated(self, observe: Observe, exchange: Exchange, why: str) -> None:
         if exchange.route is not None:

@@ -135,7 +135,9 @@ async def run(options: argparse.Namespace) -> dict[str, Any]:
     WORK.mkdir(parents=True, exist_ok=True)
     trial, port = Trial(options.seed), free_port()
     with trial.engines(3) as (engines, urls):
-        replicas: dict[str, FakeEngine] = dict(zip(("bf16-0", "bf16-1", "int8-0"), engines, strict=True))
+        replicas: dict[str, FakeEngine] = dict(
+            zip(("assistant:bf16-0", "assistant:bf16-1", "assistant:int8-0"), engines, strict=True)
+        )
         canary = {"canary": {"variant": "int8", "percent": 100}}
         changes = configuration()
         roles = {

@@ -69,9 +69,8 @@ def made() -> Gateway:
     cards, digest = variants(), hashlib.sha256(KEY.encode()).hexdigest()
     config = Config.model_validate(
         {
-            "model": {"name": "assistant", "path": Path("model")},
+            "models": {"assistant": {"path": Path("model"), "serve": ("bf16", "int8")}},
             "variants_dir": Path("variants"),
-            "serve": ("bf16", "int8"),
             "roles": {"core": {}, "summarizer": {}},
             "default_role": "core",
             "pools": {variant: ["http://127.0.0.1:9"] for variant in ("bf16", "int8")},
@@ -80,7 +79,7 @@ def made() -> Gateway:
             "watch": {"enabled": False},
         }
     )
-    gateway = Gateway(config, cards)
+    gateway = Gateway(config, {card.id: card for card in cards.values()})
     gateway.log.flush = lambda: gateway.log._lines.clear()  # type: ignore[method-assign]
     return gateway
 
@@ -94,7 +93,7 @@ class Bench:
         self.client = self.gateway.protocol(config=None, server_state=state, app_state=None)
         self.client_sink, self.engine_sink = Sink(), Sink()
         self.client.connection_made(self.client_sink)  # type: ignore[arg-type]
-        pool = next(iter(self.gateway.plane.snapshot.pools.by_variant["bf16"].replicas)).connections
+        pool = next(iter(self.gateway.plane.snapshot.pools.by_variant["assistant:bf16"].replicas)).connections
         self.engine = EngineConnection(pool)
         self.engine.connection_made(self.engine_sink)  # type: ignore[arg-type]
         pool.keep(self.engine)

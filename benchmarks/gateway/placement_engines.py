@@ -182,7 +182,7 @@ def engine(port: int, blocks: int) -> EngineProcess:
     )
     model = ROOT / "deploy/assistant/model"
     return EngineProcess(
-        EngineSpec(variants()["bf16"], model, "127.0.0.1", port, WORK / f"engine-{port}.log"), settings
+        EngineSpec(variants()["assistant:bf16"], model, settings, port, WORK / f"engine-{port}.log")
     )
 
 

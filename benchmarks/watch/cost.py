@@ -21,16 +21,16 @@ import numpy as np
 from prometheus_client import CollectorRegistry
 from tqdm import tqdm
 
-from benchmarks.watch.inject import VARIANT, WORK, configuration
+from benchmarks.watch.inject import MODEL, SHORT, VARIANT, WORK, configuration
 from benchmarks.watch.traffic import questions
 from deploy.commands import run_engines, say
 from deploy.engine import EngineSpec, free_port, running
+from deploy.models import registry_of
 from gateway.config import Config, load_config
 from gateway.quality.examiner import Examiner
 from gateway.quality.inquiry import Inquiry
 from gateway.routing.pools import Pools
 from gateway.telemetry.metrics import Metrics
-from quantize.registry import Registry
 
 LENGTHS = (8, 64, 256)
 """Tokens that are written, each answer to the end."""
@@ -117,30 +117,32 @@ async def log_probabilities(url: str, model: str, repeats: int) -> dict[str, Any
 
 
 async def benchmark(config: Config, count: int, repeats: int) -> dict[str, Any]:
-    registry = Registry(config.variants_dir, config.model.name, config.reference)
+    model = config.of(MODEL)
+    registry, reference = registry_of(model), config.references[MODEL]
     urls = {}
     specs = []
-    for variant in (config.reference, VARIANT):
+    for variant in (model.reference, SHORT):
         card = registry.card(variant)
         log = WORK / f"engine-{variant}.log"
         directory = registry.path(variant, card.version)
-        specs.append(EngineSpec(card, directory, "127.0.0.1", free_port("127.0.0.1"), log))
-        urls[variant] = (specs[-1].url,)
-    config = config.model_copy(update={"pools": urls, "serve": (config.reference, VARIANT)})
+        specs.append(EngineSpec(card, directory, model.engine, free_port(model.engine.host), log))
+        urls[card.id] = (specs[-1].url,)
+    served = config.models[model.name].model_copy(update={"serve": (model.reference, SHORT)})
+    config = config.model_copy(update={"pools": urls, "models": {model.name: served}})
     pools = Pools(config, time.monotonic)
-    inquiry = Inquiry(config.watch, config.model.name, lambda: pools, Metrics(CollectorRegistry(), ()))
+    inquiry = Inquiry(config.watch, config.references, lambda: pools, Metrics(CollectorRegistry(), ()))
     first, second = specs
     async with (
-        running(first, config.engine, say),
-        running(second, config.engine, say),
+        running(first, say),
+        running(second, say),
         aiohttp.ClientSession() as session,
     ):
         working = asyncio.create_task(inquiry.run(session))
         await asyncio.sleep(0.1)
         examiner = Examiner(inquiry.ask)
-        await scoring(examiner, config.reference, 3)  # warm
-        scored = await scoring(examiner, config.reference, count)
-        asked = await log_probabilities(second.url, config.model.name, repeats)
+        await scoring(examiner, reference, 3)  # warm
+        scored = await scoring(examiner, reference, count)
+        asked = await log_probabilities(second.url, model.name, repeats)
         working.cancel()
     return {"scoring": scored, "log_probabilities": asked}
 

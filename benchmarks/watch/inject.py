@@ -33,12 +33,13 @@ from deploy.commands import run_engines
 from deploy.damage import DAMAGES, damaged
 from deploy.engine import free_port
 from deploy.supervisor import Stack
-from gateway.config import Config, load_config
+from gateway.config import Config, load_config, variant_id
 from quantize.card import variant_directory
 
 WORK = Path("var/benchmarks/watch")
 ROLES = ("intent_classifier", "summarizer")
-VARIANT = "int4-kv8"
+MODEL, SHORT = "assistant", "int4-kv8"
+VARIANT = variant_id(MODEL, SHORT)
 MOST_ANSWERS = 4000
 CHECKS = ("shadow",)
 
@@ -48,16 +49,17 @@ def configuration(rate: float) -> Path:
     WORK.mkdir(parents=True, exist_ok=True)
     root = Path.cwd()
     settings = yaml.safe_load((root / "tiercel.yaml").read_text(encoding="utf-8"))
-    settings["model"]["path"] = str(root / settings["model"]["path"])
+    model = settings["models"][MODEL]
+    model["path"] = str(root / model["path"])
+    model["calibration"] = str(root / model["calibration"])
+    model["serve"] = ["bf16", "int8", SHORT]
     settings["variants_dir"] = str(root / settings["variants_dir"])
-    settings["calibration"] = str(root / settings["calibration"])
     for role in settings["roles"].values():
         for name in ("tasks", "long_context"):
             if name in role:
                 role[name] = str(root / role[name])
     settings["engine"]["python"] = str(root / ".venv-engine/bin/python")
     settings["gateway"] = {"port": free_port("127.0.0.1"), "access_log": False}
-    settings["serve"] = ["bf16", "int8", VARIANT]
     settings["run_dir"] = "run"
     settings["watch"] = {
         "rate": rate,
@@ -137,7 +139,7 @@ def cell(report: dict[str, Any], role: str) -> dict[str, Any]:
 
 async def inject(run: Run, config: Config, fault: str) -> list[dict[str, Any]]:
     """Harm, wait for the demotion of every role, heal, wait for their return; a row per role."""
-    source = variant_directory(config.variants_dir, VARIANT)
+    source = variant_directory(config.of(MODEL).variants_dir, SHORT)
     harmed = damaged(source, WORK / f"harmed-{fault}", fault)
     # Nothing is asked of the variant while its engine changes, so that every answer counts on one side.
     await run.stack.swap(VARIANT, harmed)

@@ -61,9 +61,8 @@ def listened(parts: list[tuple[dict[str, Any], bytes]]) -> Answer:
 async def measure(answers: int, repeats: int) -> dict[str, dict[str, float]]:
     config = Config.model_validate(
         {
-            "model": {"name": "assistant", "path": Path("model")},
+            "models": {"assistant": {"path": Path("model"), "serve": ("bf16", "int8")}},
             "variants_dir": Path("variants"),
-            "serve": ("bf16", "int8"),
             "roles": {"core": {}},
             "default_role": "core",
         }
@@ -85,7 +84,7 @@ async def measure(answers: int, repeats: int) -> dict[str, dict[str, float]]:
             adding.append(time.thread_time() - began)
             began = time.thread_time()
             for number, answer in enumerate(made):
-                seen = Observed("core", "int8", "r", "/", body, answer, sample_id=str(number))
+                seen = Observed("core", "assistant:int8", "r", "/", body, answer, sample_id=str(number))
                 observer.offer(seen)
                 if number % 16 == 15:
                     await checks.step(Look(), NOTHING)

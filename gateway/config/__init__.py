@@ -14,7 +14,7 @@ from gateway.config.load import load_config, parse_config
 from gateway.config.model import Model, ModelConfig, parts_of, slug, variant_id
 from gateway.config.quality import Quality
 from gateway.config.responses import ResponsesSettings
-from gateway.config.roles import Canary, RoleSettings, WhenFull
+from gateway.config.roles import Canary, RoleSettings, Target, WhenFull
 from gateway.config.section import HIDDEN, ConfigError, is_loopback, shown_url
 from gateway.config.shown import shown, with_secrets
 from gateway.config.watch import WATCHED, Judge, WatchSettings
@@ -40,6 +40,7 @@ __all__ = [
     "Quality",
     "ResponsesSettings",
     "RoleSettings",
+    "Target",
     "WatchSettings",
     "WhenFull",
     "is_loopback",

@@ -152,6 +152,11 @@ class Config(Section):
                 raise ValueError(
                     f"watch.judge.model: {judge.model!r} does not exist; known: {names_of(models)}"
                 )
+            if judge.model in self.models and self.watch.reference == "none":
+                raise ValueError(
+                    f"watch.judge.model: {judge.model!r} stands for its reference, which is left alone with "
+                    "watch.reference: none; name a served variant or a provider's model"
+                )
         if self.watch.store is not None:
             check_url("watch.store", self.watch.store)
         self._check_model_names()
@@ -229,7 +234,7 @@ class Config(Section):
                     "list those of one"
                 )
             reference = self.references[of.pop()]
-            if adapter.variants and reference not in adapter.variants:
+            if adapter.variants and reference in self.served and reference not in adapter.variants:
                 raise ValueError(
                     f"adapters.{name}.variants: must contain the reference {reference!r}, to which "
                     "requests go up; add it"

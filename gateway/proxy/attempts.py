@@ -81,7 +81,7 @@ class Attempts:
         lines: WaitingLines,
         clock: Callable[[], float],
         checks: Sufficient,
-        took: Callable[[Exchange, float], None],
+        took: Callable[[Exchange, Attempt, float], None],
         escalated: Callable[[Exchange, str], None],
         may_hedge: Callable[[], bool],
     ) -> None:
@@ -114,7 +114,7 @@ class Attempts:
             self._choose(exchange)
             self._ask(exchange)
             return
-        key = (caller.role, exchange.model)
+        key = (caller.role, exchange.model, caller.key.models if caller.key is not None else ())
         if not self._lines.waits(key):
             try:
                 self._choose_and_ask(exchange)
@@ -278,8 +278,8 @@ class Attempts:
             attempt.replica.breaker.heard()
         route = exchange.route
         assert route is not None
-        if route.kind is not None:
-            self._took(exchange, now - exchange.received)
+        if route.kind is not None or self._limits.paced:
+            self._took(exchange, attempt, now - exchange.received)
         if not exchange.hedged:
             return
         for other in exchange.attempts:

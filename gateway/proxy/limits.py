@@ -24,6 +24,8 @@ class Limits(msgspec.Struct, frozen=True):
     """Roles whose answers are looked at before the client gets them."""
     escalated_share: float = 0.2
     listened_share: float = 0.0
+    paced: bool = False
+    """There are targets, for which it is learned how soon pools answer."""
     adapters: frozenset[str] = frozenset()
     """Their answers are not listened to: the reference without the adapter would say something else."""
 
@@ -40,5 +42,6 @@ def limits_of(config: Config) -> Limits:
         escalates=frozenset(name for name, role in config.roles.items() if role.escalate),
         escalated_share=config.watch.escalated_share,
         listened_share=quality.sample_rate if quality.logprobs else 0.0,
+        paced=any(role.target is not None for role in config.roles.values()),
         adapters=frozenset(config.adapters),
     )

@@ -358,13 +358,17 @@ def test_the_gateways_configuration_names_the_engines_that_are_there(stack: Path
     config = compose_config()
     expected = {}
     for name, service in engines(stack).items():
-        variant = name.removeprefix("engine-")
+        model, _, variant = name.removeprefix("engine-").partition("-")
         (port,) = (part.removeprefix("--port=") for part in service["command"] if "--port=" in part)
-        expected[variant] = (f"http://{name}:{port}",)
-        assert service["command"][0].endswith(f"/variants/{variant}/current")
-        assert f"--served-model-name={config.model.name}" in service["command"]
+        expected[f"{model}:{variant}"] = (f"http://{name}:{port}",)
+        assert service["command"][0].endswith(f"/variants/{model}/{variant}/current")
+        assert f"--served-model-name={model}" in service["command"]
+        (drain,) = (
+            part.removeprefix("--shutdown-timeout=") for part in service["command"] if "shutdown" in part
+        )
+        assert int(drain) < int(service["stop_grace_period"].removesuffix("s")), "or it is killed in a stream"
     assert dict(config.pools) == expected
-    assert set(config.serve) == set(expected)
+    assert set(config.served) == set(expected)
     (port,) = services(stack)["gateway"]["ports"]
     assert int(port.rpartition(":")[2]) == config.gateway.port
     volumes = [volume.split(":")[1] for volume in services(stack)["gateway"]["volumes"]]
@@ -373,7 +377,7 @@ def test_the_gateways_configuration_names_the_engines_that_are_there(stack: Path
 
 def test_the_roles_are_those_that_the_variants_were_gated_for() -> None:
     ours, theirs = compose_config(), load_config(ROOT / "tiercel.yaml")
-    assert ours.serve == theirs.serve
+    assert ours.served == theirs.served
     assert ours.default_role == theirs.default_role
     assert {name: (role.budget, role.grounded) for name, role in ours.roles.items()} == {
         name: (role.budget, role.grounded) for name, role in theirs.roles.items()

@@ -24,6 +24,7 @@ from gateway.config import parse_config
 from gateway.upstream.fake import FakeEngine
 from quantize.card import write_card
 from quantize.core.files import point
+from tests.helm.chart import refusal
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "gateway"))
 
@@ -171,27 +172,12 @@ def test_the_yaml_is_valid(tmp_path: Path) -> None:
             assert getattr(config, section)
 
 
-def known(values: Any, chart: Any, at: str = "") -> list[str]:
-    """Keys of ``values`` that the chart does not have; below ``{}`` and lists everything may stand."""
-    if not isinstance(values, dict) or not isinstance(chart, dict) or not chart:
-        return []
-    return [
-        name
-        for key, below in values.items()
-        for name in ([f"{at}{key}"] if key not in chart else known(below, chart[key], f"{at}{key}."))
-    ]
-
-
-def test_the_chart_has_what_the_guide_names() -> None:
+def test_the_chart_takes_the_values_that_the_guide_gives() -> None:
     chart = yaml.safe_load((ROOT / "helm/tiercel/values.yaml").read_text(encoding="utf-8"))
     (values,) = (yaml.safe_load(block.text) for block in blocks("yaml") if block.info == "values")
-    pools, config = values.pop("pools"), values["gateway"].pop("config")
-    assert known(values, chart) == []
-    assert known({"x": 1, "gateway": {"y": 2}}, chart) == ["x", "gateway.y"]
-    for pool in pools.values():
-        assert known(pool, chart["engine"]) == []
-    base = yaml.safe_load(settings(Path(), {})) | {"gateway": {}, "serve": list(pools)}
-    assert parse_config(yaml.safe_dump(base | config), "", Path()).default_role == "core"
+    assert "`tiercel keys new NAME` makes a key" in refusal(values), "it has none yet"
+    values["gateway"]["config"]["keys"] = [{"name": "ops", "sha256": "0" * 64}]
+    assert refusal(values) == "accepted"
     for name in re.findall(
         r"`((?:gateway|quantize|ingress)\.(?:tlsSecret|enabled|replicas|autoscaling))", TEXT
     ):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fleet import MODELS, ROLES, cards_of
 from gateway_stack import Stack, running_gateway, write_variants
 
 from gateway.identity import hash_of
@@ -99,7 +100,7 @@ async def test_live_traffic(chromium: Chromium, monkeypatch: pytest.MonkeyPatch)
         await page.until("document.querySelectorAll('.stacks tbody tr').length === 2")
         rows = await page.text(".stacks tbody")
         assert "intent_classifier\tassistant:int4-kv8" in rows
-        assert "core\tbf16" in rows
+        assert "core\tassistant:bf16" in rows
         assert "100 %" in rows, "of core's requests failed"
         assert "No traffic yet" not in await page.text()
         await page.until(
@@ -323,3 +324,28 @@ async def test_everybody_can_read_it(chromium: Chromium) -> None:
             assert await page.js("document.querySelectorAll('h1').length") == 1
         assert len(papers) == 2, "light and dark"
         assert len(shots) == 2 * len(VIEWS)
+
+
+async def test_a_fleet_of_several_models(chromium: Chromium) -> None:
+    """Variants have their whole names, and what a model may not serve has no cell."""
+    fleet: dict[str, Any] = {"models": MODELS, "roles": ROLES, "cards": cards_of()}
+    async with running_gateway(**fleet) as stack, console(chromium, stack.url, "precision") as page:
+        await page.says("big, small", ".bar")
+        row = "document.querySelectorAll('.map tbody tr')[{}].innerText".format
+        assert "small:int4" in await page.js(row(1))
+        assert (await page.js(row(0))).count("–") == 2, "two variants of the model that it is not for"
+        await page.click("button.cell", "writer on small:int4: serves")
+        await page.says("against big: accuracy drop", "dialog")
+        await page.click("dialog button", "Close")
+        await page.click("button.quiet", "Canary of core")
+        choice = "[...document.querySelectorAll('dialog option')].map((one) => one.value).join()"
+        assert await page.js(choice) == "big:bf16,big:int8"
+        await page.click("dialog button", "Cancel")
+        await page.click("nav a", "Variants")
+        await page.says("as many right as big")
+        await page.click("nav a", "Playground")
+        await page.click("textarea[name=prompt]")
+        await page.type("how much?")
+        await page.click("button", "Ask both")
+        await page.says("Both say the same", ".summary")
+        assert stack.asked("big:bf16")

@@ -276,7 +276,7 @@ async def test_until_it_is_committed_a_reload_changes_nothing(
         urls = {variant: list(config.replicas(variant)) for variant in config.served}
         new = settings(
             tmp_path,
-            {"bf16": urls["bf16"], "int8": urls["int8"]},
+            {"bf16": urls["assistant:bf16"], "int8": urls["assistant:int8"]},
             serve=["bf16", "int8"],
             roles={"boss": {}},
             default_role="boss",

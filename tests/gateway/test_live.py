@@ -54,7 +54,7 @@ async def test_the_configuration_is_swapped_whole_or_not_at_all(tmp_path: Path) 
         stack.gateway.metrics.demoted.labels("summarizer", "assistant", "int8").set(1)
         stack.gateway.metrics.demoted.labels("core", "assistant", "bf16").set(0)
         assert stack.sample("tiercel_variant_weight_bytes", variant="int8") == 5_000_000
-        without = {variant: url for variant, url in urls.items() if variant != "int8"}
+        without = {variant: url for variant, url in urls.items() if variant != "assistant:int8"}
         assert (await put(settings(tmp_path, without, serve=["bf16", "int4-kv8"], **port)))[0] == 200
         left = {
             sample.labels["variant"]
@@ -215,7 +215,7 @@ async def test_a_route_is_explained_without_asking_an_engine() -> None:
             found = await response.json()
         assert (found["role"], found["variant"], found["reason"]) == (
             "summarizer",
-            "int8",
+            "assistant:int8",
             "cheapest_in_budget",
         )
         verdicts = {step["variant"]: step["verdict"] for step in found["considered"]}

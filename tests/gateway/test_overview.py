@@ -70,6 +70,7 @@ async def test_it_says_what_every_role_runs_on_and_why() -> None:
         assert cards["assistant:int4-kv8"]["weight_bytes"] == 3_000_000
         assert cards["assistant:int8"]["text"]["kl_mean"] == 0.001
         assert cards["assistant:int8"]["roles"]["summarizer"]["accuracy"] == 0.95
+        assert cards["assistant:int8"]["roles"]["summarizer"]["kl"] == 0.001
 
 
 async def test_what_is_known_is_left_out_until_it_changes() -> None:

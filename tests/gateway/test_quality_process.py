@@ -471,5 +471,11 @@ async def test_an_offer_raises_nothing() -> None:
     checks = CheckProcess("checks", metrics)
     observer = Observer(config, metrics, checks, checks)
     observer.offer(Observed("a role that is gone", "assistant:bf16", "r", "/", b"{}", Answer()))
-    labels = {"role": "a role that is gone", "model": "assistant", "variant": "bf16", "check": "listen", "outcome": "error"}
+    labels = {
+        "role": "a role that is gone",
+        "model": "assistant",
+        "variant": "bf16",
+        "check": "listen",
+        "outcome": "error",
+    }
     assert metrics.registry.get_sample_value("tiercel_quality_checks_total", labels) == 1

@@ -147,7 +147,10 @@ async def test_a_person_demotes_pins_and_restores() -> None:
     ("body", "words"),
     [
         ({"action": "demote", "variant": "bf16", "role": "core"}, "no watched variant 'bf16'"),
-        ({"action": "demote", "variant": "int9", "role": "core"}, "variants: int4-kv8, int8"),
+        (
+            {"action": "demote", "variant": "int9", "role": "core"},
+            "variants: assistant:int4-kv8, assistant:int8",
+        ),
         ({"action": "demote", "variant": "int8", "role": "cook"}, "roles: core, intent_classifier"),
         ({"action": "explode", "variant": "int8", "role": "core"}, "action"),
         ({"action": "demote", "role": "core"}, "variant"),

@@ -128,11 +128,18 @@ def test_gpus_come_by_the_device_plugin_or_by_claims() -> None:
     ]
     beside = changed(
         scenario("one-gpu"),
-        {"engine": {"resourceClaims": [{"name": "nic", "resourceClaimName": "nic"}]}},
+        {
+            "engine": {
+                "resourceClaims": [
+                    {"name": "nic", "resourceClaimName": "nic", "request": request} for request in ("a", "b")
+                ]
+            }
+        },
     )
     ((_, pod),) = pools(render(beside)).values()
     assert pod["spec"]["containers"][0]["resources"]["limits"] == {"nvidia.com/gpu": 1}
-    assert pod["spec"]["containers"][0]["resources"]["claims"] == [{"name": "nic"}]
+    assert pod["spec"]["resourceClaims"] == [{"name": "nic", "resourceClaimName": "nic"}]
+    assert [one["request"] for one in pod["spec"]["containers"][0]["resources"]["claims"]] == ["a", "b"]
 
 
 def test_an_engine_on_cpus_computes_on_what_it_asks_for() -> None:

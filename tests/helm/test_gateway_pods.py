@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from gateway.config import slug
 from tests.gateway.gateway_stack import running_gateway
 from tests.helm.chart import (
+    CHART,
     NAMESPACE,
     RELEASE,
     SCENARIOS,
@@ -27,6 +29,7 @@ from tests.helm.chart import (
     of_kind,
     pods,
     pools,
+    refusal,
     render,
     scenario,
     without_job,
@@ -199,3 +202,13 @@ async def test_helm_test_sends_a_real_request_to_every_model_that_the_key_may_us
             said, _ = await run.communicate()
             assert run.returncode == status, said.decode()
             assert (b"completion_tokens" in said) == (status == 0)
+
+
+def test_the_values_that_the_page_gives_can_be_used() -> None:
+    page = (CHART.parents[1] / "docs" / "kubernetes.md").read_text(encoding="utf-8")
+    (text,) = re.findall(r"```yaml values\n(.*?)```", page, re.DOTALL)
+    values = yaml.safe_load(text.replace("…", "0" * 64))
+    assert refusal(values) == "accepted"
+    assert "prod-assistant-int8" in {
+        found["metadata"]["name"] for found in of_kind(render(values), "Deployment")
+    }

@@ -62,7 +62,7 @@ export class PrecisionView {
     if (!button) {
       button = h("button", { type: "button" });
       button.addEventListener("click", () => showCell(this.console, this.state, row.role.name, variant));
-      cell.append(button);
+      cell.replaceChildren(button);
     }
     if (button.dataset.text === text && button.className === `cell ${tone}`) return;
     button.dataset.text = text;

@@ -100,7 +100,8 @@ export class VariantsView {
     cell.append(h("span", { class: `verdict ${step.verdict}` }, `${SIGNS[step.verdict]} ${VERDICTS[step.verdict]}`));
     if (measured) cell.append(h("small", {}, `${percent(measured.accuracy)} right, KL ${digits(measured.kl)}`));
     for (const [model, drop] of Object.entries(measured?.across ?? {})) {
-      cell.append(h("small", {}, drop > 0 ? `${percent(drop)} fewer right than ${model}` : `${percent(-drop)} more right than ${model}`));
+      const words = drop === 0 ? "as many right as" : `${percent(Math.abs(drop))} ${drop > 0 ? "fewer" : "more"} right than`;
+      cell.append(h("small", {}, `${words} ${model}`));
     }
     if (step.why.length) cell.append(h("details", {}, h("summary", {}, "Why"), h("ul", { class: "reasons" }, step.why.map((why) => h("li", {}, why)))));
   }

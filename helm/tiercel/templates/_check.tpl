@@ -217,7 +217,7 @@
 {{- if and $.Release.IsInstall (not $.Values.variants.existingClaim) -}}
 {{- range $variant, $_ := $settings.pools -}}
 {{- if not (has $variant $made) -}}
-{{- fail (printf "models.%s.pools.%s: nobody makes it: the claim is new, and the job makes %s; add it to models.%s.quantize.make or plan, or remove the pool" $model $variant (join ", " $made | default "nothing of this model") $model) -}}
+{{- fail (printf "models.%s.pools.%s: nobody makes it: the claim is new, and the job makes %s; add it to models.%s.quantize.make or plan, remove the pool, or name the claim in variants.existingClaim if it has it already" $model $variant (join ", " $made | default "nothing of this model") $model) -}}
 {{- end -}}
 {{- end -}}
 {{- end -}}

@@ -68,8 +68,12 @@ claims:
 {{- define "tiercel.placement" -}}
 {{- with .resourceClaims }}
 resourceClaims:
+  {{- $named := list }}
   {{- range . }}
+  {{- if not (has .name $named) }}
   - {{- omit . "request" | toYaml | nindent 4 }}
+  {{- $named = append $named .name }}
+  {{- end }}
   {{- end }}
 {{- end }}
 {{- with .nodeSelector }}
