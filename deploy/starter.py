@@ -37,6 +37,23 @@ class Starter:
     python: Path | None = None
     """The engine environment's interpreter, where it is not beside the file."""
 
+    @property
+    def served(self) -> str:
+        """The line that says what is served."""
+        return f"    serve: [{', '.join(self.serve)}]\n"
+
+    @property
+    def watch(self) -> str:
+        """The lines that say whether the reference is asked."""
+        return _WATCHED if self.watched else _UNWATCHED
+
+    def in_place_of(self, other: Starter, text: str) -> str | None:
+        """``text`` with what this one serves where it says what ``other`` does; None where somebody has
+        changed that."""
+        if text.count(other.served) != 1 or text.count(other.watch) != 1:
+            return None
+        return text.replace(other.served, self.served).replace(other.watch, self.watch)
+
     def text(self) -> str:
         """The whole file."""
         left_out = "".join(f"    # Not {name}: {why}\n" for name, why in self.left_out.items())
@@ -46,9 +63,9 @@ class Starter:
             target=self.target,
             key="hub" if self.is_hub else "path",
             source=_quoted(self.source),
-            serve=", ".join(self.serve),
+            served=self.served,
             left_out=left_out,
-            watch=_WATCHED if self.watched else _UNWATCHED,
+            watch=self.watch,
             python=python,
         )
 
@@ -58,8 +75,8 @@ _FILE = """\
 models:
   {name}:
     {key}: {source}
-    serve: [{serve}]
-{left_out}\
+    # Of these `tiercel up MODEL` makes and judges all, and then leaves those that the roles need:
+{served}{left_out}\
     # Conversations like those to be served calibrate better than those that ship with Tiercel:
     # calibration: calibration.jsonl
 variants_dir: var/variants

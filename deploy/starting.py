@@ -214,13 +214,13 @@ async def make_apart(path: Path, model: ModelConfig) -> None:
 
 
 def settle(config: Config, path: Path, model: ModelConfig, arrived: Arrived, say: Say) -> Config:
-    """Let the file say what is served of what was judged; one that somebody has changed stays as it is."""
-    begun = arrived.starter.text()
-    if path.read_text(encoding="utf-8") != begun:
+    """Let the file say what is served of what was judged; where somebody has said that already, it stays."""
+    text = path.read_text(encoding="utf-8")
+    if arrived.starter.in_place_of(arrived.starter, text) is None:
         return config
     choice = _fitting_choice(config, model, say)
-    starter = dataclasses.replace(arrived.starter, serve=choice.serve, watched=choice.watched)
-    write_whole(path, starter.text())
+    chosen = dataclasses.replace(arrived.starter, serve=choice.serve, watched=choice.watched)
+    write_whole(path, chosen.in_place_of(arrived.starter, text) or text)
     return load_config(path)
 
 

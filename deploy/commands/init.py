@@ -24,13 +24,10 @@ def add_init(commands: Any) -> None:
 
 
 def add_up(commands: Any) -> None:
-    text = (
-        "start one engine per served variant and the gateway, until Ctrl-C; of a MODEL make and judge first"
-    )
+    text = "start an engine per variant and the gateway, until Ctrl-C; a MODEL is made and judged before"
     command = add_command(commands, "up", up, text)
-    command.add_argument(
-        "model", metavar="MODEL", nargs="?", help=f"{MODEL_HELP}; without it, as the file says"
-    )
+    text = f"{MODEL_HELP}; without it, what the file says is started"
+    command.add_argument("model", metavar="MODEL", nargs="?", help=text)
 
 
 def init(options: argparse.Namespace) -> None:

@@ -46,13 +46,11 @@ class CalibrationSet:
     description: Calibration
 
 
-def read_calibration(path: Path | None, checkpoint: Checkpoint) -> CalibrationSet:
+def read_calibration(path: Path, checkpoint: Checkpoint) -> CalibrationSet:
     """Read conversations from JSON Lines ({"messages": [...]}) and encode them with the chat template.
 
     Raises CalibrationError when the file is missing, malformed or holds too few conversations.
     """
-    if path is None:
-        raise CalibrationError("calibration is not set; give a JSON Lines file of conversations in the YAML")
     try:
         lines = read_lines(path)
     except FileNotFoundError:
