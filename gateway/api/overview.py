@@ -220,6 +220,7 @@ def _variant(variant: str, card: Card) -> dict[str, Any]:
         "roles": {
             name: {
                 "items": one.items,
+                "evidence": one.evidence,
                 "accuracy": one.accuracy,
                 "reference_accuracy": one.reference_correct / one.items,
                 "agreement": one.agreement,

@@ -83,7 +83,8 @@ export function showCell(console, state, name, variant) {
     ...(step.tokens_per_s ? [["Speed when it was measured", `${Math.round(step.tokens_per_s)} tokens/s`]] : []),
   ];
   if (measured) {
-    facts.push(["Accuracy", `${percent(measured.accuracy)} (reference ${percent(measured.reference_accuracy)}, ${measured.items} items)`]);
+    const answers = measured.evidence === "reference" ? "Answers that begin as the reference's" : "Accuracy";
+    facts.push([answers, `${percent(measured.accuracy)} (reference ${percent(measured.reference_accuracy)}, ${measured.items} items)`]);
     facts.push(["Same answer as the reference", percent(measured.agreement)]);
     facts.push(["KL, nats per token", digits(measured.kl)]);
   }

@@ -98,7 +98,8 @@ export class VariantsView {
     }
     const measured = this.state.variants.get(variant).roles[role.name];
     cell.append(h("span", { class: `verdict ${step.verdict}` }, `${SIGNS[step.verdict]} ${VERDICTS[step.verdict]}`));
-    if (measured) cell.append(h("small", {}, `${percent(measured.accuracy)} right, KL ${digits(measured.kl)}`));
+    const word = measured?.evidence === "reference" ? "as the reference" : "right";
+    if (measured) cell.append(h("small", {}, `${percent(measured.accuracy)} ${word}, KL ${digits(measured.kl)}`));
     for (const [model, drop] of Object.entries(measured?.across ?? {})) {
       const words = drop === 0 ? "as many right as" : `${percent(Math.abs(drop))} ${drop > 0 ? "fewer" : "more"} right than`;
       cell.append(h("small", {}, `${words} ${model}`));
