@@ -107,11 +107,13 @@ def make_plans(
     needs_data = any(parse_method(plan.method).needs_data(plan) for plan in plans.values())
     calibration = read_calibration(config.calibration, checkpoint) if needs_data else None
     tokens = [len(sequence) for sequence in calibration.sequences] if calibration else [0]
-    costs = [estimate(checkpoint, modules, sum(tokens), max(tokens), plan.method) for plan in plans.values()]
-    reference = reference_bytes(checkpoint, config.variants_dir)
+    registry = Registry(config.variants_dir, config.model.name, config.reference, say)
+    missing = registry.missing(checkpoint, plans, calibration)
+    costs = [estimate(checkpoint, modules, plan, tokens) for plan in missing.values()]
+    taken_in = registry.has_reference(checkpoint)
+    reference = 0 if taken_in else reference_bytes(checkpoint, config.variants_dir)
     refuse_short(costs, config.variants_dir, more_bytes=reference)
     refuse_not_finite(checkpoint.path)
-    registry = Registry(config.variants_dir, config.model.name, config.reference, say)
     cards = [registry.add_reference(checkpoint)]
     if plans:
         for number, (name, plan) in enumerate(plans.items(), 1):

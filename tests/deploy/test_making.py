@@ -108,7 +108,7 @@ def test_eight_bits_are_smoothed_where_there_is_calibration(
     assert said[0].startswith("int8 is made by rtn, for calibration is not set")
     calibrated = config.model_copy(update={"calibration": ROOT / "deploy/assistant/data/calibration.jsonl"})
     make_variants(calibrated, ["int8", "int4"], said.append, "vllm-cpu-vnni")
-    assert seen == {"int8": "smooth+rtn", "int4": "imatrix+gptq"}
+    assert seen == {"int8": "smooth+rtn", "int4": "smooth+imatrix+gptq"}
     assert len(said) == 1
 
 
