@@ -41,7 +41,7 @@ class GatewayCall:
     completion_tokens: int | None
     """As the engine counted them; None when it did not say."""
     variant: str | None
-    """Answer header ``x-tiercel-variant``."""
+    """Answer header ``x-tiercel-variant``: ``model:variant``."""
     route_reason: str | None
     """Answer header ``x-tiercel-route-reason``."""
     replica: str | None

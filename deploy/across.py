@@ -15,7 +15,13 @@ from deploy.models import first_models, registry_of
 from gateway.config import Config, ModelConfig
 from quantize.card import Card, CardError, Evaluation, Paired, read_card
 from quantize.evaluate.journal import Journal
-from quantize.evaluate.measure import Measurement, measurement_key, read_measurement, tasks_sha256
+from quantize.evaluate.measure import (
+    Measurement,
+    for_all_roles,
+    measurement_key,
+    read_measurement,
+    tasks_sha256,
+)
 from quantize.evaluate.pairing import across
 from quantize.evaluate.tasks import Item
 
@@ -79,7 +85,7 @@ def measurement_of(model: ModelConfig, card: Card, tasks: Tasks) -> Measurement 
         return None
     engine = {name: value for name, value in card.evaluation.engine.items() if name != "vllm"}
     path = registry_of(model).measurement_path(card, measurement_key(tasks, engine))
-    found = read_measurement(Journal(path))
+    found = for_all_roles(read_measurement(Journal(path)), tasks)
     whole = all(len(found.answers.get(role, ())) == len(items) for role, items in tasks.items())
     return found if whole else None
 

@@ -4,7 +4,6 @@ found to be unwell is status 1 (docs/commands.md). See :mod:`deploy.commands.err
 from __future__ import annotations
 
 import argparse
-import asyncio
 import os
 import signal
 import sys
@@ -18,18 +17,14 @@ from deploy.commands.doctor import add_doctor
 from deploy.commands.errors import explain
 from deploy.commands.fleet import add_fleet, with_placement
 from deploy.commands.gateway import add_gateway
+from deploy.commands.init import add_init, add_up
 from deploy.commands.quantize import add_quantize, with_make
 from deploy.commands.status import add_status
 from deploy.commands.top import add_top
 from deploy.commands.variants import add_variants, with_list
 from deploy.commands.watch import add_watch, with_show
 from deploy.models import one_model
-from deploy.supervisor import run_until_stopped
 from gateway.config import load_config
-
-
-def up(options: argparse.Namespace) -> None:
-    asyncio.run(run_until_stopped(load_config(options.config), options.config, say))
 
 
 def demo(options: argparse.Namespace) -> None:
@@ -60,7 +55,8 @@ def parser() -> argparse.ArgumentParser:
     add_top(commands)
     add_doctor(commands)
     add_fleet(commands)
-    add_command(commands, "up", up, "start one engine per served variant and the gateway, until Ctrl-C")
+    add_init(commands)
+    add_up(commands)
     showing = add_command(commands, "demo", demo, "quantize, serve, and run the demo team; writes a report")
     showing.add_argument("--out", type=Path, default=Path("var/demo"), help="where the report goes")
     showing.add_argument("--messages", type=int, default=200, help="customer messages to send")

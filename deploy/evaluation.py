@@ -9,6 +9,7 @@ from deploy.engine import EngineSpec
 from deploy.making import role_tasks
 from deploy.measuring import evaluate_variants, judged
 from deploy.models import first_models, registry_of
+from deploy.unlabelled import ask_reference
 from gateway.config import Config, ModelConfig
 from quantize.card import Card, Evaluation, read_card
 from quantize.make.compress import QuantizeError
@@ -25,6 +26,7 @@ async def evaluate_models(
     measured before is compared anew with what is measured now, which needs no engine."""
     done: dict[str, list[Card]] = {}
     for model in in_order(config, cards):
+        await ask_reference(model, say, engines)
         compared = firsts(config, model, role_tasks(model), say)
         if len(cards) > 1:
             say(f"measuring {model.name}")

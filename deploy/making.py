@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 from deploy.models import checkpoint_of, registry_of
+from deploy.unlabelled import answered_items, calibration_for
 from gateway.config import ModelConfig, RoleSettings
 from quantize.card import Card
 from quantize.check import reference_bytes, refuse_pattern, refuse_short, refuse_unfit
@@ -19,7 +20,6 @@ from quantize.core.targets import Target, detect, target
 from quantize.core.tensors import refuse_not_finite
 from quantize.cost import estimate
 from quantize.evaluate.tasks import Item, read_items
-from quantize.make.calibration import read_calibration
 from quantize.make.compress import QuantizeError
 from quantize.make.smooth import unsmoothed
 
@@ -40,15 +40,7 @@ def make_variants(
         raise QuantizeError(f"unknown variant {unknown[0]!r}; known: {known}")
     where = target(target_name or detect())
     modules = read_modules(checkpoint_of(model, say))
-    calibrated = model.calibration is not None
-    wanted = [RECIPES[name] for name in variants if name != model.reference]
-    plans = {recipe.variant: recipe.plan(modules, where, calibrated) for recipe in wanted}
-    for recipe in wanted if not calibrated else ():
-        if recipe.without_data:
-            say(
-                f"{recipe.variant} is made by {recipe.without_data}, for calibration is not set; with "
-                f"conversations like those to be served it is made by {recipe.method}, which loses less"
-            )
+    plans = {name: RECIPES[name].plan(modules, where) for name in variants if name != model.reference}
     return make_plans(model, plans, where, say, before)
 
 
@@ -80,7 +72,8 @@ def make_plans(
     """Make the reference and a variant per plan. A plan that would not load on the target is left out, which
     is said. Raises QuantizeError where none is left.
 
-    ``before`` is what else is looked at before work: it comes after what is quicker.
+    ``before`` is what else is done before work, such as having the reference answer what calibrates: it comes
+    after what is quicker.
     """
     checkpoint = checkpoint_of(model, say)
     modules = read_modules(checkpoint)
@@ -95,23 +88,24 @@ def make_plans(
         say(f"{name} is left out, {where.name} does not serve it: {why}")
     plans = {name: plan for name, plan in plans.items() if name not in refused}
     refuse_pattern(model.variants_dir)
-    if before is not None:
-        before()
     refuse_unfit(checkpoint)
     for note in checkpoint.notes:
         say(note)
+    refuse_not_finite(checkpoint.path)
+    refuse_short([], model.variants_dir, more_bytes=reference_bytes(checkpoint, model.variants_dir))
     smooth = any(SMOOTH in parse_method(plan.method).transforms for plan in plans.values())
     if smooth and (left := unsmoothed(checkpoint.config, modules)):
         say(f"smoothing leaves {', '.join(left)} as they are: their scales cannot be folded in exactly")
     needs_data = any(parse_method(plan.method).needs_data(plan) for plan in plans.values())
-    calibration = read_calibration(model.calibration, checkpoint) if needs_data else None
+    if before is not None:
+        before()
+    registry = registry_of(model, say)
+    reference = registry.add_reference(checkpoint)
+    calibration = calibration_for(model, checkpoint, reference.version) if needs_data else None
     tokens = [len(sequence) for sequence in calibration.sequences] if calibration else [0]
     costs = [estimate(checkpoint, modules, sum(tokens), max(tokens), plan.method) for plan in plans.values()]
-    reference = reference_bytes(checkpoint, model.variants_dir)
-    refuse_short(costs, model.variants_dir, more_bytes=reference)
-    refuse_not_finite(checkpoint.path)
-    registry = registry_of(model, say)
-    cards = [registry.add_reference(checkpoint)]
+    refuse_short(costs, model.variants_dir)
+    cards = [reference]
     if plans:
         for number, (name, plan) in enumerate(plans.items(), 1):
             say(f"[{number}/{len(plans)}] {name}: {plan.describe()} by {plan.method}")
@@ -120,7 +114,21 @@ def make_plans(
 
 
 def role_tasks(model: ModelConfig) -> dict[str, list[Item]]:
-    """Held-out items of every role that has a task file, long contexts last. Raises TaskError."""
+    """Held-out items of every role, long contexts last: those of its task file, or conversations with the
+    reference's own answers, as far as it has given any. Raises TaskError and QuantizeError."""
+    if not (tasks := all_items(model)):
+        raise QuantizeError("no role has items: the reference has answered nothing yet; measure it first")
+    return tasks
+
+
+def all_items(model: ModelConfig) -> dict[str, list[Item]]:
+    """The same, of those roles that have any. Raises TaskError."""
+    found = {**labelled_items(model), **answered_items(model)}
+    return {name: items for name, items in found.items() if items}
+
+
+def labelled_items(model: ModelConfig) -> dict[str, list[Item]]:
+    """Items of the roles that have a task file. Raises TaskError."""
     tasks: dict[str, list[Item]] = {}
     for name, role in model.roles.items():
         if role.tasks:
@@ -128,8 +136,6 @@ def role_tasks(model: ModelConfig) -> dict[str, list[Item]]:
             if role.long_context:
                 items += read_items(role.long_context, name, "long_context")
             tasks[name] = [_as_asked(item, role) for item in items]
-    if not tasks:
-        raise QuantizeError("no role has tasks; give roles.<role>.tasks, or use --no-evaluate")
     return tasks
 
 

@@ -15,15 +15,17 @@ from pathlib import Path
 from typing import TypeVar
 
 from deploy.across import Compared, with_across
-from deploy.engine import EngineSpec, free_port, need_of, running, shared_flags
+from deploy.engine import EngineSpec, free_port, need_of, running
 from deploy.engine_account import ServedOtherwiseError, checked_account, refuse_otherwise
 from deploy.engine_failures import EngineLoadError, EngineRoomError
 from deploy.fleet.room import too_large
-from deploy.machine import engine_identity, look
-from deploy.making import role_tasks
+from deploy.identity import identity
+from deploy.machine import look
+from deploy.making import labelled_items, role_tasks
 from deploy.models import checkpoint_of, first_models, registry_of
 from deploy.placement import Machine, PlacementError, Seats
 from deploy.turns import Turns, answering_at_once, running_at_once
+from deploy.unlabelled import ask_reference, asked_items
 from gateway.config import ModelConfig
 from quantize.account import suspicion
 from quantize.card import Card, EngineAccount, Evaluation, Speed
@@ -33,15 +35,16 @@ from quantize.evaluate.client import EngineClient, EngineError
 from quantize.evaluate.journal import Journal
 from quantize.evaluate.measure import (
     Measurement,
+    for_all_roles,
     measure,
     measurement_key,
     read_measurement,
     reference_path,
 )
-from quantize.evaluate.pairing import compare
+from quantize.evaluate.pairing import compare, count_items
 from quantize.evaluate.speed import measure_speed
 from quantize.evaluate.tasks import Item
-from quantize.gate.evidence import ItemCounts, hopeless
+from quantize.gate.evidence import hopeless
 from quantize.gate.judgement import gate_p_values, judge_across
 from quantize.registry import Registry
 from quantize.report.tables import served_text
@@ -49,17 +52,6 @@ from quantize.versions import stale
 
 Say = Callable[[str], None]
 T = TypeVar("T")
-
-
-def identity(model: ModelConfig, machine: Machine) -> dict[str, str]:
-    """On what this configuration measures: engine and build, device and driver, flags and environment."""
-    settings = model.engine
-    context = str(settings.max_model_len) if settings.max_model_len else "the model's"
-    flags = [*shared_flags(settings), "--max-model-len", context]
-    found = engine_identity(settings, machine, flags)
-    if not machine.gpus and "OMP_NUM_THREADS" not in settings.env:
-        found["threads"] = "as placed"
-    return found
 
 
 async def evaluate_variants(
@@ -78,6 +70,7 @@ async def evaluate_variants(
     the noise floor. ``first``: what of other models roles are compared with. A version that passes is put to
     use.
     """
+    await ask_reference(model, say, engines)
     tasks, machine = role_tasks(model), look()
     reference = next(card for card in cards if card.variant == model.reference)
     work = _Work(model, tasks, identity(model, machine), machine, say, engines or {}, reference)
@@ -97,10 +90,11 @@ async def evaluate_variants(
         for card, task in zip(ordered, tasks_of, strict=True)
         if (result := task.result()) is not None
     }
-    own, again = results[model.reference].passes
+    passes = {name: [for_all_roles(one, tasks) for one in found.passes] for name, found in results.items()}
+    own, again = passes[model.reference]
     evaluations = {
-        name: with_across(compare(own, found.passes[-1], tasks, again), found.passes[0], tasks, first or {})
-        for name, found in results.items()
+        name: with_across(compare(own, found[-1], tasks, again), found[0], tasks, first or {})
+        for name, found in passes.items()
     }
     measured = [
         _with_findings(card, results[card.variant], evaluations[card.variant], say)
@@ -120,16 +114,8 @@ def say_hopeless(model: ModelConfig, variants: int, say: Say) -> None:
 
     Raises QuantizeError and TaskError where there are no items at all.
     """
-    tasks = role_tasks(model)
-    counts = {
-        role: ItemCounts(
-            task=sum(item.suite == "task" for item in items),
-            grounded=sum(item.grounds is not None for item in items),
-            structured=sum(item.json_schema is not None for item in items),
-            long_context=sum(item.suite == "long_context" for item in items),
-        )
-        for role, items in tasks.items()
-    }
+    tasks = {**labelled_items(model), **asked_items(model)}
+    counts = {role: count_items(items) for role, items in tasks.items()}
     budgets = {name: role.budget for name, role in model.roles.items()}
     for role, reasons in hopeless(counts, budgets, variants).items():
         say(f"no variant can pass for {role}: {'; '.join(reasons)}")

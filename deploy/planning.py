@@ -13,8 +13,9 @@ from typing import Any
 import psutil
 
 from deploy.engine import SITE
-from deploy.making import role_tasks
+from deploy.making import all_items
 from deploy.models import checkpoint_of, registry_of
+from deploy.unlabelled import calibration_for, version_in_use
 from gateway.config import ModelConfig
 from quantize.card import Card
 from quantize.check import refuse_pattern, refuse_short, refuse_unfit
@@ -25,7 +26,8 @@ from quantize.core.targets import detect, target
 from quantize.core.tensors import refuse_not_finite
 from quantize.cost import estimate
 from quantize.evaluate.bench import Bench, Span
-from quantize.make.calibration import load_tokenizer, read_calibration
+from quantize.evaluate.tasks import by_first_role
+from quantize.make.calibration import load_tokenizer
 from quantize.plan import controls
 from quantize.plan.controls import Controls, Kind
 from quantize.plan.paired_kl import PairedKl
@@ -58,7 +60,7 @@ def open_session(
     refuse_unfit(checkpoint)
     refuse_not_finite(checkpoint.path)
     where = target(target_name or detect())
-    calibration = read_calibration(model.calibration, checkpoint)
+    calibration = calibration_for(model, checkpoint, version_in_use(model))
     tokens = [len(sequence) for sequence in calibration.sequences]
     for method in methods:
         cost = estimate(checkpoint, read_modules(checkpoint), sum(tokens), max(tokens), method)
@@ -242,12 +244,10 @@ def compare(
 def held_out(model: ModelConfig) -> list[Span]:
     """The roles' items with their right answers as token ids, as many of each role; all but the first token
     is scored. Those that an engine's context does not hold are left out."""
-    if not any(role.tasks for role in model.roles.values()):
-        return []
     tokenizer: Any = load_tokenizer(model.path)
-    taken = itertools.zip_longest(
-        *([item for item in items if item.suite == "task"] for items in role_tasks(model).values())
-    )
+    tasks = all_items(model)
+    once = dict.fromkeys(by_first_role(tasks).values())
+    taken = itertools.zip_longest(*([item for item in tasks[role] if item.suite == "task"] for role in once))
     spans: list[Span] = []
     for item in itertools.chain.from_iterable(taken):
         if item is not None and len(spans) < REPORTED_CONVERSATIONS:

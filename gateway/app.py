@@ -19,13 +19,14 @@ from gateway.api.models import Models
 from gateway.api.operations import REFUSALS, Operations
 from gateway.api.overview import Overview
 from gateway.api.watching import Watching
-from gateway.cards import load_cards
+from gateway.cards import LOOK_EVERY_S, CardWatch, Read, load_cards
 from gateway.config import Config, ConfigError, GatewaySettings, parse_config, parts_of, refuse_fixed
 from gateway.console.files import Files
-from gateway.control import Commit, Heartbeat, Read, Reloads, Supervisor
-from gateway.proxy.attempts import Attempts, Limits
-from gateway.proxy.exchange import Exchange
-from gateway.proxy.hops import Admit, ChooseRoute, Identify, Observe, ReadBody, Settle
+from gateway.control import Commit, Heartbeat, Reloads, Supervisor
+from gateway.proxy.attempts import Attempts
+from gateway.proxy.exchange import Attempt, Exchange
+from gateway.proxy.hops import Admit, ChooseRoute, Identify, Observe, Pace, ReadBody, Settle
+from gateway.proxy.limits import limits_of
 from gateway.proxy.pipeline import Pipeline
 from gateway.proxy.plane import DataPlane, Snapshot
 from gateway.proxy.record import Record
@@ -42,6 +43,7 @@ from gateway.routing.breaker import Clock
 from gateway.routing.discovery import INTERVAL_S, Discovery
 from gateway.routing.health import Prober
 from gateway.routing.hedging import Hedging
+from gateway.routing.pace import Paces
 from gateway.routing.pools import Pools
 from gateway.routing.replicas import Replica
 from gateway.routing.router import Router
@@ -96,6 +98,7 @@ class Gateway:
         self.metrics = Metrics(registry or CollectorRegistry(), config.roles, self._sheet)
         self.log = log or AccessLog()
         self.hedging = Hedging()
+        self.paces = Paces(clock)
         self.watch = Watch(config, cards, self.metrics, self._avoid) if config.watch.enabled else None
         self.providers = LiteLLM(config.providers, config.gateway)
         self.checks = CheckProcess("checks", self.metrics)
@@ -151,7 +154,12 @@ class Gateway:
             lambda variant: self._discovery.replicas(config, variant),
         )
         router = Router(
-            config, cards, pools, self.hedging, lambda *asked: self.metrics.missed.labels(*asked).inc()
+            config,
+            cards,
+            pools,
+            self.hedging,
+            lambda *asked: self.metrics.missed.labels(*asked).inc(),
+            self.paces,
         )
         if self.watch is not None:
             router.avoid(self.watch.demoted())
@@ -172,7 +180,7 @@ class Gateway:
 
     def _make_pipeline(self, config: Config, router: Router, observer: Observer) -> Pipeline:
         """What every request goes through that has been admitted, in order."""
-        plane, observe = self.plane, Observe(observer)
+        plane, observe, limits = self.plane, Observe(observer), limits_of(config)
         names = frozenset(router.known_models())
         return Pipeline(
             before=(
@@ -182,7 +190,7 @@ class Gateway:
                 ContinueResponse(self.responses, self._background, plane.reply, names),
             ),
             attempts=Attempts(
-                limits=limits_of(config),
+                limits=limits,
                 choose=ChooseRoute(router),  # which precision, which replica, and why
                 router=router,
                 engines=Engines(config),  # there, as bytes
@@ -200,6 +208,7 @@ class Gateway:
                 partial(plane.ledger.record, log=config.gateway.access_log),  # books and log
                 *((self._end_span,) if plane.traces is not None else ()),
                 Settle(self.settlement),  # what no engine has counted
+                *((Pace(self.paces),) if limits.paced else ()),  # how soon its pool answers
                 observe,  # has answers checked that were listened to
             ),
             known_models=names,
@@ -207,9 +216,11 @@ class Gateway:
             ended=plane.ended,
         )
 
-    def _took(self, exchange: Exchange, seconds: float) -> None:
+    def _took(self, exchange: Exchange, attempt: Attempt, seconds: float) -> None:
         if exchange.route is not None and exchange.route.kind is not None:
             self.hedging.seconds(exchange.route.kind, seconds)
+        if exchange.options.stream and not (exchange.tries or exchange.hedged or exchange.spent):
+            self.paces.first_token(attempt.replica.variant, seconds, attempt.replica.in_flight)
 
     def _escalated(self, observe: Observe, exchange: Exchange, why: str) -> None:
         if exchange.route is not None:
@@ -228,7 +239,8 @@ class Gateway:
         refuse_fixed(config, before.config)
         snapshot = self.make_snapshot(config, cards, before)
         anew = config is not before.config
-        watch = self.watch.prepare(config, cards) if self.watch is not None and anew else None
+        recarded = anew or cards is not before.cards
+        watch = self.watch.prepare(config, cards) if self.watch is not None and recarded else None
 
         def commit() -> None:
             if anew:
@@ -238,6 +250,7 @@ class Gateway:
                 self.metrics.forget_variants(served, before.config.roles.keys() - config.roles.keys())
                 self.providers.know(config.providers)
                 self.responses.know(config.responses)
+            if recarded:
                 self._show(cards)
             if watch is not None:
                 watch()
@@ -333,6 +346,9 @@ class Gateway:
         jobs.keep("settlement", lambda: self.settlement.run(session))
         jobs.keep("overview", self.overview.sample_forever)
         jobs.every("discovery", lambda: INTERVAL_S, self._discover)
+        if self._load is not None:
+            cards = CardWatch(self._present, self.reloads.apply)
+            jobs.every("cards", lambda: LOOK_EVERY_S, cards.look)
         return prober
 
     def _count_dropped(self) -> None:
@@ -350,11 +366,10 @@ class Gateway:
         """Look replicas up that are known by name; requests that come use what was found."""
         await self._discovery.look(self.plane.snapshot.config)
         if self._discovery.differs(self.plane.snapshot.config, self.plane.snapshot.pools):
+            await self.reloads.apply(self._present)
 
-            def present() -> tuple[Config, Mapping[str, Card]]:
-                return self.plane.snapshot.config, self.plane.snapshot.cards
-
-            await self.reloads.apply(present)
+    def _present(self) -> tuple[Config, Mapping[str, Card]]:
+        return self.plane.snapshot.config, self.plane.snapshot.cards
 
     def _gateway_settings(self) -> GatewaySettings:
         return self.plane.snapshot.config.gateway
@@ -379,19 +394,3 @@ def make_observer(
         except (OSError, ValueError) as error:
             raise ConfigError(f"quality.classifier: {quality.classifier} cannot be used: {error}") from None
     return Observer(config, metrics, checks, escalation, watch, inquiry)
-
-
-def limits_of(config: Config) -> Limits:
-    """What attempts may take and do, by the configuration."""
-    gateway, quality = config.gateway, config.quality
-    return Limits(
-        first_byte_s=gateway.first_byte_timeout_s,
-        answer_s=gateway.answer_timeout_s,
-        idle_s=gateway.idle_timeout_s,
-        total_s=gateway.total_timeout_s,
-        wait_s={name: role.wait_s for name, role in config.roles.items()},
-        escalates=frozenset(name for name, role in config.roles.items() if role.escalate),
-        escalated_share=config.watch.escalated_share,
-        listened_share=quality.sample_rate if quality.logprobs else 0.0,
-        adapters=frozenset(config.adapters),
-    )

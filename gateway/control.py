@@ -12,6 +12,7 @@ import logging
 import time
 from collections.abc import Awaitable, Callable, Mapping
 
+from gateway.cards import Read
 from gateway.config import Config
 from gateway.telemetry.logs import EVENTS
 from gateway.telemetry.metrics import Metrics
@@ -113,8 +114,6 @@ class Heartbeat:
 
 Commit = Callable[[], None]
 """Takes over what was built. It only assigns, so it does not fail."""
-Read = Callable[[], tuple[Config, Mapping[str, Card]]]
-"""Reads a configuration and its cards. Raises ConfigError or CardError."""
 
 
 class Reloads:

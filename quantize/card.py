@@ -27,6 +27,8 @@ READABLE = (2, 3, FORMAT)
 """Formats that are read. What was measured under the oldest is stale: it does not say on what."""
 CURRENT = "current"
 """Name of the link, in a variant's directory, to the version that is in use."""
+Evidence = Literal["labels", "reference"]
+"""What answers are compared with: right ones that somebody gave, or the reference's own."""
 VARIANT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 VERSION = re.compile(r"[0-9a-f]{12}")
 
@@ -79,6 +81,10 @@ class TextEvaluation(_Strict):
     kl_upper_se: float = Field(default=math.inf, ge=0, description="standard error of kl_upper")
     sequences: int = Field(default=0, ge=0, description="conversations that the tokens are of; 0: not kept")
     top1_agreement: float = Field(ge=0, le=1)
+    other_choices: float | None = Field(
+        default=None, description="share of tokens with another likeliest one, the mean over conversations"
+    )
+    other_choices_se: float = Field(default=0.0, ge=0, description="standard error of that mean")
 
     @model_validator(mode="before")
     @classmethod
@@ -127,6 +133,11 @@ class LongContext(_Strict):
 class RoleEvaluation(_Strict):
     """A variant's answers to a role's held-out items, paired with the reference's answers."""
 
+    evidence: Evidence = Field(
+        default="labels",
+        description="'reference': nobody said what is right; 'right' are answers that begin as the "
+        "reference's, which it repeats itself in reference_correct",
+    )
     items: int = Field(ge=1)
     correct: int = Field(ge=0, description="items answered right, by the role's check")
     reference_correct: int = Field(ge=0)

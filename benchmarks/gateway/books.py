@@ -44,8 +44,6 @@ from benchmarks.gateway.trial import (
 )
 from gateway.upstream.fake import FakeEngine
 
-REPLICAS = ("assistant:bf16-0", "assistant:bf16-1", "assistant:int8-0")
-
 RESULT = ROOT / "var/benchmarks/gateway/books.json"
 READY_S, QUIET_S = 120.0, 60.0
 HEADERS = {"authorization": f"Bearer {next(iter(KEYS.values()))}"}
@@ -137,7 +135,9 @@ async def run(options: argparse.Namespace) -> dict[str, Any]:
     WORK.mkdir(parents=True, exist_ok=True)
     trial, port = Trial(options.seed), free_port()
     with trial.engines(3) as (engines, urls):
-        replicas: dict[str, FakeEngine] = dict(zip(REPLICAS, engines, strict=True))
+        replicas: dict[str, FakeEngine] = dict(
+            zip(("assistant:bf16-0", "assistant:bf16-1", "assistant:int8-0"), engines, strict=True)
+        )
         canary = {"canary": {"variant": "int8", "percent": 100}}
         changes = configuration()
         roles = {

@@ -21,7 +21,7 @@ import yaml
 import deploy.engine
 
 if TYPE_CHECKING:
-    from quantize.card import Card, write_card
+    from quantize.card import Card
 
 ROOT = Path(__file__).resolve().parents[2]
 WORK = ROOT / "var/benchmarks/gateway"
@@ -120,17 +120,18 @@ def environment(name: str, requirements: tuple[str, ...]) -> Path:
 
 
 def variants() -> dict[str, Card]:
-    """The cards of variants that nobody made, in the folder where a gateway looks for them."""
-    from quantize.card import Card
+    """The cards, by id, of variants that nobody made, in the folder where a gateway looks for them."""
+    from quantize.card import Card, write_card
 
     cards = {}
     for name, bits, size in (("bf16", 16, 8_000_000), ("int8", 8, 5_000_000)):
-        card = cards[name] = Card(
+        card = Card(
             model="assistant", variant=name, reference="bf16", scheme="benchmark", method="none",
             weight_bits=bits, module_bits={}, weight_bytes=size, kv_bytes_per_token=1024, max_model_len=1024,
             versions={}, created="2026-11-21", files={}, evaluation=None,
         )  # fmt: skip
-        directory = VARIANTS / "assistant" / name / "000000000000"
+        cards[card.id] = card
+        directory = VARIANTS / card.model / name / "000000000000"
         directory.mkdir(parents=True, exist_ok=True)
         write_card(card, directory)
         current = directory.parent / "current"
@@ -144,7 +145,9 @@ def tiercel(port: int, upstream: int, **changes: object) -> tuple[list[str], str
     ``changes`` are laid over the configuration."""
     variants()
     config = {
-        "models": {"assistant": {"path": str(ROOT / "deploy/assistant/model"), "serve": ["bf16", "int8"]}},
+        "models": {
+            "assistant": {"path": str(ROOT / "deploy/assistant/model"), "serve": ["bf16", "int8"]},
+        },
         "variants_dir": str(VARIANTS),
         "run_dir": str(WORK / "run"),
         "roles": {"core": {}, "summarizer": {}},

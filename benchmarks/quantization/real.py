@@ -47,8 +47,8 @@ SLOW_EIGHT = ("smoothquant+rtn", "rotation+rtn")
 FOUR = ("rtn", "imatrix", "gptq", "imatrix+gptq", "smooth+imatrix+gptq")
 GROUPS = ("w4a16-g128", "w4a16-g64", "w4a16-g32")
 ASYMMETRIC = ("w4a16-g64-asym", "w4a16-g32-asym")
-BEST = "imatrix+gptq"
-"""The method of plans, heuristics and asymmetric variants."""
+BEST = "smooth+imatrix+gptq"
+"""The method of plans and heuristics."""
 SLOW_FOUR = ("awq+rtn", "awq+imatrix+gptq", "autoround")
 """Made by llm-compressor in minutes or tens of minutes on two cores: at one group size, and only with
 ``--slow``."""
@@ -106,7 +106,7 @@ def rows_at_8_bits(modules: Modules, where: Target, slow: bool = False) -> Rows:
 def rows_at_4_bits(modules: Modules, where: Target, slow: bool = False) -> Rows:
     """Uniform ``w4a16`` by group size and method, and heuristics: ends or down projections in more bits."""
     pairs = [(scheme, method) for scheme in GROUPS for method in FOUR]
-    pairs += [(scheme, BEST) for scheme in ASYMMETRIC]
+    pairs += [(scheme, method) for scheme in ASYMMETRIC for method in ("imatrix+gptq", BEST)]
     pairs += [(SLOW_GROUP, method) for method in SLOW_FOUR if slow]
     found = {
         f"{scheme} {method}": Wanted("uniform", uniform(modules, scheme, method=method))
@@ -119,7 +119,7 @@ def rows_at_4_bits(modules: Modules, where: Target, slow: bool = False) -> Rows:
         of_downs = {g.name: high if "down" in g.kind else SLOW_GROUP for g in modules}
         for what, groups in (("first and last layer", of_ends), ("down_proj", of_downs)):
             label = f"{what} {high}, else {SLOW_GROUP}"
-            methods = {name: "rtn" for name, scheme in groups.items() if scheme == "w8a8"}
+            methods = {name: "smooth+rtn" for name, scheme in groups.items() if scheme == "w8a8"}
             found[label] = Wanted("heuristic", Plan(groups=groups, method=BEST, methods=methods))
     return found
 

@@ -21,12 +21,12 @@ import numpy as np
 from prometheus_client import CollectorRegistry
 from tqdm import tqdm
 
-from benchmarks.watch.inject import VARIANT, WORK, configuration
+from benchmarks.watch.inject import MODEL, SHORT, VARIANT, WORK, configuration
 from benchmarks.watch.traffic import questions
 from deploy.commands import run_engines, say
 from deploy.engine import EngineSpec, free_port, running
-from deploy.models import one_model, registry_of
-from gateway.config import Config, load_config, parts_of
+from deploy.models import registry_of
+from gateway.config import Config, load_config
 from gateway.quality.examiner import Examiner
 from gateway.quality.inquiry import Inquiry
 from gateway.routing.pools import Pools
@@ -117,17 +117,17 @@ async def log_probabilities(url: str, model: str, repeats: int) -> dict[str, Any
 
 
 async def benchmark(config: Config, count: int, repeats: int) -> dict[str, Any]:
-    model = one_model(config)
-    registry, short = registry_of(model), parts_of(VARIANT)[1]
+    model = config.of(MODEL)
+    registry, reference = registry_of(model), config.references[MODEL]
     urls = {}
     specs = []
-    for variant in (model.reference, short):
+    for variant in (model.reference, SHORT):
         card = registry.card(variant)
         log = WORK / f"engine-{variant}.log"
         directory = registry.path(variant, card.version)
         specs.append(EngineSpec(card, directory, model.engine, free_port(model.engine.host), log))
         urls[card.id] = (specs[-1].url,)
-    served = config.models[model.name].model_copy(update={"serve": (model.reference, short)})
+    served = config.models[model.name].model_copy(update={"serve": (model.reference, SHORT)})
     config = config.model_copy(update={"pools": urls, "models": {model.name: served}})
     pools = Pools(config, time.monotonic)
     inquiry = Inquiry(config.watch, config.references, lambda: pools, Metrics(CollectorRegistry(), ()))
@@ -140,8 +140,8 @@ async def benchmark(config: Config, count: int, repeats: int) -> dict[str, Any]:
         working = asyncio.create_task(inquiry.run(session))
         await asyncio.sleep(0.1)
         examiner = Examiner(inquiry.ask)
-        await scoring(examiner, model.id(model.reference), 3)  # warm
-        scored = await scoring(examiner, model.id(model.reference), count)
+        await scoring(examiner, reference, 3)  # warm
+        scored = await scoring(examiner, reference, count)
         asked = await log_probabilities(second.url, model.name, repeats)
         working.cancel()
     return {"scoring": scored, "log_probabilities": asked}

@@ -33,12 +33,13 @@ from deploy.commands import run_engines
 from deploy.damage import DAMAGES, damaged
 from deploy.engine import free_port
 from deploy.supervisor import Stack
-from gateway.config import Config, load_config, parts_of
+from gateway.config import Config, load_config, variant_id
 from quantize.card import variant_directory
 
 WORK = Path("var/benchmarks/watch")
 ROLES = ("intent_classifier", "summarizer")
-VARIANT = "assistant:int4-kv8"
+MODEL, SHORT = "assistant", "int4-kv8"
+VARIANT = variant_id(MODEL, SHORT)
 MOST_ANSWERS = 4000
 CHECKS = ("shadow",)
 
@@ -48,9 +49,10 @@ def configuration(rate: float) -> Path:
     WORK.mkdir(parents=True, exist_ok=True)
     root = Path.cwd()
     settings = yaml.safe_load((root / "tiercel.yaml").read_text(encoding="utf-8"))
-    (model,) = settings["models"].values()
-    model |= {name: str(root / model[name]) for name in ("path", "calibration")}
-    model["serve"] = ["bf16", "int8", parts_of(VARIANT)[1]]
+    model = settings["models"][MODEL]
+    model["path"] = str(root / model["path"])
+    model["calibration"] = str(root / model["calibration"])
+    model["serve"] = ["bf16", "int8", SHORT]
     settings["variants_dir"] = str(root / settings["variants_dir"])
     for role in settings["roles"].values():
         for name in ("tasks", "long_context"):
@@ -137,8 +139,7 @@ def cell(report: dict[str, Any], role: str) -> dict[str, Any]:
 
 async def inject(run: Run, config: Config, fault: str) -> list[dict[str, Any]]:
     """Harm, wait for the demotion of every role, heal, wait for their return; a row per role."""
-    model, variant = parts_of(VARIANT)
-    source = variant_directory(config.of(model).variants_dir, variant)
+    source = variant_directory(config.of(MODEL).variants_dir, SHORT)
     harmed = damaged(source, WORK / f"harmed-{fault}", fault)
     # Nothing is asked of the variant while its engine changes, so that every answer counts on one side.
     await run.stack.swap(VARIANT, harmed)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from deploy.commands import say
 from deploy.fleet.room import too_large
 from deploy.machine import look
-from deploy.making import role_tasks
+from deploy.making import labelled_items
 from deploy.models import checkpoint_of
 from deploy.placement import Need, PlacementError
 from gateway.config import ModelConfig
@@ -18,7 +18,7 @@ from quantize.make.compress import QuantizeError
 def refuse_unmeasurable(model: ModelConfig) -> None:
     """Raise an error for what would keep variants from being measured: no items, items that the chat template
     refuses, no engine, no room for the reference's. Imports transformers."""
-    tasks = role_tasks(model)
+    tasks = labelled_items(model)
     python = model.engine.python
     if python is None or not python.exists():
         raise QuantizeError(

@@ -17,12 +17,14 @@ from quantize.core.checkpoint import open_checkpoint
 from quantize.core.methods import parse_method
 from quantize.core.modules import read_modules
 from quantize.core.plan import Plan
-from quantize.core.recipes import RECIPES
+from quantize.core.recipes import RECIPES, unasked
 from quantize.core.schemes import kv_scheme, scheme
 from quantize.core.targets import detect, target
 from quantize.plan.controls import KINDS
 
 COMMANDS = ("check", "make", "measure", "sensitivity", "plan", "register", "-h", "--help")
+WITHOUT_DATA = ("rtn", "mse")
+"""Methods that look at weights alone."""
 TARGET_HELP = "where it is to be loaded (default: this machine)"
 
 
@@ -41,7 +43,8 @@ def add_quantize(parser: argparse.ArgumentParser) -> None:
 
     making = add_command(commands, "make", make, "make variants, measure and judge them")
     add_model(making)
-    making.add_argument("variants", nargs="*", help=f"which (default: {' '.join(RECIPES)})")
+    suited = f"which of {', '.join(RECIPES)} (default: those that suit the target)"
+    making.add_argument("variants", nargs="*", help=suited)
     making.add_argument("--scheme", help="make one variant of this scheme instead, such as w4a16-g64")
     making.add_argument("--method", default="gptq", help="how, with --scheme (default: gptq)")
     making.add_argument("--kv", default="auto", help="KV-cache scheme, with --scheme")
@@ -136,7 +139,13 @@ def make(options: argparse.Namespace) -> None:
 
     config = load_config(options.config)
     model, variants = variants_of(config, options.variants, options.model)
-    before = _before(model, options, 1 if options.scheme else len(variants or RECIPES))
+    variants = variants or unasked(target(options.target or detect()))
+    before = _before(
+        model,
+        options,
+        1 if options.scheme else len(variants),
+        to_calibrate=not options.scheme or options.method not in WITHOUT_DATA,
+    )
     if options.scheme:
         scheme(options.scheme)
         kv_scheme(options.kv)
@@ -145,7 +154,7 @@ def make(options: argparse.Namespace) -> None:
             model, options.name, options.scheme, options.method, options.kv, say, options.target, before
         )
     else:
-        cards = make_variants(model, variants or list(RECIPES), say, options.target, before)
+        cards = make_variants(model, variants, say, options.target, before)
     _judge(config, {model.name: cards}, options)
 
 
@@ -206,7 +215,7 @@ def plan(options: argparse.Namespace) -> None:
         schemes=options.schemes,
         tuned=options.tune,
         compare_with=KINDS if options.controls == [] else options.controls or (),
-        before=_before(model, options),
+        before=_before(model, options, to_calibrate=True),
     )
     _judge(config, {model.name: [_reference(model), card]}, options)
 
@@ -215,12 +224,12 @@ def register(options: argparse.Namespace) -> None:
     from quantize.check import refuse_pattern, refuse_unfit
 
     config, model = _model(options)
-    _before(model, options)()
     checkpoint = checkpoint_of(model, say)
     refuse_pattern(model.variants_dir)
     refuse_unfit(checkpoint)
     for note in checkpoint.notes:
         say(note)
+    _before(model, options)()
     reference = _reference(model)
     registry = registry_of(model, say)
     card = registry.register(options.directory, options.name, checkpoint, target(detect()))
@@ -233,14 +242,19 @@ def register(options: argparse.Namespace) -> None:
     _judge(config, {model.name: [reference, card]}, options)
 
 
-def _before(model: ModelConfig, options: argparse.Namespace, variants: int = 1) -> Callable[[], None]:
-    """What is looked at before work, for so many variants that are to be measured."""
+def _before(
+    model: ModelConfig, options: argparse.Namespace, variants: int = 1, to_calibrate: bool = False
+) -> Callable[[], None]:
+    """What is done before work, for so many variants that are to be measured: a look at what may stop it, and
+    the reference's answers to what judges them and, if wanted, calibrates them."""
 
     def look() -> None:
         from deploy.measuring import say_hopeless
+        from deploy.unlabelled import ask_reference
 
         refuse_unmeasurable(model)
         say_hopeless(model, variants, say)
+        run_engines(ask_reference(model, say, to_calibrate=to_calibrate))
 
     return look if options.evaluate else lambda: None
 

@@ -94,8 +94,8 @@ def stale_variants(model: ModelConfig, cards: Sequence[Card]) -> dict[str, tuple
 
     Empty where this machine has no engine environment: then nothing is measured here.
     """
+    from deploy.identity import identity
     from deploy.machine import look
-    from deploy.measuring import identity
     from quantize.versions import stale
 
     now = identity(model, look())
@@ -181,8 +181,8 @@ def _distributions(
     model: ModelConfig, registry: Registry, cards: tuple[Card, ...]
 ) -> dict[str, Distributions]:
     """Of every variant whose layout is known; computed once per version."""
+    from deploy.unlabelled import calibration_for
     from quantize.core.modules import read_modules
-    from quantize.make.calibration import read_calibration
     from quantize.report.distributions import compute_distributions, load_distributions, save_distributions
 
     checkpoint = checkpoint_of(model, say)
@@ -196,7 +196,8 @@ def _distributions(
         figures = load_distributions(path)
         if figures is None:
             if sequences is None:
-                sequences = read_calibration(model.calibration, checkpoint).sequences
+                version = registry.path(model.reference).name
+                sequences = calibration_for(model, checkpoint, version).sequences
             say(f"{card.variant}: distributions of weights and activations")
             figures = compute_distributions(
                 checkpoint,

@@ -98,7 +98,16 @@ class Operations:
             "variant": usable[0] if usable else None,
             "usable": usable,
             "when_full": snapshot.config.roles[caller.role].when_full.value,
+            "expected_s": self._expected(caller.role),
         }
+
+    def _expected(self, role: str) -> dict[str, dict[str, float | None]] | None:
+        """Where the role has a target, and where it goes by itself."""
+        snapshot = self._plane.snapshot
+        if snapshot.config.roles[role].target is None:
+            return None
+        found = snapshot.router.expected(role)
+        return {name: {"ttft_s": first, "total_s": total} for name, (first, total) in found.items()}
 
     async def health(self) -> dict[str, str]:
         """The process lives."""

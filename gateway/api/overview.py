@@ -223,14 +223,7 @@ def _variant(variant: str, card: Card) -> dict[str, Any]:
                 "accuracy": one.accuracy,
                 "reference_accuracy": one.reference_correct / one.items,
                 "agreement": one.agreement,
-                "across": {
-                    model: {
-                        "items": paired.items,
-                        "accuracy": paired.good / paired.items,
-                        "drop": paired.drop,
-                    }
-                    for model, paired in one.across.items()
-                },
+                "across": {model: paired.drop for model, paired in one.across.items()},
                 "kl": one.text.kl_mean,
             }
             for name, one in roles.items()

@@ -18,7 +18,9 @@ class Order(BaseModel):
     """Take a variant out of a role's choice, put it back, or keep it there whatever the checks say."""
 
     action: Literal["demote", "restore", "pin_serving", "pin_demoted", "unpin"]
-    variant: str = Field(min_length=1)
+    variant: str = Field(
+        min_length=1, description="model:variant, or the variant alone where one model alone has it"
+    )
     role: str = Field(min_length=1)
     why: str = Field(default="by hand", max_length=500, description="for whoever reads the events")
 

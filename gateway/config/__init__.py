@@ -5,6 +5,7 @@ refers to nothing is a ConfigError whose text gives the key, the value and the f
 """
 
 from gateway.config.access import Adapter, ApiKey, Provider
+from gateway.config.conversations import Conversations
 from gateway.config.engine import Engine, EngineChanges
 from gateway.config.file import Config
 from gateway.config.fixed import refuse_fixed
@@ -13,7 +14,7 @@ from gateway.config.load import load_config, parse_config
 from gateway.config.model import Model, ModelConfig, parts_of, slug, variant_id
 from gateway.config.quality import Quality
 from gateway.config.responses import ResponsesSettings
-from gateway.config.roles import Canary, RoleSettings, WhenFull
+from gateway.config.roles import Canary, RoleSettings, Target, WhenFull
 from gateway.config.section import HIDDEN, ConfigError, is_loopback, shown_url
 from gateway.config.shown import shown, with_secrets
 from gateway.config.watch import WATCHED, Judge, WatchSettings
@@ -27,6 +28,7 @@ __all__ = [
     "Canary",
     "Config",
     "ConfigError",
+    "Conversations",
     "Cost",
     "Engine",
     "EngineChanges",
@@ -38,6 +40,7 @@ __all__ = [
     "Quality",
     "ResponsesSettings",
     "RoleSettings",
+    "Target",
     "WatchSettings",
     "WhenFull",
     "is_loopback",

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 from pydantic import Field, PrivateAttr, model_validator
 
 from gateway.config.access import Adapter, ApiKey, Provider
+from gateway.config.conversations import Conversations
 from gateway.config.engine import Engine
 from gateway.config.gateway import GatewaySettings
 from gateway.config.model import Model, ModelConfig, ModelName, parts_of, slug, variant_id
@@ -42,6 +43,7 @@ class Config(Section):
     run_dir: Path = Path("var/run")
     gateway: GatewaySettings = GatewaySettings()
     engine: Engine = Field(default=Engine(), description="of all models, as far as they change nothing")
+    conversations: Conversations = Conversations()
     quality: Quality = Quality()
     watch: WatchSettings = WatchSettings()
     responses: ResponsesSettings = ResponsesSettings()
@@ -90,6 +92,7 @@ class Config(Section):
             pools={one: urls for one in model.serve if (urls := self.pools.get(variant_id(name, one)))},
             ports={one: self.engine.base_port + first + n for n, one in enumerate(model.serve)},
             run_dir=self.run_dir,
+            conversations=self.conversations,
         )
 
     def each(self) -> tuple[ModelConfig, ...]:
@@ -148,6 +151,11 @@ class Config(Section):
             if judge.model not in models:
                 raise ValueError(
                     f"watch.judge.model: {judge.model!r} does not exist; known: {names_of(models)}"
+                )
+            if judge.model in self.models and self.watch.reference == "none":
+                raise ValueError(
+                    f"watch.judge.model: {judge.model!r} stands for its reference, which is left alone with "
+                    "watch.reference: none; name a served variant or a provider's model"
                 )
         if self.watch.store is not None:
             check_url("watch.store", self.watch.store)
@@ -226,7 +234,7 @@ class Config(Section):
                     "list those of one"
                 )
             reference = self.references[of.pop()]
-            if adapter.variants and reference not in adapter.variants:
+            if adapter.variants and reference in self.served and reference not in adapter.variants:
                 raise ValueError(
                     f"adapters.{name}.variants: must contain the reference {reference!r}, to which "
                     "requests go up; add it"

@@ -10,6 +10,7 @@ from typing import Annotated
 
 from pydantic import Field, model_validator
 
+from gateway.config.conversations import Conversations
 from gateway.config.engine import Engine, EngineChanges
 from gateway.config.roles import RoleSettings
 from gateway.config.section import Section
@@ -71,6 +72,7 @@ class ModelConfig:
     ports: Mapping[str, int]
     """Variant to its local engine's port."""
     run_dir: Path
+    conversations: Conversations
 
     def id(self, variant: str) -> str:
         """The variant's name in the fleet."""

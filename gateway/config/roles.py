@@ -31,6 +31,19 @@ class Canary(Section):
     percent: float = Field(ge=0, le=100)
 
 
+class Target(Section):
+    """How soon a role wants its answers."""
+
+    ttft_s: float | None = Field(default=None, gt=0, description="to the first token, of streams")
+    total_s: float | None = Field(default=None, gt=0, description="to the end of the answer")
+
+    @model_validator(mode="after")
+    def _sets_a_limit(self) -> Target:
+        if self.ttft_s is None and self.total_s is None:
+            raise ValueError("sets no limit; give ttft_s, total_s, or both, or leave it out")
+        return self
+
+
 class RoleSettings(Section):
     """What an agent does, and the quality it needs."""
 
@@ -60,6 +73,11 @@ class RoleSettings(Section):
     )
     hedge: bool = Field(
         default=False, description="ask a second replica when the first is slower than 95 % of answers"
+    )
+    target: Target | None = Field(
+        default=None,
+        description="the cheapest variant that is expected to answer within it gets the request; where none "
+        "is, the cheapest",
     )
     canary: Canary | None = None
     priority: int = PRIORITY

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine
 from typing import Any, Protocol
 
 import msgspec
@@ -32,6 +32,7 @@ from gateway.identity import Sampler
 from gateway.proxy.endpoints import Form
 from gateway.proxy.escalations import Escalations
 from gateway.proxy.exchange import Attempt, Exchange
+from gateway.proxy.limits import Limits
 from gateway.proxy.record import Spent, Usage
 from gateway.proxy.reply import JSON, Reply, only_comments
 from gateway.proxy.waiting import WaitingLines
@@ -66,25 +67,6 @@ class Sufficient(Protocol):
     async def insufficient(self, role: str, body: bytes, answer: Answer, salt: str) -> str | None: ...
 
 
-class Limits(msgspec.Struct, frozen=True):
-    """Time limits, in seconds, and what is hedged, listened to and escalated."""
-
-    first_byte_s: float
-    """Of a stream, until its first part."""
-    answer_s: float
-    """Of an answer that is not streamed, until all of it has come."""
-    idle_s: float
-    total_s: float
-    wait_s: Mapping[str, float]
-    """By role: how long a request waits for a replica."""
-    escalates: frozenset[str] = frozenset()
-    """Roles whose answers are looked at before the client gets them."""
-    escalated_share: float = 0.2
-    listened_share: float = 0.0
-    adapters: frozenset[str] = frozenset()
-    """Their answers are not listened to: the reference without the adapter would say something else."""
-
-
 class Attempts:
     """Asks the chosen replica, hears how that goes, and hands the answer on."""
 
@@ -99,7 +81,7 @@ class Attempts:
         lines: WaitingLines,
         clock: Callable[[], float],
         checks: Sufficient,
-        took: Callable[[Exchange, float], None],
+        took: Callable[[Exchange, Attempt, float], None],
         escalated: Callable[[Exchange, str], None],
         may_hedge: Callable[[], bool],
     ) -> None:
@@ -132,7 +114,7 @@ class Attempts:
             self._choose(exchange)
             self._ask(exchange)
             return
-        key = (caller.role, exchange.model)
+        key = (caller.role, exchange.model, caller.key.models if caller.key is not None else ())
         if not self._lines.waits(key):
             try:
                 self._choose_and_ask(exchange)
@@ -296,8 +278,8 @@ class Attempts:
             attempt.replica.breaker.heard()
         route = exchange.route
         assert route is not None
-        if route.kind is not None:
-            self._took(exchange, now - exchange.received)
+        if route.kind is not None or self._limits.paced:
+            self._took(exchange, attempt, now - exchange.received)
         if not exchange.hedged:
             return
         for other in exchange.attempts:

@@ -14,6 +14,7 @@ from gateway.proxy.endpoints import INVOCATIONS, Endpoint, Form, endpoint_of
 from gateway.proxy.exchange import Attempt, Exchange
 from gateway.proxy.record import NO_USAGE, Record, Usage
 from gateway.quality.observe import Observed, Observer
+from gateway.routing.pace import Paces
 from gateway.routing.router import Router
 from gateway.telemetry.propagation import PASSED_ON
 from gateway.upstream.options import STREAM, OutputOptions
@@ -173,6 +174,26 @@ class Settle:
         self._settlement.report(
             Unreported(record.role, replica.labels, record.key, replica.url, path, body, usage)
         )
+
+
+class Pace:
+    """Learns how soon a pool answers, for roles that have a target."""
+
+    def __init__(self, paces: Paces) -> None:
+        self._paces = paces
+
+    def __call__(self, record: Record, exchange: Exchange) -> None:
+        tokens, route = record.usage.completion, exchange.route
+        if record.status != 200 or route is None or record.role is None or exchange.tries:
+            return
+        if record.hedged or record.spent:
+            return
+        seconds = record.duration_s
+        if record.first_token_s is not None:  # its own time is known, and the first token comes with it
+            tokens, seconds = tokens - 1, seconds - record.first_token_s
+        if tokens > 0:
+            load = route.replica.in_flight + 1  # this one has just left
+            self._paces.answered(route.variant, record.role, tokens, seconds, load)
 
 
 class Observe:

@@ -12,12 +12,12 @@ from gateway.proxy.exchange import Exchange
 LOOK_AGAIN_S = 0.25
 """How often the first in a line looks for a replica that nobody told it of: one that has started."""
 
-LineKey = tuple[str, str]
-"""Role and model: requests that want the same replicas."""
+LineKey = tuple[str, str, tuple[str, ...]]
+"""Role, model, and the models that the key may use: requests that want the same replicas."""
 
 
 class WaitingLines:
-    """A line per role and model. Only the first of a line tries; whoever came first is served first."""
+    """A line for all that want the same. Only its first one tries; whoever came first is served first."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock

@@ -35,6 +35,8 @@ class Reason(StrEnum):
     RAISED_POOL_FULL = "raised_pool_full"
     RAISED_DEMOTED = "raised_demoted"
     """The watch, or a person, has taken the cheaper variant out of the role's choice."""
+    RAISED_TOO_SLOW = "raised_too_slow"
+    """The cheaper variant is not expected to answer within the role's target."""
     ESCALATED = "escalated"
     """A cheaper variant's answer failed a check; nobody got it."""
     PROVIDER = "provider"

@@ -1,19 +1,21 @@
 """The route of a request: role → model and variant → replica, with its reason.
 
 Which variants may serve, and in which order, say the ladders (``ladders.py``) and what a request names
-(``choices.py``); which one of them is free, the pools. When the pool of the chosen variant is down or full
-the route goes up, waits, or is refused, as the role says; it never goes down.
+(``choices.py``); which one of them is free, the pools; which is fast enough, where the role has a target,
+what was seen of them lately (``pace.py``). When the pool of the chosen variant is down or full the route goes
+up, waits, or is refused, as the role says; it never goes down.
 """
 
 from __future__ import annotations
 
 import hashlib
 import random
+import time
 from collections.abc import Callable, Mapping, Sequence
 
 import msgspec
 
-from gateway.config import Canary, Config, WhenFull, parts_of
+from gateway.config import Canary, Config, Target, WhenFull, parts_of
 from gateway.errors import NoReplicaError
 from gateway.identity import Caller
 from gateway.proxy.body import Body
@@ -21,6 +23,7 @@ from gateway.proxy.endpoints import Endpoint
 from gateway.routing.choices import Choices, Explanation, Reason
 from gateway.routing.hedging import Hedging, Kind
 from gateway.routing.ladders import Ladder, Ladders
+from gateway.routing.pace import Paces
 from gateway.routing.policies import PickQuery, RoundRobin
 from gateway.routing.pools import PROVIDER, Pool, Pools
 from gateway.routing.prefixes import Buffer
@@ -54,6 +57,7 @@ class _Plan(msgspec.Struct, frozen=True):
     canary: Canary | None = None
     simple: Route | None = None
     provider: Route | None = None
+    target: Target | None = None
 
 
 class Router:
@@ -66,6 +70,7 @@ class Router:
         pools: Pools,
         hedging: Hedging | None = None,
         missed: Callable[[str, str, str], None] = lambda role, model, variant: None,
+        paces: Paces | None = None,
     ) -> None:
         """``missed`` is told the role of a request whose pool could not take it, and the model and the
         variant that it should have had."""
@@ -73,6 +78,7 @@ class Router:
         self._config = config
         self._pools = pools
         self._hedging = hedging or Hedging()
+        self._paces = paces or Paces(time.monotonic)
         self._ladders = Ladders(config, cards)
         self._choices = Choices(config, self._ladders, pools.providers)
         self._plans: dict[tuple[str, str, tuple[str | None, tuple[str, ...]] | None], _Plan] = {}
@@ -88,6 +94,12 @@ class Router:
     def variants_of(self, model: str) -> Ladder:
         """Those that may serve a request which names ``model``, by whomever; none of a provider's."""
         return self._choices.variants_of(model)
+
+    def expected(self, role: str) -> dict[str, tuple[float | None, float | None]]:
+        """Variants of a role's ladder to the seconds until one more request would have its first token, and
+        all of its answer; None where nothing is known."""
+        pools = self._pools.by_variant
+        return {one: self._paces.expected(pools[one], role) for one in self._ladders.of_role(role)}
 
     def explain(self, caller: Caller, model: str) -> Explanation:
         """The decision with all that was considered. Raises as ``route`` does, but NoReplicaError."""
@@ -129,9 +141,17 @@ class Router:
         if canary is not None and _in_share(caller, canary.percent):
             above = self._ladders.above(ladder, canary.variant)
             ladder, reason = (canary.variant, *above), Reason.CANARY
+        order = ladder
+        if plan.target is not None and reason is not Reason.CANARY:
+            at = self._first_in_time(ladder, caller.role, plan.target)
+            if at:
+                order, reason = (*ladder[at:], *ladder[:at]), Reason.RAISED_TOO_SLOW
         adapter = model if model in self._config.adapters else ""
         query = PickQuery(caller.session, caller.cache_salt, _prompt(body, endpoint), adapter)
-        route = self._climb(caller, ladder, reason, query)
+        route = self._climb(caller, order, reason, query)
+        if order is not ladder:  # what is too slow is still better than nothing
+            reason = plan.reason if route.variant == ladder[0] else route.reason
+            route = msgspec.structs.replace(route, reason=reason, ladder=ladder)
         if not self._config.roles[caller.role].hedge:
             return route
         kind = (caller.role, route.variant, endpoint.path, bool(body.fields.stream))
@@ -155,10 +175,24 @@ class Router:
             or not self._choices.has(canary.variant, model)
         ):
             canary = None
+        target = role.target if reason is not Reason.EXPLICIT_VARIANT and len(ladder) > 1 else None
         simple = None
-        if canary is None and len(pool.replicas) == 1 and not role.hedge:
+        if canary is None and target is None and len(pool.replicas) == 1 and not role.hedge:
             simple = Route(caller.role, pool.variant, pool.replicas[0], reason, ladder=ladder)
-        return _Plan(pool, ladder, reason, canary, simple)
+        return _Plan(pool, ladder, reason, canary, simple, target=target)
+
+    def _first_in_time(self, ladder: Ladder, role: str, target: Target) -> int:
+        """The place of the first variant that is expected to answer within a target; 0 where none is, or
+        where nothing before it is slow but only down."""
+        slow = False
+        for place, variant in enumerate(ladder):
+            pool = self._pools.by_variant[variant]
+            if not pool.usable():
+                continue
+            if self._paces.in_time(pool, role, target):
+                return place if slow else 0
+            slow = True
+        return 0
 
     def another(self, route: Route, busy: Replica) -> Replica | None:
         """A second replica for a hedged request: of the same variant, and not full."""

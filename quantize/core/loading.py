@@ -11,15 +11,18 @@ if TYPE_CHECKING:
 
 
 def load_model(checkpoint: Checkpoint, dtype: torch.dtype, **more: Any) -> Any:
-    """The model of a checkpoint, with transformers' ``from_pretrained``; ``more`` is passed on to it.
+    """The model of a checkpoint by the class that holds its text part, for inference; ``more`` is for
+    transformers' ``from_pretrained``.
 
     Its name stays the checkpoint's directory, which libraries ask a model hub about when it is none.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     with own_files(checkpoint) as directory:
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            directory, dtype=dtype, local_files_only=True, **more
-        )
+        config = AutoConfig.from_pretrained(directory, local_files_only=True)
+        causal = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+        auto: Any = AutoModelForCausalLM if causal else AutoModelForImageTextToText
+        model: Any = auto.from_pretrained(directory, dtype=dtype, local_files_only=True, **more)
     model.name_or_path = model.config._name_or_path = str(checkpoint.path)
-    return model
+    return model.eval()

@@ -16,16 +16,13 @@ import io
 import json
 from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import aiohttp
 
 from quantize.evaluate.bounds import kl_bounds
 from quantize.evaluate.reference import Kept
 from quantize.evaluate.scores import Likeliest, Scored, from_rows
-
-if TYPE_CHECKING:
-    pass
 
 SCORE_ROUTE, GENERATE_ROUTE = "/tiercel/score", "/inference/v1/generate"
 TOPS_IN_JSON = (64, 20)
@@ -80,19 +77,21 @@ class EngineClient:
 
         ``template`` is for the chat template (vLLM's ``chat_template_kwargs``).
         """
-        body: dict[str, Any] = {
-            "messages": list(messages),
-            "max_tokens": max_tokens,
-            "temperature": 0,
-            "seed": 0,
-        }
+        body = _greedy(messages, max_tokens, template)
         if json_schema is not None:
             schema = {"name": "answer", "schema": dict(json_schema)}
             body["response_format"] = {"type": "json_schema", "json_schema": schema}
-        if template:
-            body["chat_template_kwargs"] = dict(template)
         reply = await self._post("/v1/chat/completions", body)
         return str(reply["choices"][0]["message"]["content"] or "")
+
+    async def written(
+        self, messages: Sequence[dict[str, str]], max_tokens: int, template: Mapping[str, Any] | None = None
+    ) -> tuple[str, list[int], bool]:
+        """The greedy answer, its tokens as they were written, and whether it ended by itself."""
+        body = {**_greedy(messages, max_tokens, template), "return_token_ids": True}
+        choice = (await self._post("/v1/chat/completions", body))["choices"][0]
+        tokens = [int(token) for token in choice.get("token_ids") or ()]
+        return str(choice["message"]["content"] or ""), tokens, choice.get("finish_reason") == "stop"
 
     async def write(self, tokens: Sequence[int], count: int) -> int:
         """Have ``count`` tokens written after a prompt of token ids, whatever they are; how many were."""
@@ -257,6 +256,13 @@ class EngineClient:
                 return await response.read()
         except (aiohttp.ClientError, TimeoutError) as error:
             raise EngineError(f"{url}: {type(error).__name__}: {error}") from None
+
+
+def _greedy(
+    messages: Sequence[dict[str, str]], max_tokens: int, template: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    body = {"messages": list(messages), "max_tokens": max_tokens, "temperature": 0, "seed": 0}
+    return {**body, "chat_template_kwargs": dict(template)} if template else body
 
 
 def _json(raw: bytes) -> dict[str, Any]:

@@ -6,15 +6,19 @@ is opened again. ``zcat`` reads it.
 
 from __future__ import annotations
 
+import asyncio
 import gzip
 import json
 import os
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 Entry = Mapping[str, Any]
+Job = Callable[[], Awaitable[Entry]]
+BATCH = 32
+"""Results that are written at once; so many may have to be asked again after a kill."""
 
 _GZIP = 16 + zlib.MAX_WBITS
 
@@ -57,3 +61,25 @@ class Journal:
             file.write(gzip.compress(text.encode(), compresslevel=1))
             file.flush()
             os.fsync(file.fileno())
+
+
+async def run_jobs(jobs: Sequence[Job], journal: Journal, advance: Callable[[], object]) -> list[Entry]:
+    """Results of all jobs, in the order in which they came; whatever happens, those are in the journal."""
+    entries: list[Entry] = []
+    written = 0
+
+    async def run(job: Job) -> None:
+        nonlocal written
+        entries.append(await job())
+        advance()
+        if len(entries) - written >= BATCH:
+            written, first = len(entries), written
+            journal.append(entries[first:])
+
+    try:
+        async with asyncio.TaskGroup() as group:
+            for job in jobs:
+                group.create_task(run(job))
+    finally:
+        journal.append(entries[written:])
+    return entries

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,22 +19,21 @@ from typing import Any
 from tqdm import tqdm
 
 from quantize.evaluate.client import TOPS_IN_JSON, EngineClient
-from quantize.evaluate.journal import Entry, Journal
+from quantize.evaluate.journal import Entry, Job, Journal, run_jobs
 from quantize.evaluate.reference import ReferenceFile, span_sha256
 from quantize.evaluate.scores import Scored
-from quantize.evaluate.tasks import Item, TaskError
+from quantize.evaluate.tasks import BEGINNING, Item, TaskError, by_first_role
 
 SCORED_TOKENS, SCORED_CONVERSATIONS = 1000, 80
 """Per role: tokens of right answers that are scored, spread over so many conversations: of answers that are
 longer than their part of it, a stretch is. All conversations of a long context are scored as they are."""
-QUESTIONS = 3
+OWN_TOKENS, OWN_CONVERSATIONS = 12_000, 256
+"""The same of the reference's own answers, by which alone such a role is judged: a conversation's share of
+first choices is known well enough from about 30 tokens on."""
+QUESTIONS = 4
 """Raised whenever the code asks something else of the same items; kept measurements are made anew."""
-BATCH = 32
-"""Results that are written at once; so many may have to be asked again after a kill."""
-
 Tasks = Mapping[str, Sequence[Item]]
 """Role name to its held-out items, of all suites."""
-Job = Callable[[], Awaitable[Entry]]
 
 
 @dataclass(frozen=True)
@@ -73,7 +72,8 @@ class Measurement:
 def tasks_sha256(tasks: Tasks) -> str:
     """Changes whenever an item, or what is measured on it, changes."""
     listing: dict[str, Any] = {role: [item.model_dump() for item in tasks[role]] for role in sorted(tasks)}
-    listing["settings"] = [QUESTIONS, SCORED_TOKENS, SCORED_CONVERSATIONS, *TOPS_IN_JSON]
+    amounts = (SCORED_TOKENS, SCORED_CONVERSATIONS, OWN_TOKENS, OWN_CONVERSATIONS, BEGINNING)
+    listing["settings"] = [QUESTIONS, *amounts, *TOPS_IN_JSON]
     return hashlib.sha256(json.dumps(listing, sort_keys=True).encode()).hexdigest()
 
 
@@ -117,6 +117,16 @@ def reference_path(journal: Journal) -> Path:
     return journal.path.with_name(journal.path.name + ".reference")
 
 
+def for_all_roles(measurement: Measurement, tasks: Tasks) -> Measurement:
+    """The same with what was asked once for several roles under each of them."""
+    first = by_first_role(tasks)
+    return replace(
+        measurement,
+        answers={role: measurement.answers[one] for role, one in first.items() if one in measurement.answers},
+        scored={role: measurement.scored[one] for role, one in first.items() if one in measurement.scored},
+    )
+
+
 async def measure(
     client: EngineClient,
     tasks: Tasks,
@@ -127,7 +137,8 @@ async def measure(
     reference: Path | None = None,
     backwards: bool = False,
 ) -> Measurement:
-    """Answer every item greedily and score right answers, with a progress bar; what is there is kept.
+    """Answer every item greedily and score right answers, with a progress bar; what is there is kept. What
+    roles have in common is asked for the first of them (:func:`for_all_roles`).
 
     Without ``reference`` this is the reference's own measurement, and what variants need of it is kept in
     :func:`reference_path`, which is a variant's ``reference``. ``backwards`` asks in the opposite order, so
@@ -137,6 +148,9 @@ async def measure(
     measurement = read_measurement(journal, reference)
     if measurement.done:
         return measurement
+    tasks = {role: tasks[role] for role in dict.fromkeys(by_first_role(tasks).values())}
+    if reference is None:
+        _take_own_answers(measurement, tasks, journal)
     kept = ReferenceFile(reference or reference_path(journal))
     places = [(role, index) for role, items in tasks.items() for index in range(len(items))]
     jobs: list[Job] = [
@@ -151,12 +165,25 @@ async def measure(
             if index not in measurement.scored.get(role, {}):
                 jobs.append(_scoring(client, role, index, tokens, start, kept, own=reference is None))
     with tqdm(total=len(jobs), desc=f"evaluate {name}", unit="item", mininterval=1) as bar:
-        for entry in await _run(jobs[::-1] if backwards else jobs, journal, bar.update):
+        for entry in await run_jobs(jobs[::-1] if backwards else jobs, journal, bar.update):
             measurement.add(entry)
     last = {"engine": {**engine, "vllm": await client.version()}}
     journal.append([last])
     measurement.add(last)
     return measurement
+
+
+def _take_own_answers(measurement: Measurement, tasks: Tasks, journal: Journal) -> None:
+    """Answers of the reference's first pass that are known: an item that was made of one."""
+    known: list[Entry] = [
+        {"role": role, "index": index, "answer": item.expected}
+        for role, items in tasks.items()
+        for index, item in enumerate(items)
+        if item.check == "reference" and index not in measurement.answers.get(role, {})
+    ]
+    journal.append(known)
+    for entry in known:
+        measurement.add(entry)
 
 
 def _refuse_other_tokens(kept: ReferenceFile, role: str, index: int, tokens: list[int], start: int) -> None:
@@ -171,28 +198,6 @@ def _refuse_other_tokens(kept: ReferenceFile, role: str, index: int, tokens: lis
             f"tasks of role {role}, item {index + 1}: the variant's tokenizer splits the right answer in "
             "another way than the reference's; make the variant from the reference's checkpoint"
         )
-
-
-async def _run(jobs: Sequence[Job], journal: Journal, advance: Callable[[], object]) -> list[Entry]:
-    """Results of all jobs; whatever happens, those that came are in the journal."""
-    entries: list[Entry] = []
-    written = 0
-
-    async def run(job: Job) -> None:
-        nonlocal written
-        entries.append(await job())
-        advance()
-        if len(entries) - written >= BATCH:
-            written, first = len(entries), written
-            journal.append(entries[first:])
-
-    try:
-        async with asyncio.TaskGroup() as group:
-            for job in jobs:
-                group.create_task(run(job))
-    finally:
-        journal.append(entries[written:])
-    return entries
 
 
 def _answering(client: EngineClient, item: Item, role: str, index: int) -> Job:
@@ -234,16 +239,21 @@ async def _chosen(client: EngineClient, items: Sequence[Item]) -> list[tuple[int
     async def conversation(index: int) -> tuple[int, list[int], int]:
         item = items[index]
         more = item.chat_template_kwargs
+        if item.expected_tokens:
+            prompt = await client.tokenize(item.messages, True, more)
+            return index, [*prompt, *item.expected_tokens], len(prompt)
         answered = [*item.messages, {"role": "assistant", "content": item.expected}]
         whole = await client.tokenize(answered, template=more)
         return index, whole, len(await client.tokenize(item.messages, True, more))
 
     task = [index for index, item in enumerate(items) if item.suite == "task"]
-    step = max(1.0, len(task) / SCORED_CONVERSATIONS)  # evenly, for items are often sorted
-    task = [task[int(number * step)] for number in range(min(len(task), SCORED_CONVERSATIONS))]
+    own = all(items[index].check == "reference" for index in task)
+    budget, count = (OWN_TOKENS, OWN_CONVERSATIONS) if own else (SCORED_TOKENS, SCORED_CONVERSATIONS)
+    step = max(1.0, len(task) / count)  # evenly, for items are often sorted
+    task = [task[int(number * step)] for number in range(min(len(task), count))]
     others = [index for index, item in enumerate(items) if item.suite != "task"]
     found = await asyncio.gather(*(conversation(index) for index in [*task, *others]))
-    most = _spread([len(tokens) - start for _, tokens, start in found[: len(task)]], SCORED_TOKENS)
+    most = _spread([len(tokens) - start for _, tokens, start in found[: len(task)]], budget)
     return [
         *(_stretch(index, tokens, start, most) for index, tokens, start in found[: len(task)]),
         *found[len(task) :],

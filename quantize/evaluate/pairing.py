@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from quantize.card import Evaluation, LongContext, NoiseFloor, Paired, RoleEvaluation, TextEvaluation
+from quantize.card import (
+    Evaluation,
+    Evidence,
+    LongContext,
+    NoiseFloor,
+    Paired,
+    RoleEvaluation,
+    TextEvaluation,
+)
 from quantize.evaluate.grounding import Grounding
 from quantize.evaluate.measure import Measurement, ScoredAnswer, Tasks, tasks_sha256
 from quantize.evaluate.statistics import compare_tokens
-from quantize.evaluate.tasks import Item, Suite, TaskError
+from quantize.evaluate.tasks import Item, Suite, TaskError, by_first_role
 from quantize.gate.evidence import ItemCounts
 from quantize.gate.paired import mcnemar_p
 
@@ -25,7 +33,7 @@ def compare(
     TaskError when the two were not asked the same.
     """
     roles = {role: _role(role, items, reference, variant, again) for role, items in tasks.items()}
-    pooled = [(role, items) for role, items in tasks.items()]
+    pooled = [(role, tasks[role]) for role in dict.fromkeys(by_first_role(tasks).values())]
     return Evaluation(
         roles=roles,
         text=_text(pooled, "task", reference, variant),
@@ -54,7 +62,14 @@ def count_items(items: Sequence[Item]) -> ItemCounts:
         grounded=sum(item.grounds is not None for item in task),
         structured=sum(item.json_schema is not None for item in task),
         long_context=len(items) - len(task),
+        evidence=_evidence(items),
     )
+
+
+def _evidence(items: Iterable[Item]) -> Evidence:
+    """What answers to a role's items are compared with: right ones as soon as any is labelled."""
+    alone = all(item.check == "reference" for item in items if item.suite == "task")
+    return "reference" if alone else "labels"
 
 
 def _role(
@@ -68,10 +83,15 @@ def _role(
     task, far = _suite(items, "task"), _suite(items, "long_context")
     if not task:
         raise TaskError(f"tasks of role {role}: no item outside of long_context; set roles.{role}.tasks")
-    right = _paired(task, before, after, Item.is_right)
+    evidence = _evidence(items)
+    # Without labels the first pass is what is right: what the reference keeps of it is its noise floor.
+    right = _paired(
+        task, (again or reference).answers[role] if evidence == "reference" else before, after, Item.is_right
+    )
     grounded, has = _grounded(task)
     structured = {index: item for index, item in task.items() if item.json_schema is not None}
     return RoleEvaluation(
+        evidence=evidence,
         items=right.items,
         correct=right.good,
         reference_correct=right.reference_good,

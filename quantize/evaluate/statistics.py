@@ -76,6 +76,7 @@ def compare_tokens(reference: Sequence[Scored], variant: Sequence[Scored]) -> Te
     above = [float(upper.sum()) for _, upper in kls]
     bounded = all(map(math.isfinite, above))
     kl_upper, kl_upper_se = clustered_mean(above, lengths) if bounded else (math.inf, math.inf)
+    others = np.array([np.mean(one.reference_top1 != one.top1) for one in variant])
     same = sum(np.count_nonzero(one.reference_top1 == one.top1) for one in variant)
     return TextEvaluation(
         tokens=count,
@@ -94,6 +95,8 @@ def compare_tokens(reference: Sequence[Scored], variant: Sequence[Scored]) -> Te
         kl_upper=kl_upper,
         kl_upper_se=kl_upper_se,
         top1_agreement=same / count,
+        other_choices=float(others.mean()),
+        other_choices_se=float(others.std(ddof=1)) / math.sqrt(clusters) if clusters > 1 else 0.0,
     )
 
 

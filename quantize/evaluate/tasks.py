@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from quantize.core.jsonl import read_lines
+from quantize.evaluate.schemas import is_valid, refuse_bad_schema
 
 Suite = Literal["task", "long_context"]
+BEGINNING = 16
+"""Characters of an answer that are compared with the reference's own. A greedy answer that has once chosen
+another word goes on otherwise, so whole answers tell little: of a model of 135 M parameters in 8 bits, which
+loses 0.026 nats a token, 39 % begin otherwise within 16 characters and 90 % differ at last; in 4 bits, which
+lose 0.21 and are visibly worse, 71 % and 98 %. The two are furthest apart where few tokens are compared."""
 
 
 class TaskError(ValueError):
@@ -21,14 +28,18 @@ class Item(BaseModel):
     """One item.
 
     ``exact`` compares the whole answer; ``contains`` asks for every string of ``facts``; ``json`` compares
-    the values of two JSON texts.
+    the values of two JSON texts. With ``reference`` nobody has said what is right: ``expected`` is the
+    reference's own answer, and another one is compared with its first :data:`BEGINNING` characters.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     messages: tuple[dict[str, str], ...] = Field(min_length=1)
     expected: str
-    check: Literal["exact", "contains", "json"] = "exact"
+    expected_tokens: tuple[int, ...] = Field(
+        default=(), description="of the expected answer as the engine wrote it; default: by the tokenizer"
+    )
+    check: Literal["exact", "contains", "json", "reference"] = "exact"
     facts: tuple[str, ...] = ()
     max_tokens: int = Field(default=256, ge=1)
     chat_template_kwargs: dict[str, Any] | None = Field(
@@ -49,14 +60,7 @@ class Item(BaseModel):
     @field_validator("json_schema")
     @classmethod
     def _is_a_schema(cls, schema: dict[str, Any] | None) -> dict[str, Any] | None:
-        if schema is not None:
-            from jsonschema import Draft202012Validator, SchemaError  # type: ignore[import-untyped]
-
-            try:
-                Draft202012Validator.check_schema(schema)
-            except SchemaError as error:
-                raise ValueError(f"is not a JSON schema: {error.message}") from None
-        return schema
+        return refuse_bad_schema(schema)
 
     @model_validator(mode="after")
     def _can_be_checked(self) -> Item:
@@ -70,6 +74,8 @@ class Item(BaseModel):
         return self
 
     def is_right(self, answer: str) -> bool:
+        if self.check == "reference":
+            return answer[:BEGINNING] == self.expected[:BEGINNING]
         if self.check == "exact":
             return answer.strip() == self.expected.strip()
         if self.check == "json":
@@ -82,13 +88,15 @@ class Item(BaseModel):
 
     def is_valid_json(self, answer: str) -> bool:
         """Whether the whole answer is JSON that matches ``json_schema``."""
-        from jsonschema import Draft202012Validator
+        return is_valid(answer, self.json_schema or {})
 
-        try:
-            value = json.loads(answer)
-        except ValueError:
-            return False
-        return bool(Draft202012Validator(self.json_schema or {}).is_valid(value))
+
+def by_first_role(tasks: Mapping[str, Sequence[Item]]) -> dict[str, str]:
+    """Role to the first role with the same items, itself or another: what is asked of both is asked once."""
+    return {
+        role: next(first for first, others in tasks.items() if others == items)
+        for role, items in tasks.items()
+    }
 
 
 def read_items(path: Path, role: str, suite: Suite = "task") -> list[Item]:

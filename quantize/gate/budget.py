@@ -1,10 +1,22 @@
-"""What a role tolerates."""
+"""What a role tolerates.
+
+Which limits hold depends on the evidence. Where a role has items with right answers, those that are set do.
+Where it has none, the reference's own answers to conversations take their place: :meth:`QualityBudget.by`.
+"""
 
 from __future__ import annotations
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from quantize.card import Evidence
+
 LEAST_REFERENCE_ACCURACY = 0.1
+FIRST_CHOICES = 0.88
+"""Default of ``min_first_choice_agreement`` where there are no labels."""
+CHANGED_ANSWERS = 0.6
+"""Default of ``max_changed_answers`` there."""
+LOST_JSON = 0.15
+"""Default of ``max_valid_json_drop`` there."""
 
 
 class QualityBudget(BaseModel):
@@ -34,6 +46,27 @@ class QualityBudget(BaseModel):
     min_valid_json: float | None = Field(
         default=None, ge=0, le=1, description="smallest share of answers that match their JSON schema"
     )
+    max_valid_json_drop: float | None = Field(
+        default=None,
+        ge=0,
+        le=1,
+        description="largest drop in the share of answers that match their JSON schema; without labels "
+        f"{LOST_JSON} by default, where the reference can do it",
+    )
+    min_first_choice_agreement: float | None = Field(
+        default=None,
+        ge=0,
+        lt=1,
+        description="smallest share of tokens at which the likeliest is the reference's likeliest; without "
+        f"labels {FIRST_CHOICES} by default, 0 switches it off",
+    )
+    max_changed_answers: float | None = Field(
+        default=None,
+        ge=0,
+        le=1,
+        description="largest share of answers that begin otherwise than the reference's, beyond those that "
+        f"change by themselves; without labels {CHANGED_ANSWERS} by default, 1 switches it off",
+    )
     max_long_context_loss: float | None = Field(
         default=None,
         ge=0,
@@ -49,8 +82,27 @@ class QualityBudget(BaseModel):
             self.max_kl,
             self.max_grounded_drop,
             self.min_valid_json,
+            self.max_valid_json_drop,
+            self.min_first_choice_agreement,
+            self.max_changed_answers,
             self.max_long_context_loss,
         )
         if all(limit is None for limit in limits):
             raise ValueError("no limit is set, so nothing could fail; set max_kl or max_accuracy_drop")
         return self
+
+    def by(self, evidence: Evidence) -> QualityBudget:
+        """The limits that hold with that evidence.
+
+        The reference's own answers are no right ones: ``max_accuracy_drop``, which has a default, does not
+        hold, and what compares an answer with the reference's holds by default.
+        """
+        if evidence == "labels":
+            return self
+        defaults = {
+            "min_first_choice_agreement": FIRST_CHOICES,
+            "max_changed_answers": CHANGED_ANSWERS,
+            "max_valid_json_drop": LOST_JSON,
+        }
+        missing = {name: value for name, value in defaults.items() if getattr(self, name) is None}
+        return self.model_copy(update={"max_accuracy_drop": None, **missing})

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from quantize.card import Evidence
 from quantize.gate.budget import QualityBudget
 from quantize.gate.family import holm
 from quantize.gate.limits import reference_floor
 from quantize.gate.means import LEAST_SEQUENCES
 from quantize.gate.paired import ALPHA, fewest_items, flips_p
 from quantize.gate.shares import fewest_answers, share_p
+from quantize.gate.unlabelled import choices_p, least_conversations
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,7 @@ class ItemCounts:
     grounded: int = 0
     structured: int = 0
     long_context: int = 0
+    evidence: Evidence = "labels"
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,9 @@ def hopeless(
     }
     gates = sum(roles.values())
     best = {
-        role: list(_best(items[role], budgets[role], ALPHA / gates)) for role, count in roles.items() if count
+        role: list(_best(items[role], budgets[role].by(items[role].evidence), ALPHA / gates))
+        for role, count in roles.items()
+        if count
     }
     family = {
         f"{number}/{role}": max(limit.p for limit in limits)
@@ -94,9 +99,21 @@ def _best(items: ItemCounts, budget: QualityBudget, level: float) -> Iterator[_B
     ):
         if least is not None:
             yield _Best(key, share_p(count, count, least), count, kind, fewest_answers(least, level))
+    yield from _best_of_unlabelled(items, budget, level)
     for key, limit, count, kind in (
         ("max_kl", budget.max_kl, items.task, "conversations"),
         ("max_long_context_loss", budget.max_long_context_loss, items.long_context, "long_context items"),
     ):
         if limit is not None:
             yield _Best(key, float(count < LEAST_SEQUENCES), count, kind, LEAST_SEQUENCES)
+
+
+def _best_of_unlabelled(items: ItemCounts, budget: QualityBudget, level: float) -> Iterator[_Best]:
+    """Of limits on answers that nobody has called right. Whether the reference writes JSON is not known."""
+    if agreement := budget.min_first_choice_agreement:
+        fewest = max(least_conversations(agreement), fewest_answers(agreement, level) or 0)
+        p = choices_p(0.0, 0.0, items.task, agreement)
+        yield _Best("min_first_choice_agreement", p, items.task, "conversations", fewest)
+    if (most := budget.max_changed_answers) is not None and most < 1:
+        p = flips_p(items.task, 0, 0, most) if items.task else 1.0
+        yield _Best("max_changed_answers", p, items.task, "conversations", fewest_items(most, level))

@@ -30,7 +30,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from quantize.card import Card, Outcome, Verdict
+from quantize.card import Card, Outcome, RoleEvaluation, Verdict
 from quantize.gate.across import across_tests
 from quantize.gate.budget import QualityBudget as QualityBudget
 from quantize.gate.family import holm
@@ -75,6 +75,8 @@ def judge_across(card: Card, role: str, budget: QualityBudget, first_model: str)
     family = {**card.evaluation.p_values, name: max(test.p for test in tests)}
     adjusted = holm(family)[name]
     reasons = [test.found for test in tests]
+    if (figures := card.evaluation.roles.get(role)) is not None:
+        reasons.append(f"judged by {evidence_text(figures)}")
     if any(test.beyond for test in tests):
         return Verdict(outcome=Outcome.FAILED, reasons=tuple(reasons))
     reasons += _correction(family[name], adjusted, len(family))
@@ -83,6 +85,13 @@ def judge_across(card: Card, role: str, budget: QualityBudget, first_model: str)
     level = ALPHA / len(family)  # the strictest step, so that it suffices whatever the others turn out
     reasons += [test.needed(level) for test in tests if test.p > level]
     return Verdict(outcome=Outcome.NOT_ENOUGH_EVIDENCE, reasons=tuple(reasons))
+
+
+def evidence_text(figures: RoleEvaluation) -> str:
+    """What answers were compared with."""
+    if figures.evidence == "reference":
+        return f"the reference's own answers to {figures.items} conversations"
+    return f"{figures.items} items with right answers"
 
 
 def _is_measure(card: Card, first_model: str) -> bool:

@@ -3,56 +3,55 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
 
 from quantize.card import Paired, RoleEvaluation, TextEvaluation
 from quantize.gate.budget import QualityBudget
+from quantize.gate.limit import LimitTest, decides, missing
 from quantize.gate.means import LEAST_SEQUENCES, ClusteredMean, mean_difference, positive_mean
 from quantize.gate.paired import ALPHA, POWER, drop_p, drop_upper_bound, items_that_decide, provable_drop
 from quantize.gate.shares import items_of_share, share_lower_bound, share_p
+from quantize.gate.unlabelled import unlabelled_tests
 
-
-@dataclass(frozen=True)
-class LimitTest:
-    """One limit: what was found, and how probable that is where the limit is broken."""
-
-    p: float
-    beyond: bool
-    """The point estimate breaks the limit."""
-    found: str
-    needed: Callable[[float], str]
-    """What would decide at a level of significance, in words."""
+__all__ = ["LimitTest", "limit_tests", "reference_floor", "useless_reference"]
 
 
 def limit_tests(figures: RoleEvaluation, budget: QualityBudget) -> list[LimitTest]:
-    """A test for every limit that ``budget`` sets. A limit whose figures are missing cannot pass."""
+    """A test for every limit that ``budget`` sets. A limit whose figures are missing cannot pass.
+
+    Without labels the limits are :meth:`QualityBudget.by`'s, and answers are the reference's own.
+    """
+    budget = budget.by(figures.evidence)
     tests: list[LimitTest] = []
     if budget.max_accuracy_drop is not None:
         noise = figures.noise.flips if figures.noise else 0
         beside = f" (the reference against itself: {noise} flips)" if noise else ""
         tests.append(_drop_test("accuracy drop", figures.task, budget.max_accuracy_drop, budget, beside))
     if budget.min_accuracy is not None:
-        tests.append(_share_test("accuracy", figures.task, budget.min_accuracy))
+        tests.append(
+            _share_test("accuracy", figures.task, budget.min_accuracy)
+            if figures.evidence == "labels"
+            else missing("accuracy", "min_accuracy", "tasks with right answers")
+        )
     if budget.max_kl is not None:
         tests.append(_kl_test(figures.text, budget.max_kl))
+    tests += unlabelled_tests(figures, budget)
     if budget.max_grounded_drop is not None:
         tests.append(
             _drop_test("drop of grounded answers", figures.grounded, budget.max_grounded_drop, budget)
             if figures.grounded
-            else _missing("grounded answers", "max_grounded_drop", "items with grounds")
+            else missing("grounded answers", "max_grounded_drop", "items with grounds")
         )
     if budget.min_valid_json is not None:
         tests.append(
             _share_test("valid JSON", figures.valid_json, budget.min_valid_json)
             if figures.valid_json
-            else _missing("valid JSON", "min_valid_json", "items with json_schema")
+            else missing("valid JSON", "min_valid_json", "items with json_schema")
         )
     if budget.max_long_context_loss is not None:
         tests.append(
             _loss_test(figures.long_context.text, budget.max_long_context_loss)
             if figures.long_context
-            else _missing("long context", "max_long_context_loss", "long_context items")
+            else missing("long context", "max_long_context_loss", "long_context items")
         )
     return tests
 
@@ -73,17 +72,6 @@ def useless_reference(paired: Paired, margin: float, budget: QualityBudget) -> s
         f"{paired.reference_good} of the reference's {paired.items} answers are good, which shows a share of "
         f"at least {least:.3f} with 95 % confidence, not more than {floor:.3f}"
     )
-
-
-def _missing(what: str, key: str, items: str) -> LimitTest:
-    fix = f"{key} needs {items}; give the role some, or leave it out"
-    return LimitTest(1.0, False, f"{what}: not measured", lambda _level: fix)
-
-
-def _decides(what: str, more: int | None, units: str = "items") -> str:
-    if more is None:
-        return f"the {what} is at its limit: more {units} would hardly help"
-    return f"about {more} {units} would decide the {what}"
 
 
 def _drop_test(
@@ -109,7 +97,7 @@ def _drop_test(
         drop_p(paired, margin),
         paired.drop > margin,
         found,
-        lambda level: _decides(what, items_that_decide(paired, margin, level)),
+        lambda level: decides(what, items_that_decide(paired, margin, level)),
     )
 
 
@@ -124,7 +112,7 @@ def _share_test(what: str, paired: Paired, least: float) -> LimitTest:
     def needed(level: float) -> str:
         if least >= 1:
             return f"no number of answers shows that none is ever bad; ask for less than 1 of the {what}"
-        return _decides(what, items_of_share(share, least, paired.items, level))
+        return decides(what, items_of_share(share, least, paired.items, level))
 
     return LimitTest(share_p(paired.good, paired.items, least), share < least, found, needed)
 
@@ -173,6 +161,6 @@ def _mean_test(
     )
 
     def needed(level: float) -> str:
-        return _decides(what, estimate.sequences_that_decide(limit, level), "conversations")
+        return decides(what, estimate.sequences_that_decide(limit, level), "conversations")
 
     return LimitTest(estimate.p(limit), beyond, found, needed)

@@ -1,9 +1,12 @@
-"""Calibration data: conversations, encoded as the model will see them."""
+"""Calibration data: conversations, encoded as the model will see them. Those of a file, or those that ship
+with the product, with the reference's own answers as far as it has given any."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,9 +14,15 @@ from quantize.card import Calibration
 from quantize.core.checkpoint import Checkpoint
 from quantize.core.files import sha256_of
 from quantize.core.jsonl import read_lines
-from quantize.core.tokenizer import load_tokenizer
+from quantize.core.tokenizer import encode_messages, load_tokenizer
 
-__all__ = ["CalibrationError", "CalibrationSet", "load_tokenizer", "read_calibration"]
+__all__ = [
+    "CalibrationError",
+    "CalibrationSet",
+    "calibration_of",
+    "load_tokenizer",
+    "read_calibration",
+]
 
 MIN_CALIBRATION_SAMPLES = 16
 TEMPLATE_MARK = re.compile(
@@ -37,13 +46,11 @@ class CalibrationSet:
     description: Calibration
 
 
-def read_calibration(path: Path | None, checkpoint: Checkpoint) -> CalibrationSet:
+def read_calibration(path: Path, checkpoint: Checkpoint) -> CalibrationSet:
     """Read conversations from JSON Lines ({"messages": [...]}) and encode them with the chat template.
 
     Raises CalibrationError when the file is missing, malformed or holds too few conversations.
     """
-    if path is None:
-        raise CalibrationError("calibration is not set; give a JSON Lines file of conversations in the YAML")
     try:
         lines = read_lines(path)
     except FileNotFoundError:
@@ -64,20 +71,41 @@ def read_calibration(path: Path | None, checkpoint: Checkpoint) -> CalibrationSe
         sequences.append(list(encoded["input_ids"])[:CALIBRATION_LENGTH])
         found = (TEMPLATE_MARK.search(str(message.get("content"))) for message in messages)
         marks += [mark[0] for mark in found if mark is not None][:1]
-    if len(sequences) < MIN_CALIBRATION_SAMPLES:
-        raise CalibrationError(
-            f"{path} has {len(sequences)} conversations; calibration needs {MIN_CALIBRATION_SAMPLES} or more"
-        )
+    _refuse_few(len(sequences), str(path))
     if len(marks) > len(sequences) / 2:
         raise CalibrationError(
             f"{path}: {len(marks)} of {len(sequences)} conversations hold a chat template's marks as text, "
             f"such as {marks[0]!r}; give roles and "
             "contents alone, the model's own template is put around them here"
         )
-    described = Calibration(
-        source=path.name,
-        sha256=sha256_of(path),
-        samples=len(sequences),
-        tokens=sum(len(sequence) for sequence in sequences),
+    return _described(sequences, path.name, sha256_of(path))
+
+
+def calibration_of(
+    conversations: Sequence[Sequence[dict[str, str]]], source: str, checkpoint: Checkpoint
+) -> CalibrationSet:
+    """The same of conversations that are at hand; ``source`` is what the card calls them.
+
+    Raises CalibrationError where they are too few, and CheckpointError where the chat template refuses one.
+    """
+    tokenizer = load_tokenizer(checkpoint.path)
+    _refuse_few(len(conversations), source)
+    sequences = [
+        encode_messages(tokenizer, messages, checkpoint.path)[:CALIBRATION_LENGTH]
+        for messages in conversations
+    ]
+    return _described(sequences, source, hashlib.sha256(json.dumps(sequences).encode()).hexdigest())
+
+
+def _refuse_few(count: int, source: str) -> None:
+    if count < MIN_CALIBRATION_SAMPLES:
+        raise CalibrationError(
+            f"{source} has {count} conversations; calibration needs {MIN_CALIBRATION_SAMPLES} or more"
+        )
+
+
+def _described(sequences: list[list[int]], source: str, sha256: str) -> CalibrationSet:
+    tokens = sum(len(sequence) for sequence in sequences)
+    return CalibrationSet(
+        sequences, Calibration(source=source, sha256=sha256, samples=len(sequences), tokens=tokens)
     )
-    return CalibrationSet(sequences, described)

@@ -217,14 +217,3 @@ def _experts_forward(experts: Any, names: Mapping[tuple[int, str], str], hook: I
         return out
 
     return forward
-
-
-def load_model(path: Any, dtype: torch.dtype, **more: Any) -> Any:
-    """The checkpoint in torch by the class that holds its text part; ``more`` is for ``from_pretrained``."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-    config = AutoConfig.from_pretrained(path, local_files_only=True)
-    causal = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    auto: Any = AutoModelForCausalLM if causal else AutoModelForImageTextToText
-    return auto.from_pretrained(path, dtype=dtype, local_files_only=True, **more).eval()

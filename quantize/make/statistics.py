@@ -45,9 +45,9 @@ class InputStatistics:
 class BlockStatistics:
     """By the name of a linear (the first of those that share inputs), and the block's |key| and |value|.
 
-    ``rows`` are sampled inputs (tokens, K), float32, and ``energy`` E[x²] (K,) of the same inputs over all
-    tokens but the first of a sequence. ``values`` are the largest of each channel, (heads of values, size of
-    a head).
+    ``rows`` are sampled inputs (tokens, K), float32, and ``energy`` E[x²] (K,) over all tokens but the first
+    of the sequences that they are of. ``values`` are the largest of each channel, (heads of values, size of a
+    head).
     """
 
     inputs: dict[str, InputStatistics]
@@ -104,16 +104,17 @@ def observe(
 
     wanted = {first_of(group, member.name): group for group in groups for member in group.members}
     kept: dict[str, dict[int, Tensor]] = {group.members[0].name: {} for group in sampled}
-    energies: dict[str, dict[int, Tensor]] = {name: {} for name in kept}
+    energies: dict[str, dict[int, tuple[Tensor, int]]] = {name: {} for name in kept}
     found: dict[str, InputStatistics] = {}
     lock, running = threading.Lock(), threading.local()
 
     def seen(name: str, x: Tensor) -> None:
         if name in kept and len(running.lines):
             kept[name][running.number] = x[running.lines, running.places].float()
-            later = running.real.clone()
-            later[:, 0] = False
-            energies[name][running.number] = x[later].float().square().mean(0)
+            # Of the sampled sequences alone, so that scales do not depend on what else the pass is for.
+            sampled = torch.zeros_like(running.real)
+            sampled[running.lines, 1:] = running.real[running.lines, 1:]
+            energies[name][running.number] = x[sampled].float().square().sum(0), int(sampled.sum())
         if name in wanted:
             rows = x[running.real] if x.ndim == 3 else x  # an expert's rows come without their places
             _add(found, lock, name, rows.float(), whole=wanted[name].name in full)
@@ -137,8 +138,16 @@ def observe(
         max(keys for keys, _ in largest),
         torch.stack([values for _, values in largest if values is not None]).amax(0),
         {name: torch.cat([mine[number] for number in sorted(mine)]) for name, mine in kept.items() if mine},
-        {name: torch.stack([m[n] for n in sorted(m)]).mean(0) for name, m in energies.items() if m},
+        {name: _mean(mine) for name, mine in energies.items() if mine},
     )
+
+
+def _mean(sums: Mapping[int, tuple[Tensor, int]]) -> Tensor:
+    """Of all tokens alike, whichever batch they were in."""
+    import torch
+
+    ordered = [sums[number] for number in sorted(sums)]
+    return torch.stack([found for found, _ in ordered]).sum(0) / sum(count for _, count in ordered)
 
 
 def _chosen(batch: Batch, places: Mapping[int, Sequence[int]]) -> tuple[list[int], list[int]]:

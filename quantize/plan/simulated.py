@@ -11,13 +11,13 @@ import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from quantize.core.checkpoint import own_files
 from quantize.core.dequantize import dequantized
+from quantize.core.loading import load_model
 from quantize.core.modules import Group, Modules
 from quantize.core.plan import Plan
 from quantize.core.schemes import Numbers, scheme
 from quantize.evaluate.bench import Span
-from quantize.make.linears import exchanged, find_linears, load_model, observing
+from quantize.make.linears import exchanged, find_linears, observing
 from quantize.make.parts import PartStore
 from quantize.make.smooth import unfolded
 
@@ -64,8 +64,7 @@ class SimulatedModel:
 
         self.parts, self.modules = parts, parts.modules
         self.spans = spans
-        with own_files(parts.checkpoint) as directory:
-            self.model: Any = load_model(directory, dtype or torch.float32)
+        self.model: Any = load_model(parts.checkpoint, dtype or torch.float32)
         for parameter in self.model.parameters():
             parameter.requires_grad_(False)
         self.places = find_linears(self.model, self.modules.linears)

@@ -159,7 +159,7 @@ def _largest_inputs(
     """Group name to the largest absolute inputs (channels,) before and after."""
     import torch
 
-    model = load_model(base, torch.float32).eval()
+    model = load_model(base, torch.float32)
     before = _pass_through(model, modules, sequences)
     parts = read_parts(directory)
     linears = {f"{m.name}.weight": (m.name, group.name) for group in modules for m in group.members}

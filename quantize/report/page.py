@@ -109,3 +109,8 @@ def verdict(outcome: Outcome) -> str:
     """An outcome as sign and words."""
     sign, words, _, _ = OUTCOMES[outcome]
     return f'<b class="{outcome}">{sign} {words}</b>'
+
+
+def section(title: str, text: str, body: str) -> str:
+    """A part of the page; ``text`` and ``body`` are HTML."""
+    return f"<section><h2>{escape(title)}</h2>\n<p>{text}</p>\n{body}\n</section>"

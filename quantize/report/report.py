@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from html import escape
@@ -12,9 +11,10 @@ from typing import Protocol
 
 from quantize.card import Card, Outcome
 from quantize.core.files import write_whole
-from quantize.report.distributions import OUTLIER, Distributions, GroupFigures
-from quantize.report.figures import activations_before_and_after, loss_against_bytes, weights_before_and_after
-from quantize.report.page import document, framed, row, table, verdict
+from quantize.report.distributions import Distributions
+from quantize.report.figures import loss_against_bytes
+from quantize.report.inside import SensitivityRow, before_and_after, heat_maps
+from quantize.report.page import document, framed, row, section, table, verdict
 from quantize.report.tables import (
     NOTHING,
     Point,
@@ -31,9 +31,6 @@ from quantize.report.tables import (
     served_text,
     state_text,
 )
-
-SHOWN_LAYERS = 3
-"""Layers whose distributions are drawn: first, middle and last; the table has all."""
 
 STYLE = """
 :root { --hot: #d55e00; --after: #0072b2; }
@@ -58,23 +55,6 @@ details { margin: 0 0 .8rem; } summary { cursor: pointer; padding: .4rem 0; font
 h3 { margin: 1rem 0 .5rem; }
 .broken { color: var(--bad); }
 """
-
-
-class SensitivityRow(Protocol):
-    """What one module group loses at one scheme; :class:`quantize.plan.sensitivity.Row` is one."""
-
-    @property
-    def group(self) -> str: ...
-    @property
-    def kind(self) -> str: ...
-    @property
-    def layer(self) -> int: ...
-    @property
-    def scheme(self) -> str: ...
-    @property
-    def kl(self) -> float | None: ...
-    @property
-    def fisher(self) -> float | None: ...
 
 
 class ComparedRow(Protocol):
@@ -140,18 +120,14 @@ def render_report(report: Report) -> str:
         _variants(report),
         _gates(report),
         _plans(report),
-        _heat_maps(report),
-        *(_distributions(figures) for figures in report.distributions.values()),
+        heat_maps(report.sensitivity),
+        *(before_and_after(figures) for figures in report.distributions.values()),
         _circumstances(report),
         "<footer>KL is the mean Kullback-Leibler divergence of a variant's next-token distribution from the "
         "reference's, in nats per token, on the same tokens, through the engine that serves. Intervals hold "
         "95 % of the time. MB are millions of bytes.</footer>",
     ]
     return document(f"Tiercel: variants of {report.model}", "\n".join(filter(None, sections)), STYLE)
-
-
-def _section(title: str, text: str, body: str) -> str:
-    return f"<section><h2>{escape(title)}</h2>\n<p>{text}</p>\n{body}\n</section>"
 
 
 def _reference(report: Report) -> Card | None:
@@ -191,7 +167,7 @@ def _front(report: Report) -> str:
     text = "Dots are variants. The line is the Pareto front: no measured point is better in both."
     if any(point.low is not None for point in measured):
         text += " Bars are 95 % confidence intervals."
-    return _section("Loss against bytes", text, drawn + _points(measured))
+    return section("Loss against bytes", text, drawn + _points(measured))
 
 
 def _loss_figure(
@@ -230,7 +206,7 @@ def _controls(report: Report) -> str:
         f"Open diamonds are plans of at most the same bytes that were made without a planner. Measured on "
         f"{found.conversations} {escape(found.measured_on)}; other figures on this page are of other tokens."
     )
-    return _section(f"{found.variant} and its controls", text, _loss_figure(measured) + table(rows))
+    return section(f"{found.variant} and its controls", text, _loss_figure(measured) + table(rows))
 
 
 def _points(measured: Sequence[Point]) -> str:
@@ -281,7 +257,7 @@ def _variants(report: Report) -> str:
                 state_text(card) + made_elsewhere,
             ]
         )
-    return _section("Variants", "Bits are per weight of the linear modules, scales included.", table(rows))
+    return section("Variants", "Bits are per weight of the linear modules, scales included.", table(rows))
 
 
 def _gates(report: Report) -> str:
@@ -307,7 +283,7 @@ def _gates(report: Report) -> str:
     if not lines:
         return ""
     text = "On held-out items, paired with the reference's answers to the same items."
-    return _section("Gates: which role a variant may serve", text, framed(heads, lines))
+    return section("Gates: which role a variant may serve", text, framed(heads, lines))
 
 
 def _plans(report: Report) -> str:
@@ -318,107 +294,7 @@ def _plans(report: Report) -> str:
     names = dict.fromkeys(name for card in mixed for name in card.schemes)
     rows += [[name, *(card.schemes.get(name, "bf16") for card in mixed)] for name in names]
     body = f"<details><summary>{len(rows) - 1} module groups</summary>{table(rows)}</details>"
-    return _section("Plans", "The scheme of every module group in variants that mix schemes.", body)
-
-
-def _heat_maps(report: Report) -> str:
-    found: dict[str, dict[tuple[int, str], float]] = {}
-    by_kl = any(one.kl is not None for one in report.sensitivity)
-    for one in report.sensitivity:
-        loss = getattr(one, "loss", one.kl) if by_kl else one.fisher
-        if loss is not None:
-            cells = found.setdefault(one.scheme, {})
-            cells[one.layer, one.kind] = min(loss, cells.get((one.layer, one.kind), math.inf))
-    if not found:
-        return ""
-    values = [value for cells in found.values() for value in cells.values() if value > 0]
-    low, high = min(values, default=1.0), max(values, default=1.0)
-    body = "\n".join(_heat_map(name, cells, low, high) for name, cells in found.items())
-    what = "Mean KL" if by_kl else "Second-order estimate of the mean KL"
-    text = (
-        f"{what}, in thousandths of a nat, when one module group alone is quantized; "
-        "by the best method where several were tried."
-    )
-    return _section("Sensitivity", text, f'<div class="heats">{body}</div>')
-
-
-def _heat_map(scheme: str, cells: Mapping[tuple[int, str], float], low: float, high: float) -> str:
-    """A scheme: layers down, kinds of module across; the colour is logarithmic over all schemes."""
-    kinds = list(dict.fromkeys(kind for _, kind in cells))
-    lines = []
-    for layer in sorted({layer for layer, _ in cells}):
-        line = f'<tr><th scope="row">layer {layer}</th>'
-        for kind in kinds:
-            value = cells.get((layer, kind))
-            line += "<td></td>" if value is None else _heat_cell(value, low, high)
-        lines.append(line + "</tr>")
-    heads = "".join(f'<th scope="col">{escape(_short(kind))}</th>' for kind in kinds)
-    return (
-        f'<div class="scroll"><table class="heat"><caption>{escape(scheme)}</caption>'
-        f'<thead><tr><th scope="col"><span hidden>layer</span></th>{heads}</tr></thead>'
-        f"<tbody>{''.join(lines)}</tbody></table></div>"
-    )
-
-
-def _short(kind: str) -> str:
-    return kind.rpartition(".")[2].removesuffix("_proj")
-
-
-def _heat_cell(value: float, low: float, high: float) -> str:
-    share = math.log(max(value, low) / low) / (math.log(high / low) or 1)
-    colour = f"color-mix(in srgb, var(--hot) {5 + 60 * share:.0f}%, var(--card))"
-    return f'<td style="background:{colour}">{1000 * value:.3g}</td>'
-
-
-def _distributions(figures: Distributions) -> str:
-    layers = sorted({group.layer for group in figures.groups})
-    places = {0, len(layers) // 2, len(layers) - 1}
-    shown = [group for group in figures.groups if group.layer in {layers[place] for place in places}]
-    weights = _small((group, weights_before_and_after(group.weights, _name(group))) for group in shown)
-    body = "<h3>Weights</h3>" + weights
-    seen = [(group, group.activations) for group in shown if group.activations]
-    if seen:
-        body += f"<h3>Activations: largest input of every channel, {figures.tokens:,} tokens</h3>"
-        body += _small((group, activations_before_and_after(found, _name(group))) for group, found in seen)
-    body += (
-        f"<details><summary>All {len(figures.groups)} module groups</summary>{_figures(figures)}</details>"
-    )
-    text = (
-        "The base model in grey, the variant in blue; "
-        f"axes are logarithmic. Drawn: layers {', '.join(str(layers[place]) for place in sorted(places))}."
-    )
-    return _section(f"Before and after: {figures.variant}", text, body)
-
-
-def _name(group: GroupFigures) -> str:
-    return f"layer {group.layer} {_short(group.kind)}"
-
-
-def _small(drawings: Iterable[tuple[GroupFigures, str]]) -> str:
-    body = "".join(
-        f"<figure>{drawing}<figcaption>{escape(_name(group))} · {escape(group.scheme)}</figcaption></figure>"
-        for group, drawing in drawings
-        if drawing
-    )
-    return f'<div class="small">{body}</div>'
-
-
-def _figures(figures: Distributions) -> str:
-    heads = ["module group", "scheme", "relative error", "largest weight"]
-    rows = [[*heads, "largest input", "outlier channels", "which"]]
-    for group in figures.groups:
-        line = [group.group, group.scheme, f"{100 * group.weights.relative_error:.2f} %"]
-        line.append(f"{group.weights.largest:.3g}")
-        found = group.activations
-        if found is None:
-            line += [NOTHING] * 3
-        else:
-            line.append(f"{found.before[0]:.3g} → {found.after[0]:.3g}")
-            line.append(f"{found.outlier_count_before} → {found.outlier_count_after}")
-            line.append(", ".join(map(str, found.outliers_before)) or NOTHING)
-        rows.append(line)
-    note = f"<p>An outlier channel's largest input is more than {OUTLIER:g} times the median channel's.</p>"
-    return note + table(rows)
+    return section("Plans", "The scheme of every module group in variants that mix schemes.", body)
 
 
 def _circumstances(report: Report) -> str:
@@ -444,4 +320,4 @@ def _circumstances(report: Report) -> str:
         for note in (*card.doubts, *card.notes)
     )
     body = table(rows) + (f"<ul>{notes}</ul>" if notes else "")
-    return _section("What was measured where", "Kernels differ between processors and settings.", body)
+    return section("What was measured where", "Kernels differ between processors and settings.", body)

@@ -76,13 +76,18 @@ def mean_kl_text(card: Card) -> str:
     return f"{least}{kl_text(text.kl_mean)}{between}"
 
 
+AS_REFERENCE = "as the reference"
+"""What stands for 'right' where nobody has said what is: an answer that begins as the reference's own."""
+
+
 def accuracy_text(card: Card, role: str) -> str:
     """Accuracy on the role's held-out items with its 95 % interval (Wilson)."""
     figures = card.evaluation.roles.get(role) if card.evaluation else None
     if figures is None:
         return NOTHING
     low, high = wilson_interval(figures.correct, figures.items)
-    return f"{100 * figures.accuracy:.1f} % ({100 * low:.1f} to {100 * high:.1f})"
+    share = f"{100 * figures.accuracy:.1f} % ({100 * low:.1f} to {100 * high:.1f})"
+    return share if figures.evidence == "labels" else f"{share} {AS_REFERENCE}"
 
 
 def drop_text(card: Card, role: str) -> str:
@@ -159,7 +164,8 @@ def _verdict(verdict: Verdict | None) -> str:
 def verdict_text(card: Card, role: str) -> str:
     """The verdict and the accuracy that it rests on; of the reference the accuracy alone."""
     figures = card.evaluation.roles.get(role) if card.evaluation else None
-    right = f"{100 * figures.accuracy:.1f} % right" if figures else ""
+    word = "right" if figures is None or figures.evidence == "labels" else AS_REFERENCE
+    right = f"{100 * figures.accuracy:.1f} % {word}" if figures else ""
     if card.variant == card.reference:
         return right or NOTHING
     return ", ".join(filter(None, (_verdict(card.gate.get(role)), right)))
@@ -267,7 +273,8 @@ def right_text(card: Card, role: str) -> str:
     figures = card.evaluation.roles.get(role) if card.evaluation else None
     if figures is None:
         return ""
-    own = f"right: {figures.correct} of {figures.items}, {accuracy_text(card, role)}"
+    word = "right" if figures.evidence == "labels" else "begin as the reference's"
+    own = f"{word}: {figures.correct} of {figures.items}, {accuracy_text(card, role)}"
     if card.variant == card.reference:
         return own
     theirs = figures.reference_correct

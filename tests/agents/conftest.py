@@ -76,7 +76,7 @@ class FakeGateway:
     async def _answer(self, request: web.Request, seen: Seen) -> web.StreamResponse:
         told = {
             "x-request-id": f"req-{len(self.seen)}",
-            "x-tiercel-variant": self.variant.get(seen.agent, "bf16"),
+            "x-tiercel-variant": self.variant.get(seen.agent, "assistant:bf16"),
             "x-tiercel-replica": "r0",
             "x-tiercel-route-reason": f"cheapest that passed for {seen.agent}",
         }

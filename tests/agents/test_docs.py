@@ -34,7 +34,7 @@ async def test_the_code_runs(gateway: Any) -> None:
         async for _ in runner.run_async(user_id="u", session_id=session.id, new_message=message):
             pass
     (call,) = names["calls"]
-    assert (call.agent, call.variant, call.error) == ("intent_classifier", "bf16", None)
+    assert (call.agent, call.variant, call.error) == ("intent_classifier", "assistant:bf16", None)
 
 
 def test_the_roles_are_valid() -> None:

@@ -60,7 +60,12 @@ async def test_a_plain_litellm_agent_carries_its_identity_to_the_gateway(gateway
         assert headers["baggage"] == "gen_ai.agent.name=triage"
     await close_connections()
     (call,) = calls
-    assert (call.agent, call.variant, call.replica, call.completion_tokens) == ("triage", "bf16", "r0", 2)
+    assert (call.agent, call.variant, call.replica, call.completion_tokens) == (
+        "triage",
+        "assistant:bf16",
+        "r0",
+        2,
+    )
     assert call.ttft_s is None, "the answer was not streamed"
 
 

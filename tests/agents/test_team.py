@@ -72,7 +72,11 @@ async def test_a_result_has_text_timing_tokens_and_the_variant_that_served(gatew
         SUMMARIZER: ["Ana"] * 5,
         CORE: ["The", " end."],
     }
-    gateway.variant = {INTENT_CLASSIFIER: "int4-kv8", SUMMARIZER: "int8", CORE: "bf16"}
+    gateway.variant = {
+        INTENT_CLASSIFIER: "assistant:int4-kv8",
+        SUMMARIZER: "assistant:int8",
+        CORE: "assistant:bf16",
+    }
     gateway.delay_s = 0.02
     (result,) = await run_team([ticket(1)], gateway.url + "/v1/", "assistant")
     assert result.errors == ()
@@ -117,7 +121,7 @@ async def test_a_stream_that_breaks_off_is_an_error(gateway: Any) -> None:
     gateway.break_stream = lambda seen: seen.agent == CORE
     (result,) = await run_team([ticket(1)], gateway.url, "assistant")
     assert result.errors == ("t1: core: the replica died",)
-    assert result.roles[CORE].variant == "bf16"
+    assert result.roles[CORE].variant == "assistant:bf16"
     assert result.roles[SUMMARIZER].error is None
 
 

@@ -93,7 +93,7 @@ def test_model_without_tokenizer(capsys, write_config, tmp_path: Path) -> None:
 
 def test_unknown_variant(capsys, write_config) -> None:
     error = run(capsys, "quantize", "--config", str(write_config()), "int3")
-    assert "unknown variant 'int3'; known: bf16, int8, int4, int4-kv8" in error
+    assert "unknown variant 'int3'; known: bf16, int8, fp8, int4, int4-kv8" in error
 
 
 def test_up_before_quantize(capsys, write_config) -> None:

@@ -33,7 +33,8 @@ LISTING = {
     "watch show",
     "status",
     "doctor",
-    "fleet",
+    "fleet show",
+    "fleet plan",
 }
 
 

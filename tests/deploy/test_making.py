@@ -98,9 +98,7 @@ def test_what_the_target_refuses_is_left_out_and_the_rest_is_made(
         make_plans(model, {"int4": plans["int4"]}, avx2, said.append)
 
 
-def test_eight_bits_are_smoothed_where_there_is_calibration(
-    model: ModelConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_eight_bits_are_smoothed(model: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: dict[str, str] = {}
 
     def plans(_model: ModelConfig, plans: dict[str, Plan], *_: object) -> list[Card]:
@@ -108,14 +106,8 @@ def test_eight_bits_are_smoothed_where_there_is_calibration(
         return []
 
     monkeypatch.setattr("deploy.making.make_plans", plans)
-    said: list[str] = []
-    make_variants(model, ["bf16", "int8"], said.append, "vllm-cpu-vnni")
-    assert seen == {"int8": "rtn"}
-    assert said[0].startswith("int8 is made by rtn, for calibration is not set")
-    calibrated = replace(model, calibration=ROOT / "deploy/assistant/data/calibration.jsonl")
-    make_variants(calibrated, ["int8", "int4"], said.append, "vllm-cpu-vnni")
+    make_variants(model, ["bf16", "int8", "int4"], lambda _: None, "vllm-cpu-vnni")
     assert seen == {"int8": "smooth+rtn", "int4": "imatrix+gptq"}
-    assert len(said) == 1
 
 
 def test_the_demo_goes_on_with_what_was_made(config: Config, model: ModelConfig, tmp_path: Path) -> None:

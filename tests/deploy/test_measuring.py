@@ -18,7 +18,8 @@ import deploy.measuring as module
 from deploy.commands.errors import chief
 from deploy.engine import EngineSpec
 from deploy.engine_failures import EngineLoadError, EngineRoomError
-from deploy.measuring import evaluate_variants, identity, unless_broken
+from deploy.identity import identity
+from deploy.measuring import evaluate_variants, unless_broken
 from deploy.models import one_model, registry_of
 from deploy.placement import Machine
 from gateway.config import ModelConfig, load_config

@@ -16,7 +16,7 @@ import yaml
 
 from agents.prompts import SYSTEM_PROMPTS
 from deploy.engine import free_port
-from gateway.config import Config, load_config
+from gateway.config import Config, ModelConfig, load_config
 from quantize.card import Card, read_card, variant_directory
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -64,11 +64,15 @@ def extraction_items() -> list[dict[str, object]]:
 
 @dataclass(frozen=True)
 class Stack:
-    """A running stack and what its cards say."""
+    """A running stack, and what its model's cards say, by the variant's own name."""
 
     config: Config
     cards: dict[str, Card]
     log: Path
+
+    @property
+    def model(self) -> ModelConfig:
+        return self.config.of("assistant")
 
     @property
     def url(self) -> str:
@@ -109,8 +113,9 @@ def _no_more_than_three_engines(request: pytest.FixtureRequest) -> None:
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     directory = tmp_path_factory.mktemp("stack")
     settings = yaml.safe_load((ROOT / "tiercel.yaml").read_text(encoding="utf-8"))
-    settings["model"]["path"] = str(ROOT / "deploy/assistant/model")
-    settings["calibration"] = str(ROOT / "deploy/assistant/data/calibration.jsonl")
+    model = settings["models"]["assistant"]
+    model["path"] = str(ROOT / "deploy/assistant/model")
+    model["calibration"] = str(ROOT / "deploy/assistant/data/calibration.jsonl")
     # Made once per checkout: a variant is kept while everything that it is made from is the same.
     settings["variants_dir"] = str(ROOT / "var/e2e-variants")
     settings["roles"]["core"]["long_context"] = str(ROOT / "deploy/assistant/data/long_context.jsonl")
@@ -139,7 +144,7 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     subprocess.run([*tiercel, "quantize", "--config", str(path)], check=True, timeout=1200)
     config = load_config(path)
     cards = {
-        name: read_card(variant_directory(config.variants_dir, name))
+        name: read_card(variant_directory(config.of("assistant").variants_dir, name))
         for name in ("bf16", "int8", "int4", "int4-kv8")
     }
     log = directory / "up.log"

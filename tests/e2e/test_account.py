@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 
+import aiohttp
 import pytest
 
-from deploy.engine import EngineSpec, free_port, running
+from deploy.engine import EngineProcess, EngineSpec, free_port, running
 from deploy.engine_account import ServedOtherwiseError, checked_account, refuse_otherwise
+from deploy.models import one_model
 from gateway.config import load_config
 from quantize.core.checkpoint import open_checkpoint
 from quantize.core.modules import read_modules
@@ -18,15 +21,14 @@ from tests.e2e.conftest import Stack
 
 @pytest.mark.engine
 async def test_whole_weights_under_a_4_bit_card_are_caught(tmp_path: Path) -> None:
-    config = load_config(ROOT / "tiercel.yaml")
-    registry = Registry(tmp_path, config.model.name, config.reference)
-    checkpoint = open_checkpoint(config.model.path)
+    model = one_model(load_config(ROOT / "tiercel.yaml"))
+    registry = Registry(tmp_path, model.name, model.reference)
+    checkpoint = open_checkpoint(model.path)
     card = registry.add_reference(checkpoint)
-    spec = EngineSpec(
-        card, registry.path("bf16"), "127.0.0.1", free_port("127.0.0.1"), tmp_path / "engine.log"
-    )
+    port = free_port(model.engine.host)
+    spec = EngineSpec(card, registry.path("bf16"), model.engine, port, tmp_path / "engine.log")
     modules = read_modules(checkpoint)
-    async with running(spec, config.engine, print) as engine:
+    async with running(spec, print) as engine:
         account = await refuse_otherwise(engine)
         assert account is not None
         (kernel,) = account.kernels.values()
@@ -42,6 +44,26 @@ async def test_whole_weights_under_a_4_bit_card_are_caught(tmp_path: Path) -> No
             await checked_account(wrong, spec.url)
         with pytest.raises(ServedOtherwiseError, match="the KV cache is bfloat16, the card says fp8"):
             await checked_account(card.model_copy(update={"kv": "fp8"}), spec.url)
+        await refuse_cutting(engine)
+
+
+async def refuse_cutting(engine: EngineProcess) -> None:
+    """An engine that is drained says so to who asks after its health, and finishes what it has begun."""
+    body = {"model": "assistant", "prompt": "go on", "max_tokens": 60, "ignore_eos": True}
+    async with aiohttp.ClientSession() as http:
+        async with http.get(engine.spec.url + "/health") as healthy:
+            assert healthy.status == 200
+        begun = asyncio.create_task(http.post(engine.spec.url + "/v1/completions", json=body))
+        async with asyncio.timeout(60):
+            while await engine.until_idle(0.01):
+                await asyncio.sleep(0.01)
+        assert await engine.drain()
+        async with http.get(engine.spec.url + "/health") as draining:
+            assert draining.status == 503
+        assert await engine.until_idle(60)
+        async with await begun as answer:
+            assert answer.status == 200
+            assert (await answer.json())["usage"]["completion_tokens"] == 60
 
 
 @pytest.mark.engine

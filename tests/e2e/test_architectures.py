@@ -23,13 +23,14 @@ from quantize.check import check_report
 from quantize.core.checkpoint import Checkpoint, CheckpointError, open_checkpoint
 from quantize.core.dequantize import dequantized, read_tensor
 from quantize.core.legality import Target
+from quantize.core.loading import load_model
 from quantize.core.modules import Modules, read_modules
 from quantize.core.plan import Plan
 from quantize.core.schemes import scheme
 from quantize.core.targets import TARGETS, detect_cpu
 from quantize.core.tensors import read_parts
 from quantize.evaluate.bench import Bench, Span
-from quantize.make.linears import exchanged, find_linears, load_model, observing
+from quantize.make.linears import exchanged, find_linears, observing
 from quantize.make.variant import compress
 from quantize.plan.simulated import round_inputs
 from tests.e2e.test_matrix import random_tokens
@@ -228,7 +229,7 @@ def in_torch(made: Made, plan: Plan | None, variant: Path, modules: Modules) -> 
     import torch
 
     dtype = torch.float16 if made.checkpoint.serving_dtype == "F16" else torch.bfloat16
-    model, stored, rows = load_model(made.path, dtype), read_parts(variant), []
+    model, stored, rows = load_model(made.checkpoint, dtype), read_parts(variant), []
     schemes = {m.name: scheme(plan.groups[g.name]) for g in modules for m in g.members} if plan else {}
     weights = {
         name: dequantized(stored, name, how).to(model.dtype) for name, how in schemes.items() if how.weights

@@ -84,11 +84,11 @@ def urls(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Urls]:
         extra_args=flags,
     )
     card = demo_card()
-    place = directory / "variants/bf16" / card.version
+    place = directory / "variants/assistant/bf16" / card.version
     place.mkdir(parents=True)
     write_card(card, place)
     point(place.parent / "current", card.version)
-    spec = EngineSpec(card, MODEL, "127.0.0.1", free_port("127.0.0.1"), directory / "engine.log")
+    spec = EngineSpec(card, MODEL, settings, free_port(settings.host), directory / "engine.log")
     with contextlib.ExitStack() as exits:
 
         def run(arguments: list[str], log: Path, ready: str, **options: Any) -> None:
@@ -99,15 +99,14 @@ def urls(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Urls]:
             exits.callback(process.terminate)
             wait_for(ready, process, log)
 
-        run(command(spec, settings), spec.log, f"{spec.url}/health", env=environment(spec, settings))
+        run(command(spec), spec.log, f"{spec.url}/health", env=environment(spec))
         gateways = []
         for rate in (0.0, 1.0):
             port = free_port("127.0.0.1")
             config = {
-                "model": {"name": card.model, "path": str(MODEL)},
+                "models": {card.model: {"path": str(MODEL), "serve": ["bf16"]}},
                 "variants_dir": str(directory / "variants"),
                 "run_dir": str(directory / f"run-{port}"),
-                "serve": ["bf16"],
                 "roles": {"core": {}},
                 "default_role": "core",
                 "pools": {"bf16": [spec.url]},

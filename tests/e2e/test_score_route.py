@@ -14,6 +14,7 @@ import pytest
 from numpy.typing import NDArray
 
 from deploy.engine import EngineSpec, free_port, running
+from deploy.models import one_model
 from gateway.config import load_config
 from quantize.core.checkpoint import open_checkpoint
 from quantize.evaluate.bench import Bench, BenchError
@@ -32,14 +33,14 @@ SMALL_CHUNK = "64"
 
 @pytest.fixture
 async def client(tmp_path: Path) -> AsyncIterator[EngineClient]:
-    config = load_config(ROOT / "tiercel.yaml")
+    model = one_model(load_config(ROOT / "tiercel.yaml"))
     more = ["--max-num-batched-tokens", SMALL_CHUNK, "--enable-prefix-caching"]
-    settings = config.engine.model_copy(update={"extra_args": [*config.engine.extra_args, *more]})
-    registry = Registry(tmp_path, config.model.name, config.reference)
-    card = registry.add_reference(open_checkpoint(config.model.path))
+    settings = model.engine.model_copy(update={"extra_args": [*model.engine.extra_args, *more]})
+    registry = Registry(tmp_path, model.name, model.reference)
+    card = registry.add_reference(open_checkpoint(model.path))
     port = free_port("127.0.0.1")
-    spec = EngineSpec(card, registry.path("bf16", card.version), "127.0.0.1", port, tmp_path / "engine.log")
-    async with running(spec, settings, print), EngineClient(spec.url, card.model) as opened:
+    spec = EngineSpec(card, registry.path("bf16", card.version), settings, port, tmp_path / "engine.log")
+    async with running(spec, print), EngineClient(spec.url, card.model) as opened:
         yield opened
 
 

@@ -20,7 +20,7 @@ from tests.e2e.conftest import CLINC150, ROOT, Stack, clinc150_items
 
 pytestmark = pytest.mark.engine
 
-QUANTIZED = {"int8", "int4-kv8"}
+REFERENCE, QUANTIZED = "assistant:bf16", {"assistant:int8", "assistant:int4-kv8"}
 
 
 def ask(role: str, user: str, **more: object) -> dict[str, object]:
@@ -54,7 +54,7 @@ async def until_idle(http: aiohttp.ClientSession, engine: str, seconds: float = 
 def test_cards_say_what_each_variant_lost(stack: Stack) -> None:
     cards = stack.cards
     for name, card in cards.items():
-        verify_files(card, variant_directory(stack.config.variants_dir, name))
+        verify_files(card, variant_directory(stack.model.variants_dir, name))
         assert card.evaluation is not None
         assert set(card.gate) == set(stack.config.roles)
     kl = {name: card.evaluation.text.kl_mean for name, card in cards.items() if card.evaluation}
@@ -95,14 +95,14 @@ async def test_roles_land_on_their_precision(stack: Stack, http: aiohttp.ClientS
             assert response.status == 200, await response.text()
             variant = response.headers["x-tiercel-variant"]
             text = await response.text()
-        assert variant in (QUANTIZED if role != "core" else {"bf16"}), role
+        assert variant in (QUANTIZED if role != "core" else {REFERENCE}), role
         assert "logprobs" not in text or '"logprobs":null' in text.replace(" ", "")
 
 
 async def test_an_engine_wakes_up_for_every_message(stack: Stack, http: aiohttp.ClientSession) -> None:
     """A wake-up that is lost costs 5 s (``deploy/engine_site/serve_vllm.py``); answers without
     log-probabilities come so fast that it was lost often."""
-    (engine,) = stack.config.replicas("int8")
+    (engine,) = stack.config.replicas("assistant:int8")
     record = make_record(HELD_OUT_SEED + 9)
     for _ in range(30):
         began = time.monotonic()
@@ -150,7 +150,7 @@ async def test_disconnect_frees_the_engine(
     """Mid-stream, before the first token of a stream, and while a whole answer is waited for."""
     if after_first_token and not stream:
         pytest.skip("a whole answer has no middle")
-    (engine,) = stack.config.replicas("bf16")
+    (engine,) = stack.config.replicas(REFERENCE)
     # Fill the engine, so that the last one has to wait for its first token.
     body = ask("core", "go on", stream=stream, max_tokens=900, ignore_eos=True)
     crowd = 1 if after_first_token else 80
@@ -196,7 +196,7 @@ async def test_accuracy_through_the_gateway_is_the_cards(
             ) as response,
         ):
             assert response.status == 200, await response.text()
-            assert response.headers["x-tiercel-variant"] == variant
+            assert response.headers["x-tiercel-variant"] == f"assistant:{variant}"
             return (await response.json())["choices"][0]["message"]["content"] == item["expected"]
 
     answers = await asyncio.gather(*(right(item) for item in clinc150_items()))
@@ -216,14 +216,14 @@ async def test_adk_team(stack: Stack) -> None:
         assert not result.errors
         assert result.roles["intent_classifier"].variant in QUANTIZED
         assert result.roles["summarizer"].variant in QUANTIZED
-        assert result.roles["core"].variant == "bf16"
+        assert result.roles["core"].variant == REFERENCE
     right = sum(result.roles["core"].text == result.ticket.answer for result in results)
     assert right >= 10
 
 
 async def test_metrics_have_live_values(stack: Stack, http: aiohttp.ClientSession) -> None:
     """After the tests above: latency, memory and quality per role and variant."""
-    for role, variants in (("core", {"bf16"}), ("summarizer", QUANTIZED)):
+    for role, variants in (("core", {"bf16"}), ("summarizer", {"int8", "int4-kv8"})):
         counts = {
             v: await metric(http, stack.url, "tiercel_requests_total", role=role, variant=v, outcome="200")
             for v in variants
@@ -242,8 +242,8 @@ async def test_metrics_have_live_values(stack: Stack, http: aiohttp.ClientSessio
         await metric(http, stack.url, "tiercel_quality_sentences_total", role="core", label="supported") > 0
     )
     for variant, card in stack.cards.items():
-        if variant in stack.config.serve:
-            labels = {"variant": variant}
+        if variant in stack.model.serve:
+            labels = {"model": "assistant", "variant": variant}
             assert (
                 await metric(http, stack.url, "tiercel_variant_weight_bytes", **labels) == card.weight_bytes
             )

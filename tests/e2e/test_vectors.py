@@ -46,14 +46,13 @@ def urls(stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tup
         extra_args=("--runner", "pooling", "--convert", "embed"),
     )
     card = stack.cards["bf16"]
-    variant = variant_directory(stack.config.variants_dir, "bf16")
-    spec = EngineSpec(card, variant, "127.0.0.1", free_port("127.0.0.1"), directory / "engine.log")
+    variant = variant_directory(stack.model.variants_dir, "bf16")
+    spec = EngineSpec(card, variant, settings, free_port(settings.host), directory / "engine.log")
     port = free_port("127.0.0.1")
     config = {
-        "model": {"name": card.model, "path": str(stack.config.model.path)},
+        "models": {card.model: {"path": str(stack.model.path), "serve": ["bf16"]}},
         "variants_dir": str(stack.config.variants_dir),
         "run_dir": str(directory / "run"),
-        "serve": ["bf16"],
         "roles": {"searcher": {}},
         "default_role": "searcher",
         "pools": {"bf16": [spec.url]},
@@ -63,7 +62,7 @@ def urls(stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tup
     started = []
     try:
         for name, line, env in (
-            ("engine", command(spec, settings), environment(spec, settings)),
+            ("engine", command(spec), environment(spec)),
             ("gateway", [sys.executable, "-m", "gateway", "--config", str(directory / "tiercel.yaml")], None),
         ):
             log = directory / f"{name}.log"
@@ -104,7 +103,7 @@ async def test_a_role_and_a_variant_may_be_named(urls: tuple[str, str]) -> None:
         first = await client.embeddings.create(model="searcher", input="hello")
         second = await client.embeddings.with_raw_response.create(model="assistant:bf16", input="hello")
         assert first.data[0].embedding == second.parse().data[0].embedding
-        assert second.headers["x-tiercel-variant"] == "bf16"
+        assert second.headers["x-tiercel-variant"] == "assistant:bf16"
         with pytest.raises(openai.NotFoundError, match="does not exist; use one of"):
             await client.embeddings.create(model="ada", input="hello")
         with pytest.raises(openai.BadRequestError, match="Field required"):

@@ -28,6 +28,7 @@ pytestmark = pytest.mark.engine
 
 ROLES = ("intent_classifier", "summarizer")
 VARIANT = "int4-kv8"
+QUANTIZED, REFERENCE = f"assistant:{VARIANT}", "assistant:bf16"
 HEALTHY = 260
 """Answers per role: from the first 200 the signals' usual range is learned."""
 
@@ -37,9 +38,9 @@ async def stack(tmp_path: Path) -> AsyncIterator[Stack]:
     """The reference and INT4, and a watch that looks at every answer."""
     stop_stack()
     settings = yaml.safe_load((ROOT / "tiercel.yaml").read_text(encoding="utf-8"))
-    settings["model"]["path"] = str(ROOT / "deploy/assistant/model")
+    model = settings["models"]["assistant"]
+    model["path"], model["serve"] = str(ROOT / "deploy/assistant/model"), ["bf16", VARIANT]
     settings["variants_dir"] = str(ROOT / "var/e2e-variants")
-    settings["serve"] = ["bf16", VARIANT]
     settings["gateway"] = {"port": free_port("127.0.0.1")}
     settings["engine"]["python"] = str(ROOT / ".venv-engine/bin/python")
     settings["engine"]["base_port"] = free_port("127.0.0.1", together=4)
@@ -105,7 +106,7 @@ class Traffic:
 
 
 def cells(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    return {c["role"]: c for c in report["cells"] if c["variant"] == VARIANT and c["role"] in ROLES}
+    return {c["role"]: c for c in report["cells"] if c["variant"] == QUANTIZED and c["role"] in ROLES}
 
 
 async def test_a_harmed_variant_is_demoted_and_a_healed_one_comes_back(stack: Stack, tmp_path: Path) -> None:
@@ -113,7 +114,7 @@ async def test_a_harmed_variant_is_demoted_and_a_healed_one_comes_back(stack: St
     async with aiohttp.ClientSession(timeout=timeout) as session:
         traffic = Traffic(stack.url, session)
         given = await traffic.send(2 * HEALTHY)
-        assert set(given) == {(role, VARIANT) for role in ROLES}
+        assert set(given) == {(role, QUANTIZED) for role in ROLES}
         await asyncio.sleep(5)
         report = await traffic.watch()
         assert report["events"] == []
@@ -127,18 +128,18 @@ async def test_a_harmed_variant_is_demoted_and_a_healed_one_comes_back(stack: St
             metrics = await response.text()
         assert 'tiercel_shadow_compared_total{result="error"' not in metrics
 
-        spec = stack.engines[VARIANT].spec
-        healthy = variant_directory(stack.config.variants_dir, VARIANT, spec.card.version)
-        await stack.swap(VARIANT, damaged(healthy, tmp_path / "harmed", "two-bits"))
+        spec = stack.engines[QUANTIZED].spec
+        healthy = variant_directory(stack.config.of("assistant").variants_dir, VARIANT, spec.card.version)
+        await stack.swap(QUANTIZED, damaged(healthy, tmp_path / "harmed", "two-bits"))
         report = await traffic.until(serves=False, most=1200)
         for event in report["events"]:
             assert event["kind"] != "demoted" or " and " in event["why"], event  # two checks agreed
         given = await traffic.send(24)
-        assert set(given) == {(role, "bf16") for role in ROLES}
+        assert set(given) == {(role, REFERENCE) for role in ROLES}
 
-        await stack.swap(VARIANT, healthy)
+        await stack.swap(QUANTIZED, healthy)
         report = await traffic.until(serves=True, most=4000)
         kinds = Counter(event["kind"] for event in report["events"])
         assert kinds["demoted"] == kinds["restored"] == len(ROLES)
         given = await traffic.send(24)
-        assert set(given) == {(role, VARIANT) for role in ROLES}
+        assert set(given) == {(role, QUANTIZED) for role in ROLES}

@@ -21,10 +21,10 @@ async def test_an_adapter_is_asked_for_by_its_own_name() -> None:
             ids = [model["id"] for model in (await response.json())["data"]]
         assert {"legal", "tone"} <= set(ids)
         for role, model, variant in (
-            ("intent_classifier", "legal", "int8"),  # its cheapest, int4-kv8, has no such adapter
-            ("intent_classifier", "tone", "int4-kv8"),
-            ("core", "legal", "bf16"),
-            ("intent_classifier", "assistant", "int4-kv8"),
+            ("intent_classifier", "legal", "assistant:int8"),  # its cheapest, int4-kv8, has no such adapter
+            ("intent_classifier", "tone", "assistant:int4-kv8"),
+            ("core", "legal", "assistant:bf16"),
+            ("intent_classifier", "assistant", "assistant:int4-kv8"),
         ):
             async with stack.post({"model": model}, headers={"x-agent-role": role}) as response:
                 assert response.status == 200
@@ -57,7 +57,7 @@ async def test_going_up_stays_with_who_has_it() -> None:
     [
         ({"core": {}}, "adapters.core: is already a model or role"),
         ({"legal": {"variants": ["int2"]}}, r"adapters.legal.variants: 'int2' is not a served variant"),
-        ({"legal": {"variants": ["int8"]}}, "must contain the reference 'bf16'"),
+        ({"legal": {"variants": ["int8"]}}, "must contain the reference 'assistant:bf16'"),
     ],
 )
 def test_what_cannot_be_configured(adapters: dict[str, object], says: str) -> None:

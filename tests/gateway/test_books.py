@@ -26,7 +26,13 @@ async def test_the_books_balance(sample_rate: float, requests: int) -> None:
     does it with many more, and with workers that are restarted."""
     trial = Trial(seed=int(sample_rate))
     with trial.engines(4) as (engines, urls):
-        replicas = dict(zip(("assistant:bf16-0", "assistant:bf16-1", "assistant:int8-0", "assistant:int4-kv8-0"), engines, strict=True))
+        replicas = dict(
+            zip(
+                ("assistant:bf16-0", "assistant:bf16-1", "assistant:int8-0", "assistant:int4-kv8-0"),
+                engines,
+                strict=True,
+            )
+        )
         pools = {"bf16": tuple(urls[:2]), "int8": (urls[2],), "int4-kv8": (urls[3],)}
         quality = {"sample_rate": sample_rate}
         async with running_gateway(pools=pools, quality=quality, **configuration()) as stack:

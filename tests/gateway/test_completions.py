@@ -136,11 +136,11 @@ async def test_precision_rises_while_a_pool_is_down_and_comes_back(stack: Stack)
             headers = response.headers
         return (headers["x-tiercel-variant"], headers["x-tiercel-route-reason"]) == (variant, reason)
 
-    assert await served_by("int4-kv8", "cheapest_in_budget")
+    assert await served_by("assistant:int4-kv8", "cheapest_in_budget")
     stack.engines["int4-kv8"].script.healthy = False
-    await eventually(lambda: served_by("int8", "raised_pool_down"))
+    await eventually(lambda: served_by("assistant:int8", "raised_pool_down"))
     stack.engines["int4-kv8"].script.healthy = True
-    await eventually(lambda: served_by("int4-kv8", "cheapest_in_budget"))
+    await eventually(lambda: served_by("assistant:int4-kv8", "cheapest_in_budget"))
 
 
 async def test_no_replica_is_a_503_with_retry_after() -> None:
@@ -196,7 +196,11 @@ async def test_access_log_has_figures_and_no_prompt(stack: Stack, tmp_path: Path
     text = (tmp_path / "log").read_text()
     fields = json.loads(text)
     assert fields["role"] == "summarizer"
-    assert (fields["variant"], fields["reason"], fields["status"]) == ("int8", "cheapest_in_budget", 200)
+    assert (fields["variant"], fields["reason"], fields["status"]) == (
+        "assistant:int8",
+        "cheapest_in_budget",
+        200,
+    )
     assert (fields["session"], fields["completion_tokens"]) == ("session-7", 4)
     assert "Greta" not in text
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fleet import MODELS, ROLES, cards_of
 from gateway_stack import Stack, running_gateway, write_variants
 
 from gateway.identity import hash_of
@@ -93,13 +94,13 @@ async def test_live_traffic(chromium: Chromium, monkeypatch: pytest.MonkeyPatch)
         await page.says("No traffic yet")
         await page.says(f"curl {stack.url}/v1/chat/completions", "pre")
         await page.says("Every pool can be reached")
-        assert await ask(stack, "intent_classifier", 3) == "int4-kv8"
+        assert await ask(stack, "intent_classifier", 3) == "assistant:int4-kv8"
         stack.engines["bf16"].script.status = 500
         await ask(stack, "core")
         await page.until("document.querySelectorAll('.stacks tbody tr').length === 2")
         rows = await page.text(".stacks tbody")
-        assert "intent_classifier\tint4-kv8" in rows
-        assert "core\tbf16" in rows
+        assert "intent_classifier\tassistant:int4-kv8" in rows
+        assert "core\tassistant:bf16" in rows
         assert "100 %" in rows, "of core's requests failed"
         assert "No traffic yet" not in await page.text()
         await page.until(
@@ -110,7 +111,7 @@ async def test_live_traffic(chromium: Chromium, monkeypatch: pytest.MonkeyPatch)
         await page.click(".chart summary")
         await page.until("document.querySelectorAll('.chart tbody tr').length > 0")
         await page.click("button", "core")
-        await page.says("core on bf16", ".which")
+        await page.says("core on assistant:bf16", ".which")
 
 
 async def test_signing_in(chromium: Chromium) -> None:
@@ -140,22 +141,22 @@ async def test_signing_in(chromium: Chromium) -> None:
 
 async def test_demoting_by_click(chromium: Chromium) -> None:
     async with running_gateway() as stack, console(chromium, stack.url, "precision") as page:
-        assert await ask(stack, "intent_classifier") == "int4-kv8"
-        await page.click("button.cell", "intent_classifier on int4-kv8: serves")
+        assert await ask(stack, "intent_classifier") == "assistant:int4-kv8"
+        await page.click("button.cell", "intent_classifier on assistant:int4-kv8: serves")
         await page.says("passed", "dialog")
         await page.click("dialog button", "Demote")
-        await page.says("Demote int4-kv8 for intent_classifier?", "dialog")
+        await page.says("Demote assistant:int4-kv8 for intent_classifier?", "dialog")
         await page.click("dialog button", "Demote")
         assert await page.js("document.querySelector('dialog input').matches(':invalid')"), (
             "a reason is needed"
         )
-        assert await ask(stack, "intent_classifier") == "int4-kv8", "nothing has been done yet"
+        assert await ask(stack, "intent_classifier") == "assistant:int4-kv8", "nothing has been done yet"
         await page.click("dialog input")
         await page.type("it makes totals up")
         await page.click("dialog button", "Demote")
-        await page.says("int4-kv8 is demoted for intent_classifier.")
-        await page.says("int4-kv8 is out of service: it makes totals up.", ".map")
-        assert await ask(stack, "intent_classifier") == "int8"
+        await page.says("assistant:int4-kv8 is demoted for intent_classifier.")
+        await page.says("assistant:int4-kv8 is out of service: it makes totals up.", ".map")
+        assert await ask(stack, "intent_classifier") == "assistant:int8"
         await page.click("nav a", "Quality")
         await page.says("it makes totals up")
         await page.click("nav a", "Live")
@@ -180,16 +181,16 @@ async def test_the_keyboard_is_enough(chromium: Chromium) -> None:
         await tab_to("Precision")
         await page.press("Enter")
         await page.until("document.activeElement.id === 'title'")
-        await tab_to("summarizer on int8: serves")
+        await tab_to("summarizer on assistant:int8: serves")
         await page.press("Enter")
         await tab_to("Pin: demoted")
         await page.press("Enter")
         await page.until("document.activeElement.name === 'why'")
         await page.type("on holiday")
         await page.press("Enter")
-        await page.says("int8 is pinned: demoted for summarizer.")
+        await page.says("assistant:int8 is pinned: demoted for summarizer.")
         await page.until("document.activeElement.matches('button.cell')")
-        assert await ask(stack, "summarizer") == "bf16"
+        assert await ask(stack, "summarizer") == "assistant:bf16"
         await page.says("on holiday", ".map")
         await page.press("Enter")  # the cell has changed, and is still the one
         await page.until("document.querySelector('dialog').open")
@@ -206,14 +207,14 @@ async def test_a_canary_lasts_until_the_next_start(chromium: Chromium, tmp_path:
         await page.press("Enter")
         await page.click("button", "Canary of core: none")
         await page.says("the configuration file is left alone", "dialog")
-        await page.js("document.querySelector('dialog select').value = 'int8'")
+        await page.js("document.querySelector('dialog select').value = 'assistant:int8'")
         await page.js("document.querySelector('dialog input').value = '100'")
         await page.click("dialog button", "Apply")
-        await page.says("100 % int8", ".map")
+        await page.says("100 % assistant:int8", ".map")
         key = {"authorization": "Bearer agent-key"}
         async with stack.post(headers=key) as response:
             assert response.headers["x-tiercel-route-reason"] == "canary"
-        (tmp_path / "int8" / "current").unlink()
+        (tmp_path / "assistant" / "int8" / "current").unlink()
         await page.click("button", "Canary of core: 100 %")
         await page.click("dialog button", "Apply")
         await page.says("does not exist; make the variant", "dialog .error")
@@ -230,8 +231,8 @@ async def test_the_playground_shows_what_differs(chromium: Chromium) -> None:
         marks = "[...document.querySelectorAll('mark')].map(e => e.textContent.trim())"
         assert await page.js(marks) == ["$277", "$271"]
         sides = await page.text(".pair")
-        assert "bf16 (explicit variant)" in sides
-        assert "int4-kv8 (explicit variant)" in sides
+        assert "assistant:bf16 (explicit variant)" in sides
+        assert "assistant:int4-kv8 (explicit variant)" in sides
         assert EVIL in sides
         first = (
             "[...document.querySelectorAll('.facts')].every(e => / ms|\\d s/.test(e.children[0].innerText))"
@@ -253,11 +254,11 @@ async def test_an_engine_that_is_down(chromium: Chromium) -> None:
     async with running_gateway() as stack, console(chromium, stack.url, "precision") as page:
         await page.until("document.querySelectorAll('.cell').length === 9")
         stack.engines["int4-kv8"].script.healthy = False
-        await page.says("int4-kv8 is down; the next more precise one takes over.", ".map")
+        await page.says("assistant:int4-kv8 is down; the next more precise one takes over.", ".map")
         await page.click("nav a", "Replicas")
         await page.says("cannot be reached", ".stacks")
         await page.click("nav a", "Live")
-        await page.says("No replica of int4-kv8 can be reached.", ".attention")
+        await page.says("No replica of assistant:int4-kv8 can be reached.", ".attention")
 
 
 async def test_a_gateway_that_is_gone(chromium: Chromium) -> None:
@@ -288,7 +289,7 @@ async def test_two_hundred_roles_one_of_them_evil(chromium: Chromium) -> None:
             await page.type("img src")
             await page.until("document.querySelectorAll('.map tbody tr').length === 1")
             assert EVIL in await page.text(".map")
-            await page.click("button.cell", "on int8")
+            await page.click("button.cell", "on assistant:int8")
             assert EVIL in await page.text("dialog")
             await page.press("Escape")
             for view in VIEWS:
@@ -323,3 +324,28 @@ async def test_everybody_can_read_it(chromium: Chromium) -> None:
             assert await page.js("document.querySelectorAll('h1').length") == 1
         assert len(papers) == 2, "light and dark"
         assert len(shots) == 2 * len(VIEWS)
+
+
+async def test_a_fleet_of_several_models(chromium: Chromium) -> None:
+    """Variants have their whole names, and what a model may not serve has no cell."""
+    fleet: dict[str, Any] = {"models": MODELS, "roles": ROLES, "cards": cards_of()}
+    async with running_gateway(**fleet) as stack, console(chromium, stack.url, "precision") as page:
+        await page.says("big, small", ".bar")
+        row = "document.querySelectorAll('.map tbody tr')[{}].innerText".format
+        assert "small:int4" in await page.js(row(1))
+        assert (await page.js(row(0))).count("–") == 2, "two variants of the model that it is not for"
+        await page.click("button.cell", "writer on small:int4: serves")
+        await page.says("against big: accuracy drop", "dialog")
+        await page.click("dialog button", "Close")
+        await page.click("button.quiet", "Canary of core")
+        choice = "[...document.querySelectorAll('dialog option')].map((one) => one.value).join()"
+        assert await page.js(choice) == "big:bf16,big:int8"
+        await page.click("dialog button", "Cancel")
+        await page.click("nav a", "Variants")
+        await page.says("as many right as big")
+        await page.click("nav a", "Playground")
+        await page.click("textarea[name=prompt]")
+        await page.type("how much?")
+        await page.click("button", "Ask both")
+        await page.says("Both say the same", ".summary")
+        assert stack.asked("big:bf16")

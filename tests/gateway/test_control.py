@@ -273,10 +273,10 @@ async def test_until_it_is_committed_a_reload_changes_nothing(
     held = Held(monkeypatch)
     async with running_gateway() as stack:
         config = stack.gateway.plane.snapshot.config
-        urls = {variant: list(config.replicas(variant)) for variant in config.serve}
+        urls = {variant: list(config.replicas(variant)) for variant in config.served}
         new = settings(
             tmp_path,
-            {"bf16": urls["bf16"], "int8": urls["int8"]},
+            {"bf16": urls["assistant:bf16"], "int8": urls["assistant:int8"]},
             serve=["bf16", "int8"],
             roles={"boss": {}},
             default_role="boss",
@@ -379,7 +379,9 @@ async def test_an_interval_that_a_reload_changes_is_kept_soon(monkeypatch: pytes
 
 
 def names(stack: Stack) -> list[str]:
-    return [replica.url for replica in stack.gateway.plane.snapshot.pools.by_variant["assistant:bf16"].replicas]
+    return [
+        replica.url for replica in stack.gateway.plane.snapshot.pools.by_variant["assistant:bf16"].replicas
+    ]
 
 
 async def test_a_reload_during_a_look_up_does_not_lose_its_result(monkeypatch: pytest.MonkeyPatch) -> None:

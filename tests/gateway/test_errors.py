@@ -60,7 +60,9 @@ async def test_bad_input(stack: Stack) -> None:
             assert says in (await envelope(response))["message"]
     assert not any(engine.requests for engine in stack.engines.values()), "bad input costs no engine time"
     assert stack.requests("400") == sum(status == 400 for _, status, _, _ in BAD_BODIES) + len(BAD_TEXTS)
-    assert stack.sample("tiercel_requests_total", role="other", requested="other", variant="none", outcome="400")
+    assert stack.sample(
+        "tiercel_requests_total", role="other", requested="other", model="none", variant="none", outcome="400"
+    )
 
 
 async def test_bad_headers_and_paths(stack: Stack) -> None:

@@ -48,15 +48,15 @@ async def test_keys() -> None:
             assert response.status == 401, "strangers learn nothing about their bodies"
         async with stack.post(headers={"x-api-key": "sk-open"}) as response:
             assert response.status == 200, "as Anthropic's client sends it"
-        assert (await status_of(stack, "bound", {"model": "summarizer"}))[0] == "int4-kv8", (
+        assert (await status_of(stack, "bound", {"model": "summarizer"}))[0] == "assistant:int4-kv8", (
             "its role is bound"
         )
-        assert (await status_of(stack, "few"))[0] == "int8"
+        assert (await status_of(stack, "few"))[0] == "assistant:int8"
         refused = await status_of(stack, "few", {"model": "intent_classifier"})
         assert refused[0] == 403
         assert "may use: summarizer" in refused[1]["error"]["message"]
-        assert (await status_of(stack, "models", {"model": "assistant:bf16"}))[0] == "bf16"
-        assert (await status_of(stack, "low", {"model": "assistant:int8"}))[0] == "int8"
+        assert (await status_of(stack, "models", {"model": "assistant:bf16"}))[0] == "assistant:bf16"
+        assert (await status_of(stack, "low", {"model": "assistant:int8"}))[0] == "assistant:int8"
         assert (await status_of(stack, "low", {"model": "assistant:int4-kv8"}))[0] == 403
         assert (await status_of(stack, "open", {"model": "assistant:int8"}))[0] == 403
         assert not any(engine.aborted for engine in stack.engines.values())
@@ -71,7 +71,7 @@ async def test_tokens_are_counted_for_each_key_also_of_streams_that_are_cut() ->
 
         for name, times in (("open", 3), ("other", 2)):
             for _ in range(times):
-                assert (await status_of(stack, name))[0] == "bf16"
+                assert (await status_of(stack, name))[0] == "assistant:bf16"
         stack.engines["bf16"].script.token_delay_s = 0.05
         response = await stack.post({"stream": True}, headers=bearer("admin"))
         seen = b""
@@ -137,12 +137,12 @@ async def test_a_limit_on_models_holds_by_whatever_name() -> None:
     keys = (key("base", models=("assistant",)), key("adapter", models=("legal",)))
     async with running_gateway(keys=keys, adapters=adapters, providers=providers) as stack:
         for name, model, status in (
-            ("base", "assistant", "bf16"),
-            ("base", "summarizer", "int8"),
-            ("base", "assistant:bf16", "bf16"),
+            ("base", "assistant", "assistant:bf16"),
+            ("base", "summarizer", "assistant:int8"),
+            ("base", "assistant:bf16", "assistant:bf16"),
             ("base", "legal", 403),
             ("base", "gpt", 403),
-            ("adapter", "legal", "bf16"),
+            ("adapter", "legal", "assistant:bf16"),
             ("adapter", "assistant", 403),
             ("adapter", "core", 403),
             ("adapter", "assistant:bf16", 403),
@@ -212,4 +212,4 @@ async def test_one_tenants_requests_take_no_replica_away_from_others() -> None:
         for _ in range(8):
             assert (await status_of(stack, "open"))[0] == 502
         engine.script.status = 200
-        assert (await status_of(stack, "other"))[0] == "bf16"
+        assert (await status_of(stack, "other"))[0] == "assistant:bf16"

@@ -18,7 +18,7 @@ async def test_the_configuration_is_swapped_whole_or_not_at_all(tmp_path: Path) 
     write_variants(tmp_path)
     async with running_gateway() as stack:
         config = stack.gateway.plane.snapshot.config
-        urls = {variant: list(config.replicas(variant)) for variant in config.serve}
+        urls = {variant: list(config.replicas(variant)) for variant in config.served}
         port = {"gateway": {"port": config.gateway.port}}
 
         async def put(text: str) -> tuple[int, Any]:
@@ -51,10 +51,10 @@ async def test_the_configuration_is_swapped_whole_or_not_at_all(tmp_path: Path) 
         now = {r.name: r for r in stack.gateway.plane.snapshot.pools.replicas()}
         assert all(now[name] is pools[name] for name in pools), "replicas keep their connections"
 
-        stack.gateway.metrics.demoted.labels("int8", "summarizer").set(1)
-        stack.gateway.metrics.demoted.labels("bf16", "core").set(0)
+        stack.gateway.metrics.demoted.labels("summarizer", "assistant", "int8").set(1)
+        stack.gateway.metrics.demoted.labels("core", "assistant", "bf16").set(0)
         assert stack.sample("tiercel_variant_weight_bytes", variant="int8") == 5_000_000
-        without = {variant: url for variant, url in urls.items() if variant != "int8"}
+        without = {variant: url for variant, url in urls.items() if variant != "assistant:int8"}
         assert (await put(settings(tmp_path, without, serve=["bf16", "int4-kv8"], **port)))[0] == 200
         left = {
             sample.labels["variant"]
@@ -90,7 +90,7 @@ async def test_a_full_pool_is_waited_for_or_left() -> None:
         second = asyncio.ensure_future(_variant(stack, "intent_classifier"))
         await eventually(lambda: stack.gateway.plane.lines)
         first.cancel()
-        assert await second == "int4-kv8", "it waited"
+        assert await second == "assistant:int4-kv8", "it waited"
         busy = asyncio.ensure_future(_variant(stack, "summarizer"))
         await eventually(lambda: stack.engines["int8"].running)
         async with stack.post({"model": "summarizer"}) as response:
@@ -132,7 +132,7 @@ async def test_a_pool_that_starts_is_waited_for(free_port: int) -> None:
         asking = asyncio.ensure_future(_variant(stack, "core"))
         await eventually(lambda: stack.gateway.plane.lines)
         async with stack.engines["bf16"].serving(port=free_port):
-            assert await asking == "bf16"
+            assert await asking == "assistant:bf16"
 
 
 async def test_replicas_are_found_by_name_and_come_and_go(
@@ -156,7 +156,8 @@ async def test_replicas_are_found_by_name_and_come_and_go(
 
         def names() -> list[str]:
             return [
-                replica.name for replica in stack.gateway.plane.snapshot.pools.by_variant["assistant:bf16"].replicas
+                replica.name
+                for replica in stack.gateway.plane.snapshot.pools.by_variant["assistant:bf16"].replicas
             ]
 
         async with stack.post() as response:
@@ -165,11 +166,11 @@ async def test_replicas_are_found_by_name_and_come_and_go(
             addresses[:] = ["127.0.0.2", "127.0.0.3"]
             await eventually(lambda: names() == ["assistant:bf16-0", "assistant:bf16-1"])
             kept = stack.gateway.plane.snapshot.pools.by_variant["assistant:bf16"].replicas[1]
-            assert await _variant(stack, "core") == "bf16"
+            assert await _variant(stack, "core") == "assistant:bf16"
             addresses[:] = ["127.0.0.3"]
             await eventually(lambda: names() == ["assistant:bf16-1"])
             assert stack.gateway.plane.snapshot.pools.by_variant["assistant:bf16"].replicas[0] is kept
-            assert await _variant(stack, "core") == "bf16"
+            assert await _variant(stack, "core") == "assistant:bf16"
             addresses[:] = ["127.0.0.3", "127.0.0.4"]
             await eventually(lambda: names() == ["assistant:bf16-1", "assistant:bf16-0"])
             addresses.clear()
@@ -189,14 +190,14 @@ async def test_a_slow_replica_is_hedged_and_the_loser_cancelled() -> None:
                     changes = {"roles": roles, "gateway": {"policy": "round_robin", "hedge_share": 1.0}}
                     async with running_gateway(pools={"bf16": (slow_url, url)}, **changes) as stack:
                         for _ in range(30):
-                            assert await _variant(stack, "core") == "bf16"
+                            assert await _variant(stack, "core") == "assistant:bf16"
                         labels = {"role": "core", "variant": "bf16"}
                         # A busy machine may have made one of those slow as well.
                         before = stack.sample("tiercel_hedges_total", **labels, winner="second")
                         slow.script.first_token_delay_s = 60
                         async with asyncio.timeout(25):
                             for _ in range(4):
-                                assert await _variant(stack, "core") == "bf16"
+                                assert await _variant(stack, "core") == "assistant:bf16"
                         await eventually(lambda: slow.running == 0)
                         assert slow.aborted >= 2, "every other request began there"
                         hedged = stack.sample("tiercel_hedges_total", **labels, winner="second")
@@ -214,11 +215,15 @@ async def test_a_route_is_explained_without_asking_an_engine() -> None:
             found = await response.json()
         assert (found["role"], found["variant"], found["reason"]) == (
             "summarizer",
-            "int8",
+            "assistant:int8",
             "cheapest_in_budget",
         )
         verdicts = {step["variant"]: step["verdict"] for step in found["considered"]}
-        assert verdicts == {"int4-kv8": "not_enough_evidence", "int8": "passed", "bf16": "reference"}
+        assert verdicts == {
+            "assistant:int4-kv8": "not_enough_evidence",
+            "assistant:int8": "passed",
+            "assistant:bf16": "reference",
+        }
         async with stack.http.post(stack.url + "/v1/route", json={}) as response:
             assert response.status == 400
             assert (await response.json())["error"]["param"] == "model"

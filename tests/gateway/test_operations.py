@@ -43,13 +43,13 @@ async def test_it_is_ready_while_every_role_can_be_served(stack: Stack) -> None:
 
     await eventually(lambda: readiness_is(200))
     stack.engines["int8"].script.healthy = False
-    await eventually(lambda: readiness_is(200, "int8"))
+    await eventually(lambda: readiness_is(200, "assistant:int8"))
     detail = json.loads((await get(stack, "/readiness"))[1])
     assert (detail["ready"], detail["unserved"]) == (True, [])
-    assert detail["pools"]["bf16"]["replicas"]["assistant:bf16-0"]["reachable"] is True
+    assert detail["pools"]["assistant:bf16"]["replicas"]["assistant:bf16-0"]["reachable"] is True
 
     stack.engines["bf16"].script.healthy = False
-    await eventually(lambda: readiness_is(503, "bf16", "int8"))
+    await eventually(lambda: readiness_is(503, "assistant:bf16", "assistant:int8"))
     assert json.loads((await get(stack, "/readiness"))[1])["unserved"] == ["summarizer", "core"]
     assert (await get(stack, "/health"))[0] == 200
 
@@ -60,7 +60,7 @@ async def test_request_metrics(stack: Stack) -> None:
         async with stack.post({"model": "summarizer", "stream": stream}) as response:
             await response.read()
     asked = {"role": "summarizer", "variant": "int8"}
-    counted = {"model": "summarizer", "outcome": "200"}
+    counted = {"requested": "summarizer", "outcome": "200"}
     assert stack.sample("tiercel_requests_total", **asked, **counted) == 2
     assert stack.sample("tiercel_request_duration_seconds_count", **asked) == 2
     assert stack.sample("tiercel_time_to_first_token_seconds_count", **asked) == 1
@@ -113,11 +113,11 @@ async def test_what_an_engine_throws_out_of_its_cache_is_watched() -> None:
             noted(key, check, bad, value, **more)
 
         stack.gateway.watch.note = note  # type: ignore[method-assign]
-        await eventually(lambda: ("int8", 0.0) in told)
+        await eventually(lambda: ("assistant:int8", 0.0) in told)
         stack.engines["int8"].preemptions = 3
-        await eventually(lambda: ("int8", 3.0) in told)
+        await eventually(lambda: ("assistant:int8", 3.0) in told)
         told.clear()
-        await eventually(lambda: ("int8", 0.0) in told)
+        await eventually(lambda: ("assistant:int8", 0.0) in told)
         stack.engines["int8"].preemptions = 0  # started anew
         seen = len(told)
         await eventually(lambda: len(told) >= seen + 9)
@@ -128,7 +128,7 @@ async def test_engine_metrics_are_read_and_forgotten_when_stale(tmp_path: Path) 
     async with running_gateway(run_dir=tmp_path) as stack:
         engine = stack.engines["int8"]
         engine.waiting, engine.kv_cache_usage = 3, 0.25
-        at = {"variant": "int8", "replica": "assistant:int8-0"}
+        at = {"model": "assistant", "variant": "int8", "replica": "assistant:int8-0"}
         await eventually(lambda: stack.sample("tiercel_queue_depth", **at) == 3)
         assert stack.sample("tiercel_kv_cache_usage_ratio", **at) == 0.25
         assert stack.registry.get_sample_value("tiercel_engine_memory_bytes", at) is None
@@ -141,9 +141,9 @@ def test_engine_readings(tmp_path: Path) -> None:
     thrown_out = "# TYPE vllm:num_preemptions_total counter\nvllm:num_preemptions_total 7.0\n"
     assert parse_reading(thrown_out).preemptions == 7
     assert engine_pids(tmp_path) == {}
-    engines = {"int8": {"url": "http://127.0.0.1:8102/", "pid": os.getpid()}}
+    engines = {"assistant:int8": {"url": "http://127.0.0.1:8102/", "pid": os.getpid()}}
     (tmp_path / "engines.json").write_text(json.dumps({"engines": engines}))
-    assert engine_pids(tmp_path) == {("int8", "http://127.0.0.1:8102"): os.getpid()}
+    assert engine_pids(tmp_path) == {("assistant:int8", "http://127.0.0.1:8102"): os.getpid()}
     (tmp_path / "engines.json").write_text("{")
     assert engine_pids(tmp_path) == {}
     assert resident_bytes(os.getpid()) > 1_000_000
@@ -151,12 +151,12 @@ def test_engine_readings(tmp_path: Path) -> None:
 
 
 def write_setup(directory: Path, port: int, **changes: object) -> Path:
-    """A configuration and its cards on disk."""
+    """A configuration and its cards on disk; ``serve`` and ``reference`` are the model's."""
     write_variants(directory / "variants")
+    own = {name: changes.pop(name) for name in ("serve", "reference", "serv") if name in changes}
     config = {
-        "model": {"name": "assistant", "path": "model"},
+        "models": {"assistant": {"path": "model", "serve": ["bf16", "int8", "int4-kv8"]} | own},
         "variants_dir": "variants",
-        "serve": ["bf16", "int8", "int4-kv8"],
         "roles": {"core": {}},
         "default_role": "core",
         "gateway": {"port": port},
@@ -257,9 +257,9 @@ async def test_sighup_takes_the_file_as_it_is_now(tmp_path: Path) -> None:
         write_setup(tmp_path, port, roles={"core": {}, "helper": {}})
         process.send_signal(signal.SIGHUP)
         await eventually(lambda: has("helper"))
-        path.write_text(path.read_text() + "servs: 1\n")
+        path.write_text(path.read_text() + "rols: 1\n")
         process.send_signal(signal.SIGHUP)
-        await eventually(lambda: any("servs" in line and "did you mean" in line for line in log))
+        await eventually(lambda: any("rols" in line and "did you mean" in line for line in log))
         write_setup(tmp_path, free_port(), roles={"core": {}, "other": {}})
         process.send_signal(signal.SIGHUP)
         await eventually(lambda: any("gateway.port" in line for line in log))

@@ -56,16 +56,21 @@ async def test_it_says_what_every_role_runs_on_and_why() -> None:
         await eventually(lambda: stack.gateway.plane.snapshot.pools.by_variant["assistant:int8"].reachable)
         setup = (await overview(stack))["setup"]
         classifier, core = setup["roles"]
-        assert classifier["ladder"] == ["int4-kv8", "int8", "bf16"]
+        assert classifier["ladder"] == ["assistant:int4-kv8", "assistant:int8", "assistant:bf16"]
         assert (classifier["reason"], core["reason"]) == ("cheapest_in_budget", "reference_only")
-        assert classifier["canary"] == {"variant": "int8", "percent": 5.0}
+        assert classifier["canary"] == {"variant": "assistant:int8", "percent": 5.0}
         verdicts = {step["variant"]: step["verdict"] for step in core["considered"]}
-        assert verdicts == {"int4-kv8": "failed", "int8": "failed", "bf16": "reference"}
+        assert verdicts == {
+            "assistant:int4-kv8": "failed",
+            "assistant:int8": "failed",
+            "assistant:bf16": "reference",
+        }
         assert any("16 or more" in why for step in core["considered"] for why in step["why"])
         cards = {card["variant"]: card for card in setup["variants"]}
         assert cards["assistant:int4-kv8"]["weight_bytes"] == 3_000_000
         assert cards["assistant:int8"]["text"]["kl_mean"] == 0.001
         assert cards["assistant:int8"]["roles"]["summarizer"]["accuracy"] == 0.95
+        assert cards["assistant:int8"]["roles"]["summarizer"]["kl"] == 0.001
 
 
 async def test_what_is_known_is_left_out_until_it_changes() -> None:
@@ -78,10 +83,10 @@ async def test_what_is_known_is_left_out_until_it_changes() -> None:
         again = await overview(stack, known=known)
         assert again["setup_id"] != known
         role = again["setup"]["roles"][0]
-        assert (role["ladder"], role["reason"]) == (["int8", "bf16"], "raised_demoted")
-        assert {"variant": "int4-kv8", "verdict": "demoted", "why": ["a look"]}.items() <= role["considered"][
-            0
-        ].items()
+        assert (role["ladder"], role["reason"]) == (["assistant:int8", "assistant:bf16"], "raised_demoted")
+        assert {"variant": "assistant:int4-kv8", "verdict": "demoted", "why": ["a look"]}.items() <= role[
+            "considered"
+        ][0].items()
 
 
 async def test_replicas_are_shown_as_engines_and_the_gateway_see_them() -> None:
@@ -113,18 +118,22 @@ async def test_rates_of_the_last_minute_and_samples_for_charts() -> None:
         await eventually(sampled)
         minute = found["last_minute"]
         series = {(role, variant): figures for role, variant, *figures in minute["series"]}
-        requests, errors, tokens, p50, p95, first50, _ = series["intent_classifier", "int4-kv8"]
+        requests, errors, tokens, p50, p95, first50, _ = series["intent_classifier", "assistant:int4-kv8"]
         assert round(requests * minute["seconds"]) == 3
         assert (errors, round(tokens * minute["seconds"])) == (0, 12)
         assert 0 < first50 <= p50 <= p95
-        assert round(series["core", "bf16"][1] * minute["seconds"]) == 2, "errors"
-        assert series["core", "bf16"][5] is None, "nothing of those was streamed"
+        assert round(series["core", "assistant:bf16"][1] * minute["seconds"]) == 2, "errors"
+        assert series["core", "assistant:bf16"][5] is None, "nothing of those was streamed"
         assert round(series["", ""][0] * minute["seconds"]) == 5, "all traffic"
-        assert ["intent_classifier", "int4-kv8", "cheapest_in_budget", 3.0] in minute["routes"]
-        assert ["intent_classifier", "int4-kv8", "completion", 12.0] in found["tokens"]
+        assert ["intent_classifier", "assistant:int4-kv8", "cheapest_in_budget", 3.0] in minute["routes"]
+        assert ["intent_classifier", "assistant:int4-kv8", "completion", 12.0] in found["tokens"]
         assert found["requests"] == 5
         at = found["samples"][-1]["at"]
-        assert set(found["samples"][-1]["engines"]) == {"assistant:bf16-0", "assistant:int8-0", "assistant:int4-kv8-0"}
+        assert set(found["samples"][-1]["engines"]) == {
+            "assistant:bf16-0",
+            "assistant:int8-0",
+            "assistant:int4-kv8-0",
+        }
         assert all(sample["at"] > at for sample in (await overview(stack, since=at))["samples"])
 
 
@@ -142,7 +151,9 @@ async def test_it_is_for_admins() -> None:
             await response.read()
         async with stack.http.get(stack.url + "/admin/overview", headers=bearer("boss")) as response:
             text = await response.text()
-            assert ["agent", "core", "bf16", "completion", 4.0] in (await response.json())["key_tokens"]
+            assert ["agent", "core", "assistant:bf16", "completion", 4.0] in (await response.json())[
+                "key_tokens"
+            ]
         assert not any(key["sha256"] in text for key in KEYS)
 
 
@@ -219,16 +230,16 @@ def test_history_is_bounded_and_a_worker_that_starts_anew_is_no_negative_rate() 
     metrics = Metrics(CollectorRegistry(), ())
     history = History(metrics)
     for number in range(KEPT + 50):
-        history.add(5 * number, Totals({("core", "bf16"): sums(metrics, 10 * number)}), {})
+        history.add(5 * number, Totals({("core", "assistant:bf16"): sums(metrics, 10 * number)}), {})
     assert len(history.samples) == KEPT
     assert history.last_minute()[0] == 60
-    assert history.last_minute()[1]["core", "bf16"][0] == 2
+    assert history.last_minute()[1]["core", "assistant:bf16"][0] == 2
     last = 5 * (KEPT + 49)
-    history.add(last + 5, Totals({("core", "bf16"): sums(metrics, 3)}), {})
-    history.add(last + 10, Totals({("core", "bf16"): sums(metrics, 8)}), {})
+    history.add(last + 5, Totals({("core", "assistant:bf16"): sums(metrics, 3)}), {})
+    history.add(last + 10, Totals({("core", "assistant:bf16"): sums(metrics, 8)}), {})
     assert all(sample.figures[ALL][0] >= 0 for sample in history.samples)
     assert history.samples[-1].figures[ALL][0] == 1
-    history.add(last + 1000, Totals({("core", "bf16"): sums(metrics, 8)}), {})
+    history.add(last + 1000, Totals({("core", "assistant:bf16"): sums(metrics, 8)}), {})
     assert history.samples[-1].figures == {}, "nothing has happened"
     assert history.last_minute() == (990, {}, {}), "nobody looked: the minute begins anew"
 

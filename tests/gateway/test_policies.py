@@ -52,7 +52,11 @@ def test_policies_have_names() -> None:
 
 def test_round_robin() -> None:
     policy, three = RoundRobin(), replicas(3)
-    assert [policy.pick(three, query())[0].name for _ in range(6)] == ["assistant:int8-0", "assistant:int8-1", "assistant:int8-2"] * 2
+    assert [policy.pick(three, query())[0].name for _ in range(6)] == [
+        "assistant:int8-0",
+        "assistant:int8-1",
+        "assistant:int8-2",
+    ] * 2
 
 
 def test_least_in_flight_then_in_turn() -> None:
@@ -63,7 +67,10 @@ def test_least_in_flight_then_in_turn() -> None:
     three[0].take()
     three[2].take()
     assert {policy.pick(three, query())[0].name for _ in range(6)} == {"assistant:int8-1"}
-    assert {policy.pick([three[0], three[2]], query())[0].name for _ in range(6)} == {"assistant:int8-0", "assistant:int8-2"}
+    assert {policy.pick([three[0], three[2]], query())[0].name for _ in range(6)} == {
+        "assistant:int8-0",
+        "assistant:int8-2",
+    }
 
 
 def test_least_load_counts_what_others_sent_and_falls_back() -> None:

@@ -24,7 +24,8 @@ class Clock:
 
 def replicas(count: int, board: Any = None) -> list[Replica]:
     return [
-        Replica("int8", f"int8-{n}", f"http://127.0.0.1:{n + 1}", Clock(), board=board) for n in range(count)
+        Replica("assistant:int8", f"int8-{n}", f"http://127.0.0.1:{n + 1}", Clock(), board=board)
+        for n in range(count)
     ]
 
 
@@ -100,14 +101,16 @@ def test_replicas_that_stay_keep_what_is_known_of_them() -> None:
     assert (still.in_flight, still.breaker.closed) == (1, False)
     assert c is not a
     assert c.name == "assistant:int8-0", "the lowest name that is free"
-    assert after.by_variant["assistant:int8"].policy is pools.by_variant["assistant:int8"].policy, "and what it knows of caches"
+    assert after.by_variant["assistant:int8"].policy is pools.by_variant["assistant:int8"].policy, (
+        "and what it knows of caches"
+    )
     lease.release()
     assert still.in_flight == 0
 
 
 def test_a_replica_is_named_without_its_password() -> None:
-    replica = Replica("int8", "assistant:int8-0", "http://me:pw@10.0.0.1:8000", Clock())
-    assert replica.where == "int8-0 at http://me:…@10.0.0.1:8000"
+    replica = Replica("assistant:int8", "assistant:int8-0", "http://me:pw@10.0.0.1:8000", Clock())
+    assert replica.where == "assistant:int8-0 at http://me:…@10.0.0.1:8000"
 
 
 def test_an_engine_says_how_many_tokens_it_has_read_and_written() -> None:

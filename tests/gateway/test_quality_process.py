@@ -43,7 +43,7 @@ from gateway.telemetry.metrics import Metrics
 from gateway.upstream.litellm import LiteLLM
 
 ROLE = {"x-agent-role": "intent_classifier"}
-ASKED = {"role": "intent_classifier", "variant": "int4-kv8"}
+ASKED = {"role": "intent_classifier", "model": "assistant", "variant": "int4-kv8"}
 SLOW_S = 30.0
 """For what takes no time on a machine that has nothing else to do."""
 
@@ -470,6 +470,12 @@ async def test_an_offer_raises_nothing() -> None:
     metrics = Metrics(CollectorRegistry(), config.roles)
     checks = CheckProcess("checks", metrics)
     observer = Observer(config, metrics, checks, checks)
-    observer.offer(Observed("a role that is gone", "bf16", "r", "/", b"{}", Answer()))
-    labels = {"role": "a role that is gone", "variant": "bf16", "check": "listen", "outcome": "error"}
+    observer.offer(Observed("a role that is gone", "assistant:bf16", "r", "/", b"{}", Answer()))
+    labels = {
+        "role": "a role that is gone",
+        "model": "assistant",
+        "variant": "bf16",
+        "check": "listen",
+        "outcome": "error",
+    }
     assert metrics.registry.get_sample_value("tiercel_quality_checks_total", labels) == 1

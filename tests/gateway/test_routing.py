@@ -10,10 +10,10 @@ from gateway.errors import NoReplicaError, PrecisionTooLowError, UnknownModelErr
 from gateway.identity import Caller
 from gateway.proxy.body import Body
 from gateway.proxy.endpoints import CHAT
-from gateway.routing.hedging import Hedging
-from gateway.routing.pools import Pools
 from gateway.routing.choices import Reason
+from gateway.routing.hedging import Hedging
 from gateway.routing.ladders import precision
+from gateway.routing.pools import Pools
 from gateway.routing.router import Route, Router
 from quantize.card import Card, Speed
 

@@ -57,7 +57,7 @@ def test_what_is_shown_has_no_secret_and_all_else() -> None:
     assert hashes_hidden(json.dumps(found), config)
     assert hashes_hidden(repr(config), config)
     assert hashes_hidden(str(config.engine) + str(config.keys) + str(config.providers), config)
-    assert found["pools"]["int8"] == [
+    assert found["pools"]["assistant:int8"] == [
         f"http://me:{HIDDEN}@10.0.0.1:8000/x",
         f"http://10.0.0.2:8000?token={HIDDEN}",
     ]
@@ -99,7 +99,7 @@ def test_members_that_move_keep_their_secrets(rng: random.Random) -> None:
 
 
 def pool(config: dict[str, Any]) -> None:
-    config["pools"]["int8"][0] = f"http://me:{HIDDEN}@10.0.0.9:8000/x"
+    config["pools"]["assistant:int8"][0] = f"http://me:{HIDDEN}@10.0.0.9:8000/x"
 
 
 def stranger(config: dict[str, Any]) -> None:
@@ -180,7 +180,9 @@ async def test_put_of_what_get_showed_changes_nothing(tmp_path: Path) -> None:
     write_variants(tmp_path)
     async with running_gateway(keys=SECRETS["keys"]) as stack:
         urls = {v: list(pool) for v, pool in stack.gateway.plane.snapshot.config.pools.items()}
-        urls["int8"] = [url.replace("http://", f"http://me:{SECRET}@") for url in urls["int8"]]
+        urls["assistant:int8"] = [
+            url.replace("http://", f"http://me:{SECRET}@") for url in urls["assistant:int8"]
+        ]
         text = yaml_of(
             tmp_path,
             urls,
@@ -224,7 +226,10 @@ async def test_readiness_shows_addresses_to_admins_alone() -> None:
             assert json.loads(text) == {"ready": True, "unserved": [], "not_reachable": []}
             assert not any(port in text for port in ports)
         detail = json.loads((await readiness(admin_of(stack)))[1])
-        assert detail["pools"]["bf16"]["replicas"]["assistant:bf16-0"]["url"].rpartition(":")[2] in ports
+        assert (
+            detail["pools"]["assistant:bf16"]["replicas"]["assistant:bf16-0"]["url"].rpartition(":")[2]
+            in ports
+        )
     async with running_gateway() as stack:
         async with stack.http.get(stack.url + "/readiness") as response:
             assert "pools" in await response.json(), "without keys this machine is an admin"

@@ -39,14 +39,16 @@ class Books:
 
     @property
     def unreported(self) -> float:
-        return self.sample("tiercel_usage_unreported_total", role="core", variant="int8")
+        return self.sample("tiercel_usage_unreported_total", role="core", model="assistant", variant="int8")
 
     @property
     def prompt(self) -> float:
-        return self.sample("tiercel_tokens_total", role="core", variant="int8", kind="prompt")
+        return self.sample(
+            "tiercel_tokens_total", role="core", model="assistant", variant="int8", kind="prompt"
+        )
 
     def settled(self, outcome: str) -> float:
-        labels = {"role": "core", "variant": "int8", "outcome": outcome}
+        labels = {"role": "core", "model": "assistant", "variant": "int8", "outcome": outcome}
         return self.sample("tiercel_usage_settled_total", **labels)
 
     @property
@@ -57,7 +59,12 @@ class Books:
 def unreported(url: str, body: Any = CHAT, path: str = "/v1/chat/completions", **more: Any) -> Unreported:
     raw = body if isinstance(body, bytes) else json.dumps(body).encode()
     return Unreported(
-        **{"usage": NO_USAGE, "key": "k"} | more, role="core", variant="int8", url=url, path=path, body=raw
+        **{"usage": NO_USAGE, "key": "k"} | more,
+        role="core",
+        labels=("assistant", "int8"),
+        url=url,
+        path=path,
+        body=raw,
     )
 
 
@@ -93,7 +100,7 @@ async def test_a_prompt_is_booked_as_the_engine_took_it_in(path: str, body: Any)
         books.settlement.report(unreported(url, body, path))
         await eventually(lambda: books.settled("booked"))
         assert books.prompt == work.prompt_tokens
-        key = {"key": "k", "role": "core", "variant": "int8", "kind": "prompt"}
+        key = {"key": "k", "role": "core", "model": "assistant", "variant": "int8", "kind": "prompt"}
         assert books.sample("tiercel_key_tokens_total", **key) == work.prompt_tokens
         assert books.unreported == 1
 
@@ -111,7 +118,9 @@ async def test_what_cannot_be_known_is_counted_and_no_more(monkeypatch: pytest.M
         books.settlement.report(unreported(url, b"{"))
         books.settlement.report(unreported("http://127.0.0.1:1"))
         await eventually(lambda: books.settled("failed") == 2 and books.settled("unknown") == 1)
-        books.settlement.report(Unreported("core", "int8", None, "", "/v1/chat/completions", None, NO_USAGE))
+        books.settlement.report(
+            Unreported("core", ("assistant", "int8"), None, "", "/v1/chat/completions", None, NO_USAGE)
+        )
         assert books.settled("unknown") == 2, "nobody can ask a provider"
         assert (books.unreported, books.prompt) == (4, 0)
         books.settlement.report(unreported(url))
@@ -217,7 +226,7 @@ async def test_no_end_of_the_gateway_loses_a_prompt() -> None:
             await begun.wait()
             for _ in range(100):
                 stack.gateway.settlement.report(unreported(url))
-        labels = {"role": "core", "variant": "int8"}
+        labels = {"role": "core", "model": "assistant", "variant": "int8"}
         sample = stack.registry.get_sample_value
         assert sample("tiercel_usage_settled_total", labels | {"outcome": "booked"}) == 100
         assert sample("tiercel_tokens_total", labels | {"kind": "prompt"}) == 500

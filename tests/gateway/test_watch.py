@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from aiohttp import web
-from gateway_stack import Stack, eventually, make_config, running_gateway
+from gateway_stack import Stack, eventually, full, make_config, running_gateway
 
 from gateway.config import ConfigError
 from gateway.identity import hash_of
@@ -58,7 +58,7 @@ async def report(stack: Stack) -> dict[str, Any]:
 
 async def cell(stack: Stack, variant: str = "int4-kv8") -> dict[str, Any]:
     cells = (await report(stack))["cells"]
-    return dict(next(c for c in cells if (c["variant"], c["role"]) == (variant, "intent_classifier")))
+    return dict(next(c for c in cells if (c["variant"], c["role"]) == (full(variant), "intent_classifier")))
 
 
 async def kinds(stack: Stack) -> list[str]:
@@ -84,7 +84,7 @@ async def test_harm_is_noticed_and_routed_around() -> None:
         await eventually(lambda: healthy(stack))
         harm(stack)
         for _ in range(300):
-            if "int8" in await ask(stack, 2):
+            if "assistant:int8" in await ask(stack, 2):
                 break
             await asyncio.sleep(0.1)
         assert set(await ask(stack, 3)) == {"assistant:int8"}
@@ -96,7 +96,7 @@ async def test_harm_is_noticed_and_routed_around() -> None:
         async with stack.http.post(stack.url + "/v1/route", json={"model": "intent_classifier"}) as response:
             route = await response.json()
         assert route["reason"] == "raised_demoted"
-        (step,) = [step for step in route["considered"] if step["variant"] == "int4-kv8"]
+        (step,) = [step for step in route["considered"] if step["variant"] == "assistant:int4-kv8"]
         assert step["verdict"] == "demoted"
         # Who names it outright goes up too.
         async with stack.post({"model": "assistant:int4-kv8"}, headers=ROLE) as response:
@@ -146,8 +146,11 @@ async def test_a_person_demotes_pins_and_restores() -> None:
 @pytest.mark.parametrize(
     ("body", "words"),
     [
-        ({"action": "demote", "variant": "bf16", "role": "core"}, "no quantized variant 'bf16'"),
-        ({"action": "demote", "variant": "int9", "role": "core"}, "variants: int4-kv8, int8"),
+        ({"action": "demote", "variant": "bf16", "role": "core"}, "no watched variant 'bf16'"),
+        (
+            {"action": "demote", "variant": "int9", "role": "core"},
+            "variants: assistant:int4-kv8, assistant:int8",
+        ),
         ({"action": "demote", "variant": "int8", "role": "cook"}, "roles: core, intent_classifier"),
         ({"action": "explode", "variant": "int8", "role": "core"}, "action"),
         ({"action": "demote", "role": "core"}, "variant"),
@@ -277,7 +280,7 @@ async def test_events_are_posted() -> None:
     assert posted[0] == posted[1]
     assert (posted[1]["kind"], posted[1]["variant"], posted[1]["why"]) == (
         "demoted",
-        "int4-kv8",
+        "assistant:int4-kv8",
         "for the hook",
     )
 
@@ -382,7 +385,7 @@ async def test_escalation_is_bounded_and_happens_once() -> None:
             engine.script.text = "no json"
         variants = [(await ask(stack, **JSON))[0] for _ in range(40)]
         assert 2 <= variants.count("assistant:int8") <= 8
-        assert "bf16" not in variants
+        assert "assistant:bf16" not in variants
 
 
 LABELS = '{"1": "unsupported"}'
@@ -453,7 +456,7 @@ async def test_an_unusual_answer_is_asked_for_again() -> None:
         await eventually(lambda: signals_seen(stack))
         watch = stack.gateway.watch
         assert watch is not None
-        key = watch.key("int4-kv8", "intent_classifier")
+        key = watch.key("assistant:int4-kv8", "intent_classifier")
         assert key is not None
         taught = Cell(key=key, tracks={"signals": Track(usual=(0.5, 0.6))})  # a fake's answers are at 0.105
         await watch._in_thread(lambda: watch._open().change([taught], []))
@@ -486,4 +489,4 @@ async def test_evaluations_are_events_of_opentelemetry(monkeypatch: pytest.Monke
     assert attributes["gen_ai.evaluation.score.label"] == "agreed"
     assert attributes["gen_ai.evaluation.score.value"] == 1.0
     assert attributes["gen_ai.agent.name"] == "intent_classifier"
-    assert attributes["tiercel.variant"] == "int4-kv8"
+    assert attributes["tiercel.variant"] == "assistant:int4-kv8"

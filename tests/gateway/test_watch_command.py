@@ -61,7 +61,7 @@ async def test_a_person_looks_and_acts(
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["demote", "int9", "core"], "no quantized variant 'int9'"),
+        (["demote", "int9", "core"], "no watched variant 'int9'"),
         (["show", "--url", "http://127.0.0.1:9"], "does not answer"),
         (["judge", "no-such-file.jsonl"], "watch.judge is not set"),
     ],

@@ -365,7 +365,7 @@ async def test_a_run_directory_has_one_gateway(tmp_path: Path, free_port: int) -
 
 def test_a_board_has_a_row_for_each_worker(tmp_path: Path) -> None:
     boards = [Board(tmp_path / "board", worker, 3) for worker in range(3)]
-    slots = {board.slot("int8", "http://127.0.0.1:1") for board in boards}
+    slots = {board.slot("assistant:int8", "http://127.0.0.1:1") for board in boards}
     assert len(slots) == 1, "all mean the same column"
     slot = slots.pop()
     for worker, board in enumerate(boards):
@@ -380,9 +380,9 @@ def test_a_board_has_a_row_for_each_worker(tmp_path: Path) -> None:
 def test_no_two_replicas_share_a_column(tmp_path: Path) -> None:
     boards = [Board(tmp_path / "board", worker, 2) for worker in range(2)]
     urls = [f"http://10.0.{n // 256}.{n % 256}:8000" for n in range(3000)]
-    slots = [boards[n % 2].slot("int8", url) for n, url in enumerate(urls)]
+    slots = [boards[n % 2].slot("assistant:int8", url) for n, url in enumerate(urls)]
     assert len(set(slots)) == len(urls)
-    assert slots == [boards[1 - n % 2].slot("int8", url) for n, url in enumerate(urls)]
+    assert slots == [boards[1 - n % 2].slot("assistant:int8", url) for n, url in enumerate(urls)]
     for board in boards:
         board.close()
 
@@ -393,19 +393,19 @@ def test_columns_that_nobody_uses_are_given_to_others(
     monkeypatch.setattr(board_module, "SLOTS", 4)
     boards = [Board(tmp_path / "board", worker, 2) for worker in range(2)]
     for n in range(4):
-        assert boards[0].slot("int8", f"http://old:{n}") == n
-    assert boards[1].slot("int8", "http://old:1") == 1
-    assert boards[1].slot("int8", "http://new") == NO_SLOT
+        assert boards[0].slot("assistant:int8", f"http://old:{n}") == n
+    assert boards[1].slot("assistant:int8", "http://old:1") == 1
+    assert boards[1].slot("assistant:int8", "http://new") == NO_SLOT
     boards[1].write(NO_SLOT, 7)
     assert boards[0].others(NO_SLOT) == 0, "what has no column is counted by nobody else"
     boards[0].write(1, 5)
     boards[0].free(1)
     assert boards[1].others(1) == 0
-    assert boards[1].slot("int8", "http://new") == NO_SLOT, "the other worker still has it"
+    assert boards[1].slot("assistant:int8", "http://new") == NO_SLOT, "the other worker still has it"
     boards[0].free(2)
-    assert boards[1].slot("int8", "http://new") == 2
+    assert boards[1].slot("assistant:int8", "http://new") == 2
     boards[0].clear()  # as for a worker that has died
-    assert boards[1].slot("int8", "http://newer") == 0
+    assert boards[1].slot("assistant:int8", "http://newer") == 0
     for board in boards:
         board.close()
 
@@ -420,12 +420,13 @@ def test_a_sheet_outlives_its_worker(tmp_path: Path) -> None:
 
     first, second = begin(0), begin(1)
     sheets = Sheets(tmp_path, 3)
-    first.missed.labels("core", "bf16").inc(2)
-    second.missed.labels("core", "bf16").inc()
-    second.missed.labels("core", "int8").inc()
-    second.duration.labels("core", "bf16").observe(0.02)
+    first.missed.labels("core", "assistant", "bf16").inc(2)
+    second.missed.labels("core", "assistant", "bf16").inc()
+    second.missed.labels("core", "assistant", "int8").inc()
+    second.duration.labels("core", "assistant", "bf16").observe(0.02)
     expected: Callable[[], bool] = lambda: (  # noqa: E731
-        counted(sheets, "tiercel_pool_missed_total") == {("core", "bf16"): [3.0], ("core", "int8"): [1.0]}
+        counted(sheets, "tiercel_pool_missed_total")
+        == {("core", "assistant", "bf16"): [3.0], ("core", "assistant", "int8"): [1.0]}
     )
     assert expected()
     with (tmp_path / "counters-1.index").open("ab") as index:
@@ -433,12 +434,12 @@ def test_a_sheet_outlives_its_worker(tmp_path: Path) -> None:
     assert expected()
     second = begin(1)
     assert expected(), "it goes on where the one before it was"
-    second.missed.labels("core", "bf16").inc()
-    second.missed.labels("new", "bf16").inc()
-    assert counted(sheets, "tiercel_pool_missed_total")["core", "bf16"] == [4.0]
-    assert counted(sheets, "tiercel_pool_missed_total")["new", "bf16"] == [1.0]
-    assert sum(counted(sheets, "tiercel_request_duration_seconds")["core", "bf16"][:-1]) == 1
+    second.missed.labels("core", "assistant", "bf16").inc()
+    second.missed.labels("new", "assistant", "bf16").inc()
+    assert counted(sheets, "tiercel_pool_missed_total")["core", "assistant", "bf16"] == [4.0]
+    assert counted(sheets, "tiercel_pool_missed_total")["new", "assistant", "bf16"] == [1.0]
+    assert sum(counted(sheets, "tiercel_request_duration_seconds")["core", "assistant", "bf16"][:-1]) == 1
     assert sheets.restarts() == {0: 0.0, 1: 1.0}
     assert max(sheets.ages().values()) < 5
-    assert second.missed.labels("core", "bf16").value == 2
+    assert second.missed.labels("core", "assistant", "bf16").value == 2
     assert os.stat(tmp_path / "counters-0").st_mode & 0o777 == 0o600

@@ -37,6 +37,7 @@ class ScriptedEngine:
         self.most = most
         self.asked: list[str] = []
         self.formats: list[Any] = []
+        self.templates: list[Any] = []
         self.scored = 0
         self.fail_after: int | None = None
 
@@ -69,7 +70,12 @@ class ScriptedEngine:
         text = body["messages"][-1]["content"]
         self.asked.append(text)
         self.formats.append(body.get("response_format"))
-        return web.json_response({"choices": [{"message": {"content": self.answer(text)}}]})
+        answer = self.answer(text)
+        choice: dict[str, Any] = {"message": {"content": answer}, "finish_reason": "stop"}
+        if body.get("return_token_ids"):
+            choice["token_ids"] = [*(ord(c) % VOCABULARY for c in answer), 0]
+        self.templates.append(body.get("chat_template_kwargs"))
+        return web.json_response({"choices": [choice]})
 
     async def _tokenize(self, request: web.Request) -> web.Response:
         body = await request.json()

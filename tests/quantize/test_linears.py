@@ -9,10 +9,11 @@ import pytest
 
 from quantize.core.checkpoint import open_checkpoint
 from quantize.core.dequantize import read_tensor
+from quantize.core.loading import load_model
 from quantize.core.modules import Linear, Modules, read_modules
 from quantize.core.quantization_config import pattern
 from quantize.core.tensors import read_parts
-from quantize.make.linears import LinearError, decoder_layers, exchanged, find_linears, load_model, observing
+from quantize.make.linears import LinearError, decoder_layers, exchanged, find_linears, observing
 from tests.quantize.tiny import make_checkpoint
 
 ARCHITECTURES = (
@@ -25,7 +26,7 @@ def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     import torch
 
     path = make_checkpoint(tmp_path_factory.mktemp(request.param) / "model", request.param)
-    return path, load_model(path, torch.float32)
+    return path, load_model(open_checkpoint(path), torch.float32)
 
 
 def test_weights_in_memory_are_those_on_disk(made: tuple[Path, Any]) -> None:
@@ -82,7 +83,7 @@ def test_experts_see_the_tokens_that_were_sent_to_them(tmp_path: Path) -> None:
     import torch
 
     path = make_checkpoint(tmp_path / "model", "mixtral")
-    model, ids = load_model(path, torch.float32), torch.arange(3, 33)[None]
+    model, ids = load_model(open_checkpoint(path), torch.float32), torch.arange(3, 33)[None]
     places = find_linears(model, read_modules(open_checkpoint(path)).linears)
     rows: dict[str, int] = {}
     with (
@@ -121,7 +122,7 @@ def test_shapes_are_enough(tmp_path: Path) -> None:
 def test_what_is_not_there_is_said(tmp_path: Path, name: str, size: int, said: str) -> None:
     import torch
 
-    model = load_model(make_checkpoint(tmp_path / "model"), torch.float32)
+    model = load_model(open_checkpoint(make_checkpoint(tmp_path / "model")), torch.float32)
     with pytest.raises(LinearError, match=said):
         find_linears(model, [Linear(name, 128, size)])
 

@@ -9,9 +9,8 @@ import pytest
 
 from quantize.card import Evaluation
 from quantize.evaluate.client import EngineClient, EngineError
-from quantize.evaluate.journal import Journal
+from quantize.evaluate.journal import BATCH, Journal
 from quantize.evaluate.measure import (
-    BATCH,
     SCORED_TOKENS,
     Measurement,
     _chosen,

@@ -12,7 +12,7 @@ from quantize.core.checkpoint import open_checkpoint
 from quantize.core.modules import read_modules
 from quantize.make.calibration import CalibrationSet
 from quantize.make.parts import PartStore
-from quantize.plan import sensitivity
+from quantize.plan import backward
 from quantize.plan.sensitivity import Row, analyse, calibrated
 from quantize.plan.simulated import SimulatedModel
 from tests.quantize.tiny import VOCABULARY, make_checkpoint
@@ -31,7 +31,7 @@ def test_estimates_agree_with_the_divergence_in_torch(
     parts = PartStore(tmp_path / "parts", checkpoint, modules, CalibrationSet(sequences, described))
     spans = [(sequence, 1) for sequence in sequences]
     choices = {group.name: [("w4a16-g64", "rtn"), ("w4a8-g64", "rtn")] for group in modules}
-    monkeypatch.setattr(sensitivity, "DRAWS", 8)
+    monkeypatch.setattr(backward, "DRAWS", 8)
     rows = analyse(parts, choices, spans, tmp_path / "rows.jsonl")
     assert len(rows) == 2 * len(modules.groups)
 

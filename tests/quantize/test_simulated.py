@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 
 from quantize.core.checkpoint import open_checkpoint
+from quantize.core.loading import load_model
 from quantize.core.modules import read_modules
 from quantize.core.schemes import scheme
 from quantize.core.targets import TARGETS
 from quantize.make.blocks import Blocks
-from quantize.make.linears import load_model
 from quantize.make.parts import PartStore
 from quantize.plan.simulated import SimulatedModel, mean_kl
 from quantize.plan.tune import untunable
@@ -59,7 +59,7 @@ def test_block_by_block_is_the_whole_model(tmp_path: Path, architecture: str) ->
         with blocks.loaded(layer, torch.float32):
             blocks.forward(layer, states)
     with torch.inference_mode():
-        decoder = load_model(checkpoint.path, torch.float32).get_decoder()
+        decoder = load_model(checkpoint, torch.float32).get_decoder()
         expected = decoder(torch.tensor([tokens]), use_cache=False).last_hidden_state
         torch.testing.assert_close(blocks.decoder.norm(states.batches[0].hidden), expected)
 

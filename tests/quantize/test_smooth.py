@@ -14,6 +14,7 @@ from quantize.core.methods import MethodError, parse_method
 from quantize.core.modules import read_modules
 from quantize.core.plan import Plan, uniform
 from quantize.core.tensors import read_parts
+from quantize.make import smooth
 from quantize.make.calibration import CalibrationSet
 from quantize.make.parts import PartStore
 from quantize.make.smooth import best_scales, block_scales, folded, places, smoothable, unsmoothed
@@ -185,6 +186,24 @@ def test_a_mixture_of_smoothed_parts_is_the_model(store: PartStore, tmp_path: Pa
     assert len(values) == modules.layers
     config = json.loads((tmp_path / "mixed" / "config.json").read_text(encoding="utf-8"))
     assert config["quantization_config"]["format"] == "mixed-precision"
+
+
+def test_scales_do_not_depend_on_what_else_the_pass_is_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Parts are kept by what decides them. GPTQ's pass sees all conversations, that for scales a sample."""
+    monkeypatch.setattr(smooth, "SAMPLED_TOKENS", 150)
+    checkpoint = open_checkpoint(make_checkpoint(tmp_path / "model"))
+    modules = read_modules(checkpoint)
+    found = []
+    for name, methods in (("alone", ["smooth+rtn"]), ("beside", ["smooth+rtn", "gptq"])):
+        store = PartStore(tmp_path / name, checkpoint, modules, calibration())
+        store.make({group.name: [("w8a8", method) for method in methods] for group in modules})
+        found.append(store.smoothing.everything(modules.layers))
+    alone, beside = found
+    assert alone.keys() == beside.keys()
+    for name, scale in alone.items():
+        assert torch.allclose(scale.float(), beside[name].float(), rtol=0.02), name
 
 
 def test_plain_and_smoothed_parts_are_never_in_one_plan(store: PartStore, tmp_path: Path) -> None:

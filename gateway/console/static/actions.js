@@ -112,7 +112,7 @@ function offered(cell) {
 /** Change the share of a role's sessions that another variant serves. */
 export function askCanary(console, state, name) {
   const role = state.setup.roles.find((one) => one.name === name);
-  const variants = state.setup.variants.map((one) => one.variant);
+  const variants = state.setup.variants.filter((one) => role.models.includes(one.model)).map((one) => one.variant);
   const select = h("select", { name: "variant" }, variants.map((variant) => h("option", { value: variant }, variant)));
   select.value = role.canary?.variant ?? variants.find((variant) => variant !== role.ladder[0]) ?? variants[0];
   const share = h("input", { name: "percent", type: "number", min: "0", max: "100", step: "any", required: true, value: role.canary?.percent ?? 5 });

@@ -67,7 +67,7 @@ export class LiveView {
     setText(this.lacks, state.overview.lacks.join(" "));
     const silent = state.overview.requests === 0;
     this.silence.hidden = !silent;
-    setText(this.example, `curl ${location.origin}/v1/chat/completions -H 'content-type: application/json' \\\n  ${state.setup.keys ? "-H \"authorization: Bearer $KEY\" " : ""}-d '{"model": "${state.setup.model}", "messages": [{"role": "user", "content": "hello"}]}'`);
+    setText(this.example, `curl ${location.origin}/v1/chat/completions -H 'content-type: application/json' \\\n  ${state.setup.keys ? "-H \"authorization: Bearer $KEY\" " : ""}-d '{"model": "${state.setup.models[0].name}", "messages": [{"role": "user", "content": "hello"}]}'`);
     const [role, variant] = this.shown;
     const name = role ? `${role} on ${variant === "none" ? "no variant" : variant}` : `All traffic, ${count(state.overview.requests)} requests since the start ${span(state.overview.time - state.overview.started)} ago`;
     if (this.which.dataset.name !== name) {

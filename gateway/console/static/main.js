@@ -113,7 +113,7 @@ class Console {
     document.body.classList.remove("stale");
     find("views").hidden = false;
     find("sign-out").hidden = !key.get();
-    setText(find("model"), this.state.setup.model);
+    setText(find("model"), this.state.setup.models.map((one) => one.name).join(", "));
     this.open(false);
   }
 

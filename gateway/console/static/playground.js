@@ -41,8 +41,9 @@ export class PlaygroundView {
     const widest = [...setup.roles].sort((a, b) => b.ladder.length - a.ladder.length)[0];
     setOptions(this.role, setup.roles.map((role) => role.name), widest.name);
     const variants = setup.variants.map((one) => one.variant);
-    setOptions(this.sides[0].select, variants, setup.reference);
-    setOptions(this.sides[1].select, variants, widest.ladder[0] === setup.reference ? variants.at(-1) : widest.ladder[0]);
+    const last = widest.ladder.at(-1);
+    setOptions(this.sides[0].select, variants, last);
+    setOptions(this.sides[1].select, variants, widest.ladder[0] === last ? variants.at(-1) : widest.ladder[0]);
   }
 
   async run() {
@@ -70,7 +71,7 @@ export class PlaygroundView {
     return {
       headers: { "content-type": "application/json", ...(plain ? { "x-agent-role": role } : {}) },
       body: {
-        model: `${this.state.setup.model}:${variant}`, messages, max_tokens: Number(this.most.value), temperature: Number(this.temperature.value),
+        model: variant, messages, max_tokens: Number(this.most.value), temperature: Number(this.temperature.value),
         ...(this.stream.checked ? { stream: true, stream_options: { include_usage: true } } : {}),
         ...(this.logprobs.checked ? { logprobs: true, top_logprobs: 3 } : {}),
         ...(plain ? {} : { metadata: { agent_role: role } }),
@@ -125,7 +126,7 @@ class Side {
 
   async ask({ headers, body }, signal) {
     const began = performance.now();
-    this.asked = body.model.split(":").at(-1);
+    this.asked = body.model;
     setText(this.title, `${this.letter}: ${this.asked}`);
     try {
       const response = await send("v1/chat/completions", { method: "POST", headers, body: JSON.stringify(body), signal });

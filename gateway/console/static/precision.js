@@ -2,7 +2,7 @@
 
 import { askCanary, showCell } from "./actions.js";
 import { h, setText, Table } from "./dom.js";
-import { percent } from "./format.js";
+import { NONE, percent } from "./format.js";
 import { searchBox } from "./search.js";
 import { standing } from "./verdicts.js";
 
@@ -18,7 +18,7 @@ export function reason(state, role) {
   if (role.reason === "raised_demoted") return demoted.map((step) => `${step.variant} is out of service: ${step.why.join("; ")}.`).join(" ");
   if (role.reason === "reference_only") {
     const closest = role.considered.find((step) => step.verdict !== "reference");
-    return `No quantized variant is within the budget${closest?.why.length ? `; ${closest.variant}: ${closest.why[0]}` : ""}.`;
+    return `No cheaper variant is within the budget${closest?.why.length ? `; ${closest.variant}: ${closest.why[0]}` : ""}.`;
   }
   return "The cheapest variant within the budget.";
 }
@@ -27,7 +27,7 @@ export class PrecisionView {
   constructor(state, console) {
     this.state = state;
     this.console = console;
-    this.note = h("p", { class: "note" }, "A role runs on the cheapest variant whose gate passed for it. Variants stand from the cheapest to the dearest. Choose a cell for its figures and to act.");
+    this.note = h("p", { class: "note" }, "A role runs on the cheapest variant, of any model that may serve it, that is known to be good enough. Variants stand from the cheapest to the dearest. Choose a cell for its figures and to act.");
     this.table = new Table("Which role runs on what", [], { className: "stacks map", empty: "No role has this name." });
     this.element = h("div", {}, this.note, h("div", { class: "tools" }, h("h2", {}, "Roles"), searchBox(state, () => this.update())), this.table.element);
     this.table.element.classList.add("scroll");
@@ -52,13 +52,17 @@ export class PrecisionView {
 
   showCell(cell, row, variant) {
     const step = row.role.considered.find((one) => one.variant === variant);
+    if (!step) { // of a model that may not serve the role
+      cell.replaceChildren(NONE);
+      return;
+    }
     const { words, tone, tags } = standing(this.state, row.role, step);
     const text = [words, ...tags].join("\u0000");
     let button = cell.firstElementChild;
     if (!button) {
       button = h("button", { type: "button" });
       button.addEventListener("click", () => showCell(this.console, this.state, row.role.name, variant));
-      cell.append(button);
+      cell.replaceChildren(button);
     }
     if (button.dataset.text === text && button.className === `cell ${tone}`) return;
     button.dataset.text = text;
@@ -81,7 +85,7 @@ export class PrecisionView {
 
   update() {
     const { state } = this;
-    const variants = state.setup.roles[0].considered.map((step) => step.variant);
+    const variants = state.columns();
     if (this.known !== variants.join("\u0000")) {
       this.known = variants.join("\u0000");
       this.table.setColumns(this.columns(variants));

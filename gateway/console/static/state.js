@@ -64,6 +64,11 @@ export class State {
     return !search || names.some((name) => name.toLowerCase().includes(search));
   }
 
+  /** Variants that may serve any role, the cheapest first. */
+  columns() {
+    return [...new Set(this.setup.roles.flatMap((role) => role.considered.map((step) => step.variant)))];
+  }
+
   poolUp(variant) {
     return this.overview.replicas.some((one) => one.variant === variant && one.reachable && one.usable);
   }

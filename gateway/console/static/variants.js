@@ -47,7 +47,7 @@ export class VariantsView {
     setOptions(this.select, quantized.length ? quantized : setup.variants.map((one) => one.variant), mixed);
     this.showHeat();
     this.verdicts.setColumns([{ title: "Role", text: (row) => row.role.name },
-      ...setup.roles[0].considered.map((step) => ({ title: step.variant, show: (cell, row) => this.showVerdict(cell, row.role, step.variant) }))]);
+      ...this.state.columns().map((variant) => ({ title: variant, show: (cell, row) => this.showVerdict(cell, row.role, variant) }))]);
     this.showVerdicts();
   }
 
@@ -92,9 +92,17 @@ export class VariantsView {
   showVerdict(cell, role, variant) {
     if (cell.firstChild) return;
     const step = role.considered.find((one) => one.variant === variant);
+    if (!step) { // of a model that may not serve the role
+      cell.append(NONE);
+      return;
+    }
     const measured = this.state.variants.get(variant).roles[role.name];
     cell.append(h("span", { class: `verdict ${step.verdict}` }, `${SIGNS[step.verdict]} ${VERDICTS[step.verdict]}`));
     if (measured) cell.append(h("small", {}, `${percent(measured.accuracy)} right, KL ${digits(measured.kl)}`));
+    for (const [model, drop] of Object.entries(measured?.across ?? {})) {
+      const words = drop === 0 ? "as many right as" : `${percent(Math.abs(drop))} ${drop > 0 ? "fewer" : "more"} right than`;
+      cell.append(h("small", {}, `${words} ${model}`));
+    }
     if (step.why.length) cell.append(h("details", {}, h("summary", {}, "Why"), h("ul", { class: "reasons" }, step.why.map((why) => h("li", {}, why)))));
   }
 }

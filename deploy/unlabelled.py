@@ -1,0 +1,234 @@
+"""Roles without tasks, and models without calibration: the conversations that ship with the product, answered
+by the reference once.
+
+Answers that judge belong to the engine that they were written on; those that calibrate do not, so that an
+upgrade of the engine makes no variant anew.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from deploy.engine import EngineSpec, free_port, need_of, running
+from deploy.identity import identity
+from deploy.machine import look
+from deploy.models import checkpoint_of, registry_of
+from deploy.placement import Machine, Seats
+from gateway.config import ModelConfig, RoleSettings
+from quantize.card import Card, CardError, read_card
+from quantize.core.checkpoint import Checkpoint
+from quantize.core.tokenizer import encode_messages, load_tokenizer
+from quantize.evaluate.answers import (
+    Asking,
+    answer_all,
+    answers_path,
+    fitting,
+    items_of,
+    read_answers,
+)
+from quantize.evaluate.client import EngineClient
+from quantize.evaluate.conversations import Conversation, chosen, read_conversations, template_kwargs
+from quantize.evaluate.journal import Journal
+from quantize.evaluate.tasks import Item
+from quantize.make.calibration import CalibrationSet, calibration_of, read_calibration
+
+CPU_COUNT, CPU_TOKENS, GPU_TOKENS = 192, 64, 256
+"""Conversations and tokens of an answer, where the configuration says nothing: a small model on two cores has
+answered and scored so many within two minutes."""
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Questions:
+    """What a model's reference is asked in one way, and where its answers lie."""
+
+    asking: Asking
+    calibration: tuple[Conversation, ...]
+    held_out: tuple[Conversation, ...]
+    left_out: int
+    """Conversations that the model's context or chat template does not take."""
+    calibrating: Journal
+    judging: Journal
+
+    def items(self) -> list[Item]:
+        """Of those that judge: as far as they are answered."""
+        return items_of(self.held_out, read_answers(self.judging), self.asking)
+
+
+def unlabelled_roles(model: ModelConfig) -> dict[str, RoleSettings]:
+    """Roles that are judged by the reference's own answers."""
+    return {name: role for name, role in model.roles.items() if role.tasks is None}
+
+
+def questions(model: ModelConfig, version: str, role: RoleSettings | None = None) -> Questions:
+    """What the reference of that version is asked, for a role that may say how, or for calibration."""
+    checkpoint, machine = checkpoint_of(model), look()
+    everything = tuple(read_conversations())
+    tokens = (role.max_tokens if role else None) or model.conversations.max_tokens
+    asking = Asking(
+        tokens or (GPU_TOKENS if machine.gpus else CPU_TOKENS),
+        (role.chat_template_kwargs if role else None) or template_kwargs(_template(checkpoint.path)),
+    )
+    context = model.engine.context(checkpoint.max_model_len, checkpoint.kv_bytes_per_token(2))
+    fits = _fitting(checkpoint.path, context - asking.max_tokens)
+    half = _half(model, machine)
+    directory = model.variants_dir
+    engine = identity(model, machine)
+    return Questions(
+        asking=asking,
+        calibration=tuple(chosen(fits, "calibration", half)),
+        held_out=tuple(chosen(fits, "held_out", half)),
+        left_out=len(everything) - len(fits),
+        calibrating=Journal(answers_path(directory, version, asking, everything, {})),
+        judging=Journal(answers_path(directory, version, asking, everything, engine)),
+    )
+
+
+def _half(model: ModelConfig, machine: Machine) -> int | None:
+    """Conversations of each part; None for all."""
+    count = model.conversations.count or (None if machine.gpus else CPU_COUNT)
+    return None if count is None else count // 2
+
+
+@functools.lru_cache(maxsize=4)
+def _template(path: Path) -> str:
+    return str(load_tokenizer(path).chat_template)
+
+
+@functools.lru_cache(maxsize=4)
+def _fitting(path: Path, room: int) -> tuple[Conversation, ...]:
+    tokenizer = load_tokenizer(path)
+    return tuple(
+        fitting(read_conversations(), lambda messages: encode_messages(tokenizer, messages, path), room)
+    )
+
+
+def version_in_use(model: ModelConfig) -> str:
+    """The version of the reference that is there, or an empty string."""
+    try:
+        return read_card(registry_of(model).path(model.reference)).version
+    except CardError:
+        return ""
+
+
+def answered_items(model: ModelConfig) -> dict[str, list[Item]]:
+    """Items of the roles without tasks, as far as the reference has answered."""
+    roles = unlabelled_roles(model)
+    version = version_in_use(model) if roles else ""
+    return {name: questions(model, version, role).items() for name, role in roles.items()}
+
+
+def asked_items(model: ModelConfig) -> dict[str, list[Item]]:
+    """The same before anything is answered: what can be counted and rendered."""
+    return {
+        name: [
+            Item(messages=one.messages, expected="", check="reference", json_schema=one.json_schema)
+            for one in questions(model, "", role).held_out
+        ]
+        for name, role in unlabelled_roles(model).items()
+    }
+
+
+def calibration_for(model: ModelConfig, checkpoint: Checkpoint, version: str) -> CalibrationSet:
+    """The model's calibration file, or the conversations that ship with the product: with the reference's
+    answers, or, while there are none, the prompts alone. Raises CalibrationError."""
+    if model.calibration is not None:
+        return read_calibration(model.calibration, checkpoint)
+    asked = questions(model, version)
+    answers = read_answers(asked.calibrating)
+    known = [one for one in asked.calibration if one.id in answers]
+    if len(known) < len(asked.calibration):
+        prompts = [one.messages for one in asked.calibration]
+        return calibration_of(prompts, "conversations of Tiercel, prompts alone", checkpoint)
+    whole = [(*one.messages, {"role": "assistant", "content": answers[one.id].text}) for one in known]
+    return calibration_of(whole, "conversations of Tiercel, answered by the reference", checkpoint)
+
+
+def is_answered(model: ModelConfig) -> bool:
+    """Whether the reference that is there has answered all that calibrates and judges."""
+    version = version_in_use(model)
+    return bool(version) and not any(part.missing for part in _parts(model, version, to_calibrate=True))
+
+
+def _parts(model: ModelConfig, version: str, to_calibrate: bool) -> list[_Part]:
+    """What the reference is asked, once each."""
+    parts: dict[Path, _Part] = {}
+    if to_calibrate and model.calibration is None:
+        asked = questions(model, version)
+        parts[asked.calibrating.path] = _Part("calibrate with", asked, asked.calibration, asked.calibrating)
+    for asked in (questions(model, version, role) for role in unlabelled_roles(model).values()):
+        parts[asked.judging.path] = _Part("judge by", asked, asked.held_out, asked.judging)
+    return list(parts.values())
+
+
+async def ask_reference(
+    model: ModelConfig,
+    say: Say,
+    engines: Mapping[str, EngineSpec] | None = None,
+    *,
+    to_calibrate: bool = False,
+) -> None:
+    """Have the reference answer what roles without tasks are judged by, and ``to_calibrate`` what calibrates
+    where the model has no file for it, as far as it has not yet: on its engine in ``engines`` (by
+    ``model:variant``), or on one that is started for it."""
+    if not unlabelled_roles(model) and not (to_calibrate and model.calibration is None):
+        return
+    registry = registry_of(model, say)
+    reference = registry.add_reference(checkpoint_of(model, say))
+    missing = [part for part in _parts(model, reference.version, to_calibrate) if part.missing]
+    if not missing:
+        return
+    async with AsyncExitStack() as stack:
+        spec = (engines or {}).get(reference.id)
+        if spec is None or spec.directory != registry.path(reference.variant, reference.version):
+            spec = await stack.enter_async_context(reference_engine(model, reference, say))
+        client = await stack.enter_async_context(EngineClient(spec.url, reference.model))
+        for part in missing:
+            say(part.told())
+            await answer_all(client, part.conversations, part.asked.asking, part.journal)
+
+
+@asynccontextmanager
+async def reference_engine(model: ModelConfig, reference: Card, say: Say) -> AsyncIterator[EngineSpec]:
+    """The reference's engine, ready inside the block. Raises EngineStartError and PlacementError."""
+    directory = registry_of(model).path(reference.variant, reference.version)
+    seats = Seats(look(), 1)
+    async with seats.take(need_of(reference, directory, model.engine)) as placed:
+        spec = EngineSpec(
+            card=reference,
+            directory=directory,
+            settings=model.engine,
+            port=free_port(model.engine.host),
+            log=model.variants_dir / ".logs" / f"engine-{reference.variant}.log",
+            placed=placed,
+        )
+        async with running(spec, say):
+            yield spec
+
+
+@dataclass(frozen=True)
+class _Part:
+    """What the reference answers at once."""
+
+    purpose: str
+    asked: Questions
+    conversations: tuple[Conversation, ...]
+    journal: Journal
+
+    @property
+    def missing(self) -> bool:
+        known = read_answers(self.journal)
+        return any(one.id not in known for one in self.conversations)
+
+    def told(self) -> str:
+        left = self.asked.left_out
+        without = f", {left} of all being too long for it or nothing for its chat template" if left else ""
+        return (
+            f"the reference answers {len(self.conversations)} conversations to {self.purpose}{without}, in "
+            f"at most {self.asked.asking.max_tokens} tokens each (conversations.count and .max_tokens)"
+        )
