@@ -27,6 +27,7 @@ from gateway.config import Config, slug
 from quantize.card import read_card
 from tests.helm.chart import (
     SCENARIOS,
+    changed,
     fullname,
     gateway_config,
     pools,
@@ -267,9 +268,10 @@ def cluster_for(values: dict[str, Any], place: Path, given: Given) -> Cluster:
 
 
 def test_a_job_that_cannot_succeed_fails_here(tmp_path: Path, hub: str, tasks: Path) -> None:
-    values = changed(values_of("two-precisions"), {"models": {"llama": {"calibration": None}}})
+    making = {"make": ["bf16", "int4-kv8", "int2"]}
+    values = changed(values_of("two-precisions"), {"models": {"llama": {"quantize": making}}})
     cluster = cluster_for(values, tmp_path, given_for(values, tmp_path, hub, tasks))
-    with pytest.raises(AssertionError, match="calibration is not set"):
+    with pytest.raises(AssertionError, match="unknown variant 'int2'"):
         run_jobs(cluster)
 
 
