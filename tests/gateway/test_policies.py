@@ -39,7 +39,8 @@ class Clock:
 
 
 def replicas(count: int) -> list[Replica]:
-    return [Replica("int8", f"int8-{n}", f"http://127.0.0.1:{n + 1}", Clock()) for n in range(count)]
+    variant = "assistant:int8"
+    return [Replica(variant, f"{variant}-{n}", f"http://127.0.0.1:{n + 1}", Clock()) for n in range(count)]
 
 
 def query(prompt: bytes = b"", session: str | None = None, salt: str = "") -> PickQuery:
