@@ -241,8 +241,8 @@ def _fitting_choice(config: Config, model: ModelConfig, say: Say) -> Choice:
     return choice
 
 
-def bring_up(source: str, path: Path, say: Say) -> Config:
-    """Everything up to serving: the file, the variants, their verdicts. Returns what is to be served."""
+def bring_up(source: str, path: Path, say: Say) -> None:
+    """Everything up to serving: the file, the variants, their verdicts."""
     began = time.monotonic()
     arrived = arrive(source, path.absolute().parent, say)
     for name, why in arrived.starter.left_out.items():
@@ -263,4 +263,3 @@ def bring_up(source: str, path: Path, say: Say) -> Config:
     cards = [read_card(registry.path(name)) for name in registry.variants()]
     seconds = time.monotonic() - began
     say(f"\n{who_serves(model, cards)}\n\n{path} says so, after {seconds:.0f} s; now it is served")
-    return config

@@ -310,24 +310,32 @@ async def run_until_stopped(config: Config, config_path: Path, say: Say) -> None
         say("stopped; logs are in " + str(stack.gateway.log.parent))
 
 
+_INTENT = {
+    "system": "Classify the intent of the message.",
+    "user": "when is my credit card bill due",
+}
+_ANYTHING = {"user": "Name three uses of a paper clip."}
+
+
 def _try_it(stack: Stack) -> str:
     """What a person can type now."""
-    role = next(iter(stack.config.roles))
+    role, settings = next(iter(stack.config.roles.items()))
+    asked = _INTENT if settings.tasks else _ANYTHING  # the first role with tasks is the demo's, mostly
+    messages = [f'{{"role": "{who}", "content": "{text}"}}' for who, text in asked.items()]
     model = stack.config.default_model
+    shell, python = (f",\n{' ' * width}".join(messages) for width in (6, 16))
     return f"""
 Tiercel is up at {stack.url}  (Ctrl-C stops it; logs in {stack.gateway.log.parent})
 
   curl {stack.url}/v1/chat/completions -H 'content-type: application/json' \\
     -H 'x-agent-role: {role}' -d '{{"model": "{model}", "messages": [
-      {{"role": "system", "content": "Classify the intent of the message."}},
-      {{"role": "user", "content": "when is my credit card bill due"}}], "temperature": 0}}'
+      {shell}], "temperature": 0}}'
 
   from openai import OpenAI
   client = OpenAI(base_url="{stack.url}/v1", api_key="unused")
   for chunk in client.chat.completions.create(
       model="{role}", stream=True, temperature=0,
-      messages=[{{"role": "system", "content": "Classify the intent of the message."}},
-                {{"role": "user", "content": "when is my credit card bill due"}}]):
+      messages=[{python}]):
       print(chunk.choices[0].delta.content or "", end="") if chunk.choices else None
 
   curl {stack.url}/v1/models      curl {stack.url}/metrics

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -49,10 +51,10 @@ def init(options: argparse.Namespace) -> None:
 
 
 def up(options: argparse.Namespace) -> None:
-    if options.model is None:
-        config = load_config(options.config)
-    else:
+    if options.model is not None:
         from deploy.starting import bring_up
 
-        config = bring_up(options.model, options.config, say)
-    asyncio.run(run_until_stopped(config, options.config, say))
+        bring_up(options.model, options.config, say)
+        # Serving needs nothing of what looking and measuring have loaded: the process begins anew.
+        os.execv(sys.executable, [sys.executable, "-m", "deploy.cli", "up", "--config", str(options.config)])
+    asyncio.run(run_until_stopped(load_config(options.config), options.config, say))

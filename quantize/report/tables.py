@@ -274,8 +274,8 @@ def right_text(card: Card, role: str) -> str:
     if figures is None:
         return ""
     word = "right" if figures.evidence == "labels" else "begin as the reference's"
-    share = accuracy_text(card, role).removesuffix(f" {AS_REFERENCE}")
-    own = f"{word}: {figures.correct} of {figures.items}, {share}"
+    text = accuracy_text(card, role).removesuffix(f" {AS_REFERENCE}")
+    own = f"{word}: {figures.correct} of {figures.items}, {text}"
     if card.variant == card.reference:
         return own
     theirs = figures.reference_correct
