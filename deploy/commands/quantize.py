@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from deploy.commands import NOT_WELL, add_command, add_json, add_model, print_json, run_engines, say
 from deploy.commands.before import refuse_unmeasurable
@@ -65,6 +66,18 @@ def add_quantize(parser: argparse.ArgumentParser) -> None:
     looking.add_argument("--target", help=TARGET_HELP)
     add_json(looking)
 
+    _add_plan(commands)
+
+    registering = add_command(
+        commands, "register", register, "take in a checkpoint that was quantized elsewhere, and gate it"
+    )
+    add_model(registering)
+    registering.add_argument("directory", type=Path, help="compressed-tensors, AWQ, GPTQ or AutoRound format")
+    registering.add_argument("name", help="the variant's name")
+    _unmeasured(registering)
+
+
+def _add_plan(commands: Any) -> None:
     planning = add_command(commands, "plan", plan, "find and make the best mixture within a budget")
     add_model(planning)
     wanted = planning.add_mutually_exclusive_group()
@@ -89,14 +102,6 @@ def add_quantize(parser: argparse.ArgumentParser) -> None:
         help="measure plans made without a planner beside it, on held-out conversations (default: all kinds)",
     )
     _unmeasured(planning)
-
-    registering = add_command(
-        commands, "register", register, "take in a checkpoint that was quantized elsewhere, and gate it"
-    )
-    add_model(registering)
-    registering.add_argument("directory", type=Path, help="compressed-tensors, AWQ, GPTQ or AutoRound format")
-    registering.add_argument("name", help="the variant's name")
-    _unmeasured(registering)
 
 
 def _unmeasured(command: argparse.ArgumentParser) -> None:
