@@ -1,5 +1,5 @@
-"""What ``tiercel doctor`` looks at of processes: who has the ports, whether engines answer, and what those that
-were killed have left."""
+"""What ``tiercel doctor`` looks at of processes: who has the ports, whether engines answer, what killed ones
+left behind."""
 
 from __future__ import annotations
 
