@@ -24,6 +24,7 @@ from quantize.core.checkpoint import Checkpoint
 from quantize.core.tokenizer import encode_messages, load_tokenizer
 from quantize.evaluate.answers import (
     Asking,
+    Messages,
     answer_all,
     answers_path,
     fitting,
@@ -75,7 +76,7 @@ def questions(model: ModelConfig, version: str, role: RoleSettings | None = None
         (role.chat_template_kwargs if role else None) or template_kwargs(_template(checkpoint.path)),
     )
     context = model.engine.context(checkpoint.max_model_len, checkpoint.kv_bytes_per_token(2))
-    fits = _fitting(checkpoint.path, context - asking.max_tokens)
+    fits = _fitting(checkpoint.path, context, asking.max_tokens)
     half = _half(model, machine)
     directory = model.variants_dir
     engine = identity(model, machine)
@@ -101,11 +102,13 @@ def _template(path: Path) -> str:
 
 
 @functools.lru_cache(maxsize=4)
-def _fitting(path: Path, room: int) -> tuple[Conversation, ...]:
+def _fitting(path: Path, context: int, max_tokens: int) -> tuple[Conversation, ...]:
     tokenizer = load_tokenizer(path)
-    return tuple(
-        fitting(read_conversations(), lambda messages: encode_messages(tokenizer, messages, path), room)
-    )
+
+    def encode(messages: Messages) -> list[int]:
+        return encode_messages(tokenizer, messages, path)
+
+    return tuple(fitting(read_conversations(), encode, context, Asking(max_tokens)))
 
 
 def version_in_use(model: ModelConfig) -> str:

@@ -28,6 +28,10 @@ Encode = Callable[[Messages], Sequence[int]]
 """Token ids of a conversation; raises CheckpointError where the chat template refuses it."""
 
 
+STRUCTURED = 3
+"""How many times longer an answer may be that is to match a schema."""
+
+
 @dataclass(frozen=True)
 class Asking:
     """How conversations are asked."""
@@ -35,6 +39,10 @@ class Asking:
     max_tokens: int
     template: Mapping[str, Any] = field(default_factory=dict)
     """For the chat template."""
+
+    def most(self, one: Conversation) -> int:
+        """Tokens of an answer: JSON that is cut off shows nothing."""
+        return self.max_tokens * (STRUCTURED if one.json_schema else 1)
 
 
 @dataclass(frozen=True)
@@ -54,7 +62,7 @@ def answers_path(
     """Where the answers of a reference's version lie, below the model's variants."""
     listing = {
         "conversations": [one.model_dump(exclude_none=True) for one in all_of],
-        "asking": [asking.max_tokens, dict(asking.template)],
+        "asking": [asking.max_tokens, STRUCTURED, dict(asking.template)],
         "engine": dict(engine),
     }
     digest = hashlib.sha256(json.dumps(listing, sort_keys=True).encode()).hexdigest()
@@ -78,7 +86,7 @@ async def answer_all(
 
     def job(one: Conversation) -> Callable[[], Any]:
         async def ask() -> Entry:
-            text, tokens, whole = await client.written(one.messages, asking.max_tokens, asking.template)
+            text, tokens, whole = await client.written(one.messages, asking.most(one), asking.template)
             return {"id": one.id, "answer": text, "tokens": tokens, "whole": whole}
 
         return ask
@@ -92,9 +100,11 @@ async def answer_all(
     return known
 
 
-def fitting(conversations: Sequence[Conversation], encode: Encode, room: int) -> list[Conversation]:
-    """Those whose prompt is at most ``room`` tokens, as the model's chat template takes them: without a
-    system message where it knows none. What it refuses even so is left out."""
+def fitting(
+    conversations: Sequence[Conversation], encode: Encode, context: int, asking: Asking
+) -> list[Conversation]:
+    """Those whose prompt and answer are at most ``context`` tokens, as the model's chat template takes them:
+    without a system message where it knows none. What it refuses even so is left out."""
     found = []
     for one in conversations:
         for messages in dict.fromkeys((_frozen(one.messages), _frozen(without_system(one.messages)))):
@@ -103,7 +113,7 @@ def fitting(conversations: Sequence[Conversation], encode: Encode, room: int) ->
                 length = len(encode(given))
             except CheckpointError:
                 continue
-            if length <= room:
+            if length + asking.most(one) <= context:
                 found.append(one.model_copy(update={"messages": given}))
             break
     return found
@@ -129,7 +139,7 @@ def items_of(
             expected=answer.text,
             expected_tokens=answer.tokens,
             check="reference",
-            max_tokens=asking.max_tokens if one.json_schema else _enough(answer, asking.max_tokens),
+            max_tokens=asking.most(one) if one.json_schema else _enough(answer, asking.max_tokens),
             chat_template_kwargs=dict(asking.template) or None,
             json_schema=one.json_schema,
         )

@@ -15,8 +15,8 @@ FIRST_CHOICES = 0.88
 """Default of ``min_first_choice_agreement`` where there are no labels."""
 CHANGED_ANSWERS = 0.6
 """Default of ``max_changed_answers`` there."""
-LOST_JSON = 0.15
-"""Default of ``max_valid_json_drop`` there."""
+LOST_JSON = 0.25
+"""Default of ``max_valid_json_drop`` there, where enough answers are asked to be JSON."""
 
 
 class QualityBudget(BaseModel):
@@ -51,7 +51,7 @@ class QualityBudget(BaseModel):
         ge=0,
         le=1,
         description="largest drop in the share of answers that match their JSON schema; without labels "
-        f"{LOST_JSON} by default, where the reference can do it",
+        f"{LOST_JSON} by default, where the reference can do it and enough are asked for",
     )
     min_first_choice_agreement: float | None = Field(
         default=None,
@@ -102,7 +102,6 @@ class QualityBudget(BaseModel):
         defaults = {
             "min_first_choice_agreement": FIRST_CHOICES,
             "max_changed_answers": CHANGED_ANSWERS,
-            "max_valid_json_drop": LOST_JSON,
         }
         missing = {name: value for name, value in defaults.items() if getattr(self, name) is None}
         return self.model_copy(update={"max_accuracy_drop": None, **missing})

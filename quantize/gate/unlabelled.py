@@ -8,7 +8,8 @@
 - Changed answers: an item is *kept* where an answer begins as the reference's did. The reference itself does
   not keep all, since engines compute in other batches: what it loses is the noise floor, and the variant's
   loss beyond that is a drop between paired shares, tested exactly (:mod:`quantize.gate.paired`).
-- Valid JSON: a drop as well. Where the reference itself mostly fails, nothing is asked of the variant.
+- Valid JSON: a drop as well. By default nothing is asked of a variant where the reference itself mostly
+  fails, or where so few answers are to be JSON that even a good one could not pass.
 """
 
 from __future__ import annotations
@@ -16,15 +17,17 @@ from __future__ import annotations
 import math
 
 from quantize.card import Paired, RoleEvaluation, TextEvaluation
-from quantize.gate.budget import QualityBudget
+from quantize.gate.budget import LOST_JSON, QualityBudget
 from quantize.gate.limit import LimitTest, decides, missing
 from quantize.gate.means import LEAST_SEQUENCES, positive_mean
-from quantize.gate.paired import ALPHA, drop_p, drop_upper_bound, items_that_decide
+from quantize.gate.paired import ALPHA, drop_p, drop_upper_bound, flips_p, items_that_decide
 from quantize.gate.shares import share_lower_bound, share_p
 
 LEAST_LOSSES = 4
 """Conversations that would be lost in whole at the limit, were it all or nothing: with fewer a sample too
 often shows none of them."""
+STRICT = ALPHA / 9
+"""Level at which, by default, JSON is judged only where a variant that loses one answer can still pass."""
 ABLE = 0.5
 """Share of valid JSON that the reference must be shown to exceed before a drop is asked about."""
 
@@ -40,12 +43,19 @@ def unlabelled_tests(figures: RoleEvaluation, budget: QualityBudget) -> list[Lim
             if figures.evidence == "reference"
             else missing("changed answers", "max_changed_answers", "to be judged without tasks")
         )
-    if budget.max_valid_json_drop is not None:
-        if figures.valid_json is not None and is_able(figures.valid_json):
-            tests.append(_json_test(figures.valid_json, budget.max_valid_json_drop))
-        elif figures.evidence == "labels":
+    if (most := budget.max_valid_json_drop) is not None:
+        if figures.valid_json is None:
             tests.append(missing("drop of valid JSON", "max_valid_json_drop", "items with json_schema"))
+        else:
+            tests.append(_json_test(figures.valid_json, most))
+    elif figures.evidence == "reference" and figures.valid_json is not None and _tells(figures.valid_json):
+        tests.append(_json_test(figures.valid_json, LOST_JSON))
     return tests
+
+
+def _tells(valid_json: Paired) -> bool:
+    """Whether a variant's JSON is judged unasked."""
+    return is_able(valid_json) and flips_p(valid_json.items, 1, 0, LOST_JSON) <= STRICT
 
 
 def is_able(valid_json: Paired) -> bool:

@@ -107,12 +107,17 @@ def test_what_the_model_does_not_take_is_left_out() -> None:
     ruled = asked(50).model_copy(update={"messages": (system, *asked(50).messages)})
     long = asked(51).model_copy(update={"messages": ({"role": "user", "content": "x" * 300},)})
     everything = encoder(lambda roles: True)
-    assert [one.id for one in fitting([asked(1), ruled, long], everything, 200)] == ["some-01", "some-50"]
+    assert [one.id for one in fitting([asked(1), ruled, long], everything, 216, Asking(16))] == [
+        "some-01",
+        "some-50",
+    ]
     no_system = encoder(lambda roles: "system" not in roles)
-    kept = fitting([asked(1), ruled], no_system, 200)
+    kept = fitting([asked(1), ruled], no_system, 216, Asking(16))
     assert kept[1].messages == ({"role": "user", "content": "Be brief.\n\nquestion 50 of many"},)
     nothing = encoder(lambda roles: False)
-    assert fitting([asked(1)], nothing, 200) == []
+    assert fitting([asked(1)], nothing, 216, Asking(16)) == []
+    structured = asked(2, json_schema={"type": "object"})
+    assert [one.id for one in fitting([asked(1), structured], everything, 60, Asking(16))] == ["some-01"]
 
 
 def test_an_item_asks_for_no_more_than_is_compared() -> None:
@@ -126,7 +131,7 @@ def test_an_item_asks_for_no_more_than_is_compared() -> None:
     structured = asked(2, json_schema={"type": "object"})
     items = items_of([asked(1), structured, asked(3), asked(4), asked(5)], answers, Asking(64))
     assert [item.expected for item in items] == [text, '{"a": 1}', ""], "not what nobody has answered"
-    assert [item.max_tokens for item in items] == [BEGINNING + 8, 64, 9]
+    assert [item.max_tokens for item in items] == [BEGINNING + 8, 3 * 64, 9]
     assert items[0].is_right(text[:BEGINNING] + " and then another")
     assert not items[0].is_right("A" + text[1:])
     assert not items[2].is_right("something"), "where the reference says nothing"

@@ -8,7 +8,7 @@ import pytest
 from pydantic import ValidationError
 
 from quantize.card import Card, Evaluation, Outcome, Paired, RoleEvaluation, TextEvaluation
-from quantize.gate.budget import CHANGED_ANSWERS, FIRST_CHOICES, LOST_JSON
+from quantize.gate.budget import CHANGED_ANSWERS, FIRST_CHOICES
 from quantize.gate.evidence import ItemCounts, hopeless
 from quantize.gate.judgement import QualityBudget, gate_p_values, judge
 from quantize.gate.paired import mcnemar_p
@@ -134,7 +134,6 @@ def test_what_a_budget_sets_replaces_the_defaults() -> None:
         FIRST_CHOICES,
         CHANGED_ANSWERS,
     )
-    assert set_out.max_valid_json_drop == LOST_JSON
 
 
 def test_a_limit_that_needs_right_answers_is_not_passed_without_them() -> None:
@@ -159,12 +158,22 @@ def test_with_labels_nothing_is_asked_of_them_unless_it_is_set() -> None:
         (paired(40, 0, 3), Outcome.PASSED),  # the reference itself cannot: nothing is asked
         (paired(40, 38, 38), Outcome.PASSED),
         (paired(40, 20, 38), Outcome.FAILED),
-        (paired(40, 34, 38), Outcome.NOT_ENOUGH_EVIDENCE),
+        (paired(40, 31, 38), Outcome.NOT_ENOUGH_EVIDENCE),
+        (paired(12, 6, 12), Outcome.PASSED),  # too few to say anything
     ],
 )
 def test_json_is_asked_for_where_the_reference_writes_it(valid: Paired, outcome: Outcome) -> None:
     verdict = judge(card(figures(valid_json=valid)), "default", QualityBudget())
     assert verdict.outcome == outcome, verdict
+
+
+def test_json_is_judged_where_that_is_set() -> None:
+    asked = QualityBudget(max_valid_json_drop=0.1)
+    few = judge(card(figures(valid_json=paired(12, 12, 12))), "default", asked)
+    assert few.outcome == Outcome.NOT_ENOUGH_EVIDENCE
+    assert "items would decide the drop of valid JSON" in "; ".join(few.reasons)
+    none = judge(card(figures()), "default", asked)
+    assert "max_valid_json_drop needs items with json_schema" in "; ".join(none.reasons)
 
 
 def test_the_largest_p_value_counts_in_the_family() -> None:
