@@ -1,7 +1,8 @@
 """``tiercel demo``: quantize, gate, serve, send the customers' messages through the team, report.
 
-Every figure of the report is measured in this run: answers and times at the client, memory and
-quality from the gateway's ``/metrics``, losses from the cards.
+The demo is of one model, whose variants the report calls by their own names. Every figure is measured in this
+run: answers and times at the client, memory and quality from the gateway's ``/metrics``, losses from the
+cards.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from deploy.report import format_table, write_report
 from deploy.report_data import DemoReport, Machine, RoleReport, VariantReport
 from deploy.second_act import Clock, second_act
 from deploy.supervisor import Stack
-from gateway.config import Config, ModelConfig, load_config
+from gateway.config import Config, ModelConfig, load_config, parts_of
 from quantize.card import Card
 from quantize.evaluate.client import EngineClient
 from quantize.evaluate.statistics import percentile
@@ -92,7 +93,7 @@ async def run_demo(
         messages=len(results),
         wall_seconds=wall,
         roles={role: role_report(role, results, wall, agreement, metrics) for role in ROLES},
-        variants={model.id(card.variant): variant_report(card, metrics) for card in cards},
+        variants={card.variant: variant_report(card, metrics) for card in cards},
         incident=incident,
     )
     write_report(report, out)
@@ -180,7 +181,7 @@ def role_report(
     }
     sentences = sum(labels.values())
     return RoleReport(
-        variant_counts=dict(Counter(r.variant for r in mine if r.variant)),
+        variant_counts=dict(Counter(parts_of(r.variant)[1] for r in mine if r.variant)),
         count=len(mine),
         accuracy=right / len(mine),
         accuracy_low=low,

@@ -83,12 +83,6 @@ class GatewayProcess:
         except (aiohttp.ClientError, TimeoutError, KeyError):
             return None
 
-    def read_anew(self) -> None:
-        """Have it read the configuration and the cards again; nothing changes where they cannot be used."""
-        if self.runs and self._process is not None:
-            with contextlib.suppress(ProcessLookupError):
-                self._process.send_signal(signal.SIGHUP)
-
     async def wait(self) -> int:
         """Wait for it to end; returns its exit status."""
         if self._process is None:

@@ -92,19 +92,22 @@ def make_plans(
     for note in checkpoint.notes:
         say(note)
     refuse_not_finite(checkpoint.path)
-    refuse_short([], model.variants_dir, more_bytes=reference_bytes(checkpoint, model.variants_dir))
+    registry = registry_of(model, say)
+    if not registry.has_reference(checkpoint):
+        refuse_short([], model.variants_dir, more_bytes=reference_bytes(checkpoint, model.variants_dir))
     smooth = any(SMOOTH in parse_method(plan.method).transforms for plan in plans.values())
     if smooth and (left := unsmoothed(checkpoint.config, modules)):
         say(f"smoothing leaves {', '.join(left)} as they are: their scales cannot be folded in exactly")
     needs_data = any(parse_method(plan.method).needs_data(plan) for plan in plans.values())
     if before is not None:
         before()
-    registry = registry_of(model, say)
     reference = registry.add_reference(checkpoint)
     calibration = calibration_for(model, checkpoint, reference.version) if needs_data else None
     tokens = [len(sequence) for sequence in calibration.sequences] if calibration else [0]
-    costs = [estimate(checkpoint, modules, sum(tokens), max(tokens), plan.method) for plan in plans.values()]
-    refuse_short(costs, model.variants_dir)
+    missing = registry.missing(checkpoint, plans, calibration)
+    refuse_short(
+        [estimate(checkpoint, modules, plan, tokens) for plan in missing.values()], model.variants_dir
+    )
     cards = [reference]
     if plans:
         for number, (name, plan) in enumerate(plans.items(), 1):

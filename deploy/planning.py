@@ -20,20 +20,19 @@ from gateway.config import ModelConfig
 from quantize.card import Card
 from quantize.check import refuse_pattern, refuse_short, refuse_unfit
 from quantize.core.files import locked
-from quantize.core.modules import read_modules
 from quantize.core.plan import Plan
 from quantize.core.targets import detect, target
 from quantize.core.tensors import refuse_not_finite
-from quantize.cost import estimate
 from quantize.evaluate.bench import Bench, Span
 from quantize.evaluate.tasks import by_first_role
 from quantize.make.calibration import load_tokenizer
 from quantize.plan import controls
 from quantize.plan.controls import Controls, Kind
+from quantize.plan.cost import estimate_planning
 from quantize.plan.paired_kl import PairedKl
 from quantize.plan.planner import Candidate, PlanError
 from quantize.plan.sensitivity import Sensitivity
-from quantize.plan.session import METHODS, TRIES, PlanningSession, methods_for
+from quantize.plan.session import DEFAULT_BITS, METHODS, TRIES, PlanningSession
 from quantize.plan.tune import untunable
 from quantize.report.tables import align, kl_text, megabytes
 
@@ -61,12 +60,10 @@ def open_session(
     refuse_not_finite(checkpoint.path)
     where = target(target_name or detect())
     calibration = calibration_for(model, checkpoint, version_in_use(model))
-    tokens = [len(sequence) for sequence in calibration.sequences]
-    for method in methods:
-        cost = estimate(checkpoint, read_modules(checkpoint), sum(tokens), max(tokens), method)
-        refuse_short(cost, model.variants_dir)
     directory = model.variants_dir / ".planning"
-    return PlanningSession(directory, checkpoint, calibration, where, methods=methods, schemes=schemes)
+    session = PlanningSession(directory, checkpoint, calibration, where, methods=methods, schemes=schemes)
+    refuse_short(estimate_planning(session), model.variants_dir)
+    return session
 
 
 @contextlib.contextmanager
@@ -139,14 +136,12 @@ def plan(
         raise PlanError("--concurrency and --context count in a budget of bytes; give it with --bytes")
     if before is not None:
         before()
-    if methods is None:
-        methods = methods_for(_bits(model, bits, budget))
-    session = open_session(model, target_name, methods, schemes)
+    session = open_session(model, target_name, methods or METHODS, schemes)
     for problem in (p for one in kv for p in session.target.kv_problems(one, session.checkpoint.head_dim)):
         raise PlanError(str(problem))
     weights, other = sum(group.weights for group in session.modules), session.modules.other_bytes
     if budget is None:
-        budget = other + int((bits or 4.5) * weights / 8)
+        budget = other + int((bits or DEFAULT_BITS) * weights / 8)
     if loss is None and budget < (least := session.least_bytes(kv_tokens, kv)):
         raise PlanError(
             f"a budget of {budget} bytes is below the least possible, {least} bytes "
@@ -182,14 +177,6 @@ def plan(
         say(format_controls(compared))
         say(f"written to {compared.write(session.directory)}; `tiercel variants report` draws it")
     return card, candidates
-
-
-def _bits(model: ModelConfig, bits: float | None, budget: int | None) -> float:
-    """Bits per weight of the linear modules that a budget leaves."""
-    if budget is None:
-        return bits or 4.5
-    modules = read_modules(checkpoint_of(model, _say_aside))
-    return 8 * (budget - modules.other_bytes) / sum(group.weights for group in modules)
 
 
 def _can_tune(session: PlanningSession, say: Say) -> bool:

@@ -18,8 +18,10 @@ from tqdm import tqdm
 
 from agents.team import ROLES, Ticket, TicketResult, run_team
 from deploy.damage import damaged
+from deploy.models import one_model
 from deploy.report_data import Answer, Demotion, Incident
 from deploy.supervisor import Stack
+from gateway.config import parts_of
 
 FAULT = "two-bits"
 BATCH = 24
@@ -47,8 +49,9 @@ class Clock:
     def take(self, result: TicketResult) -> None:
         for role in ROLES:
             one = result.roles[role]
+            variant = parts_of(one.variant)[1] if one.variant else None
             self.answers.append(
-                Answer(role=role, variant=one.variant, right=self._right(role, result), at=self.now)
+                Answer(role=role, variant=variant, right=self._right(role, result), at=self.now)
             )
 
 
@@ -56,19 +59,17 @@ async def second_act(
     stack: Stack, clock: Clock, tickets: Sequence[Ticket], concurrency: int, say: Say
 ) -> Incident | None:
     """Harm, wait for the watch, go on for a while. None where no quantized variant serves anything."""
-    config = stack.config
-    served = Counter(
-        answer.variant for answer in clock.answers if answer.variant not in config.references.values()
-    )
+    config, model = stack.config, one_model(stack.config)
+    served = Counter(answer.variant for answer in clock.answers if answer.variant != model.reference)
     if not served:
         say("no quantized variant serves a role: there is nothing to harm")
         return None
     variant = served.most_common(1)[0][0]
     assert variant is not None
     roles = {answer.role for answer in clock.answers if answer.variant == variant}
-    spec = stack.engines[variant].spec
+    spec = stack.engines[model.id(variant)].spec
     say(f"replacing the engine of {variant} by one with harmed weights ({FAULT})")
-    await stack.swap(variant, damaged(spec.directory, config.run_dir / "harmed", FAULT))
+    await stack.swap(model.id(variant), damaged(spec.directory, config.run_dir / "harmed", FAULT))
     harmed_at = clock.now
     demotions: dict[str, Demotion] = {}
     sent, after = 0, 0
@@ -78,12 +79,10 @@ async def second_act(
             while sent < MOST_MESSAGES and after < AFTERWARDS:
                 batch = list(itertools.islice(endless, BATCH))
                 looking = asyncio.create_task(
-                    _until_demoted(session, stack.url, variant, roles, demotions, clock, harmed_at)
+                    _until_demoted(session, stack.url, spec.id, roles, demotions, clock, harmed_at)
                 )
                 try:
-                    await run_team(
-                        batch, stack.url, config.default_model, concurrency=concurrency, progress=clock.take
-                    )
+                    await run_team(batch, stack.url, model.name, concurrency=concurrency, progress=clock.take)
                 finally:
                     looking.cancel()
                     await asyncio.gather(looking, return_exceptions=True)
@@ -113,12 +112,13 @@ async def _until_demoted(
     clock: Clock,
     harmed_at: float,
 ) -> None:
+    """``variant``: the whole ``model:variant``."""
     while roles - set(demotions):
         for cell in (await read_watch(session, url))["cells"]:
             role = cell["role"]
             if cell["variant"] == variant and role in roles and not cell["serves"] and role not in demotions:
                 given = sum(
-                    (answer.role, answer.variant) == (role, variant) and answer.at > harmed_at
+                    (answer.role, answer.variant) == (role, parts_of(variant)[1]) and answer.at > harmed_at
                     for answer in clock.answers
                 )
                 demotions[role] = Demotion(

@@ -210,7 +210,6 @@ class Stack:
                 self.engines[variant] = EngineProcess(old.spec)
                 await self._serve(self.engines[variant])
                 self._say(f"{variant}: {old.spec.card.version} is served again")
-        self.gateway.read_anew()
 
     async def _serve(self, engine: EngineProcess) -> None:
         try:

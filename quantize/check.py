@@ -1,18 +1,19 @@
 """What a target can serve of a model, and what making it will cost: all from headers, before any work.
 
-Time and memory are :mod:`quantize.cost`'s.
+Time and memory are :mod:`quantize.cost`'s and :mod:`quantize.plan.cost`'s.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import psutil
 from pydantic import BaseModel, ConfigDict
 
+from quantize.check_costs import ASSUMED, basis, cost_rows, recipe_costs, size
 from quantize.core.account import refuse_other_tensors
 from quantize.core.architectures import architecture
 from quantize.core.checkpoint import Checkpoint, CheckpointError
@@ -22,7 +23,8 @@ from quantize.core.modules import Modules, read_modules
 from quantize.core.plan import uniform
 from quantize.core.schemes import KV_SCHEMES, scheme
 from quantize.core.tokenizer import refuse_bad_tokenizer
-from quantize.cost import Cost, estimate
+from quantize.cost import Cost
+from quantize.make.rate import Rates, machine_rates
 
 SHOWN = (*LADDER, "w4a16-g16", "w3a16-g128", "w2a16-g64", "w4a8-g128", "w8a8-static")
 RANKS = (1, 2, 4, 8)
@@ -77,7 +79,10 @@ class CheckReport(_Frozen):
     kept: tuple[KeptRow, ...]
     ranks: dict[int, str | None]
     """Tensor-parallel size to the reason why it does not fit; None where it does."""
-    cost: Cost
+    costs: dict[str, Cost | str]
+    """Recipe, or ``plan``, to what it takes, or to why it cannot be."""
+    basis: tuple[str, ...]
+    """How these are known."""
     memory_free: int
     disk_free: int
     warnings: tuple[str, ...]
@@ -108,19 +113,19 @@ def check_report(
     checkpoint: Checkpoint,
     target: Target,
     tensor_parallel: int = 1,
-    calibration_tokens: int = 65_536,
-    longest: int = 512,
-    method: str = "gptq",
+    calibration: Sequence[int] | None = None,
     out: Path | None = None,
     memory_free: int | None = None,
+    rates: Rates | None = None,
 ) -> CheckReport:
     """Everything that can be said before work starts. Raises CheckpointError for a model that is unfit.
 
-    ``longest`` is the longest calibration sequence in tokens, ``out`` where variants would be written.
+    ``calibration`` are the lengths of its conversations in tokens, ``out`` is where variants would be.
     """
     architecture = refuse_unfit(checkpoint)
     modules = read_modules(checkpoint)
-    cost = estimate(checkpoint, modules, calibration_tokens, longest, method)
+    rates, lengths = rates or machine_rates(), ASSUMED if calibration is None else tuple(calibration)
+    costs = recipe_costs(checkpoint, modules, target, lengths, rates)
     memory = psutil.virtual_memory().available if memory_free is None else memory_free
     disk = shutil.disk_usage(_existing(out or checkpoint.path)).free
     ranks = {ranks: _fits(checkpoint, target, modules, ranks) for ranks in sorted({*RANKS, tensor_parallel})}
@@ -140,10 +145,11 @@ def check_report(
         schemes=rows,
         kv=tuple(_kv_row(checkpoint, target, name) for name in KV_SCHEMES),
         ranks=ranks,
-        cost=cost,
+        costs=costs,
+        basis=tuple(basis(rates, lengths, calibration is None)),
         memory_free=memory,
         disk_free=disk,
-        warnings=(*checkpoint.notes, *_warnings(cost, memory, disk, target, ranks[tensor_parallel])),
+        warnings=(*checkpoint.notes, *_warnings(costs, memory, disk, target, ranks[tensor_parallel])),
     )
 
 
@@ -228,10 +234,13 @@ def _fits(checkpoint: Checkpoint, target: Target, modules: Modules, ranks: int) 
     return str(found[0]) if found else None
 
 
-def _warnings(cost: Cost, memory: int, disk: int, target: Target, unsplit: str | None) -> Iterable[str]:
+def _warnings(
+    costs: Mapping[str, Cost | str], memory: int, disk: int, target: Target, unsplit: str | None
+) -> Iterable[str]:
     if unsplit:
         yield f"tensor parallelism: {unsplit}; choose a size that fits"
-    yield from _shortages([cost], cost.disk_bytes, memory, disk)
+    known = [cost for cost in costs.values() if isinstance(cost, Cost)]
+    yield from _shortages(known, sum(cost.disk_bytes for cost in known), memory, disk)
     if target.untried:
         yield (
             f"of {target.name}, these rules were read in {target.engine}'s sources and not run on such a "
@@ -242,14 +251,14 @@ def _warnings(cost: Cost, memory: int, disk: int, target: Target, unsplit: str |
 def _shortages(costs: Sequence[Cost], disk_needed: int, memory: int, disk: int) -> Iterable[str]:
     if (most := max((cost.memory_bytes for cost in costs), default=0)) > memory:
         yield (
-            f"memory: calibration needs about {_size(most)}, free are {_size(memory)}; "
+            f"memory: calibration needs about {size(most)}, free are {size(memory)}; "
             "use fewer calibration tokens, method rtn, or a larger machine"
         )
     if disk_needed > disk:
         many = f"{len(costs)} variants" if len(costs) > 1 else "a variant"
         copied = disk_needed > sum(cost.disk_bytes for cost in costs)
         many += " and the reference take" if copied else " take" if len(costs) > 1 else " takes"
-        yield f"disk: {many} up to {_size(disk_needed)}, free are {_size(disk)}; make room first"
+        yield f"disk: {many} up to {size(disk_needed)}, free are {size(disk)}; make room first"
 
 
 def refuse_short(
@@ -292,15 +301,11 @@ def refuse_pattern(path: Path, name: str = "variants_dir") -> None:
         )
 
 
-def _size(value: int) -> str:
-    return f"{value / 1e9:.2f} GB" if value >= 1e9 else f"{value / 1e6:.2f} MB"
-
-
 def format_check(report: CheckReport) -> str:
     """The report for a terminal."""
     lines = [
         f"{report.model}: {report.architecture}, {report.groups} module groups, "
-        f"{report.weights / 1e6:.1f} M weights to quantize, {_size(report.bf16_bytes)} at bf16",
+        f"{report.weights / 1e6:.1f} M weights to quantize, {size(report.bf16_bytes)} at bf16",
         f"target {report.target}: {report.engine} on {report.processor}"
         + (f", {report.tensor_parallel} ranks" if report.tensor_parallel > 1 else ""),
         "",
@@ -312,11 +317,11 @@ def format_check(report: CheckReport) -> str:
         said += [row.note] if row.note and row.legal else []
         said += row.problems[:2]
         more = [f"and {len(row.problems) - 2} reasons more"] if len(row.problems) > 2 else []
-        figures = [_size(row.bytes), f"{row.bits_per_weight:.2f}"] if row.legal else ["-", "-"]
+        figures = [size(row.bytes), f"{row.bits_per_weight:.2f}"] if row.legal else ["-", "-"]
         rows.append([row.scheme, share if row.legal else "no", *figures, "; ".join(said + more)])
     lines += [*_table(rows), "where a scheme is not legal in all groups, bytes are with bf16 in the rest", ""]
     lines += [
-        f"{kept.what}: {_size(kept.bytes)} at 16 bits, {kept.share:.0%} of the smallest of these: {kept.why}"
+        f"{kept.what}: {size(kept.bytes)} at 16 bits, {kept.share:.0%} of the smallest of these: {kept.why}"
         for kept in report.kept
     ]
     lines += [""]
@@ -326,22 +331,10 @@ def format_check(report: CheckReport) -> str:
         rows.append([cache.kv, "no" if cache.problem else str(cache.bytes_per_token), said_kv])
     lines += [*_table(rows), ""]
     lines += [f"{ranks} ranks: {why or 'fits'}" for ranks, why in report.ranks.items()]
-    cost = report.cost
-    low, high = cost.seconds_range
-    lines += [
-        "",
-        f"{cost.method} with {cost.tokens} calibration tokens: about {_size(cost.memory_bytes)} of memory "
-        f"(free {_size(report.memory_free)}), {_size(cost.disk_bytes)} of disk at most "
-        f"(free {_size(report.disk_free)}), {_time(cost.seconds)} ({_time(low)} to {_time(high)})",
-        *(f"warning: {warning}" for warning in report.warnings),
-    ]
+    lines += ["", *_table(cost_rows(report.costs)), *report.basis]
+    free = f"free: {size(report.memory_free)} of memory, {size(report.disk_free)} of disk"
+    lines += [free, *(f"warning: {warning}" for warning in report.warnings)]
     return "\n".join(lines)
-
-
-def _time(seconds: float) -> str:
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def _table(rows: list[list[str]]) -> list[str]:

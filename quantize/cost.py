@@ -1,58 +1,68 @@
-"""What making a variant will cost: memory, disk and time, from headers and a second of measuring.
+"""What making variants and finding plans will cost: memory, disk and time, from headers and a second of
+measuring.
 
-What is made block by block (:mod:`quantize.make.streaming`) takes, beside the files, which are mapped:
+Times are of this machine with all cores idle. Two rates are measured when they are asked for, in time of a
+core's own, so that others who want it do not count (:mod:`quantize.make.rate`): of matrix products in
+bfloat16 and in float32. What is made block by block (:mod:`quantize.make.streaming`) takes:
+
+    start    libraries are imported, files compared with what the model needs, hashed, and written
+    pass     2 operations per weight and calibration token, in bfloat16, and what goes on between products
+    moments  2 K² per token and kind of input; the factor of GPTQ 4/3 K³
+    scales   of smoothing: steps times sampled rows of inputs and weights
+    parts    per weight and choice: rounding; 20 steps of a search for ranges; GPTQ's K operations and walk
+
+Times per number were measured on a model of 106 M weights on two cores of an AVX-512 CPU, and go by the
+float32 rate; on an accelerator, columns take a few launches of kernels each. The whole is right within a
+factor of two where it was compared: 135 M parameters on that CPU (docs/benchmarks/quantization.md).
 
     memory   libraries + one block at 16 bits + its widest group in float32 with working copies + second
              moments of one block (4 K² bytes per kind of input) + hidden states of all calibration tokens
-             (on disk above 256 MB)
-    time     start + 2 operations per weight and token at this machine's rate of bfloat16 matrix products
-             + 2 K² per token and kind of input at its float32 rate + for every weight the search of its range
-             and, with GPTQ, the walk over columns
+             (on disk above 256 MB); and pages of the model's files, which the system may drop
+    disk     the variant, and the parts that it is put together from
 
-The rates are measured when they are asked for (:mod:`quantize.make.rate`, half a second each). The times per
-weight were measured on a model of 106 M weights on two cores of an AVX-512 CPU, and are scaled by the float32
-rate; on an accelerator, columns take a few launches of kernels each. Expect a factor of two either way.
-
-Transforms and AutoRound are llm-compressor's, whose times come from one small model on two cores without
-bfloat16 arithmetic; others may differ by a factor of three, and AutoRound's is arithmetic alone.
+Finding a plan is :mod:`quantize.plan.cost`'s. Transforms other than ``smooth`` and AutoRound are
+llm-compressor's (:mod:`quantize.cost_whole`).
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
 
 from pydantic import BaseModel, ConfigDict
 
 from quantize.core.checkpoint import Checkpoint
 from quantize.core.legality import is_experts
-from quantize.core.methods import AUTOROUND_ITERATIONS, SMOOTH, parse_method
-from quantize.core.modules import Modules
-from quantize.core.schemes import BF16_BYTES
-from quantize.make.blocks import BATCH_TOKENS, GPU_BATCH_TOKENS, MAPPED_BYTES, best_device
-from quantize.make.rate import matmul_rate
-from quantize.make.smooth import SAMPLED_TOKENS
+from quantize.core.methods import Method, parse_method
+from quantize.core.modules import Group, Modules
+from quantize.core.plan import Plan
+from quantize.core.schemes import BF16_BYTES, scheme
+from quantize.make.blocks import BATCH_TOKENS, GPU_BATCH_TOKENS, MAPPED_BYTES
+from quantize.make.rate import Rates, machine_rates
+from quantize.make.smooth import ROWS, SAMPLED_TOKENS, STEPS, WEIGHT_ROWS, smoothable
+from quantize.make.streaming import Choice, needs_data, smoothed, streams
 
-LIBRARIES_BYTES = 540_000_000
-"""Resident memory of torch, transformers and llm-compressor at work on a model of no size, measured."""
-START_S = 12.0
-MODULE_S = 0.05
-COLUMN_S = 0.002
-OPERATIONS_PER_S = 4e10
-ROUND_PER_S = 1e8
-"""Weights rounded per second, scales included."""
-SPREAD = 3.0
-STREAMED_SPREAD = 2.0
-STREAMED_LIBRARIES_BYTES = 420_000_000
-"""Resident memory of torch and transformers without llm-compressor."""
-STREAMED_START_S = 6.0
-WEIGHT_S, RANGE_S, WALK_S = 1e-7, 1.2e-7, 6e-7
-"""Seconds of one core per weight: rounding and packing; a searched range; GPTQ's walk."""
-SCALES_S = 1.2e-4
-"""Seconds of one core per channel whose smoothing scale is looked for."""
-CORE_RATE = 2e10
-"""float32 operations per second of the core that those were measured on."""
+LIBRARIES_BYTES = 450_000_000
+"""Resident memory of torch and transformers at work on a model of no size, measured."""
+START_S = 10.0
+"""Until libraries are imported: 5 where byte code is kept, 14 where it is not."""
+FILE_S = 4e-9
+"""Per byte of the model at 16 bits: compared, hashed, written."""
+CORE_RATE = 9e10
+"""float32 operations per second of the core that these were measured on."""
+PASS = 2.0
+"""Time of a block over that of its products of weights and inputs."""
+SCALE_S = 2e-9
+"""Per step, row and channel of the search for smoothing scales."""
+ROUND_S, SEARCH_S, WALK_S = 3e-8, 3e-9, 1.2e-7
+"""Per weight: rounding and packing; a step of the search for a range; GPTQ's walk over columns."""
+SEARCH_STEPS = 20
 LAUNCHES_S = 5e-5
-"""Seconds of an accelerator per column of GPTQ, all rows together."""
-AUTOROUND_TOKENS = AUTOROUND_ITERATIONS * 8 * 128
-"""Tokens that AutoRound takes through a block: its batch is 8 rows of 128."""
+"""Of an accelerator, per column of GPTQ, all rows together."""
+TOGETHER = 0.8
+"""Share of the cores that work side by side keeps busy."""
+SPREAD = 2.0
 
 
 class Cost(BaseModel):
@@ -60,101 +70,153 @@ class Cost(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    method: str
+    what: str
     tokens: int
+    """Of calibration, that are used."""
     memory_bytes: int
+    mapped_bytes: int
+    """Pages of files beside ``memory_bytes``, which the system may drop."""
     disk_bytes: int
     seconds: float
+    """With all cores idle."""
     seconds_range: tuple[float, float]
 
 
-def estimate(checkpoint: Checkpoint, modules: Modules, tokens: int, longest: int, method: str) -> Cost:
-    """Memory, disk and time of making one variant with ``tokens`` calibration tokens."""
-    chosen = parse_method(method)
-    if chosen.transforms in ((), (SMOOTH,)) and chosen.solver != "autoround":
-        return _streamed(checkpoint, modules, tokens, longest, method)
-    weights = sum(group.weights for group in modules)
-    model = modules.other_bytes + BF16_BYTES * weights
-    learns = chosen.solver == "autoround"
-    hessians = chosen.solver == "gptq"
-    if chosen.solver in ("rtn", "mse") and not chosen.transforms:
-        tokens = 0
-    hidden = int(checkpoint.text_config["hidden_size"])
-    widest = max(group.weights for group in modules)
-    states = 2 * tokens * hidden * BF16_BYTES + longest * max(m.out_features for m in modules.linears) * 16
-    by_layer: dict[int, int] = {}
-    for group in modules:
-        squares = sum(4 * member.in_features**2 for member in group.members)
-        by_layer[group.layer] = by_layer.get(group.layer, 0) + squares
-    biggest = max(max(m.weights, m.in_features**2) for m in modules.linears)
-    working = 3 * 4 * biggest if hessians else 4 * widest
-    memory = LIBRARIES_BYTES + model + states + working + (max(by_layer.values()) if hessians else 0)
-    active = sum(group.weights * _share(checkpoint, is_experts(group)) for group in modules)
-    operations = 4.0 * active * tokens * (1 + len(chosen.transforms))
-    if learns:
-        operations += 6.0 * active * AUTOROUND_TOKENS  # forwards, and twice that backwards
-    if hessians:
-        operations += sum(2.0 * m.in_features**2 * tokens for m in modules.linears)
-    seconds = START_S + MODULE_S * len(modules.linears) + operations / OPERATIONS_PER_S
-    seconds += weights / ROUND_PER_S
-    seconds += COLUMN_S * sum(m.in_features for m in modules.linears) if hessians else 0.0
+@dataclass
+class Work:
+    """Seconds of cores: of one after another, and of all side by side."""
+
+    alone: float = 0.0
+    together: float = 0.0
+    parts: dict[str, float] = field(default_factory=dict)
+
+    def seconds(self, rates: Rates) -> float:
+        """As a clock has them, with all cores idle."""
+        return self.alone + self.together / max(1.0, TOGETHER * rates.cores)
+
+
+def estimate(
+    checkpoint: Checkpoint,
+    modules: Modules,
+    plan: Plan,
+    lengths: Sequence[int],
+    rates: Rates | None = None,
+) -> Cost:
+    """Memory, disk and time of making the variant of ``plan`` with calibration sequences of those lengths."""
+    choices = {group.name: [_choice(plan, group.name)] for group in modules}
+    if not all(streams(choice) for many in choices.values() for choice in many):
+        from quantize.cost_whole import estimate_whole
+
+        return estimate_whole(checkpoint, modules, plan, lengths)
+    rates = rates or machine_rates()
+    model = modules.other_bytes + BF16_BYTES * _weights(modules)
+    work = making(checkpoint, modules, choices, lengths, rates)
+    work.alone += START_S + FILE_S * model
+    tokens = pass_tokens(choices, lengths)
     return Cost(
-        method=method,
+        what=f"{plan.describe()} by {plan.method}",
         tokens=tokens,
-        memory_bytes=memory,
-        disk_bytes=model,
-        seconds=seconds,
-        seconds_range=(seconds / SPREAD, seconds * SPREAD),
+        memory_bytes=making_memory(checkpoint, modules, choices, tokens, rates),
+        mapped_bytes=model,
+        disk_bytes=2 * plan.weight_bytes(modules),
+        seconds=work.seconds(rates),
+        seconds_range=(work.seconds(rates) / SPREAD, work.seconds(rates) * SPREAD),
     )
 
 
-def _streamed(checkpoint: Checkpoint, modules: Modules, tokens: int, longest: int, method: str) -> Cost:
-    """The same of what is made block by block."""
-    chosen = parse_method(method)
-    device = best_device()
-    on_cpu = device.type == "cpu"
-    wide, narrow = matmul_rate("float32"), matmul_rate("bfloat16")
-    weights = sum(group.weights for group in modules)
-    walks = chosen.solver == "gptq"
-    data = walks or chosen.observer == "imatrix_mse"
-    smooth = SMOOTH in chosen.transforms
-    tokens = tokens if data else min(tokens, SAMPLED_TOKENS) if smooth else 0
+def _choice(plan: Plan, group: str) -> Choice:
+    return plan.groups[group], plan.method_of(group)
+
+
+def _weights(modules: Modules) -> int:
+    return sum(group.weights for group in modules)
+
+
+def pass_tokens(choices: Mapping[str, Sequence[Choice]], lengths: Sequence[int]) -> int:
+    """Calibration tokens that go through the model to make ``choices``."""
+    everything = list(chain.from_iterable(choices.values()))
+    if any(map(needs_data, everything)):
+        return sum(lengths)
+    return min(sum(lengths), SAMPLED_TOKENS) if any(map(smoothed, everything)) else 0
+
+
+def active_weights(checkpoint: Checkpoint, modules: Modules) -> float:
+    """Weights of linear modules that a token passes through."""
+    return sum(group.weights * _share(checkpoint, is_experts(group)) for group in modules)
+
+
+def _share(checkpoint: Checkpoint, experts: bool) -> float:
+    config = checkpoint.text_config
+    of = config.get("num_experts") or config.get("num_local_experts")
+    return float(config["num_experts_per_tok"]) / float(of) if experts and of else 1.0
+
+
+def making(
+    checkpoint: Checkpoint,
+    modules: Modules,
+    choices: Mapping[str, Sequence[Choice]],
+    lengths: Sequence[int],
+    rates: Rates,
+) -> Work:
+    """What making the parts takes, all in one pass."""
+    tokens = pass_tokens(choices, lengths)
+    work = Work(together=PASS * 2.0 * active_weights(checkpoint, modules) * tokens / rates.narrow)
+    slower = CORE_RATE / rates.wide
+    for group in modules:
+        many = [(scheme(name), parse_method(method)) for name, method in choices[group.name]]
+        quantized = [method for how, method in many if how.weights is not None]
+        widest = max(member.in_features for member in group.members)
+        walks = sum(method.solver == "gptq" for method in quantized)
+        if walks:
+            work.together += (2.0 * widest**2 * tokens + 4 / 3 * widest**3) / rates.wide
+            work.together += _walks(group, walks, slower, rates)
+        for method in quantized:
+            steps = 0 if method.observer == "memoryless_minmax" else SEARCH_STEPS
+            work.together += group.weights * (ROUND_S + steps * SEARCH_S) * slower
+    if any(map(smoothed, chain.from_iterable(choices.values()))):
+        channels = sum(
+            max(member.in_features for member in group.members)
+            for layer in range(modules.layers)
+            for group in smoothable(checkpoint.config, modules, layer)
+        )
+        work.alone += SCALE_S * STEPS * (ROWS + WEIGHT_ROWS) * channels * slower
+    return work
+
+
+def _walks(group: Group, choices: int, slower: float, rates: Rates) -> float:
+    """GPTQ of a group at so many choices."""
+    if rates.accelerator:
+        columns = max(member.in_features for member in group.members)
+        return LAUNCHES_S * columns + choices * group.weights * columns / rates.wide
+    products = sum(member.weights * member.in_features for member in group.members) / rates.wide
+    return choices * (products + group.weights * WALK_S * slower)
+
+
+def making_memory(
+    checkpoint: Checkpoint,
+    modules: Modules,
+    choices: Mapping[str, Sequence[Choice]],
+    tokens: int,
+    rates: Rates,
+) -> int:
+    """Bytes that making the parts takes beside the mapped files."""
     hidden = int(checkpoint.text_config["hidden_size"])
     blocks: dict[int, int] = {}
     moments: dict[int, int] = {}
     for group in modules:
         blocks[group.layer] = blocks.get(group.layer, 0) + BF16_BYTES * group.weights
-        kinds = len(group.members) if is_experts(group) else 1
-        squares = 4 * kinds * max(m.in_features for m in group.members) ** 2
-        moments[group.layer] = moments.get(group.layer, 0) + squares
-    batch = min(tokens, BATCH_TOKENS if on_cpu else GPU_BATCH_TOKENS)
+        if any(_walked(parse_method(method)) for _, method in choices[group.name]):
+            kinds = len(group.members) if is_experts(group) else 1
+            squares = 4 * kinds * max(m.in_features for m in group.members) ** 2
+            moments[group.layer] = moments.get(group.layer, 0) + squares
+    batch = min(tokens, GPU_BATCH_TOKENS if rates.accelerator else BATCH_TOKENS)
     inner = 4 * batch * max(m.out_features for m in modules.linears) * 4
     states = min(2 * tokens * hidden * BF16_BYTES, 2 * MAPPED_BYTES)
     widest = max(group.weights for group in modules)
-    memory = STREAMED_LIBRARIES_BYTES + max(blocks.values()) + 4 * 4 * widest + states + inner
-    memory += 3 * max(moments.values()) if walks else 0
-    active = sum(group.weights * _share(checkpoint, is_experts(group)) for group in modules)
-    seconds = STREAMED_START_S + 2.0 * active * tokens / narrow
-    if walks:
-        seconds += sum(2.0 * max(m.in_features for m in g.members) ** 2 * tokens for g in modules) / wide
-    seconds += SCALES_S * sum(max(m.in_features for m in g.members) for g in modules) if smooth else 0.0
-    per_weight = WEIGHT_S + (RANGE_S if chosen.observer != "memoryless_minmax" else 0.0)
-    per_weight += WALK_S if walks and on_cpu else 0.0
-    seconds += weights * per_weight * CORE_RATE / wide
-    if walks and not on_cpu:
-        seconds += LAUNCHES_S * sum(max(m.in_features for m in g.members) for g in modules)
-    return Cost(
-        method=method,
-        tokens=tokens,
-        memory_bytes=memory,
-        disk_bytes=modules.other_bytes + BF16_BYTES * weights,
-        seconds=seconds,
-        seconds_range=(seconds / STREAMED_SPREAD, seconds * STREAMED_SPREAD),
-    )
+    copies = 3 + max(len(many) for many in choices.values())
+    memory = LIBRARIES_BYTES + max(blocks.values()) + copies * 4 * widest + states + inner
+    return memory + 3 * max(moments.values(), default=0)
 
 
-def _share(checkpoint: Checkpoint, experts: bool) -> float:
-    """The share of a group's weights that a token passes through."""
-    config = checkpoint.text_config
-    of = config.get("num_experts") or config.get("num_local_experts")
-    return float(config["num_experts_per_tok"]) / float(of) if experts and of else 1.0
+def _walked(method: Method) -> bool:
+    return method.solver == "gptq"

@@ -23,6 +23,7 @@ from quantize.core.schemes import kv_scheme, scheme
 from quantize.core.targets import Target
 from quantize.make.calibration import CalibrationSet
 from quantize.make.compress import versions
+from quantize.make.parts import NUMERICS
 from quantize.make.variant import compress
 from quantize.register.examine import examine
 from quantize.variants_dir import FOUND_OUT, VariantsDirectory
@@ -55,6 +56,21 @@ class Registry(VariantsDirectory):
         base = base_sha256(checkpoint)
         return self._add(self.reference, {"base": base}, fill, checkpoint, base, parent=None)
 
+    def missing(
+        self, checkpoint: Checkpoint, plans: Mapping[str, Plan], calibration: CalibrationSet | None
+    ) -> dict[str, Plan]:
+        """Those of ``plans``, by variant, that are still to be made; files are not compared with cards."""
+        base = base_sha256(checkpoint)
+        return {
+            name: plan
+            for name, plan in plans.items()
+            if self._from(name, _digest(_inputs(base, plan, calibration))) is None
+        }
+
+    def has_reference(self, checkpoint: Checkpoint) -> bool:
+        """Whether this base checkpoint was taken in before."""
+        return self._reference_version(base_sha256(checkpoint)) is not None
+
     def add(
         self,
         checkpoint: Checkpoint,
@@ -72,14 +88,8 @@ class Registry(VariantsDirectory):
         ``target`` and ``predicted_kl`` are for the card: where the plan was checked to load, and what the
         planner expects of it.
         """
-        made_with = {"tiercel": version("tiercel"), **versions()}
         base = base_sha256(checkpoint)
-        inputs = {
-            "base": base,
-            "plan": plan.model_dump(mode="json"),
-            "calibration": calibration.description.sha256 if calibration else None,
-            "versions": made_with,
-        }
+        inputs = _inputs(base, plan, calibration)
         modules = read_modules(checkpoint)
 
         def fill(partial: Path) -> dict[str, Any]:
@@ -95,7 +105,7 @@ class Registry(VariantsDirectory):
                 "making": asdict(taken) if taken else None,
                 "bits_per_weight": plan.bits_per_weight(modules),
                 "calibration": calibration.description if calibration else None,
-                "versions": made_with,
+                "versions": inputs["versions"],
                 "target": target,
                 "predicted_kl": predicted_kl,
             }
@@ -147,7 +157,7 @@ class Registry(VariantsDirectory):
         digest = _digest(inputs)
         self.path(variant)  # refuses bad names and the older layout before any work
         with self._locked(variant):
-            if (known := self._made_from(variant, digest)) is not None:
+            if (known := self._from(variant, digest, whole=True)) is not None:
                 self._point(known)
                 return known
             partial = Path(tempfile.mkdtemp(prefix=f".partial-{variant}@", dir=self.directory))
@@ -209,13 +219,29 @@ class Registry(VariantsDirectory):
                 return name
         return None
 
-    def _made_from(self, variant: str, inputs: str) -> Card | None:
-        """A whole version that was made from the same inputs."""
+    def _from(self, variant: str, inputs: str, whole: bool = False) -> Card | None:
+        """The newest version that was made from the inputs of this digest; with ``whole``, one whose files
+        are those that its card lists."""
         for name in reversed(self.versions(variant)):
             known = self._read(variant, name)
-            if known is not None and known.inputs_sha256 == inputs and self._is_whole(variant, name):
+            if (
+                known is not None
+                and known.inputs_sha256 == inputs
+                and (not whole or self._is_whole(variant, name))
+            ):
                 return known
         return None
+
+
+def _inputs(base: str, plan: Plan, calibration: CalibrationSet | None) -> dict[str, Any]:
+    """What decides the files of a variant that is made here."""
+    return {
+        "base": base,
+        "plan": plan.model_dump(mode="json"),
+        "calibration": calibration.description.sha256 if calibration else None,
+        "numerics": NUMERICS,
+        "versions": {"tiercel": version("tiercel"), **versions()},
+    }
 
 
 def _described(plan: Plan, modules: Modules, checkpoint: Checkpoint) -> dict[str, Any]:

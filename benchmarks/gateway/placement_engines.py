@@ -181,9 +181,8 @@ def engine(port: int, blocks: int) -> EngineProcess:
         env={"OMP_NUM_THREADS": "1", "VLLM_SERVER_DEV_MODE": "1"},
     )
     model = ROOT / "deploy/assistant/model"
-    return EngineProcess(
-        EngineSpec(variants()["assistant:bf16"], model, settings, port, WORK / f"engine-{port}.log")
-    )
+    card, log = variants()["assistant:bf16"], WORK / f"engine-{port}.log"
+    return EngineProcess(EngineSpec(card, model, settings, port, log))
 
 
 async def main() -> None:

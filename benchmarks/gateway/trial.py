@@ -27,7 +27,6 @@ from typing import Any
 import aiohttp
 from prometheus_client.parser import text_string_to_metric_families
 
-from gateway.config import parts_of
 from gateway.upstream.fake import FakeEngine, Script, Work
 from gateway.upstream.fake.account import REFUSED, REPORTED
 
@@ -304,7 +303,7 @@ class Trial:
         """What the counters must have, by name and labels. ``engines``: by the replica's name."""
         books: Books = defaultdict(int)
         for replica, engine in engines.items():
-            variant = _variant(replica)
+            variant = replica.rpartition("-")[0]
             for work in engine.account:
                 number = self.number(work)
                 if number is not None and work.state != REFUSED:
@@ -313,7 +312,7 @@ class Trial:
 
     def _enter(self, books: Books, plan: Plan, work: Work, replica: str, variant: str) -> None:
         outcome = self.outcomes[plan.number]
-        escalated = outcome.whole and _variant(outcome.replica) != variant
+        escalated = outcome.whole and outcome.replica.rpartition("-")[0] != variant
         exact = work.state == REPORTED and outcome.whole and (outcome.replica == replica or escalated)
         prompt, completion = work.prompt_tokens, work.completion_tokens
         if not exact:
@@ -325,11 +324,6 @@ class Trial:
         for kind, tokens in (("prompt", prompt), ("completion", completion)):
             books["tiercel_tokens_total", plan.role, variant, kind] += tokens
             books["tiercel_key_tokens_total", plan.key, plan.role, variant, kind] += tokens
-
-
-def _variant(replica: str) -> str:
-    """The variant's label in metrics, of a replica called ``model:variant-0``."""
-    return parts_of(replica.rpartition("-")[0])[1]
 
 
 async def _read(http: aiohttp.ClientSession, url: str, plan: Plan, outcome: Outcome) -> None:

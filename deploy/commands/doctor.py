@@ -44,6 +44,7 @@ def doctor(options: argparse.Namespace) -> None:
 def examine(path: Path) -> Iterator[Finding]:
     """Every check, one after the other. Checks that need the configuration wait for one that is valid."""
     from deploy.commands import check_machine as machine
+    from deploy.commands import check_running as running
     from deploy.commands import check_serving as serving
 
     for name, always in {
@@ -62,9 +63,9 @@ def examine(path: Path) -> Iterator[Finding]:
         "variants": serving.check_variants,
         "permissions": serving.check_permissions,
         "store": serving.check_store,
-        "ports": serving.check_ports,
-        "engines": serving.check_engines,
-        "leftovers": serving.check_leftovers,
+        "ports": running.check_ports,
+        "engines": running.check_engines,
+        "leftovers": running.check_leftovers,
     }
     try:
         subject = Subject(path, load_config(path))

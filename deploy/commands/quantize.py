@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from deploy.commands import NOT_WELL, add_command, add_json, add_model, print_json, run_engines, say
 from deploy.commands.before import refuse_unmeasurable
@@ -17,7 +18,7 @@ from quantize.core.checkpoint import open_checkpoint
 from quantize.core.methods import parse_method
 from quantize.core.modules import read_modules
 from quantize.core.plan import Plan
-from quantize.core.recipes import RECIPES, unasked
+from quantize.core.recipes import RECIPES, unasked, usual_method
 from quantize.core.schemes import kv_scheme, scheme
 from quantize.core.targets import detect, target
 from quantize.plan.controls import KINDS
@@ -36,8 +37,9 @@ def add_quantize(parser: argparse.ArgumentParser) -> None:
     checking.add_argument("model", type=Path, help="a checkpoint directory")
     checking.add_argument("--target", help=TARGET_HELP)
     checking.add_argument("--tensor-parallel", type=int, default=1, help="ranks of each matrix")
-    checking.add_argument("--tokens", type=int, default=65_536, help="calibration tokens, for the estimate")
-    checking.add_argument("--method", default="gptq", help="for the estimate")
+    checking.add_argument(
+        "--calibration", type=Path, help="JSON Lines of conversations, for the estimate of time"
+    )
     add_json(checking)
     checking.set_defaults(run=check)
 
@@ -46,7 +48,7 @@ def add_quantize(parser: argparse.ArgumentParser) -> None:
     suited = f"which of {', '.join(RECIPES)} (default: those that suit the target)"
     making.add_argument("variants", nargs="*", help=suited)
     making.add_argument("--scheme", help="make one variant of this scheme instead, such as w4a16-g64")
-    making.add_argument("--method", default="gptq", help="how, with --scheme (default: gptq)")
+    making.add_argument("--method", help="how, with --scheme (default: what loses least at that scheme)")
     making.add_argument("--kv", default="auto", help="KV-cache scheme, with --scheme")
     making.add_argument("--name", help="the variant's name, with --scheme")
     making.add_argument("--target", help=TARGET_HELP)
@@ -64,6 +66,18 @@ def add_quantize(parser: argparse.ArgumentParser) -> None:
     looking.add_argument("--target", help=TARGET_HELP)
     add_json(looking)
 
+    _add_plan(commands)
+
+    registering = add_command(
+        commands, "register", register, "take in a checkpoint that was quantized elsewhere, and gate it"
+    )
+    add_model(registering)
+    registering.add_argument("directory", type=Path, help="compressed-tensors, AWQ, GPTQ or AutoRound format")
+    registering.add_argument("name", help="the variant's name")
+    _unmeasured(registering)
+
+
+def _add_plan(commands: Any) -> None:
     planning = add_command(commands, "plan", plan, "find and make the best mixture within a budget")
     add_model(planning)
     wanted = planning.add_mutually_exclusive_group()
@@ -79,7 +93,7 @@ def add_quantize(parser: argparse.ArgumentParser) -> None:
     planning.add_argument("--no-tune", dest="tune", action="store_false", help="keep scales as they come")
     planning.add_argument("--schemes", nargs="+", help="what to choose from (default: the target's usual)")
     planning.add_argument(
-        "--methods", nargs="+", help="whose parts may be mixed (imatrix+gptq; from 8 bits on smoothed before)"
+        "--methods", nargs="+", help="whose parts may be mixed (default: smooth+imatrix+gptq)"
     )
     planning.add_argument(
         "--controls",
@@ -88,14 +102,6 @@ def add_quantize(parser: argparse.ArgumentParser) -> None:
         help="measure plans made without a planner beside it, on held-out conversations (default: all kinds)",
     )
     _unmeasured(planning)
-
-    registering = add_command(
-        commands, "register", register, "take in a checkpoint that was quantized elsewhere, and gate it"
-    )
-    add_model(registering)
-    registering.add_argument("directory", type=Path, help="compressed-tensors, AWQ, GPTQ or AutoRound format")
-    registering.add_argument("name", help="the variant's name")
-    _unmeasured(registering)
 
 
 def _unmeasured(command: argparse.ArgumentParser) -> None:
@@ -120,13 +126,17 @@ def _model(options: argparse.Namespace) -> tuple[Config, ModelConfig]:
 
 def check(options: argparse.Namespace) -> None:
     from quantize.check import check_report, format_check
+    from quantize.make.calibration import read_calibration
 
+    checkpoint, lengths = open_checkpoint(options.model), None
+    if options.calibration:
+        sequences = read_calibration(options.calibration, checkpoint).sequences
+        lengths = [len(sequence) for sequence in sequences]
     report = check_report(
-        open_checkpoint(options.model),
+        checkpoint,
         target(options.target or detect()),
         tensor_parallel=options.tensor_parallel,
-        calibration_tokens=options.tokens,
-        method=options.method,
+        calibration=lengths,
     )
     if options.json:
         print_json(report)
@@ -149,10 +159,10 @@ def make(options: argparse.Namespace) -> None:
     if options.scheme:
         scheme(options.scheme)
         kv_scheme(options.kv)
-        parse_method(options.method)
-        cards = make_one(
-            model, options.name, options.scheme, options.method, options.kv, say, options.target, before
-        )
+        method = options.method or usual_method(options.scheme)
+        parse_method(method)
+        name, kv = options.name, options.kv
+        cards = make_one(model, name, options.scheme, method, kv, say, options.target, before)
     else:
         cards = make_variants(model, variants, say, options.target, before)
     _judge(config, {model.name: cards}, options)

@@ -70,7 +70,7 @@ class RequestFields(msgspec.Struct):
     """What the gateway reads of a request. The values are those that vLLM makes of what was sent."""
 
     model: str = ""
-    """Empty where none was named: the configured model."""
+    """Empty where none was named: then the role decides."""
     stream: bool | None = None
     stream_options: dict[str, Any] | UnsetType | None = UNSET
     n: int | None = None

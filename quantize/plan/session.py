@@ -1,6 +1,6 @@
 """From a checkpoint and calibration data to the best plan within a budget, step by step and resumable.
 
-planning_dir/<key>/    the key is of the checkpoint, the calibration data and the target
+planning_dir/<key>/    the key is of the checkpoint, the calibration data, the target and how parts are made
   parts/               parts of variants (:mod:`quantize.make.parts`)
   rows.jsonl           sensitivity, a line per finished row
   served/              what was measured on the engine
@@ -23,8 +23,8 @@ from quantize.core.targets import Target
 from quantize.evaluate.bench import Bench, Span
 from quantize.make.calibration import CalibrationSet
 from quantize.make.compress import QuantizeError
-from quantize.make.parts import PartStore
-from quantize.make.rate import matmul_rate
+from quantize.make.parts import NUMERICS, PartStore
+from quantize.make.rate import matmul_rate, usable_cores
 from quantize.make.streaming import streams
 from quantize.plan.planner import Candidate, PlanError, Planner
 from quantize.plan.search import search
@@ -33,34 +33,57 @@ from quantize.plan.served import KEPT, Choice, ServedKl
 from quantize.plan.simulated import SimulatedModel
 from quantize.plan.tune import SEQUENCES, STEPS, Tuned, tune, write_tuned
 
-METHODS = ("imatrix+gptq",)
-"""Whose parts below 8 bits a plan may mix, unless told otherwise."""
-SMOOTHED = ("smooth+imatrix+gptq",)
-"""The same for budgets of 8 bits per weight and more, where what is lost is lost by 8-bit inputs: all parts
-are of the smoothed model, and what is left of the budget goes to groups in 16 bits, such as down_proj."""
-SMOOTHED_BITS = 8.0
+METHODS = ("smooth+imatrix+gptq",)
+"""Whose parts below 8 bits a plan may mix, unless told otherwise; all parts are of the smoothed model."""
 CHOOSING_SHARE = 4
 """One conversation in so many is kept from calibration, and plans are chosen on it."""
 MIN_CHOOSING = 8
 LOSS_ROUNDS = 6
+DEFAULT_BITS = 4.5
+"""Bits per weight of the linear modules, where no budget is given."""
 TRIES = 12
 """Plans that are measured on the engine, unless told otherwise."""
 SHORTLIST = (
-    *("w4a16-g128", "w4a16-g64", "w4a16-g32", "nvfp4"),
+    *("w4a16-g128", "w4a16-g64", "w4a16-g64-asym", "w4a16-g32", "w4a16-g32-asym"),
     *("w8a8-r7", "w8a8", "fp8-dynamic", "w8a16-g128"),
 )
 """Schemes that are planned with where the target has them; each costs a quantization of the whole model."""
-
-
-def methods_for(bits: float) -> tuple[str, ...]:
-    """The methods to plan with at so many bits per weight."""
-    return SMOOTHED if bits >= SMOOTHED_BITS else METHODS
+BETTER = {"w4a16-g32": "w4a16-g32-asym"}
+"""Schemes that are not looked at where a group may have the other: mixtures of that and smaller ones lose
+less at the same bytes (docs/benchmarks/quantization.md)."""
 
 
 def shortlist(where: Target, modules: Modules, tensor_parallel: int = 1) -> tuple[str, ...]:
-    """The schemes of ``SHORTLIST`` that at least one group can have on the target."""
-    legal = {name for group in modules for name in where.candidates(group, tensor_parallel)}
-    return tuple(name for name in SHORTLIST if name in legal)
+    """The schemes of ``SHORTLIST`` that at least one group can have on the target, without a better one."""
+    legal = [set(where.candidates(group, tensor_parallel)) for group in modules]
+    return tuple(
+        name for name in SHORTLIST if any(name in mine and BETTER.get(name) not in mine for mine in legal)
+    )
+
+
+def choices_on(
+    where: Target,
+    modules: Modules,
+    schemes: Sequence[str],
+    methods: Sequence[str] = METHODS,
+    tensor_parallel: int = 1,
+) -> dict[str, Sequence[Choice]]:
+    """What a planner may give each group: ``schemes`` that are legal, those below 8 bits by ``methods``,
+    others by ranges alone, after the same transforms. Raises PlanError where there is none."""
+    plain = "+".join((*parse_method(methods[0]).transforms, "rtn"))
+    found: dict[str, Sequence[Choice]] = {}
+    for group in modules:
+        legal = where.candidates(group, tensor_parallel)
+        found[group.name] = [
+            (name, method)
+            for name in schemes
+            if name in legal
+            for method in (methods if scheme(name).weight_bits < 8 else (plain,))
+            if SMOOTH not in parse_method(method).transforms or streams((name, method))
+        ]
+    if not any(found.values()):
+        raise PlanError(f"{where.name} loads no quantized scheme for any module of this model")
+    return found
 
 
 class PlanningSession:
@@ -83,7 +106,13 @@ class PlanningSession:
         calibrating = calibration
         if choosing is None:
             calibrating, choosing = split(calibration)
-        decides = (base_sha256(checkpoint), calibration.description.sha256, where.name, len(choosing))
+        decides = (
+            base_sha256(checkpoint),
+            calibration.description.sha256,
+            where.name,
+            len(choosing),
+            NUMERICS,
+        )
         self.directory = directory / hashlib.sha256(repr(decides).encode()).hexdigest()[:12]
         self.calibration, self.choosing = calibrating, choosing
         self.parts = PartStore(self.directory / "parts", checkpoint, self.modules, calibrating)
@@ -97,26 +126,9 @@ class PlanningSession:
             self._simulated = SimulatedModel(self.parts, self.choosing)
         return self._simulated
 
-    @property
-    def _plain(self) -> str:
-        """The method of 8-bit schemes: ranges alone, after the transforms of the other methods."""
-        return "+".join((*parse_method(self.methods[0]).transforms, "rtn"))
-
     def choices(self) -> dict[str, Sequence[Choice]]:
         """What the planner may give each group: legal schemes, each by the methods that suit it."""
-        found: dict[str, Sequence[Choice]] = {}
-        for group in self.modules:
-            legal = self.target.candidates(group, self._ranks)
-            names = [name for name in self.schemes if name in legal]
-            found[group.name] = [
-                (name, method)
-                for name in names
-                for method in (self.methods if scheme(name).weight_bits < 8 else (self._plain,))
-                if SMOOTH not in parse_method(method).transforms or streams((name, method))
-            ]
-        if not any(found.values()):
-            raise PlanError(f"{self.target.name} loads no quantized scheme for any module of this model")
-        return found
+        return choices_on(self.target, self.modules, self.schemes, self.methods, self._ranks)
 
     def least_bytes(self, kv_tokens: int = 0, kv: Sequence[str] = ("auto",)) -> int:
         """The smallest budget that a plan can be found for; known before any work."""
@@ -201,7 +213,7 @@ class PlanningSession:
     def tuning_cost(self) -> tuple[int, float]:
         """Bytes of memory and seconds that tuning takes: the model in 32 bits with the gradients of a batch,
         the reference's log-probabilities of the calibration tokens; forward and backward passes of every
-        step at this machine's rate of matrix products."""
+        step at this machine's rate of matrix products, its cores being idle."""
         weights = sum(group.weights for group in self.modules)
         all_weights = weights + self.modules.other_bytes // BF16_BYTES
         tokens = sum(map(len, self.calibration.sequences))
@@ -209,7 +221,7 @@ class PlanningSession:
         vocabulary = int(self.checkpoint.text_config["vocab_size"])
         memory = 4 * (3 * all_weights + int(tokens + 3 * of_step) * vocabulary)
         operations = 6.0 * all_weights * of_step * STEPS + 2.0 * all_weights * tokens
-        return memory, operations / matmul_rate("float32", "cpu")
+        return memory, operations / (matmul_rate("float32", "cpu") * usable_cores())
 
     def _served(self, bench: Bench) -> ServedKl:
         return ServedKl(self.parts, bench, self.choosing, self.directory / "served")

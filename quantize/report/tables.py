@@ -279,8 +279,8 @@ def right_text(card: Card, role: str) -> str:
     if card.variant == card.reference:
         return own
     theirs = figures.reference_correct
-    share = 100 * theirs / figures.items
-    return f"{own}; the reference {card.reference}: {theirs} of {figures.items}, {share:.1f} %"
+    of_items = f"{theirs} of {figures.items}, {100 * theirs / figures.items:.1f} %"
+    return f"{own}; the reference {card.reference}: {of_items}"
 
 
 def format_card(card: Card, versions: Sequence[str] = (), stale: Sequence[str] = ()) -> str:

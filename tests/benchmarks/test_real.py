@@ -99,8 +99,8 @@ class Known:
 
 ROWS = [
     row("w4a16-g32 rtn", "uniform", "w4a16-g32", 2.0, 0.4),
-    row("w4a16-g32 imatrix+gptq", "uniform", "w4a16-g32", 2.0, 0.2),
-    row("w4a16-g64 imatrix+gptq", "uniform", "w4a16-g64", 1.9, 0.25),
+    row("w4a16-g32 smooth+imatrix+gptq", "uniform", "w4a16-g32", 2.0, 0.2),
+    row("w4a16-g64 smooth+imatrix+gptq", "uniform", "w4a16-g64", 1.9, 0.25),
     row("w8a8 gptq", "uniform", "w8a8", 4.0, 0.01),
     row("planned at 4.5 bits", "planned", "bf16", 2.0, 0.1),
 ]
@@ -109,8 +109,8 @@ ROWS = [
 def test_plans_are_compared_with_the_best_that_is_no_larger_and_methods_with_the_best() -> None:
     found = real.ratios(ROWS, cast(PairedKl, Known(ROWS)))
     assert [(one["label"], one["over"], one["ratio"]) for one in found] == [
-        ("w4a16-g32 rtn", "w4a16-g32 imatrix+gptq", 2.0),
-        ("planned at 4.5 bits", "w4a16-g32 imatrix+gptq", 0.5),
+        ("w4a16-g32 rtn", "w4a16-g32 smooth+imatrix+gptq", 2.0),
+        ("planned at 4.5 bits", "w4a16-g32 smooth+imatrix+gptq", 0.5),
     ]
 
 
@@ -124,7 +124,7 @@ def test_what_was_measured_is_written_drawn_and_known_to_the_next_run(
     real.write(ROWS, cast(PairedKl, Known(ROWS)), singles)
     text = (tmp_path / "result.md").read_text(encoding="utf-8")
     assert "| planned at 4.5 bits | 2.0 | 16.000 | 100.0 ± 10.0 |" in text
-    assert "| planned at 4.5 bits | w4a16-g32 imatrix+gptq | 0.50 (0.25–1.00) |" in text
+    assert "| planned at 4.5 bits | w4a16-g32 smooth+imatrix+gptq | 0.50 (0.25–1.00) |" in text
     assert "3 single groups on the engine: rank correlation 0.50" in text
     assert (tmp_path / "real-model.png").stat().st_size > 1000
     known = real.remembered(tmp_path / "result.json")
@@ -141,7 +141,9 @@ def test_rows_are_such_as_the_target_loads_and_all_parts_are_asked_for_once(tmp_
     assert not any("g128" in label for label in rows)  # 192 inputs
     assert rows["down_proj bf16, else w4a16-g64"].kind == "heuristic"
     ends = rows["first and last layer w8a8, else w4a16-g64"].plan
-    assert {ends.method_of(name) for name, scheme in ends.groups.items() if scheme == "w8a8"} == {"rtn"}
+    assert {ends.method_of(name) for name, scheme in ends.groups.items() if scheme == "w8a8"} == {
+        "smooth+rtn"
+    }
 
 
 def test_single_groups_are_spread_over_the_estimates() -> None:

@@ -24,7 +24,7 @@ import pytest
 from aiohttp import web
 
 from deploy.cli import main
-from deploy.commands import check_machine, check_serving
+from deploy.commands import check_machine, check_running, check_serving
 from deploy.commands.doctor import _run, examine
 from deploy.commands.findings import Finding, Level, Subject, ok, warning
 from gateway.config import load_config
@@ -212,19 +212,19 @@ def listening_before_free_ports(socket_: socket.socket, free: int) -> int:
 def test_ports_that_are_taken(write: Callable[..., Path]) -> None:
     with socket.socket() as taken:
         port = listening_before_free_ports(taken, 2)
-        found = worst(look(check_serving.check_ports, write(gateway={"port": port})))
+        found = worst(look(check_running.check_ports, write(gateway={"port": port})))
         assert found.level is Level.FAILURE
         assert f"gateway.port {port} is taken by process {os.getpid()}" in found.found
         assert f"kill {os.getpid()}" in found.fix
         path = write(pools={}, engine={"base_port": port})
-        found = worst(look(check_serving.check_ports, path))
+        found = worst(look(check_running.check_ports, path))
         assert f"port {port} of the engine of assistant:bf16 is taken" in found.found
         # The same process, where the supervisor's list says that it is the engine.
         run = path.parent / "run"
         run.mkdir()
         engines = {"assistant:bf16": {"url": f"http://127.0.0.1:{port}", "pid": os.getpid()}}
         (run / "engines.json").write_text(json.dumps({"engines": engines}))
-        assert worst(look(check_serving.check_ports, path)).level is Level.OK
+        assert worst(look(check_running.check_ports, path)).level is Level.OK
 
 
 def test_the_gateway_itself_holds_its_port(write: Callable[..., Path]) -> None:
@@ -241,11 +241,11 @@ def test_the_gateway_itself_holds_its_port(write: Callable[..., Path]) -> None:
         while not any(c.laddr and c.laddr[1] == port for c in psutil.Process(process.pid).net_connections()):
             assert time.monotonic() < deadline
             time.sleep(0.1)
-        (found,) = look(check_serving.check_ports, path)
+        (found,) = look(check_running.check_ports, path)
         assert found == ok(f"gateway.port {port}: the gateway runs, process {process.pid}")
         other = path.with_name("other.yaml")
         other.write_text(path.read_text())
-        assert worst(look(check_serving.check_ports, other)).level is Level.FAILURE
+        assert worst(look(check_running.check_ports, other)).level is Level.FAILURE
     finally:
         process.terminate()
         process.wait(30)
@@ -284,7 +284,7 @@ async def test_engines(
         port = runner.addresses[0][1]
         urls = [f"http://127.0.0.1:{port}", f"dns+http://localhost:{port}"]
         path = write(pools=dict.fromkeys(VARIANTS, urls))
-        found = await asyncio.to_thread(look, check_serving.check_engines, path)
+        found = await asyncio.to_thread(look, check_running.check_engines, path)
     finally:
         await runner.cleanup()
     # localhost may also stand for ::1, where nobody listens.
@@ -296,11 +296,11 @@ async def test_engines(
 
 
 def test_engines_that_do_not_run(write: Callable[..., Path]) -> None:
-    given = worst(look(check_serving.check_engines, write()))
+    given = worst(look(check_running.check_engines, write()))
     assert given.level is Level.FAILURE
     assert "does not answer" in given.found
     assert given.fix == "start it, or take it out of pools.assistant:bf16"
-    (idle,) = look(check_serving.check_engines, write(pools={}, engine={"base_port": 1024}))
+    (idle,) = look(check_running.check_engines, write(pools={}, engine={"base_port": 1024}))
     assert idle == ok(
         "not running: assistant:bf16, assistant:int8, assistant:int4-kv8; `tiercel up` starts them"
     )
@@ -372,7 +372,7 @@ def test_leftovers(write: Callable[..., Path]) -> None:
     path = write()
     directory, run = path.parent / "variants/assistant", path.parent / "run"
     (run / "workers").mkdir(parents=True)
-    assert worst(look(check_serving.check_leftovers, path)).level is Level.OK
+    assert worst(look(check_running.check_leftovers, path)).level is Level.OK
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
     engines = {"assistant:bf16": {"url": "http://127.0.0.1:1", "pid": ended.pid}}
@@ -380,7 +380,7 @@ def test_leftovers(write: Callable[..., Path]) -> None:
     with socket.socket(socket.AF_UNIX) as gone:
         gone.bind(str(run / "workers/worker-1.sock"))
     (directory / ".partial-int8@1").mkdir()
-    found = look(check_serving.check_leftovers, path)
+    found = look(check_running.check_leftovers, path)
     assert [one.fix for one in found] == [
         f"rm {run}/engines.json",
         f"rm {run}/workers/worker-1.sock",
@@ -389,9 +389,9 @@ def test_leftovers(write: Callable[..., Path]) -> None:
     (directory / ".locks").mkdir()
     with (directory / ".locks/int8").open("w") as lock:  # somebody is making it
         fcntl.flock(lock, fcntl.LOCK_EX)
-        assert len(look(check_serving.check_leftovers, path)) == 2
+        assert len(look(check_running.check_leftovers, path)) == 2
     (directory / "bf16").rename(directory.parent / "bf16")
-    assert look(check_serving.check_leftovers, path)[-1] == warning(
+    assert look(check_running.check_leftovers, path)[-1] == warning(
         f"{directory.parent}/bf16 is of the time when a file had one model, and is not read",
         f"mkdir -p {directory}; mv {directory.parent}/bf16 {directory}/",
     )

@@ -73,14 +73,14 @@ def matches(shown: str, wanted: str) -> bool:
 def older_version(variants: Path) -> str:
     """A version of int8 from before the one in use."""
     weights = b"weights of yesterday"
-    card = make_cards()["int8"]
+    card = make_cards()["assistant:int8"]
     digest = hashlib.sha256(weights).hexdigest()
     card = card.model_copy(update={"files": {"model.safetensors": digest}, "created": "2026-11-19"})
-    directory = variants / "int8" / card.version
+    directory = variants / "assistant/int8" / card.version
     directory.mkdir()
     (directory / "model.safetensors").write_bytes(weights)
     write_card(card, directory)
-    point(directory.parent / "current", make_cards()["int8"].version)
+    point(directory.parent / "current", make_cards()["assistant:int8"].version)
     return card.version
 
 
@@ -153,7 +153,7 @@ async def test_the_commands_run(tmp_path: Path) -> None:
     log = (tmp_path / "var/run/logs/gateway.log").read_text(encoding="utf-8")
     assert log.count("the configuration was read anew") == 3
     assert "the configuration was not changed" not in log
-    assert os.readlink(tmp_path / "var/variants/int8/current") == older
+    assert os.readlink(tmp_path / "var/variants/assistant/int8/current") == older
 
 
 def test_every_command_is_run_or_marked() -> None:

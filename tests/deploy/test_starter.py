@@ -47,11 +47,11 @@ def test_what_a_target_does_not_take_is_left_out_with_a_sentence(
 
 
 def test_shapes_that_do_not_divide_leave_four_bits_out(tmp_path: Path) -> None:
-    odd = make_checkpoint(tmp_path / "odd", hidden_size=96, head_dim=24, intermediate_size=192)
+    odd = make_checkpoint(tmp_path / "odd", hidden_size=80, head_dim=40, intermediate_size=176)
     checkpoint = open_checkpoint(odd)
     found, why = candidates(read_modules(checkpoint), checkpoint.head_dim, target("vllm-cuda-hopper"))
     assert found == ["int8", "fp8"]
-    assert "K is 96, but groups of 64 must divide it" in why["int4"]
+    assert "K is 176, but groups of 64 must divide it" in why["int4"]
 
 
 @pytest.mark.parametrize("where", sorted(TARGETS))

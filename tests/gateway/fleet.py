@@ -52,3 +52,18 @@ def cards_of(lost: int | None = 0) -> dict[str, Card]:
         make_card("int8", model="big", passes=("writer",), weight_bits=8, weight_bytes=9_000_000),
         *small,
     )
+
+
+QUANTIZED: dict[str, Any] = {
+    "big": {"path": "big", "serve": ("int8", "int4")},
+    "small": {"path": "small", "serve": ("int4",)},
+}
+
+
+def quantized(*passing: str) -> dict[str, Card]:
+    cards = [
+        make_card("int8", model="big", weight_bits=8, weight_bytes=9_000_000, passes=passing),
+        make_card("int4", model="big", weight_bits=4, weight_bytes=5_000_000, passes=passing),
+        make_card("int4", model="small", weight_bits=4, weight_bytes=600_000, passes=("tagger", "writer")),
+    ]
+    return by_id(*cards[:2], across(cards[2], 0))

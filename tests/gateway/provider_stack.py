@@ -52,7 +52,14 @@ class Providers:
             return response.status, error, response.headers
 
     def tokens(self, kind: str) -> float:
-        return self.stack.sample("tiercel_tokens_total", role="core", variant="provider", kind=kind)
+        """Of all models of providers."""
+        return sum(
+            sample.value
+            for family in self.stack.registry.collect()
+            for sample in family.samples
+            if sample.name == "tiercel_tokens_total"
+            and (sample.labels["variant"], sample.labels["kind"]) == ("provider", kind)
+        )
 
     def requests(self, outcome: str) -> float:
         return self.stack.requests(outcome)

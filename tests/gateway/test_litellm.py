@@ -93,7 +93,8 @@ def test_without_providers_litellm_is_not_imported() -> None:
     """In a process of its own, since others here import it."""
     code = (
         "import sys; sys.path.insert(0, 'tests/gateway'); import gateway_stack as g; "
-        "from gateway.app import Gateway; Gateway(g.make_config(), {}); print('litellm' in sys.modules)"
+        "from gateway.app import Gateway; Gateway(g.make_config(), g.make_cards()); "
+        "print('litellm' in sys.modules)"
     )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert ran.stdout.strip() == "False"

@@ -39,7 +39,8 @@ class Clock:
 
 
 def replicas(count: int) -> list[Replica]:
-    return [Replica("int8", f"int8-{n}", f"http://127.0.0.1:{n + 1}", Clock()) for n in range(count)]
+    variant = "assistant:int8"
+    return [Replica(variant, f"{variant}-{n}", f"http://127.0.0.1:{n + 1}", Clock()) for n in range(count)]
 
 
 def query(prompt: bytes = b"", session: str | None = None, salt: str = "") -> PickQuery:
@@ -62,7 +63,7 @@ def test_round_robin() -> None:
 def test_least_in_flight_then_in_turn() -> None:
     policy, three = LeastInFlight(), replicas(3)
     assert Counter(policy.pick(three, query())[0].name for _ in range(6)) == {
-        f"int8-{n}": 2 for n in range(3)
+        f"assistant:int8-{n}": 2 for n in range(3)
     }
     three[0].take()
     three[2].take()

@@ -76,6 +76,8 @@ async def test_an_answer(providers: Providers) -> None:
             assert answer["usage"]["prompt_tokens_details"]["cached_tokens"] == CACHED_TOKENS
         assert providers.tokens("prompt") - before[0] == PROMPT_TOKENS
         assert providers.tokens("completion") - before[1] == COMPLETION_TOKENS
+        labels = {"role": "core", "model": model, "variant": "provider", "kind": "prompt"}
+        assert providers.stack.sample("tiercel_tokens_total", **labels) == PROMPT_TOKENS
     assert "large" in providers.server.requests[0]["model"]
 
 

@@ -27,6 +27,7 @@ from gateway.config import Config, slug
 from quantize.card import read_card
 from tests.helm.chart import (
     SCENARIOS,
+    changed,
     fullname,
     gateway_config,
     pools,
@@ -149,7 +150,7 @@ def fill(directory: Path, config: Config) -> None:
 
 
 @pytest.fixture(scope="module")
-def filled(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, ...], Path]:
+def filled(tmp_path_factory: pytest.TempPathFactory) -> dict[frozenset[str], Path]:
     """Claims that were filled already, by what is in them."""
     return {}
 
@@ -234,49 +235,66 @@ class Door:
         return variant
 
 
-@pytest.mark.parametrize("name", SCENARIOS)
-async def test_a_scenario_from_its_job_to_an_answer_for_every_role(
-    name: str, tmp_path: Path, hub: str, tasks: Path, filled: dict[tuple[str, ...], Path]
-) -> None:
-    values = values_of(name)
-    first = render(values)
-    config = gateway_config(first)
+def given_for(values: dict[str, Any], place: Path, hub: str, tasks: Path) -> Given:
+    """What a person has put into the cluster before they install a scenario."""
+    (place / "checkpoints").mkdir()
     given = Given(world={"HF_ENDPOINT": hub})
-    for claim in ("tiercel-tasks", "tasks"):
-        given.directories[claim] = tasks
+    given.directories = {"tiercel-tasks": tasks, "tasks": tasks, "checkpoints": place / "checkpoints"}
     if (dated := values.get("quantize", {}).get("tasks", {}).get("path")) is not None:
-        given.directories["tasks"] = tmp_path / "dated"
-        shutil.copytree(tasks, tmp_path / "dated" / dated)
-    (tmp_path / "checkpoints").mkdir()
-    given.directories["checkpoints"] = tmp_path / "checkpoints"
+        given.directories["tasks"] = place / "dated"
+        shutil.copytree(tasks, place / "dated" / dated)
     for settings in values["models"].values():
         if "path" in settings:
-            (tmp_path / "checkpoints" / settings["path"]).symlink_to(MODEL)
+            (place / "checkpoints" / settings["path"]).symlink_to(MODEL)
         if "checkpointImage" in settings:
             given.directories[settings["checkpointImage"]["reference"]] = MODEL
-    given.directories["tiercel-tls"] = certificate(tmp_path / "tls")
+    given.directories["tiercel-tls"] = certificate(place / "tls")
     given.secrets = {
         ("hub", "token"): "hf_of-the-operator",
         ("product-key", "key"): KEY,
         ("providers", "openai"): "sk-of-the-operator",
-        ("tiercel-store", "url"): f"sqlite:///{tmp_path / 'store.db'}",
+        ("tiercel-store", "url"): f"sqlite:///{place / 'store.db'}",
     }
-    names = [fullname(first), *(owner["metadata"]["name"] for owner, _ in pools(first).values())]
-    cluster = Cluster(tmp_path, given, {one: free_port("127.0.0.1") for one in names})
+    return given
 
-    cluster.apply(first)
+
+def cluster_for(values: dict[str, Any], place: Path, given: Given) -> Cluster:
+    """A cluster where a scenario is installed."""
+    objects = render(values)
+    names = [fullname(objects), *(owner["metadata"]["name"] for owner, _ in pools(objects).values())]
+    cluster = Cluster(place, given, {one: free_port("127.0.0.1") for one in names})
+    cluster.apply(objects)
+    return cluster
+
+
+def test_a_job_that_cannot_succeed_fails_here(tmp_path: Path, hub: str, tasks: Path) -> None:
+    making = {"make": ["bf16", "int4-kv8", "int2"]}
+    values = changed(values_of("two-precisions"), {"models": {"llama": {"quantize": making}}})
+    cluster = cluster_for(values, tmp_path, given_for(values, tmp_path, hub, tasks))
+    with pytest.raises(AssertionError, match="unknown variant 'int2'"):
+        run_jobs(cluster)
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+async def test_a_scenario_from_its_job_to_an_answer_for_every_role(
+    name: str, tmp_path: Path, hub: str, tasks: Path, filled: dict[frozenset[str], Path]
+) -> None:
+    values = values_of(name)
+    given = given_for(values, tmp_path, hub, tasks)
+    cluster = cluster_for(values, tmp_path, given)
+    config = gateway_config(cluster.objects)
     if "quantize" in values:
-        assert started(first) == {}, "they would hold what the job needs"
+        assert started(cluster.objects) == {}, "they would hold what the job needs"
         run_jobs(cluster)
         cluster.apply(render(without_job(values), upgrade=True))
     else:
-        held = values["variants"]
-        claim = held.get("existingClaim") or held["image"]["reference"]
-        kept = (*sorted(config.served), *sorted(config.references.values()))
-        if kept not in filled:
+        place = values["variants"]
+        claim = place.get("existingClaim") or place["image"]["reference"]
+        wanted = {*config.served, *config.references.values()}
+        if not (there := [place for held, place in filled.items() if wanted <= held]):
             fill(tmp_path / "filled", config)
-            filled[kept] = tmp_path / "filled"
-        given.directories[claim] = filled[kept]
+            there = [filled.setdefault(frozenset(wanted), tmp_path / "filled")]
+        given.directories[claim] = there[0]
     await serve(cluster, config)
 
 

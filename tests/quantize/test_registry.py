@@ -287,3 +287,15 @@ def test_an_edited_card_does_not_count_as_made(registry: Registry, checkpoint: C
     path.write_text(path.read_text(encoding="utf-8").replace('"ready"', '"broken"'), encoding="utf-8")
     made = registry.add(checkpoint, "int4", plan(checkpoint), CALIBRATION, make=writes(b"a"))
     assert (made.version, registry.card("int4").state) == (card.version, "ready")
+
+
+def test_what_is_there_is_not_to_be_made_again(registry: Registry, checkpoint: Checkpoint) -> None:
+    """Room on the disk is asked for what is missing alone."""
+    plans = {"int4": plan(checkpoint), "int8": plan(checkpoint, "w8a8")}
+    assert not registry.has_reference(checkpoint)
+    assert registry.missing(checkpoint, plans, CALIBRATION) == plans
+    registry.add_reference(checkpoint)
+    registry.add(checkpoint, "int4", plans["int4"], CALIBRATION, make=writes(b"a"))
+    assert registry.has_reference(checkpoint)
+    assert registry.missing(checkpoint, plans, CALIBRATION) == {"int8": plans["int8"]}
+    assert registry.missing(checkpoint, plans, None) == plans

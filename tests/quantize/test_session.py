@@ -12,7 +12,7 @@ from quantize.core.plan import Plan
 from quantize.core.targets import target
 from quantize.make.calibration import read_calibration
 from quantize.plan.planner import PlanError
-from quantize.plan.session import PlanningSession, methods_for
+from quantize.plan.session import PlanningSession
 
 ROOT = Path(__file__).parents[2]
 
@@ -27,20 +27,17 @@ def test_the_least_budget(tmp_path: Path) -> None:
     assert more == 1000 * 2 * 2 * 4 * 128, "keys and values of 1,000 tokens, 16 bits, 4 layers, 128 wide"
 
 
-def test_from_eight_bits_on_everything_is_smoothed(tmp_path: Path) -> None:
+def test_all_parts_are_of_the_smoothed_model_and_zero_points_go_where_they_are_served(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(ROOT / "deploy/assistant/model")
     calibration = read_calibration(ROOT / "deploy/assistant/data/calibration.jsonl", checkpoint)
-    assert methods_for(4.5) == ("imatrix+gptq",)
-    session = PlanningSession(
-        tmp_path, checkpoint, calibration, target("vllm-cpu-vnni"), methods=methods_for(9.0)
-    )
+    session = PlanningSession(tmp_path, checkpoint, calibration, target("vllm-cpu-vnni"))
     for choices in session.choices().values():
         assert {method for name, method in choices if name == "w8a8"} == {"smooth+rtn"}
-        assert {method for name, method in choices if name == "w4a16-g64"} == {"smooth+imatrix+gptq"}
-    hopper = PlanningSession(
-        tmp_path, checkpoint, calibration, target("vllm-cuda-hopper"), methods=methods_for(9.0)
-    )
-    assert not any(name == "nvfp4" for choices in hopper.choices().values() for name, _ in choices)
+        assert {method for name, method in choices if name != "w8a8"} == {"smooth+imatrix+gptq"}
+        names = [name for name, _ in choices]
+        assert names == ["w4a16-g128", "w4a16-g64", "w4a16-g64-asym", "w4a16-g32-asym", "w8a8"]
+    avx2 = PlanningSession(tmp_path, checkpoint, calibration, target("vllm-cpu-avx2"))
+    assert not any("asym" in name for choices in avx2.choices().values() for name, _ in choices)
 
 
 def test_a_budget_below_it_is_refused_before_any_engine(tmp_path: Path) -> None:
