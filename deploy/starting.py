@@ -100,9 +100,8 @@ def known_model(config: Config, source: str, path: Path) -> ModelConfig:
     )
 
 
-def refuse_before_work(config: Config, model: ModelConfig, arrived: Arrived) -> None:
-    """Raise UpError and PlacementError for what would stop everything at its end: no engine, a port that is
-    taken, a model that is larger than the machine."""
+def refuse_before_work(config: Config, model: ModelConfig) -> None:
+    """Raise UpError for what would stop everything at its end: no engine, a port that is taken."""
     python, gateway = model.engine.python, config.gateway
     if python is None or not python.exists():
         raise UpError(f"no engine environment at {python}; run `make setup`, or set engine.python")
@@ -113,7 +112,6 @@ def refuse_before_work(config: Config, model: ModelConfig, arrived: Arrived) -> 
             raise UpError(
                 f"port {taken[0]} on {host} is in use; stop what listens there, or set {key} to another"
             )
-    refuse_too_large(model, arrived, look())
 
 
 def refuse_too_large(model: ModelConfig, arrived: Arrived, machine: Machine) -> None:
@@ -244,6 +242,8 @@ def _fitting_choice(config: Config, model: ModelConfig, say: Say) -> Choice:
 def bring_up(source: str, path: Path, say: Say) -> None:
     """Everything up to serving: the file, the variants, their verdicts."""
     began = time.monotonic()
+    if path.exists():
+        known_model(load_config(path), source, path)
     arrived = arrive(source, path.absolute().parent, say)
     for name, why in arrived.starter.left_out.items():
         say(f"{name} is left out: {why}")
@@ -254,8 +254,9 @@ def bring_up(source: str, path: Path, say: Say) -> None:
         say(f"wrote {path}: variants {', '.join(arrived.starter.serve)}, roles {', '.join(ROLES)}")
     config = load_config(path)
     model = known_model(config, source, path)
-    refuse_before_work(config, model, arrived)
+    refuse_before_work(config, model)
     if not is_judged(model):
+        refuse_too_large(model, arrived, look())
         run_engines(prepare(config, path, model, say))
     config = settle(config, path, model, arrived, say)
     model = config.of(model.name)

@@ -173,7 +173,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
         raise CheckpointError(f"model directory {path} does not exist; set model.path to a local checkpoint")
     config_path = path / "config.json"
     if not config_path.is_file():
-        raise CheckpointError(f"{path} has no config.json; model.path must be a Hugging Face checkpoint")
+        raise CheckpointError(f"{path} has no config.json; give the directory of a Hugging Face checkpoint")
     config = read_object(config_path)
     refuse_bad_companions(path)
     found = text_config(path, config)
