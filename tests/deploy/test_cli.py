@@ -134,7 +134,7 @@ MODEL = ROOT / "deploy/assistant/model"
         (("make", "--scheme", "w4a16-g64", "--target", "vllm-tpu"), "unknown target 'vllm-tpu'; known:"),
         (
             ("make", "--scheme", "nvfp4", "--target", "vllm-cpu-avx512"),
-            "nvfp4-gptq: model.layers.0.mlp.down_proj: scheme nvfp4, but vLLM 0.32 has no kernel",
+            "nvfp4-rtn: model.layers.0.mlp.down_proj: scheme nvfp4, but vLLM 0.32 has no kernel",
         ),
         (("plan", "--methods", "magic"), "unknown method 'magic'"),
         (("plan", "--schemes", "w4"), "unknown scheme 'w4'"),

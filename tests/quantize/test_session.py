@@ -47,4 +47,4 @@ def test_a_budget_below_it_is_refused_before_any_engine(tmp_path: Path) -> None:
     engine = config.engine.model_copy(update={"python": tmp_path / "no-such-python"})
     config = config.model_copy(update={"engine": engine, "run_dir": tmp_path, "variants_dir": tmp_path})
     with pytest.raises(PlanError, match=r"below the least possible, \d+ bytes \(4.126 bits per weight"):
-        plan(config, "planned", print, target_name="vllm-cpu-avx512", bits=2.0)
+        plan(config.of("assistant"), "planned", print, target_name="vllm-cpu-avx512", bits=2.0)
