@@ -18,12 +18,12 @@ from quantize.core.account import refuse_other_tensors
 from quantize.core.architectures import architecture
 from quantize.core.checkpoint import Checkpoint, CheckpointError
 from quantize.core.companions import largest_token
+from quantize.core.cost import Cost
 from quantize.core.legality import LADDER, Target
 from quantize.core.modules import Modules, read_modules
 from quantize.core.plan import uniform
 from quantize.core.schemes import KV_SCHEMES, scheme
 from quantize.core.tokenizer import refuse_bad_tokenizer
-from quantize.cost import Cost
 from quantize.make.rate import Rates, machine_rates
 
 SHOWN = (*LADDER, "w4a16-g16", "w3a16-g128", "w2a16-g64", "w4a8-g128", "w8a8-static")

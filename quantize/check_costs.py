@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from quantize.core.checkpoint import Checkpoint
+from quantize.core.cost import Cost
 from quantize.core.legality import Target
 from quantize.core.modules import Modules
 from quantize.core.recipes import RECIPES
-from quantize.cost import Cost, estimate
+from quantize.cost import estimate
 from quantize.make.rate import Rates
 from quantize.plan.cost import planning_cost
 from quantize.plan.planner import PlanError

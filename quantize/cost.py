@@ -30,14 +30,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 
-from pydantic import BaseModel, ConfigDict
-
 from quantize.core.checkpoint import Checkpoint
+from quantize.core.cost import Cost, active_weights
 from quantize.core.legality import is_experts
 from quantize.core.methods import Method, parse_method
 from quantize.core.modules import Group, Modules
 from quantize.core.plan import Plan
 from quantize.core.schemes import BF16_BYTES, scheme
+from quantize.cost_whole import estimate_whole
 from quantize.make.blocks import BATCH_TOKENS, GPU_BATCH_TOKENS, MAPPED_BYTES
 from quantize.make.rate import Rates, machine_rates
 from quantize.make.smooth import ROWS, SAMPLED_TOKENS, STEPS, WEIGHT_ROWS, smoothable
@@ -65,23 +65,6 @@ TOGETHER = 0.8
 SPREAD = 2.0
 
 
-class Cost(BaseModel):
-    """An estimate; see the module's text for the model behind it."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    what: str
-    tokens: int
-    """Of calibration, that are used."""
-    memory_bytes: int
-    mapped_bytes: int
-    """Pages of files beside ``memory_bytes``, which the system may drop."""
-    disk_bytes: int
-    seconds: float
-    """With all cores idle."""
-    seconds_range: tuple[float, float]
-
-
 @dataclass
 class Work:
     """Seconds of cores: of one after another, and of all side by side."""
@@ -105,8 +88,6 @@ def estimate(
     """Memory, disk and time of making the variant of ``plan`` with calibration sequences of those lengths."""
     choices = {group.name: [_choice(plan, group.name)] for group in modules}
     if not all(streams(choice) for many in choices.values() for choice in many):
-        from quantize.cost_whole import estimate_whole
-
         return estimate_whole(checkpoint, modules, plan, lengths)
     rates = rates or machine_rates()
     model = modules.other_bytes + BF16_BYTES * _weights(modules)
@@ -138,17 +119,6 @@ def pass_tokens(choices: Mapping[str, Sequence[Choice]], lengths: Sequence[int])
     if any(map(needs_data, everything)):
         return sum(lengths)
     return min(sum(lengths), SAMPLED_TOKENS) if any(map(smoothed, everything)) else 0
-
-
-def active_weights(checkpoint: Checkpoint, modules: Modules) -> float:
-    """Weights of linear modules that a token passes through."""
-    return sum(group.weights * _share(checkpoint, is_experts(group)) for group in modules)
-
-
-def _share(checkpoint: Checkpoint, experts: bool) -> float:
-    config = checkpoint.text_config
-    of = config.get("num_experts") or config.get("num_local_experts")
-    return float(config["num_experts_per_tok"]) / float(of) if experts and of else 1.0
 
 
 def making(

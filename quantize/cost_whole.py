@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from quantize.core.checkpoint import Checkpoint
+from quantize.core.cost import Cost, active_weights
 from quantize.core.methods import AUTOROUND_ITERATIONS, parse_method
 from quantize.core.modules import Modules
 from quantize.core.plan import Plan
 from quantize.core.schemes import BF16_BYTES
-from quantize.cost import Cost, active_weights
 
 LIBRARIES_BYTES = 540_000_000
 """Resident memory of torch, transformers and llm-compressor at work on a model of no size, measured."""

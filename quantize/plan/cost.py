@@ -14,20 +14,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from quantize.core.checkpoint import Checkpoint
+from quantize.core.cost import Cost, active_weights
 from quantize.core.modules import Modules
 from quantize.core.schemes import BF16_BYTES, scheme
-from quantize.cost import (
-    CORE_RATE,
-    FILE_S,
-    PASS,
-    SPREAD,
-    START_S,
-    Cost,
-    active_weights,
-    making,
-    making_memory,
-    pass_tokens,
-)
+from quantize.cost import CORE_RATE, FILE_S, PASS, SPREAD, START_S, making, making_memory, pass_tokens
 from quantize.make.rate import Rates, machine_rates
 from quantize.make.streaming import Choice
 from quantize.plan.backward import DRAWS, NOISE_TOKENS

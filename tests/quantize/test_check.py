@@ -21,10 +21,11 @@ from quantize.check import (
 )
 from quantize.core.checkpoint import Checkpoint, CheckpointError, open_checkpoint
 from quantize.core.companions import largest_token
+from quantize.core.cost import Cost
 from quantize.core.modules import Group, Linear, Modules, read_modules
 from quantize.core.plan import uniform
 from quantize.core.targets import TARGETS
-from quantize.cost import Cost, estimate
+from quantize.cost import estimate
 from quantize.make.rate import Rates, matmul_rate, usable_cores
 from quantize.plan.cost import planning_cost
 from quantize.plan.session import choices_on
