@@ -106,6 +106,7 @@ class Exchange:
         "hedged",
         "last_at",
         "model",
+        "names_model",
         "number",
         "options",
         "overhead_s",
@@ -146,6 +147,8 @@ class Exchange:
         # what the hops decide
         self.body: Body = EMPTY
         self.model = ""
+        self.names_model = True
+        """False: the body names none, and the engine takes the one that it has."""
         """As the client named it."""
         self.options: OutputOptions = WHOLE
         self.caller: Caller | None = None

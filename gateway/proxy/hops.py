@@ -139,6 +139,7 @@ class Identify:
         exchange.caller = caller = sender.caller(fields)
         if not fields.model:  # who names none gets what its role does
             exchange.model = fields.model = caller.role
+            exchange.names_model = False
 
 
 class ChooseRoute:

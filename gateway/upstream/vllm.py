@@ -72,7 +72,8 @@ class Engines:
         given, priority = body.fields.priority, caller.priority
         if given is not UNSET:
             priority = sent_priority(caller, given) or 0
-        of = (caller.cache_salt, replica.model, exchange.model, priority)
+        named = exchange.model if exchange.names_model else replica.model
+        of = (caller.cache_salt, replica.model, named, priority)
         tail = self._tails.get(of)
         if tail is None:
             tail = self._tail(*of, keep=given is UNSET)
@@ -97,7 +98,8 @@ class Engines:
 
     def _tail(self, salt: str, known: str, model: str, priority: int, *, keep: bool) -> bytes:
         """What a body ends with, but for its brace. Engines know their own model, and adapters, by the names
-        that clients use; whatever else a client names, an engine is sent its own."""
+        that clients use; whatever else a client names, an engine is sent its own, and nothing where it names
+        none."""
         changes: dict[str, bytes] = {}
         if salt:
             changes["cache_salt"] = b'"%b"' % salt.encode()
