@@ -66,12 +66,19 @@ def test_vllm_understands_the_arguments() -> None:
         for pool, arguments in engine_arguments(render(scenario(name))).items()
     }
     parsed = parsed_by_vllm(lines)
-    assert parsed["two-precisions prod-llama-int4-kv8"]["max_num_seqs"] == 1_000_000
+    assert parsed["two-precisions prod-llama-int4-kv8"]["max_num_seqs"] == 256
     assert parsed["two-precisions prod-llama-int4-kv8"]["kv_cache_dtype"] == "fp8_e4m3"
     assert parsed["multi-node prod-big-fp8 worker"]["headless"] is True
     assert parsed["multi-node prod-big-fp8"]["nnodes"] == 2
     assert all(line["scheduling_policy"] == "priority" for line in parsed.values())
     assert all(line["shutdown_timeout"] == 600 for line in parsed.values())
+
+
+def test_large_numbers_stay_numbers() -> None:
+    """Helm's are floats, and its own way of writing a million is 1e+06."""
+    large = {"engine": {"maxNumSeqs": 1_000_000, "maxModelLen": 1_048_576}}
+    for arguments in engine_arguments(render(changed(scenario("cpu"), large))).values():
+        assert {"--max-num-seqs=1000000", "--max-model-len=1048576"} <= set(arguments)
 
 
 def test_what_a_pool_leaves_out_is_its_models_and_then_the_charts() -> None:
