@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from gateway.config import ModelConfig
+from gateway.cards import load_cards
+from gateway.config import Config, ModelConfig, parts_of
+from gateway.routing.ladders import Ladders
 from quantize.card import Card
 from quantize.gate.judgement import evidence_text
 from quantize.gate.limits import limit_tests
@@ -12,16 +14,17 @@ from quantize.gate.paired import ALPHA
 from quantize.report.tables import MARKS, NOTHING, align, kl_text, megabytes
 
 
-def who_serves(model: ModelConfig, cards: Sequence[Card]) -> str:
-    """A line per variant, with its figures and its verdict for every role, and a sentence per role and per
-    variant that is not served."""
+def who_serves(config: Config, model: ModelConfig, cards: Sequence[Card]) -> str:
+    """A line per variant, with its figures and its verdict for every role, and a sentence per role, by the
+    gateway's own choice, and per variant that is not served. Raises CardError and ConfigError."""
     roles = list(model.roles)
     rows = [["variant", "weights", "tokens/s", "KL", "other first choices", "begin otherwise", *roles]]
     for card in cards:
         found = [card.variant, megabytes(card.weight_bytes), _speed(card), *_figures(card)]
         rows.append([*found, *_marks(card, roles)])
     lines = [align(rows), ""]
-    serving = {role: serving_of(model, cards, role) for role in roles}
+    ladders = Ladders(config, load_cards(config))
+    serving = {role: parts_of(ladders.of_role(role)[0])[1] for role in roles}
     for variant in dict.fromkeys(serving.values()):
         together = [role for role, one in serving.items() if one == variant]
         lines.append(
@@ -33,13 +36,6 @@ def who_serves(model: ModelConfig, cards: Sequence[Card]) -> str:
         if card.variant not in model.serve and (why := _why_not(model, card, serving))
     ]
     return "\n".join(lines)
-
-
-def serving_of(model: ModelConfig, cards: Sequence[Card], role: str) -> str:
-    """The smallest served variant that passes the role, or the reference: as the gateway routes."""
-    served = [card for card in cards if card.variant in model.serve and card.variant != model.reference]
-    passing = [card for card in served if role in card.passed]
-    return min(passing, key=lambda card: card.weight_bytes).variant if passing else model.reference
 
 
 def _speed(card: Card) -> str:
@@ -65,9 +61,9 @@ def _marks(card: Card, roles: Sequence[str]) -> list[str]:
 
 def _why(model: ModelConfig, cards: Sequence[Card], variant: str, roles: Sequence[str]) -> str:
     if variant == model.reference:
-        return "nothing smaller is shown to be good enough"
+        return "nothing cheaper is shown to be good enough"
     card = next(card for card in cards if card.variant == variant)
-    return f"the smallest that passes, judged by {_evidence(card, roles)}"
+    return f"the cheapest that passes, judged by {_evidence(card, roles)}"
 
 
 def _evidence(card: Card, roles: Sequence[str]) -> str:
@@ -84,7 +80,7 @@ def _why_not(model: ModelConfig, card: Card, serving: Mapping[str, str]) -> str:
     if card.variant == model.reference:
         return "no role needs it"
     if passed := [role for role in serving if role in card.passed]:
-        return f"what it passes for ({_listed(passed)}) another one serves as well"
+        return f"what it passes for ({_listed(passed)}) another one serves at less cost"
     return "; ".join(_broken_limits(model, card)) or "its verdicts are shown by `tiercel variants show`"
 
 

@@ -81,7 +81,7 @@ models:
     # calibration: calibration.jsonl
 variants_dir: var/variants
 
-# A request names its role by the header x-agent-role, or as its model. The smallest variant that is proven to
+# A request names its role by the header x-agent-role, or as its model. The cheapest variant that is proven to
 # stay within the role's budget serves it. Without tasks it is judged by the model's own answers in 16 bits to
 # conversations that ship with Tiercel; items of yours, with right answers, judge better:
 #   tasks: default.jsonl    # {{"messages": [{{"role": "user", "content": "…"}}], "expected": "…"}}
@@ -95,10 +95,13 @@ roles:
     budget: {{ max_kl: 0.05, min_weight_bits: 8 }}
 default_role: default
 
+# Cheap is what takes few bytes, with a busy KV cache, for a short time per token, as its engine was measured.
+gateway: {{ cost: memory_time }}
+
 {watch}
 {python}"""
 _WATCHED = """\
-# A tenth of the quantized answers is put before the 16-bit model while they are served, by its engine.
+# Of quantized answers that are listened to, a quarter by default, a tenth is put before the 16-bit model.
 watch: { reference: live }"""
 _UNWATCHED = """\
 # The 16-bit model is not served, since no role needs it. With live, and bf16 in serve, quantized answers
@@ -147,21 +150,23 @@ class Choice:
 
 
 def choose(
-    passed: Mapping[str, Sequence[str]], sizes: Mapping[str, int], reference: str = REFERENCE
+    passed: Mapping[str, Sequence[str]], costs: Mapping[str, float], reference: str = REFERENCE
 ) -> Choice:
-    """From the variants that pass, by role, and the bytes that each takes.
+    """From the variants that pass, by role, and what serving with each costs.
 
     One variant for all roles where one passes all, since engines beside each other share the hardware; else
-    for each role the smallest, and the reference for those that none passes.
+    for each role the cheapest, and the reference for those that none passes. A variant that costs as much as
+    the reference is never better than that.
     """
     roles = list(passed)
-    for_all = [name for name in sizes if name != reference and all(name in passed[role] for role in roles)]
+    cheaper = [name for name in costs if costs[name] < costs[reference]]
+    for_all = [name for name in cheaper if all(name in passed[role] for role in roles)]
     if for_all:
-        best = min(for_all, key=lambda name: sizes[name])
+        best = min(for_all, key=lambda name: costs[name])
         return Choice((best,), dict.fromkeys(roles, best), watched=False)
     by_role = {}
     for role in roles:
-        quantized = [name for name in passed[role] if name != reference]
-        by_role[role] = min(quantized, key=sizes.__getitem__, default=reference)
-    others = sorted({*by_role.values()} - {reference}, key=lambda name: -sizes[name])
+        suited = [name for name in cheaper if name in passed[role]]
+        by_role[role] = min(suited, key=costs.__getitem__, default=reference)
+    others = sorted({*by_role.values()} - {reference}, key=lambda name: -costs[name])
     return Choice((reference, *others), by_role, watched=bool(others))

@@ -29,6 +29,7 @@ from deploy.served import who_serves
 from deploy.starter import FILE, REFERENCE, ROLES, Choice, Starter, candidates, choose, model_name
 from deploy.unlabelled import ask_reference, is_answered, reference_engine
 from gateway.config import Config, ModelConfig, load_config, parse_config
+from gateway.routing.ladders import costs
 from quantize.card import Card, CardError, read_card
 from quantize.check import refuse_unfit
 from quantize.core.checkpoint import Checkpoint
@@ -228,7 +229,7 @@ def _fitting_choice(config: Config, model: ModelConfig, say: Say) -> Choice:
     cards = {name: read_card(registry.path(name)) for name in model.serve if name in registry.variants()}
     ready = {name: card for name, card in cards.items() if card.state == "ready"}
     passed = {role: [name for name, card in ready.items() if role in card.passed] for role in model.roles}
-    choice = choose(passed, {name: card.weight_bytes for name, card in ready.items()}, model.reference)
+    choice = choose(passed, costs(ready, config.gateway.cost), model.reference)
     needs = [need_of(ready[name], registry.path(name), model.engine) for name in choice.serve]
     if arranged(look(), needs) is None and len(needs) > 1:
         without = ", ".join(choice.serve[1:])
@@ -263,4 +264,4 @@ def bring_up(source: str, path: Path, say: Say) -> None:
     registry = registry_of(model)
     cards = [read_card(registry.path(name)) for name in registry.variants()]
     seconds = time.monotonic() - began
-    say(f"\n{who_serves(model, cards)}\n\n{path} says so, after {seconds:.0f} s; now it is served")
+    say(f"\n{who_serves(config, model, cards)}\n\n{path} says so, after {seconds:.0f} s; now it is served")

@@ -37,7 +37,11 @@ class WatchSettings(Section):
         default=None, description="environment variable that holds that URL, where it has a password"
     )
     rate: float = Field(
-        default=0.1, ge=0, le=1, description="share of quantized answers that the reference is asked about"
+        default=0.1,
+        ge=0,
+        le=1,
+        description="share of the quantized answers that are listened to (quality.sample_rate) that the "
+        "reference is asked about",
     )
     in_flight: int = Field(default=2, ge=1, description="requests of the watch under way at a time")
     queue: int = Field(default=64, ge=1, description="answers that wait for it; the oldest is given up first")

@@ -107,7 +107,7 @@ def test_comments_hold_no_more_than_a_line_is_wide() -> None:
     assert not re.search(r"{{|}}", text), "no braces are left of the template"
 
 
-SIZES = {"bf16": 100, "int8": 60, "fp8": 61, "int4": 40}
+COSTS = {"bf16": 100.0, "int8": 60.0, "fp8": 61.0, "int4": 40.0}
 
 
 @pytest.mark.parametrize(
@@ -135,7 +135,16 @@ SIZES = {"bf16": 100, "int8": 60, "fp8": 61, "int4": 40}
         ),
     ],
 )
-def test_one_variant_for_all_roles_else_the_smallest_for_each(
+def test_one_variant_for_all_roles_else_the_cheapest_for_each(
     passed: dict[str, list[str]], choice: Choice
 ) -> None:
-    assert choose(passed, SIZES) == choice
+    assert choose(passed, COSTS) == choice
+
+
+def test_a_variant_that_costs_more_than_the_reference_is_not_served() -> None:
+    """As four bits on a processor that unpacks them slower than it computes."""
+    slow = COSTS | {"int4": 140.0}
+    passed = {"default": ["int4"], "auxiliary": ["int4"]}
+    assert choose(passed, slow) == Choice(("bf16",), {"default": "bf16", "auxiliary": "bf16"}, watched=False)
+    passed = {"default": ["int4", "int8"], "auxiliary": ["int4", "int8"]}
+    assert choose(passed, slow).serve == ("int8",)

@@ -17,7 +17,7 @@ from deploy.placement import Gpu, Machine, PlacementError
 from deploy.served import who_serves
 from deploy.starting import Arrived, arrive, bring_up, is_judged, known_model, refuse_too_large, settle
 from gateway.config import Config, load_config
-from quantize.card import Card, Evaluation, Outcome, Verdict, write_card
+from quantize.card import Card, Evaluation, Outcome, Speed, Verdict, write_card
 from quantize.core.checkpoint import CheckpointError
 from quantize.gate.judgement import judge
 from tests.deploy.test_supervisor import ROOT
@@ -131,6 +131,9 @@ def test_a_file_of_another_model_is_not_written_over(config: Config, tmp_path: P
     assert path.read_text(encoding="utf-8") == before
 
 
+SPEED = Speed(tokens_per_s=100, slowest=90, fastest=110, together=8, prompt_tokens=128, answer_tokens=48)
+
+
 def judged(config: Config, variant: str, role_figures: object, bits: int, size: int) -> Card:
     """A variant that was measured, written where it belongs."""
     (model,) = config.each()
@@ -145,6 +148,7 @@ def judged(config: Config, variant: str, role_figures: object, bits: int, size: 
             "weight_bytes": size,
             "files": {"config.json": f"{bits:064}"},
             "evaluation": Evaluation(roles=roles, text=text(), tasks_sha256="0", engine={}),
+            "speed": SPEED,
         }
     )
     gate: dict[str, Verdict] = {role: judge(card, role, one.budget) for role, one in model.roles.items()}
@@ -178,8 +182,8 @@ def test_the_file_says_what_is_served_and_who_serves_is_told(
     assert settled.served == ("little:int8",)
     assert settled.watch.reference == "none"
     assert load_config(tmp_path / "tiercel.yaml") == settled
-    table = who_serves(settled.of("little"), cards)
-    assert "little:int8 serves default, auxiliary and core: the smallest that passes, judged by the" in table
+    table = who_serves(settled, settled.of("little"), cards)
+    assert "little:int8 serves default, auxiliary and core: the cheapest that passes, judged by the" in table
     assert "by the reference's own answers to 96 conversations" in table
     assert "bf16 is not served: no role needs it" in table
     assert "int4 is not served: for default: mean KL 0.25000" in table
@@ -202,8 +206,8 @@ def test_the_reference_serves_what_nothing_else_passes(
     settled = settle(config, path, model, as_written(arrived), said.append)
     assert settled.served == ("little:bf16", "little:int8")
     assert settled.watch.reference == "live"
-    table = who_serves(settled.of("little"), cards)
-    assert "little:bf16 serves core: nothing smaller is shown to be good enough" in table
+    table = who_serves(settled, settled.of("little"), cards)
+    assert "little:bf16 serves core: nothing cheaper is shown to be good enough" in table
     path.write_text(begun, encoding="utf-8")
     monkeypatch.setattr(module, "look", lambda: Machine({0: (0, 1)}, 4 * GIB))
     alone = settle(config, path, model, as_written(arrived), said.append)
