@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import re
-import threading
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
-from urllib.parse import unquote, urlsplit
 
 import pytest
 
 from deploy.hub import HubError, ensure, is_there
 from deploy.models import checkpoint_of
 from gateway.config import ModelConfig, parse_config
+from tests.hub import Hub, serving
 from tests.quantize.small import write_base
 
 COMMITS = {"main": "a" * 40, "v2": "b" * 40}
@@ -36,106 +31,15 @@ OTHERS = {
 }
 
 
-class Hub:
-    """What a repository holds by commit, what was asked for, and after how many bytes an answer is cut."""
-
-    def __init__(self) -> None:
-        self.files: dict[str, dict[str, bytes]] = {}
-        self.fetched: list[str] = []
-        self.asked = 0
-        self.cut: dict[str, int] = {}
-        self.status = 200
-        self.code = ""
-        self.url = ""
-
-    def handler(hub) -> type[BaseHTTPRequestHandler]:  # noqa: N805
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def log_message(self, *_: object) -> None:
-                pass
-
-            def do_HEAD(self) -> None:
-                self.do_GET()
-
-            def do_GET(self) -> None:
-                hub.asked += 1
-                path = unquote(urlsplit(self.path).path)
-                if hub.status != 200:
-                    self._send(hub.status, b"{}", {"x-error-code": hub.code, "x-error-message": hub.code})
-                elif found := re.fullmatch(rf"/api/models/{REPOSITORY}(?:/revision/(\w+))?", path):
-                    self._describe(found[1] or "main")
-                elif found := re.fullmatch(rf"/api/models/{REPOSITORY}/tree/(\w+)", path):
-                    self._list(found[1])
-                elif found := re.fullmatch(rf"/{REPOSITORY}/resolve/(\w+)/(.+)", path):
-                    self._file(found[1], found[2])
-                else:
-                    self._send(404, b"{}", {"x-error-code": "RepoNotFound"})
-
-            def _commit(self, revision: str) -> str | None:
-                commit = COMMITS.get(revision, revision)
-                return commit if commit in hub.files else None
-
-            def _describe(self, revision: str) -> None:
-                if (commit := self._commit(revision)) is None:
-                    self._send(404, b"{}", {"x-error-code": "RevisionNotFound"})
-                    return
-                listed = [{"rfilename": name, "size": len(raw)} for name, raw in hub.files[commit].items()]
-                body: dict[str, Any] = {"id": REPOSITORY, "modelId": REPOSITORY, "sha": commit}
-                self._send(200, json.dumps(body | {"siblings": listed, "private": False}).encode())
-
-            def _list(self, revision: str) -> None:
-                commit = self._commit(revision) or ""
-                listed = [
-                    {"type": "file", "path": name, "size": len(raw), "oid": hashlib.sha1(raw).hexdigest()}
-                    for name, raw in hub.files[commit].items()
-                ]
-                self._send(200, json.dumps(listed).encode())
-
-            def _file(self, revision: str, name: str) -> None:
-                commit = self._commit(revision) or ""
-                if (raw := hub.files.get(commit, {}).get(name)) is None:
-                    self._send(404, b"{}", {"x-error-code": "EntryNotFound"})
-                    return
-                headers = {
-                    "etag": f'"{hashlib.sha1(raw).hexdigest()}"',
-                    "x-repo-commit": commit,
-                }
-                if self.command == "GET":
-                    hub.fetched.append(name)
-                self._send(200, raw, headers, hub.cut.get(name))
-
-            def _send(
-                self, status: int, body: bytes, headers: dict[str, str] | None = None, cut: int | None = None
-            ) -> None:
-                self.send_response(status)
-                for name, value in {"content-type": "application/json", **(headers or {})}.items():
-                    self.send_header(name, value)
-                self.send_header("content-length", str(len(body)))
-                self.end_headers()
-                if self.command != "HEAD":
-                    self.wfile.write(body if cut is None else body[:cut])
-                if cut is not None:
-                    self.close_connection = True
-
-        return Handler
-
-
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    made, source = Hub(), write_base(tmp_path / "source")
+    made, source = Hub(REPOSITORY, COMMITS), write_base(tmp_path / "source")
     files = {path.name: path.read_bytes() for path in source.iterdir()}
     made.files[COMMITS["main"]] = files | OTHERS
-    server = ThreadingHTTPServer(("127.0.0.1", 0), made.handler())
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
-    thread.start()
-    made.url = f"http://127.0.0.1:{server.server_address[1]}"
-    monkeypatch.setenv("HF_ENDPOINT", made.url)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    yield made
-    server.shutdown()
-    server.server_close()
-    thread.join()
+    with serving(made) as url:
+        monkeypatch.setenv("HF_ENDPOINT", url)
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        yield made
 
 
 @pytest.fixture

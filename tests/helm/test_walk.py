@@ -11,12 +11,9 @@ import json
 import shutil
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
 
 import aiohttp
 import pytest
@@ -45,6 +42,7 @@ from tests.helm.local_cluster import (
     job_pods,
     started,
 )
+from tests.hub import Hub, serving
 
 MODEL = ROOT / "deploy" / "assistant" / "model"
 DATA = ROOT / "deploy" / "assistant" / "data"
@@ -58,47 +56,13 @@ WITHIN_S = 240.0
 pytestmark = pytest.mark.engine
 
 
-class Hub(BaseHTTPRequestHandler):
-    """A hub where every repository is the demo model."""
-
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-    def do_HEAD(self) -> None:
-        self.do_GET()
-
-    def do_GET(self) -> None:
-        path = unquote(urlsplit(self.path).path)
-        files = {file.name: file.read_bytes() for file in MODEL.iterdir() if file.is_file()}
-        if path.startswith("/api/models/"):
-            sizes = [{"rfilename": name, "size": len(raw)} for name, raw in files.items()]
-            listed = [
-                {"type": "file", "path": name, "size": len(raw), "oid": name} for name, raw in files.items()
-            ]
-            about = {"id": "/".join(path.split("/")[3:5]), "sha": "c" * 40, "siblings": sizes}
-            self._send(json.dumps(listed if "/tree/" in path else about).encode(), {})
-        else:
-            name = path.rpartition("/")[2]
-            self._send(files[name], {"etag": f'"{slug(name)}"', "x-repo-commit": "c" * 40})
-
-    def _send(self, body: bytes, headers: dict[str, str]) -> None:
-        self.send_response(200)
-        for name, value in {"content-length": str(len(body)), **headers}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(body)
-
-
 @pytest.fixture(scope="module")
 def hub() -> Iterator[str]:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_address[1]}"
-    server.shutdown()
-    server.server_close()
+    """A hub where every repository is the demo model."""
+    made = Hub(None, {})
+    made.files["c" * 40] = {file.name: file.read_bytes() for file in MODEL.iterdir() if file.is_file()}
+    with serving(made) as url:
+        yield url
 
 
 @pytest.fixture(scope="module")
