@@ -27,6 +27,7 @@ import yaml
 from deploy.engine import free_port
 from deploy.fleet.choice import candidates_of, ladders_of
 from deploy.fleet.layouts import layouts
+from deploy.fleet.lengths import Lengths
 from deploy.fleet.predict import Prediction, predict
 from deploy.fleet.traffic import RoleTraffic, Traffic
 from deploy.machine import look
@@ -99,6 +100,8 @@ class Sessions:
 
     def __init__(self, url: str, model: str, wanted: Traffic) -> None:
         self._url, self._model, self._wanted = url, model, wanted
+        self._rng = random.Random(0)
+        self._lengths = Lengths(self._rng)
         self.ends: list[float] = []
         self.seconds: dict[str, list[float]] = {role: [] for role in wanted.roles}
 
@@ -109,25 +112,24 @@ class Sessions:
             for number in range(self._wanted.sessions):
                 # Begun apart, or all would go on in step.
                 delay = number * WARM_UP_S / self._wanted.sessions / 2
-                group.create_task(self._loop(http, random.Random(number), delay, stop))
+                group.create_task(self._loop(http, delay, stop))
 
-    async def _loop(self, http: aiohttp.ClientSession, rng: random.Random, delay: float, stop: float) -> None:
+    async def _loop(self, http: aiohttp.ClientSession, delay: float, stop: float) -> None:
         await asyncio.sleep(delay)
         while time.monotonic() < stop:
             for role, asked in self._wanted.roles.items():
                 for _ in range(round(asked.requests)):
                     began = time.monotonic()
-                    await self._ask(http, rng, role, asked)
+                    await self._ask(http, role, asked)
                     self.seconds[role].append(time.monotonic() - began)
             self.ends.append(time.monotonic())
 
-    async def _ask(
-        self, http: aiohttp.ClientSession, rng: random.Random, role: str, asked: RoleTraffic
-    ) -> None:
+    async def _ask(self, http: aiohttp.ClientSession, role: str, asked: RoleTraffic) -> None:
+        prompt_tokens = self._lengths.draw((role, "prompt"), asked.prompt_tokens)
         body = {
             "model": self._model,
-            "prompt": rng.choices(range(100, 1000), k=round(asked.prompt_tokens)),
-            "max_tokens": round(asked.answer_tokens),
+            "prompt": self._rng.choices(range(100, 1000), k=prompt_tokens),
+            "max_tokens": self._lengths.draw((role, "answer"), asked.answer_tokens),
             "ignore_eos": True,
             "temperature": 0,
         }

@@ -1,22 +1,32 @@
 """What a layout does under traffic: sessions per second, latency per role, and how busy each device is.
 
-Sessions are customers of a closed network whose stations are devices; a station's rate depends on how many
-sessions are at it, since an engine serves several at once. It is solved exactly by mean value analysis
-(Reiser and Lavenberg, Journal of the ACM 1980;27:313). Engines that share a device without MPS take turns on
-it: their times add up, and each batches its own requests alone.
+Sessions are simulated step by step, as vLLM goes on (continuous batching): each step writes a token of every
+answer under way and computes prompts that wait, as many tokens as a step may have, first come, first served.
+Requests' lengths vary about the means that the traffic states (:class:`deploy.fleet.lengths.Lengths`).
+Engines that share a device without MPS take turns on it, step by step: their times add up, and each batches
+its own requests alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import heapq
+import math
+import random
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
-from deploy.fleet.speed import EngineSpeed
+from deploy.fleet.lengths import Lengths
+from deploy.fleet.speed import STEP_TOKENS, EngineSpeed
 from deploy.fleet.traffic import RoleTraffic, Traffic
 
 MPS_GAIN = 1.2
 """Work per second of two engines on one GPU with MPS over that of two that take turns. Measured on one H100
 with an 8B shape: 0.95-1.0 of one engine's sessions per second against 0.78-0.83."""
+SESSIONS = 400
+"""Sessions whose ends are counted, at least: enough for a rate within about 1 %."""
+STEPS = 300_000
+"""Steps after which what has ended by then has to do."""
 
 
 @dataclass(frozen=True)
@@ -60,62 +70,228 @@ class Prediction:
 
 
 def predict(devices: Sequence[Device], traffic: Traffic) -> Prediction:
-    """Mean value analysis of ``traffic.sessions`` sessions on ``devices``."""
-    count = traffic.sessions
-    seconds = [[0.0, *(device_s(device, j) for j in range(1, count + 1))] for device in devices]
-    # at[k][j]: probability that j sessions are at device k, with the present number in all
-    at = [[1.0] + [0.0] * count for _ in devices]
-    rate, times = 0.0, [0.0] * len(devices)
-    for total in range(1, count + 1):
-        times = [
-            sum(j * seconds[k][j] * at[k][j - 1] for j in range(1, total + 1)) for k in range(len(devices))
-        ]
-        rate = total / (traffic.pause_s + sum(times))
-        for k, before in enumerate(at):
-            after = [rate * seconds[k][j] * before[j - 1] for j in range(1, total + 1)]
-            at[k] = [max(0.0, 1.0 - sum(after)), *after, *[0.0] * (count - total)]
-    present = [rate * time for time in times]
-    latencies = {
-        role: latency
-        for device, there, time in zip(devices, present, times, strict=True)
-        for role, latency in _latencies(device, there, time).items()
-    }
-    busy = {device.name: 1.0 - at[k][0] for k, device in enumerate(devices)}
-    return Prediction(rate, traffic.pause_s + sum(times), latencies, busy)
+    """``traffic.sessions`` sessions on ``devices``, until enough have ended. The same every time."""
+    return _Simulation(devices, traffic).run()
 
 
-def device_s(device: Device, sessions: int) -> float:
-    """Seconds of the device that one session takes while ``sessions`` are at it."""
-    whole = {pool.id: _pool_s(pool, 1.0) for pool in device.pools}
-    total = sum(whole.values())
-    taken = 0.0
-    for pool in device.pools:
-        # Sessions are at its pools in proportion to what they do there.
-        together = max(1.0, sessions * whole[pool.id] / total)
-        taken += _pool_s(pool, together)
-    return taken / MPS_GAIN if device.mps and len(device.pools) > 1 else taken
+@dataclass(eq=False)
+class _Request:
+    """A request at an engine. Lengths in tokens."""
+
+    number: int
+    session: _Session
+    role: str
+    came: float
+    new: int
+    """Prompt tokens to compute."""
+    cached: int
+    answer: int
+    computed: int = 0
+    """Of ``new``."""
+    last: int = 0
+    """The number of its engine's step that writes its last token."""
 
 
-def _pool_s(pool: PoolLoad, together: float) -> float:
-    """Seconds of the engine that a session's requests take while it has ``together`` of them at a time."""
-    each = min(pool.most_together, max(1.0, together))
-    return sum(
-        one.requests * pool.speed.request_s(one.new_tokens, one.answer_tokens, one.context, each)
-        for one in pool.roles.values()
-    )
+@dataclass(eq=False)
+class _Session:
+    began: float
+    left: deque[str]
+    """Roles of the requests that it has not made yet."""
 
 
-def _latencies(device: Device, there: float, time: float) -> dict[str, Latency]:
-    """The device's time of a session, shared out over its requests as they would take it."""
-    alone: dict[str, tuple[float, float, float]] = {}
-    whole = {pool.id: _pool_s(pool, 1.0) for pool in device.pools}
-    for pool in device.pools:
-        together = max(1.0, there * whole[pool.id] / sum(whole.values()))
-        for role, one in pool.roles.items():
-            # While its own prompt is computed, those of others are too.
-            first = pool.speed.prompt_s(one.new_tokens) * (1 + together) / 2
-            rest = one.answer_tokens * pool.speed.step_s(min(together, pool.most_together), one.context)
-            alone[role] = first, first + rest, one.requests
-    weight = sum(total * requests for _, total, requests in alone.values())
-    scale = time / weight if weight else 0.0
-    return {role: Latency(first * scale, total * scale) for role, (first, total, _) in alone.items()}
+@dataclass(eq=False)
+class _Engine:
+    """A pool's engine: what waits, what is computed, what is written."""
+
+    load: PoolLoad
+    station: _Station
+    waiting: deque[_Request] = field(default_factory=deque)
+    prompts: list[_Request] = field(default_factory=list)
+    answers: list[tuple[int, int, _Request]] = field(default_factory=list)
+    """A heap by the step of their last token."""
+    contexts: int = 0
+    """Tokens in the cache of ``answers``."""
+    step: int = 0
+
+    @property
+    def idle(self) -> bool:
+        return not (self.waiting or self.prompts or self.answers)
+
+    def compute(self) -> tuple[float, list[_Request]]:
+        """One step: its seconds, and the requests whose prompt it completes."""
+        room = self.load.most_together - len(self.prompts) - len(self.answers)
+        while self.waiting and room > 0:
+            self.prompts.append(self.waiting.popleft())
+            room -= 1
+        speed, left, complete = self.load.speed, STEP_TOKENS - len(self.answers), []
+        seconds = speed.step_s(len(self.answers), self.contexts)
+        for one in self.prompts:
+            chunk = min(one.new - one.computed, max(left, 0))
+            seconds += speed.prompt_s(chunk, one.cached + one.computed)
+            one.computed += chunk
+            left -= chunk
+            if one.computed == one.new:
+                complete.append(one)
+        self.step += 1
+        return seconds, complete
+
+    def finish(self, complete: Sequence[_Request]) -> list[_Request]:
+        """After a step: the requests that it ended."""
+        self.contexts += len(self.answers)
+        for one in complete:
+            self.prompts.remove(one)
+            one.last = self.step + one.answer - 1
+            heapq.heappush(self.answers, (one.last, one.number, one))
+            self.contexts += one.cached + one.new + 1
+        ended = []
+        while self.answers and self.answers[0][0] <= self.step:
+            one = heapq.heappop(self.answers)[2]
+            self.contexts -= one.cached + one.new + one.answer
+            ended.append(one)
+        return ended
+
+
+@dataclass(eq=False)
+class _Station:
+    """A device: its engines in the order in which they take turns."""
+
+    device: Device
+    engines: deque[_Engine] = field(default_factory=deque)
+    computing: set[int] = field(default_factory=set)
+    """Engines (by ``id``) in a step."""
+    busy_s: float = 0.0
+    since: float = 0.0
+
+
+class _Simulation:
+    """Events in the order of their time: an engine's step has ended, or a session begins."""
+
+    def __init__(self, devices: Sequence[Device], traffic: Traffic) -> None:
+        self._traffic = traffic
+        self._rng = random.Random(0)
+        self._lengths = Lengths(self._rng)
+        self._events: list[tuple[float, int, tuple[_Engine, list[_Request]] | None]] = []
+        self._number = 0
+        self._stations = [_Station(device) for device in devices]
+        self._engines: dict[str, _Engine] = {}
+        for station in self._stations:
+            for load in station.device.pools:
+                engine = _Engine(load, station)
+                station.engines.append(engine)
+                self._engines.update(dict.fromkeys(load.roles, engine))
+        self._first: dict[str, list[float]] = {role: [] for role in traffic.roles}
+        self._total: dict[str, list[float]] = {role: [] for role in traffic.roles}
+        self._ends: list[tuple[float, float]] = []
+        """When a session ended, and how long it had taken."""
+
+    def run(self) -> Prediction:
+        sessions = self._traffic.sessions
+        wanted = max(SESSIONS, 4 * sessions)
+        warm = max(50, 2 * sessions)
+        for _ in range(sessions):
+            # Begun apart: within the time that a session alone would take.
+            self._at(self._rng.random() * self._alone_s(), None)
+        steps = 0
+        while len(self._ends) < warm + wanted and (steps < STEPS or len(self._ends) < 2):
+            now, _, what = heapq.heappop(self._events)
+            if what is None:
+                self._begin(now)
+                continue
+            steps += 1
+            self._step_ended(now, *what)
+        return self._found(now, min(warm, len(self._ends) // 2))
+
+    def _alone_s(self) -> float:
+        seconds = self._traffic.pause_s
+        for role, one in self._traffic.roles.items():
+            speed = self._engines[role].load.speed
+            each = speed.prompt_s(one.new_tokens) + one.answer_tokens * speed.step_s(1, one.context)
+            seconds += one.requests * each
+        return seconds
+
+    def _at(self, time: float, what: tuple[_Engine, list[_Request]] | None) -> None:
+        self._number += 1
+        heapq.heappush(self._events, (time, self._number, what))
+
+    def _begin(self, now: float) -> None:
+        self._next(now, _Session(now, deque(self._roles())))
+
+    def _roles(self) -> Iterator[str]:
+        """The roles of a session's requests: each as often as it should be, on average."""
+        sofar = self._rng.random()
+        for role, one in self._traffic.roles.items():
+            count = math.floor(sofar + one.requests + 1e-9)
+            yield from [role] * count
+            sofar += one.requests - count
+
+    def _next(self, now: float, session: _Session) -> None:
+        """The session's next request, or its end and the beginning of the next one."""
+        if not session.left:
+            pause = self._traffic.pause_s
+            self._ends.append((now, now - session.began + pause))
+            self._at(now + pause, None)
+            return
+        self._number += 1
+        role = session.left.popleft()
+        asked, share = self._traffic.roles[role], self._lengths.share((role, "prompt"))
+        engine = self._engines[role]
+        engine.waiting.append(
+            _Request(
+                self._number,
+                session,
+                role,
+                now,
+                new=max(1, round(asked.new_tokens * share)),
+                cached=round((asked.prompt_tokens - asked.new_tokens) * share),
+                answer=self._lengths.draw((role, "answer"), asked.answer_tokens),
+            )
+        )
+        self._go_on(now, engine.station)
+
+    def _go_on(self, now: float, station: _Station) -> None:
+        """Let a device's engines begin a step where they may."""
+        at_once = station.device.mps
+        for _ in range(len(station.engines)):
+            if station.computing and not at_once:
+                return
+            engine = station.engines[0]
+            station.engines.rotate(-1)
+            if engine.idle or id(engine) in station.computing:
+                continue
+            seconds, complete = engine.compute()
+            if at_once:
+                working = sum(not one.idle for one in station.engines)
+                seconds *= working / MPS_GAIN if working > 1 else 1.0
+            if not station.computing:
+                station.since = now
+            station.computing.add(id(engine))
+            self._at(now + seconds, (engine, complete))
+
+    def _step_ended(self, now: float, engine: _Engine, complete: list[_Request]) -> None:
+        station = engine.station
+        station.computing.discard(id(engine))
+        if not station.computing:
+            station.busy_s += now - station.since
+        for one in complete:
+            self._first[one.role].append(now - one.came)
+        for one in engine.finish(complete):
+            self._total[one.role].append(now - one.came)
+            self._next(now, one.session)
+        self._go_on(now, station)
+
+    def _found(self, now: float, warm: int) -> Prediction:
+        began = self._ends[warm - 1][0] if warm else 0.0
+        counted = self._ends[warm:]
+        latencies = {
+            role: Latency(_mean(self._first[role]), _mean(self._total[role])) for role in self._traffic.roles
+        }
+        return Prediction(
+            len(counted) / (self._ends[-1][0] - began),
+            _mean([taken for _, taken in counted]),
+            latencies,
+            {one.device.name: min(1.0, one.busy_s / now) for one in self._stations},
+        )
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else math.nan

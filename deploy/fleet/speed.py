@@ -1,17 +1,14 @@
-"""How long an engine takes for what it is asked, by what was measured of it.
+"""How long an engine's steps take, by what was measured of it.
 
-Two laws, fitted to the points on a card (:class:`quantize.card.SpeedPoint`):
-
-- a prompt of P new tokens takes ``p0 P + p1 P^2`` seconds (the square is attention);
-- a step that writes one token of each of n answers, with c tokens of context each, takes
-  ``s0 + s1 n + s2 n c`` seconds (weights are read once for all, caches by each).
-
-An engine that has n such requests at a time finishes one every ``prompt + A step(n) / n`` seconds: prompts
-are computed one after the other, steps serve all at once (continuous batching).
+An engine goes on in steps. One that writes a token of each of n answers, whose contexts have c tokens
+together, and computes prompts of P tokens besides, takes ``s0 + s1 n + s2 c + p0 P + p1 (sum of their
+squares)`` seconds: weights are read once for all (s0), caches by each (s2), and the square is the prompts'
+attention. The law is fitted to the points on a card (:class:`quantize.card.SpeedPoint`).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -20,6 +17,9 @@ from scipy.optimize import nnls
 
 from quantize.card import Card, SpeedPoint
 
+STEP_TOKENS = 2048
+"""In one step at most (vLLM's ``max_num_batched_tokens``; large GPUs have 8,192, which changes little)."""
+
 
 class NoSpeedError(ValueError):
     """A variant's speed was not measured. The text says the fix."""
@@ -27,27 +27,28 @@ class NoSpeedError(ValueError):
 
 @dataclass(frozen=True)
 class EngineSpeed:
-    """The coefficients of the module's two laws, seconds."""
+    """The law's coefficients, seconds."""
 
-    prompt: tuple[float, float]
-    step: tuple[float, float, float]
+    step: float
+    answer: float
+    """Per token that is written."""
+    context: float
+    """Per token in the cache of those answers."""
+    prompt: float
+    """Per prompt token that is computed."""
+    prompt_square: float
 
-    def prompt_s(self, tokens: float) -> float:
-        """Seconds to compute so many new prompt tokens of one request."""
-        return self.prompt[0] * tokens + self.prompt[1] * tokens**2
+    def step_s(self, answers: int, contexts: float) -> float:
+        """Seconds of a step that writes a token of each of so many answers, of ``contexts`` tokens in all."""
+        return self.step + self.answer * answers + self.context * contexts
 
-    def step_s(self, together: float, context: float) -> float:
-        """Seconds in which each of ``together`` answers gets one more token."""
-        return self.step[0] + self.step[1] * together + self.step[2] * together * context
-
-    def request_s(self, new_tokens: float, answer_tokens: float, context: float, together: float) -> float:
-        """Seconds of the engine that one request takes, where ``together`` of them share it."""
-        share = answer_tokens * self.step_s(max(1.0, together), context) / max(1.0, together)
-        return self.prompt_s(new_tokens) + share
+    def prompt_s(self, tokens: float, cached: float = 0.0) -> float:
+        """Seconds that so many prompt tokens add to a step, after ``cached`` tokens of the same prompt."""
+        return self.prompt * tokens + self.prompt_square * ((cached + tokens) ** 2 - cached**2)
 
 
 def speed_of(card: Card) -> EngineSpeed:
-    """The laws fitted to a card's points. Raises NoSpeedError."""
+    """The law fitted to a card's points. Raises NoSpeedError."""
     if card.speed is None or not card.speed.points:
         raise NoSpeedError(
             f"{card.model}:{card.variant}: its speed was not measured at several loads; run "
@@ -58,17 +59,16 @@ def speed_of(card: Card) -> EngineSpeed:
 
 def fit(points: Sequence[SpeedPoint]) -> EngineSpeed:
     """Coefficients that are not negative, by least squares of relative errors."""
-    prompts = np.array([[p.prompt_tokens, float(p.prompt_tokens) ** 2] for p in points])
-    steps = np.array(
-        [[1.0, p.together, p.together * (p.prompt_tokens + p.answer_tokens / 2)] for p in points]
-    )
-    p0, p1 = _fit(prompts, [p.prompt_s / p.together for p in points])
-    s0, s1, s2 = _fit(steps, [p.step_s for p in points])
-    return EngineSpeed((p0, p1), (s0, s1, s2))
-
-
-def _fit(rows: np.ndarray, seconds: Sequence[float]) -> list[float]:
-    aims = np.array(seconds)
-    scale = rows.max(axis=0)
-    found, _ = nnls(rows / scale / aims[:, None], np.ones(len(aims)))
-    return [float(value) for value in found / scale]
+    rows, seconds = [], []
+    for point in points:
+        n, prompt = point.together, point.prompt_tokens
+        steps = math.ceil(n * prompt / STEP_TOKENS)
+        rows += [
+            [steps, 0.0, 0.0, n * prompt, n * float(prompt) ** 2],
+            [1.0, n, n * (prompt + point.answer_tokens / 2), 0.0, 0.0],
+        ]
+        seconds += [point.prompt_s, point.step_s]
+    table, aims = np.array(rows), np.array(seconds)
+    scale = table.max(axis=0)
+    found, _ = nnls(table / scale / aims[:, None], np.ones(len(aims)))
+    return EngineSpeed(*(float(value) for value in found / scale))
