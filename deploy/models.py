@@ -64,16 +64,16 @@ def variant_of(config: Config, text: str, model: str | None = None) -> tuple[Mod
     raise ConfigError(f"{text}: no model has such a variant; write MODEL:{text}, of: {_known(config)}")
 
 
-def variants_of(config: Config, names: Sequence[str], model: str | None) -> tuple[ModelConfig, list[str]]:
-    """The same for several variants of one model; without any, of the one that is named, or the only one.
-    Raises ConfigError."""
-    if not names:
-        return one_model(config, model), []
-    found = [variant_of(config, name, model) for name in names]
-    models = {one.name: one for one, _ in found}
-    if len(models) > 1:
-        raise ConfigError(f"variants of several models ({', '.join(models)}); name those of one at a time")
-    return found[0][0], [variant for _, variant in found]
+def variants_to_make(config: Config, names: Sequence[str], model: str | None) -> dict[str, list[str]]:
+    """Names of variants by model: ``model:variant`` is one model's, a variant alone one of each model, or of
+    ``model`` where it is given. Without names: of each such model none in particular. Raises ConfigError."""
+    found: dict[str, list[str]] = {} if names else {one.name: [] for one in some_models(config, model)}
+    for text in names:
+        named, variant = parts_of(text)
+        models = (variant_of(config, text, model)[0],) if named else some_models(config, model)
+        for one in models:
+            found.setdefault(one.name, []).append(variant)
+    return found
 
 
 def _known(config: Config) -> str:

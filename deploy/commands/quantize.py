@@ -11,7 +11,7 @@ from typing import Any
 from deploy.commands import NOT_WELL, add_command, add_json, add_model, print_json, run_engines, say
 from deploy.commands.before import refuse_unmeasurable
 from deploy.commands.variants import card_as_json
-from deploy.models import checkpoint_of, one_model, registry_of, some_models, variant_of, variants_of
+from deploy.models import checkpoint_of, one_model, registry_of, some_models, variant_of, variants_to_make
 from gateway.config import Config, ModelConfig, load_config
 from quantize.card import Card
 from quantize.core.checkpoint import open_checkpoint
@@ -43,8 +43,10 @@ def add_quantize(parser: argparse.ArgumentParser) -> None:
     add_json(checking)
     checking.set_defaults(run=check)
 
-    making = add_command(commands, "make", make, "make variants, measure and judge them")
-    add_model(making)
+    making = add_command(
+        commands, "make", make, "make variants, measure and judge them, one model after another"
+    )
+    add_model(making, "all")
     suited = f"which of {', '.join(RECIPES)} (default: those that suit the target)"
     making.add_argument("variants", nargs="*", help=suited)
     making.add_argument("--scheme", help="make one variant of this scheme instead, such as w4a16-g64")
@@ -148,24 +150,25 @@ def make(options: argparse.Namespace) -> None:
     from deploy.making import make_one, make_variants
 
     config = load_config(options.config)
-    model, variants = variants_of(config, options.variants, options.model)
-    variants = variants or unasked(target(options.target or detect()))
-    before = _before(
-        model,
-        options,
-        1 if options.scheme else len(variants),
-        to_calibrate=not options.scheme or options.method not in WITHOUT_DATA,
-    )
     if options.scheme:
+        model = one_model(config, options.model)
         scheme(options.scheme)
         kv_scheme(options.kv)
         method = options.method or usual_method(options.scheme)
         parse_method(method)
+        before = _before(model, options, to_calibrate=method not in WITHOUT_DATA)
         name, kv = options.name, options.kv
-        cards = make_one(model, name, options.scheme, method, kv, say, options.target, before)
+        cards = {model.name: make_one(model, name, options.scheme, method, kv, say, options.target, before)}
     else:
-        cards = make_variants(model, variants, say, options.target, before)
-    _judge(config, {model.name: cards}, options)
+        cards = {}
+        for name, variants in variants_to_make(config, options.variants, options.model).items():
+            model = config.of(name)
+            if len(config.models) > 1:
+                say(f"{name}:")
+            wanted = variants or unasked(target(options.target or detect()))
+            before = _before(model, options, len(wanted), to_calibrate=True)
+            cards[name] = make_variants(model, wanted, say, options.target, before)
+    _judge(config, cards, options)
 
 
 def measure(options: argparse.Namespace) -> None:

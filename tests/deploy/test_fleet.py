@@ -14,7 +14,7 @@ import deploy.commands.fleet as command
 import deploy.fleet.engines as fleet
 from deploy.cli import main
 from deploy.fleet.engines import engine_specs, without_ours
-from deploy.models import one_model, registry_of, variant_of, variants_of
+from deploy.models import one_model, registry_of, variant_of, variants_to_make
 from deploy.placement import GIB, Gpu, Machine
 from gateway.config import Config, ConfigError, load_config
 from quantize.card import read_card, write_card
@@ -149,7 +149,6 @@ def test_a_variant_is_named_in_full_or_alone_where_one_model_has_it(path: Path) 
     model, variant = variant_of(config, "int4")
     assert (model.name, variant) == ("small", "int4")
     assert variant_of(config, "bf16", "small")[0].name == "small"
-    assert variants_of(config, ["int8", "acme/large:bf16"], None)[1] == ["int8", "bf16"]
     for text, model_name, why in (
         ("bf16", None, "several models have such a variant; write one of: acme/large:bf16, small:bf16"),
         ("fp8", None, "no model has such a variant; write MODEL:fp8, of: acme/large, small"),
@@ -160,10 +159,26 @@ def test_a_variant_is_named_in_full_or_alone_where_one_model_has_it(path: Path) 
         with pytest.raises(ConfigError) as refused:
             variant_of(config, text, model_name)
         assert why in str(refused.value)
-    with pytest.raises(ConfigError, match=r"variants of several models \(acme/large, small\)"):
-        variants_of(config, ["int8", "int4"], None)
     with pytest.raises(ConfigError, match="there are several models; name one of: acme/large, small"):
         one_model(config)
+
+
+@pytest.mark.parametrize(
+    ("names", "model", "made"),
+    [
+        ([], None, {"acme/large": [], "small": []}),
+        ([], "small", {"small": []}),
+        (["int8", "small:int4"], None, {"acme/large": ["int8"], "small": ["int8", "int4"]}),
+        (["small:int4"], None, {"small": ["int4"]}),
+        (["int8"], "small", {"small": ["int8"]}),
+    ],
+)
+def test_variants_are_made_of_every_model_unless_one_is_named(
+    path: Path, names: list[str], model: str | None, made: dict[str, list[str]]
+) -> None:
+    assert variants_to_make(load_config(path), names, model) == made
+    with pytest.raises(ConfigError, match="'tiny' is not a model"):
+        variants_to_make(load_config(path), ["tiny:int8"], None)
 
 
 def test_commands_take_a_model_or_a_whole_name(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -183,6 +198,6 @@ def test_commands_take_a_model_or_a_whole_name(path: Path, capsys: pytest.Captur
     assert "several models have such a variant" in said(
         capsys, "variants", "show", "--config", str(path), "bf16"
     )
-    assert "there are several models" in said(capsys, "quantize", "--config", str(path))
+    assert "there are several models" in said(capsys, "quantize", "plan", "--config", str(path))
     main(["variants", "delete", "--config", str(path), "small:int4"])
     assert registry_of(load_config(path).of("small")).variants() == ("bf16",)
