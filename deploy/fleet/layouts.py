@@ -10,7 +10,7 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from deploy.fleet.predict import Device, PoolLoad
+from deploy.fleet.predict import MPS_GAIN, Device, PoolLoad
 from deploy.fleet.room import side_by_side
 from deploy.fleet.speed import EngineSpeed
 from deploy.fleet.traffic import RoleTraffic, Traffic
@@ -132,7 +132,9 @@ def _devices(
                 [*(pool for group in joined for pool in group[1]), load],
             )
         )
-    return tuple(Device(", ".join(sorted(names)), tuple(pools), mps) for names, pools in groups)
+    on_gpus = any(one.gpus for one in placed.values())
+    gain = None if on_gpus and not mps else MPS_GAIN if mps else 1.0
+    return tuple(Device(", ".join(sorted(names)), tuple(pools), gain) for names, pools in groups)
 
 
 def _fits(candidate: Candidate, roles: Mapping[str, RoleTraffic]) -> int:

@@ -3,8 +3,8 @@
 Sessions are simulated step by step, as vLLM goes on (continuous batching): each step writes a token of every
 answer under way and computes prompts that wait, as many tokens as a step may have, first come, first served.
 Requests' lengths vary about the means that the traffic states (:class:`deploy.fleet.lengths.Lengths`).
-Engines that share a device without MPS take turns on it, step by step: their times add up, and each batches
-its own requests alone.
+Engines that share a GPU without MPS take turns on it, step by step; those that share cores, or a GPU with MPS,
+slow each other. Either way their times add up, and each batches its own requests alone.
 """
 
 from __future__ import annotations
@@ -43,11 +43,12 @@ class PoolLoad:
 
 @dataclass(frozen=True)
 class Device:
-    """Pools that compute on the same thing: a GPU, or cores. ``mps``: they do so at the same time."""
+    """Pools that compute on the same thing: a GPU, or cores."""
 
     name: str
     pools: tuple[PoolLoad, ...]
-    mps: bool = False
+    gain: float | None = None
+    """Of those that compute at the same time, work per second over that of one alone; None: they take turns."""
 
 
 @dataclass(frozen=True)
@@ -250,18 +251,18 @@ class _Simulation:
 
     def _go_on(self, now: float, station: _Station) -> None:
         """Let a device's engines begin a step where they may."""
-        at_once = station.device.mps
+        gain = station.device.gain
         for _ in range(len(station.engines)):
-            if station.computing and not at_once:
+            if station.computing and gain is None:
                 return
             engine = station.engines[0]
             station.engines.rotate(-1)
             if engine.idle or id(engine) in station.computing:
                 continue
             seconds, complete = engine.compute()
-            if at_once:
-                working = sum(not one.idle for one in station.engines)
-                seconds *= working / MPS_GAIN if working > 1 else 1.0
+            working = sum(not one.idle for one in station.engines)
+            if gain is not None and working > 1:
+                seconds *= working / gain
             if not station.computing:
                 station.since = now
             station.computing.add(id(engine))

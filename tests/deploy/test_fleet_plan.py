@@ -12,7 +12,7 @@ import pytest
 from deploy.fleet.layouts import Candidate, layouts
 from deploy.fleet.lengths import DECK, Lengths
 from deploy.fleet.plan import Target, rank
-from deploy.fleet.predict import Device, PoolLoad, predict
+from deploy.fleet.predict import MPS_GAIN, Device, PoolLoad, predict
 from deploy.fleet.speed import EngineSpeed, fit
 from deploy.fleet.traffic import RoleTraffic, Traffic, TrafficError, read_traffic, traffic_from_metrics
 from deploy.placement import GIB, Gpu, Machine, Need
@@ -128,7 +128,7 @@ def test_two_engines_that_take_turns_on_a_gpu_lose_to_one() -> None:
     traffic = TRAFFIC.model_copy(update={"sessions": 32})
     one = predict([Device("GPU 0", (pool("m:bf16", same, TRAFFIC.roles),))], traffic).sessions_per_s
     turns = predict([Device("GPU 0", both)], traffic).sessions_per_s
-    at_once = predict([Device("GPU 0", both, mps=True)], traffic).sessions_per_s
+    at_once = predict([Device("GPU 0", both, MPS_GAIN)], traffic).sessions_per_s
     assert turns < one
     assert turns < at_once
 
