@@ -3,8 +3,8 @@
 Sessions are simulated step by step, as vLLM goes on (continuous batching): each step writes a token of every
 answer under way and computes prompts that wait, as many tokens as a step may have, first come, first served.
 Requests' lengths vary about the means that the traffic states (:class:`deploy.fleet.lengths.Lengths`).
-Engines that share a GPU without MPS take turns on it, step by step; those that share cores, or a GPU with MPS,
-slow each other. Either way their times add up, and each batches its own requests alone.
+Engines that share a GPU without MPS take turns on it, step by step; those that share cores, or a GPU with
+MPS, slow each other. Either way their times add up, and each batches its own requests alone.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Device:
     name: str
     pools: tuple[PoolLoad, ...]
     gain: float | None = None
-    """Of those that compute at the same time, work per second over that of one alone; None: they take turns."""
+    """Work per second of several that compute at the same time over that of one; None: they take turns."""
 
 
 @dataclass(frozen=True)
