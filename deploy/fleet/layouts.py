@@ -18,6 +18,9 @@ from deploy.placement import Machine, Need, Placed, PlacementError
 
 MOST_TOGETHER = 4
 """Variants in one layout, apart from references that must be served beside them."""
+BESIDE_CORES = 0.1
+"""Of a core, what an engine's other processes take, and the gateway for its sake (measured on two cores).
+Where engines leave no core free it is taken from theirs."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,7 @@ def layouts(
             continue
         placed = dict(zip(served, places, strict=True))
         for mps in (False, True) if _share_a_gpu(placed) else (False,):
-            devices = _devices(served, serves, placed, candidates, traffic, mps)
+            devices = _devices(served, serves, placed, candidates, traffic, machine, mps)
             fit.append(Layout(served, serves, placed, devices, mps))
     return fit, refused
 
@@ -112,6 +115,7 @@ def _devices(
     placed: Mapping[str, Placed],
     candidates: Mapping[str, Candidate],
     traffic: Traffic,
+    machine: Machine,
     mps: bool,
 ) -> tuple[Device, ...]:
     """Pools that are asked, by what they compute on: pools with a GPU in common are one device."""
@@ -133,8 +137,16 @@ def _devices(
             )
         )
     on_gpus = any(one.gpus for one in placed.values())
-    gain = None if on_gpus and not mps else MPS_GAIN if mps else 1.0
-    return tuple(Device(", ".join(sorted(names)), tuple(pools), gain) for names, pools in groups)
+    gain = (MPS_GAIN if mps else None) if on_gpus else 1.0
+    share = 1.0 if on_gpus else _share_of_cores(placed, machine)
+    return tuple(Device(", ".join(sorted(names)), tuple(pools), gain, share) for names, pools in groups)
+
+
+def _share_of_cores(placed: Mapping[str, Placed], machine: Machine) -> float:
+    """Of the cores that engines compute on, what is left to them."""
+    used = {core for one in placed.values() for core in one.cores}
+    free = machine.cores - len(used)
+    return 1.0 - max(0.0, BESIDE_CORES * len(placed) - free) / len(used) if used else 1.0
 
 
 def _fits(candidate: Candidate, roles: Mapping[str, RoleTraffic]) -> int:

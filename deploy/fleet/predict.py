@@ -49,6 +49,8 @@ class Device:
     pools: tuple[PoolLoad, ...]
     gain: float | None = None
     """Work per second of several that compute at the same time over that of one; None: they take turns."""
+    share: float = 1.0
+    """Of its time that is theirs: cores are others' as well."""
 
 
 @dataclass(frozen=True)
@@ -260,6 +262,7 @@ class _Simulation:
             if engine.idle or id(engine) in station.computing:
                 continue
             seconds, complete = engine.compute()
+            seconds /= station.device.share
             working = sum(not one.idle for one in station.engines)
             if gain is not None and working > 1:
                 seconds *= working / gain

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from deploy.fleet.layouts import Candidate, layouts
+from deploy.fleet.layouts import BESIDE_CORES, Candidate, layouts
 from deploy.fleet.lengths import DECK, Lengths
 from deploy.fleet.plan import Target, rank
 from deploy.fleet.predict import MPS_GAIN, Device, PoolLoad, predict
@@ -147,6 +147,21 @@ LADDERS = {"intent": ("m:int4", "m:int8", "m:bf16"), "core": ("m:int8", "m:bf16"
 CANDIDATES = {
     one.id: one for one in (candidate("m:bf16", SLOW), candidate("m:int8", FAST), candidate("m:int4", FAST))
 }
+
+
+def test_engines_on_all_cores_leave_some_of_them_to_the_other_processes() -> None:
+    def shares(machine: Machine) -> dict[tuple[str, ...], float]:
+        found, _ = layouts(CANDIDATES, LADDERS, {}, machine, TRAFFIC)
+        return {one.served: min(device.share for device in one.devices) for one in found}
+
+    two, four = shares(TWO_CORES), shares(Machine({0: (0, 1, 2, 3)}, 16 * GIB))
+    assert two["m:int8",] == 1.0
+    assert two["m:bf16", "m:int4"] == pytest.approx(1 - 2 * BESIDE_CORES / 2)
+    assert four["m:bf16", "m:int4"] > 0.94
+    slowed = Device("core 0", (pool("m:bf16", SLOW, TRAFFIC.roles),), share=0.5)
+    whole = Device("core 0", (pool("m:bf16", SLOW, TRAFFIC.roles),))
+    ratio = predict([slowed], TRAFFIC).sessions_per_s / predict([whole], TRAFFIC).sessions_per_s
+    assert ratio == pytest.approx(0.5, rel=0.02)
 
 
 def test_layouts_serve_every_role_and_nothing_that_nobody_gets() -> None:
