@@ -32,7 +32,7 @@ def add_gateway(commands: Any) -> None:
 
     routing = add_command(commands, "route", route, "say which variant would serve a request, and why")
     routing.add_argument("--role", help="as a request's x-agent-role (default: the default role)")
-    routing.add_argument("--model", help="as in a request (default: the first model)")
+    routing.add_argument("--model", help="as in a request (default: what --role may have, or the first model)")
     add_json(routing)
 
 
@@ -51,7 +51,8 @@ def new_key(options: argparse.Namespace) -> None:
 
 def route(options: argparse.Namespace) -> None:
     config = load_config(options.config)
-    found = explain(config, options.role, options.model or config.default_model)
+    model = options.model or options.role or config.default_model
+    found = explain(config, options.role, model)
     if options.json:
         steps = [
             {

@@ -58,7 +58,8 @@ class FleetPlan:
             return f"{100 * (1 - ratio):.0f} % fewer sessions per second"
         more = other.layout.memory - best.layout.memory
         if more > 0:
-            return f"as fast, and it takes {more / 1e9:.2f} GB more"
+            amount = f"{more / 1e9:.2f} GB" if more >= 1e7 else f"{more / 1e6:.1f} MB"
+            return f"as fast, and it takes {amount} more"
         return f"{100 * (ratio - 1):+.1f} % sessions per second, within what a prediction can tell"
 
 
