@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -198,14 +199,17 @@ async def _ask(
     client = EngineClient(
         door.url, reached.model, AT_ONCE, headers=door.headers, verify=not door.local
     )  # fmt: skip
-    with tqdm(total=len(missing), desc="the reference answers", unit="conversation", mininterval=1) as bar:
+    loop = asyncio.get_running_loop()
+    bar = tqdm(total=len(missing), desc="the reference answers", unit="conversation", mininterval=1)
+    # Left only when all that was begun is written, whatever ends it.
+    with bar, ThreadPoolExecutor(1, "kept") as writing:
 
         async def ask(one: _Fitting) -> None:
             item = one.item
             schema = item.json_schema if item.guided else None
             text = await client.answer(item.messages, item.max_tokens, schema, item.chat_template_kwargs)
             given = known[one.question.id] = Given(_by(reached.card.version, item), text)
-            await asyncio.to_thread(store.give, one.question.id, given)
+            await loop.run_in_executor(writing, store.give, one.question.id, given)
             bar.update()
 
         async with client, asyncio.TaskGroup() as group:

@@ -11,6 +11,7 @@ import asyncio
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import aiohttp
@@ -137,6 +138,7 @@ class _Scoring:
         self._cells: dict[CellKey, Cell] = dict(self._outcomes.cells())
         """As they will be when what was found here is folded: what is suspected is known at once."""
         self._session: aiohttp.ClientSession | None = None
+        self._writing = ThreadPoolExecutor(1, "scores")
 
     async def run(self, waiting: Sequence[_Waiting]) -> None:
         door = self._reached.door
@@ -160,6 +162,7 @@ class _Scoring:
                         for answer in waiting:
                             group.create_task(one(answer))
         finally:
+            self._writing.shutdown()  # with what was begun
             self._outcomes.close()
 
     async def _score(self, answer: _Waiting) -> None:
@@ -184,7 +187,8 @@ class _Scoring:
             for note in notes
             if not answer.probation or note.check == "shadow"
         ]
-        if await asyncio.to_thread(self._settle, answer.id, outcomes):
+        loop = asyncio.get_running_loop()
+        if await loop.run_in_executor(self._writing, self._settle, answer.id, outcomes):
             self._fold(outcomes)
 
     def _settle(self, number: int, outcomes: Sequence[Outcome]) -> bool:

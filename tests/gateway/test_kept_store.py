@@ -101,7 +101,7 @@ def test_another_key_opens_nothing_and_is_said(url: str) -> None:
     store = KeptStore(url, Cipher(KEY))
     store.keep([row("a")], LIMITS, NOW)
     store.close()
-    with pytest.raises(StoreError, match=r"written with another key .* tiercel tasks forget --all"):
+    with pytest.raises(StoreError, match=r"written with another key .*tiercel tasks forget --all"):
         KeptStore(url, Cipher(bytes(32)))
     # Without any key it is counted and deleted; then another key may begin.
     sealed = KeptStore(url, None)
