@@ -80,10 +80,16 @@ class Keeper:
 
     def offer(self, role: str, variant: str, sample_id: str, body: bytes, *, chat: bool) -> None:
         """A request that was answered. Never waits, and raises nothing."""
-        share = self._shares.get(role, 0)
-        if not is_in(sample_id, "keep", share):
+        if not is_in(sample_id, "keep", self._shares.get(role, 0)):
             return
         about = About("request", role, variant, "", self._clock())
+        try:
+            self._offer(about, body, chat)
+        except Exception:
+            self._count(about, "error")
+            self._events.exception("a request could not be kept")
+
+    def _offer(self, about: About, body: bytes, chat: bool) -> None:
         if not chat:
             self._count(about, Unfit.FORM)
         elif len(body) > LONGEST:
