@@ -21,7 +21,7 @@ from gateway.config import Config, ConfigError, ModelConfig, RoleSettings
 from gateway.kept.cipher import cipher_of
 from gateway.kept.conversation import Asked
 from gateway.kept.redact import left
-from gateway.kept.store import Given, KeptStore, Question, store_url
+from gateway.kept.store import Given, KeptStore, Question, missing_store, store_url
 from quantize.core.checkpoint import CheckpointError
 from quantize.core.tokenizer import encode_messages, load_tokenizer
 from quantize.evaluate.client import EngineClient
@@ -49,13 +49,11 @@ class Recorded:
 def open_kept(config: Config, *, sealed: bool = False) -> KeptStore:
     """The store; ``sealed``: to count and to delete alone, which needs no key. Raises ConfigError and
     StoreError."""
-    url = store_url(config)
-    path = Path(url.removeprefix("sqlite:///"))
-    if url.startswith("sqlite:///") and not path.exists():
+    if (path := missing_store(config)) is not None:
         raise ConfigError(
             f"{path} does not exist: nothing is kept yet; the section kept and roles.ROLE.record switch it on"
         )
-    return KeptStore(url, None if sealed else cipher_of(config))
+    return KeptStore(store_url(config), None if sealed else cipher_of(config))
 
 
 async def record(config: Config, role: str, most: int | None, door: Door | None, say: Say) -> Recorded:

@@ -23,7 +23,7 @@ from deploy.recording import open_kept
 from deploy.reference import Reached, reference_of
 from gateway.cards import load_cards
 from gateway.config import Config, ConfigError, parts_of
-from gateway.kept.store import KeptStore
+from gateway.kept.store import KeptStore, missing_store
 from gateway.quality.cells import Cell, CellKey, Outcome
 from gateway.quality.examine import Tools, examine
 from gateway.quality.examiner import UnansweredError
@@ -85,6 +85,8 @@ async def score(config: Config, door: Door | None, say: Say) -> Scores:
             "answers kept until the reference is started for them"
         )
     found = Scores()
+    if missing_store(config) is not None:
+        return found
     store = open_kept(config)
     try:
         watched = Watched.of(config, load_cards(config))

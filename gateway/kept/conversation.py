@@ -18,6 +18,8 @@ from gateway.kept.redact import Redactor
 from gateway.quality.records import AnswerRecord, Kept, Unfit, encode
 from gateway.quality.transcript import Transcript
 
+LONGEST = 64 << 10
+"""Bytes of a request that is kept at most: the user's own patterns take some µs a character."""
 _SCORED_WITH = (
     "messages prompt tools tool_choice parallel_tool_calls chat_template chat_template_kwargs "
     "response_format structured_outputs guided_json guided_regex guided_choice guided_grammar max_tokens "

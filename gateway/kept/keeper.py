@@ -17,15 +17,16 @@ from typing import Protocol, TypeVar
 
 from gateway.config import Config, ConfigError
 from gateway.kept.cipher import cipher_of
-from gateway.kept.store import About, KeptStore, Limits, Row, limits_of, store_url
+from gateway.kept.conversation import LONGEST
+from gateway.kept.store import About, KeptStore, Limits, Row, limits_of, missing_store, store_url
 from gateway.quality.records import AnswerRecord, Keep, Kept, Step, Task, Unfit, encode
 from gateway.quality.sampling import SHARE, is_in
 from gateway.store.database import StoreError
 from gateway.telemetry.logs import EVENTS
 from gateway.telemetry.metrics import Metrics
 
-LONGEST = 256 << 10
-"""Bytes of a request that is kept at most."""
+LIMIT_S = 20.0
+"""Seconds that the process may take over one, with many patterns of the user's own."""
 MOST_WAITING = 256
 MOST_WAITING_BYTES = 16 << 20
 """What waits to be written."""
@@ -40,7 +41,13 @@ class Reader(Protocol):
     """The process that reads content."""
 
     def submit(
-        self, task: Task, record: bytes, done: Callable[[Step | None], None], *, counted: bool
+        self,
+        task: Task,
+        record: bytes,
+        done: Callable[[Step | None], None],
+        limit_s: float,
+        *,
+        counted: bool,
     ) -> object | None: ...
 
 
@@ -93,7 +100,7 @@ class Keeper:
         if not chat:
             self._count(about, Unfit.FORM)
         elif len(body) > LONGEST:
-            self._count(about, "too_long")
+            self._count(about, Unfit.TOO_LONG)
         else:
             self._read(about, encode(AnswerRecord(body, [])))
 
@@ -155,7 +162,7 @@ class Keeper:
         self._more.clear()
         limits, rows = self._limits, self._waiting
         self._waiting, self._waiting_bytes = [], 0
-        if limits is None or not (rows or (prune and self._store is not None)):
+        if limits is None or not (rows or prune):
             return
         try:
             written = await self._in_thread(partial(self._write_now, rows, limits))
@@ -172,14 +179,15 @@ class Keeper:
 
     def _write_now(self, rows: Sequence[Row], limits: Limits) -> list[bool]:
         if self._store is None:
-            if (url := store_url(self._config)).startswith("sqlite:///"):
-                self._config.run_dir.mkdir(parents=True, exist_ok=True)
-            self._store = KeptStore(url, cipher_of(self._config, make=True))
+            if not rows and missing_store(self._config) is not None:
+                return []  # there is nothing to be forgotten
+            self._config.run_dir.mkdir(parents=True, exist_ok=True)
+            self._store = KeptStore(store_url(self._config), cipher_of(self._config, make=bool(rows)))
         return self._store.keep(rows, limits, self._clock())
 
     def _read(self, about: About, record: bytes) -> None:
         task = Keep(about.kind, self.own)
-        if self._reader.submit(task, record, partial(self.take, about), counted=False) is None:
+        if self._reader.submit(task, record, partial(self.take, about), LIMIT_S, counted=False) is None:
             self._count(about, "full")
 
     def _count(self, about: About, outcome: str) -> None:

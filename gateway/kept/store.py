@@ -11,6 +11,7 @@ import json
 import secrets
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -330,6 +331,13 @@ def store_url(config: Config) -> str:
     """Where conversations are kept. Raises ConfigError for a variable that is not set."""
     given = configured_url("kept", config.kept.store, config.kept.store_env) if config.kept else None
     return given or f"sqlite:///{config.run_dir / 'kept.db'}"
+
+
+def missing_store(config: Config) -> Path | None:
+    """The file that the store would be, where nothing has been kept yet."""
+    url = store_url(config)
+    path = Path(url.removeprefix("sqlite:///"))
+    return path if url.startswith("sqlite:///") and not path.exists() else None
 
 
 def limits_of(config: Config) -> Limits:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from gateway.kept.conversation import answer_of, asked_of
+from gateway.kept.conversation import LONGEST, answer_of, asked_of
 from gateway.kept.redact import redactor
 from gateway.quality import judge, shadow
 from gateway.quality.checks import HARD, failures
@@ -121,7 +121,10 @@ def keep(task: Keep, record: bytes) -> Findings:
 
 
 def _keep_answer(subject: Subject, found: Findings, own: Sequence[str]) -> None:
-    _take(found, answer_of(subject.request, subject.answer, redactor(tuple(own))))
+    if len(subject.record.body) + sum(map(len, subject.answer.texts)) > LONGEST:
+        found.unfit = Unfit.TOO_LONG
+    else:
+        _take(found, answer_of(subject.request, subject.answer, redactor(tuple(own))))
 
 
 def _take(found: Findings, what: Kept | Unfit) -> None:

@@ -49,6 +49,7 @@ class Unfit(StrEnum):
     is not one text with log-probabilities."""
     REDACTED = "redacted"
     """Of an answer that the reference was to score: something would have been taken out."""
+    TOO_LONG = "too_long"
 
 
 class Kept(msgspec.Struct, array_like=True):

@@ -188,7 +188,7 @@ def test_an_engine_that_dies_leaves_what_it_did_not_score(
     with pytest.raises(SystemExit) as ended:
         main(["watch", "score", "--config", str(path)])
     assert ended.value.code == 2
-    assert "Disconnected" in capsys.readouterr().err
+    assert "/v1/chat/completions: " in capsys.readouterr().err, "what became of the engine is said"
     counted = sum(one.check == "shadow" for one in outcomes(path))
     assert 0 < counted < 12
     assert left(path) == 12 - counted
@@ -213,6 +213,12 @@ def score(body, disputes):
 engine.score = score
 asyncio.run(serve())
 """
+
+
+def test_where_nothing_was_kept_nothing_waits(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["watch", "score", "--config", str(path)])
+    shown = capsys.readouterr()
+    assert (shown.out, shown.err) == ("", "no answer waits for the reference\n")
 
 
 def test_what_cannot_be_scored_is_said(

@@ -47,7 +47,7 @@ def path(tmp_path: Path) -> Path:
         "variants_dir": "variants",
         "run_dir": "run",
         "gateway": {"port": free_port("127.0.0.1")},
-        "roles": {ROLE: {"budget": budget, "record": {"rate": 1.0}}},
+        "roles": {ROLE: {"budget": budget, "record": {"rate": 1.0}, "wait_s": 60}},
         "default_role": ROLE,
         "quality": {"sample_rate": 1.0},
         "watch": {"reference": "batch", "rate": 1.0},

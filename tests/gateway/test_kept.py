@@ -20,6 +20,7 @@ from gateway_stack import CHAT, Stack, eventually, make_config, running_gateway,
 from gateway.identity import hash_of
 from gateway.kept import keeper as keeper_module
 from gateway.kept.cipher import cipher_of
+from gateway.kept.conversation import LONGEST
 from gateway.kept.store import KeptStore, store_url
 from gateway.quality.process import CheckProcess
 from gateway.quality.records import decode_answer
@@ -144,7 +145,7 @@ async def test_what_there_is_no_room_for_is_dropped_and_counted(
     async with keeping(tmp_path) as stack:
         await ask(stack, asked("x"))
         assert count(stack, "full") == 1
-        await ask(stack, asked("x" * keeper_module.LONGEST))
+        await ask(stack, asked("x" * LONGEST))
         assert count(stack, "too_long") == 1
 
 
@@ -166,6 +167,18 @@ async def test_a_store_that_fails_is_said_once_and_breaks_no_request(
             await eventually(lambda: count(stack, "store_down") == number + 1)  # noqa: B023
     assert caplog.text.count("nothing can be kept now") == 1
     assert "particular" not in caplog.text
+
+
+async def test_what_is_too_old_goes_although_nothing_comes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(keeper_module, "PRUNE_S", 0.01)
+    async with keeping(tmp_path) as stack:
+        await ask(stack, asked("x"))
+        await eventually(lambda: count(stack, "kept") == 1)
+    assert len(questions(tmp_path)) == 1
+    async with keeping(tmp_path, kept={"days": 1e-9}):
+        await eventually(lambda: not questions(tmp_path))
 
 
 async def test_keeping_is_switched_on_by_a_reload(tmp_path: Path) -> None:
