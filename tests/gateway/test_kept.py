@@ -186,17 +186,20 @@ async def test_keeping_is_switched_on_by_a_reload(tmp_path: Path) -> None:
     async with running_gateway(run_dir=tmp_path) as stack:
         await ask(stack, asked("before"))
         config = stack.gateway.plane.snapshot.config
-        text = settings(
-            tmp_path / "variants",
-            {variant: list(config.replicas(variant)) for variant in config.served},
-            roles=ROLES,
-            kept={},
-            run_dir=str(tmp_path),
-            gateway={"port": config.gateway.port},
-        )
-        headers = {"content-type": "application/yaml"}
-        async with stack.http.put(stack.url + "/admin/config", data=text, headers=headers) as response:
-            assert response.status == 200, await response.text()
+        urls = {variant: list(config.replicas(variant)) for variant in config.served}
+        more = {"run_dir": str(tmp_path), "gateway": {"port": config.gateway.port}, "roles": ROLES}
+
+        async def put(**kept: str) -> tuple[int, str]:
+            text = settings(tmp_path / "variants", urls, kept=kept, **more)
+            headers = {"content-type": "application/yaml"}
+            async with stack.http.put(stack.url + "/admin/config", data=text, headers=headers) as response:
+                return response.status, await response.text()
+
+        status, said = await put()
+        assert status == 200, said
+        status, said = await put(key_env="ANOTHER")
+        assert status == 400
+        assert "kept.key_env: cannot change while the gateway runs" in said
         await ask(stack, asked("after"))
         await eventually(lambda: count(stack, "kept") == 1)
     assert [one.messages[0]["content"] for one in questions(tmp_path)] == ["after"]
