@@ -20,6 +20,7 @@ from deploy.commands.gateway import add_gateway
 from deploy.commands.init import add_init, add_up
 from deploy.commands.quantize import add_quantize, with_make
 from deploy.commands.status import add_status
+from deploy.commands.tasks import add_tasks, with_tasks
 from deploy.commands.top import add_top
 from deploy.commands.variants import add_variants, with_list
 from deploy.commands.watch import add_watch, with_show
@@ -51,6 +52,7 @@ def parser() -> argparse.ArgumentParser:
     add_gateway(commands)
     text = "do the quantized agents still tell the truth? what is known, and a person's word"
     add_watch(commands.add_parser("watch", help=text, description=text))
+    add_tasks(commands)
     add_status(commands)
     add_top(commands)
     add_doctor(commands)
@@ -66,7 +68,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     given = list(sys.argv[1:] if arguments is None else arguments)
-    for in_full in (with_make, with_list, with_show, with_placement):
+    for in_full in (with_make, with_list, with_show, with_placement, with_tasks):
         given = in_full(given)
     options = parser().parse_args(given)
     try:

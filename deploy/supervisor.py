@@ -20,12 +20,13 @@ from deploy.fleet.engines import Version, engine_specs, placed_again, served_her
 from deploy.following import Following
 from deploy.gateway_process import GatewayProcess, UpError
 from deploy.models import registry_of
+from deploy.scheduled import Scheduled
 from gateway.config import Config, parts_of
 from gateway.telemetry.engines import ENGINES_FILE
 
 Say = Callable[[str], None]
 
-_GATEWAY, _FOLLOWING = "gateway ", "following "
+_GATEWAY, _FOLLOWING, _SCORING = "gateway ", "following ", "scoring "
 FIRST_BACK_OFF_S, LONGEST_BACK_OFF_S = 1.0, 60.0
 STEADY_S = 120.0
 """A process that ran this long starts again without delay when it ends."""
@@ -47,13 +48,13 @@ class Stack:
         say: Say,
         before_gateway: Callable[[dict[str, EngineSpec]], Awaitable[object]] | None = None,
     ) -> None:
-        self.config, self._say = config, say
+        self.config, self._config_path, self._say = config, config_path, say
         self._before_gateway = before_gateway
         self._specs = engine_specs(config, say)
         self.engines = {spec.id: EngineProcess(spec) for spec in self._specs}
         self.gateway = GatewayProcess(config, config_path)
         self._watchers: dict[str, asyncio.Task[None]] = {}
-        """By ``model:variant``, and ``_GATEWAY`` and ``_FOLLOWING``, which are no variants' names."""
+        """By ``model:variant``, and ``_GATEWAY``, ``_FOLLOWING`` and ``_SCORING``, no variants' names."""
 
     @property
     def url(self) -> str:
@@ -93,6 +94,8 @@ class Stack:
             {spec.id: spec.directory for spec in self._current()}, self.take_over, self._say
         )
         self._watchers[_FOLLOWING] = asyncio.create_task(following.run())
+        if (scheduled := Scheduled.of(self.config, self._config_path, self._say)) is not None:
+            self._watchers[_SCORING] = asyncio.create_task(scheduled.run())
 
     def _current(self) -> list[EngineSpec]:
         return [engine.spec for engine in self.engines.values()]

@@ -23,9 +23,10 @@ from gateway.cards import LOOK_EVERY_S, CardWatch, Read, load_cards
 from gateway.config import Config, ConfigError, GatewaySettings, parse_config, parts_of, refuse_fixed
 from gateway.console.files import Files
 from gateway.control import Commit, Heartbeat, Reloads, Supervisor
+from gateway.kept.keeper import Keeper
 from gateway.proxy.attempts import Attempts
 from gateway.proxy.exchange import Attempt, Exchange
-from gateway.proxy.hops import Admit, ChooseRoute, Identify, Observe, Pace, ReadBody, Settle
+from gateway.proxy.hops import Admit, ChooseRoute, Identify, Keep, Observe, Pace, ReadBody, Settle
 from gateway.proxy.limits import limits_of
 from gateway.proxy.pipeline import Pipeline
 from gateway.proxy.plane import DataPlane, Snapshot
@@ -103,6 +104,7 @@ class Gateway:
         self.providers = LiteLLM(config.providers, config.gateway)
         self.checks = CheckProcess("checks", self.metrics)
         self.escalation = CheckProcess("escalation", self.metrics, niceness=0)
+        self.keeper = Keeper(config, self.metrics, self.checks)
         self._inquiry = Inquiry(
             config.watch,
             config.references,
@@ -166,7 +168,7 @@ class Gateway:
         observer = before.observer if before is not None and before.config is config else None
         if observer is None:
             observer = make_observer(
-                config, self.metrics, self.checks, self.escalation, self.watch, self._inquiry
+                config, self.metrics, self.checks, self.escalation, self.watch, self._inquiry, self.keeper
             )
         return Snapshot(
             config=config,
@@ -210,6 +212,7 @@ class Gateway:
                 Settle(self.settlement),  # what no engine has counted
                 *((Pace(self.paces),) if limits.paced else ()),  # how soon its pool answers
                 observe,  # has answers checked that were listened to
+                *((Keep(self.keeper, config.adapters),) if config.kept is not None else ()),  # what is asked
             ),
             known_models=names,
             clock=self._clock,
@@ -250,6 +253,7 @@ class Gateway:
                 self.metrics.forget_variants(served, before.config.roles.keys() - config.roles.keys())
                 self.providers.know(config.providers)
                 self.responses.know(config.responses)
+                self.keeper.know(config)
             if recarded:
                 self._show(cards)
             if watch is not None:
@@ -336,6 +340,7 @@ class Gateway:
             jobs.keep("watch", watch.run)
             jobs.keep("watch_events", lambda: watch.post_forever(session))
             jobs.keep("inquiry", lambda: self._inquiry.run(session))
+        jobs.keep("kept", self.keeper.run)
         jobs.keep("checks", self.checks.run)
         jobs.keep("escalation", self.escalation.run)
         jobs.keep("heartbeat", Heartbeat(self.metrics, *beats).run)
@@ -378,19 +383,12 @@ class Gateway:
         return self.plane.snapshot.pools.replicas()
 
 
-def make_observer(
-    config: Config,
-    metrics: Metrics,
-    checks: CheckProcess,
-    escalation: CheckProcess,
-    watch: Watch | None,
-    inquiry: Inquiry | None,
-) -> Observer:
-    """Raises ConfigError for a classifier that cannot be used."""
+def make_observer(config: Config, *given: Any) -> Observer:
+    """Of what ``Observer`` takes. Raises ConfigError for a classifier that cannot be used."""
     quality = config.quality
     if quality.detector == "classifier" and quality.classifier is not None:
         try:
             check_classifier(quality.classifier)
         except (OSError, ValueError) as error:
             raise ConfigError(f"quality.classifier: {quality.classifier} cannot be used: {error}") from None
-    return Observer(config, metrics, checks, escalation, watch, inquiry)
+    return Observer(config, *given)

@@ -13,6 +13,7 @@ from urllib.error import HTTPError, URLError
 from urllib.request import HTTPSHandler, ProxyHandler, Request, build_opener
 
 from deploy.commands import Run, add_command
+from deploy.door import Door
 from gateway.config import Config, load_config
 from gateway.errors import GatewayError
 
@@ -110,6 +111,13 @@ def client(options: argparse.Namespace, timeout_s: float = TIMEOUT_S) -> Gateway
     cannot be used."""
     url = options.url or address(load_config(options.config))
     return GatewayClient(url, options.key or os.environ.get(KEY), options.url is None, timeout_s)
+
+
+def door(options: argparse.Namespace, config: Config) -> Door:
+    """The same for whoever asks a model through it, whether it runs or not."""
+    key = options.key or os.environ.get(KEY)
+    headers = {"authorization": f"Bearer {key}"} if key else {}
+    return Door((options.url or address(config)).rstrip("/"), headers, local=options.url is None)
 
 
 def address(config: Config) -> str:

@@ -25,6 +25,7 @@ from deploy.gateway_process import UpError
 from deploy.placement import PlacementError
 from gateway.config import ConfigError, load_config
 from gateway.errors import GatewayError
+from gateway.store.errors import StoreError
 from quantize.card import CardError
 from quantize.core.checkpoint import CheckpointError
 from quantize.core.methods import MethodError
@@ -54,6 +55,7 @@ USER_ERRORS = (
     EngineError,
     GatewayError,
     PlacementError,
+    StoreError,
     UpError,
     NoSpeedError,
     TrafficError,

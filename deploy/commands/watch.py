@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from tqdm import tqdm
 
-from deploy.commands import add_json, print_json, say
-from deploy.commands.asking import GatewayClient, add_asking, client
+from deploy.commands import add_json, print_json, run_engines, say
+from deploy.commands.asking import GatewayClient, add_asking, client, door
 from gateway.config import ConfigError, load_config, variant_id
 from gateway.quality.judge import JudgeError, read, request
 from quantize.core.jsonl import read_lines
 
-COMMANDS = ("show", "report", "judge", "demote", "restore", "pin", "unpin", "-h", "--help")
+COMMANDS = ("show", "report", "judge", "score", "demote", "restore", "pin", "unpin", "-h", "--help")
 PATH = "/admin/watch"
 
 
@@ -42,6 +43,9 @@ def add_watch(parser: argparse.ArgumentParser) -> None:
         acting.set_defaults(action=name, out_of=False)
         if name == "pin":
             acting.add_argument("--out", dest="out_of", action="store_true", help="keep it out")
+
+    text = "have the reference score the answers that wait for it (watch.reference: batch)"
+    add_json(add_asking(commands, "score", score, text))
 
     judging = add_asking(
         commands, "judge", judge, "measure how often the judge is wrong, on labelled answers"
@@ -98,6 +102,29 @@ def _whole_name(variant: str, gateway: GatewayClient) -> str:
     if len(found) > 1:
         raise ConfigError(f"{variant}: several models serve such a variant; write one of: {', '.join(found)}")
     return found[0] if found else variant  # which the gateway refuses, with those that it knows
+
+
+def score(options: argparse.Namespace) -> None:
+    from deploy import scoring
+
+    config = load_config(options.config)
+    found = run_engines(scoring.score(config, door(options, config), say))
+    if options.json:
+        print_json(
+            {
+                "answers": [
+                    {"variant": variant, "role": role, **asdict(one)}
+                    for (variant, role), one in found.tallies.items()
+                ],
+                "replaced": found.replaced,
+                "damaged": found.damaged,
+            }
+        )
+        return
+    for sentence in found.told():
+        print(sentence)
+    if not (found.tallies or found.replaced or found.damaged):
+        say("no answer waits for the reference")
 
 
 def judge(options: argparse.Namespace) -> None:

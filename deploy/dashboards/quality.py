@@ -227,6 +227,17 @@ QUALITY = Dashboard(
                     [(f'sum by (check) (rate({_CHECKS}{{{BOTH}, outcome="error"}}[{RATE}]))', "{{check}}")],
                     "ops",
                 ),
+                Panel(
+                    "Kept by consent",
+                    "Requests and answers in a sample that is kept, by what became of them, per hour.",
+                    [
+                        (
+                            "sum by (kind, outcome) (increase(tiercel_kept_conversations_total"
+                            '{role=~"$role"}[1h]))',
+                            "{{kind}}: {{outcome}}",
+                        )
+                    ],
+                ),
             ],
         ),
     ],

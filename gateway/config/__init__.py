@@ -10,6 +10,7 @@ from gateway.config.engine import Engine, EngineChanges
 from gateway.config.file import Config
 from gateway.config.fixed import refuse_fixed
 from gateway.config.gateway import POLICIES, Cost, GatewaySettings
+from gateway.config.kept import KeptSettings, Recording
 from gateway.config.load import load_config, parse_config
 from gateway.config.model import Model, ModelConfig, parts_of, slug, variant_id
 from gateway.config.quality import Quality
@@ -17,7 +18,7 @@ from gateway.config.responses import ResponsesSettings
 from gateway.config.roles import Canary, RoleSettings, Target, WhenFull
 from gateway.config.section import HIDDEN, ConfigError, is_loopback, shown_url
 from gateway.config.shown import shown, with_secrets
-from gateway.config.watch import WATCHED, Judge, WatchSettings
+from gateway.config.watch import WATCHED, Batch, Judge, WatchSettings
 
 __all__ = [
     "HIDDEN",
@@ -25,6 +26,7 @@ __all__ = [
     "WATCHED",
     "Adapter",
     "ApiKey",
+    "Batch",
     "Canary",
     "Config",
     "ConfigError",
@@ -34,10 +36,12 @@ __all__ = [
     "EngineChanges",
     "GatewaySettings",
     "Judge",
+    "KeptSettings",
     "Model",
     "ModelConfig",
     "Provider",
     "Quality",
+    "Recording",
     "ResponsesSettings",
     "RoleSettings",
     "Target",

@@ -11,6 +11,7 @@ from gateway.config.access import Adapter, ApiKey, Provider
 from gateway.config.conversations import Conversations
 from gateway.config.engine import Engine
 from gateway.config.gateway import GatewaySettings
+from gateway.config.kept import CONSENT, KeptSettings
 from gateway.config.model import Model, ModelConfig, ModelName, parts_of, slug, variant_id
 from gateway.config.quality import Quality
 from gateway.config.responses import ResponsesSettings, check_url
@@ -47,6 +48,9 @@ class Config(Section):
     quality: Quality = Quality()
     watch: WatchSettings = WatchSettings()
     responses: ResponsesSettings = ResponsesSettings()
+    kept: KeptSettings | None = Field(
+        default=None, description="consent to keep conversations, redacted and encrypted, and where"
+    )
     _directory: Path = PrivateAttr(default_factory=Path)
 
     @property
@@ -130,7 +134,7 @@ class Config(Section):
             if self.watch.reference == "live" and self.watch.enabled and model.reference not in model.serve:
                 raise ValueError(
                     f"models.{name}.serve: must contain the reference {model.reference!r}, which the watch "
-                    "asks; add it, or set watch.reference to none"
+                    "asks; add it, or set watch.reference to batch or none"
                 )
         slugs: dict[str, str] = {}
         for name in self.models:
@@ -152,15 +156,27 @@ class Config(Section):
                 raise ValueError(
                     f"watch.judge.model: {judge.model!r} does not exist; known: {names_of(models)}"
                 )
-            if judge.model in self.models and self.watch.reference == "none":
+            if judge.model in self.models and self.watch.reference != "live":
                 raise ValueError(
                     f"watch.judge.model: {judge.model!r} stands for its reference, which is left alone with "
-                    "watch.reference: none; name a served variant or a provider's model"
+                    f"watch.reference: {self.watch.reference}; name a served variant or a provider's model"
                 )
         if self.watch.store is not None:
             check_url("watch.store", self.watch.store)
+        self._check_consent()
         self._check_model_names()
         return self
+
+    def _check_consent(self) -> None:
+        if self.kept is not None:
+            if self.kept.store is not None:
+                check_url("kept.store", self.kept.store)
+            return
+        if self.watch.enabled and self.watch.reference == "batch":
+            raise ValueError(f"watch.reference: batch: {CONSENT}; else set watch.reference to none")
+        for name, role in self.roles.items():
+            if role.record is not None:
+                raise ValueError(f"roles.{name}.record: {CONSENT}; else take record out")
 
     def _name_variants_in_full(self) -> None:
         """Wherever the file names a variant, by the variant alone too, put ``model:variant``."""

@@ -9,6 +9,7 @@ from typing import Any
 from pydantic import Field, field_validator, model_validator
 
 from gateway.config.access import PRIORITY
+from gateway.config.kept import Recording
 from gateway.config.section import Section
 from gateway.config.watch import WATCHED
 from quantize.gate.judgement import QualityBudget
@@ -65,6 +66,11 @@ class RoleSettings(Section):
     chat_template_kwargs: dict[str, Any] = Field(
         default_factory=dict,
         description="for the chat template when tasks are asked, such as {enable_thinking: false}",
+    )
+
+    record: Recording | None = Field(
+        default=None,
+        description="keep a sample of what it is asked, for `tiercel tasks record`; needs the section `kept`",
     )
 
     when_full: WhenFull = WhenFull.RAISE

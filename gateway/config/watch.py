@@ -21,15 +21,31 @@ class Judge(Section):
     timeout_s: float = Field(default=60.0, gt=0)
 
 
+class Batch(Section):
+    """Answers that wait until the reference is started for them."""
+
+    most: int = Field(
+        default=200, ge=1, description="answers of a variant in a role that wait; the oldest leave"
+    )
+    every_s: float | None = Field(
+        default=None,
+        gt=0,
+        description="seconds after which `tiercel up` scores what waits, if there is room for the reference; "
+        "default: only `tiercel watch score` does",
+    )
+
+
 class WatchSettings(Section):
     """Quantized answers compared with the reference's while they are served, and what follows from it."""
 
     enabled: bool = True
-    reference: Literal["live", "none"] = Field(
+    reference: Literal["live", "batch", "none"] = Field(
         default="live",
-        description="live: the reference is served, and asked about a share of quantized answers; none: it "
-        "need not be served, and rules and signals alone watch",
+        description="live: the reference is served, and asked about a share of quantized answers; batch: it "
+        "need not be served, the share is kept (section `kept`) and scored when it is started for that; "
+        "none: it need not be served, and rules and signals alone watch",
     )
+    batch: Batch | None = Field(default=None, description="of reference: batch; default: as its fields say")
     store: Annotated[str | None, Secret.URL] = Field(
         default=None, description="SQLAlchemy URL of what all gateways share; default: SQLite in run_dir"
     )
@@ -77,4 +93,16 @@ class WatchSettings(Section):
     def _one_store(self) -> WatchSettings:
         if self.store is not None and self.store_env is not None:
             raise ValueError("store and store_env both say where the store is; give one")
+        if self.batch is not None and self.reference != "batch":
+            raise ValueError(f"batch: has no meaning with reference: {self.reference}; set reference: batch")
         return self
+
+    @property
+    def waiting(self) -> Batch:
+        """What holds of answers that wait for the reference."""
+        return self.batch or Batch()
+
+    @property
+    def compares(self) -> bool:
+        """Whether a reference is asked about answers, at once or later."""
+        return self.reference != "none"

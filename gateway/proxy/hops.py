@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from typing import Any
 
 import msgspec
@@ -9,11 +10,13 @@ import msgspec
 from gateway.config import Config
 from gateway.errors import BadRequestError, MethodNotAllowedError, NoWebSocketError
 from gateway.identity import Identities, Sender
+from gateway.kept.keeper import Keeper
 from gateway.proxy.body import LARGE_BYTES, Body
 from gateway.proxy.endpoints import INVOCATIONS, Endpoint, Form, endpoint_of
 from gateway.proxy.exchange import Attempt, Exchange
 from gateway.proxy.record import NO_USAGE, Record, Usage
 from gateway.quality.observe import Observed, Observer
+from gateway.routing.choices import Reason
 from gateway.routing.pace import Paces
 from gateway.routing.router import Router
 from gateway.telemetry.propagation import PASSED_ON
@@ -195,6 +198,25 @@ class Pace:
         if tokens > 0:
             load = route.replica.in_flight + 1  # this one has just left
             self._paces.answered(route.variant, record.role, tokens, seconds, load)
+
+
+class Keep:
+    """Has a sample of what roles are asked kept, where they have agreed to it: of what was answered, and not
+    of what named a variant, an adapter or a provider's model, which is nobody's choice but the client's."""
+
+    def __init__(self, keeper: Keeper, adapters: Container[str]) -> None:
+        self._keeper = keeper
+        self._adapters = adapters
+
+    def __call__(self, record: Record, exchange: Exchange) -> None:
+        route, endpoint = exchange.route, exchange.endpoint
+        if exchange.error is not None or route is None or endpoint.form is Form.PLAIN or record.status != 200:
+            return
+        if route.reason in (Reason.EXPLICIT_VARIANT, Reason.PROVIDER) or exchange.model in self._adapters:
+            return
+        self._keeper.offer(
+            route.role, route.variant, exchange.sample_id, exchange.body.json, chat=endpoint.chat
+        )
 
 
 class Observe:

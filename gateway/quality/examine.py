@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import math
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from gateway.kept.conversation import LONGEST, answer_of, asked_of
+from gateway.kept.redact import redactor
 from gateway.quality import judge, shadow
 from gateway.quality.checks import HARD, failures
 from gateway.quality.detectors import DETECTORS, Detector
@@ -23,6 +25,8 @@ from gateway.quality.records import (
     Evaluation,
     Examination,
     Findings,
+    Keep,
+    Kept,
     Look,
     Note,
     Regenerate,
@@ -30,6 +34,7 @@ from gateway.quality.records import (
     Result,
     Score,
     Suffices,
+    Unfit,
     decode_answer,
 )
 from gateway.quality.schemas import Schemas
@@ -103,6 +108,30 @@ def suffices(task: Suffices, record: bytes, tools: Tools) -> Findings:
     if task.confidence is not None and signals and math.exp(-signals.nll_mean) < task.confidence:
         return Findings(insufficient="confidence")
     return Findings(insufficient=next((name for name in HARD if failed.get(name)), None))
+
+
+def keep(task: Keep, record: bytes) -> Findings:
+    """What of a request, or of its answer, is to be kept."""
+    subject, found = Subject.of(record), Findings()
+    if task.kind == "request":
+        _take(found, asked_of(subject.request, redactor(tuple(task.own))))
+    else:
+        _keep_answer(subject, found, task.own)
+    return found
+
+
+def _keep_answer(subject: Subject, found: Findings, own: Sequence[str]) -> None:
+    if len(subject.record.body) + sum(map(len, subject.answer.texts)) > LONGEST:
+        found.unfit = Unfit.TOO_LONG
+    else:
+        _take(found, answer_of(subject.request, subject.answer, redactor(tuple(own))))
+
+
+def _take(found: Findings, what: Kept | Unfit) -> None:
+    if isinstance(what, Kept):
+        found.kept = what
+    else:
+        found.unfit = what
 
 
 def _signals(subject: Subject, found: Findings) -> None:
@@ -232,6 +261,8 @@ async def _copy(subject: Subject, examiner: Examiner, task: Copy, tools: Tools) 
     copy = Subject(subject.record, subject.request, answer)
     found = Findings()
     _rules(copy, found, tools)
+    if task.keep is not None:
+        _keep_answer(copy, found, task.keep)
     if task.reference is not None and _incomparable(copy) is None:
         scored = await _score(copy, examiner, task.reference)
         found.compared, found.evaluations = scored.compared, scored.evaluations

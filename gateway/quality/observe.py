@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 import logging
 from dataclasses import dataclass
 from functools import partial
 
 from gateway.config import Config, parts_of
+from gateway.kept.keeper import Keeper
 from gateway.quality.answer import Answer
 from gateway.quality.cells import CellKey
 from gateway.quality.examiner import UnansweredError
@@ -39,6 +39,7 @@ from gateway.quality.records import (
     Suffices,
     encode,
 )
+from gateway.quality.sampling import SHARE, is_in
 from gateway.quality.watch import Watch
 from gateway.telemetry.evaluations import emit
 from gateway.telemetry.ledger import labels_of
@@ -53,7 +54,6 @@ ESCALATION_S = 0.25
 """Seconds that a client waits for it; then it gets the answer as it is."""
 DRAIN_S = 1.0
 """Seconds that a gateway that stops waits for the last answers to be looked at."""
-_SHARE = 1 << 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,20 +104,23 @@ class Observer:
         escalation: CheckProcess,
         watch: Watch | None = None,
         inquiry: Inquiry | None = None,
+        keeper: Keeper | None = None,
     ) -> None:
-        """``checks`` is given finished answers, ``escalation`` those that a client waits for."""
+        """``checks`` is given finished answers, ``escalation`` those that a client waits for, ``keeper``
+        those that wait until the reference is started for them."""
         self._config = config
         self._metrics = metrics
         self._checks = checks
         self._escalation = escalation
         self._watch = watch
         self._inquiry = inquiry
+        self._keeper = keeper if config.watch.reference == "batch" else None
         self._log = logging.getLogger(EVENTS)
         quality = config.quality
         self._classifier = str(quality.classifier) if quality.detector == "classifier" else None
-        self._shadowed = int(config.watch.rate * _SHARE)
-        self._judged = int(config.watch.judge.rate * _SHARE) if config.watch.judge else 0
-        self._copied = int(config.watch.probation_rate * _SHARE)
+        self._shadowed = int(config.watch.rate * SHARE)
+        self._judged = int(config.watch.judge.rate * SHARE) if config.watch.judge else 0
+        self._copied = int(config.watch.probation_rate * SHARE)
 
     async def ready(self) -> None:
         """Wait until answers can be checked before they are sent, where a role wants that."""
@@ -239,13 +242,13 @@ class Observer:
         candidates = [
             other
             for other in watch.on_probation(kept.role)
-            if other != key and _in(kept.sample_id, "probation", self._copied)
+            if other != key and is_in(kept.sample_id, "probation", self._copied)
         ]
-        if kept.grounded and _in(kept.sample_id, "judge", self._judged):
+        if kept.grounded and is_in(kept.sample_id, "judge", self._judged):
             skipped = partial(self._judged_as, kept, CheckOutcome.SKIPPED)
             inquiry.offer(partial(self._judge, kept), skipped)
         reference = self._reference(kept.variant)
-        shadowed = reference is not None and _in(kept.sample_id, "shadow", self._shadowed)
+        shadowed = reference is not None and is_in(kept.sample_id, "shadow", self._shadowed)
         unusual = key is not None and found.nll_mean is not None and watch.unusual(key, found.nll_mean)
         if not shadowed and not candidates and not unusual:
             return
@@ -256,6 +259,8 @@ class Observer:
         if key is not None and reference is not None and shadowed:
             if found.incomparable is not None:
                 self._compared(kept, found.incomparable)
+            elif self._keeper is not None:
+                self._keeper.offer_answer(kept.role, key.variant, key.version, kept.record)
             else:
                 shed = partial(self._compared, kept, Result.SHED)
                 inquiry.offer(partial(self._shadow, watch, kept, key, reference), shed)
@@ -297,13 +302,20 @@ class Observer:
 
     async def _copy(self, kept: _Kept, other: CellKey) -> None:
         """Let a variant on probation answer a request that another has answered, and judge that."""
+        reference, keeper = self._reference(other.variant), self._keeper
         try:
-            task = Copy(other.variant, self._reference(other.variant))
+            if keeper is not None:
+                task = Copy(other.variant, None, keeper.own if reference is not None else None)
+            else:
+                task = Copy(other.variant, reference)
             found = await self._examine(kept, task)
         except UnansweredError as error:
             self._say(kept, "probation", str(error))
             return
         self._take(kept, found, other, probation=True)
+        if keeper is not None and task.keep is not None:
+            about = keeper.about(kept.role, other.variant, other.version, probation=True)
+            keeper.take(about, Step(findings=found))
 
     async def _judge(self, kept: _Kept) -> None:
         """Let a model label the answer's sentences."""
@@ -352,13 +364,3 @@ class Observer:
 
     def _compared(self, kept: _Kept, result: Result) -> None:
         self._metrics.shadow.labels(kept.role, *kept.labels, result).inc()
-
-
-def _in(sample_id: str, what: str, below: int) -> bool:
-    """Whether an answer is in a sample. Samples are independent of each other and of any other hash of the
-    same number: a checksum would not be, since checksums of texts that differ by what is before them differ
-    by a constant."""
-    if below >= _SHARE or below == 0:
-        return below > 0
-    digest = hashlib.blake2b(sample_id.encode(), digest_size=4, person=what.encode()).digest()
-    return int.from_bytes(digest) < below

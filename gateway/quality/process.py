@@ -130,15 +130,18 @@ class CheckProcess:
         done: Callable[[Step | None], None],
         limit_s: float = STEP_S,
         classifier: str | None = None,
+        *,
+        counted: bool = True,
     ) -> _Job | None:
         """Have a task done about an encoded ``AnswerRecord``; ``done`` is called with its step, or with None
-        where the process was lost. None where the queue is full: that is counted as dropped, and ``done`` is
-        not called.
+        where the process was lost. None where the queue is full: that is counted as dropped unless its caller
+        counts it, and ``done`` is not called.
 
         ``classifier``: the one that the process must have loaded."""
         job = _Job(encode(task), record, done, limit_s, classifier)
         if len(self._queue) >= MOST_WAITING or self._bytes + job.size > MOST_WAITING_BYTES:
-            self.drop("full")
+            if counted:
+                self.drop("full")
             return None
         self._queue.append(job)
         self._bytes += job.size

@@ -90,7 +90,7 @@ def policy_of(config: Config, card: Card, role: str) -> DemotionPolicy:
     The gate has counted how many of the variant's answers differ from the reference's on held-out items. The
     watch asks less of an answer than to be the same, so that share is tolerated, and 15 points more alarms.
     """
-    compared = config.watch.reference == "live" and card.variant != card.reference
+    compared = config.watch.compares and card.variant != card.reference
     rates = {name: one for name, one in DEFAULT_RATES.items() if compared or name not in BY_REFERENCE}
     figures = card.evaluation.roles.get(role) if card.evaluation else None
     if figures is not None:

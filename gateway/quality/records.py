@@ -41,6 +41,26 @@ class Result(StrEnum):
     ERROR = "error"
 
 
+class Unfit(StrEnum):
+    """Why a request or an answer is not kept."""
+
+    FORM = "form"
+    """It has what an item does not hold: tools, images, another guidance than a JSON schema; of an answer: it
+    is not one text with log-probabilities."""
+    REDACTED = "redacted"
+    """Of an answer that the reference was to score: something would have been taken out."""
+    TOO_LONG = "too_long"
+
+
+class Kept(msgspec.Struct, array_like=True):
+    """What is to be kept, encoded."""
+
+    data: bytes
+
+    def __repr__(self) -> str:
+        return f"Kept({len(self.data)} bytes)"
+
+
 class AnswerRecord(msgspec.Struct, array_like=True, gc=False):
     """A finished answer and its request, as they passed by."""
 
@@ -97,10 +117,20 @@ class Resample(msgspec.Struct, tag="resample", array_like=True):
 
 class Copy(msgspec.Struct, tag="copy", array_like=True):
     """Let another variant answer the request, and judge that by rules and, if there is one, by the
-    reference of its model."""
+    reference of its model. ``keep``: patterns that are redacted where the answer is to be kept for the
+    reference; None where it is not."""
 
     variant: str
     reference: str | None
+    keep: list[str] | None = None
+
+
+class Keep(msgspec.Struct, tag="keep", array_like=True):
+    """Say what of the record is to be kept. ``kind``: ``request`` for an item, ``answer`` for the reference.
+    ``own``: the user's patterns."""
+
+    kind: str
+    own: list[str] = []
 
 
 class Judge(msgspec.Struct, tag="judge", array_like=True):
@@ -124,7 +154,7 @@ class Forget(msgspec.Struct, tag="forget", array_like=True):
 
 
 Examination = Score | Regenerate | Resample | Copy | Judge
-Task = Prepare | Look | Suffices | Score | Regenerate | Resample | Copy | Judge | Resume | Forget
+Task = Prepare | Look | Suffices | Keep | Score | Regenerate | Resample | Copy | Judge | Resume | Forget
 
 
 # from the process
@@ -156,7 +186,7 @@ class Evaluation(msgspec.Struct, array_like=True):
 
 
 class Findings(msgspec.Struct, omit_defaults=True):
-    """What was found. Nothing of it quotes a prompt or an answer."""
+    """What was found. Nothing of it quotes a prompt or an answer, but for what is to be kept."""
 
     outcomes: dict[str, CheckOutcome] = {}
     """By check."""
@@ -183,6 +213,9 @@ class Findings(msgspec.Struct, omit_defaults=True):
     disagreement: float | None = None
     insufficient: str | None = None
     """The check for which the answer should not be sent."""
+    kept: Kept | None = None
+    unfit: Unfit | None = None
+    """Why there is nothing to be kept, where there was to be."""
 
 
 class Step(msgspec.Struct, omit_defaults=True):

@@ -19,13 +19,14 @@ from pathlib import Path
 from typing import Any
 
 from gateway.quality.detectors import detector
-from gateway.quality.examine import Tools, examine, look, suffices, where
+from gateway.quality.examine import Tools, examine, keep, look, suffices, where
 from gateway.quality.examiner import UnansweredError
 from gateway.quality.records import (
     HEADER,
     Ask,
     Findings,
     Forget,
+    Keep,
     Look,
     Prepare,
     Resume,
@@ -88,6 +89,8 @@ class Worker:
                 return Step(findings=look(task, record, self.tools))
             case Suffices():
                 return Step(findings=suffices(task, record, self.tools))
+            case Keep():
+                return Step(findings=keep(task, record))
             case Resume():
                 session = self._sessions.pop(task.session, None)
                 if session is None:

@@ -16,6 +16,9 @@ from sqlalchemy.exc import NoSuchModuleError, SQLAlchemyError
 from sqlalchemy.pool import StaticPool
 
 from gateway.config.section import ConfigError, shown_url
+from gateway.store.errors import StoreError
+
+__all__ = ["MEMORY", "Database", "StoreError", "Transaction", "configured_url"]
 
 MEMORY = "sqlite://"
 """A database in this process's memory."""
@@ -34,10 +37,6 @@ def configured_url(section: str, url: str | None, variable: str | None) -> str |
             f"{section}.store_env: the environment has no {variable!r}; set it to a database's URL"
         )
     return found
-
-
-class StoreError(RuntimeError):
-    """The database cannot be used. The text names it, the reason and the fix."""
 
 
 class Database:

@@ -254,6 +254,13 @@ class Metrics:
             "Responses that should have been kept and were not, by why: too_large, busy, store_down",
             "reason",
         )
+        self.kept = make.counter(
+            "tiercel_kept_conversations_total",
+            "Requests and answers in a sample that is kept, by what became of them",
+            "role",
+            "kind",
+            "outcome",
+        )
 
     def role(self, role: str | None) -> str:
         """The label of a role: itself if it is configured, else ``other``."""

@@ -43,9 +43,17 @@ class EngineClient:
     """
 
     def __init__(
-        self, base_url: str, model: str, concurrency: int = 24, softcap: float | None = None
+        self,
+        base_url: str,
+        model: str,
+        concurrency: int = 24,
+        softcap: float | None = None,
+        headers: Mapping[str, str] | None = None,
+        verify: bool = True,
     ) -> None:
+        """``headers`` are sent with every request; without ``verify`` any certificate will do."""
         self._base_url, self._model, self._softcap = base_url, model, softcap
+        self._headers, self._verify = dict(headers or {}), verify
         self._account: dict[str, Any] | None = None
         self._asked = self._ids_refused = False
         self._top = TOPS_IN_JSON[0]
@@ -54,9 +62,9 @@ class EngineClient:
 
     async def __aenter__(self) -> EngineClient:
         # vLLM closes a connection that was idle for 5 s; ours must be the shorter patience.
-        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=2.0)
+        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=2.0, ssl=self._verify)
         self._session = aiohttp.ClientSession(
-            timeout=aiohttp.ClientTimeout(total=TIMEOUT_S), connector=connector
+            timeout=aiohttp.ClientTimeout(total=TIMEOUT_S), connector=connector, headers=self._headers
         )
         return self
 
@@ -77,10 +85,7 @@ class EngineClient:
 
         ``template`` is for the chat template (vLLM's ``chat_template_kwargs``).
         """
-        body = _greedy(messages, max_tokens, template)
-        if json_schema is not None:
-            schema = {"name": "answer", "schema": dict(json_schema)}
-            body["response_format"] = {"type": "json_schema", "json_schema": schema}
+        body = _guided(_greedy(messages, max_tokens, template), json_schema)
         reply = await self._post("/v1/chat/completions", body)
         return str(reply["choices"][0]["message"]["content"] or "")
 
@@ -263,6 +268,13 @@ def _greedy(
 ) -> dict[str, Any]:
     body = {"messages": list(messages), "max_tokens": max_tokens, "temperature": 0, "seed": 0}
     return {**body, "chat_template_kwargs": dict(template)} if template else body
+
+
+def _guided(body: dict[str, Any], json_schema: Mapping[str, Any] | None) -> dict[str, Any]:
+    if json_schema is None:
+        return body
+    schema = {"name": "answer", "schema": dict(json_schema)}
+    return {**body, "response_format": {"type": "json_schema", "json_schema": schema}}
 
 
 def _json(raw: bytes) -> dict[str, Any]:

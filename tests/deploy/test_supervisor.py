@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 import psutil
@@ -26,11 +27,13 @@ from deploy.engine import EngineProcess, EngineStartError, command, environment,
 from deploy.fleet.engines import engine_specs
 from deploy.supervisor import Stack
 from gateway.config import Config, load_config
+from gateway.kept.store import About, Row
 from quantize.card import Outcome, Verdict
 from quantize.core.checkpoint import open_checkpoint
 from quantize.core.modules import read_modules
 from quantize.core.plan import uniform
 from quantize.registry import Registry
+from tests.deploy.kept import changed, fill
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -97,6 +100,18 @@ async def test_serves_restarts_a_crashed_engine_and_stops_cleanly(config_path: P
         family = {psutil.Process(engine.pid), *psutil.Process().children(recursive=True)} - others
     assert not [p for p in family if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
     assert not (config_path.parent / "run/engines.json").exists()
+
+
+async def test_what_waits_for_the_reference_is_scored_from_time_to_time(config_path: Path) -> None:
+    def batch(settings: dict[str, Any]) -> None:
+        settings |= {"kept": {}, "watch": {"reference": "batch", "batch": {"every_s": 0.2}}}
+
+    changed(config_path, batch)
+    about = About("answer", "core", "assistant:int8", "0" * 12, time.time())
+    fill(config_path, [Row(about, b"of a variant that is gone")])
+    said: list[str] = []
+    async with Stack(load_config(config_path), config_path, said.append):
+        await until(lambda: any(line.startswith("watch: 1 answers were dropped") for line in said))
 
 
 def test_sigterm_ends_everything_with_status_0(config_path: Path) -> None:

@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CLINC150 = ROOT.parent / "shared/data/clinc150.json"
 INTENT_ITEMS = 600
 RECORD_ITEMS = 120
-STOPPING = ("test_vectors.py", "test_watch.py")
+STOPPING = ("test_kept.py", "test_vectors.py", "test_watch.py")
 """Tests that read the stack's configuration, and stop it: they start engines of their own."""
 
 

@@ -23,6 +23,7 @@ from gateway.api.overview import Overview
 from gateway.app import Gateway, make_observer
 from gateway.config import ConfigError
 from gateway.control import Heartbeat, Reloads, Supervisor
+from gateway.kept.keeper import Keeper
 from gateway.proxy.plane import DataPlane
 from gateway.quality.inquiry import Inquiry
 from gateway.quality.process import CheckProcess
@@ -38,6 +39,7 @@ JOBS: dict[str, tuple[Any, str]] = {
     "watch": (Watch, "run"),
     "watch_events": (Watch, "post_forever"),
     "inquiry": (Inquiry, "run"),
+    "kept": (Keeper, "run"),
     "checks": (CheckProcess, "run"),
     "escalation": (CheckProcess, "run"),
     "heartbeat": (Heartbeat, "run"),

@@ -31,6 +31,7 @@ from gateway.quality.inquiry import Inquiry
 from gateway.quality.observe import Observed, Observer
 from gateway.quality.process import CheckProcess, LostError
 from gateway.quality.records import AnswerRecord, CheckOutcome, Look, encode
+from gateway.quality.sampling import is_in
 from gateway.quality.schemas import (
     DEADLY_KEPT,
     DEADLY_OF_A_TENANT,
@@ -382,12 +383,12 @@ def test_samples_are_independent_of_each_other() -> None:
     numbers = [f"0f3a77c1b2{number:022x}" for number in range(20_000)]
     heard = [number for number in numbers if zlib.crc32(number.encode()) < share]
     for what in ("shadow", "judge", "probation"):
-        found = sum(observe._in(number, what, share) for number in heard)
+        found = sum(is_in(number, what, share) for number in heard)
         assert found / len(heard) == pytest.approx(0.25, abs=0.03)
-    both = sum(observe._in(n, "shadow", share) and observe._in(n, "judge", share) for n in numbers)
+    both = sum(is_in(n, "shadow", share) and is_in(n, "judge", share) for n in numbers)
     assert both / len(numbers) == pytest.approx(1 / 16, abs=0.02)
-    assert not any(observe._in(number, "shadow", 0) for number in numbers)
-    assert all(observe._in(number, "shadow", 1 << 32) for number in numbers)
+    assert not any(is_in(number, "shadow", 0) for number in numbers)
+    assert all(is_in(number, "shadow", 1 << 32) for number in numbers)
 
 
 async def test_a_client_cannot_choose_its_sample(monkeypatch: pytest.MonkeyPatch) -> None:

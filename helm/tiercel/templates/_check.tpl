@@ -54,7 +54,7 @@
 
 {{- define "tiercel.checkPools" -}}
 {{- $watch := .Values.gateway.config.watch | default dict -}}
-{{- $asked := and (ne (toString $watch.enabled) "false") (ne ($watch.reference | default "live") "none") -}}
+{{- $asked := and (ne (toString $watch.enabled) "false") (eq ($watch.reference | default "live") "live") -}}
 {{- $names := dict -}}
 {{- range $model, $settings := .Values.models -}}
 {{- $settings = $settings | default dict -}}
