@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
-from deploy.across import Compared, with_across
+from deploy.across import Compared, labelled, with_across
 from deploy.engine import EngineSpec, free_port, need_of, running
 from deploy.engine_account import ServedOtherwiseError, checked_account, refuse_otherwise
 from deploy.engine_failures import EngineLoadError, EngineRoomError
@@ -132,6 +132,12 @@ def say_hopeless(model: ModelConfig, variants: int, say: Say) -> None:
     budgets = {name: role.budget for name, role in model.roles.items()}
     for role, reasons in hopeless(counts, budgets, variants).items():
         say(f"no variant can pass for {role}: {'; '.join(reasons)}")
+    for role, first in first_models(model).items():
+        if first != model.name and not labelled(model, role):
+            say(
+                f"nothing of {model.name} can pass for {role}: models are compared by right answers to the "
+                f"same items, and it and {first} have none in common; set roles.{role}.tasks"
+            )
 
 
 def _context(model: ModelConfig, card: Card) -> int:

@@ -14,6 +14,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 from quantize.card import Paired, RoleEvaluation, TextEvaluation
@@ -53,9 +54,31 @@ def unlabelled_tests(figures: RoleEvaluation, budget: QualityBudget) -> list[Lim
     return tests
 
 
+def unjudged_json(figures: RoleEvaluation, budget: QualityBudget) -> str:
+    """Why answers that are to be JSON are not judged as such though there are some, or an empty string."""
+    valid = figures.valid_json
+    asked = budget.max_valid_json_drop is not None or budget.min_valid_json is not None
+    if asked or figures.evidence != "reference" or valid is None or _tells(valid):
+        return ""
+    if not is_able(valid):
+        return (
+            f"valid JSON is not judged: the reference writes it {valid.reference_good} of {valid.items} times"
+        )
+    least = next(count for count in itertools.count(valid.items) if _is_enough(count))
+    return (
+        f"valid JSON is not judged: {valid.items} conversations ask for it, {least} would do; raise "
+        "conversations.count, or set max_valid_json_drop"
+    )
+
+
 def _tells(valid_json: Paired) -> bool:
     """Whether a variant's JSON is judged unasked."""
-    return is_able(valid_json) and flips_p(valid_json.items, 1, 0, LOST_JSON) <= STRICT
+    return is_able(valid_json) and _is_enough(valid_json.items)
+
+
+def _is_enough(answers: int) -> bool:
+    """Whether a variant that loses one of so many can still pass in a strict family."""
+    return flips_p(answers, 1, 0, LOST_JSON) <= STRICT
 
 
 def is_able(valid_json: Paired) -> bool:

@@ -167,6 +167,22 @@ def test_json_is_asked_for_where_the_reference_writes_it(valid: Paired, outcome:
     assert verdict.outcome == outcome, verdict
 
 
+def test_it_is_said_where_json_is_not_judged() -> None:
+    few = judge(card(figures(valid_json=paired(12, 12, 12))), "default", QualityBudget())
+    assert "valid JSON is not judged: 12 conversations ask for it, 27 would do; raise" in "; ".join(
+        few.reasons
+    )
+    unable = judge(card(figures(valid_json=paired(40, 10, 10))), "default", QualityBudget())
+    assert "is not shown to write it mostly itself (10 of 40)" in "; ".join(unable.reasons)
+    for valid, budget in (
+        (None, QualityBudget()),
+        (paired(40, 40, 40), QualityBudget()),
+        (paired(12, 12, 12), QualityBudget(max_valid_json_drop=0.1)),
+    ):
+        verdict = judge(card(figures(valid_json=valid)), "default", budget)
+        assert "is not judged" not in "; ".join(verdict.reasons)
+
+
 def test_json_is_judged_where_that_is_set() -> None:
     asked = QualityBudget(max_valid_json_drop=0.1)
     few = judge(card(figures(valid_json=paired(12, 12, 12))), "default", asked)
