@@ -61,9 +61,8 @@ def unjudged_json(figures: RoleEvaluation, budget: QualityBudget) -> str:
     if asked or figures.evidence != "reference" or valid is None or _tells(valid):
         return ""
     if not is_able(valid):
-        return (
-            f"valid JSON is not judged: the reference writes it {valid.reference_good} of {valid.items} times"
-        )
+        own = f"{valid.reference_good} of {valid.items}"
+        return f"valid JSON is not judged: the reference is not shown to write it mostly itself ({own})"
     least = next(count for count in itertools.count(valid.items) if _is_enough(count))
     return (
         f"valid JSON is not judged: {valid.items} conversations ask for it, {least} would do; raise "

@@ -87,6 +87,7 @@ def broken_off(
     """A model of which 4,000 bytes of weights have come; the hub answers again."""
     model = model_of()
     monkeypatch.setattr("huggingface_hub.file_download.time", SimpleNamespace(sleep=lambda _: None))
+    monkeypatch.setattr("huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", 1000)
     hub.cut["model.safetensors"] = 4000
     with pytest.raises(HubError) as broken:
         ensure(model)

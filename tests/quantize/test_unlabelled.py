@@ -169,7 +169,7 @@ def test_json_is_asked_for_where_the_reference_writes_it(valid: Paired, outcome:
 
 def test_it_is_said_where_json_is_not_judged() -> None:
     few = judge(card(figures(valid_json=paired(12, 12, 12))), "default", QualityBudget())
-    assert "valid JSON is not judged: 12 conversations ask for it, 27 would do; raise" in "; ".join(
+    assert "valid JSON is not judged: 12 conversations ask for it, 29 would do; raise" in "; ".join(
         few.reasons
     )
     unable = judge(card(figures(valid_json=paired(40, 10, 10))), "default", QualityBudget())
