@@ -10,6 +10,8 @@
   loss beyond that is a drop between paired shares, tested exactly (:mod:`quantize.gate.paired`).
 - Valid JSON: a drop as well. By default nothing is asked of a variant where the reference itself mostly
   fails, or where so few answers are to be JSON that even a good one could not pass.
+- The reference: its answers are its likeliest words. One that finds these unlikely itself writes noise, and
+  being like it is no merit: there is no verdict.
 """
 
 from __future__ import annotations
@@ -32,10 +34,15 @@ STRICT = ALPHA / 9
 ABLE = 0.5
 """Share of valid JSON that the reference must be shown to exceed before a drop is asked about."""
 
+NOISE_PERPLEXITY = 20.0
+"""Of a reference's own answers. Language models have less than 3, random numbers hundreds."""
+
 
 def unlabelled_tests(figures: RoleEvaluation, budget: QualityBudget) -> list[LimitTest]:
     """A test for each of these limits that ``budget`` sets."""
     tests: list[LimitTest] = []
+    if figures.evidence == "reference" and not figures.text.reference_perplexity <= NOISE_PERPLEXITY:
+        tests.append(_noise(figures.text))
     if budget.min_first_choice_agreement:
         tests.append(_choices_test(figures.text, budget.min_first_choice_agreement))
     if budget.max_changed_answers is not None and budget.max_changed_answers < 1:
@@ -52,6 +59,17 @@ def unlabelled_tests(figures: RoleEvaluation, budget: QualityBudget) -> list[Lim
     elif figures.evidence == "reference" and figures.valid_json is not None and _tells(figures.valid_json):
         tests.append(_json_test(figures.valid_json, LOST_JSON))
     return tests
+
+
+def _noise(text: TextEvaluation) -> LimitTest:
+    fix = "give the model that was meant, check its files and chat template, or judge by tasks of your own"
+    return LimitTest(
+        1.0,
+        False,
+        f"the reference's own answers are noise: their perplexity is {text.reference_perplexity:,.1f} to "
+        f"itself, above {NOISE_PERPLEXITY:g}, so being like it says nothing",
+        lambda _level: fix,
+    )
 
 
 def unjudged_json(figures: RoleEvaluation, budget: QualityBudget) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -165,6 +166,17 @@ def test_with_labels_nothing_is_asked_of_them_unless_it_is_set() -> None:
 def test_json_is_asked_for_where_the_reference_writes_it(valid: Paired, outcome: Outcome) -> None:
     verdict = judge(card(figures(valid_json=valid)), "default", QualityBudget())
     assert verdict.outcome == outcome, verdict
+
+
+@pytest.mark.parametrize("perplexity", [20.1, 4000.0, math.inf, math.nan])
+def test_a_reference_that_writes_noise_gives_no_verdict(perplexity: float) -> None:
+    good = figures()
+    assert judge(card(good), "default", QualityBudget()).outcome == Outcome.PASSED
+    noise = good.model_copy(update={"text": text().model_copy(update={"reference_perplexity": perplexity})})
+    verdict = judge(card(noise), "default", QualityBudget())
+    assert verdict.outcome == Outcome.NOT_ENOUGH_EVIDENCE
+    assert "the reference's own answers are noise: their perplexity is" in "; ".join(verdict.reasons)
+    assert "check its files and chat template" in verdict.reasons[-1]
 
 
 def test_it_is_said_where_json_is_not_judged() -> None:
