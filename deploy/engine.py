@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import functools
 import json
+import math
 import os
 import random
 import signal
@@ -37,6 +38,8 @@ SITE = Path(__file__).with_name("engine_site")
 LAST_LINES = 12
 """Lines of an engine's log that an error message shows."""
 DRAIN = "/tiercel/drain"
+STOP_MARGIN_S = 5.0
+"""For an engine that has finished what it had begun to end."""
 PORT_FREE_S = 10.0
 """For the port of an engine that has been stopped to be free again."""
 
@@ -115,6 +118,7 @@ def command(spec: EngineSpec) -> list[str]:
         *("--max-model-len", str(settings.context(spec.card.max_model_len, spec.card.kv_bytes_per_token))),
         *("--kv-cache-dtype", spec.card.kv),
         *("--uvicorn-log-level", "warning"),
+        *("--shutdown-timeout", str(math.ceil(settings.stop_timeout_s))),
         *spec.placed.arguments,
     ]
     return [*arguments, *shared_flags(settings)]
@@ -286,17 +290,23 @@ class EngineProcess:
         return await self._process.wait()
 
     async def stop(self) -> None:
-        """End the whole process group: SIGTERM, then SIGKILL after ``engine.stop_timeout_s``."""
-        if self._process is None:
+        """End it: it has ``engine.stop_timeout_s`` to finish what it has begun; then what is left is killed.
+
+        The server alone is told, and tells the others when they are done: a worker that is told ends at once,
+        and the engine's core waits for it in vain.
+        """
+        if (process := self._process) is None:
             return
-        for sent, patience in ((signal.SIGTERM, self.spec.settings.stop_timeout_s), (signal.SIGKILL, 10.0)):
+        try:
+            if process.returncode is None:
+                with contextlib.suppress(ProcessLookupError):
+                    process.terminate()
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(process.wait(), self.spec.settings.stop_timeout_s + STOP_MARGIN_S)
+        finally:  # also where nobody waits any more: nothing is left running
             with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._process.pid, sent)
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._process.wait(), patience)
-                break
-        with contextlib.suppress(ProcessLookupError):  # workers that outlived their parent
-            os.killpg(self._process.pid, signal.SIGKILL)
+                os.killpg(process.pid, signal.SIGKILL)
+        await process.wait()
         # They have inherited its socket, and hold the port until the last of them is gone.
         deadline = time.monotonic() + PORT_FREE_S
         while port_in_use(self.spec.settings.host, self.spec.port) and time.monotonic() < deadline:  # noqa: ASYNC110

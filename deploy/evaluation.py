@@ -35,7 +35,8 @@ async def evaluate_models(
         behind = {first for first in first_models(model).values() if first != model.name}
         if behind & done.keys():
             mine = done.get(model.name, [])
-            again = {card.variant: card for card in compared_anew(config, model, mine, say)}
+            async with registry_of(model, say).measuring():
+                again = {card.variant: card for card in compared_anew(config, model, mine, say)}
             if model.name in done:
                 done[model.name] = [again.get(card.variant, card) for card in mine]
     return [card for name in cards for card in done[name]]

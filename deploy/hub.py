@@ -3,7 +3,7 @@
 What is fetched is safetensors weights, configurations, tokenizer and templates; nothing of what else a
 repository holds (``original/``, ``consolidated.safetensors``, pickles, GGUF, ONNX, code). The commit is kept
 beside the files: a model stays what it was until its directory is deleted, or another revision is asked for.
-A fetch that was interrupted goes on with the files that are missing.
+A fetch that was interrupted goes on where it was, within a file too.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from deploy.hub_weights import FETCHING, FetchError, Wanted, fetch
 from gateway.config import ModelConfig
 from quantize.core.companions import PATTERNS
 from quantize.core.files import locked, write_whole
-from quantize.core.weights import CONFIGS, INDEX, SINGLE, CheckpointError
+from quantize.core.weights import CONFIGS, INDEX, PICKLES, SINGLE, CheckpointError, conversion
 
 STATE = ".hub.json"
 """In the directory: repository, the revision that was asked for, its commit, and the files' sizes."""
@@ -67,27 +68,40 @@ def _state(path: Path) -> dict[str, Any]:
 
 
 def _fetch(model: ModelConfig, say: Say) -> None:
-    from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+    from huggingface_hub import HfApi, hf_hub_download, hf_hub_url, snapshot_download
 
     assert model.hub is not None
     endpoint = os.environ.get("HF_ENDPOINT")
     info = HfApi(endpoint=endpoint).model_info(model.hub, revision=model.revision, files_metadata=True)
-    sizes = {one.rfilename: one.size or 0 for one in info.siblings or ()}
+    siblings = {one.rfilename: one for one in info.siblings or ()}
+    sizes = {name: one.size or 0 for name, one in siblings.items()}
     where: dict[str, Any] = {"revision": info.sha, "local_dir": model.path, "endpoint": endpoint}
     index: Mapping[str, Any] = {}
     if INDEX in sizes:
         fetched = hf_hub_download(model.hub, INDEX, **where)
         index = json.loads(Path(fetched).read_text(encoding="utf-8")).get("weight_map", {})
     files = {name: sizes[name] for name in wanted(model, sizes, index)}
-    missing = {name: size for name, size in files.items() if not (model.path / name).is_file()}
-    _refuse_short(model, sum(missing.values()))
+    weights = [
+        Wanted(
+            name,
+            sizes[name],
+            siblings[name].lfs.sha256 if siblings[name].lfs else None,
+            hf_hub_url(model.hub, name, revision=info.sha, endpoint=endpoint),
+        )
+        for name in files
+        if name.endswith(".safetensors")
+    ]
+    _refuse_short(model, sum(files.values()) - _there(model.path))
     say(
         f"{model.name}: fetching {len(files)} files of {model.hub} at {str(info.sha)[:12]}, "
         f"{sum(files.values()) / 1e9:.2f} GB, into {model.path}"
     )
     for left in model.path.glob(".cache/huggingface/**/*.incomplete"):
         left.unlink()  # no later run goes on with it
-    snapshot_download(model.hub, allow_patterns=list(files), **where)
+    others = [name for name in files if name not in {one.name for one in weights}]
+    snapshot_download(model.hub, allow_patterns=others, **where)
+    fetch(weights, model.path)
+    shutil.rmtree(model.path / FETCHING, ignore_errors=True)
     for path in model.path.iterdir():  # of another revision
         if path.is_file() and path.name not in files and not path.name.startswith("."):
             path.unlink()
@@ -96,14 +110,27 @@ def _fetch(model: ModelConfig, say: Say) -> None:
     write_whole(model.path / STATE, json.dumps(state | {"files": found}, indent=1) + "\n")
 
 
+def _there(path: Path) -> int:
+    """Bytes of what has come already, whatever it is."""
+    return sum(one.stat().st_size for one in (*path.glob("*"), *path.glob(f"{FETCHING}/*")) if one.is_file())
+
+
 def wanted(model: ModelConfig, names: Mapping[str, int], shards: Mapping[str, str]) -> list[str]:
     """Which of a repository's files make a checkpoint. ``shards``: its index's tensors to files. Raises
     HubError."""
     weights = sorted({*shards.values()}) if shards else [SINGLE]
     if missing := [name for name in weights if name not in names]:
+        begin = f"models.{model.name}.hub: {model.hub} has no {missing[0]}"
+        if any(name.endswith(PICKLES) for name in names if "/" not in name):
+            directory = Path(str(model.hub).rpartition("/")[2])
+            raise HubError(
+                f"{begin}, but pickles, which can run code and are not read here. Convert them, and give "
+                f"models.{model.name}.path: {directory}-safetensors instead of hub:\n"
+                f"  hf download {model.hub} --local-dir {directory}\n{conversion(directory)}"
+            )
         raise HubError(
-            f"models.{model.name}.hub: {model.hub} has no {missing[0]}, and weights are read from safetensors"
-            f" alone; take a repository that has them, or convert it and give models.{model.name}.path"
+            f"{begin}, and weights are read from safetensors alone; take a repository that has them, or give "
+            f"models.{model.name}.path"
         )
     kept = (*CONFIGS, *PATTERNS)
     beside = [name for name in names if any(_matches(name, pattern) for pattern in kept)]
@@ -161,7 +188,7 @@ def _told(model: ModelConfig) -> Iterator[None]:
         raise HubError(
             f"{key}: HF_HUB_OFFLINE is set, and {name} is not there; unset it, or {elsewhere}"
         ) from None
-    except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, httpx.HTTPError) as error:
+    except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, httpx.HTTPError, FetchError) as error:
         raise HubError(
             f"{key}: {name} cannot be fetched from {endpoint} ({_reason(error)}); what came is kept, and the "
             f"same command goes on. Without a network {elsewhere}"

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
-from deploy.across import Compared, with_across
+from deploy.across import Compared, labelled, with_across
 from deploy.engine import EngineSpec, free_port, need_of, running
 from deploy.engine_account import ServedOtherwiseError, checked_account, refuse_otherwise
 from deploy.engine_failures import EngineLoadError, EngineRoomError
@@ -28,7 +28,7 @@ from deploy.turns import Turns, answering_at_once, running_at_once
 from deploy.unlabelled import ask_reference, asked_items
 from gateway.config import ModelConfig
 from quantize.account import suspicion
-from quantize.card import Card, EngineAccount, Evaluation, Speed
+from quantize.card import Card, EngineAccount, Evaluation, Speed, read_card
 from quantize.core.checkpoint import CheckpointError
 from quantize.core.tokenizer import tokenizer_differences
 from quantize.evaluate.client import EngineClient, EngineError
@@ -71,9 +71,24 @@ async def evaluate_variants(
     use.
     """
     await ask_reference(model, say, engines)
+    registry = registry_of(model, say)
+    async with registry.measuring():
+        # As they are now: who was waited for may have measured them.
+        cards = [read_card(registry.path(card.variant, card.version)) for card in cards]
+        return await _evaluate(model, registry, cards, say, engines or {}, first or {})
+
+
+async def _evaluate(
+    model: ModelConfig,
+    registry: Registry,
+    cards: Sequence[Card],
+    say: Say,
+    engines: Mapping[str, EngineSpec],
+    first: Mapping[str, Compared],
+) -> list[Card]:
     tasks, machine = role_tasks(model), look()
     reference = next(card for card in cards if card.variant == model.reference)
-    work = _Work(model, tasks, identity(model, machine), machine, say, engines or {}, reference)
+    work = _Work(model, registry, tasks, identity(model, machine), machine, say, engines, reference)
     ordered = work.that_fit([reference, *(card for card in cards if card is not reference)])
     for card in ordered:
         if card.max_model_len > (taken := _context(model, card)) and model.engine.max_model_len is None:
@@ -82,9 +97,7 @@ async def evaluate_variants(
                 "cache; raise engine.kv_cache_gib for more"
             )
     async with asyncio.TaskGroup() as group:
-        tasks_of = [
-            group.create_task(unless_broken(work.registry, card, work.of(card), say)) for card in ordered
-        ]
+        tasks_of = [group.create_task(unless_broken(registry, card, work.of(card), say)) for card in ordered]
     results = {
         card.variant: result
         for card, task in zip(ordered, tasks_of, strict=True)
@@ -93,7 +106,7 @@ async def evaluate_variants(
     passes = {name: [for_all_roles(one, tasks) for one in found.passes] for name, found in results.items()}
     own, again = passes[model.reference]
     evaluations = {
-        name: with_across(compare(own, found[-1], tasks, again), found[0], tasks, first or {})
+        name: with_across(compare(own, found[-1], tasks, again), found[0], tasks, first)
         for name, found in passes.items()
     }
     measured = [
@@ -102,10 +115,10 @@ async def evaluate_variants(
         else card
         for card in cards
     ]
-    done = judged(work.registry, measured, evaluations, model)
+    done = judged(registry, measured, evaluations, model)
     for card in done:
         if card.variant in evaluations:
-            work.registry.adopt(card)
+            registry.adopt(card)
     return done
 
 
@@ -119,6 +132,12 @@ def say_hopeless(model: ModelConfig, variants: int, say: Say) -> None:
     budgets = {name: role.budget for name, role in model.roles.items()}
     for role, reasons in hopeless(counts, budgets, variants).items():
         say(f"no variant can pass for {role}: {'; '.join(reasons)}")
+    for role, first in first_models(model).items():
+        if first != model.name and not labelled(model, role):
+            say(
+                f"nothing of {model.name} can pass for {role}: models are compared by right answers to the "
+                f"same items, and it and {first} have none in common; set roles.{role}.tasks"
+            )
 
 
 def _context(model: ModelConfig, card: Card) -> int:
@@ -139,6 +158,7 @@ class _Work:
     """Measurements of one configuration: places, and the order in which engines answer."""
 
     model: ModelConfig
+    registry: Registry
     tasks: Mapping[str, list[Item]]
     engine: dict[str, str]
     machine: Machine
@@ -149,7 +169,6 @@ class _Work:
 
     def __post_init__(self) -> None:
         model = self.model
-        self.registry = registry_of(model, self.say)
         self.seats = Seats(self.machine, running_at_once(self.machine))
         self.turns = Turns(answering_at_once(model, self.machine))
         self._key = measurement_key(self.tasks, self.engine)

@@ -11,6 +11,7 @@ from quantize.card import Card
 from quantize.gate.judgement import evidence_text
 from quantize.gate.limits import limit_tests
 from quantize.gate.paired import ALPHA
+from quantize.gate.unlabelled import unjudged_json
 from quantize.report.tables import MARKS, NOTHING, align, kl_text, megabytes
 
 
@@ -63,14 +64,16 @@ def _why(model: ModelConfig, cards: Sequence[Card], variant: str, roles: Sequenc
     if variant == model.reference:
         return "nothing cheaper is shown to be good enough"
     card = next(card for card in cards if card.variant == variant)
-    return f"the cheapest that passes, judged by {_evidence(card, roles)}"
+    return f"the cheapest that passes, judged by {_evidence(model, card, roles)}"
 
 
-def _evidence(card: Card, roles: Sequence[str]) -> str:
-    found = [
-        card.evaluation.roles[role] for role in roles if card.evaluation and role in card.evaluation.roles
-    ]
-    return " and ".join(dict.fromkeys(map(evidence_text, found)))
+def _evidence(model: ModelConfig, card: Card, roles: Sequence[str]) -> str:
+    """What the variant was judged by for the roles, and what it was not judged by."""
+    known = card.evaluation.roles if card.evaluation else {}
+    found = {role: known[role] for role in roles if role in known}
+    texts = " and ".join(dict.fromkeys(map(evidence_text, found.values())))
+    left_out = (unjudged_json(figures, model.roles[role].budget) for role, figures in found.items())
+    return "; ".join(dict.fromkeys([texts, *filter(None, left_out)]))
 
 
 def _why_not(model: ModelConfig, card: Card, serving: Mapping[str, str]) -> str:

@@ -33,7 +33,7 @@ from gateway.routing.ladders import costs
 from quantize.card import Card, CardError, read_card
 from quantize.check import refuse_unfit
 from quantize.core.checkpoint import Checkpoint
-from quantize.core.files import write_whole
+from quantize.core.files import held, write_whole
 from quantize.core.modules import Modules, read_modules
 from quantize.core.plan import uniform
 from quantize.core.recipes import RECIPES
@@ -176,6 +176,8 @@ async def prepare(config: Config, path: Path, model: ModelConfig, say: Say) -> l
     """Have the reference answer, make the variants that the file names, measure and judge them."""
     registry = registry_of(model, say)
     async with contextlib.AsyncExitStack() as stack:
+        lock = model.variants_dir / ".locks" / ".up"
+        await stack.enter_async_context(held(lock, f"making and judging {model.name}", say))
         reference = await asyncio.to_thread(registry.add_reference, checkpoint_of(model, say))
         engines: dict[str, EngineSpec] = {}
         if not look().gpus and not is_answered(model):

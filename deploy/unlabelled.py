@@ -183,10 +183,13 @@ async def ask_reference(
         return
     registry = registry_of(model, say)
     reference = registry.add_reference(checkpoint_of(model, say))
-    missing = [part for part in _parts(model, reference.version, to_calibrate) if part.missing]
-    if not missing:
+    if not any(part.missing for part in _parts(model, reference.version, to_calibrate)):
         return
     async with AsyncExitStack() as stack:
+        await stack.enter_async_context(registry.measuring())
+        missing = [part for part in _parts(model, reference.version, to_calibrate) if part.missing]
+        if not missing:  # another process has asked meanwhile
+            return
         spec = (engines or {}).get(reference.id)
         if spec is None or spec.directory != registry.path(reference.variant, reference.version):
             spec = await stack.enter_async_context(reference_engine(model, reference, say))

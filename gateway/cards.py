@@ -14,6 +14,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 
 from gateway.config import Config, ConfigError, ModelConfig
+from gateway.routing.ladders import untimed
 from gateway.telemetry.logs import EVENTS
 from quantize.card import CARD_NAME, CURRENT, Card, CardError, read_card, refuse_broken
 from quantize.versions import usable_version
@@ -31,7 +32,10 @@ def load_cards(config: Config) -> dict[str, Card]:
 
     In place of a version that its engine could not load, the newest one that passed a gate is used.
     """
-    return {model.id(variant): _load(model, variant) for model in config.each() for variant in model.serve}
+    cards = {model.id(variant): _load(model, variant) for model in config.each() for variant in model.serve}
+    if sentence := untimed(cards, config.gateway.cost):
+        logger.warning("%s", sentence)
+    return cards
 
 
 def _load(model: ModelConfig, variant: str) -> Card:

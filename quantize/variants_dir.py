@@ -4,7 +4,8 @@ variants_dir/
   int8/                      a variant
     3f2a90c1d7e4/            a version, named by the hash of its files: read-only files and card.json
     current -> 3f2a90c1d7e4  the version in use; a link that is replaced in one step
-  .measurements/             answers of engines, by variant, version and task hash
+  .measurements/             answers of engines, by variant, version and task hash; .lock is held by the one
+                             process that asks engines and writes down what is found out
   .distributions/            figures of weights and activations, by variant and version
   .logs/                     llm-compressor's output
   .locks/<variant>           held, with the process's number in it, while a variant is made or changed
@@ -19,7 +20,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractAsyncContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,7 +35,7 @@ from quantize.card import (
     verify_files,
     write_card,
 )
-from quantize.core.files import Say, held_bytes, locked, point
+from quantize.core.files import Say, held, held_bytes, locked, point
 from quantize.versions import is_proven, usable_version, why_kept
 
 FOUND_OUT = ("evaluation", "speed", "account", "doubts", "gate", "state", "engine_words")
@@ -238,6 +239,13 @@ class VariantsDirectory:
     def measurement_path(self, card: Card, tasks_sha256: str) -> Path:
         name = f"{card.variant}-{card.version}-{tasks_sha256[:12]}.json.gz"
         return self.directory / ".measurements" / name
+
+    def measuring(self) -> AbstractAsyncContextManager[None]:
+        """One process at a time asks engines here, and writes their answers and the verdicts on them; the
+        next one finds them. Not to be entered twice by a process."""
+        return held(
+            self.directory / ".measurements" / ".lock", f"measuring variants of {self.model}", self._say
+        )
 
     def distributions_path(self, card: Card) -> Path:
         return self.directory / ".distributions" / f"{card.variant}-{card.version}.json"

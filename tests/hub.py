@@ -14,16 +14,18 @@ from urllib.parse import unquote, urlsplit
 
 
 class Hub:
-    """What a repository holds by commit, what was asked for, and after how many bytes an answer is cut.
+    """What a repository holds by commit, what was asked for, and at which byte of a file it falls silent.
 
     ``commits`` are revisions by name. Without ``repository`` every one is there, at each revision with the
-    files of the first commit.
+    files of the first commit. Ranges are answered as such unless ``knows_ranges`` says otherwise.
     """
 
     def __init__(self, repository: str | None, commits: Mapping[str, str]) -> None:
         self.repository, self.commits = repository, commits
         self.files: dict[str, dict[str, bytes]] = {}
         self.fetched: list[str] = []
+        self.ranges: list[str] = []
+        self.knows_ranges = True
         self.asked = 0
         self.cut: dict[str, int] = {}
         self.status = 200
@@ -66,7 +68,7 @@ class Hub:
                 if (commit := self._commit(revision)) is None:
                     self._send(404, b"{}", {"x-error-code": "RevisionNotFound"})
                     return
-                listed = [{"rfilename": name, "size": len(raw)} for name, raw in hub.files[commit].items()]
+                listed = [_sibling(name, raw) for name, raw in hub.files[commit].items()]
                 body: dict[str, Any] = {"id": repository, "modelId": repository, "sha": commit}
                 self._send(200, json.dumps(body | {"siblings": listed, "private": False}).encode())
 
@@ -89,7 +91,14 @@ class Hub:
                 }
                 if self.command == "GET":
                     hub.fetched.append(name)
-                self._send(200, raw, headers, hub.cut.get(name))
+                asked, cut = self.headers.get("range"), hub.cut.get(name)
+                if asked is None or not hub.knows_ranges:
+                    self._send(200, raw, headers, cut)
+                    return
+                hub.ranges.append(asked)
+                start = int(asked.removeprefix("bytes=").rstrip("-"))
+                headers["content-range"] = f"bytes {start}-{len(raw) - 1}/{len(raw)}"
+                self._send(206, raw[start:], headers, None if cut is None else max(0, cut - start))
 
             def _send(
                 self, status: int, body: bytes, headers: dict[str, str] | None = None, cut: int | None = None
@@ -105,6 +114,15 @@ class Hub:
                     self.close_connection = True
 
         return Handler
+
+
+def _sibling(name: str, raw: bytes) -> dict[str, Any]:
+    """A file as a repository lists it; of weights with their digest."""
+    found: dict[str, Any] = {"rfilename": name, "size": len(raw)}
+    if name.endswith(".safetensors"):
+        digest = hashlib.sha256(raw).hexdigest()
+        found["lfs"] = {"sha256": digest, "size": len(raw), "pointerSize": 134}
+    return found
 
 
 @contextmanager

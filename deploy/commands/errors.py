@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import errno
 import os
+import shutil
 import tempfile
 import traceback
 from collections.abc import Iterator
@@ -75,7 +76,7 @@ def explain(error: BaseException, options: argparse.Namespace) -> tuple[str, int
     chosen = chief(error)
     if isinstance(chosen, USER_ERRORS):
         return str(chosen), MENDABLE
-    known = sentence(chosen)
+    known = sentence(chosen, _fullest(options))
     where = write_traceback(error, options)
     kept = f"the traceback is in {where}" if where else "its traceback could not be written anywhere"
     if known is not None:
@@ -100,15 +101,19 @@ def _leaves(error: BaseException) -> Iterator[BaseException]:
         yield error
 
 
-def sentence(error: BaseException) -> str | None:
+def sentence(error: BaseException, fullest: Path | None = None) -> str | None:
     """What the system or a library means, and the fix; None for what is not known.
 
-    By types and words alone, so that no library is imported to ask.
+    By types and words alone, so that no library is imported to ask. Of a full disk the system mostly does not
+    say which it is: then it is that of ``fullest``.
     """
     text = str(error)
     place = getattr(error, "filename", None)
     if getattr(error, "errno", None) in FULL or any(word in text for word in FULL_WORDS):
-        return f"the disk{f' of {place}' if place else ''} is full; make room. {FILES}"
+        named = place or fullest
+        return f"the disk{f' of {named}' if named else ''} is full; make room. {FILES}"
+    if getattr(error, "errno", None) == errno.EFBIG:
+        return f"a file would be larger than this process may write; raise the limit (`ulimit -f`). {FILES}"
     if isinstance(error, MemoryError) or any(word in text for word in MEMORY_WORDS):
         return (
             f"memory ran out ({first_line(error)}); use fewer calibration tokens, method rtn, or a larger "
@@ -127,6 +132,16 @@ def sentence(error: BaseException) -> str | None:
             "download the checkpoint again"
         )
     return None
+
+
+def _fullest(options: argparse.Namespace) -> Path | None:
+    """Of the places that a command writes to the one with the least room."""
+    free: dict[Path, int] = {}
+    for place in _places(options):
+        there = next((one for one in (place, *place.parents) if one.exists()), place)
+        with contextlib.suppress(OSError):
+            free[there] = shutil.disk_usage(there).free
+    return min(free, key=free.__getitem__, default=None)
 
 
 def write_traceback(error: BaseException, options: argparse.Namespace) -> Path | None:

@@ -5,13 +5,30 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from gateway.config.section import Secret, Section
 
 GIB = 1 << 30
 MOST_KV_GIB = 4
 """KV cache that an engine gets by itself at most; a longer context than it holds must be asked for."""
+_GIVEN = {
+    "--port": "engine.base_port",
+    "--host": "engine.host",
+    "--model": "path or hub of the model",
+    "--served-model-name": "the model's name in models",
+}
+"""Options of an engine that follow from settings, and from which."""
+
+
+def _refuse_given(arguments: tuple[str, ...]) -> tuple[str, ...]:
+    for option in (argument.partition("=")[0] for argument in arguments):
+        if option in _GIVEN:
+            raise ValueError(f"{option} is set by Tiercel; set {_GIVEN[option]} instead")
+    return arguments
+
+
+Arguments = Annotated[tuple[str, ...], Secret.OPTIONS, AfterValidator(_refuse_given)]
 
 
 class Engine(Section):
@@ -37,11 +54,13 @@ class Engine(Section):
     start_timeout_s: float | None = Field(
         default=None, gt=0, description="default: 300 s, and a second for every 50 MB of weights"
     )
-    stop_timeout_s: float = Field(default=20.0, gt=0)
+    stop_timeout_s: float = Field(
+        default=20.0, gt=0, description="for an engine that is stopped to finish what it has begun"
+    )
     python: Path | None = Field(
         default=None, description="the engine environment's interpreter; default .venv-engine/bin/python"
     )
-    extra_args: Annotated[tuple[str, ...], Secret.OPTIONS] = ()
+    extra_args: Arguments = ()
     env: Annotated[dict[str, str], Secret.ALL] = Field(default_factory=dict)
 
     def context(self, longest: int, kv_bytes_per_token: int) -> int:
@@ -77,7 +96,5 @@ class EngineChanges(Section):
     kv_cache_gib: int | None = Field(default=None, ge=1)
     max_num_seqs: int | None = Field(default=None, ge=1)
     start_timeout_s: float | None = Field(default=None, gt=0)
-    extra_args: Annotated[tuple[str, ...], Secret.OPTIONS] = Field(
-        default=(), description="after the shared ones"
-    )
+    extra_args: Arguments = Field(default=(), description="after the shared ones")
     env: Annotated[dict[str, str], Secret.ALL] = Field(default_factory=dict, description="on top")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Annotated, Any
+from urllib.parse import urlsplit
 
 from pydantic import Field, PrivateAttr, model_validator
 
@@ -19,6 +20,7 @@ from gateway.config.roles import RoleSettings
 from gateway.config.section import Secret, Section, shown_url
 from gateway.config.watch import WatchSettings
 
+_HERE = ("127.0.0.1", "0.0.0.0", "::1", "::")
 _ONE_MODEL = ("model", "serve", "reference", "calibration")
 """Keys of the time when a file had one model; they are a model's own now."""
 
@@ -115,7 +117,8 @@ class Config(Section):
     @classmethod
     def _has_several_models(cls, raw: Any) -> Any:
         if isinstance(raw, dict) and (old := [key for key in _ONE_MODEL if key in raw]):
-            own = raw["model"] if isinstance(raw.get("model"), dict) else {}
+            model = raw.get("model")
+            own = model if isinstance(model, dict) else {"path": model} if isinstance(model, str) else {}
             inner = {"path": own.get("path", "…"), **{key: raw[key] for key in old if key != "model"}}
             text = ", ".join(f"{key}: {_yaml(value)}" for key, value in inner.items())
             raise ValueError(
@@ -148,6 +151,7 @@ class Config(Section):
                         f"pools.{variant}: {shown_url(url)!r} is no URL of an engine; give http://HOST:PORT, "
                         "or dns+http://NAME:PORT for every address of a name"
                     )
+        self._check_addresses()
         self._check_roles()
         self._check_keys()
         if (judge := self.watch.judge) is not None:
@@ -214,6 +218,27 @@ class Config(Section):
         if found:
             raise ValueError(f"{where}: several models serve {variant!r}; write one of: {names_of(found)}")
         raise ValueError(f"{where}: {variant!r} is not a served variant; known: {names_of(self.served)}")
+
+    def _check_addresses(self) -> None:
+        """An engine serves one variant: at another one's address it would answer under that one's name."""
+        own = _address(f"http://{self.gateway.host}:{self.gateway.port}")
+        taken: dict[tuple[str, int | None], str] = {}
+        for variant in self.served:
+            for url in self.replicas(variant):
+                at = _address(url)
+                where = f"pools.{variant}: {shown_url(url)} is"
+                if variant not in self.pools:
+                    first = self.engine.base_port
+                    where = f"engine.base_port: {first} gives {variant} the port {at[1]}, which is"
+                if at == own:
+                    raise ValueError(f"{where} the gateway's own; change that or gateway.port")
+                if (other := taken.setdefault(at, variant)) != variant:
+                    raise ValueError(
+                        f"{where} in the pool of {other} as well; an engine serves one variant, so give each "
+                        "its own"
+                    )
+            if len(set(map(_address, urls := self.replicas(variant)))) < len(urls):
+                raise ValueError(f"pools.{variant}: an engine is listed twice; list each once")
 
     def _check_roles(self) -> None:
         agents: dict[str, str] = {}
@@ -285,6 +310,14 @@ class Config(Section):
                     raise ValueError(
                         f"keys.{key.name}.models: {model!r} does not exist; known: {names_of(models)}"
                     )
+
+
+def _address(url: str) -> tuple[str, int | None]:
+    """Host and port of a URL; this machine has one name."""
+    parts = urlsplit(url.removeprefix("dns+"))
+    host = parts.hostname or ""
+    host = "localhost" if host in _HERE else host
+    return host, parts.port or {"http": 80, "https": 443}.get(parts.scheme)
 
 
 def names_of(names: Any) -> str:

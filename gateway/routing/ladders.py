@@ -33,17 +33,31 @@ def precision(card: Card) -> tuple[bool, int, int]:
 
 
 def costs(cards: Mapping[str, Card], by: Cost) -> dict[str, float]:
-    """What serving with each variant costs: bytes, or bytes times seconds per token. Raises ConfigError when
-    the speed of one is not known: those of the others would say nothing beside it."""
+    """What serving with each variant costs: bytes, or bytes times seconds per token.
+
+    A variant that nobody has timed counts as slow as the slowest that was, so that it is never chosen for its
+    speed; where none was timed, bytes alone decide (:func:`untimed`).
+    """
     memory = {variant: float(card.memory_bytes(KV_TOKENS)) for variant, card in cards.items()}
-    if by is Cost.MEMORY:
+    rates = {variant: card.speed.tokens_per_s for variant, card in cards.items() if card.speed}
+    if by is Cost.MEMORY or not rates:
         return memory
-    if unknown := sorted(variant for variant, card in cards.items() if card.speed is None):
-        raise ConfigError(
-            f"gateway.cost: memory_time needs the speed of every variant, and nobody has measured that of "
-            f"{', '.join(unknown)}; run `tiercel quantize`, or set it to memory"
-        )
-    return {v: memory[v] / card.speed.tokens_per_s for v, card in cards.items() if card.speed}
+    slowest = min(rates.values())
+    return {variant: memory[variant] / rates.get(variant, slowest) for variant in cards}
+
+
+def untimed(cards: Mapping[str, Card], by: Cost) -> str:
+    """Of which variants no time is known where it is to count, as a sentence; empty where there are none."""
+    unknown = sorted(variant for variant, card in cards.items() if card.speed is None)
+    if by is Cost.MEMORY or not unknown:
+        return ""
+    count = (
+        "bytes alone decide" if len(unknown) == len(cards) else "the slowest known speed is taken for them"
+    )
+    return (
+        f"gateway.cost: memory_time: the speed of {', '.join(unknown)} was not measured, {count}; "
+        "`tiercel quantize measure` measures it where the engine's context holds its requests"
+    )
 
 
 class Ladders:

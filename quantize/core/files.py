@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import fcntl
 import hashlib
 import os
 import shutil
 import stat
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from pathlib import Path
+from typing import TextIO
 
 READ_ONLY = stat.S_IRUSR | stat.S_IRGRP | stat.S_IROTH
+LOOK_S = 0.2
+"""Between two attempts of asynchronous code to get a lock."""
 
 Say = Callable[[str], None]
 
@@ -20,20 +24,53 @@ Say = Callable[[str], None]
 def locked(path: Path, what: str, say: Say) -> Iterator[None]:
     """Hold the lock file ``path``, which names its process; wait, saying so, while another one holds it.
 
-    The kernel lets go of it when the process ends, however that happens.
+    The kernel lets go of it when the process ends, however that happens. Not to be taken twice by a process.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            say(f"waiting for process {file.read().strip() or '?'}, which is busy with {what}")
+    with _lock_file(path) as file:
+        if not _is_taken(file):
+            say(_waiting(file, what))
             fcntl.flock(file, fcntl.LOCK_EX)
+        _sign(file)
+        yield
+
+
+@contextlib.asynccontextmanager
+async def held(path: Path, what: str, say: Say) -> AsyncIterator[None]:
+    """:func:`locked` for asynchronous code: others go on while it waits, and it can be cancelled."""
+    with _lock_file(path) as file:
+        if not _is_taken(file):
+            say(_waiting(file, what))
+            while not _is_taken(file):  # noqa: ASYNC110 (another process is waited for)
+                await asyncio.sleep(LOOK_S)
+        _sign(file)
+        yield
+
+
+def _lock_file(path: Path) -> TextIO:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path.open("a+", encoding="utf-8")
+
+
+def _is_taken(file: TextIO) -> bool:
+    """Whether this process has the lock now."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _waiting(file: TextIO, what: str) -> str:
+    file.seek(0)
+    return f"waiting for process {file.read().strip() or '?'}, which is busy with {what}"
+
+
+def _sign(file: TextIO) -> None:
+    """Say in a lock file whose it is. On a full disk it stays unsaid."""
+    with contextlib.suppress(OSError):
         file.truncate(0)
         file.write(f"{os.getpid()}\n")
         file.flush()
-        yield
 
 
 def sha256_of(path: Path) -> str:

@@ -1,7 +1,7 @@
 """A file that only grows: JSON Lines in gzip members, one member per batch, each on disk before the next.
 
-A process that is killed leaves a whole file or one torn member at its end, which is cut off when the file
-is opened again. ``zcat`` reads it.
+A process that is killed, or whose disk is full, leaves a whole file or one torn member at its end, which the
+next who writes cuts off. ``zcat`` reads it.
 """
 
 from __future__ import annotations
@@ -24,17 +24,25 @@ _GZIP = 16 + zlib.MAX_WBITS
 
 
 class Journal:
-    """Entries that were written before, and a place for more. Not for several writers at once."""
+    """Entries that were written before, and a place for more. For one writer at a time; readers beside it
+    change nothing."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._end: int | None = None
+        """Bytes of the file that are whole, once that is known."""
 
     def read(self) -> list[dict[str, Any]]:
-        """All whole entries, in order; a torn end is removed from the file."""
+        """All whole entries, in order."""
+        entries, self._end = self._read()
+        return entries
+
+    def _read(self) -> tuple[list[dict[str, Any]], int]:
+        """All whole entries, and the bytes that they take in the file."""
         try:
             raw = self.path.read_bytes()
         except FileNotFoundError:
-            return []
+            return [], 0
         entries: list[dict[str, Any]] = []
         at = 0
         while at < len(raw):
@@ -45,22 +53,26 @@ class Journal:
             except (zlib.error, ValueError):
                 lines = None
             if lines is None:
-                os.truncate(self.path, at)
                 break
             entries.extend(lines)
             at = len(raw) - len(member.unused_data)
-        return entries
+        return entries, at
 
     def append(self, entries: Sequence[Entry]) -> None:
-        """Write a batch; when this returns it is on disk."""
+        """Write a batch after what is whole; when this returns it is on disk."""
         if not entries:
             return
         text = "".join(json.dumps(entry, separators=(",", ":")) + "\n" for entry in entries)
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        if self._end is None:
+            _, self._end = self._read()
+        member = gzip.compress(text.encode(), compresslevel=1)
         with self.path.open("ab") as file:
-            file.write(gzip.compress(text.encode(), compresslevel=1))
+            file.truncate(self._end)
+            file.write(member)
             file.flush()
             os.fsync(file.fileno())
+        self._end += len(member)
 
 
 async def run_jobs(jobs: Sequence[Job], journal: Journal, advance: Callable[[], object]) -> list[Entry]:

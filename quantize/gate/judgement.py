@@ -38,6 +38,7 @@ from quantize.gate.limits import LimitTest, limit_tests
 from quantize.gate.paired import ALPHA
 from quantize.gate.paired import drop_upper_bound as drop_upper_bound
 from quantize.gate.shares import wilson_interval as wilson_interval
+from quantize.gate.unlabelled import unjudged_json
 
 
 def gate_p_values(
@@ -77,6 +78,7 @@ def judge_across(card: Card, role: str, budget: QualityBudget, first_model: str)
     reasons = [test.found for test in tests]
     if (figures := card.evaluation.roles.get(role)) is not None:
         reasons.append(f"judged by {evidence_text(figures)}")
+        reasons += filter(None, [unjudged_json(figures, budget)])
     if any(test.beyond for test in tests):
         return Verdict(outcome=Outcome.FAILED, reasons=tuple(reasons))
     reasons += _correction(family[name], adjusted, len(family))

@@ -10,10 +10,13 @@
   loss beyond that is a drop between paired shares, tested exactly (:mod:`quantize.gate.paired`).
 - Valid JSON: a drop as well. By default nothing is asked of a variant where the reference itself mostly
   fails, or where so few answers are to be JSON that even a good one could not pass.
+- The reference: its answers are its likeliest words. One that finds these unlikely itself writes noise, and
+  being like it is no merit: there is no verdict.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 
 from quantize.card import Paired, RoleEvaluation, TextEvaluation
@@ -31,10 +34,15 @@ STRICT = ALPHA / 9
 ABLE = 0.5
 """Share of valid JSON that the reference must be shown to exceed before a drop is asked about."""
 
+NOISE_PERPLEXITY = 20.0
+"""Of a reference's own answers. Language models have less than 3, random numbers hundreds."""
+
 
 def unlabelled_tests(figures: RoleEvaluation, budget: QualityBudget) -> list[LimitTest]:
     """A test for each of these limits that ``budget`` sets."""
     tests: list[LimitTest] = []
+    if figures.evidence == "reference" and not figures.text.reference_perplexity <= NOISE_PERPLEXITY:
+        tests.append(_noise(figures.text))
     if budget.min_first_choice_agreement:
         tests.append(_choices_test(figures.text, budget.min_first_choice_agreement))
     if budget.max_changed_answers is not None and budget.max_changed_answers < 1:
@@ -53,9 +61,41 @@ def unlabelled_tests(figures: RoleEvaluation, budget: QualityBudget) -> list[Lim
     return tests
 
 
+def _noise(text: TextEvaluation) -> LimitTest:
+    fix = "give the model that was meant, check its files and chat template, or judge by tasks of your own"
+    return LimitTest(
+        1.0,
+        False,
+        f"the reference's own answers are noise: their perplexity is {text.reference_perplexity:,.1f} to "
+        f"itself, above {NOISE_PERPLEXITY:g}, so being like it says nothing",
+        lambda _level: fix,
+    )
+
+
+def unjudged_json(figures: RoleEvaluation, budget: QualityBudget) -> str:
+    """Why answers that are to be JSON are not judged as such though there are some, or an empty string."""
+    valid = figures.valid_json
+    asked = budget.max_valid_json_drop is not None or budget.min_valid_json is not None
+    if asked or figures.evidence != "reference" or valid is None or _tells(valid):
+        return ""
+    if not is_able(valid):
+        own = f"{valid.reference_good} of {valid.items}"
+        return f"valid JSON is not judged: the reference is not shown to write it mostly itself ({own})"
+    least = next(count for count in itertools.count(valid.items) if _is_enough(count))
+    return (
+        f"valid JSON is not judged: {valid.items} conversations ask for it, {least} would do; raise "
+        "conversations.count, or set max_valid_json_drop"
+    )
+
+
 def _tells(valid_json: Paired) -> bool:
     """Whether a variant's JSON is judged unasked."""
-    return is_able(valid_json) and flips_p(valid_json.items, 1, 0, LOST_JSON) <= STRICT
+    return is_able(valid_json) and _is_enough(valid_json.items)
+
+
+def _is_enough(answers: int) -> bool:
+    """Whether a variant that loses one of so many can still pass in a strict family."""
+    return flips_p(answers, 1, 0, LOST_JSON) <= STRICT
 
 
 def is_able(valid_json: Paired) -> bool:

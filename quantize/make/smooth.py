@@ -328,6 +328,11 @@ def save_whole(tensors: Mapping[str, Tensor], target: Path) -> None:
 
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".partial-{target.name}")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, {"format": "pt"})
-    partial.chmod(READ_ONLY)
-    partial.rename(target)
+    partial.unlink(missing_ok=True)  # of a killed run, and read-only
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, {"format": "pt"})
+        partial.chmod(READ_ONLY)
+        partial.rename(target)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise

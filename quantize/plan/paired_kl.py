@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,6 +87,7 @@ class PairedKl:
 
         if not self.knows(plan):
             folder = self._work / "candidate-reported"
+            shutil.rmtree(folder, ignore_errors=True)  # another plan's, or half of one
             self._make(plan, folder)
             self.take(plan, folder)
         return np.array(self._known[self.key(plan)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -33,14 +34,15 @@ def plan_of(choices: Mapping[str, Choice], kv: str = "auto") -> Plan:
 class ServedKl:
     """Measures plans on the engine's kernels, and remembers what it measured.
 
-    The reference is scored once, and its final hidden states are kept beside what was measured. ``kv`` is the
-    KV cache's scheme.
+    The reference is scored once on every engine, and its final hidden states are kept beside what was
+    measured. ``kv`` is the KV cache's scheme.
     """
 
     def __init__(self, parts: PartStore, bench: Bench, spans: Sequence[Span], workdir: Path) -> None:
         self._parts, self._bench, self._spans, self._workdir = parts, bench, spans, workdir
         workdir.mkdir(parents=True, exist_ok=True)
-        self._reference, self._file = workdir / "reference.npz", workdir / "served.jsonl"
+        engine = hashlib.sha256(bench.identity.encode()).hexdigest()[:12]
+        self._reference, self._file = workdir / f"reference-{engine}.npz", workdir / "served.jsonl"
         self._known: dict[str, float] = dict(read_kept(self._file))
         self.measured = 0
         self.tokens = sum(len(tokens) - start for tokens, start in spans)

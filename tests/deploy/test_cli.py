@@ -57,6 +57,20 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
             "pools.fp4: 'fp4' is not a served variant; known: assistant:bf16",
         ),
         ("gateway: {host: 0.0.0.0}", "0.0.0.0"),
+        (
+            "pools: {bf16: ['http://127.0.0.1:8080']}",
+            "pools.assistant:bf16: http://127.0.0.1:8080 is the gateway's own; change that or gateway.port",
+        ),
+        ("pools: {bf16: ['http://a:1', 'dns+http://a:1/']}", "an engine is listed twice; list each once"),
+        (
+            "gateway: {port: 8101}",
+            "engine.base_port: 8101 gives assistant:bf16 the port 8101, which is the gateway's own; change",
+        ),
+        (
+            "engine: {extra_args: ['--port=9']}",
+            "engine.extra_args: --port is set by Tiercel; set engine.base_port instead",
+        ),
+        ("model: /models/x", "write models: { NAME: { path: /models/x } }"),
         ("reference: fp32", "write models: { NAME: { path: …, reference: fp32 } }"),
         ("engine: [", "is not valid YAML"),
     ],

@@ -37,6 +37,7 @@ def temporary_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ),
         (SafetensorError("I/O error: No space left on device (os error 28)"), "the disk is full; make room"),
         (OSError(errno.EDQUOT, "Disk quota exceeded", "/home/me"), "the disk of /home/me is full"),
+        (OSError(errno.EFBIG, "File too large"), "larger than this process may write; raise the limit"),
         (MemoryError(), "memory ran out (MemoryError); use fewer calibration tokens"),
         (
             OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nMore"),
@@ -140,6 +141,20 @@ def test_a_full_disk_leaves_nothing_half_made(small_disk: Path, tmp_path: Path) 
     assert len(registry.versions("bf16")) == 1
     assert not list(registry.directory.glob(".partial-*"))
     registry.card("bf16")
+
+
+def test_a_full_disk_is_named_though_the_system_does_not_say_which(
+    capsys: pytest.CaptureFixture[str], small_disk: Path, tmp_path: Path
+) -> None:
+    config = tmp_path / "tiercel.yaml"
+    config.write_text(
+        f"models: {{m: {{path: {tmp_path}, serve: [bf16]}}}}\nroles: {{core: {{}}}}\ndefault_role: core\n"
+        f"variants_dir: {small_disk}/variants\n",
+        encoding="utf-8",
+    )
+    text, status = told(capsys, OSError(errno.ENOSPC, "No space left on device"), config)
+    assert status == MENDABLE
+    assert text.startswith(f"tiercel: the disk of {small_disk} is full; make room. Files that were being")
 
 
 @pytest.fixture

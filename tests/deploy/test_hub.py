@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from deploy.hub import HubError, ensure, is_there
+from deploy.hub_weights import FETCHING
 from deploy.models import checkpoint_of
 from gateway.config import ModelConfig, parse_config
 from tests.hub import Hub, serving
@@ -79,11 +80,14 @@ def test_shards_are_those_that_the_index_names(hub: Hub, model_of: Callable[...,
     assert "model-00001-of-00009.safetensors" not in hub.fetched
 
 
-def test_a_fetch_that_breaks_off_goes_on_with_what_is_missing(
+@pytest.fixture
+def broken_off(
     hub: Hub, model_of: Callable[..., ModelConfig], monkeypatch: pytest.MonkeyPatch
-) -> None:
+) -> Iterator[ModelConfig]:
+    """A model of which 4,000 bytes of weights have come; the hub answers again."""
     model = model_of()
     monkeypatch.setattr("huggingface_hub.file_download.time", SimpleNamespace(sleep=lambda _: None))
+    monkeypatch.setattr("huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", 1000)
     hub.cut["model.safetensors"] = 4000
     with pytest.raises(HubError) as broken:
         ensure(model)
@@ -92,10 +96,31 @@ def test_a_fetch_that_breaks_off_goes_on_with_what_is_missing(
     assert not is_there(model)
     hub.cut.clear()
     hub.fetched.clear()
-    ensure(model)
-    assert hub.fetched == ["model.safetensors"]
-    assert not [*model.path.glob(".cache/**/*.incomplete")]
+    hub.ranges.clear()
+    yield model
     assert (model.path / "model.safetensors").read_bytes() == hub.files[COMMITS["main"]]["model.safetensors"]
+    assert is_there(model)
+    assert not (model.path / FETCHING).exists()
+
+
+def test_a_fetch_that_breaks_off_goes_on_within_the_file(hub: Hub, broken_off: ModelConfig) -> None:
+    ensure(broken_off)
+    assert hub.fetched == ["model.safetensors"]
+    assert hub.ranges == ["bytes=4000-"]
+
+
+def test_a_hub_without_ranges_is_read_from_the_beginning(hub: Hub, broken_off: ModelConfig) -> None:
+    hub.knows_ranges = False
+    ensure(broken_off)
+
+
+def test_what_came_damaged_is_said_and_fetched_again(hub: Hub, broken_off: ModelConfig) -> None:
+    (partial,) = (broken_off.path / FETCHING).iterdir()
+    partial.write_bytes(bytes(4000))
+    with pytest.raises(HubError, match=r"FetchError: model.safetensors came damaged: its SHA-256 is "):
+        ensure(broken_off)
+    ensure(broken_off)
+    assert hub.ranges == ["bytes=4000-"]
 
 
 def test_another_revision_replaces_what_is_there(hub: Hub, model_of: Callable[..., ModelConfig]) -> None:
@@ -134,9 +159,12 @@ def test_what_cannot_be_had_is_said(
     assert f"acme/tiny is gated; accept its conditions at {hub.url}/acme/tiny" in refusal(model_of())
     hub.status = 200
     weights = hub.files[COMMITS["main"]].pop("model.safetensors")
-    assert "acme/tiny has no model.safetensors, and weights are read from safetensors alone" in refusal(
-        model_of()
-    )
+    pickles = refusal(model_of())
+    assert "acme/tiny has no model.safetensors, but pickles, which can run code and are not read" in pickles
+    assert "give models.m.path: tiny-safetensors instead of hub:\n  hf download acme/tiny --loc" in pickles
+    assert "M.from_pretrained('tiny', dtype='auto').save_pretrained('tiny-safetensors')" in pickles
+    del hub.files[COMMITS["main"]]["pytorch_model.bin"]
+    assert "and weights are read from safetensors alone; take a repository that has" in refusal(model_of())
     hub.files[COMMITS["main"]]["model.safetensors"] = weights
     monkeypatch.setattr("deploy.hub.shutil.disk_usage", lambda _: SimpleNamespace(free=10))
     assert "0.00 GB are free at" in refusal(model_of())

@@ -3,7 +3,9 @@
 Engines are scripted ones that run already; what they serve is told by an account of their own.
 """
 
+import asyncio
 import json
+import os
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
@@ -200,6 +202,18 @@ async def test_the_reference_is_measured_first_and_accounts_are_kept(
         again = await evaluate_variants(other, [bf16, int4], said.append, engines)
         assert len(order) == 2 * asked
         assert not stale(again[1], now)
+
+
+async def test_of_two_runs_at_once_the_second_waits_and_finds_what_the_first_measured(
+    model: ModelConfig, cards: list[Card], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    async with running(model, cards, monkeypatch) as (engines, order):
+        runs = [evaluate_variants(model, cards, said.append, engines) for _ in range(2)]
+        first, second = await asyncio.gather(*runs)
+        assert first == second
+        assert len(order) == len(set(order)) * 12 + 12, "the reference answers twice"
+    assert f"waiting for process {os.getpid()}, which is busy with measuring variants of assistant" in said
 
 
 async def test_an_engine_that_reads_text_otherwise_measures_nothing(

@@ -163,6 +163,16 @@ def test_too_few_conversations_are_said_before_work(model: ModelConfig) -> None:
     ]
 
 
+def test_a_role_whose_models_have_no_items_in_common_is_said_before_work(model: ModelConfig) -> None:
+    said: list[str] = []
+    shared = RoleSettings(models=("other", model.name))
+    say_hopeless(replace(model, roles={"shared": shared}), 1, said.append)
+    assert said[-1] == (
+        f"nothing of {model.name} can pass for shared: models are compared by right answers to the same "
+        "items, and it and other have none in common; set roles.shared.tasks"
+    )
+
+
 def test_no_conversations_at_all_are_refused() -> None:
     text = "models: {a: {path: /a, serve: [bf16]}}\nvariants_dir: v\nroles: {r: {}}\ndefault_role: r\n"
     with pytest.raises(ConfigError, match=r"conversations.count: .* greater than or equal to 2, got 0"):

@@ -193,16 +193,16 @@ def test_what_stops_a_start_is_said_in_one_sentence(
     assert error.count("\n") == 1
 
 
-def test_a_cost_without_figures_stops_a_start(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    config = write_setup(tmp_path, free_port())
-    text = yaml.safe_load(config.read_text())
-    text["gateway"]["cost"] = "memory_time"
-    config.write_text(yaml.safe_dump(text))
+def test_a_role_that_nothing_may_serve_stops_a_start(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    roles = {"core": {"budget": {"min_weight_bits": 16}}}
+    config = write_setup(tmp_path, free_port(), serve=["int8"], roles=roles)
     before = (logging.root.level, logging.root.handlers[:], sys.unraisablehook, threading.excepthook)
     assert main(["--config", str(config)]) == 2
     after = (logging.root.level, logging.root.handlers[:], sys.unraisablehook, threading.excepthook)
     assert after == before, "a process that embeds the gateway keeps its own log"
-    assert "gateway.cost: memory_time needs the speed of every variant" in capsys.readouterr().err
+    assert "roles.core: the reference assistant:bf16 is not served, and no other" in capsys.readouterr().err
 
 
 async def test_process_serves_and_stops_gracefully(tmp_path: Path) -> None:

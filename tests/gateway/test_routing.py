@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 from gateway_stack import full, make_card, make_cards, make_config
 
-from gateway.config import ApiKey, ConfigError
+from gateway.config import ApiKey, Cost
 from gateway.errors import NoReplicaError, PrecisionTooLowError, UnknownModelError
 from gateway.identity import Caller
 from gateway.proxy.body import Body
 from gateway.proxy.endpoints import CHAT
 from gateway.routing.choices import Reason
 from gateway.routing.hedging import Hedging
-from gateway.routing.ladders import precision
+from gateway.routing.ladders import costs, precision, untimed
 from gateway.routing.pools import Pools
 from gateway.routing.router import Route, Router
 from quantize.card import Card, Speed
@@ -234,9 +234,18 @@ def test_the_cheapest_by_memory_and_time() -> None:
     assert slow.route("intent_classifier").variant == "assistant:bf16"
 
 
-def test_a_cost_that_nobody_has_measured_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"gateway.cost: memory_time needs .* that of assistant:int8; run"):
-        make_router(cards=timed(bf16=100, int4_kv8=20), gateway={"cost": "memory_time"})
+def test_a_variant_that_nobody_has_timed_counts_as_slow() -> None:
+    cards = timed(bf16=100, int4_kv8=90)
+    assert untimed(cards, Cost.MEMORY_TIME).startswith(
+        "gateway.cost: memory_time: the speed of assistant:int8 was not measured, the slowest known speed is"
+    )
+    found = costs(cards, Cost.MEMORY_TIME)
+    memory = costs(cards, Cost.MEMORY)
+    assert found["assistant:int8"] == memory["assistant:int8"] / 90
+    assert make_router(cards=cards, gateway={"cost": "memory_time"}).route("core").variant == "assistant:bf16"
+    assert "bytes alone decide" in untimed(make_cards(), Cost.MEMORY_TIME)
+    assert costs(make_cards(), Cost.MEMORY_TIME) == costs(make_cards(), Cost.MEMORY)
+    assert untimed(cards, Cost.MEMORY) == untimed(timed(bf16=1, int8=1, int4_kv8=1), Cost.MEMORY_TIME) == ""
 
 
 def test_a_decision_is_explained() -> None:

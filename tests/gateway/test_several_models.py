@@ -199,6 +199,10 @@ def test_a_canary_is_of_a_model_that_may_serve_the_role() -> None:
             {"pools": {"bf16": ("http://a",)}},
             "several models serve 'bf16'; write one of: big:bf16, small:bf16",
         ),
+        (
+            {"pools": {"big:bf16": ("http://a:1",), "small:bf16": ("http://b:1", "http://a:1/")}},
+            "pools.small:bf16: http://a:1 is in the pool of big:bf16 as well; an engine serves one variant",
+        ),
         ({"roles": ROLES | {"small": {}}}, "roles.small: is also a model's name"),
         ({"adapters": {"tone": {}}}, "an adapter is of one model, and these are of big, small"),
         (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import resource
 from pathlib import Path
 
 import pytest
@@ -252,9 +253,25 @@ def test_a_journal_with_a_torn_end_is_read_and_written_on(tmp_path: Path) -> Non
     for torn in range(whole + 1, len(raw)):
         journal.path.write_bytes(raw[:torn])
         assert journal.read() == [{"n": 1}, {"n": 2}]
-        assert journal.path.stat().st_size == whole
-    journal.append([{"n": 4}])
+        assert journal.path.read_bytes() == raw[:torn], (
+            "it may be another process's that is just being written"
+        )
+    Journal(journal.path).append([{"n": 4}])
     assert [entry["n"] for entry in journal.read()] == [1, 2, 4]
+
+
+def test_a_full_disk_tears_no_hole_into_a_journal(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "journal")
+    journal.append([{"n": 1}])
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (journal.path.stat().st_size + 10, hard))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            journal.append([{"n": 2}])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    journal.append([{"n": 3}])
+    assert [entry["n"] for entry in journal.read()] == [1, 3]
 
 
 def test_measurements_of_other_items_or_machines_are_not_mixed() -> None:

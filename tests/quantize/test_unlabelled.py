@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -165,6 +166,33 @@ def test_with_labels_nothing_is_asked_of_them_unless_it_is_set() -> None:
 def test_json_is_asked_for_where_the_reference_writes_it(valid: Paired, outcome: Outcome) -> None:
     verdict = judge(card(figures(valid_json=valid)), "default", QualityBudget())
     assert verdict.outcome == outcome, verdict
+
+
+@pytest.mark.parametrize("perplexity", [20.1, 4000.0, math.inf, math.nan])
+def test_a_reference_that_writes_noise_gives_no_verdict(perplexity: float) -> None:
+    good = figures()
+    assert judge(card(good), "default", QualityBudget()).outcome == Outcome.PASSED
+    noise = good.model_copy(update={"text": text().model_copy(update={"reference_perplexity": perplexity})})
+    verdict = judge(card(noise), "default", QualityBudget())
+    assert verdict.outcome == Outcome.NOT_ENOUGH_EVIDENCE
+    assert "the reference's own answers are noise: their perplexity is" in "; ".join(verdict.reasons)
+    assert "check its files and chat template" in verdict.reasons[-1]
+
+
+def test_it_is_said_where_json_is_not_judged() -> None:
+    few = judge(card(figures(valid_json=paired(12, 12, 12))), "default", QualityBudget())
+    assert "valid JSON is not judged: 12 conversations ask for it, 29 would do; raise" in "; ".join(
+        few.reasons
+    )
+    unable = judge(card(figures(valid_json=paired(40, 10, 10))), "default", QualityBudget())
+    assert "is not shown to write it mostly itself (10 of 40)" in "; ".join(unable.reasons)
+    for valid, budget in (
+        (None, QualityBudget()),
+        (paired(40, 40, 40), QualityBudget()),
+        (paired(12, 12, 12), QualityBudget(max_valid_json_drop=0.1)),
+    ):
+        verdict = judge(card(figures(valid_json=valid)), "default", budget)
+        assert "is not judged" not in "; ".join(verdict.reasons)
 
 
 def test_json_is_judged_where_that_is_set() -> None:
