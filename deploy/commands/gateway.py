@@ -32,7 +32,7 @@ def add_gateway(commands: Any) -> None:
 
     routing = add_command(commands, "route", route, "say which variant would serve a request, and why")
     routing.add_argument("--role", help="as a request's x-agent-role (default: the default role)")
-    routing.add_argument("--model", help="as in a request (default: what --role may have, or the first model)")
+    routing.add_argument("--model", help="as in a request (default: what the role may have)")
     add_json(routing)
 
 
