@@ -18,11 +18,20 @@ import aiohttp
 import pytest
 import yaml
 from gateway_stack import Stack, eventually, free_port, running_gateway, write_variants
+from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 
 from gateway.__main__ import main
 from gateway.quality.cells import CellKey
-from gateway.telemetry.engines import engine_pids, parse_reading, resident_bytes
+from gateway.routing.replicas import Replica
+from gateway.telemetry.engines import (
+    MEMORY_EVERY_S,
+    EngineReader,
+    engine_pids,
+    parse_reading,
+    resident_bytes,
+)
+from gateway.telemetry.metrics import Metrics
 
 
 async def get(stack: Stack, path: str) -> tuple[int, str]:
@@ -148,6 +157,39 @@ def test_engine_readings(tmp_path: Path) -> None:
     assert engine_pids(tmp_path) == {}
     assert resident_bytes(os.getpid()) > 1_000_000
     assert resident_bytes(2**22 + 1) is None
+
+
+async def test_an_engines_memory_is_read_less_often_than_what_it_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, sizes, told = [50.0], iter((100, 200, 300)), list[float | None]()
+    monkeypatch.setattr("gateway.telemetry.engines.resident_bytes", lambda pid: next(sizes))
+    engine = {"assistant:int8": {"url": "http://127.0.0.1:9", "pid": os.getpid()}}
+    (tmp_path / "engines.json").write_text(json.dumps({"engines": engine}))
+    replica = Replica("assistant:int8", "assistant:int8-0", "http://127.0.0.1:9", lambda: now[0])
+    registry = CollectorRegistry()
+    counted = Metrics(registry, ["core"])
+
+    def seen(_variant: str, memory: float | None, _kv: float | None, _thrown: float | None) -> None:
+        told.append(memory)
+
+    def shown() -> float | None:
+        labels = {"model": "assistant", "variant": "int8", "replica": "assistant:int8-0"}
+        return registry.get_sample_value("tiercel_engine_memory_bytes", labels)
+
+    async with aiohttp.ClientSession() as http:
+        reader = EngineReader(http, counted, tmp_path, lambda: now[0], seen)
+        for later, memory in ((0.0, 100), (2.0, 100), (MEMORY_EVERY_S, 200)):
+            now[0] += later
+            await reader.read(lambda: [replica])
+            assert shown() == memory
+        (tmp_path / "engines.json").write_text(json.dumps({"engines": {}}))
+        await reader.read(lambda: [replica])
+        assert shown() is None
+        (tmp_path / "engines.json").write_text(json.dumps({"engines": engine}))
+        await reader.read(lambda: [replica])
+        assert shown() == 300
+    assert told == [100, None, 200, None, 300]
 
 
 def write_setup(directory: Path, port: int, **changes: object) -> Path:
