@@ -18,7 +18,7 @@ from gateway.telemetry.metrics import Metrics
 
 SCRAPE_TIMEOUT_S = 5.0
 MEMORY_EVERY_S = 10.0
-"""A local engine's memory is read less often than what it says: that walks all its pages, 76 ms for 2.5 GB."""
+"""A local engine's memory is read less often: all its pages are walked for it, 76 ms for 2.5 GB."""
 ENGINES_FILE = "engines.json"
 _CACHE = "vllm:cache_config_info"
 _LORA = "vllm:lora_requests_info"
