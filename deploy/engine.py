@@ -192,6 +192,8 @@ class EngineProcess:
     def __init__(self, spec: EngineSpec) -> None:
         self.spec = spec
         self._process: asyncio.subprocess.Process | None = None
+        self._answered = False
+        """Whether it has been ready: before that it has nothing to finish."""
         self._log_from = 0
         """Where in the log this start begins: what an earlier one said is no reason for this one."""
 
@@ -215,6 +217,7 @@ class EngineProcess:
                 f"port {self.spec.port} on {self.spec.settings.host} is in use; stop what listens there, "
                 "or set engine.base_port to another range"
             )
+        self._answered = False
         self.spec.log.parent.mkdir(parents=True, exist_ok=True)
         self._log_from = self.spec.log.stat().st_size if self.spec.log.exists() else 0
         with self.spec.log.open("ab") as log:
@@ -244,6 +247,7 @@ class EngineProcess:
                         f"engine.start_timeout_s or see {self.spec.log}:\n{self.last_words()}"
                     )
                 await asyncio.sleep(0.5)
+        self._answered = True
 
     async def _answers(self, session: aiohttp.ClientSession) -> bool:
         body = {"model": self.spec.card.model, "prompt": [1, 2, 3], "max_tokens": 1, "logprobs": 1}
@@ -298,7 +302,7 @@ class EngineProcess:
         if (process := self._process) is None:
             return
         try:
-            if process.returncode is None:
+            if process.returncode is None and self._answered:
                 with contextlib.suppress(ProcessLookupError):
                     process.terminate()
                 with contextlib.suppress(TimeoutError):

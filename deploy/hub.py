@@ -75,6 +75,7 @@ def _fetch(model: ModelConfig, say: Say) -> None:
     info = HfApi(endpoint=endpoint).model_info(model.hub, revision=model.revision, files_metadata=True)
     siblings = {one.rfilename: one for one in info.siblings or ()}
     sizes = {name: one.size or 0 for name, one in siblings.items()}
+    digests = {name: one.lfs.sha256 for name, one in siblings.items() if one.lfs}
     where: dict[str, Any] = {"revision": info.sha, "local_dir": model.path, "endpoint": endpoint}
     index: Mapping[str, Any] = {}
     if INDEX in sizes:
@@ -85,7 +86,7 @@ def _fetch(model: ModelConfig, say: Say) -> None:
         Wanted(
             name,
             sizes[name],
-            siblings[name].lfs.sha256 if siblings[name].lfs else None,
+            digests.get(name),
             hf_hub_url(model.hub, name, revision=info.sha, endpoint=endpoint),
         )
         for name in files

@@ -59,8 +59,8 @@ def is_whole(wanted: Wanted, path: Path) -> bool:
 
 
 def _fetch(wanted: Wanted, directory: Path, stop: threading.Event) -> None:
+    from huggingface_hub import get_token
     from huggingface_hub.file_download import http_get
-    from huggingface_hub.utils import build_hf_headers
 
     target = directory / wanted.name
     if is_whole(wanted, target):
@@ -73,9 +73,9 @@ def _fetch(wanted: Wanted, directory: Path, stop: threading.Event) -> None:
     with _Stoppable(partial, stop) as file:
         http_get(
             wanted.url,
-            file,  # type: ignore[arg-type]
+            file,
             resume_size=file.tell(),
-            headers=build_hf_headers(),
+            headers={"authorization": f"Bearer {token}"} if (token := get_token()) else {},
             expected_size=wanted.size,
             displayed_filename=wanted.name,
         )

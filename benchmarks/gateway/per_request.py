@@ -73,7 +73,7 @@ def made() -> Gateway:
             "variants_dir": Path("variants"),
             "roles": {"core": {}, "summarizer": {}},
             "default_role": "core",
-            "pools": {variant: ["http://127.0.0.1:9"] for variant in ("bf16", "int8")},
+            "pools": {"bf16": ["http://127.0.0.1:9"], "int8": ["http://127.0.0.2:9"]},
             "keys": [{"name": "bench", "sha256": digest, "tenant": "bench"}],
             "quality": {"sample_rate": 1e-9},
             "watch": {"enabled": False},

@@ -313,9 +313,11 @@ class Config(Section):
 
 
 def _address(url: str) -> tuple[str, int | None]:
-    """Host and port of a URL; this machine has one name."""
+    """Host and port of a URL; this machine has one name. What is looked up is no address."""
     parts = urlsplit(url.removeprefix("dns+"))
     host = parts.hostname or ""
+    if url.startswith("dns+"):
+        host = f"dns+{host}"
     host = "localhost" if host in _HERE else host
     return host, parts.port or {"http": 80, "https": 443}.get(parts.scheme)
 

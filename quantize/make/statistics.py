@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from quantize.core.modules import Group
 from quantize.make.blocks import Batch, Blocks, States
 from quantize.make.linears import observing
-from quantize.make.threads import side_by_side
+from quantize.make.threads import InOrder, side_by_side
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,6 +34,12 @@ class InputStatistics:
     def importance(self) -> Tensor:
         """E[x²], (K,)."""
         return self.moments if self.moments.ndim == 1 else self.moments.diagonal()
+
+    def add(self, other: InputStatistics) -> None:
+        """Take in sums over other tokens; both are not yet divided by their count."""
+        self.moments += other.moments
+        self.tokens += other.tokens
+        self.least, self.most = min(self.least, other.least), max(self.most, other.most)
 
     def divided(self, scale: Tensor) -> InputStatistics:
         """Of the same inputs, each channel divided by its ``scale`` (K,); the range is not known of those."""
@@ -106,7 +112,7 @@ def observe(
     kept: dict[str, dict[int, Tensor]] = {group.members[0].name: {} for group in sampled}
     energies: dict[str, dict[int, tuple[Tensor, int]]] = {name: {} for name in kept}
     found: dict[str, InputStatistics] = {}
-    lock, running = threading.Lock(), threading.local()
+    order, running = InOrder(), threading.local()
 
     def seen(name: str, x: Tensor) -> None:
         if name in kept and len(running.lines):
@@ -117,13 +123,18 @@ def observe(
             energies[name][running.number] = x[sampled].float().square().sum(0), int(sampled.sum())
         if name in wanted:
             rows = x[running.real] if x.ndim == 3 else x  # an expert's rows come without their places
-            _add(found, lock, name, rows.float(), whole=wanted[name].name in full)
+            added = _sums(rows.float(), whole=wanted[name].name in full)
+            with order.turn(name, running.number):
+                if name in found:
+                    found[name].add(added)
+                else:
+                    found[name] = added
 
     def work(number: int) -> tuple[float, Tensor | None]:
         batch = states.batches[number]
         running.real, running.number, cache = batch.real, number, _Cache()
         running.lines, running.places = _chosen(batch, places or {})
-        with torch.no_grad():
+        with torch.no_grad(), order.piece(number):
             batch.hidden.copy_(blocks.through(layer, batch, batch.hidden, cache))
         return cache.keys, cache.values
 
@@ -156,17 +167,9 @@ def _chosen(batch: Batch, places: Mapping[int, Sequence[int]]) -> tuple[list[int
     return [line for line, _ in pairs], [at for _, at in pairs]
 
 
-def _add(found: dict[str, InputStatistics], lock: threading.Lock, name: str, x: Tensor, whole: bool) -> None:
-    """Add float32 rows (tokens, K) to the sums under ``name``."""
+def _sums(x: Tensor, whole: bool) -> InputStatistics:
+    """Of float32 rows (tokens, K), not yet divided by their count."""
     import torch
 
-    added = x.T @ x if whole else x.square().sum(0)
     least, most = torch.aminmax(x)
-    with lock:
-        one = found.get(name)
-        if one is None:
-            found[name] = InputStatistics(len(x), added, float(least), float(most))
-            return
-        one.moments += added
-        one.tokens += len(x)
-        one.least, one.most = min(one.least, float(least)), max(one.most, float(most))
+    return InputStatistics(len(x), x.T @ x if whole else x.square().sum(0), float(least), float(most))

@@ -7,8 +7,10 @@ wait for each other.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -30,3 +32,36 @@ def side_by_side(work: Callable[[T], R], pieces: Iterable[T]) -> list[R]:
             return list(pool.map(work, pieces))
     finally:
         torch.set_num_threads(cores)
+
+
+class InOrder:
+    """Lets pieces of work that run side by side add to the same sums in the order of their numbers.
+
+    The order of a sum of floating-point numbers decides its last bits: added as threads come, the same inputs
+    would make other variants. A piece waits for those before it alone, which have begun before it.
+    """
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._finished: set[int] = set()
+        self._added: dict[str, set[int]] = {}
+
+    @contextmanager
+    def turn(self, name: str, number: int) -> Iterator[None]:
+        """Alone, and after all pieces of a smaller ``number`` have added to ``name`` or are finished."""
+        with self._changed:
+            added = self._added.setdefault(name, set())
+            self._changed.wait_for(lambda: all(n in added or n in self._finished for n in range(number)))
+            yield
+            added.add(number)
+            self._changed.notify_all()
+
+    @contextmanager
+    def piece(self, number: int) -> Iterator[None]:
+        """Around all that a piece does: whatever becomes of it, nobody waits for it afterwards."""
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._finished.add(number)
+                self._changed.notify_all()

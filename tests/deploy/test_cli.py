@@ -61,7 +61,7 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
             "pools: {bf16: ['http://127.0.0.1:8080']}",
             "pools.assistant:bf16: http://127.0.0.1:8080 is the gateway's own; change that or gateway.port",
         ),
-        ("pools: {bf16: ['http://a:1', 'dns+http://a:1/']}", "an engine is listed twice; list each once"),
+        ("pools: {bf16: ['http://a:1', 'http://a:1/']}", "an engine is listed twice; list each once"),
         (
             "gateway: {port: 8101}",
             "engine.base_port: 8101 gives assistant:bf16 the port 8101, which is the gateway's own; change",

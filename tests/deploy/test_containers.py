@@ -30,7 +30,7 @@ from tests.helm.chart import containers, of_kind, parsed_by_vllm, pods, render, 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "gateway"))
 
-from gateway_stack import eventually, free_port, settings, write_variants
+from gateway_stack import addresses, eventually, free_port, settings, write_variants
 
 ROOT = Path(__file__).parents[2]
 CONTAINERS = ROOT / "deploy" / "containers"
@@ -217,8 +217,8 @@ async def test_the_gateway_starts_as_its_image_starts_it(tmp_path: Path) -> None
     option, _ = json.loads(last(image, "CMD"))
     environment = dict(re.findall(r"(\w+)=(\S+)", last(image, "ENV")))
     environment |= {"PYTHONPATH": str(tmp_path / "site"), "ABSENT": json.dumps(absent), "PATH": os.defpath}
-    async with FakeEngine().serving() as url, aiohttp.ClientSession() as http:
-        pools = {variant: [url] for variant in ("bf16", "int8", "int4-kv8")}
+    async with FakeEngine().serving(host="0.0.0.0") as url, aiohttp.ClientSession() as http:
+        pools = addresses(url)
         text = settings(tmp_path / "variants", pools, gateway={"port": port}, run_dir=str(tmp_path / "run"))
         (tmp_path / "tiercel.yaml").write_text(text, encoding="utf-8")
         command = [sys.executable, *arguments, option, str(tmp_path / "tiercel.yaml")]

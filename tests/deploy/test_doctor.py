@@ -35,7 +35,7 @@ from quantize.core.targets import TargetError
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "gateway"))
 
-from gateway_stack import free_port, settings, write_variants
+from gateway_stack import addresses, free_port, settings, write_variants
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = ROOT / "deploy/assistant/model"
@@ -52,7 +52,7 @@ def write(tmp_path: Path) -> Callable[..., Path]:
         fields = {"run_dir": "run", "models": {"assistant": model}, "watch": {}} | changes
         fields["gateway"] = {"port": free_port()} | fields.get("gateway", {})
         path = tmp_path / "tiercel.yaml"
-        urls = fields.pop("pools", {variant: ["http://127.0.0.1:9"] for variant in VARIANTS})
+        urls = fields.pop("pools", addresses("http://127.0.0.1:9", VARIANTS))
         path.write_text(settings(tmp_path / "variants", urls, **fields), encoding="utf-8")
         return path
 
@@ -73,15 +73,15 @@ async def test_a_healthy_installation(
     write: Callable[..., Path], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     engine = FakeEngine()
-    async with engine.serving() as url:
-        path = write(pools={variant: [url] for variant in VARIANTS})
+    async with engine.serving(host="0.0.0.0") as url:
+        path = write(pools=addresses(url, VARIANTS))
         before = snapshot(tmp_path)
         await asyncio.to_thread(main, ["doctor", "--config", str(path)])
         shown = capsys.readouterr().out
         await asyncio.to_thread(main, ["doctor", "--config", str(path), "--json"])
         found = json.loads(capsys.readouterr().out)
     assert "failures: 0" in shown
-    assert f"int8 at {url} answers" in shown
+    assert f"int8 at {addresses(url)['int8'][0]} answers" in shown
     assert "the gateway does not run" in shown
     assert "serves intent_classifier, summarizer; not core (not enough evidence)" in shown
     assert found["well"] is True
@@ -283,13 +283,13 @@ async def test_engines(
         await site.start()
         port = runner.addresses[0][1]
         urls = [f"http://127.0.0.1:{port}", f"dns+http://localhost:{port}"]
-        path = write(pools=dict.fromkeys(VARIANTS, urls))
+        path = write(model={"serve": ["bf16"]}, pools={"bf16": urls})
         found = await asyncio.to_thread(look, check_running.check_engines, path)
     finally:
         await runner.cleanup()
     # localhost may also stand for ::1, where nobody listens.
     of_this = [one for one in found if f"127.0.0.1:{port}" in one.found]
-    assert len(of_this) == 2 * len(VARIANTS)
+    assert len(of_this) == 2
     for one in of_this:
         assert one.level is level
         assert says in one.found

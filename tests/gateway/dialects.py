@@ -68,7 +68,7 @@ class ProviderServer:
         """Chunks of streams that were handed to the system."""
 
     @asynccontextmanager
-    async def serving(self) -> AsyncIterator[str]:
+    async def serving(self, host: str = "127.0.0.1") -> AsyncIterator[str]:
         """Serve while the block lasts; gives the base URL."""
         app = web.Application(client_max_size=64 << 20)
         app.router.add_post("/v1/chat/completions", self._openai)
@@ -82,8 +82,8 @@ class ProviderServer:
         runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)
         await runner.setup()
         try:
-            await web.TCPSite(runner, "127.0.0.1", 0).start()
-            yield f"http://127.0.0.1:{runner.addresses[0][1]}"
+            await web.TCPSite(runner, host, 0).start()
+            yield f"http://{host}:{runner.addresses[0][1]}"
         finally:
             await runner.cleanup()
 

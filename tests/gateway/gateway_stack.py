@@ -6,7 +6,7 @@ import asyncio
 import inspect
 import json
 import socket
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -127,6 +127,12 @@ def write_variants(directory: Path) -> None:
         place.mkdir(parents=True, exist_ok=True)
         write_card(card, place)
         point(place.parent / "current", card.version)
+
+
+def addresses(url: str, variants: Sequence[str] = ("bf16", "int8", "int4-kv8")) -> dict[str, list[str]]:
+    """Of a server that listens on all addresses one for each variant, since an engine serves one."""
+    port = url.rpartition(":")[2]
+    return {variant: [f"http://127.0.0.{n}:{port}"] for n, variant in enumerate(variants, 1)}
 
 
 def settings(directory: Path, urls: dict[str, list[str]], **changes: Any) -> str:

@@ -15,7 +15,16 @@ from typing import Any
 
 import aiohttp
 import pytest
-from gateway_stack import CHAT, Stack, eventually, make_config, running_gateway, settings, write_variants
+from gateway_stack import (
+    CHAT,
+    Stack,
+    addresses,
+    eventually,
+    make_config,
+    running_gateway,
+    settings,
+    write_variants,
+)
 from prometheus_client import CollectorRegistry
 
 from gateway import control
@@ -464,8 +473,8 @@ async def test_a_change_of_addresses_makes_nothing_else_anew(monkeypatch: pytest
 async def test_signals_are_events(tmp_path: Path, free_port: int) -> None:
     write_variants(tmp_path / "variants")
     engine = FakeEngine(Script(token_delay_s=0.3))
-    async with engine.serving() as url:
-        urls = {variant: [url] for variant in ("bf16", "int8", "int4-kv8")}
+    async with engine.serving(host="0.0.0.0") as url:
+        urls = addresses(url)
         path = tmp_path / "tiercel.yaml"
         gateway = {"port": free_port}
         text = settings(tmp_path / "variants", urls, gateway=gateway, run_dir=str(tmp_path))

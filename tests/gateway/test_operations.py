@@ -239,7 +239,8 @@ def test_a_role_that_nothing_may_serve_stops_a_start(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     roles = {"core": {"budget": {"min_weight_bits": 16}}}
-    config = write_setup(tmp_path, free_port(), serve=["int8"], roles=roles)
+    alone = {"serve": ["int8"], "watch": {"reference": "none"}}
+    config = write_setup(tmp_path, free_port(), roles=roles, **alone)
     before = (logging.root.level, logging.root.handlers[:], sys.unraisablehook, threading.excepthook)
     assert main(["--config", str(config)]) == 2
     after = (logging.root.level, logging.root.handlers[:], sys.unraisablehook, threading.excepthook)
@@ -328,8 +329,8 @@ async def test_https(tmp_path: Path) -> None:
     port = free_port()
     async with running_gateway() as fake, fake.engines["bf16"].serving() as url:
         settings = {"port": port, "tls_certificate": str(certificate), "tls_key": str(key)}
-        urls = {variant: [url] for variant in ("bf16", "int8", "int4-kv8")}
-        process = await started(write_setup(tmp_path, port, gateway=settings, pools=urls))
+        urls = {"bf16": [url]}
+        process = await started(write_setup(tmp_path, port, gateway=settings, pools=urls, serve=["bf16"]))
         trusted = ssl.create_default_context(cafile=str(certificate))
         base = f"https://127.0.0.1:{port}"
         question = {"model": "assistant", "messages": [{"role": "user", "content": "hello"}]}

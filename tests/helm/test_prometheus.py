@@ -26,7 +26,7 @@ from tests.helm.metric_names import RULES, filled
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "gateway"))
 
-from gateway_stack import Stack, eventually, free_port, running_gateway
+from gateway_stack import Stack, addresses, eventually, free_port, running_gateway
 
 EVERY_S = 0.25
 """Between two scrapes, and between two evaluations."""
@@ -246,9 +246,8 @@ async def test_an_engine_whose_metrics_cannot_be_read_is_told_from_one_that_is_d
     runner = web.AppRunner(app)
     await runner.setup()
     try:
-        await web.TCPSite(runner, "127.0.0.1", 0).start()
-        url = f"http://127.0.0.1:{runner.addresses[0][1]}"
-        pools = dict.fromkeys(("bf16", "int8", "int4-kv8"), (url,))
+        await web.TCPSite(runner, "0.0.0.0", 0).start()
+        pools = addresses(f"http://0.0.0.0:{runner.addresses[0][1]}")
         async with running_gateway(pools=pools) as stack:
             labels = {"model": "assistant", "variant": "int8", "replica": "assistant:int8-0"}
             await eventually(lambda: stack.sample("tiercel_replica_reachable", **labels) == 1)
