@@ -26,7 +26,7 @@ from quantize.core.schemes import KV_SCHEMES, scheme
 from quantize.core.tokenizer import refuse_bad_tokenizer
 from quantize.make.rate import Rates, machine_rates
 
-SHOWN = (*LADDER, "w4a16-g16", "w3a16-g128", "w2a16-g64", "w4a8-g128", "w8a8-static")
+SHOWN = (*LADDER, "w3a16-g128", "w2a16-g64", "w4a8-g128", "w8a8-static")
 RANKS = (1, 2, 4, 8)
 
 

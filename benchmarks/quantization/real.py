@@ -3,9 +3,10 @@
     python -m benchmarks.quantization.real --list                  # what would be measured, in MB
     python -m benchmarks.quantization.real --make                  # parts and estimates, without an engine
     python -m benchmarks.quantization.real --only w4a16-g32        # rows whose label holds a word
-    python -m benchmarks.quantization.real --budgets 4.5 5 6       # plans and AutoScheme at those bytes
+    python -m benchmarks.quantization.real --budgets 4.5 5 --controls autoscheme  # plans, and AutoScheme's
     python -m benchmarks.quantization.real --groups 20             # single groups: estimated and measured
     python -m benchmarks.quantization.real --plan "planned 4.5=plan.json"
+    python -m benchmarks.quantization.real --checkpoint "w4a16-g32-asym awq=DIRECTORY"  # made elsewhere
 
 Rows are uniform variants by every method, heuristics (the ends of the model or every down projection in
 more bits), and at each of ``--budgets``, in bits per weight of the linear modules, the planner's plan and
@@ -45,15 +46,14 @@ WORK = Path("var/benchmarks/real")
 EIGHT = ("rtn", "gptq", "smooth+rtn")
 SLOW_EIGHT = ("smoothquant+rtn", "rotation+rtn")
 FOUR = ("rtn", "imatrix", "gptq", "imatrix+gptq", "smooth+imatrix+gptq")
-GROUPS = ("w4a16-g128", "w4a16-g64", "w4a16-g32")
-ASYMMETRIC = ("w4a16-g64-asym", "w4a16-g32-asym")
+GROUPS = ("w4a16-g128", "w4a16-g64", "w4a16-g32", "w4a16-g16")
+ASYMMETRIC = ("w4a16-g64-asym", "w4a16-g32-asym", "w4a16-g16-asym")
 BEST = "smooth+imatrix+gptq"
 """The method of plans and heuristics."""
 SLOW_FOUR = ("awq+rtn", "awq+imatrix+gptq", "autoround")
 """Made by llm-compressor in minutes or tens of minutes on two cores: at one group size, and only with
 ``--slow``."""
 SLOW_GROUP = "w4a16-g64"
-AT_EQUAL_BYTES: tuple[controls.Kind, ...] = ("ends", "random")
 
 
 @dataclass(frozen=True)
@@ -125,11 +125,14 @@ def rows_at_4_bits(modules: Modules, where: Target, slow: bool = False) -> Rows:
 
 
 def rows_at(
-    session: PlanningSession, bench: Bench, budgets: Sequence[float], tries: int, scheme_tool: bool
+    session: PlanningSession,
+    bench: Bench,
+    budgets: Sequence[float],
+    tries: int,
+    kinds: Sequence[controls.Kind],
 ) -> Iterator[tuple[str, Wanted]]:
     """At each budget the planner's plan, and what needs no planner at no more bytes."""
     weights = sum(group.weights for group in session.modules)
-    kinds = (*AT_EQUAL_BYTES, "autoscheme") if scheme_tool else AT_EQUAL_BYTES
     for bits in budgets:
         budget = session.modules.other_bytes + round(bits * weights / 8)
         best = session.within(bench, budget, tries=tries)[0]
@@ -150,6 +153,19 @@ def given_plans(arguments: Sequence[str]) -> Rows:
         except (OSError, ValueError) as error:
             sys.exit(f"--plan {argument!r}: {error}")
         found[label] = Wanted("given", plan)
+    return found
+
+
+def checkpoints(arguments: Sequence[str], modules: Modules) -> dict[str, tuple[Wanted, Path]]:
+    """Uniform variants of ``SCHEME METHOD=DIRECTORY`` arguments, made elsewhere, by label; ends the program
+    where there is no checkpoint."""
+    found = {}
+    for argument in arguments:
+        label, _, path = argument.partition("=")
+        name, _, method = label.partition(" ")
+        if not method or not (Path(path) / "config.json").is_file():
+            sys.exit(f"--checkpoint {argument!r}: write SCHEME METHOD=DIRECTORY, a checkpoint's directory")
+        found[label] = Wanted("uniform", uniform(modules, name, method=method)), Path(path)
     return found
 
 
@@ -256,9 +272,15 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--model", type=Path, default=WORK / "model", help="made where it is missing")
     parser.add_argument("--only", nargs="*", default=[], help="rows whose label holds one of these words")
     parser.add_argument("--plan", action="append", default=[], metavar="LABEL=FILE")
+    parser.add_argument("--checkpoint", action="append", default=[], metavar="SCHEME METHOD=DIRECTORY")
     parser.add_argument("--budgets", nargs="*", type=float, default=[], help="bits per weight of plans")
+    parser.add_argument(
+        "--schemes", nargs="+", help="what plans mix; as `tiercel quantize plan` unless given"
+    )
     parser.add_argument("--tries", type=int, default=12, help="plans that are measured for each budget")
-    parser.add_argument("--autoscheme", action="store_true", help="tens of minutes on two cores")
+    parser.add_argument(
+        "--controls", nargs="*", choices=controls.KINDS, default=["ends", "random"], help="at each budget"
+    )
     parser.add_argument("--slow", action="store_true", help="AWQ and AutoRound as well")
     parser.add_argument("--groups", type=int, default=0, metavar="N", help="single groups to measure")
     parser.add_argument("--calibration", type=int, default=64, help="conversations")
@@ -278,13 +300,15 @@ def main() -> None:
         texts.calibration(options.calibration),
         target(detect()),
         methods=(BEST,),
+        schemes=options.schemes,
         choosing=texts.chosen,
     )
     modules, where = session.modules, session.target
     rows = rows_at_8_bits(modules, where, options.slow) | rows_at_4_bits(modules, where, options.slow)
-    rows |= given_plans(options.plan)
     if options.only:
         rows = {label: one for label, one in rows.items() if any(word in label for word in options.only)}
+    rows |= given_plans(options.plan)
+    made_elsewhere = checkpoints(options.checkpoint, modules)
     if options.list:
         for label, one in rows.items():
             print(f"{one.plan.weight_bytes(modules) / 1e6:8.1f} MB  {label}")
@@ -303,12 +327,15 @@ def main() -> None:
         reported = PairedKl(directory, bench, texts.reported, WORK / "reported", session.parts.link)
         with stages(f"{len(rows)} rows on the engine"):
             measured(rows, modules, reported)
+            for label, (one, folder) in made_elsewhere.items():
+                reported.take(one.plan, folder)
+                rows[label] = one
         served = ServedKl(session.parts, bench, session.choosing, session.directory / "served")
         with stages(f"{options.groups} single groups on the engine"):
             singles = single_groups(estimates, served, options.groups) if options.groups else []
         for bits in options.budgets:
             with stages(f"plan at {bits:g} bits"):
-                rows |= dict(rows_at(session, bench, [bits], options.tries, options.autoscheme))
+                rows |= dict(rows_at(session, bench, [bits], options.tries, options.controls))
         with stages("plans on the engine"):
             rows = remembered(WORK / "result.json") | rows
             write(measured(rows, modules, reported), reported, singles)

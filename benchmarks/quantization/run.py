@@ -113,10 +113,10 @@ def run(
     downs = {g.name: eight if "down" in g.kind else base for g in modules}
     report("all down_proj at 8 bits", "heuristic", Plan(groups=downs, method="imatrix+gptq"))
 
-    for bits, layers in autoscheme.assign(
-        checkpoint_dir, modules, budgets, work, calibration.sequences
-    ).items():
-        mixed = {name: eight if eights == 8 else base for name, eights in layers.items()}
+    options = (base, "w8a8")  # it is told w8a8 where w8a8-r7 is made
+    for bits in budgets:
+        found = autoscheme.assign(checkpoint_dir, modules, options, bits, work, calibration.sequences)
+        mixed = {name: eight if how == "w8a8" else how for name, how in found.items()}
         label = f"AutoScheme at {bits}"
         plans[label] = report(label, "heuristic", Plan(groups=mixed, method="imatrix+gptq"))
 

@@ -228,6 +228,7 @@ PACKED_FLOATS = ("mxfp4", "nvfp4", "nvfp4a16")
 LADDER: tuple[str, ...] = (
     "w4a16", "w4a16-asym",
     "w4a16-g128", "w4a16-g128-asym", "w4a16-g64", "w4a16-g64-asym", "w4a16-g32", "w4a16-g32-asym",
+    "w4a16-g16", "w4a16-g16-asym",
     "mxfp4", "nvfp4", "nvfp4a16",
     "w8a16", "w8a16-g128", "w8a16-g64", "w8a16-g32",
     "w8a8", "w8a8-r7", "w8a8-asym", "fp8-dynamic", "fp8", "fp8-block", "fp8a16",

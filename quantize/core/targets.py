@@ -49,7 +49,14 @@ CPU_HEADS = (32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 
 _ALL = frozenset((*LADDER, *KV_SCHEMES))
 _INT4 = frozenset(name for name in LADDER if name.startswith("w4a16"))
-_TRIED_ON_AMX = _INT4 | {"w8a8", "w8a8-asym", "fp8-dynamic", "auto", "fp8", "fp8_e5m2"}
+_TRIED_ON_AMX = _INT4 - {"w4a16-g16", "w4a16-g16-asym"} | {
+    "w8a8",
+    "w8a8-asym",
+    "fp8-dynamic",
+    "auto",
+    "fp8",
+    "fp8_e5m2",
+}
 _TRIED_ON_AN_H100 = frozenset(
     (
         *("w4a16", "w4a16-g128", "w4a16-g64", "w4a16-g64-asym", "w4a16-g32", "w8a16-g128"),

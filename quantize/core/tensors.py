@@ -16,6 +16,7 @@ from quantize.core.weights import DTYPE_BYTES, INDEX, CheckpointError, read_head
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+    from torch import Tensor
 
 COPY_BYTES = 1 << 22
 SHARD_BYTES = 5_000_000_000
@@ -123,6 +124,19 @@ def write_shards(tensors: Mapping[str, Part], out: Path) -> None:
         index.update(dict.fromkeys(shard, file))
     total = sum(part.bytes for part in tensors.values())
     write_whole(out / INDEX, json.dumps({"metadata": {"total_size": total}, "weight_map": index}))
+
+
+def overwrite(parts: Mapping[str, Part], tensors: Mapping[str, Tensor]) -> None:
+    """Put ``tensors``, by name, in place of stored ones of the same size. Raises ValueError for another."""
+    import torch
+
+    for name, tensor in tensors.items():
+        part, raw = parts[name], tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        if len(raw) != part.bytes:
+            raise ValueError(f"{name}: {len(raw)} bytes in place of {part.bytes}")
+        with part.file.open("r+b") as file:
+            file.seek(part.offset)
+            file.write(raw)
 
 
 def _narrowed(block: bytes, stored: str, wanted: str, name: str) -> bytes:

@@ -14,7 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from quantize.core.schemes import BLOCK, Scheme
+from quantize.core.schemes import BLOCK, Numbers, Scheme
 from quantize.make.threads import side_by_side
 
 if TYPE_CHECKING:
@@ -170,3 +170,30 @@ def restored(q: Tensor, grid: Grid) -> Tensor:
     if zero is not None:
         values -= zero
     return values.mul_(scale)
+
+
+def round_inputs(x: Tensor, how: Numbers, columns: Tensor | None = None) -> Tensor:
+    """Inputs (…, K) as a kernel would see them, one range per token, in the dtype of ``x``.
+
+    With ``columns`` (K,) the kernel sees ``x / columns``; what that does to ``x`` is returned.
+    """
+    import torch
+
+    if columns is not None:
+        columns = columns.to(x.device)
+        return (round_inputs(x.float() / columns, how) * columns).to(x.dtype)
+    wide: Tensor = x.float()
+    if how.kind == "float":
+        top = torch.finfo(torch.float8_e4m3fn).max
+        scale = (wide.abs().amax(-1, keepdim=True) / top).clamp_min(1e-12)
+        wide = (wide / scale).to(torch.float8_e4m3fn).float() * scale
+        return wide.to(x.dtype)
+    levels = 2 ** (how.bits - 1) - 1
+    if how.symmetric:
+        scale = (wide.abs().amax(-1, keepdim=True) / levels).clamp_min(1e-12)
+        wide = (wide / scale).round().clamp(-levels - 1, levels) * scale
+        return wide.to(dtype=x.dtype)
+    low, high = wide.amin(-1, keepdim=True).clamp_max(0), wide.amax(-1, keepdim=True).clamp_min(0)
+    scale = ((high - low) / (2**how.bits - 1)).clamp_min(1e-12)
+    wide = ((wide - low) / scale).round() * scale + low
+    return wide.to(x.dtype)

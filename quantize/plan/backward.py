@@ -24,11 +24,11 @@ from quantize.evaluate.bench import Span
 from quantize.make.blocks import Batch, Blocks
 from quantize.make.linears import Place, observing
 from quantize.make.parts import PartStore
+from quantize.make.ranges import round_inputs
 from quantize.make.smooth import Scales, unfolded
 from quantize.make.statistics import first_of
 from quantize.make.streaming import Choice
 from quantize.make.threads import side_by_side
-from quantize.plan.simulated import round_inputs
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -143,7 +143,7 @@ class Backward:
                 self._sequence(layer, batches[number], before[number], gradients[number], weights, running)
             ):
                 slopes = {
-                    n: _part(place, found.weights[id(_parameter(place))]) for n, place in places.items()
+                    n: _flat(place, found.weights[id(_parameter(place))]) for n, place in places.items()
                 }
                 for group in groups:
                     for choice, change in zip(wanted[group.name], changes[group.name], strict=True):
@@ -246,6 +246,12 @@ def _part(place: Place, gradient: Tensor | None) -> Tensor | None:
     return mine[:half] if place.projection == "gate_proj" else mine[half:]
 
 
+def _flat(place: Place, gradient: Tensor | None) -> Tensor | None:
+    """The same in float32, (N·K,): once for all choices."""
+    mine = _part(place, gradient)
+    return None if mine is None else mine.float().reshape(-1)
+
+
 def _product(
     group: Group,
     choice: Choice,
@@ -254,12 +260,14 @@ def _product(
     slopes: Mapping[str, Tensor | None],
     scales: Scales,
 ) -> float:
-    """Σ_t g_t·e_t of one sequence: the errors of all members act together."""
+    """Σ_t g_t·e_t of one sequence: the errors of all members act together. ``slopes`` are flat."""
+    import torch
+
     total = 0.0
     for member in group.members:
         slope = slopes[member.name]
-        if slope is not None:
-            total += float((slope.float() * change[member.name]).sum())
+        if slope is not None:  # a dot product reads both once; their product would be written and read again
+            total += float(torch.dot(slope, change[member.name].reshape(-1)))
     how = scheme(choice[0]).activations
     if how is not None:
         for first in {first_of(group, member.name) for member in group.members}:

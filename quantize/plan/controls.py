@@ -15,11 +15,14 @@ from quantize.core.schemes import scheme
 from quantize.plan import autoscheme
 from quantize.plan.paired_kl import PairedKl
 from quantize.plan.planner import Planner
+from quantize.plan.served import plan_of
 from quantize.plan.session import PlanningSession
 
 Kind = Literal["uniform", "random", "ends", "autoscheme"]
 KINDS: tuple[Kind, ...] = ("uniform", "random", "ends", "autoscheme")
 RANDOM_PLANS = 3
+HEADROOM_BITS = 0.001
+"""Of AutoScheme's average: the shapes that are stored beside packed weights are none of its."""
 FILE = "controls.json"
 
 
@@ -129,10 +132,7 @@ def _ends(session: PlanningSession, budget: int) -> dict[str, Plan]:
     made = {}
     for label, high in wanted.items():
         trials = [
-            Plan(
-                groups={g.name: eight if g.layer in high else four for g in session.modules},
-                method=session.methods[-1],
-            )
+            _plan(session, {g.name: eight if g.layer in high else four for g in session.modules})
             for eight in eights
             for four in fours
         ]
@@ -150,29 +150,33 @@ def _in(session: PlanningSession, layers: set[int], outside: bool = False) -> st
 
 
 def _autoscheme(session: PlanningSession, budget: int) -> dict[str, Plan]:
-    """AutoRound's own choice of 4 and 8 bits at the average that the budget allows."""
-    names = _for_all(session)
-    four = next((name for name in names if name.startswith("w4a16")), None)
-    eight = next((name for name in names if name.startswith("w8a8")), None)
-    if four is None or eight is None:
+    """AutoRound's own choice, of the schemes that every group may have, at the average that is left."""
+    names = [name for name in _for_all(session) if name.startswith(("w4a16", "w8a8"))]
+    if len(names) < 2:
         return {}
     weights = sum(group.weights for group in session.modules)
-    average = round(8 * (budget - session.modules.other_bytes) / weights, 3)
-    found = autoscheme.assign(
+    average = round(8 * (budget - session.modules.other_bytes) / weights - HEADROOM_BITS, 3)
+    groups = autoscheme.assign(
         session.checkpoint.path,
         session.modules,
-        [average],
+        names,
+        average,
         session.directory,
         session.calibration.sequences,
-    )[average]
-    groups = {name: eight if bits == 8 else four for name, bits in found.items()}
-    return {f"AutoScheme at {average:g} bits": Plan(groups=groups, method=session.methods[-1])}
+    )
+    return {f"AutoScheme at {average:g} bits": _plan(session, groups)}
 
 
 def _for_all(session: PlanningSession) -> list[str]:
     """Schemes that every group has among its choices."""
     legal = [{name for name, _ in choices} for choices in session.choices().values()]
     return [name for name in session.schemes if all(name in names for names in legal)]
+
+
+def _plan(session: PlanningSession, groups: Mapping[str, str]) -> Plan:
+    """The plan of these schemes, each by the last of the methods that the planner has for it."""
+    methods = {name: dict(many) for name, many in session.choices().items()}
+    return plan_of({name: (how, methods[name][how]) for name, how in groups.items()})
 
 
 def _all(session: PlanningSession, name: str) -> dict[str, str]:

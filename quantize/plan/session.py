@@ -44,7 +44,7 @@ DEFAULT_BITS = 4.5
 TRIES = 12
 """Plans that are measured on the engine, unless told otherwise."""
 SHORTLIST = (
-    *("w4a16-g128", "w4a16-g64", "w4a16-g64-asym", "w4a16-g32", "w4a16-g32-asym"),
+    *("w4a16-g128", "w4a16-g64", "w4a16-g64-asym", "w4a16-g32", "w4a16-g32-asym", "w4a16-g16-asym"),
     *("w8a8-r7", "w8a8", "fp8-dynamic", "w8a16-g128"),
 )
 """Schemes that are planned with where the target has them; each costs a quantization of the whole model."""

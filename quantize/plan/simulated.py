@@ -19,6 +19,7 @@ from quantize.core.schemes import Numbers, scheme
 from quantize.evaluate.bench import Span
 from quantize.make.linears import exchanged, find_linears, observing
 from quantize.make.parts import PartStore
+from quantize.make.ranges import round_inputs
 from quantize.make.smooth import unfolded
 
 if TYPE_CHECKING:
@@ -27,33 +28,6 @@ if TYPE_CHECKING:
 
 BATCH_TOKENS = 512
 """Tokens of a forward pass; the logits of so many take 4 bytes x vocabulary each."""
-
-
-def round_inputs(x: Tensor, how: Numbers, columns: Tensor | None = None) -> Tensor:
-    """Inputs (…, K) as a kernel would see them, one range per token, in the dtype of ``x``.
-
-    With ``columns`` (K,) the kernel sees ``x / columns``; what that does to ``x`` is returned.
-    """
-    import torch
-
-    if columns is not None:
-        columns = columns.to(x.device)
-        return (round_inputs(x.float() / columns, how) * columns).to(x.dtype)
-    wide: Tensor = x.float()
-    if how.kind == "float":
-        top = torch.finfo(torch.float8_e4m3fn).max
-        scale = (wide.abs().amax(-1, keepdim=True) / top).clamp_min(1e-12)
-        wide = (wide / scale).to(torch.float8_e4m3fn).float() * scale
-        return wide.to(x.dtype)
-    levels = 2 ** (how.bits - 1) - 1
-    if how.symmetric:
-        scale = (wide.abs().amax(-1, keepdim=True) / levels).clamp_min(1e-12)
-        wide = (wide / scale).round().clamp(-levels - 1, levels) * scale
-        return wide.to(dtype=x.dtype)
-    low, high = wide.amin(-1, keepdim=True).clamp_max(0), wide.amax(-1, keepdim=True).clamp_min(0)
-    scale = ((high - low) / (2**how.bits - 1)).clamp_min(1e-12)
-    wide = ((wide - low) / scale).round() * scale + low
-    return wide.to(x.dtype)
 
 
 class SimulatedModel:

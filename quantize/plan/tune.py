@@ -25,9 +25,10 @@ from quantize.core.legality import is_experts
 from quantize.core.modules import Modules
 from quantize.core.plan import Plan
 from quantize.core.schemes import Numbers, Scheme, scheme
-from quantize.core.tensors import Part, read_parts
+from quantize.core.tensors import Part, overwrite, read_parts
 from quantize.evaluate.bench import Span
-from quantize.plan.simulated import SimulatedModel, mean_kl, plan_choices, round_inputs
+from quantize.make.ranges import round_inputs
+from quantize.plan.simulated import SimulatedModel, mean_kl, plan_choices
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -255,14 +256,4 @@ def _rounding(how: Numbers | None) -> Any:
 
 def write_tuned(tuned: Tuned, assembled: Path) -> None:
     """Put the new values into the assembled checkpoint, in place of the old ones of the same shape."""
-    import torch
-
-    for name, part in read_parts(assembled).items():
-        if name in tuned.tensors:
-            value = tuned.tensors[name].contiguous()
-            raw = value.reshape(-1).view(torch.uint8).numpy().tobytes()
-            if len(raw) != part.bytes:
-                raise ValueError(f"{name}: {len(raw)} bytes in place of {part.bytes}")
-            with part.file.open("r+b") as file:
-                file.seek(part.offset)
-                file.write(raw)
+    overwrite(read_parts(assembled), tuned.tensors)

@@ -31,8 +31,8 @@ from quantize.core.targets import TARGETS, detect_cpu
 from quantize.core.tensors import read_parts
 from quantize.evaluate.bench import Bench, Span
 from quantize.make.linears import exchanged, find_linears, observing
+from quantize.make.ranges import round_inputs
 from quantize.make.variant import compress
-from quantize.plan.simulated import round_inputs
 from tests.e2e.test_matrix import random_tokens
 from tests.quantize.tiny import (
     VOCABULARY,
