@@ -21,7 +21,9 @@ from quantize.core.tensors import refuse_not_finite
 from quantize.cost import estimate
 from quantize.evaluate.tasks import Item, read_items
 from quantize.make.compress import QuantizeError
+from quantize.make.massive import rounds_inputs, spared
 from quantize.make.smooth import unsmoothed
+from quantize.make.variant import part_store
 
 Say = Callable[[str], None]
 
@@ -41,7 +43,7 @@ def make_variants(
     where = target(target_name or detect())
     modules = read_modules(checkpoint_of(model, say))
     plans = {name: RECIPES[name].plan(modules, where) for name in variants if name != model.reference}
-    return make_plans(model, plans, where, say, before)
+    return make_plans(model, plans, where, say, before, sparing=True)
 
 
 def make_one(
@@ -68,12 +70,15 @@ def make_plans(
     where: Target,
     say: Say,
     before: Callable[[], None] | None = None,
+    *,
+    sparing: bool = False,
 ) -> list[Card]:
     """Make the reference and a variant per plan. A plan that would not load on the target is left out, which
     is said. Raises QuantizeError where none is left.
 
-    ``before`` is what else is done before work, such as having the reference answer what calibrates: it comes
-    after what is quicker.
+    ``before`` is what else is done before work, such as having the reference answer what calibrates: after
+    what is quicker. ``sparing``: what writes a massive activation stays in 16 bits where its inputs
+    would be rounded (:mod:`quantize.make.massive`).
     """
     checkpoint = checkpoint_of(model, say)
     modules = read_modules(checkpoint)
@@ -104,6 +109,11 @@ def make_plans(
     reference = registry.add_reference(checkpoint)
     calibration = calibration_for(model, checkpoint, reference.version) if needs_data else None
     tokens = [len(sequence) for sequence in calibration.sequences] if calibration else [0]
+    if sparing and calibration is not None and any(map(rounds_inputs, plans.values())):
+        layers = part_store(registry.directory, checkpoint, modules, calibration).massive
+        plans = {name: spared(plan, modules, layers) for name, plan in plans.items()}
+        for layer in layers:
+            say(f"layer {layer}'s down projection stays in 16 bits: it writes a massive activation")
     missing = registry.missing(checkpoint, plans, calibration)
     refuse_short(
         [estimate(checkpoint, modules, plan, tokens) for plan in missing.values()], model.variants_dir

@@ -1,9 +1,9 @@
 """Blocks that write a massive activation: one token's residual, thousands of times as large as any other's.
 
 In many models attention rests on the first token, and one early block gives it such a residual
-(arXiv:2402.17762). Rounding the inputs of that block's down projection to 8 bits is off by as much as all else
-that the token holds, and every block behind it reads that token's keys and values: on a model of 30 layers one
-projection made four fifths of what 8 bits lose.
+(arXiv:2402.17762). Rounding the inputs of that block's down projection to 8 bits is off by as much as all
+else that the token holds, and blocks behind it read that token's keys and values: on a model of 30 layers
+this one projection made more than half of what 8 bits lose.
 """
 
 from __future__ import annotations

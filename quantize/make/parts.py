@@ -8,6 +8,7 @@ directory/
   kept-<transforms>-<key>/kept.safetensors       embeddings, norms, head, biases, as a variant stores them
   kv-<scheme>-…-<key>/kv.safetensors             scales of the KV cache
   smooth-<key>/<block>.safetensors               smoothing scales (:mod:`quantize.make.smooth`)
+  massive-<key>/blocks.json                      blocks that write a massive activation, and by how much
   .lock                                          held while parts are made
 
 Finished files stay when a run is killed; the next one makes what is missing. Parts fit together when their
@@ -40,6 +41,7 @@ from quantize.core.tensors import Part, read_file_parts, read_parts, write_shard
 from quantize.core.weights import INDEX
 from quantize.make.calibration import CalibrationSet
 from quantize.make.compress import compress_whole
+from quantize.make.massive import massive_blocks
 from quantize.make.ranges import FP8_MAX
 from quantize.make.smooth import Scales, ScaleStore, folded, save_whole
 from quantize.make.streaming import Choice, make_parts, needs_data, smoothed, streams
@@ -88,6 +90,17 @@ class PartStore:
     def smoothing(self) -> ScaleStore:
         """Smoothing scales, one set for all smoothed parts."""
         return ScaleStore(self._place(SMOOTH, data=True))
+
+    @cached_property
+    def massive(self) -> tuple[int, ...]:
+        """Blocks that write a massive activation, looked for once; needs calibration data."""
+        assert self.calibration
+        file = self._place("massive", data=True) / "blocks.json"
+        if not file.exists():
+            found = massive_blocks(self.checkpoint, self.modules, self.calibration.sequences[0])
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(file, json.dumps(found))
+        return tuple(int(layer) for layer in json.loads(file.read_text(encoding="utf-8")))
 
     def scales(self, group: Group, choice: Choice) -> Scales:
         """The smoothing scales under which a finished part stands; none for a part of the plain model."""

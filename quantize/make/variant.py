@@ -17,6 +17,13 @@ PARTS = ".parts"
 """Directory of parts beside the variants; it can be removed at any time."""
 
 
+def part_store(
+    directory: Path, checkpoint: Checkpoint, modules: Modules, calibration: CalibrationSet | None
+) -> PartStore:
+    """The parts beside the variants in ``directory``."""
+    return PartStore(directory / PARTS, checkpoint, modules, calibration)
+
+
 def compress(
     checkpoint: Checkpoint,
     modules: Modules,
@@ -36,6 +43,6 @@ def compress(
     if method.needs_data(plan) and calibration is None:
         raise QuantizeError(f"method {method.name} needs calibration data; set calibration in the YAML")
     if all(streams((name, plan.method_of(group))) for group, name in plan.groups.items()):
-        PartStore(out.parent / PARTS, checkpoint, modules, calibration).assemble(plan, out)
+        part_store(out.parent, checkpoint, modules, calibration).assemble(plan, out)
         return
     compress_whole(checkpoint, modules, plan, calibration, out, log, label)

@@ -101,7 +101,7 @@ def test_what_the_target_refuses_is_left_out_and_the_rest_is_made(
 def test_eight_bits_are_smoothed(model: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: dict[str, str] = {}
 
-    def plans(_model: ModelConfig, plans: dict[str, Plan], *_: object) -> list[Card]:
+    def plans(_model: ModelConfig, plans: dict[str, Plan], *_: object, **__: object) -> list[Card]:
         seen.update({name: plan.method for name, plan in plans.items()})
         return []
 
