@@ -167,7 +167,8 @@ class Gateway:
             router.avoid(self.watch.demoted())
         observer = before.observer if before is not None and before.config is config else None
         if observer is None:
-            observer = make_observer(
+            refuse_classifier(config)
+            observer = Observer(
                 config, self.metrics, self.checks, self.escalation, self.watch, self._inquiry, self.keeper
             )
         return Snapshot(
@@ -383,12 +384,11 @@ class Gateway:
         return self.plane.snapshot.pools.replicas()
 
 
-def make_observer(config: Config, *given: Any) -> Observer:
-    """Of what ``Observer`` takes. Raises ConfigError for a classifier that cannot be used."""
+def refuse_classifier(config: Config) -> None:
+    """Raises ConfigError for a classifier that cannot be used."""
     quality = config.quality
     if quality.detector == "classifier" and quality.classifier is not None:
         try:
             check_classifier(quality.classifier)
         except (OSError, ValueError) as error:
             raise ConfigError(f"quality.classifier: {quality.classifier} cannot be used: {error}") from None
-    return Observer(config, *given)

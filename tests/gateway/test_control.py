@@ -29,12 +29,13 @@ from prometheus_client import CollectorRegistry
 
 from gateway import control
 from gateway.api.overview import Overview
-from gateway.app import Gateway, make_observer
+from gateway.app import Gateway
 from gateway.config import ConfigError
 from gateway.control import Heartbeat, Reloads, Supervisor
 from gateway.kept.keeper import Keeper
 from gateway.proxy.plane import DataPlane
 from gateway.quality.inquiry import Inquiry
+from gateway.quality.observe import Observer
 from gateway.quality.process import CheckProcess
 from gateway.quality.watch import Watch
 from gateway.responses.service import Responses
@@ -238,7 +239,7 @@ async def put(stack: Stack, text: str) -> tuple[int, Any]:
 
 
 class Held:
-    """Stands for ``gateway.app.make_observer``, which a new configuration needs: waits until it may go on,
+    """Stands for ``gateway.app.Observer``, which a new configuration needs: waits until it may go on,
     or fails."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -256,9 +257,9 @@ class Held:
             assert self.may_go_on.wait(30)
             if self.fails:
                 raise ConfigError("it was not to be")
-            return make_observer(*given)
+            return Observer(*given)
 
-        monkeypatch.setattr("gateway.app.make_observer", make)
+        monkeypatch.setattr("gateway.app.Observer", make)
 
 
 def state_of(gateway: Gateway) -> list[Any]:
@@ -525,7 +526,7 @@ async def test_a_thread_that_does_not_end_does_not_keep_the_process(tmp_path: Pa
 import asyncio, sys, threading, time
 from gateway import server
 from gateway.__main__ import main
-from gateway.app import Gateway, make_observer
+from gateway.app import Gateway
 server.LEFT_BEHIND_S = 0.5
 original = Gateway._begin_jobs
 def begin(self, session):
