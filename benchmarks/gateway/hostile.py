@@ -86,7 +86,7 @@ async def running(case: Case, troubled: bool) -> AsyncIterator[Setting]:
     config: dict[str, Any] = {
         "pools": {
             "bf16": [f"http://127.0.0.1:{engine}", f"http://127.0.0.1:{other}"],
-            "int8": [f"http://127.0.0.1:{other}"],
+            "int8": [f"http://127.0.0.2:{other}"],
         },
         "gateway": {"port": port, "policy": "session_affinity"},
         **case.config,

@@ -152,7 +152,7 @@ def tiercel(port: int, upstream: int, **changes: object) -> tuple[list[str], str
         "run_dir": str(WORK / "run"),
         "roles": {"core": {}, "summarizer": {}},
         "default_role": "core",
-        "pools": {variant: [f"http://127.0.0.1:{upstream}"] for variant in ("bf16", "int8")},
+        "pools": {"bf16": [f"http://127.0.0.1:{upstream}"], "int8": [f"http://127.0.0.2:{upstream}"]},
         "keys": [{"name": "bench", "sha256": hashlib.sha256(KEY.encode()).hexdigest(), "tenant": "bench"}],
         "gateway": {"port": port},
         "quality": {"sample_rate": 0.01},

@@ -139,8 +139,9 @@ async def cache_counts(client: aiohttp.ClientSession, engines: Sequence[str]) ->
 
 def start_tiercel(policy: str, engines: Sequence[str]) -> tuple[subprocess.Popen[bytes], str]:
     port = free_port()
-    pools = {variant: list(engines) for variant in ("bf16", "int8")}
-    command, ready = tiercel(port, 0, pools=pools, gateway={"port": port, "policy": policy})
+    model = {"path": str(ROOT / "deploy/assistant/model"), "serve": ["bf16"]}
+    settings = {"models": {"assistant": model}, "pools": {"bf16": list(engines)}}
+    command, ready = tiercel(port, 0, **settings, gateway={"port": port, "policy": policy})
     return _started(command, port, ready)
 
 

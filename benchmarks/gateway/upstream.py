@@ -155,7 +155,8 @@ class Engine(asyncio.Protocol):
 
 async def _serve(port: int) -> None:
     loop = asyncio.get_running_loop()
-    server = await loop.create_server(lambda: Engine(loop), "127.0.0.1", port, backlog=4096)
+    hosts = "127.0.0.1", "127.0.0.2"  # the pools of two variants have an address each
+    server = await loop.create_server(lambda: Engine(loop), hosts, port, backlog=4096)
     await server.serve_forever()
 
 

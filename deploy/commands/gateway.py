@@ -72,7 +72,8 @@ def route(options: argparse.Namespace) -> None:
         }
         print_json(said | {"considered": steps})
         return
-    print(f"role {found.role}, model {found.model}: {' → '.join(found.ladder)} ({found.reason.value})")
+    named = "" if found.model == found.role else f", model {found.model}"
+    print(f"role {found.role}{named}: {' → '.join(found.ladder)} ({found.reason.value})")
     for step in found.considered:
         speed = f"{step.tokens_per_s:8.0f} tokens/s" if step.tokens_per_s else f"{'–':>8}         "
         print(f"  {step.variant:12} {step.memory_bytes / 1e6:9.1f} MB {speed}  {step.verdict}")

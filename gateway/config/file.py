@@ -221,7 +221,7 @@ class Config(Section):
 
     def _check_addresses(self) -> None:
         """An engine serves one variant: at another one's address it would answer under that one's name."""
-        own = _address(f"http://{self.gateway.host}:{self.gateway.port}")
+        own = _place(self.gateway.host, self.gateway.port)
         taken: dict[tuple[str, int | None], str] = {}
         for variant in self.served:
             for url in self.replicas(variant):
@@ -318,8 +318,11 @@ def _address(url: str) -> tuple[str, int | None]:
     host = parts.hostname or ""
     if url.startswith("dns+"):
         host = f"dns+{host}"
-    host = "localhost" if host in _HERE else host
-    return host, parts.port or {"http": 80, "https": 443}.get(parts.scheme)
+    return _place(host, parts.port or {"http": 80, "https": 443}.get(parts.scheme))
+
+
+def _place(host: str, port: int | None) -> tuple[str, int | None]:
+    return "localhost" if host in _HERE else host, port
 
 
 def names_of(names: Any) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from tests.gateway.dialects import ProviderServer, Script
-from tests.gateway.gateway_stack import addresses, running_gateway
+from tests.gateway.gateway_stack import OTHERS, addresses, running_gateway
 
 
 @pytest.mark.parametrize("streaming", [False, True], ids=["whole", "streamed"])
@@ -26,7 +26,7 @@ async def test_an_agent_calls_its_tool(streaming: bool) -> None:
         return {"weather": "fine"}
 
     engine = ProviderServer(Script(calls=({"city": "Oslo"},)))
-    async with engine.serving(host="0.0.0.0") as url:
+    async with engine.serving(also=OTHERS) as url:
         pools = addresses(url)
         async with running_gateway(pools=pools, watch={"enabled": False}) as stack:
             model = LiteLlm(model="openai/assistant", api_base=stack.url + "/v1", api_key="none")

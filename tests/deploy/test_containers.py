@@ -30,7 +30,7 @@ from tests.helm.chart import containers, of_kind, parsed_by_vllm, pods, render, 
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "gateway"))
 
-from gateway_stack import addresses, eventually, free_port, settings, write_variants
+from gateway_stack import OTHERS, addresses, eventually, free_port, settings, write_variants
 
 ROOT = Path(__file__).parents[2]
 CONTAINERS = ROOT / "deploy" / "containers"
@@ -217,7 +217,7 @@ async def test_the_gateway_starts_as_its_image_starts_it(tmp_path: Path) -> None
     option, _ = json.loads(last(image, "CMD"))
     environment = dict(re.findall(r"(\w+)=(\S+)", last(image, "ENV")))
     environment |= {"PYTHONPATH": str(tmp_path / "site"), "ABSENT": json.dumps(absent), "PATH": os.defpath}
-    async with FakeEngine().serving(host="0.0.0.0") as url, aiohttp.ClientSession() as http:
+    async with FakeEngine().serving(also=OTHERS) as url, aiohttp.ClientSession() as http:
         pools = addresses(url)
         text = settings(tmp_path / "variants", pools, gateway={"port": port}, run_dir=str(tmp_path / "run"))
         (tmp_path / "tiercel.yaml").write_text(text, encoding="utf-8")

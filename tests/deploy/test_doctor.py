@@ -35,7 +35,7 @@ from quantize.core.targets import TargetError
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "gateway"))
 
-from gateway_stack import addresses, free_port, settings, write_variants
+from gateway_stack import OTHERS, addresses, free_port, settings, write_variants
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = ROOT / "deploy/assistant/model"
@@ -73,7 +73,7 @@ async def test_a_healthy_installation(
     write: Callable[..., Path], capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     engine = FakeEngine()
-    async with engine.serving(host="0.0.0.0") as url:
+    async with engine.serving(also=OTHERS) as url:
         path = write(pools=addresses(url, VARIANTS))
         before = snapshot(tmp_path)
         await asyncio.to_thread(main, ["doctor", "--config", str(path)])

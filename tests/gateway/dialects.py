@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 from aiohttp import web
+
+from gateway.upstream.fake import listen
 
 PROMPT_TOKENS, CACHED_TOKENS, COMPLETION_TOKENS = 20, 8, 6
 WEATHER = {
@@ -68,7 +70,7 @@ class ProviderServer:
         """Chunks of streams that were handed to the system."""
 
     @asynccontextmanager
-    async def serving(self, host: str = "127.0.0.1") -> AsyncIterator[str]:
+    async def serving(self, also: Sequence[str] = ()) -> AsyncIterator[str]:
         """Serve while the block lasts; gives the base URL."""
         app = web.Application(client_max_size=64 << 20)
         app.router.add_post("/v1/chat/completions", self._openai)
@@ -82,8 +84,7 @@ class ProviderServer:
         runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)
         await runner.setup()
         try:
-            await web.TCPSite(runner, host, 0).start()
-            yield f"http://{host}:{runner.addresses[0][1]}"
+            yield await listen(runner, also=also)
         finally:
             await runner.cleanup()
 

@@ -129,8 +129,12 @@ def write_variants(directory: Path) -> None:
         point(place.parent / "current", card.version)
 
 
+OTHERS = ("127.0.0.2", "127.0.0.3", "127.0.0.4")
+"""Further addresses of this machine alone, for a server that stands for the engines of several variants."""
+
+
 def addresses(url: str, variants: Sequence[str] = ("bf16", "int8", "int4-kv8")) -> dict[str, list[str]]:
-    """Of a server that listens on all addresses one for each variant, since an engine serves one."""
+    """Of a server that listens on ``OTHERS`` too, one for each variant, since an engine serves one."""
     port = url.rpartition(":")[2]
     return {variant: [f"http://127.0.0.{n}:{port}"] for n, variant in enumerate(variants, 1)}
 

@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 from aiohttp import web
-from gateway_stack import CHAT, running_gateway
+from gateway_stack import CHAT, OTHERS, addresses, running_gateway
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+
+from gateway.upstream.fake import listen
 
 QUESTION = {"model": "assistant", "messages": [{"role": "user", "content": "hi"}]}
 VALUES = (
@@ -73,8 +75,7 @@ class Engine:
         runner = web.AppRunner(app)
         await runner.setup()
         try:
-            await web.TCPSite(runner, "127.0.0.1", 0).start()
-            yield f"http://127.0.0.1:{runner.addresses[0][1]}"
+            yield await listen(runner, also=OTHERS)
         finally:
             await runner.cleanup()
 
@@ -151,31 +152,31 @@ def questions() -> list[dict[str, Any]]:
 @pytest.mark.parametrize("sample_rate", [0.0, 1.0])
 async def test_the_gateway_is_as_wide_as_the_engine(sample_rate: float) -> None:
     """Whether an answer is listened to changes nothing either."""
-    async with Engine().serving() as direct:
-        pools = dict.fromkeys(("bf16", "int8", "int4-kv8"), (direct,))
-        async with running_gateway(pools=pools, quality={"sample_rate": sample_rate}) as stack:
+    quality = {"sample_rate": sample_rate}
+    async with (
+        Engine().serving() as direct,
+        running_gateway(pools=addresses(direct), quality=quality) as stack,
+    ):
 
-            async def ask(url: str, raw: bytes) -> tuple[int, Any]:
-                headers = {"content-type": "application/json"}
-                async with stack.http.post(url + CHAT, data=raw, headers=headers) as response:
-                    text = await response.text()
-                    if response.status != 200:
-                        return response.status, None
-                    if response.content_type == "application/json":
-                        return 200, json.loads(text) | {"model": None}
-                    return 200, text.replace('"model":null', '"model":"assistant"')
+        async def ask(url: str, raw: bytes) -> tuple[int, Any]:
+            headers = {"content-type": "application/json"}
+            async with stack.http.post(url + CHAT, data=raw, headers=headers) as response:
+                text = await response.text()
+                if response.status != 200:
+                    return response.status, None
+                if response.content_type == "application/json":
+                    return 200, json.loads(text) | {"model": None}
+                return 200, text.replace('"model":null', '"model":"assistant"')
 
-            for question in questions():
-                raw = json.dumps(question).encode()
-                assert await ask(stack.url, raw) == await ask(direct, raw), question
+        for question in questions():
+            raw = json.dumps(question).encode()
+            assert await ask(stack.url, raw) == await ask(direct, raw), question
 
 
 async def test_an_answer_may_be_a_list() -> None:
     """As vLLM renders several prompts."""
-    async with Engine().serving() as direct:
-        pools = dict.fromkeys(("bf16", "int8", "int4-kv8"), (direct,))
-        async with running_gateway(pools=pools) as stack:
-            for path in ("/v1/completions/render", "/completions/render/"):
-                async with stack.http.post(stack.url + path, json={"prompt": ["a", "b"]}) as response:
-                    assert response.status == 200
-                    assert await response.json() == [{"token_ids": [5, 6]}] * 2
+    async with Engine().serving() as direct, running_gateway(pools=addresses(direct)) as stack:
+        for path in ("/v1/completions/render", "/completions/render/"):
+            async with stack.http.post(stack.url + path, json={"prompt": ["a", "b"]}) as response:
+                assert response.status == 200
+                assert await response.json() == [{"token_ids": [5, 6]}] * 2

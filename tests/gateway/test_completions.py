@@ -9,7 +9,7 @@ from pathlib import Path
 import aiohttp
 import openai
 import pytest
-from gateway_stack import CHAT, Stack, eventually, from_clients, running_gateway
+from gateway_stack import CHAT, Stack, addresses, eventually, from_clients, running_gateway
 
 from gateway.telemetry.logs import AccessLog, LogWriter
 
@@ -144,9 +144,8 @@ async def test_precision_rises_while_a_pool_is_down_and_comes_back(stack: Stack)
 
 
 async def test_no_replica_is_a_503_with_retry_after() -> None:
-    nowhere = dict.fromkeys(("bf16", "int8", "int4-kv8"), ("http://127.0.0.1:1",))
     async with (
-        running_gateway(pools=nowhere) as stack,
+        running_gateway(pools=addresses("http://127.0.0.1:1")) as stack,
         stack.post({"model": "intent_classifier"}) as response,
     ):
         assert response.status == 503

@@ -17,6 +17,7 @@ import aiohttp
 import pytest
 from gateway_stack import (
     CHAT,
+    OTHERS,
     Stack,
     addresses,
     eventually,
@@ -474,7 +475,7 @@ async def test_a_change_of_addresses_makes_nothing_else_anew(monkeypatch: pytest
 async def test_signals_are_events(tmp_path: Path, free_port: int) -> None:
     write_variants(tmp_path / "variants")
     engine = FakeEngine(Script(token_delay_s=0.3))
-    async with engine.serving(host="0.0.0.0") as url:
+    async with engine.serving(also=OTHERS) as url:
         urls = addresses(url)
         path = tmp_path / "tiercel.yaml"
         gateway = {"port": free_port}

@@ -15,7 +15,17 @@ from typing import Any
 import aiohttp
 import pytest
 import yaml
-from gateway_stack import CHAT, Stack, eventually, make_config, running_gateway, settings, write_variants
+from gateway_stack import (
+    CHAT,
+    OTHERS,
+    Stack,
+    addresses,
+    eventually,
+    make_config,
+    running_gateway,
+    settings,
+    write_variants,
+)
 
 from gateway.identity import hash_of
 from gateway.kept import keeper as keeper_module
@@ -253,8 +263,8 @@ async def test_with_batch_a_variant_on_probation_is_judged_later(tmp_path: Path)
 async def test_a_gateway_that_is_told_to_end_writes_what_waits(tmp_path: Path, free_port: int) -> None:
     write_variants(tmp_path / "variants")
     engine = FakeEngine(Script())
-    async with engine.serving() as url:
-        pools = {f"assistant:{variant}": [url] for variant in ("bf16", "int8", "int4-kv8")}
+    async with engine.serving(also=OTHERS) as url:
+        pools = addresses(url)
         text = yaml.safe_load(settings(tmp_path / "variants", pools, run_dir=str(tmp_path), roles=ROLES))
         text |= {"kept": {}, "gateway": {"port": free_port}}
         (tmp_path / "tiercel.yaml").write_text(yaml.safe_dump(text))

@@ -18,7 +18,7 @@ from pathlib import Path
 import aiohttp
 import msgspec
 import pytest
-from gateway_stack import CHAT, eventually, running_gateway, settings, write_variants
+from gateway_stack import CHAT, OTHERS, addresses, eventually, running_gateway, settings, write_variants
 
 from gateway.telemetry.logs import AccessLog, JsonLines, LogWriter, QueueHandler
 from gateway.upstream.fake import FakeEngine, Script
@@ -166,8 +166,8 @@ async def test_what_is_dropped_is_shown() -> None:
 
 async def test_requests_go_on_when_nobody_reads_the_log(tmp_path: Path, free_port: int) -> None:
     write_variants(tmp_path / "variants")
-    async with FakeEngine(Script()).serving() as engine:
-        urls = {variant: [engine] for variant in ("bf16", "int8", "int4-kv8")}
+    async with FakeEngine(Script()).serving(also=OTHERS) as engine:
+        urls = addresses(engine)
         path = tmp_path / "tiercel.yaml"
         path.write_text(
             settings(

@@ -16,7 +16,7 @@ from typing import Any
 import aiohttp
 import psutil
 import pytest
-from gateway_stack import addresses, eventually, from_clients, settings, write_variants
+from gateway_stack import OTHERS, addresses, eventually, from_clients, settings, write_variants
 from prometheus_client import CollectorRegistry
 
 from gateway.telemetry.metrics import Metrics
@@ -140,7 +140,7 @@ async def test_workers(tmp_path: Path, free_port: int) -> None:
     hold = asyncio.Event()
     engine = FakeEngine(Script(hold=hold))
     roles = {"intent_classifier": {}, "summarizer": {}, "core": {"when_full": "refuse"}}
-    async with engine.serving(host="0.0.0.0") as engine_url:
+    async with engine.serving(also=OTHERS) as engine_url:
         limits = {"gateway": {"max_in_flight": 3}, "roles": roles}
         async with workers(tmp_path, free_port, engine_url, **limits) as url:
             asked = [asyncio.create_task(ask(url)) for _ in range(24)]
@@ -159,7 +159,7 @@ async def test_workers(tmp_path: Path, free_port: int) -> None:
 async def test_a_worker_that_is_killed_takes_no_count_with_it(tmp_path: Path, free_port: int) -> None:
     engine = FakeEngine(Script(first_token_delay_s=0.005))
     async with (
-        engine.serving(host="0.0.0.0") as engine_url,
+        engine.serving(also=OTHERS) as engine_url,
         running(tmp_path, free_port, engine_url) as gateway,
     ):
         answered, stop = 0, False
@@ -214,7 +214,7 @@ async def test_a_worker_that_does_not_answer_is_counted_and_its_age_shown(
 ) -> None:
     engine = FakeEngine(Script())
     async with (
-        engine.serving(host="0.0.0.0") as engine_url,
+        engine.serving(also=OTHERS) as engine_url,
         running(tmp_path, free_port, engine_url) as gateway,
     ):
         for _ in range(12):
@@ -244,7 +244,7 @@ async def test_a_worker_that_does_not_answer_is_counted_and_its_age_shown(
 async def test_a_mistake_in_the_file_stops_nobody(tmp_path: Path, free_port: int) -> None:
     engine = FakeEngine(Script())
     async with (
-        engine.serving(host="0.0.0.0") as engine_url,
+        engine.serving(also=OTHERS) as engine_url,
         running(tmp_path, free_port, engine_url) as gateway,
     ):
         good = gateway.path.read_text()
@@ -273,7 +273,7 @@ async def test_a_mistake_in_the_file_stops_nobody(tmp_path: Path, free_port: int
 async def test_a_new_configuration_reaches_all_workers_or_none(tmp_path: Path, free_port: int) -> None:
     engine = FakeEngine(Script())
     async with (
-        engine.serving(host="0.0.0.0") as engine_url,
+        engine.serving(also=OTHERS) as engine_url,
         running(tmp_path, free_port, engine_url) as gateway,
     ):
         good = gateway.path.read_text()
@@ -311,7 +311,7 @@ async def test_a_new_configuration_reaches_all_workers_or_none(tmp_path: Path, f
 async def test_a_worker_in_its_back_off_holds_up_no_end(tmp_path: Path, free_port: int) -> None:
     engine = FakeEngine(Script())
     async with (
-        engine.serving(host="0.0.0.0") as engine_url,
+        engine.serving(also=OTHERS) as engine_url,
         running(tmp_path, free_port, engine_url) as gateway,
     ):
         for number in range(1, 4):  # each back-off is twice the one before: 0.5, 1, 2 s
@@ -326,7 +326,7 @@ async def test_a_worker_in_its_back_off_holds_up_no_end(tmp_path: Path, free_por
 
 async def test_workers_end_when_their_parent_is_gone(tmp_path: Path, free_port: int) -> None:
     engine = FakeEngine(Script())
-    async with engine.serving(host="0.0.0.0") as engine_url:
+    async with engine.serving(also=OTHERS) as engine_url:
         with contextlib.suppress(AssertionError):  # of its exit status
             async with running(tmp_path, free_port, engine_url) as gateway:
                 children = list(gateway.workers().values())
@@ -367,7 +367,7 @@ async def test_at_the_first_start_a_bad_configuration_is_said_once(
 async def test_a_run_directory_has_one_gateway(tmp_path: Path, free_port: int) -> None:
     engine = FakeEngine(Script())
     async with (
-        engine.serving(host="0.0.0.0") as engine_url,
+        engine.serving(also=OTHERS) as engine_url,
         running(tmp_path, free_port, engine_url) as gateway,
     ):
         other = tmp_path / "other.yaml"

@@ -21,12 +21,12 @@ from deploy.dashboards import DASHBOARDS, render
 from gateway.routing.replicas import Replica
 from gateway.telemetry.engines import EngineReader
 from gateway.telemetry.metrics import Metrics
-from gateway.upstream.fake import FakeEngine
+from gateway.upstream.fake import FakeEngine, listen
 from tests.helm.metric_names import RULES, filled
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "gateway"))
 
-from gateway_stack import Stack, addresses, eventually, free_port, running_gateway
+from gateway_stack import OTHERS, Stack, addresses, eventually, free_port, running_gateway
 
 EVERY_S = 0.25
 """Between two scrapes, and between two evaluations."""
@@ -246,8 +246,7 @@ async def test_an_engine_whose_metrics_cannot_be_read_is_told_from_one_that_is_d
     runner = web.AppRunner(app)
     await runner.setup()
     try:
-        await web.TCPSite(runner, "0.0.0.0", 0).start()
-        pools = addresses(f"http://0.0.0.0:{runner.addresses[0][1]}")
+        pools = addresses(await listen(runner, also=OTHERS))
         async with running_gateway(pools=pools) as stack:
             labels = {"model": "assistant", "variant": "int8", "replica": "assistant:int8-0"}
             await eventually(lambda: stack.sample("tiercel_replica_reachable", **labels) == 1)
@@ -302,9 +301,10 @@ SILENT = {
     ("operators", "In the engine's queue"),
     ("operators", "Memory"),
     ("cost", "From the prefix cache"),
-    # Nothing was hedged, asked again or counted on a key, no check broke, and the watch said nothing.
+    # Nothing was hedged, kept, asked again or counted on a key, no check broke, and the watch said nothing.
     ("operators", "Hedges"),
     ("quality", "Asked again"),
+    ("quality", "Kept by consent"),
     ("quality", "Events"),
     ("quality", "Checks that broke"),
     ("cost", "Answered twice"),

@@ -5,7 +5,7 @@
 
 from gateway.upstream.fake.account import Account, Work
 from gateway.upstream.fake.answers import TOKEN_P
-from gateway.upstream.fake.engine import FakeEngine
+from gateway.upstream.fake.engine import FakeEngine, listen
 from gateway.upstream.fake.script import Script
 
-__all__ = ["TOKEN_P", "Account", "FakeEngine", "Script", "Work"]
+__all__ = ["TOKEN_P", "Account", "FakeEngine", "Script", "Work", "listen"]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import struct
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -27,6 +27,17 @@ _ANSWERED = (
     "/v1/responses",
 )
 _POOLED = ("/v1/embeddings", "/score", "/v1/score", "/rerank", "/v1/rerank", "/classify", "/pooling")
+
+
+async def listen(
+    runner: web.AppRunner, port: int = 0, host: str = "127.0.0.1", also: Sequence[str] = ()
+) -> str:
+    """Have a server that is set up listen at a port of several hosts; the URL of the first."""
+    await web.TCPSite(runner, host, port).start()
+    taken: int = runner.addresses[0][1]
+    for other in also:
+        await web.TCPSite(runner, other, taken).start()
+    return f"http://{host}:{taken}"
 
 
 class FakeEngine:
@@ -62,14 +73,15 @@ class FakeEngine:
         return app
 
     @asynccontextmanager
-    async def serving(self, port: int = 0, host: str = "127.0.0.1") -> AsyncIterator[str]:
-        """Serve while the block lasts; gives the base URL. Port 0 takes a free one."""
+    async def serving(
+        self, port: int = 0, host: str = "127.0.0.1", also: Sequence[str] = ()
+    ) -> AsyncIterator[str]:
+        """Serve while the block lasts; gives the base URL. Port 0 takes a free one, ``also`` are other hosts
+        that are listened to at the same port."""
         runner = web.AppRunner(self.app(), handler_cancellation=True, shutdown_timeout=0.1, access_log=None)
         await runner.setup()
         try:
-            site = web.TCPSite(runner, host, port)
-            await site.start()
-            yield f"http://{host}:{runner.addresses[0][1]}"
+            yield await listen(runner, port, host, also)
         finally:
             await runner.cleanup()
 
