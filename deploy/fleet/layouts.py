@@ -18,7 +18,7 @@ from deploy.placement import Machine, Need, Placed, PlacementError
 
 MOST_TOGETHER = 4
 """Variants in one layout, apart from references that must be served beside them."""
-BESIDE_CORES = 0.1
+BESIDE_CORES = 0.05
 """Of a core, what an engine's other processes take, and the gateway for its sake (measured on two cores).
 Where engines leave no core free it is taken from theirs."""
 
