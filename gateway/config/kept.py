@@ -44,8 +44,7 @@ class KeptSettings(Section):
     max_bytes: int = Field(default=64 << 20, ge=1024, description="of all of them; the oldest leave")
     redact: tuple[str, ...] = Field(
         default=(),
-        description="patterns that are replaced beside addresses, numbers and keys: regular expressions "
-        "without look-around and back-references",
+        description="RE2's patterns of what is replaced beside addresses, numbers and keys",
     )
 
     @field_validator("redact")

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gateway.config import ConfigError, KeptSettings
-from gateway.kept.patterns import MOST_STEPS, Pattern, PatternError
+from gateway.kept.patterns import Pattern, PatternError
 from gateway.kept.redact import ALL_OF_IT, Redactor, left, own_pattern
 
 PLAIN = Redactor()
@@ -98,26 +98,22 @@ def test_a_text_of_placeholders_alone_has_nothing_left() -> None:
 # patterns of one's own
 
 EXPRESSIONS = (
-    *("abc", "a|b", "(?:ab)+", "a{2,3}b?", r"\bab\b", "^a", "b$", "[a-b]+1"),
-    *("a.b", r"\d+a", "(a|ab)(c|bcd)*", "a*b", "(?i)AB"),
+    *("qwx", "q|w", "(?:qw)+", "q{2,3}w?", r"\bqw\b", "^q", "w$", "[qw]+1"),
+    *("q.w", r"\d+q", "(q|qw)(x|wxz)*", "q*w", "(?i)QW"),
 )
+"""Of letters that no placeholder has."""
 
 
-@given(expression=st.sampled_from(EXPRESSIONS), text=st.text(st.sampled_from("abcd1 \nAB"), max_size=24))
+@given(expression=st.sampled_from(EXPRESSIONS), text=st.text(st.sampled_from("qwxz1 \nQWé"), max_size=24))
 @settings(max_examples=600, deadline=None)
-def test_a_pattern_finds_what_any_match_covers(expression: str, text: str) -> None:
-    """Against all of Python's matches that begin and end anywhere."""
-    covered: set[int] = set()
+def test_nothing_that_a_pattern_matches_is_left(expression: str, text: str) -> None:
+    """By Python's own matcher, which finds the first match at the same place."""
     flags = re.DOTALL | re.MULTILINE | (re.IGNORECASE if expression.startswith("(?i)") else 0)
-    plain = expression.removeprefix("(?i)")
-    for end in range(1, len(text) + 1):
-        behind = len(text) - end
-        ending = re.compile(rf"(?:{plain})(?=[\s\S]{{{behind}}}\Z)", flags)
-        for start in range(end):
-            if (found := ending.match(text, start)) is not None:
-                covered |= set(range(start, found.end()))
-    places = {place for start, end in Pattern(expression).spans(text) for place in range(start, end)}
-    assert places == covered
+    found = re.compile(expression.removeprefix("(?i)"), flags)
+    spans = Pattern(expression).spans(text)
+    assert [start for start, _ in spans][:1] == [one.start() for one in found.finditer(text)][:1]
+    left_over = Redactor((expression,)).text(text)
+    assert left_over == ALL_OF_IT or found.search(left_over) is None
 
 
 @pytest.mark.parametrize("expression", ["(a+)+b", "(a|aa)+b", "(.*)*x", "(a*)*(a*)*b", r"(\w+\s?)+$x"])
@@ -131,17 +127,17 @@ def test_a_pattern_that_others_never_finish_is_soon_done(expression: str) -> Non
     ("expression", "words"),
     [
         ("a*", "matches an empty text"),
-        ("(?=a)", "look-around and back-references"),
-        (r"(a)\1", "look-around and back-references"),
-        ("(a", "has a ( without a )"),
-        ("a)", "has a ) without a ("),
-        ("*a", "has '*' after nothing"),
-        ("a**", "quantifier after a quantifier"),
+        ("(?=a)", "look-around"),
+        (r"(a)\1", "back-references"),
+        ("(a", "missing )"),
+        ("a)", "unexpected )"),
+        ("a)|(b", "unexpected )"),
+        ("*a", "no argument for repetition operator"),
         ("a++", "possessive"),
-        ("a{3,2}", "begins with the smaller number"),
-        ("[b-a]", "bad character range"),
-        ("[a", "is not known here"),
-        (f"(?:abc){{{MOST_STEPS}}}", f"more than {MOST_STEPS} steps"),
+        ("a{3,2}", "invalid repetition size"),
+        ("[b-a]", "invalid character class range"),
+        ("[a", "missing ]"),
+        ("(?:abc){2000}", "invalid repetition size"),
         ("priv", "matches [private]"),
     ],
 )
