@@ -8,7 +8,10 @@ this one projection made more than half of what 8 bits lose.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Container, Sequence
+
+from tqdm import tqdm
 
 from quantize.core.checkpoint import Checkpoint
 from quantize.core.modules import Modules
@@ -31,7 +34,7 @@ def massive_blocks(checkpoint: Checkpoint, modules: Modules, sequence: Sequence[
     blocks = Blocks(checkpoint, modules)
     states = blocks.start([sequence[:TOKENS]])
     found = {}
-    for layer in range(len(blocks)):
+    for layer in tqdm(range(len(blocks)), desc="outliers", unit="block", file=sys.stderr, delay=2):
         before = states.batches[0].hidden[0].float()
         with blocks.loaded(layer):
             blocks.forward(layer, states)
