@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from gateway.config import ConfigError, KeptSettings
 from gateway.kept.patterns import Pattern, PatternError
-from gateway.kept.redact import ALL_OF_IT, Redactor, left, own_pattern
+from gateway.kept.redact import ALL_OF_IT, Redactor, _luhn, left, own_pattern
 
 PLAIN = Redactor()
 CARDS = ("4111111111111111", "5500 0055 5555 5559", "3400-0000-0000-009", "6011000990139424")
@@ -93,6 +93,16 @@ def test_what_is_laid_bare_again_and_again_is_given_up_in_whole() -> None:
 def test_a_text_of_placeholders_alone_has_nothing_left() -> None:
     assert left(PLAIN.text("bob@example.com  +491701234567")) == ""
     assert left(PLAIN.text("hello bob@example.com")) == "hello"
+
+
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=24), st.data())
+def test_luhns_check_of_any_part_is_the_check_of_its_digits(digits: list[int], data: st.DataObject) -> None:
+    start = data.draw(st.integers(0, len(digits) - 1))
+    end = data.draw(st.integers(start + 1, len(digits)))
+    total = 0
+    for number, digit in enumerate(reversed(digits[start:end])):
+        total += sum(map(int, str(digit * (1 + number % 2))))
+    assert _luhn(digits)(start, end) == (total % 10 == 0 and any(digits[start:end]))
 
 
 # patterns of one's own
