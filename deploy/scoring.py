@@ -36,6 +36,7 @@ from quantize.evaluate.client import EngineError
 
 Say = Callable[[str], None]
 AT_ONCE = 4
+WAITS = "what was not scored waits for the next `tiercel watch score`"
 
 
 @dataclass
@@ -217,9 +218,9 @@ class _Scoring:
         except TimeoutError:
             raise UnansweredError(f"{variant}{path} gave no answer in time") from None
         except (aiohttp.ClientError, OSError) as error:
-            raise EngineError(f"{url}: {type(error).__name__}: {error}") from None
+            raise EngineError(f"{url}: {type(error).__name__}: {error}; {WAITS}") from None
         if response.status >= 500:
-            raise EngineError(f"{url} answered {response.status}")
+            raise EngineError(f"{url} answered {response.status}; {WAITS}")
         if response.status != 200 or len(raw) > LONGEST_ANSWER:
             raise UnansweredError(f"{variant}{path} answered with status {response.status}")
         return raw
