@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from gateway.config import Signals
 from tiercel_agents.headers import from_a2a, from_mcp, identity
 
+TRACED = {"traceparent": "00-1-2-01", "baggage": "a=b"}
 PAGE = (Path(__file__).parents[2] / "docs" / "clients.md").read_text(encoding="utf-8")
 
 
@@ -43,11 +44,11 @@ def test_no_value_breaks_out_of_its_header(agent: str, session: str) -> None:
     ("meta", "headers"),
     [
         ({}, {}),
-        ({"baggage": "a=b", "traceparent": "00-1-2-01", "progressToken": 7}, {"traceparent": "00-1-2-01", "baggage": "a=b"}),
+        ({"baggage": "a=b", "traceparent": "00-1-2-01", "progressToken": 7}, TRACED),
         ({"baggage": 7, "tracestate": ["x"]}, {}),
         ({"baggage": "a=b\r\nx-agent-role: core"}, {}),
     ],
-)  # fmt: skip
+)
 def test_mcp_carries_tracing_and_nothing_else(meta: dict[str, Any], headers: dict[str, str]) -> None:
     assert from_mcp(meta) == headers
 
