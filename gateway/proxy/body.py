@@ -16,7 +16,6 @@ its value and the fix.
 
 from __future__ import annotations
 
-import contextlib
 import enum
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -37,14 +36,14 @@ from gateway.proxy.coercions import (
     needed,
     stream_options_of,
 )
-from gateway.proxy.lenient import in_utf8, without_lone_surrogates
+from gateway.proxy.lenient import in_utf8
 
 LARGEST_READ_BYTES = 64 << 10
 """Of a field that the gateway reads besides the engine. A larger one passes unread: what says who asks is
 short, and decoding megabytes would hold everybody up."""
 LARGEST_LENIENT_BYTES = 64 << 10
 """Of a body that is not the JSON of RFC 8259 and that Python takes (NaN, for one). It has to be made objects
-of as a whole, which takes a second for a few megabytes."""
+of as a whole, which takes a second for a few megabytes. A larger one is read by ``large.py``."""
 LARGE_BYTES = 256 << 10
 """Of a body that is worth not being copied."""
 NEEDED = ("model", "stream", "stream_options")
@@ -198,9 +197,6 @@ class Body:
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             if len(self._raw) <= LARGEST_LENIENT_BYTES:
                 return self._as_python_reads_it()
-            with contextlib.suppress(msgspec.MsgspecError, UnicodeDecodeError):
-                # Engines get them as they are; the gateway reads past them.
-                return _strictly(decode, without_lone_surrogates(self._raw))
             raise BadRequestError(
                 f"The body is not valid JSON ({error}); send a JSON object as RFC 8259 has it."
             ) from None

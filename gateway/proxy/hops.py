@@ -126,7 +126,13 @@ class ReadBody:
             or not (len(raw) <= SMALL_BYTES or quickly_read(raw))
         ):
             return self._read(exchange, admitted)
-        _ask(exchange, Body(raw, exchange.endpoint.reads))
+        try:
+            body = Body(raw, exchange.endpoint.reads)
+        except BadRequestError:
+            if len(raw) <= SMALL_BYTES:
+                raise
+            return self._read(exchange, admitted)  # by its first level alone it may be one
+        _ask(exchange, body)
         return None
 
     async def _read(self, exchange: Exchange, admitted: Admitted) -> None:

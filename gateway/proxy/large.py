@@ -17,6 +17,7 @@ import msgspec
 
 from gateway.errors import BadRequestError
 from gateway.proxy.body import (
+    LARGEST_LENIENT_BYTES,
     LARGEST_READ_BYTES,
     NEEDED,
     TOO_DEEP,
@@ -41,7 +42,7 @@ from gateway.proxy.scan import (
 from gateway.wire.encodings import decoded
 from gateway.wire.requests import WHOLE_BYTES, Received
 
-SMALL_BYTES = 64 << 10
+SMALL_BYTES = LARGEST_LENIENT_BYTES
 """A body of up to this is read at once, whatever is in it."""
 TURN_S = 0.00025
 """How long one turn takes, and a step more."""
@@ -77,7 +78,11 @@ class LargeReader:
         if coding:
             raw = await asyncio.to_thread(decoded, raw, coding, limit)
         if quickly_read(raw):
-            return Body(raw, reads)
+            try:
+                return Body(raw, reads)
+            except BadRequestError:
+                if len(raw) <= SMALL_BYTES:
+                    raise
         other = json.detect_encoding(raw[:4])
         if other != "utf-8":
             raw = await asyncio.to_thread(b"".join, await self.in_turns(_in_utf8(raw, other)))

@@ -15,7 +15,7 @@ from test_body import OURS, bodies, same
 
 from gateway.errors import BadRequestError, BodyTooLargeError
 from gateway.proxy import large
-from gateway.proxy.body import LARGEST_READ_BYTES, Body, Reads, RequestFields
+from gateway.proxy.body import LARGEST_LENIENT_BYTES, LARGEST_READ_BYTES, Body, Reads, RequestFields
 from gateway.proxy.large import SMALL_BYTES, LargeBody, LargeReader, quickly_read
 from gateway.wire.requests import WHOLE_BYTES, Received
 
@@ -87,6 +87,32 @@ def test_an_engine_is_left_what_only_it_looks_at() -> None:
 def test_what_cannot_be_read_is_refused(raw: bytes, says: str) -> None:
     with pytest.raises(BadRequestError, match=says):
         read_in_turns(raw)
+
+
+@pytest.mark.parametrize("filled", [1, LARGEST_LENIENT_BYTES])
+async def test_what_only_python_reads_passes_in_a_body_of_any_size(filled: int) -> None:
+    """JavaScript writes halves of characters where it has cut a text within one."""
+    for value in (
+        r'"\ud83d"',
+        r'"\ude00"',
+        r'"\\\ud83d"',
+        r'"\ud83d\ud83d"',
+        r'"\ud83d\ude00\ude00"',
+        "[NaN]",
+    ):
+        raw = b'{"model": "m", "messages": [%b, "%b"]}' % (value.encode(), b"x" * filled)
+        body = await read(raw)
+        assert body.fields.model == "m"
+        assert same(json.loads(body.with_({})), json.loads(raw))
+
+
+@pytest.mark.parametrize("coding", ["utf-8-sig", "utf-16", "utf-16-le", "utf-32"])
+@pytest.mark.parametrize("size", [LARGEST_LENIENT_BYTES, WHOLE_BYTES])
+async def test_large_bodies_in_other_encodings_are_read_as_json(coding: str, size: int) -> None:
+    """Without making objects of what is in them."""
+    text = '{"model": "m", "messages": ["%s"]}' % ("é" * size)
+    body = await read(text.encode(coding))
+    assert (body.fields.model, body.json) == ("m", text.encode())
 
 
 def test_only_what_is_needed_of_large_fields_is_read() -> None:
