@@ -83,9 +83,10 @@ class LargeReader:
             except BadRequestError:
                 if len(raw) <= SMALL_BYTES:
                     raise
-        other = json.detect_encoding(raw[:4])
-        if other != "utf-8":
-            raw = await asyncio.to_thread(b"".join, await self.in_turns(_in_utf8(raw, other)))
+        coding = json.detect_encoding(raw[:4])
+        parts = await self.in_turns(_in_utf8(raw, coding))
+        if parts:
+            raw = await asyncio.to_thread(b"".join, parts)
         try:
             found = await self.in_turns(first_level(raw))
             body = LargeBody(raw, found, reads)
@@ -184,13 +185,15 @@ def _prompts(raw: bytes, begin: int) -> Steps[int]:
 
 
 def _in_utf8(raw: bytes, coding: str) -> Steps[list[bytes]]:
-    """Parts of the same in UTF-8 and without a byte order mark. Raises BadRequestError."""
+    """Parts of the same in UTF-8 and without a byte order mark; none where it is that already. Raises
+    BadRequestError for what is no text."""
     decoder = codecs.getincrementaldecoder(coding)("surrogatepass")
-    parts = []
+    parts: list[bytes] = []
     try:
         for at in range(0, len(raw), WINDOW):
             text = decoder.decode(raw[at : at + WINDOW], at + WINDOW >= len(raw))
-            parts.append(text.encode("utf-8", "surrogatepass"))
+            if coding != "utf-8":
+                parts.append(text.encode("utf-8", "surrogatepass"))
             yield
     except UnicodeError as error:
         raise BadRequestError(f"The body is not valid JSON ({error}); send it in UTF-8.") from None
