@@ -147,10 +147,9 @@ class Exchange:
         self.attempts: list[Attempt] = []
         # what the hops decide
         self.body: Body = EMPTY
-        self.model = ""
+        self.model = ""  # as the client named it
         self.names_model = True
         """False: the body names none, and the engine takes the one that it has."""
-        """As the client named it."""
         self.options: OutputOptions = WHOLE
         self.caller: Caller | None = None
         self.route: Route | None = None
