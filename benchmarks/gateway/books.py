@@ -171,17 +171,27 @@ async def run(options: argparse.Namespace) -> dict[str, Any]:
                 wrong = await balanced(gateway, lambda: trial.expected(replicas))
             finally:
                 gateway.stop()
+    return {
+        "seed": options.seed,
+        "requests": asked,
+        "attempts": sum(len(engine.account) for engine in engines),
+        "seconds": round(time.monotonic() - began, 1),
+        **_found(trial, gateway),
+        "load": [round(value, 1) for value in os.getloadavg()],
+        "wrong": {" ".join(label): values for label, values in wrong.items()},
+        "fallen": gateway.fallen,
+    }
+
+
+def _found(trial: Trial, gateway: Gateway) -> dict[str, Any]:
+    """What became of the requests, and of the tokens."""
     outcomes: Counter[str] = Counter()
     for label, count in gateway.outcomes.items():
         outcomes[label[-1]] += count
     statuses = Counter(outcome.status for outcome in trial.outcomes.values())  # 0: nothing came
     return {
-        "seed": options.seed,
-        "requests": asked,
         "statuses": {str(status): count for status, count in sorted(statuses.items())},
-        "attempts": sum(len(engine.account) for engine in engines),
         "restarts": gateway.restarts,
-        "seconds": round(time.monotonic() - began, 1),
         "tokens": {
             kind: sum(
                 n
@@ -194,9 +204,6 @@ async def run(options: argparse.Namespace) -> dict[str, Any]:
             n for label, n in gateway.books.items() if label[0] == "tiercel_usage_unreported_total"
         ),
         "prompts of these": dict(sorted(outcomes.items())),
-        "load": [round(value, 1) for value in os.getloadavg()],
-        "wrong": {" ".join(label): values for label, values in wrong.items()},
-        "fallen": gateway.fallen,
     }
 
 

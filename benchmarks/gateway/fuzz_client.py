@@ -15,6 +15,7 @@ from gateway.errors import GatewayError, UnauthenticatedError
 from gateway.wire.client import STATUS_LINES, Call, ClientConnection
 from gateway.wire.flow import Admission, Intake
 from gateway.wire.heads import RequestHead
+from gateway.wire.requests import Received
 from gateway.wire.states import ClientState
 
 HIGH_WATER_BYTES = 64 << 10
@@ -111,7 +112,8 @@ class ScriptedHandler:
             raise UnauthenticatedError("no")
         return Admission("tenant", 1 << 20)
 
-    def serve(self, client: ClientConnection, head: RequestHead, body: bytes) -> Call | None:
+    def serve(self, client: ClientConnection, head: RequestHead, body: Received) -> Call | None:
+        assert isinstance(body, bytes)  # no request here is so large
         request = self.requests[int(head.headers["x-n"])]
         self.served.append(request.number)
         if marked(request.number, body) != request.answer[: request.answer.index(b";") + 1]:

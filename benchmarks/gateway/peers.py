@@ -163,6 +163,13 @@ def tiercel(port: int, upstream: int, **changes: object) -> tuple[list[str], str
     return [sys.executable, "-m", "gateway", "--config", str(path)], "/readiness"
 
 
+def _four_replicas(port: int, upstream: int) -> tuple[list[str], str]:
+    """The same with four replicas, among which the policy that looks at prompts chooses."""
+    replicas = [f"http://127.0.0.{number}:{upstream}" for number in (1, 3, 4, 5)]
+    pools = {"bf16": replicas, "int8": [f"http://127.0.0.2:{upstream}"]}
+    return tiercel(port, upstream, pools=pools, gateway={"port": port, "policy": "prefix_aware"})
+
+
 def _nginx(port: int, upstream: int) -> tuple[list[str], str]:
     """One worker, connections kept on both sides, nothing buffered."""
     folder = WORK / "nginx"
@@ -232,6 +239,7 @@ PEERS = {
     peer.name: peer
     for peer in (
         Peer("tiercel", tiercel),
+        Peer("tiercel-4-replicas", _four_replicas),
         Peer("nginx", _nginx),
         Peer("vllm-router", _vllm_router),
         Peer("smg", _smg),

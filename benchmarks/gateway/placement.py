@@ -162,18 +162,23 @@ class CacheAware:
         return chosen, 0.0
 
 
-def simulate(
-    sessions: list[Session], policy: SelectionPolicy, replicas: int, capacity: int, seed: int = 1
-) -> dict[str, float]:
-    """``capacity``: blocks of a replica's cache. ``seed``: of the sessions' arrivals."""
-    now = 0.0
-    clock = lambda: now  # noqa: E731
+def _engines(replicas: int, capacity: int, clock: Callable[[], float]) -> dict[Replica, Engine]:
     engines = {}
     for n in range(replicas):
         replica = Replica("v", f"v-{n}", f"http://127.0.0.1:{n + 1}", clock)
         # The gateway takes 4 bytes for a token: what a cache of so many blocks is said to hold.
         replica.read(Reading(cache_tokens=int(capacity * BLOCK_BYTES / 4)))
         engines[replica] = Engine(replica, capacity)
+    return engines
+
+
+def simulate(
+    sessions: list[Session], policy: SelectionPolicy, replicas: int, capacity: int, seed: int = 1
+) -> dict[str, float]:
+    """``capacity``: blocks of a replica's cache. ``seed``: of the sessions' arrivals."""
+    now = 0.0
+    clock = lambda: now  # noqa: E731
+    engines = _engines(replicas, capacity, clock)
     queue: list[tuple[float, int, Callable[[], None]]] = []
     order = itertools.count()
     ttfts: list[float] = []
@@ -219,14 +224,19 @@ def simulate(
     while queue:
         now, _, what = heapq.heappop(queue)
         what()
-    hits, asked = sum(e.hits for e in engines.values()), sum(e.asked for e in engines.values())
+    return _figures(list(engines.values()), ttfts) | {
+        "makespan_s": now,
+        "imbalance": statistics.fmean(value for _, value in imbalance),
+    }
+
+
+def _figures(engines: Sequence[Engine], ttfts: list[float]) -> dict[str, float]:
+    hits, asked = sum(engine.hits for engine in engines), sum(engine.asked for engine in engines)
     ttfts.sort()
     return {
         "hit_rate": hits / asked,
         "p50_s": ttfts[len(ttfts) // 2],
         "p95_s": ttfts[int(0.95 * len(ttfts))],
-        "makespan_s": now,
-        "imbalance": statistics.fmean(value for _, value in imbalance),
         "requests": len(ttfts),
     }
 

@@ -64,6 +64,8 @@ METRICS = (
     b"# TYPE vllm:num_requests_running gauge\nvllm:num_requests_running 0\n"
     b"# TYPE vllm:num_requests_waiting gauge\nvllm:num_requests_waiting 0\n"
 )
+HOSTS = ("127.0.0.1", "127.0.0.2", "127.0.0.3", "127.0.0.4", "127.0.0.5")
+"""It stands for several engines: an address is one replica's."""
 
 
 class Engine(asyncio.Protocol):
@@ -155,8 +157,7 @@ class Engine(asyncio.Protocol):
 
 async def _serve(port: int) -> None:
     loop = asyncio.get_running_loop()
-    hosts = "127.0.0.1", "127.0.0.2"  # the pools of two variants have an address each
-    server = await loop.create_server(lambda: Engine(loop), hosts, port, backlog=4096)
+    server = await loop.create_server(lambda: Engine(loop), HOSTS, port, backlog=4096)
     await server.serve_forever()
 
 

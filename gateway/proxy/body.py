@@ -16,10 +16,9 @@ its value and the fix.
 
 from __future__ import annotations
 
-import contextlib
 import enum
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import msgspec
@@ -37,22 +36,24 @@ from gateway.proxy.coercions import (
     needed,
     stream_options_of,
 )
-from gateway.proxy.lenient import in_utf8, without_lone_surrogates
+from gateway.proxy.lenient import in_utf8
 
 LARGEST_READ_BYTES = 64 << 10
 """Of a field that the gateway reads besides the engine. A larger one passes unread: what says who asks is
 short, and decoding megabytes would hold everybody up."""
 LARGEST_LENIENT_BYTES = 64 << 10
 """Of a body that is not the JSON of RFC 8259 and that Python takes (NaN, for one). It has to be made objects
-of as a whole, which takes a second for a few megabytes."""
+of as a whole, which takes a second for a few megabytes. A larger one is read by ``large.py``."""
 LARGE_BYTES = 256 << 10
-"""Of a body that is worth not being copied, or looked at twice."""
+"""Of a body that is worth not being copied."""
+NEEDED = ("model", "stream", "stream_options")
+"""Fields that cannot be passed on unread."""
 PROMPT_FIELDS = ("input", "instructions", "messages", "prompt", "system", "texts", "token_ids", "tools")
 """What becomes prompts, at one endpoint or another."""
 _SPACE = b" \t\r\n"
 _USUAL_ENDS = (b'"}', b"]}", b"}}", b"e}", *(b"%d}" % digit for digit in range(10)))
 """Of an object that is not empty."""
-_TOO_DEEP = "The body is nested too deeply; send a flatter JSON object."
+TOO_DEEP = "The body is nested too deeply; send a flatter JSON object."
 
 
 class Reads(enum.Enum):
@@ -130,19 +131,21 @@ _KNOWN: msgspec.json.Decoder[Any] = msgspec.json.Decoder(
 class Body:
     """A JSON object by its first-level fields, and ``fields``, what matters of them here."""
 
-    __slots__ = ("_all", "_known", "_raw", "_values", "fields")
+    __slots__ = ("_all", "_known", "_raw", "_values", "fields", "prompts")
 
-    def __init__(self, raw: bytes, reads: Reads = Reads.OPTIONS, *, utf8: bool = False) -> None:
-        """``utf8``: ``raw`` is known to be that. Raises BadRequestError for what is no JSON object, and for a
-        field that is needed here and that vLLM could not read either."""
+    def __init__(self, raw: bytes, reads: Reads = Reads.OPTIONS) -> None:
+        """Raises BadRequestError for what is no JSON object, and for a field that is needed here and that
+        vLLM could not read either."""
         self._raw = raw
+        self.prompts: int | None = None
+        """How many prompts it has, where that was counted while it was read."""
         self._all: dict[str, msgspec.Raw] | None = None
         self._known: dict[str, msgspec.Raw] | None = None
         self._values: dict[str, Any] = {}
         self.fields: RequestFields
         try:
             fields = _USUAL.decode(raw)
-            if not (utf8 or raw.isascii()):
+            if not raw.isascii():
                 raw.decode()  # msgspec does not look into what it skips
         except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError):
             self.fields = self._read(reads)
@@ -192,13 +195,10 @@ class Body:
         except msgspec.ValidationError:
             raise BadRequestError(f"The body is {kind_of_json(self._raw)}; send a JSON object.") from None
         except RecursionError:
-            raise BadRequestError(_TOO_DEEP) from None
+            raise BadRequestError(TOO_DEEP) from None
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             if len(self._raw) <= LARGEST_LENIENT_BYTES:
                 return self._as_python_reads_it()
-            with contextlib.suppress(msgspec.MsgspecError, UnicodeDecodeError):
-                # Engines get them as they are; the gateway reads past them.
-                return _strictly(decode, without_lone_surrogates(self._raw))
             raise BadRequestError(
                 f"The body is not valid JSON ({error}); send a JSON object as RFC 8259 has it."
             ) from None
@@ -212,7 +212,7 @@ class Body:
                 raise BadRequestError(f"The body is {kind_of(values)}; send a JSON object.")
             fields = {name: json.dumps(value).encode() for name, value in values.items()}
         except RecursionError:
-            raise BadRequestError(_TOO_DEEP) from None
+            raise BadRequestError(TOO_DEEP) from None
         except ValueError as error:  # of Unicode and of numbers that are too long, too
             raise BadRequestError(f"The body is not valid JSON ({error}); send a JSON object.") from None
         self._values = values
@@ -268,6 +268,14 @@ class Body:
         if raw.endswith(_USUAL_ENDS):
             return memoryview(raw)[:-1], ours + b"}"
         return memoryview(self.with_fields(ours)), b""
+
+    def changed(self, changes: Mapping[str, bytes], reads: Reads) -> Body:
+        """The body that ``with_`` gives. Raises BadRequestError as at the beginning."""
+        return Body(self.with_(changes), reads)
+
+    def only(self, names: Sequence[str]) -> bytes:
+        """JSON of an object that has these of the fields, and perhaps others."""
+        return self._raw
 
     def everything(self) -> dict[str, Any]:
         """All values, as a copy."""
@@ -356,7 +364,7 @@ def _value(field: str, raw: msgspec.Raw) -> Any:
     try:
         return json.loads(bytes(raw))
     except RecursionError:
-        raise BadRequestError(_TOO_DEEP, param=field) from None
+        raise BadRequestError(TOO_DEEP, param=field) from None
     except ValueError as error:
         raise BadRequestError(f"{field}: {error}; send a smaller one", param=field) from None
 

@@ -24,6 +24,7 @@ from gateway.upstream.options import WHOLE, OutputOptions
 from gateway.upstream.readers import Reader, TappedReader
 from gateway.wire.client import ClientConnection
 from gateway.wire.heads import RequestHead
+from gateway.wire.requests import Received
 
 _SANE_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 _ID_PREFIX = os.urandom(10).hex()
@@ -42,8 +43,8 @@ class Attempt(Protocol):
     did_nothing: bool
     """It provably did no work, or its replica says so: by an answer other than 200."""
 
-    def request_body(self) -> bytes | None:
-        """As an engine got it; None of what no engine was sent."""
+    def request_body(self) -> tuple[bytes | memoryview, ...] | None:
+        """As an engine got it, in parts; None of what no engine was sent."""
 
     def start(self) -> None: ...
 
@@ -133,7 +134,7 @@ class Exchange:
         client: ClientConnection,
         endpoint: Endpoint,
         head: RequestHead,
-        raw: bytes,
+        raw: Received,
         now: float,
     ) -> None:
         self.pipeline, self.client, self.endpoint = pipeline, client, endpoint
@@ -146,10 +147,9 @@ class Exchange:
         self.attempts: list[Attempt] = []
         # what the hops decide
         self.body: Body = EMPTY
-        self.model = ""
+        self.model = ""  # as the client named it
         self.names_model = True
         """False: the body names none, and the engine takes the one that it has."""
-        """As the client named it."""
         self.options: OutputOptions = WHOLE
         self.caller: Caller | None = None
         self.route: Route | None = None

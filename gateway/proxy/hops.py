@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Awaitable, Container
 from typing import Any
 
 import msgspec
@@ -11,9 +11,10 @@ from gateway.config import Config
 from gateway.errors import BadRequestError, MethodNotAllowedError, NoWebSocketError
 from gateway.identity import Identities, Sender
 from gateway.kept.keeper import Keeper
-from gateway.proxy.body import LARGE_BYTES, Body
+from gateway.proxy.body import Body
 from gateway.proxy.endpoints import INVOCATIONS, Endpoint, Form, endpoint_of
 from gateway.proxy.exchange import Attempt, Exchange
+from gateway.proxy.large import SMALL_BYTES, LargeReader, quickly_read
 from gateway.proxy.record import NO_USAGE, Record, Usage
 from gateway.quality.observe import Observed, Observer
 from gateway.routing.choices import Reason
@@ -23,7 +24,6 @@ from gateway.telemetry.propagation import PASSED_ON
 from gateway.upstream.options import STREAM, OutputOptions
 from gateway.upstream.settle import Settlement, Unreported, owes_usage
 from gateway.wire.cors import Cors
-from gateway.wire.encodings import decoded
 from gateway.wire.flow import Admission
 from gateway.wire.heads import RequestHead
 
@@ -106,31 +106,51 @@ class Admit:
 
 
 class ReadBody:
-    """What is asked: the body, as far as the gateway depends on it."""
+    """What is asked: the body, as far as the gateway depends on it. What takes long is read in turns."""
 
-    def __call__(self, exchange: Exchange) -> None:
+    def __init__(self) -> None:
+        self._large = LargeReader()
+
+    def __call__(self, exchange: Exchange) -> Awaitable[None] | None:
         admitted: Admitted = exchange.head.memo
-        endpoint = exchange.endpoint
+        raw = exchange.raw
         if not admitted.is_json:
             # Also what keeps a web page from posting here unasked: browsers send this type only after a
             # preflight request, which is answered for the origins in `gateway.cors_origins` alone.
             raise BadRequestError(
                 "content-type: send the header `content-type: application/json`", param="content-type"
             )
-        raw, utf8 = exchange.raw, False
-        if admitted.coding:
-            raw = exchange.raw = decoded(raw, admitted.coding, admitted.admission.max_body_bytes)
-        elif len(raw) > LARGE_BYTES:
-            utf8 = exchange.client.utf8
-        body = exchange.body = Body(raw, endpoint.reads, utf8=utf8)
-        if endpoint is INVOCATIONS:
-            endpoint = exchange.endpoint = endpoint.of(body)
-        fields = body.fields
-        exchange.model = fields.model
-        if endpoint.form is COMPLETIONS:
-            exchange.options = OutputOptions.of(fields, chat=endpoint.chat, body=body)
-        elif endpoint.form is not Form.PLAIN and fields.stream:
-            exchange.options = STREAM
+        if (
+            admitted.coding
+            or not isinstance(raw, bytes)
+            or not (len(raw) <= SMALL_BYTES or quickly_read(raw))
+        ):
+            return self._read(exchange, admitted)
+        try:
+            body = Body(raw, exchange.endpoint.reads)
+        except BadRequestError:
+            if len(raw) <= SMALL_BYTES:
+                raise
+            return self._read(exchange, admitted)  # by its first level alone it may be one
+        _ask(exchange, body)
+        return None
+
+    async def _read(self, exchange: Exchange, admitted: Admitted) -> None:
+        raw, exchange.raw = exchange.raw, b""
+        limit, reads = admitted.admission.max_body_bytes, exchange.endpoint.reads
+        _ask(exchange, await self._large.read(raw, admitted.coding, limit, reads))
+
+
+def _ask(exchange: Exchange, body: Body) -> None:
+    exchange.body = body
+    endpoint, fields = exchange.endpoint, body.fields
+    if endpoint is INVOCATIONS:
+        endpoint = exchange.endpoint = endpoint.of(body)
+    exchange.model = fields.model
+    if endpoint.form is COMPLETIONS:
+        exchange.options = OutputOptions.of(fields, chat=endpoint.chat, body=body)
+    elif endpoint.form is not Form.PLAIN and fields.stream:
+        exchange.options = STREAM
 
 
 class Identify:

@@ -34,6 +34,7 @@ from gateway.wire.asgi import AsgiCall
 from gateway.wire.client import STATUS_LINES, Call, ClientConnection
 from gateway.wire.flow import Admission, Intake
 from gateway.wire.heads import RequestHead
+from gateway.wire.requests import Received
 from quantize.card import Card
 
 LONGEST_TICK_S = 0.25
@@ -94,7 +95,7 @@ class DataPlane:
             return known
         return self.snapshot.admit(head).admission
 
-    def serve(self, client: ClientConnection, head: RequestHead, body: bytes) -> Call | None:
+    def serve(self, client: ClientConnection, head: RequestHead, body: Received) -> Call | None:
         snapshot = self.snapshot
         admitted = head.memo
         if admitted is None or admitted.by is not snapshot.admit:
@@ -105,6 +106,7 @@ class DataPlane:
             return None
         if endpoint is None:
             assert self.app is not None
+            assert isinstance(body, bytes)  # PAGE_BODY_BYTES are no large body
             return AsgiCall(self.app, client, head, body, self.reply.date, admitted.more)
         exchange = Exchange(snapshot.pipeline, client, endpoint, head, body, self.clock())
         self.active.add(exchange)

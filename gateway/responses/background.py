@@ -173,7 +173,6 @@ class StoreClient:
     old = True
     """As of HTTP/1.0: what it is sent has no chunks around it."""
     transport = None
-    utf8 = False
 
     def __init__(self, stored: Stored, ended: Callable[[Stored], None]) -> None:
         self.call: Call | None = None

@@ -47,7 +47,6 @@ _DEFAULTS = {
 class Asked(msgspec.Struct):
     """What a request to ``/v1/responses`` says of being kept and of going on."""
 
-    input: Raw = Raw(b"")
     previous_response_id: Any = None
     store: Any = None
     background: Any = None
@@ -71,11 +70,11 @@ def read(raw: bytes) -> Asked | None:
     """None for what is no JSON object, as RFC 8259 has it: it goes to the engine as it is."""
     try:
         fields = _ASKED.decode(raw)
-        given = {name: value for name in _SMALL if (value := getattr(fields, name)) is not UNSET}
+        given = {name: value for name in ASKED if (value := getattr(fields, name)) is not UNSET}
         small = {name: _LARGE if len(value) > 1024 else _decoded(value) for name, value in given.items()}
     except (msgspec.MsgspecError, RecursionError):
         return None
-    return Asked(input=Raw(b"") if fields.input is UNSET else fields.input, **small)
+    return Asked(**small)
 
 
 def _decoded(value: Raw) -> Any:
@@ -88,7 +87,7 @@ _ASKED: msgspec.json.Decoder[Any] = msgspec.json.Decoder(
     )
 )
 """The same, not looked into. Whatever else a request has is skipped, however many fields that are."""
-_SMALL = tuple(name for name in Asked.__struct_fields__ if name != "input")
+ASKED = Asked.__struct_fields__
 _LARGE = ("…",)
 """Stands for a value that is none of those that mean something."""
 
@@ -108,10 +107,10 @@ def is_id(value: Any) -> bool:
     return isinstance(value, str) and _ID.fullmatch(value) is not None
 
 
-def own_input(raw: Raw) -> bytes:
+def own_input(raw: bytes) -> bytes:
     """A request's ``input`` as an array of items; empty for what is neither a string nor a list, which the
     engine refuses."""
-    text = bytes(raw).strip()
+    text = raw.strip()
     if text.startswith(b'"'):
         return b'[{"type":"message","role":"user","content":%b}]' % text
     return text if text.startswith(b"[") else b"[]"

@@ -5,6 +5,7 @@ The engine gets a request of its own kind: the whole conversation, nothing to lo
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable
 from dataclasses import replace
 from functools import partial
@@ -14,7 +15,7 @@ import msgspec
 
 from gateway.config import ApiKey
 from gateway.errors import BadRequestError, ConversationTooLongError, PreviousResponseError
-from gateway.proxy.body import Body
+from gateway.proxy.body import LARGE_BYTES
 from gateway.proxy.reply import Reply
 from gateway.responses import conversation
 from gateway.responses.background import Background
@@ -47,7 +48,11 @@ class ContinueResponse:
 
     def __call__(self, exchange: Exchange) -> Awaitable[None] | None:
         path = exchange.endpoint.path
-        if not path.startswith(PATH) or (asked := conversation.read(exchange.body.json)) is None:
+        if not path.startswith(PATH):
+            return None
+        body = exchange.body
+        asked = conversation.read(body.only(conversation.ASKED))
+        if asked is None:
             return None
         self._refuse(asked)
         if path != PATH:
@@ -62,13 +67,16 @@ class ContinueResponse:
         if background:
             self._check_background(asked, store)
         elif asked.previous_response_id is None:
-            if keeps and asked.previous_input_messages is None:
-                self._begin(exchange, asked, None, keeps=True)
-            return None
+            if not keeps or asked.previous_input_messages is not None:
+                return None
+            if body.size <= LARGE_BYTES:
+                self._begin(exchange, conversation.own_input(body.raw("input")), None, keeps=True)
+                return None
         return self._continue(exchange, asked, keeps=keeps, background=background)
 
     async def _continue(self, exchange: Exchange, asked: Asked, *, keeps: bool, background: bool) -> None:
-        new = conversation.own_input(asked.input)
+        # Megabytes take long to be copied; joining them leaves the interpreter to others.
+        new = conversation.own_input(await asyncio.to_thread(b"".join, (exchange.body.view("input"),)))
         previous = None
         if asked.previous_response_id is not None:
             previous = await self._previous(owner_of(_key(exchange)), asked.previous_response_id, new)
@@ -77,7 +85,7 @@ class ContinueResponse:
                 exchange, self._stored(exchange, new, previous), previous, self._reply
             )
         else:
-            self._begin(exchange, asked, previous, keeps=keeps)
+            self._begin(exchange, new, previous, keeps=keeps)
 
     async def _previous(self, owner: str, response_id: str, new: bytes) -> Previous:
         """Raises PreviousResponseError, ConversationTooLongError and StoreDownError."""
@@ -119,7 +127,7 @@ class ContinueResponse:
             )
         return found
 
-    def _begin(self, exchange: Exchange, asked: Asked, previous: Previous | None, *, keeps: bool) -> None:
+    def _begin(self, exchange: Exchange, new: bytes, previous: Previous | None, *, keeps: bool) -> None:
         """Give the engine its own request, and have the answer followed."""
         if keeps and not self._responses.usable:
             self._responses.dropped("store_down")
@@ -127,8 +135,8 @@ class ContinueResponse:
         changes = {"store": b"false"}
         if previous is not None:
             changes |= {"input": previous.input, "previous_response_id": b"null"}
-        new = conversation.own_input(asked.input)
-        set_body(exchange, exchange.body.with_(changes))
+        body = exchange.body = exchange.body.changed(changes, exchange.endpoint.reads)
+        body.fields.model = exchange.model
         shown = {
             "previous_response_id": msgspec.json.encode(previous and previous.id),
             "store": b"true" if keeps else b"false",
@@ -190,13 +198,6 @@ class ContinueResponse:
             why = "cannot be streamed here; leave `stream` out and ask GET /v1/responses/{id} for the answer"
         if why is not None:
             raise BadRequestError(f"background: {why}", param="background")
-
-
-def set_body(exchange: Exchange, raw: bytes) -> None:
-    """Give an exchange another body, which passes for the client's from here on."""
-    exchange.raw = raw
-    exchange.body = Body(raw, exchange.endpoint.reads)
-    exchange.body.fields.model = exchange.model
 
 
 def _key(exchange: Exchange) -> ApiKey | None:

@@ -167,7 +167,7 @@ class ProviderAttempt:
         self._task: asyncio.Task[None] | None = None
         self._lease = replica.take()
 
-    def request_body(self) -> bytes | None:
+    def request_body(self) -> tuple[bytes | memoryview, ...] | None:
         return None
 
     def start(self) -> None:

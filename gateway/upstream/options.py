@@ -67,6 +67,8 @@ _LIST = msgspec.json.Decoder(list[msgspec.Raw])
 
 def _prompts(body: Body) -> int:
     """A text is one prompt, a list of token ids too; a list of either is many."""
+    if body.prompts is not None:
+        return body.prompts
     raw = body.raw("prompt").lstrip()
     if not raw.startswith(b"["):
         return 1

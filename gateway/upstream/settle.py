@@ -90,8 +90,8 @@ class Unreported(msgspec.Struct, frozen=True, gc=False):
     """The engine's, without a path."""
     path: str
     """Of the endpoint, as the engine was asked."""
-    body: bytes | None
-    """JSON, as the engine got it; None of a provider's, which cannot be asked."""
+    body: tuple[bytes | memoryview, ...] | None
+    """JSON, as the engine got it, in parts; None of a provider's, which cannot be asked."""
     usage: Usage
     """As far as it was heard of."""
 
@@ -136,7 +136,7 @@ class Settlement:
         if attempt.body is None:
             self._count(attempt, "unknown")
             return
-        size = len(attempt.body)
+        size = sum(map(len, attempt.body))
         too_many = self._owed >= MOST_WAITING or self._bytes + size > MOST_BYTES
         if size > LARGEST_BYTES or too_many:
             self._count(attempt, "dropped")
@@ -144,7 +144,7 @@ class Settlement:
         self._owed += 1
         self._bytes += size
         self._none.clear()
-        self._wait(_Waiting(attempt, attempt.body))
+        self._wait(_Waiting(attempt, b"".join(attempt.body)))
 
     @property
     def idle(self) -> bool:

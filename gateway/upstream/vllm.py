@@ -140,11 +140,11 @@ class EngineAttempt(msgspec.Struct, eq=False):
     _parts: list[bytes] = []
     _size: int = 0
 
-    def request_body(self) -> bytes | None:
+    def request_body(self) -> tuple[bytes | memoryview, ...] | None:
         request = self._request
         if isinstance(request, bytes):
-            return request.partition(b"\r\n\r\n")[2]
-        return b"".join(request[1:])
+            return (request.partition(b"\r\n\r\n")[2],)
+        return request[1:]
 
     def start(self) -> None:
         """Send it, over a kept connection or else a new one."""

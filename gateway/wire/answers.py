@@ -58,11 +58,6 @@ class AnswerWriter:
         self._overloaded: GatewayError | None = None
         """Why the requests behind the present one had to be dropped."""
 
-    @property
-    def utf8(self) -> bool:
-        """Whether the body of the request that has just come is known to be UTF-8."""
-        return self._reader.utf8
-
     def send_whole(self, head: bytes, body: bytes, *, no_body: bool = False) -> None:
         """The whole answer. To a HEAD request, or with ``no_body``, the length of ``body`` alone is sent."""
         state, reader = self.state, self._reader

@@ -14,7 +14,7 @@ from gateway.telemetry.logs import EVENTS
 from gateway.wire.answers import STATUS_LINES, AnswerWriter, Call
 from gateway.wire.flow import BACKLOG, TURN, UNCOUNTED_BYTES, WRITE_BUFFER, Admission, Flow, Intake
 from gateway.wire.heads import RequestHead
-from gateway.wire.requests import RequestReader
+from gateway.wire.requests import PART_BYTES, Received, RequestReader
 from gateway.wire.states import CLIENT, ClientEvent, ClientState
 
 __all__ = ["STATUS_LINES", "Call", "ClientConnection", "RequestHandler"]
@@ -57,7 +57,7 @@ class RequestHandler(Protocol):
         """Whether a request's body may come. Asked once per request, before a byte of that is kept; cheap
         for a head that was asked about before. Raises GatewayError."""
 
-    def serve(self, client: ClientConnection, head: RequestHead, body: bytes) -> Call | None:
+    def serve(self, client: ClientConnection, head: RequestHead, body: Received) -> Call | None:
         """Begin to answer. None when the answer has been sent already."""
 
     def refuse(self, client: ClientConnection, error: GatewayError, head: RequestHead | None) -> None:
@@ -180,14 +180,18 @@ class ClientConnection(AnswerWriter, asyncio.Protocol):
                 if self.state is HEAD or (self.state is IDLE and not reader.begun):
                     break
                 if self.state is IDLE and (answered := answered + 1) >= MOST_AT_ONCE:
-                    self.flow.hold(TURN)
-                    asyncio.get_running_loop().call_soon(self._next_turn)
+                    self._yield_turn()
         except GatewayError as error:
             self._refuse(error)
         finally:
             self._advancing = False
         if reader.waits:
             self._mind_backlog()
+
+    def _yield_turn(self) -> None:
+        """Let other connections have their turn."""
+        self.flow.hold(TURN)
+        asyncio.get_running_loop().call_soon(self._next_turn)
 
     def _next_turn(self) -> None:
         self.flow.release(TURN)
@@ -234,21 +238,23 @@ class ClientConnection(AnswerWriter, asyncio.Protocol):
             self.transport.write(_CONTINUE)
 
     def _read_body(self) -> None:
+        large = len(self._reader.data) >= PART_BYTES
         body, head = self._reader.read_body(), self._reader.head
         assert head is not None
         self.since = monotonic()
         if body is None:
             self.state = CLIENT[self.state][ClientEvent.PART]
+            if large:  # the loop would go on reading as long as there is something
+                self._yield_turn()
         else:
             self._serve(head, body)
 
-    def _serve(self, head: RequestHead, body: bytes) -> None:
+    def _serve(self, head: RequestHead, body: Received) -> None:
         """A whole request is here. Whatever becomes of it, it is known where the next one begins."""
         awaited = self.state is BODY
         self.state = CLIENT[self.state][_REQUEST]
         try:
             if not awaited:
-                self._reader.utf8 = False
                 admission, size = self._handler.admit(head), len(body)
                 if size > UNCOUNTED_BYTES or size > admission.max_body_bytes:
                     self._reader.admit(admission, size)

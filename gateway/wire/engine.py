@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import ssl
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable, Iterator
 from functools import partial
 from time import monotonic
 from typing import Protocol, cast
@@ -18,6 +18,8 @@ from gateway.wire.states import ENGINE, EngineEvent, EngineState
 FRESH_S = 4.0
 """Below the 5 s after which vLLM closes an idle connection, so that few kept ones are stale."""
 MOST_IDLE = 4096
+PIECE_BYTES = 128 << 10
+"""What is written of a large request at a time."""
 RECENT_S = 0.005
 """A connection that has been idle for longer is asked whether it has been closed, before it is used again."""
 
@@ -60,6 +62,7 @@ class EngineConnection(asyncio.Protocol):
         "_heard",
         "_sent",
         "_sent_before",
+        "_unsent",
         "flow",
         "idle_since",
         "pool",
@@ -89,6 +92,8 @@ class EngineConnection(asyncio.Protocol):
         """Something of the present answer has come."""
         self._sent = self._sent_before = 0
         """Bytes of all requests, and of those before the present one."""
+        self._unsent: Iterator[bytes | memoryview] | None = None
+        """What is left to be written of a large request."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)
@@ -113,7 +118,25 @@ class EngineConnection(asyncio.Protocol):
             self.transport.write(request)
         else:
             self._sent += sum(map(len, request))
-            self.transport.writelines(request)
+            self._unsent = _pieces(request)
+            self._write_on()
+
+    def _write_on(self) -> None:
+        """Write the next piece of a large request, and those after it when others have had their turn, as
+        long as they are taken."""
+        if self._unsent is None or self.write_paused:
+            return
+        piece = next(self._unsent, None)
+        if piece is None:
+            self._unsent = None
+            return
+        self.transport.write(piece)
+        if not self.write_paused:
+            asyncio.get_running_loop().call_soon(self._write_on)
+
+    @property
+    def _all_sent(self) -> bool:
+        return self._unsent is None and not self.write_paused
 
     def close(self) -> None:
         """Close at once, upon which vLLM aborts the request. Nobody is told."""
@@ -139,6 +162,7 @@ class EngineConnection(asyncio.Protocol):
 
     def resume_writing(self) -> None:
         self.write_paused = False
+        self._write_on()
 
     def data_received(self, data: bytes) -> None:
         if (stream := self.stream) is not None and data.endswith(b"\r\n"):
@@ -178,7 +202,11 @@ class EngineConnection(asyncio.Protocol):
             return
         if self._data:
             self._data = b""
-        if len(data) == head.length and head.keep_alive and not (self.flow.held or self.write_paused):
+        if (
+            len(data) == head.length
+            and head.keep_alive
+            and not (self.flow.held or self.write_paused or self._unsent is not None)
+        ):
             self.state = ENGINE[self.state][_KEPT]  # all of it at once, as short answers come
             self._handler = None
             self.pool.keep(self)
@@ -229,11 +257,12 @@ class EngineConnection(asyncio.Protocol):
         self._handler = self.stream = None
         self._head = self._body = None
         self.flow.release(OTHER_SIDE)  # whoever was slower than this answer has nothing more to take
-        if clean and self.flow.reusable and not self.write_paused:
+        if clean and self.flow.reusable and self._all_sent:
             self.state = ENGINE[self.state][_KEPT]
             self.pool.keep(self)
         else:
             self.state = ENGINE[self.state][EngineEvent.LAST]
+            self._unsent = None
             self.transport.abort()
         handler.ended()
 
@@ -245,7 +274,7 @@ class EngineConnection(asyncio.Protocol):
 
     def _cut(self) -> None:
         self.state = ENGINE[self.state][EngineEvent.GONE]
-        self.stream = None
+        self.stream = self._unsent = None
         self.pool.forget(self)
         self.transport.abort()
 
@@ -267,6 +296,12 @@ class EngineConnection(asyncio.Protocol):
             return False
         taken = self.flow.acknowledged()
         return taken is not None and taken <= self._sent_before
+
+
+def _pieces(parts: Iterable[bytes | memoryview]) -> Iterator[bytes | memoryview]:
+    for part in parts:
+        view = memoryview(part)
+        yield from (view[at : at + PIECE_BYTES] for at in range(0, len(view), PIECE_BYTES))
 
 
 class ConnectionPool:

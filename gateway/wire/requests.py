@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 import re
 
 from gateway.errors import BodyTooLargeError, GatewayError, MalformedRequestError
@@ -10,11 +9,16 @@ from gateway.wire.bodies import Body, body_of
 from gateway.wire.flow import UNCOUNTED_BYTES, UNKNOWN, Admission, Intake, Reservation
 from gateway.wire.heads import CHUNKED, END, LONGEST_HEAD_BYTES, RequestHead, parse_request
 
+Received = bytes | list[bytes]
+"""A body; in the parts in which it came where it is so large that joining them would hold others up."""
+WHOLE_BYTES = 1 << 20
+"""A body of up to so much is handed on as a whole."""
+PART_BYTES = 64 << 10
+"""A part of a large body has at least so much, but for the last one: parts cost memory of their own."""
 LARGE_HEAD_BYTES = 4 << 10
 """A head of more is not kept on a connection that waits for the next request."""
 _LENGTH = re.compile(rb"\r\ncontent-length:[ \t]*(\d{1,18})\r\n", re.IGNORECASE)
 _EMPTY_LINES = re.compile(rb"(?:\r\n)+")
-_utf8 = codecs.getincrementaldecoder("utf-8")
 
 
 class RequestReader:
@@ -24,8 +28,8 @@ class RequestReader:
     __slots__ = (
         "_backlog",
         "_body",
-        "_decoder",
         "_head_size",
+        "_part",
         "_parts",
         "admission",
         "data",
@@ -33,8 +37,8 @@ class RequestReader:
         "held",
         "is_head",
         "prefix",
+        "received",
         "suffix",
-        "utf8",
     )
 
     def __init__(self, intake: Intake) -> None:
@@ -46,10 +50,11 @@ class RequestReader:
         """The request's method is HEAD, as far as is known."""
         self.admission = Admission("", 0)
         self._body: Body | None = None
-        self._parts = bytearray()
-        self._decoder: codecs.IncrementalDecoder | None = None
-        self.utf8 = False
-        """The present body is known to be UTF-8: it was looked at as it came, since megabytes take long."""
+        self._parts: list[bytes] = []
+        self._part = bytearray()
+        """The last one, while it is small."""
+        self.received = 0
+        """Bytes of the present body."""
         self.held = Reservation(intake)
         """Room for the request's body, until it is answered."""
         self.prefix = b""
@@ -112,9 +117,8 @@ class RequestReader:
         if head.length != CHUNKED and head.length > admission.max_body_bytes:
             raise _too_large(admission)
         self._body = body_of(head.length)
-        self.utf8, self._decoder = True, _utf8()
 
-    def read_body(self) -> bytes | None:
+    def read_body(self) -> Received | None:
         """The whole body, once it has come. Raises MalformedRequestError, BodyTooLargeError, and what
         ``Intake.reserve`` raises."""
         body = self._body
@@ -124,26 +128,28 @@ class RequestReader:
         except ValueError as error:
             raise MalformedRequestError(f"The body is not chunked as it should be: {error}.") from None
         self.data = body.rest
-        size = len(self._parts) + len(part)
-        if size > self.admission.max_body_bytes:
+        self.received += len(part)
+        if self.received > self.admission.max_body_bytes:
             raise _too_large(self.admission)
-        self.held.resize(self.admission.tenant, size)
-        self._parts += part
-        if self.utf8 and self._decoder is not None:
-            try:
-                self._decoder.decode(part, body.done)
-            except UnicodeDecodeError:
-                self.utf8 = False
+        self.held.resize(self.admission.tenant, self.received)
+        if len(part) < PART_BYTES:
+            self._part += part
+            if len(self._part) >= PART_BYTES:
+                self._end_part()
+        else:
+            self._end_part()
+            self._parts.append(part)
         if not body.done:
             return None
-        whole = bytes(self._parts)
-        self._body, self._parts, self._decoder = None, bytearray(), None
-        return whole
+        self._end_part()
+        parts, large = self._parts, self.received > WHOLE_BYTES
+        self._body, self._parts, self.received = None, [], 0
+        return parts if large else b"".join(parts)
 
-    @property
-    def received(self) -> int:
-        """Bytes of the present body."""
-        return len(self._parts)
+    def _end_part(self) -> None:
+        if self._part:
+            self._parts.append(bytes(self._part))
+            self._part = bytearray()
 
     def count(self, *, answering: bool) -> None:
         """Count what waits in ``data``: behind a request that is being answered, or to become one. Raises
@@ -166,8 +172,8 @@ class RequestReader:
 
     def drop(self) -> None:
         """Keep nothing of what has come."""
-        self.data, self._parts, self._body, self.prefix = b"", bytearray(), None, b""
-        self._decoder = None
+        self.data, self._body, self.prefix = b"", None, b""
+        self._parts, self._part, self.received = [], bytearray(), 0
         self._backlog.release()
         self.held.release()
 

@@ -128,10 +128,16 @@ def case(tmp_path: Path) -> Case:
     return Case(tmp_path)
 
 
-async def answer(http: aiohttp.ClientSession, url: str, **more: Any) -> tuple[int, str]:
+async def answer(
+    http: aiohttp.ClientSession, url: str, begun: asyncio.Event | None = None, **more: Any
+) -> tuple[int, str]:
+    """``begun`` is set when its first part has come."""
     body = {"model": "assistant", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 20, **more}
     async with http.post(url + "/v1/chat/completions", json=body) as response:
-        text = await response.text()
+        first = await response.content.readline()
+        if begun is not None:
+            begun.set()
+        text = (first + await response.content.read()).decode()
         if not more.get("stream"):
             return response.status, text
     chunks = [json.loads(line[6:]) for line in text.splitlines() if line.startswith("data: {")]
@@ -143,8 +149,9 @@ async def answer(http: aiohttp.ClientSession, url: str, **more: Any) -> tuple[in
 async def test_what_has_begun_is_finished_and_others_serve_meanwhile(case: Case) -> None:
     async with case.up() as stack, aiohttp.ClientSession() as http:
         before = stack.engines["assistant:int8"].pid
-        whole = asyncio.create_task(answer(http, stack.url, model="assistant:int8", stream=True))
-        await asyncio.sleep(0.3)  # it has begun
+        begun = asyncio.Event()
+        whole = asyncio.create_task(answer(http, stack.url, begun, model="assistant:int8", stream=True))
+        await begun.wait()
         case.registry.use("int8", case.second.version)
         found = []
         while not case.heard("is served now"):
@@ -176,8 +183,9 @@ async def test_a_version_that_does_not_load_gives_way_to_the_one_before(case: Ca
 async def test_a_stack_that_is_stopped_meanwhile_leaves_nothing_behind(case: Case) -> None:
     async with aiohttp.ClientSession() as http:
         async with case.up() as stack:
-            whole = asyncio.create_task(answer(http, stack.url, model="assistant:int8", stream=True))
-            await asyncio.sleep(0.3)
+            begun = asyncio.Event()
+            whole = asyncio.create_task(answer(http, stack.url, begun, model="assistant:int8", stream=True))
+            await begun.wait()
             case.registry.use("int8", case.second.version)
             await until(lambda: case.heard("its engine takes it over"))
             engines = dict(stack.engines)

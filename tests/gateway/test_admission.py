@@ -172,12 +172,13 @@ async def test_requests_behind_one_that_is_answered_are_counted_too() -> None:
     """Where there is no room for them, the first one is answered still, and the others are refused."""
     async with running_gateway(gateway={"max_buffered_bytes": 20_000}) as stack, connected(stack) as client:
         engine = stack.engines["bf16"]
-        engine.script.first_token_delay_s = 3.0  # longer than the next request is under way
+        engine.script.hold = asyncio.Event()
         await client.send(request())
         await eventually(lambda: engine.running)
         await client.send(request(b" " * 50_000))
         await eventually(lambda: next(iter(stack.gateway.plane.clients)).flow.held & BACKLOG)
         assert stack.gateway.plane.intake.buffered == 0
+        engine.script.hold.set()
         assert (await client.answer())[0] == 200
         answer = await client.answer()
         assert (answer[0], answer[1]["connection"]) == (503, "close")

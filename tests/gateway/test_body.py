@@ -13,7 +13,6 @@ from pydantic import TypeAdapter, ValidationError
 
 from gateway.errors import BadRequestError
 from gateway.proxy.body import (
-    LARGEST_LENIENT_BYTES,
     LARGEST_READ_BYTES,
     PROMPT_FIELDS,
     Body,
@@ -231,31 +230,6 @@ def test_a_field_that_must_be_read_is_refused_when_it_is_large() -> None:
         with pytest.raises(BadRequestError, match=says):
             Body(raw)
     assert Body(b'{"stream": 0, "messages": %b}' % large).raw("messages") == large
-
-
-@pytest.mark.parametrize("coding", ["utf-8-sig", "utf-16", "utf-16-le", "utf-32"])
-def test_large_bodies_in_other_encodings_are_read_as_json(coding: str) -> None:
-    """Without making objects of what is in them."""
-    text = '{"model": "m", "messages": ["%s"]}' % ("é" * LARGEST_LENIENT_BYTES)
-    body = Body(text.encode(coding))
-    assert (body.fields.model, body.json) == ("m", text.encode())
-
-
-def test_half_characters_pass_in_a_body_of_any_size() -> None:
-    """JavaScript writes them where it has cut a text within one."""
-    for filled in (1, LARGEST_LENIENT_BYTES):
-        for half in (r"\ud83d", r"\ude00", r"\ud83d\ud83d", r"\ud83d\ude00\ude00"):
-            raw = b'{"model": "m", "messages": ["%b%b"]}' % (half.encode(), b"x" * filled)
-            body = Body(raw)
-            assert body.fields.model == "m"
-            assert same(json.loads(body.with_({})), json.loads(raw))
-
-
-def test_what_only_python_reads_is_read_while_it_is_small() -> None:
-    """It has to be made objects of, on the event loop: seconds for some megabytes."""
-    assert Body(b'{"model": "m", "x": NaN}').fields.model == "m"
-    with pytest.raises(BadRequestError, match="not valid JSON"):
-        Body(b'{"model": "m", "x": NaN, "messages": [%b1]}' % (b"[]," * LARGEST_LENIENT_BYTES))
 
 
 def test_fields_that_nobody_asks_for_are_skipped_however_many_there_are() -> None:

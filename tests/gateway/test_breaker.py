@@ -186,14 +186,14 @@ async def test_a_gateway_lets_one_request_find_out(monkeypatch: pytest.MonkeyPat
         engine.script.status = 500
         assert [await status() for _ in range(5)] == [502, 502, 502, 503, 503]
         assert len(from_clients(engine)) == 3
-        engine.script.status, engine.script.first_token_delay_s = 200, 1.5
+        engine.script.status, engine.script.hold = 200, asyncio.Event()
         monkeypatch.setattr("gateway.routing.breaker.FIRST_BACK_OFF_S", 0.0)
         first = asyncio.ensure_future(status())
         await eventually(lambda: engine.running)
         assert [await status() for _ in range(4)] == [503] * 4
         assert len(from_clients(engine)) == 4, "the others are refused at once"
+        engine.script.hold.set()
         assert await first == 200
-        engine.script.first_token_delay_s = 0.0
         assert await asyncio.gather(*(status() for _ in range(4))) == [200] * 4
 
 

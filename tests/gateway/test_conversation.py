@@ -9,7 +9,6 @@ import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from msgspec import Raw
 
 from gateway.errors import BadRequestError
 from gateway.responses import conversation
@@ -19,7 +18,7 @@ from gateway.upstream.readers import NamedStreamReader
 
 
 def stored(name: str, given: Any, output: list[Any]) -> Stored:
-    items = conversation.own_input(Raw(json.dumps(given).encode()))
+    items = conversation.own_input(json.dumps(given).encode())
     response = json.dumps({"id": name, "output": output}).encode()
     return Stored("", name, "completed", items, response)
 
@@ -61,7 +60,7 @@ def test_items_are_shown_with_ids_and_parts() -> None:
     ("raw", "count"), [(b' "x" ', 1), (b" [ 1, {} ] ", 2), (b"7", 0), (b"", 0), (b"[]", 0)]
 )
 def test_input_is_a_string_or_a_list(raw: bytes, count: int) -> None:
-    assert len(json.loads(conversation.own_input(Raw(raw)))) == count
+    assert len(json.loads(conversation.own_input(raw))) == count
 
 
 @pytest.mark.parametrize(

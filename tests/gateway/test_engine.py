@@ -149,6 +149,34 @@ async def test_an_engine_that_answers_before_it_has_read_the_request(engine: Eng
     assert engine.pool.kept() is None, "the rest of the request would be sent before the next one"
 
 
+async def test_a_large_request_is_sent_in_pieces_as_they_are_taken(engine: Engine) -> None:
+    connection, end = await engine.connect()
+    heard, parts = Heard(), (b"head", memoryview(b"x" * (8 << 20)), b"tail")
+    connection.send(heard, parts)
+    await eventually(lambda: connection.write_paused)
+    assert connection.transport.get_write_buffer_size() <= 2 * engines.PIECE_BYTES, "the rest waits with us"
+    got = bytearray()
+    while len(got) < sum(map(len, parts)):
+        got += await asyncio.get_running_loop().sock_recv(end, 1 << 20)
+    assert bytes(got) == b"".join(parts)
+    await asyncio.get_running_loop().sock_sendall(end, ANSWER)
+    await eventually(lambda: heard.end)
+    assert engine.pool.kept() is connection
+
+
+async def test_what_is_left_of_a_large_request_is_not_sent_after_its_answer(engine: Engine) -> None:
+    connection, end = await engine.connect()
+    heard = Heard()
+    connection.send(heard, (b"head", b"x" * (32 << 20)))
+    await eventually(lambda: connection.write_paused)
+    await asyncio.get_running_loop().sock_sendall(end, ANSWER)
+    await eventually(lambda: heard.end)
+    assert heard.body == b"hi"
+    assert engine.pool.kept() is None
+    assert connection._unsent is None
+    assert connection.state is EngineState.CLOSED
+
+
 async def test_a_connection_that_was_closed_meanwhile_is_not_used(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:

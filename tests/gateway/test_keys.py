@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from gateway_stack import CHAT, Stack, make_config, running_gateway
+from gateway_stack import CHAT, Stack, eventually, make_config, running_gateway
 from pydantic import ValidationError
 
 from gateway.identity import hash_of
@@ -72,12 +72,13 @@ async def test_tokens_are_counted_for_each_key_also_of_streams_that_are_cut() ->
         for name, times in (("open", 3), ("other", 2)):
             for _ in range(times):
                 assert (await status_of(stack, name))[0] == "assistant:bf16"
-        stack.engines["bf16"].script.token_delay_s = 0.05
+        script = stack.engines["bf16"].script
+        script.token_delay_s = 600  # no more comes until it is closed
         response = await stack.post({"stream": True}, headers=bearer("admin"))
-        seen = b""
-        while seen.count(b"data: ") < 2:
-            seen += await response.content.readany()
+        seen = await response.content.readuntil(b"\n\n")
         response.close()
+        await eventually(lambda: used("admin"))
+        script.token_delay_s = 0
         async with stack.post({"stream": True}, headers=bearer("other")) as whole:
             await whole.read()
         assert (used("open"), used("other")) == (12, 12)

@@ -64,7 +64,7 @@ def unreported(url: str, body: Any = CHAT, path: str = "/v1/chat/completions", *
         labels=("assistant", "int8"),
         url=url,
         path=path,
-        body=raw,
+        body=(raw,),
     )
 
 
