@@ -12,7 +12,7 @@ from typing import Any
 from gateway.config import ApiKey, Config, parts_of
 from gateway.errors import BadRequestError, ForbiddenError, UnauthenticatedError
 from gateway.proxy.body import RequestFields
-from gateway.signals import Lineage, SignalReader, at, baggage_of, lineage_of
+from gateway.signals import NO_LINEAGE, Lineage, SignalReader, at, baggage_of, lineage_of
 from tiercel_agents.headers import AGENT_HEADER, BAGGAGE_AGENT, ROLE_HEADER
 
 _MOST_PRIORITY = 2**31 - 1
@@ -116,13 +116,15 @@ class Sender:
         self._key = key
         self._salt = identities.salt(key)
         self._given = headers.get(ROLE_HEADER, "").strip()
-        baggage = baggage_of(headers)
-        agent = identities.role_of(headers.get(AGENT_HEADER))
-        if agent is None and baggage:
-            agent = identities.role_of(baggage.get(BAGGAGE_AGENT))
-        self._agent = agent
-        self._meant = identities.signals.roles(headers)
-        self._lineage = identities.signals.lineage(headers, baggage)
+        self._agent = identities.role_of(headers.get(AGENT_HEADER))
+        self._meant: tuple[str, ...] = ()
+        self._lineage = NO_LINEAGE
+        if not identities.signals.silent(headers):
+            baggage = baggage_of(headers)
+            if self._agent is None and baggage:
+                self._agent = identities.role_of(baggage.get(BAGGAGE_AGENT))
+            self._meant = identities.signals.roles(headers)
+            self._lineage = identities.signals.lineage(headers, baggage)
         self._callers: dict[str, Caller] = {}
 
     @property

@@ -72,6 +72,18 @@ class SignalReader:
         self._headers = frozenset(row.header for row in rows)
         self._first = (SESSION_HEADER, *own.sessions, "x-litellm-session-id", "x-dynamo-session-id")
         self._parents = (*own.parents, PARENT_HEADER)
+        self._read = self._headers | {
+            *self._first,
+            *self._parents,
+            *_PARENT_OF,
+            *_PARENT_OF.values(),
+            *_LATER,
+        }
+        self._read |= {_CLAUDE_SESSION, _CLAUDE_AGENT, _CLAUDE_PARENT, BAGGAGE_HEADER}
+
+    def silent(self, headers: Mapping[str, str]) -> bool:
+        """Whether nothing in the headers can say anything, as with most requests."""
+        return self._read.isdisjoint(headers) and not _vendors(headers)
 
     def roles(self, headers: Mapping[str, str]) -> tuple[str, ...]:
         """The roles that are meant, the first one most. Header names are in lower case."""
@@ -118,8 +130,7 @@ class SignalReader:
         for name in (_CODEX_THREAD, *_LATER):
             if session := _text(headers, name):
                 return session, _text(headers, _PARENT_OF.get(name, ""))
-        vendors = [name for name in headers if name.endswith("-session-id") and name.startswith("x-")]
-        for name in sorted(vendors):
+        for name in sorted(_vendors(headers)):
             if "-parent-" not in name and (session := _text(headers, name)):
                 return session, None
         return None, None
@@ -163,6 +174,10 @@ def baggage_of(headers: Mapping[str, str]) -> Mapping[str, str]:
     """The request's baggage; empty where it has none."""
     sent = headers.get(BAGGAGE_HEADER)
     return pairs_of(sent) if sent else {}
+
+
+def _vendors(headers: Mapping[str, str]) -> list[str]:
+    return [name for name in headers if name.endswith("-session-id") and name.startswith("x-")]
 
 
 def _lineage(session: str | None, parent: str | None) -> Lineage:

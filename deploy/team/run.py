@@ -21,6 +21,7 @@ from google.adk.runners import Runner
 from google.adk.sessions.sqlite_session_service import SqliteSessionService
 from google.genai import types
 
+from deploy.assistant.prompts import CORE
 from deploy.team.tickets import CONTACT, DETAILS, Aside, Ticket
 from deploy.team.workflow import AGENTS, APP, build_team, state_of
 from tiercel_agents.adk import GatewayPlugin
@@ -105,13 +106,15 @@ async def run_team(
 
 
 class _NamedTool(GatewayClient):
-    """ADK says that a tool has to be called and not which one; where there is one, it is meant, and an engine
-    that is told so writes nothing but its arguments."""
+    """ADK says that a tool has to be called and not which one; where there is one, it is meant. Its arguments
+    are held to their schema (``strict``), without which an engine lets the model write what it likes."""
 
     async def acompletion(self, model: Any, messages: Any, tools: Any, **kwargs: Any) -> Any:
         if kwargs.get("tool_choice") == "required" and len(tools or ()) == 1:
-            name = tools[0]["function"]["name"]
-            kwargs["tool_choice"] = {"type": "function", "function": {"name": name}}
+            function = {**tools[0]["function"], "strict": True}
+            tools = [{**tools[0], "function": function}]
+            kwargs["tool_choice"] = {"type": "function", "function": {"name": function["name"]}}
+            kwargs["frequency_penalty"] = 1.5  # or the small model goes on with spaces, which JSON allows
         return await super().acompletion(model, messages, tools, **kwargs)
 
 
@@ -203,6 +206,9 @@ def _result(agent: str, text: str | None, calls: Sequence[GatewayCall], failure:
     if not calls:
         return AgentResult(agent, "", error=failure)
     last = calls[-1]
+    error = next((call.error for call in calls if call.error), None)
+    if agent == CORE and len(calls) == 1 and error is None:
+        error = "its call of the tool was not whole, so it did not answer"
     tokens = [call.completion_tokens for call in calls if call.completion_tokens is not None]
     return AgentResult(
         agent,
@@ -212,6 +218,6 @@ def _result(agent: str, text: str | None, calls: Sequence[GatewayCall], failure:
         completion_tokens=sum(tokens) if tokens else None,
         variant=last.variant,
         route_reason=last.route_reason,
-        error=next((call.error for call in calls if call.error), None),
+        error=error,
         calls=len(calls),
     )

@@ -54,6 +54,9 @@ AGENTS = {
 ROLES = tuple(dict.fromkeys(AGENTS.values()))
 MAX_TOKENS = {INTENT_CLASSIFIER: 8, SPECIALIST: 48, SUMMARIZER: 64, CORE: 64}
 
+CALL_TOKENS = 160
+"""Of a tool's call: the model's own tokens for it are a letter or two."""
+
 RECORD_ID = "record_id"
 """The key of the record's number in a session's state; ``ASKED`` that of what each agent is asked."""
 ASKED = "asked"
@@ -170,6 +173,7 @@ def _choose_tool(llm_request: Any, records: list[str] | None) -> None:
         },
     )
     config.tools = [types.Tool(function_declarations=[wanted])]
+    config.max_output_tokens = CALL_TOKENS
     mode = types.FunctionCallingConfigMode.ANY
     config.tool_config = types.ToolConfig(function_calling_config=types.FunctionCallingConfig(mode=mode))
 

@@ -10,6 +10,7 @@ from gateway.proxy.endpoints import Form
 from gateway.proxy.exchange import Exchange
 from gateway.routing.router import Route
 from gateway.wire.client import STATUS_LINES
+from tiercel_agents.headers import REASON_HEADER, REPLICA_HEADER, VARIANT_HEADER
 
 JSON = b"application/json"
 EVENT_STREAM = b"text/event-stream; charset=utf-8"
@@ -126,8 +127,8 @@ def _placed(route: Route | None) -> bytes:
     if route is None:
         return b""
     return (
-        f"x-tiercel-variant: {route.variant}\r\nx-tiercel-replica: {route.replica.name}\r\n"
-        f"x-tiercel-route-reason: {route.reason}\r\n"
+        f"{VARIANT_HEADER}: {route.variant}\r\n{REPLICA_HEADER}: {route.replica.name}\r\n"
+        f"{REASON_HEADER}: {route.reason}\r\n"
     ).encode("latin-1", "replace")
 
 

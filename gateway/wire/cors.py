@@ -11,12 +11,13 @@ from collections.abc import Mapping, Sequence
 from urllib.parse import unquote
 
 from gateway.wire.heads import RequestHead
+from tiercel_agents.headers import REASON_HEADER, REPLICA_HEADER, REQUEST_HEADER, VARIANT_HEADER
 
 EVERYBODY = "*"
 _EXPOSED = (
-    b"access-control-expose-headers: x-request-id, request-id, retry-after, x-tiercel-variant, "
-    b"x-tiercel-replica, x-tiercel-route-reason\r\n"
-)
+    f"access-control-expose-headers: {REQUEST_HEADER}, request-id, retry-after, {VARIANT_HEADER}, "
+    f"{REPLICA_HEADER}, {REASON_HEADER}\r\n"
+).encode()
 _METHODS = b"access-control-allow-methods: GET, HEAD, POST, DELETE\r\naccess-control-max-age: 600\r\n"
 
 

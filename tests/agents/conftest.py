@@ -57,6 +57,8 @@ class FakeGateway:
     delay_s: float = 0.0
     arguments: dict[str, Any] | None = None
     """Of tool calls; None: what the schema allows."""
+    broken_calls: bool = False
+    """They end within their arguments, as where an answer's tokens are used up."""
     seen: list[Seen] = field(default_factory=list)
     url: str = ""
     asked: asyncio.Event = field(default_factory=asyncio.Event)
@@ -129,9 +131,12 @@ class FakeGateway:
         function = {"name": name, "arguments": text[:5]}
         first = {"index": 0, "id": "call-1", "type": "function", "function": function}
         rest = {"index": 0, "function": {"arguments": text[5:]}}
-        deltas = [{"role": "assistant", "tool_calls": [first]}, {"tool_calls": [rest]}]
+        deltas = [{"role": "assistant", "tool_calls": [first]}, {"tool_calls": [rest]}][
+            : 2 - self.broken_calls
+        ]
         choices = [[{"index": 0, "delta": delta, "finish_reason": None}] for delta in deltas]
-        choices.append([{"index": 0, "delta": {}, "finish_reason": "stop"}])
+        reason = "length" if self.broken_calls else "stop"
+        choices.append([{"index": 0, "delta": {}, "finish_reason": reason}])
         usage = {"prompt_tokens": 9, "completion_tokens": 3, "total_tokens": 12}
         for event in (*({"choices": one} for one in choices), {"choices": [], "usage": usage}):
             await response.write(b"data: " + json.dumps({**chunk, **event}).encode() + b"\n\n")

@@ -11,7 +11,7 @@ import pytest
 from deploy.assistant.prompts import CORE, INTENT_CLASSIFIER, SUMMARIZER, SYSTEM_PROMPTS
 from deploy.team.run import TicketResult, run_team
 from deploy.team.tickets import CONTACT, DETAILS, Aside, Ticket
-from deploy.team.workflow import AGENTS, MAX_TOKENS, ROLES
+from deploy.team.workflow import AGENTS, CALL_TOKENS, MAX_TOKENS, ROLES
 from gateway.config import load_config
 
 CALLS = len(AGENTS) + 1
@@ -71,7 +71,10 @@ async def test_core_fetches_the_record_by_its_tool_before_it_answers(gateway: An
     assert call.agent == CORE
     (tool,) = call.body["tools"]
     assert tool["function"]["parameters"]["properties"]["record_id"]["enum"] == ["A7"]
+    assert tool["function"]["strict"] is True, "or the small model writes no arguments at all"
+    assert call.body["max_completion_tokens"] == CALL_TOKENS
     assert call.body["tool_choice"] == {"type": "function", "function": {"name": "find_record"}}
+    assert call.body["frequency_penalty"] > 0, "or it writes spaces to the end"
     assert call.body["messages"][-1]["content"] == "who is the customer on A7"
     assert gateway.seen.index(call) == CALLS - 2
     assert gateway.seen[-1].texts("user") == ["Order A7\ncustomer: Ana Diaz\n\nwho is the customer on A7"]
@@ -82,6 +85,12 @@ async def test_a_call_for_a_record_that_is_not_there_is_not_answered_from_anothe
     (result,) = await run_team([ticket(7)], gateway.url, "assistant")
     assert gateway.seen[-1].texts("user") == ["who is the customer on A7"]
     assert result.agents[CORE].calls == 2, "it does not ask for it again and again"
+
+
+async def test_a_call_that_is_not_whole_is_said(gateway: Any) -> None:
+    gateway.broken_calls = True
+    (result,) = await run_team([ticket(7)], gateway.url, "assistant")
+    assert result.errors == ("t7: core: its call of the tool was not whole, so it did not answer",)
 
 
 async def test_the_answer_is_filed_in_the_store(gateway: Any, monkeypatch: pytest.MonkeyPatch) -> None:
