@@ -26,13 +26,13 @@ check: setup
 	.venv/bin/mypy
 
 quick: setup
-	.venv/bin/pytest -m "not engine" -n 2 --dist loadfile
+	.venv/bin/pytest -m "not engine and not network" -n 2 --dist loadfile
 
 servers:
 	@tests/servers.sh
 
 test: servers check quick
-	.venv/bin/pytest -m engine
+	.venv/bin/pytest -m "engine or network"
 
 # Trains the shipped demo model again: make train CLINC150=/path/to/clinc150.json
 train: setup

@@ -21,8 +21,7 @@ import yaml
 from prometheus_client.parser import text_string_to_metric_families
 from tqdm import tqdm
 
-from agents.prompts import CORE, INTENT_CLASSIFIER, SUMMARIZER, SYSTEM_PROMPTS
-from agents.team import MAX_TOKENS, ROLES, TicketResult, read_tickets, run_team, user_text
+from deploy.assistant.prompts import CORE, INTENT_CLASSIFIER, SUMMARIZER, SYSTEM_PROMPTS
 from deploy.engine import EngineSpec
 from deploy.machine import cpu_line
 from deploy.measuring import evaluate_variants
@@ -31,6 +30,7 @@ from deploy.report import format_table, write_report
 from deploy.report_data import DemoReport, Machine, RoleReport, VariantReport
 from deploy.second_act import Clock, second_act
 from deploy.supervisor import Stack
+from deploy.team.team import MAX_TOKENS, ROLES, TicketResult, read_tickets, run_team, user_text
 from gateway.config import Config, ModelConfig, load_config, parts_of
 from quantize.card import Card
 from quantize.evaluate.client import EngineClient

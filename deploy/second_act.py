@@ -16,11 +16,11 @@ from typing import Any
 import aiohttp
 from tqdm import tqdm
 
-from agents.team import ROLES, Ticket, TicketResult, run_team
 from deploy.damage import damaged
 from deploy.models import one_model
 from deploy.report_data import Answer, Demotion, Incident
 from deploy.supervisor import Stack
+from deploy.team.team import ROLES, Ticket, TicketResult, run_team
 from gateway.config import parts_of
 
 FAULT = "two-bits"

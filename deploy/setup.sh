@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Makes the two environments that Tiercel needs, from pinned lists, with plain pip:
-#   .venv         the product: gateway, quantize, agents, tests
+#   .venv         the product: gateway, quantize, tiercel_agents, tests
 #   .venv-engine  vLLM, whose pins nobody should share (CPU build without a CUDA GPU, else the CUDA build)
 # Safe to run again at any time; does nothing when both are as the lists say.
 set -euo pipefail
@@ -33,7 +33,7 @@ build=$("$python" -c 'from quantize.core.gpus import ask_gpus; print("cuda" if a
 
 # What an environment is made from; when this changes, it is made again.
 stamp_of() { # environment
-  cat "$0" "deploy/constraints/$1.txt" pyproject.toml | sha256sum | cut -c1-24
+  cat "$0" "deploy/constraints/$1.txt" pyproject.toml agents/pyproject.toml | sha256sum | cut -c1-24
   "$python" -c 'import sys; print(sys.version_info[:2])'
   echo "$build"
 }
@@ -75,7 +75,7 @@ make_product() {
   "$python" -m venv .venv
   install_torch .venv
   pip_install .venv --no-deps -r deploy/constraints/product.txt
-  pip_install .venv --no-deps --no-build-isolation --editable .
+  pip_install .venv --no-deps --no-build-isolation --editable . --editable agents
   stamp_of product >.venv/.setup-stamp
 }
 

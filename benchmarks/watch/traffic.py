@@ -12,9 +12,9 @@ from typing import Any
 
 import aiohttp
 
-from agents.prompts import CORE, INTENT_CLASSIFIER, SUMMARIZER, SYSTEM_PROMPTS, with_record
 from benchmarks.quantization.data import clinc_path
 from deploy.assistant.corpus import clinc150
+from deploy.assistant.prompts import CORE, INTENT_CLASSIFIER, SUMMARIZER, SYSTEM_PROMPTS, with_record
 from deploy.assistant.records import make_record
 
 SEEDS = 43_000_000

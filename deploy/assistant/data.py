@@ -13,8 +13,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from agents.prompts import CORE, INTENT_CLASSIFIER, SUMMARIZER, SYSTEM_PROMPTS, with_record
 from deploy.assistant.corpus import intent_messages, own_utterances, record_conversation
+from deploy.assistant.prompts import CORE, INTENT_CLASSIFIER, SUMMARIZER, SYSTEM_PROMPTS, with_record
 from deploy.assistant.records import HELD_OUT_SEED, NOT_STATED, make_record
 
 DATA = Path(__file__).with_name("data")

@@ -52,14 +52,14 @@ def check_product() -> Findings:
     """This environment: what its extras need is there, in the versions of the pinned list."""
     installed = {_same(d.name): d.version for d in metadata.distributions()}
     needed = [Requirement(text) for text in metadata.requires("tiercel") or ()]
-    for extra in ("gateway", "quantize", "agents"):
+    for extra in ("gateway", "quantize", "demo"):
         lacking = sorted(
             one.name
             for one in needed
             if (one.marker is None or one.marker.evaluate({"extra": extra}))
             and _same(one.name) not in installed
         )
-        install = f"pip install 'tiercel[{extra}]' -c deploy/constraints/product.txt"
+        install = f"pip install '.[{extra}]' ./agents -c deploy/constraints/product.txt"
         if lacking and extra == "gateway":
             yield failure(f"the gateway lacks {_named(lacking)}", install)
         elif lacking:

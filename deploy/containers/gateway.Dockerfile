@@ -9,11 +9,12 @@ ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1 PIP_ROOT_USER_ACTION=igno
 RUN python -m venv /opt/tiercel
 WORKDIR /src
 COPY LICENSE README.md pyproject.toml ./
+COPY agents agents
 COPY deploy deploy
 COPY gateway gateway
 COPY quantize quantize
 # With PostgreSQL's driver: several gateways share what the watch knows.
-RUN /opt/tiercel/bin/pip install --constraint deploy/constraints/product.txt ".[gateway,postgresql]"
+RUN /opt/tiercel/bin/pip install --constraint deploy/constraints/product.txt ".[gateway,postgresql]" ./agents
 
 FROM ${PYTHON}
 ARG VERSION=0.1.0

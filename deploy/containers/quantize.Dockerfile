@@ -13,11 +13,12 @@ ARG TORCH_INDEX=
 RUN /opt/tiercel/bin/pip install ${TORCH_INDEX:+--index-url "${TORCH_INDEX}"} torch==2.13.0
 WORKDIR /src
 COPY LICENSE README.md pyproject.toml ./
+COPY agents agents
 COPY deploy deploy
 COPY gateway gateway
 COPY quantize quantize
 # With the gateway's libraries: the command line reads its configuration.
-RUN /opt/tiercel/bin/pip install --constraint deploy/constraints/product.txt ".[quantize,gateway]"
+RUN /opt/tiercel/bin/pip install --constraint deploy/constraints/product.txt ".[quantize,gateway]" ./agents
 
 FROM ${ENGINE}
 ARG VERSION=0.1.0

@@ -13,8 +13,8 @@ from google.adk.models.llm_request import LlmRequest
 from google.adk.runners import InMemoryRunner
 from google.genai import types
 
-from agents.client import GatewayCall, GatewayClient, keep_quiet
-from agents.plugin import GatewayPlugin
+from tiercel_agents.adk import GatewayPlugin
+from tiercel_agents.adk.client import GatewayCall, GatewayClient, keep_quiet
 
 
 def context(**known: Any) -> Any:

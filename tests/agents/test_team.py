@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from agents.prompts import CORE, INTENT_CLASSIFIER, SUMMARIZER, SYSTEM_PROMPTS
-from agents.team import ROLES, Ticket, TicketResult, run_team
+from deploy.assistant.prompts import CORE, INTENT_CLASSIFIER, SUMMARIZER, SYSTEM_PROMPTS
+from deploy.team.team import ROLES, Ticket, TicketResult, run_team
 
 
 def ticket(number: int) -> Ticket:

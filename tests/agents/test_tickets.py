@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from agents.tickets import TicketError, read_tickets
+from deploy.team.tickets import TicketError, read_tickets
 
 GOOD = {
     "id": "t1",

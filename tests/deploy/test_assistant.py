@@ -5,9 +5,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from agents.prompts import SYSTEM_PROMPTS
 from deploy.assistant import data
 from deploy.assistant.corpus import own_utterances, record_conversation
+from deploy.assistant.prompts import SYSTEM_PROMPTS
 from deploy.assistant.records import HELD_OUT_SEED, NOT_STATED, make_record
 
 MODEL = Path(data.__file__).with_name("model")

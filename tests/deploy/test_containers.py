@@ -148,6 +148,7 @@ def test_the_package_in_the_images_is_whole(wheel: list[str]) -> None:
             if path.is_file() and "__pycache__" not in path.parts:
                 assert path.relative_to(ROOT).as_posix() in wheel
     assert "gateway/__main__.py" in wheel
+    assert not [name for name in wheel if "agents" in name.split("/")[0]], "a distribution of its own"
     assert not [name for name in wheel if name.endswith(".safetensors") or name.startswith("tests")]
 
 
@@ -206,6 +207,7 @@ async def test_the_gateway_starts_as_its_image_starts_it(tmp_path: Path) -> None
     """The image's command, in its environment, with the libraries of its extras alone; and it serves."""
     image = CONTAINERS / "gateway.Dockerfile"
     (extras,) = re.findall(r'"\.\[(.+)\]"', last_run_of_pip(image))
+    assert last_run_of_pip(image).endswith(" ./agents")
     absent = kept_out(*extras.split(","))
     assert set(absent) >= HEAVY
     (tmp_path / "site").mkdir()

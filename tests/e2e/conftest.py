@@ -14,7 +14,7 @@ import aiohttp
 import pytest
 import yaml
 
-from agents.prompts import SYSTEM_PROMPTS
+from deploy.assistant.prompts import SYSTEM_PROMPTS
 from deploy.engine import free_port
 from gateway.config import Config, ModelConfig, load_config
 from quantize.card import Card, read_card, variant_directory

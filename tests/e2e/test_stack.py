@@ -11,9 +11,9 @@ import openai
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from agents.prompts import SYSTEM_PROMPTS
-from agents.team import read_tickets, run_team
+from deploy.assistant.prompts import SYSTEM_PROMPTS
 from deploy.assistant.records import HELD_OUT_SEED, make_record
+from deploy.team.team import read_tickets, run_team
 from quantize.card import Outcome, variant_directory, verify_files
 from quantize.gate.judgement import wilson_interval
 from tests.e2e.conftest import CLINC150, ROOT, Stack, clinc150_items

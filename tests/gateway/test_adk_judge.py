@@ -20,7 +20,7 @@ from google.adk.evaluation.final_response_match_v2 import FinalResponseMatchV2Ev
 from google.adk.evaluation.hallucinations_v1 import HallucinationsV1Evaluator
 from google.genai import types
 
-import agents.judge  # noqa: F401  # registers the name
+import tiercel_agents.adk.judge  # noqa: F401  # registers the name
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*using the `ReadOnly` qualifier:UserWarning"),

@@ -8,9 +8,9 @@ and ``core`` (the answer to the question) run side by side::
                                └─ core ───────┘
 
 All three ask for the same model at the same address. Which variant answers is the gateway's choice,
-made from the agent's name that :class:`agents.plugin.GatewayPlugin` puts on each call.
+made from the agent's name that :class:`tiercel_agents.adk.GatewayPlugin` puts on each call.
 
-The shipped model is tiny and knows exactly the prompts of :mod:`agents.prompts`. ADK would add the
+The shipped model is tiny and knows exactly the prompts of :mod:`deploy.assistant.prompts`. ADK would add the
 agent's identity and the other agents' turns, so each agent's request is built from the session's
 ticket instead, in :func:`_ask_as_trained`.
 """
@@ -37,10 +37,10 @@ from google.adk.sessions import InMemorySessionService
 from google.adk.workflow import START, JoinNode, Workflow
 from google.genai import types
 
-from agents.client import GatewayCall, GatewayClient, describe, keep_quiet
-from agents.plugin import GatewayPlugin
-from agents.prompts import CORE, INTENT_CLASSIFIER, SUMMARIZER, SYSTEM_PROMPTS, with_record
-from agents.tickets import Ticket, TicketError, read_tickets
+from deploy.assistant.prompts import CORE, INTENT_CLASSIFIER, SUMMARIZER, SYSTEM_PROMPTS, with_record
+from deploy.team.tickets import Ticket, TicketError, read_tickets
+from tiercel_agents.adk import GatewayPlugin
+from tiercel_agents.adk.client import GatewayCall, GatewayClient, describe, keep_quiet
 
 __all__ = [
     "ROLES",

@@ -16,6 +16,8 @@ from google.adk.models.lite_llm import LiteLlm
 from google.adk.models.llm_request import LlmRequest
 from google.adk.models.registry import LLMRegistry
 
+from tiercel_agents.headers import AGENT_HEADER
+
 PREFIX = "tiercel/"
 AGENT = "judge"
 """What it calls itself to the gateway: list it under a role, or it gets the default one."""
@@ -30,7 +32,7 @@ class TiercelLlm(LiteLlm):  # type: ignore[misc]  # ADK is untyped here
             model=_at_gateway(model),
             api_base=url + "/v1",
             api_key=os.environ.get("TIERCEL_KEY", "unused"),
-            extra_headers={"x-agent-name": AGENT},
+            extra_headers={AGENT_HEADER: AGENT},
             **more,
         )
 

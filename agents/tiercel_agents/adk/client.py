@@ -6,7 +6,7 @@ LiteLlm hands its caller the text alone. This client sits at the seam that ADK l
     LiteLlm(model="openai/assistant", api_base=url, llm_client=GatewayClient(on_call))
 
 It changes neither the request nor the answer. Calls are told apart by the headers that
-:class:`agents.plugin.GatewayPlugin` adds. Not covered: the synchronous ``completion``, which ADK
+:class:`tiercel_agents.adk.GatewayPlugin` adds. Not covered: the synchronous ``completion``, which ADK
 does not use, and a stream that its reader abandons, which is not reported.
 """
 
@@ -22,7 +22,15 @@ from typing import Any
 import openai
 from google.adk.models.lite_llm import LiteLLMClient
 
-from agents.plugin import AGENT_HEADER, INVOCATION_HEADER, SESSION_HEADER
+from tiercel_agents.headers import (
+    AGENT_HEADER,
+    INVOCATION_HEADER,
+    REASON_HEADER,
+    REPLICA_HEADER,
+    REQUEST_HEADER,
+    SESSION_HEADER,
+    VARIANT_HEADER,
+)
 
 _PROVIDER_PREFIX = "llm_provider-"
 """What LiteLLM puts before the name of a header that it passes on."""
@@ -120,10 +128,10 @@ class _Stopwatch:
             latency_s=self.clock() - self.start,
             ttft_s=self.ttft_s,
             completion_tokens=self.tokens,
-            variant=self.headers.get("x-tiercel-variant"),
-            route_reason=self.headers.get("x-tiercel-route-reason"),
-            replica=self.headers.get("x-tiercel-replica"),
-            request_id=self.headers.get("x-request-id"),
+            variant=self.headers.get(VARIANT_HEADER),
+            route_reason=self.headers.get(REASON_HEADER),
+            replica=self.headers.get(REPLICA_HEADER),
+            request_id=self.headers.get(REQUEST_HEADER),
             error=error,
         )
 

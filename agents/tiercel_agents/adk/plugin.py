@@ -29,11 +29,13 @@ from urllib.parse import quote
 from google.adk.plugins.base_plugin import BasePlugin
 from google.genai import types
 
-AGENT_HEADER = "x-agent-name"
-SESSION_HEADER = "x-session-id"
-INVOCATION_HEADER = "x-invocation-id"
-BAGGAGE_HEADER = "baggage"
-BAGGAGE_AGENT = "gen_ai.agent.name"
+from tiercel_agents.headers import (
+    AGENT_HEADER,
+    BAGGAGE_AGENT,
+    BAGGAGE_HEADER,
+    INVOCATION_HEADER,
+    SESSION_HEADER,
+)
 
 logger = logging.getLogger("tiercel.agents")
 

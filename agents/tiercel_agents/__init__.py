@@ -1,0 +1,1 @@
+"""What an application installs to say which of its agents asks. Importing it imports no other package."""

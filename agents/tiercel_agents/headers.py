@@ -1,0 +1,26 @@
+"""The HTTP headers in which an agent says who it is: read by the gateway, sent by what is in this package."""
+
+from __future__ import annotations
+
+AGENT_HEADER = "x-agent-name"
+"""The agent's own name; the gateway's configuration says which role that is."""
+ROLE_HEADER = "x-agent-role"
+"""A role by its own name. One that the gateway does not have is an error."""
+SESSION_HEADER = "x-session-id"
+"""Keeps a conversation where its prefix is in the cache."""
+PARENT_HEADER = "x-parent-session-id"
+"""The session of the agent that started this one."""
+INVOCATION_HEADER = "x-invocation-id"
+"""Joins logs and traces; the gateway passes over it."""
+BAGGAGE_HEADER = "baggage"
+"""W3C Baggage."""
+BAGGAGE_AGENT = "gen_ai.agent.name"
+"""OpenTelemetry's name of the agent's name, as a key of baggage."""
+BAGGAGE_SESSION = "gen_ai.conversation.id"
+"""OpenTelemetry's name of the session's, likewise."""
+
+VARIANT_HEADER = "x-tiercel-variant"
+"""Of an answer: ``model:variant`` that gave it."""
+REPLICA_HEADER = "x-tiercel-replica"
+REASON_HEADER = "x-tiercel-route-reason"
+REQUEST_HEADER = "x-request-id"
