@@ -42,10 +42,9 @@ def framework(request: pytest.FixtureRequest) -> Framework:
 async def recipes(
     framework: Framework, scripted: Scripted, tmp_path_factory: pytest.TempPathFactory
 ) -> AsyncIterator[Recipes]:
-    """The framework's page, connected."""
+    """The framework's page."""
     one = Recipes(framework, scripted.url, tmp_path_factory.mktemp(framework.name))
     async with one.running():
-        await one.run("Connect")
         yield one
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from functools import partial
@@ -106,6 +107,7 @@ class Recipes:
         self.sections = sections(self.page.read_text(encoding="utf-8"))
         self._url, self._home = url, home
         self._process: asyncio.subprocess.Process | None = None
+        self._ran: set[str] = set()
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[Recipes]:
@@ -113,6 +115,8 @@ class Recipes:
         assert python is not None
         log = self._home / f"{self.framework.name}.log"
         environment = {name: os.environ[name] for name in ("PATH", "LANG", "TMPDIR") if name in os.environ}
+        if python == Path(sys.executable) and "PYTHONPATH" in os.environ:
+            environment["PYTHONPATH"] = os.environ["PYTHONPATH"]
         environment |= {**_QUIET, "HOME": str(self._home), "PYTHONUNBUFFERED": "1"}
         with log.open("wb") as errors:
             self._process = await asyncio.create_subprocess_exec(
@@ -134,12 +138,19 @@ class Recipes:
                     self._process.kill()
                 await self._process.wait()
 
+    async def prepare(self, section: str) -> None:
+        """Run what stands above a section on the page, where that has not been done: it builds on it."""
+        for above in list(self.sections)[: list(self.sections).index(section)]:
+            if above not in self._ran and above != "Cancel":
+                await self.run(above)
+
     async def run(self, section: str) -> dict[str, Any]:
         """What the section left behind; it must raise nothing, and reach for nothing but the gateway."""
         process = self._process
         assert process is not None
         assert process.stdin is not None
         assert process.stdout is not None
+        self._ran.add(section)
         process.stdin.write(section.encode() + b"\n")
         async with asyncio.timeout(SECTION_S):
             line = await process.stdout.readline()

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import ast
 import asyncio
+import dataclasses
 import inspect
 import ipaddress
 import json
+import linecache
 import os
 import re
 import sys
@@ -21,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 SHOWN_URL = "http://127.0.0.1:8080"
-TOLD = ("text", "pieces", "usage", "found", "variants", "calls", "score")
+TOLD = ("text", "pieces", "usage", "found", "variants", "score")
 """Names that a section may leave behind, each with what it found out."""
 _INPUT = ("prompt_tokens", "input_tokens", "prompt_token_count", "input_token_count")
 _OUTPUT = ("completion_tokens", "output_tokens", "candidates_token_count", "output_token_count")
@@ -51,15 +53,18 @@ def guard(event: str, given: tuple[Any, ...]) -> None:
         raise ConnectionRefusedError(f"{given[1][0]}: the recipes stay on this machine")
 
 
-def run(code: str, names: dict[str, Any], runner: asyncio.Runner) -> dict[str, Any]:
+async def run(heading: str, code: str, names: dict[str, Any]) -> dict[str, Any]:
     """What the code of a section left behind under the names in ``TOLD``."""
     for name in TOLD:
         names.pop(name, None)
-    compiled = compile(code, "recipe", "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+    file = f"<{heading}>"
+    # Some frameworks read the source of the functions that they are given.
+    linecache.cache[file] = (len(code), None, code.splitlines(keepends=True), file)
+    compiled = compile(code, file, "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
     if compiled.co_flags & inspect.CO_COROUTINE:
-        runner.run(eval(compiled, names))
+        await eval(compiled, names)
     else:
-        exec(compiled, names)
+        await asyncio.to_thread(exec, compiled, names)
     told = {name: plain(names[name]) for name in TOLD if name in names}
     if "usage" in told:
         told["usage"] = [first(told["usage"], _INPUT), first(told["usage"], _OUTPUT)]
@@ -76,6 +81,8 @@ def plain(value: Any) -> Any:
         return [plain(one) for one in value]
     if hasattr(value, "model_dump"):
         return plain(value.model_dump())
+    if dataclasses.is_dataclass(value):
+        return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
     return {name: plain(one) for name, one in vars(value).items() if not name.startswith("_")}
 
 
@@ -90,23 +97,22 @@ def first(usage: Any, names: tuple[str, ...]) -> int | None:
     return None
 
 
-def main() -> None:
-    page, url = Path(sys.argv[1]), sys.argv[2]
+async def main(code: dict[str, str]) -> None:
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     sys.addaudithook(guard)
-    code = sections(page.read_text(encoding="utf-8").replace(SHOWN_URL, url))
     names: dict[str, Any] = {"__name__": "recipe"}
-    with asyncio.Runner() as runner:
-        for line in sys.stdin:
-            try:
-                told = run(code[line.strip()], names, runner)
-            except BaseException:
-                told = {"error": traceback.format_exc()}
-            answers.write(json.dumps({**told, "outside": outside}) + "\n")
-            answers.flush()
-            outside.clear()
+    # The loop goes on between sections, as an application's does.
+    while heading := (await asyncio.to_thread(sys.stdin.readline)).strip():
+        try:
+            told = await run(heading, code[heading], names)
+        except BaseException:
+            told = {"error": traceback.format_exc()}
+        answers.write(json.dumps({**told, "outside": outside}) + "\n")
+        answers.flush()
+        outside.clear()
 
 
 if __name__ == "__main__":
-    main()
+    shown = Path(sys.argv[1]).read_text(encoding="utf-8")
+    asyncio.run(main(sections(shown.replace(SHOWN_URL, sys.argv[2]))))

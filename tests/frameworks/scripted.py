@@ -77,8 +77,11 @@ def _take(asked: Asked, message: dict[str, Any]) -> None:
         for block in results:
             asked.answered.append(block["tool_use_id"])
             asked.results.append(text_of(block.get("content")))
-        if not results:
-            asked.question = text_of(message.get("content"))
+        said = text_of(message.get("content"))
+        if said.startswith("Observation:"):  # as smolagents hands on what tools have said
+            asked.results.append(said)
+        elif not results:
+            asked.question = said
             asked.results, asked.answered, asked.open_calls = [], [], {}
 
 
