@@ -30,7 +30,7 @@ async def scripted() -> AsyncIterator[Scripted]:
         yield stack
 
 
-@pytest.fixture(scope="module", params=sorted(frameworks()))
+@pytest.fixture(scope="module", params=sorted(name for name, one in frameworks().items() if not one.npm))
 def framework(request: pytest.FixtureRequest) -> Framework:
     found = frameworks()[request.param]
     if found.python is None:

@@ -1,4 +1,6 @@
-"""The frameworks, and an environment for each: ``python -m tests.frameworks.environments [NAME ...]``.
+"""The frameworks, and an environment for each:
+
+``python -m tests.frameworks.environments [--if-possible] [NAME ...]``
 
 An environment lies in ``var/frameworks/NAME`` and is made anew when what ``environments.toml``
 says of it changes.
@@ -7,6 +9,7 @@ says of it changes.
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -22,12 +25,13 @@ PAGES = ROOT / "docs/frameworks"
 
 @dataclass(frozen=True)
 class Framework:
-    """``install`` is what pip is given; ``shared``: the product's own environment has it as well."""
+    """``install`` is what pip is given, or npm; ``shared``: the product's own environment has it as well."""
 
     name: str
     title: str
     install: tuple[str, ...]
     shared: bool = False
+    npm: bool = False
 
     @property
     def page(self) -> Path:
@@ -47,6 +51,12 @@ class Framework:
         return Path(sys.executable) if self.shared else None
 
     @property
+    def programs(self) -> Path | None:
+        """Where the programs of what npm installed are; None where they are not."""
+        found = PLACE / self.name / "node_modules/.bin"
+        return found if self.npm and found.is_dir() and self._stamp.is_file() else None
+
+    @property
     def _stamp(self) -> Path:
         return PLACE / self.name / "installed.json"
 
@@ -56,19 +66,21 @@ class Framework:
         if self._stamp.is_file() and self._stamp.read_text(encoding="utf-8") == wanted:
             return f"{self.name}: is there, {self._megabytes()} MB"
         began = time.monotonic()
-        venv.create(PLACE / self.name, clear=True, with_pip=True)
-        pip = [
-            str(self.own),
-            "-m",
-            "pip",
-            "--disable-pip-version-check",
-            "install",
-            "--quiet",
-            "--no-compile",
-        ]
-        subprocess.run([*pip, *self.install], check=True, cwd=ROOT)
+        place = PLACE / self.name
+        if self.npm:
+            shutil.rmtree(place, ignore_errors=True)
+            place.mkdir(parents=True)
+            self._run("npm", "install", "--no-audit", "--no-fund", "--silent", "--prefix", str(place))
+        else:
+            venv.create(place, clear=True, with_pip=True)
+            self._run(
+                str(self.own), "-m", "pip", "--disable-pip-version-check", "install", "-q", "--no-compile"
+            )
         self._stamp.write_text(wanted, encoding="utf-8")
         return f"{self.name}: made in {time.monotonic() - began:.0f} s, {self._megabytes()} MB"
+
+    def _run(self, *installer: str) -> None:
+        subprocess.run([*installer, *self.install], check=True, cwd=ROOT)
 
     def _megabytes(self) -> int:
         files = (path for path in (PLACE / self.name).rglob("*") if path.is_file() and not path.is_symlink())
@@ -76,23 +88,34 @@ class Framework:
 
 
 def frameworks() -> dict[str, Framework]:
-    """All of them, by name."""
+    """All of them, by name; what npm installs last."""
     text = (Path(__file__).parent / "environments.toml").read_text(encoding="utf-8")
     return {
-        name: Framework(name, one["title"], tuple(one["install"]), one.get("shared", False))
+        name: Framework(
+            name,
+            one["title"],
+            tuple(one.get("install", one.get("npm"))),
+            one.get("shared", False),
+            "npm" in one,
+        )
         for name, one in tomllib.loads(text).items()
     }
 
 
 def main() -> None:
     known = frameworks()
-    for name in sys.argv[1:] or known:
+    required = "--if-possible" not in sys.argv
+    missing: list[str] = []
+    for name in [one for one in sys.argv[1:] if one != "--if-possible"] or known:
         if name not in known:
             sys.exit(f"{name}: is no framework; known are {', '.join(known)}")
         try:
             print(known[name].make(), flush=True)
-        except subprocess.CalledProcessError as error:
-            sys.exit(f"{name}: could not be installed (status {error.returncode}); run this again")
+        except (subprocess.CalledProcessError, FileNotFoundError) as error:
+            missing.append(name)
+            print(f"{name}: could not be installed ({error}); its scenarios are skipped", file=sys.stderr)
+    if missing and required:
+        sys.exit(f"{', '.join(missing)}: could not be installed; run this again")
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 SHOWN_URL = "http://127.0.0.1:8080"
-TOLD = ("text", "pieces", "usage", "found", "variants", "score")
+TOLD = ("text", "pieces", "usage", "found", "variants", "calls", "score")
 """Names that a section may leave behind, each with what it found out."""
 _INPUT = ("prompt_tokens", "input_tokens", "prompt_token_count", "input_token_count")
 _OUTPUT = ("completion_tokens", "output_tokens", "candidates_token_count", "output_token_count")

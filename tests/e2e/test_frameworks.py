@@ -1,0 +1,69 @@
+"""Frameworks on a real engine: vLLM holds a model to a tool that is named, and to a schema."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+
+from deploy.engine import EngineSpec, free_port, running
+from gateway.config import Engine
+from tests.e2e.conftest import ROOT
+from tests.frameworks.environments import PAGES, frameworks
+from tests.frameworks.harness import Recipes
+from tests.gateway.gateway_stack import by_id, make_card, running_gateway
+
+pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="module")]
+
+FLAGS = (
+    "--enable-auto-tool-choice",
+    *("--tool-call-parser", "hermes"),
+    *("--structured-outputs-config", '{"backend": "xgrammar", "disable_any_whitespace": true}'),
+)
+
+
+def model() -> Path:
+    """A real model where there is one (``REAL_MODEL``), else the demo's, which knows no tools at all: both
+    show what the engine's grammar does."""
+    real = Path(os.environ.get("REAL_MODEL", ROOT / "var/real-model"))
+    return real if (real / "config.json").is_file() else ROOT / "deploy/assistant/model"
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def url(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[str]:
+    """A gateway over one engine."""
+    card = make_card("bf16", max_model_len=1024)
+    settings = Engine(python=ROOT / ".venv-engine/bin/python", max_num_seqs=8, extra_args=FLAGS)
+    log = tmp_path_factory.mktemp("engine") / "engine.log"
+    spec = EngineSpec(card, model(), settings, free_port(settings.host), log)
+    async with (
+        running(spec, print),
+        running_gateway(
+            cards=by_id(card),
+            serve=("bf16",),
+            pools={"bf16": (spec.url,)},
+            watch={"enabled": False},
+            quality={"sample_rate": 0.0},
+        ) as stack,
+    ):
+        yield stack.url
+
+
+@pytest.mark.parametrize("name", ["openai", "langgraph", "google-adk"])
+async def test_a_named_tool_is_used_and_a_schema_is_kept(name: str, url: str, tmp_path: Path) -> None:
+    framework = frameworks()[name]
+    if framework.python is None:
+        pytest.skip(f"{framework.title} has no environment here; `make frameworks` makes it")
+    recipes = Recipes(framework, url, tmp_path, page=PAGES / "real-engine.md")
+    async with recipes.running():
+        told = await recipes.run(framework.title)
+    (call,) = told["calls"]
+    assert call["name"] == "weather"
+    assert call["arguments"]["city"] in ("Oslo", "Bonn")
+    assert isinstance(told["text"], str)
+    assert set(told["found"]) == {"city", "degrees"}
+    assert told["found"]["city"] in ("Oslo", "Bonn")
+    assert int(told["found"]["degrees"]) in (20, 21)
