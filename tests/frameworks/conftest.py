@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 from collections.abc import AsyncIterator, Callable, Mapping
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import pytest
 import pytest_asyncio
 import uvloop
 
-from tests.frameworks.environments import PLACE, Framework, frameworks
+from tests.frameworks.environments import Framework, frameworks
 from tests.frameworks.harness import Recipes, Scripted, scripted_stack
+from tests.frameworks.table import SEEN
 
-SEEN = PLACE / "seen.json"
-"""What became of every scenario when it was last run."""
+QUICK = ("openai", "anthropic", "google-adk", "openai-agents")
+"""Those that every run of the tests has; `make frameworks` has all."""
 
 
 def pytest_asyncio_loop_factories() -> Mapping[str, Callable[[], asyncio.AbstractEventLoop]]:
@@ -33,6 +34,8 @@ async def scripted() -> AsyncIterator[Scripted]:
 @pytest.fixture(scope="module", params=sorted(name for name, one in frameworks().items() if not one.npm))
 def framework(request: pytest.FixtureRequest) -> Framework:
     found = frameworks()[request.param]
+    if request.param not in QUICK and os.environ.get("TIERCEL_FRAMEWORKS") != "all":
+        pytest.skip(f"{found.title} is run by `make frameworks`")
     if found.python is None:
         pytest.skip(f"{found.title} has no environment here; `make frameworks` makes it")
     return found
@@ -62,7 +65,3 @@ def pytest_runtest_makereport(item: pytest.Item) -> Any:
     SEEN.parent.mkdir(parents=True, exist_ok=True)
     SEEN.write_text(json.dumps(seen, indent=1), encoding="utf-8")
     return report
-
-
-def of_this_folder(path: Path) -> bool:
-    return path.is_relative_to(Path(__file__).parent)

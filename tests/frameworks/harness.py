@@ -19,7 +19,7 @@ from tests.frameworks.recipe import sections
 from tests.frameworks.scripted import Asked, read, script_for
 from tests.gateway.gateway_stack import Stack, eventually, running_gateway
 
-SECTION_S = 120
+SECTION_S = 300
 """For one section, first imports and slow machines included."""
 _QUIET = {
     "LITELLM_LOCAL_MODEL_COST_MAP": "True",

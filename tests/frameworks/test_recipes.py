@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
+from tests.frameworks.environments import PAGES, frameworks
 from tests.frameworks.harness import Recipes, Scripted, eventually
 from tests.frameworks.scripted import hello
+from tests.frameworks.table import COLUMNS, prose
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -21,16 +22,15 @@ SUNNY = "{}: sunny, 21 degrees"
 
 async def _told(recipes: Recipes, scripted: Scripted, section: str) -> dict[str, Any]:
     if section not in recipes.sections:
-        page = recipes.page.read_text(encoding="utf-8")
-        why = re.search(rf"^## {section}\n+(.+?)(?=\n\n|\n*\Z)", page, re.DOTALL | re.MULTILINE)
-        pytest.skip(" ".join(why[1].split()) if why else f"the page has no section {section!r}")
+        why = prose(recipes.page.read_text(encoding="utf-8"), section)
+        pytest.skip(why or f"the page has no section {section!r}")
     await recipes.prepare(section)
     scripted.begin()
     return await recipes.run(section)
 
 
 async def plain(recipes: Recipes, scripted: Scripted) -> None:
-    told = await _told(recipes, scripted, HEADINGS["plain"])
+    told = await _told(recipes, scripted, COLUMNS["plain"])
     assert told["text"] == hello("bf16")
     (record,) = scripted.told()
     assert (record.status, record.role, record.session) == (200, "core", SESSION)
@@ -38,7 +38,7 @@ async def plain(recipes: Recipes, scripted: Scripted) -> None:
 
 
 async def streaming_with_usage(recipes: Recipes, scripted: Scripted) -> None:
-    told = await _told(recipes, scripted, HEADINGS["streaming with usage"])
+    told = await _told(recipes, scripted, COLUMNS["streaming with usage"])
     assert len([piece for piece in told["pieces"] if piece]) > 2, "it came in pieces"
     assert "".join(told["pieces"]) == hello("bf16")
     (record,) = scripted.told()
@@ -47,13 +47,13 @@ async def streaming_with_usage(recipes: Recipes, scripted: Scripted) -> None:
 
 
 async def tools(recipes: Recipes, scripted: Scripted) -> None:
-    told = await _told(recipes, scripted, HEADINGS["tools"])
+    told = await _told(recipes, scripted, COLUMNS["tools"])
     assert SUNNY.format("Oslo") in told["text"]
     _answers(scripted, ("Oslo",))
 
 
 async def parallel_tools(recipes: Recipes, scripted: Scripted) -> None:
-    told = await _told(recipes, scripted, HEADINGS["parallel tools"])
+    told = await _told(recipes, scripted, COLUMNS["parallel tools"])
     for city in ("Oslo", "Bonn"):
         assert SUNNY.format(city) in told["text"]
     _answers(scripted, ("Oslo", "Bonn"))
@@ -73,12 +73,12 @@ def _answers(scripted: Scripted, cities: tuple[str, ...]) -> None:
 
 
 async def strict_schema(recipes: Recipes, scripted: Scripted) -> None:
-    told = await _told(recipes, scripted, HEADINGS["strict schema"])
+    told = await _told(recipes, scripted, COLUMNS["strict schema"])
     assert told["found"] == {"city": "Oslo", "degrees": 21}
 
 
 async def two_agents_on_two_roles(recipes: Recipes, scripted: Scripted) -> None:
-    told = await _told(recipes, scripted, HEADINGS["two roles"])
+    told = await _told(recipes, scripted, COLUMNS["two roles"])
     roles = {record.role: record.variant for record in scripted.told()}
     assert roles == {"intent_classifier": "assistant:int4-kv8", "core": "assistant:bf16"}
     assert {record.session for record in scripted.told()} == {SESSION}
@@ -88,7 +88,7 @@ async def two_agents_on_two_roles(recipes: Recipes, scripted: Scripted) -> None:
 
 
 async def cancel(recipes: Recipes, scripted: Scripted) -> None:
-    told = await _told(recipes, scripted, HEADINGS["cancel"])
+    told = await _told(recipes, scripted, COLUMNS["cancel"])
     assert "".join(told["pieces"]).startswith("one")
     await eventually(lambda: scripted.aborted() == 1 and scripted.running() == 0)
     await eventually(lambda: [record.status for record in scripted.told()] == [499])
@@ -96,7 +96,7 @@ async def cancel(recipes: Recipes, scripted: Scripted) -> None:
 
 async def further(recipes: Recipes, scripted: Scripted) -> None:
     """What else a page shows, each with what has to come of it."""
-    sections = [one for one in recipes.sections if one != "Connect" and one not in HEADINGS.values()]
+    sections = [one for one in recipes.sections if one != "Connect" and one not in COLUMNS.values()]
     if not sections:
         pytest.skip("nothing else")
     for section in sections:
@@ -151,15 +151,6 @@ def _went_on(told: Told, scripted: Scripted) -> None:
 
 Told = dict[str, Any]
 Check = Callable[[Told, Scripted], None]
-HEADINGS = {
-    "plain": "Plain",
-    "streaming with usage": "Streaming with usage",
-    "tools": "Tools",
-    "parallel tools": "Parallel tools",
-    "strict schema": "Strict schema",
-    "two roles": "Two agents, two roles",
-    "cancel": "Cancel",
-}
 FURTHER: dict[tuple[str, str], Check] = {
     ("openai", "Responses"): _other_protocol("/v1/responses"),
     ("openai", "A conversation that goes on"): _went_on,
@@ -188,3 +179,13 @@ SCENARIOS = {
 @pytest.mark.parametrize("scenario", SCENARIOS)
 async def test_a_recipe(recipes: Recipes, scripted: Scripted, scenario: str) -> None:
     await SCENARIOS[scenario](recipes, scripted)
+
+
+async def test_the_table_has_a_line_for_every_framework() -> None:
+    text = (PAGES / "README.md").read_text(encoding="utf-8")
+    lines = [line for line in text.splitlines() if line.startswith("| [")]
+    known = [one for one in frameworks().values() if not one.npm]
+    assert [line.split("](")[0] for line in lines] == [f"| [{one.title}" for one in known]
+    for line, one in zip(lines, known, strict=True):
+        assert all(f"`{version}`" in line for version in one.install if "==" in version), one.title
+    assert "fails" not in text.split("<!-- seen -->")[1]
