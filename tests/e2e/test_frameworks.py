@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
+import openai
 import pytest
 import pytest_asyncio
 
@@ -36,7 +39,12 @@ def model() -> Path:
 async def url(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[str]:
     """A gateway over one engine."""
     card = make_card("bf16", max_model_len=1024)
-    settings = Engine(python=ROOT / ".venv-engine/bin/python", max_num_seqs=8, extra_args=FLAGS)
+    settings = Engine(
+        python=ROOT / ".venv-engine/bin/python",
+        env={"OMP_NUM_THREADS": "1"},
+        max_num_seqs=8,
+        extra_args=FLAGS,
+    )
     log = tmp_path_factory.mktemp("engine") / "engine.log"
     spec = EngineSpec(card, model(), settings, free_port(settings.host), log)
     async with (
@@ -67,3 +75,26 @@ async def test_a_named_tool_is_used_and_a_schema_is_kept(name: str, url: str, tm
     assert set(told["found"]) == {"city", "degrees"}
     assert told["found"]["city"] in ("Oslo", "Bonn")
     assert int(told["found"]["degrees"]) in (20, 21)
+
+
+async def test_what_agents_send_wrongly_is_refused_with_a_sentence(url: str) -> None:
+    image = {"type": "image_url", "image_url": {"url": "data:image/png;base64,iVBORw0KGgo="}}
+    nobody = {"type": "function", "function": {"name": "nobody"}}
+    tool = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
+    odd: dict[str, tuple[dict[str, Any], str]] = {
+        "an image": ({"messages": [{"role": "user", "content": [image]}]}, "multimodal|image"),
+        "a choice of nobody": ({"tools": [tool], "tool_choice": nobody}, "tool"),
+        "a choice without tools": ({"tool_choice": "required"}, "tool"),
+        "a choice that is a number": ({"tools": [tool], "tool_choice": 7}, "tool_choice"),
+        "a tool that is none": ({"tools": [{"type": "function"}]}, "tools"),
+        "a text that does not fit": ({"messages": [{"role": "user", "content": "word " * 9000}]}, "context"),
+        "an answer that does not fit": ({"max_tokens": 100_000}, "max_tokens"),
+    }
+    plain = {"model": "assistant", "max_tokens": 1, "messages": [{"role": "user", "content": "hello"}]}
+    async with openai.AsyncOpenAI(base_url=url + "/v1", api_key="any", max_retries=0) as client:
+        for why, (body, says) in odd.items():
+            with pytest.raises(openai.BadRequestError) as refused:
+                await client.post("/chat/completions", body=plain | body, cast_to=object)
+            assert re.search(says, refused.value.message), f"{why}: {refused.value.message}"
+        for body in ({}, {"tools": []}, {"x_new": {"a": 1}}, {"tools": [tool, tool]}):
+            await client.post("/chat/completions", body=plain | body, cast_to=object)
