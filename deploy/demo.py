@@ -30,7 +30,9 @@ from deploy.report import format_table, write_report
 from deploy.report_data import DemoReport, Machine, RoleReport, VariantReport
 from deploy.second_act import Clock, second_act
 from deploy.supervisor import Stack
-from deploy.team.team import MAX_TOKENS, ROLES, TicketResult, read_tickets, run_team, user_text
+from deploy.team.run import TicketResult, run_team
+from deploy.team.tickets import read_tickets
+from deploy.team.workflow import MAX_TOKENS, ROLES, user_text
 from gateway.config import Config, ModelConfig, load_config, parts_of
 from quantize.card import Card
 from quantize.evaluate.client import EngineClient
@@ -136,31 +138,31 @@ async def agreement_with_reference(
     async with EngineClient(url, model.id(model.reference)) as reference:
         for role in ROLES:
             quantized = [
-                r
-                for r in results
-                if not r.roles[role].error and r.roles[role].variant != model.id(model.reference)
+                (one, result.ticket)
+                for result in results
+                for one in result.of(role)
+                if not one.error and one.variant != model.id(model.reference)
             ]
             prompts = [
                 [
                     {"role": "system", "content": SYSTEM_PROMPTS[role]},
-                    {"role": "user", "content": user_text(role, r.ticket)},
+                    {"role": "user", "content": user_text(one.agent, ticket)},
                 ]
-                for r in quantized
+                for one, ticket in quantized
             ]
             answers = await asyncio.gather(*(reference.answer(p, MAX_TOKENS[role]) for p in prompts))
-            same = [a.strip() == r.roles[role].text for a, r in zip(answers, quantized, strict=True)]
+            same = [a.strip() == one.text for a, (one, _) in zip(answers, quantized, strict=True)]
             shares[role] = sum(same) / len(same) if same else None
     return shares
 
 
-def is_right(role: str, result: TicketResult) -> bool:
+def is_right(agent: str, result: TicketResult) -> bool:
     """The same checks that the gate uses: exact, or every key fact in the summary."""
-    text, ticket = result.roles[role].text, result.ticket
-    return {
-        INTENT_CLASSIFIER: text == ticket.intent,
-        SUMMARIZER: all(fact in text for fact in ticket.facts),
-        CORE: text == ticket.answer,
-    }[role]
+    text, ticket = result.agents[agent].text, result.ticket
+    if agent == SUMMARIZER:
+        return all(fact in text for fact in ticket.facts)
+    right = {name: aside.answer for name, aside in ticket.specialists.items()}
+    return text == {INTENT_CLASSIFIER: ticket.intent, CORE: ticket.answer, **right}[agent]
 
 
 def role_report(
@@ -170,9 +172,9 @@ def role_report(
     agreement: dict[str, float | None],
     metrics: Metrics,
 ) -> RoleReport:
-    mine = [result.roles[role] for result in results]
-    right = sum(is_right(role, result) for result in results)
-    low, high = wilson_interval(right, len(results))
+    mine = [one for result in results for one in result.of(role)]
+    right = sum(is_right(one.agent, result) for result in results for one in result.of(role))
+    low, high = wilson_interval(right, len(mine))
     latencies = [r.latency_s for r in mine if r.latency_s is not None and not r.error]
     firsts = [r.ttft_s for r in mine if r.ttft_s is not None]
     labels = {

@@ -9,8 +9,10 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 import socket
+import tempfile
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
@@ -196,6 +198,8 @@ class EngineProcess:
         """Whether it has been ready: before that it has nothing to finish."""
         self._log_from = 0
         """Where in the log this start begins: what an earlier one said is no reason for this one."""
+        self._sockets: str | None = None
+        """The folder of those that the engine's processes talk through, and leave behind."""
 
     @property
     def pid(self) -> int | None:
@@ -220,13 +224,15 @@ class EngineProcess:
         self._answered = False
         self.spec.log.parent.mkdir(parents=True, exist_ok=True)
         self._log_from = self.spec.log.stat().st_size if self.spec.log.exists() else 0
+        self._forget_sockets()
+        self._sockets = tempfile.mkdtemp(prefix="tiercel-engine-")
         with self.spec.log.open("ab") as log:
             self._process = await asyncio.create_subprocess_exec(
                 *command(self.spec),
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                env=environment(self.spec),
+                env={"VLLM_RPC_BASE_PATH": self._sockets, **environment(self.spec)},
                 start_new_session=True,
             )
 
@@ -311,10 +317,16 @@ class EngineProcess:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
         await process.wait()
+        self._forget_sockets()
         # They have inherited its socket, and hold the port until the last of them is gone.
         deadline = time.monotonic() + PORT_FREE_S
         while port_in_use(self.spec.settings.host, self.spec.port) and time.monotonic() < deadline:  # noqa: ASYNC110
             await asyncio.sleep(0.02)
+
+    def _forget_sockets(self) -> None:
+        if self._sockets is not None:
+            shutil.rmtree(self._sockets, ignore_errors=True)
+            self._sockets = None
 
     def last_words(self) -> str:
         """The last lines of the engine's log, without vLLM's prefixes being cut."""

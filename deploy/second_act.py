@@ -20,7 +20,8 @@ from deploy.damage import damaged
 from deploy.models import one_model
 from deploy.report_data import Answer, Demotion, Incident
 from deploy.supervisor import Stack
-from deploy.team.team import ROLES, Ticket, TicketResult, run_team
+from deploy.team.run import TicketResult, run_team
+from deploy.team.tickets import Ticket
 from gateway.config import parts_of
 
 FAULT = "two-bits"
@@ -35,7 +36,7 @@ Say = Callable[[str], None]
 
 
 class Clock:
-    """Answers with the time at which they came."""
+    """Answers with the time at which they came. ``right``: whether an agent's is."""
 
     def __init__(self, right: Callable[[str, TicketResult], bool]) -> None:
         self.began = time.monotonic()
@@ -47,11 +48,10 @@ class Clock:
         return time.monotonic() - self.began
 
     def take(self, result: TicketResult) -> None:
-        for role in ROLES:
-            one = result.roles[role]
+        for agent, one in result.agents.items():
             variant = parts_of(one.variant)[1] if one.variant else None
             self.answers.append(
-                Answer(role=role, variant=variant, right=self._right(role, result), at=self.now)
+                Answer(role=one.role, variant=variant, right=self._right(agent, result), at=self.now)
             )
 
 

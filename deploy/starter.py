@@ -93,6 +93,8 @@ roles:
   # What users read: closer to the 16-bit model, and never below 8 bits.
   core:
     budget: {{ max_kl: 0.05, min_weight_bits: 8 }}
+  # More in a line each: `triage: {{ like: intent_classifier }}`, or like router, summarizer, title_writer,
+  # query_rewriter, extractor, guard, judge, planner, coder, core; what stands beside `like` counts instead.
 default_role: default
 
 # Cheap is what takes few bytes, with a busy KV cache, for a short time per token, as its engine was measured.

@@ -5,19 +5,16 @@ from __future__ import annotations
 import hashlib
 import hmac
 import random
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
-from urllib.parse import unquote
 
 from gateway.config import ApiKey, Config, parts_of
 from gateway.errors import BadRequestError, ForbiddenError, UnauthenticatedError
 from gateway.proxy.body import RequestFields
+from gateway.signals import Lineage, SignalReader, at, baggage_of, lineage_of
+from tiercel_agents.headers import AGENT_HEADER, BAGGAGE_AGENT, ROLE_HEADER
 
-_NAMED_SESSIONS = ("x-session-id", "x-litellm-session-id", "x-claude-code-session-id")
-_SESSION_LIMIT = 128
-_PLAIN_SESSION = re.compile(r"[A-Za-z0-9._:/-]+")
 _MOST_PRIORITY = 2**31 - 1
 MOST_CALLERS = 16
 """Callers that are remembered with the headers of one connection."""
@@ -37,6 +34,8 @@ class Caller:
     """Given to engines, so that the time a prefix takes tells one tenant nothing of another's."""
     priority: int = 0
     """vLLM's: the key's and the role's; higher comes later."""
+    parent: str | None = None
+    """The session of the agent that started this one."""
 
     @property
     def tenant(self) -> str:
@@ -56,6 +55,7 @@ class Identities:
         }
         self._agents = {agent: name for name, role in config.roles.items() for agent in role.agents}
         self._agents |= {name: name for name in config.roles}
+        self.signals = SignalReader(config, self.role_of)
 
     def sender(self, headers: Mapping[str, str]) -> Sender:
         """What the headers of a request say of who makes it; their names are in lower case.
@@ -98,19 +98,31 @@ class Identities:
 class Sender:
     """What the headers of a request say of who makes it: the same for all requests with the same headers."""
 
-    __slots__ = ("_agent", "_callers", "_config", "_given", "_key", "_salt", "_session", "identities")
+    __slots__ = (
+        "_agent",
+        "_callers",
+        "_config",
+        "_given",
+        "_key",
+        "_lineage",
+        "_meant",
+        "_salt",
+        "identities",
+    )
 
     def __init__(self, identities: Identities, headers: Mapping[str, str], key: ApiKey | None) -> None:
         self.identities = identities
         self._config = identities.config
         self._key = key
         self._salt = identities.salt(key)
-        self._given = headers.get("x-agent-role", "").strip()
-        agent = identities.role_of(headers.get("x-agent-name"))
-        if agent is None and (baggage := headers.get("baggage")):
-            agent = identities.role_of(_baggage(baggage).get("gen_ai.agent.name"))
+        self._given = headers.get(ROLE_HEADER, "").strip()
+        baggage = baggage_of(headers)
+        agent = identities.role_of(headers.get(AGENT_HEADER))
+        if agent is None and baggage:
+            agent = identities.role_of(baggage.get(BAGGAGE_AGENT))
         self._agent = agent
-        self._session = _session(headers)
+        self._meant = identities.signals.roles(headers)
+        self._lineage = identities.signals.lineage(headers, baggage)
         self._callers: dict[str, Caller] = {}
 
     @property
@@ -129,16 +141,19 @@ class Sender:
             and asked.vllm_xargs is None
             and asked.prompt_cache_key is None
             and asked.user is None
+            and asked.litellm_session_id is None
         ):  # nearly always: nothing but the model can differ from the sender's last request
             known = self._callers.get(asked.model)
             if known is None:
-                known = self._caller(asked, self._session)
+                known = self._caller(asked, self._lineage)
                 if len(self._callers) < MOST_CALLERS and len(asked.model) <= LONGEST_MODEL:
                     self._callers[asked.model] = known
             return known
-        return self._caller(asked, self._session or _session_of(asked))
+        said = lineage_of(asked)
+        own = self._lineage
+        return self._caller(asked, Lineage(own.session or said.session, own.parent or said.parent))
 
-    def _caller(self, asked: RequestFields, session: str | None) -> Caller:
+    def _caller(self, asked: RequestFields, lineage: Lineage) -> Caller:
         role = self._role(asked)
         if self._key is not None:
             # Who names none is served as its role; so is who names another role than its key's.
@@ -147,7 +162,7 @@ class Sender:
         priority = self._config.roles[role].priority
         if self._key is not None:
             priority += self._key.priority
-        return Caller(role, session, self._key, self._salt, priority)
+        return Caller(role, lineage.session, self._key, self._salt, priority, lineage.parent)
 
     def _role(self, asked: RequestFields) -> str:
         """The first source that names a role wins; the order is the architecture's."""
@@ -167,15 +182,28 @@ class Sender:
             return self._given
         if self._agent is not None:
             return self._agent
+        for role in self._meant:
+            if self._allows(role, asked):
+                return role
         if asked.metadata is not None or asked.vllm_xargs is not None:
             role_of = self.identities.role_of
-            if role := role_of(_at(asked.metadata, "agent_role")):
-                return role
-            if role := role_of(_at(asked.vllm_xargs, "agentic_context", "agent_role")):
-                return role
+            if said := role_of(at(asked.metadata, "agent_role")):
+                return said
+            if said := role_of(at(asked.vllm_xargs, "agentic_context", "agent_role")):
+                return said
         if key is not None and key.default_role is not None:
             return key.default_role
         return self._config.default_role
+
+    def _allows(self, role: str, asked: RequestFields) -> bool:
+        """Whether the key may use a role that a client has not asked for in so many words: what it may not is
+        passed over, where asking for it would be refused."""
+        key = self._key
+        if key is None:
+            return True
+        if key.roles and role not in key.roles:
+            return False
+        return bool(asked.model) or may_use(key, role, self._config)
 
 
 def hash_of(secret: str) -> str:
@@ -236,41 +264,3 @@ class Sampler:
     def __call__(self) -> bool:
         """Whether the present request is one of them."""
         return self._draw() < self.share
-
-
-def _session(headers: Mapping[str, str]) -> str | None:
-    vendors = [name for name in headers if name.endswith("-session-id") and name.startswith("x-")]
-    if not vendors:
-        return None
-    for name in (*_NAMED_SESSIONS, *sorted(vendors)):
-        if session := headers.get(name, "").strip():
-            return _named(session)
-    return None
-
-
-def _session_of(asked: RequestFields) -> str | None:
-    for session in (_at(asked.metadata, "session_id"), asked.prompt_cache_key, asked.user):
-        if isinstance(session, str) and session.strip():
-            return _named(session.strip())
-    return None
-
-
-def _named(session: str) -> str:
-    """A session's name as it is used and logged: what is no plain identifier (a person's address, a sentence)
-    only by its hash."""
-    session = session[:_SESSION_LIMIT]
-    if _PLAIN_SESSION.fullmatch(session):
-        return session
-    return "hash:" + hashlib.sha256(session.encode("utf-8", "surrogatepass")).hexdigest()[:16]
-
-
-def _baggage(header: str) -> dict[str, str]:
-    """W3C Baggage: ``key=value;property,key=value``, values percent-encoded."""
-    pairs = (member.split(";", 1)[0].partition("=") for member in header.split(","))
-    return {key.strip(): unquote(value.strip()) for key, equals, value in pairs if equals}
-
-
-def _at(value: Any, *path: str) -> Any:
-    for key in path:
-        value = value.get(key) if isinstance(value, dict) else None
-    return value

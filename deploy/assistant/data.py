@@ -16,6 +16,7 @@ from typing import Any
 from deploy.assistant.corpus import intent_messages, own_utterances, record_conversation
 from deploy.assistant.prompts import CORE, INTENT_CLASSIFIER, SUMMARIZER, SYSTEM_PROMPTS, with_record
 from deploy.assistant.records import HELD_OUT_SEED, NOT_STATED, make_record
+from deploy.team.tickets import CONTACT, DETAILS
 
 DATA = Path(__file__).with_name("data")
 CALIBRATION_PER_JOB = 80
@@ -137,6 +138,10 @@ def customer_messages() -> list[Row]:
                 "answer": answer,
                 "summary": record.summary,
                 "facts": record.facts,
+                "specialists": {
+                    CONTACT: dict(zip(("question", "answer"), record.contact, strict=True)),
+                    DETAILS: dict(zip(("question", "answer"), record.details, strict=True)),
+                },
             }
         )
     return rows

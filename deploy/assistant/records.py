@@ -430,6 +430,10 @@ class Record:
     facts: tuple[str, ...]
     questions: tuple[tuple[str, str], ...]
     """Pairs of (question, the only right answer)."""
+    contact: tuple[str, str]
+    """The pair about the person."""
+    details: tuple[str, str]
+    """The pair about the last fact of a summary."""
 
 
 def make_record(seed: int) -> Record:
@@ -449,10 +453,14 @@ def make_record(seed: int) -> Record:
         stated = field.name != missing
         answer = field.answer.format(id=identifier, value=values[field.name]) if stated else NOT_STATED
         questions.append((question, answer))
+    last = max(index for index, field in enumerate(kind.fields) if field.fact)
+    contact, details = questions[0], questions[last]
     rng.shuffle(questions)
     return Record(
         text="\n".join(lines),
         summary=kind.summary.format(id=identifier, **values),
         facts=tuple(values[field.name] for field in kind.fields if field.fact),
         questions=tuple(questions),
+        contact=contact,
+        details=details,
     )

@@ -4,11 +4,24 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 
 class TicketError(ValueError):
     """A file of tickets cannot be used. The text names the file, the line, the key and the fix."""
+
+
+CONTACT, DETAILS = "contact_specialist", "details_specialist"
+"""Agents that look into a record for one thing."""
+
+
+class Aside(BaseModel):
+    """What a specialist is asked about the record, and the right answer."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    question: str = Field(min_length=1)
+    answer: str = Field(min_length=1)
 
 
 class Ticket(BaseModel):
@@ -19,11 +32,24 @@ class Ticket(BaseModel):
     id: str = Field(pattern=r"^[A-Za-z0-9._-]{1,64}$")
     message: str = Field(min_length=1, description="what the customer wrote")
     intent: str = Field(min_length=1, description="the right class of the message")
-    record: str = Field(min_length=1, description="the business record that the ticket is about")
+    record: str = Field(min_length=1, pattern=r"^\S", description="the business record that it is about")
     question: str = Field(min_length=1, description="what is asked about the record")
     answer: str = Field(min_length=1, description="the right answer to the question")
     summary: str = Field(min_length=1, description="a right summary of the record")
     facts: tuple[str, ...] = Field(min_length=1, description="what a summary has to contain")
+    specialists: dict[str, Aside] = Field(description="agent to what it is asked")
+
+    @field_validator("specialists")
+    @classmethod
+    def _are_both(cls, specialists: dict[str, Aside]) -> dict[str, Aside]:
+        if specialists.keys() != {CONTACT, DETAILS}:
+            raise ValueError(f"must be {CONTACT} and {DETAILS}")
+        return specialists
+
+    @property
+    def record_id(self) -> str:
+        """The number in the record's first line, which is its title."""
+        return self.record.partition("\n")[0].split()[-1]
 
 
 def read_tickets(path: Path) -> list[Ticket]:

@@ -35,6 +35,7 @@ class RouteQuestion(BaseModel):
     vllm_xargs: dict[str, Any] | None = None
     user: str | None = None
     prompt_cache_key: str | None = None
+    litellm_session_id: str | None = None
 
 
 class ErrorBody(BaseModel):
@@ -95,6 +96,7 @@ class Operations:
         return {
             **asdict(found),
             "session": caller.session,
+            "parent_session": caller.parent,
             "variant": usable[0] if usable else None,
             "usable": usable,
             "when_full": snapshot.config.roles[caller.role].when_full.value,

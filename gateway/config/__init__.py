@@ -18,6 +18,7 @@ from gateway.config.responses import ResponsesSettings
 from gateway.config.roles import Canary, RoleSettings, Target, WhenFull
 from gateway.config.section import HIDDEN, ConfigError, is_loopback, shown_url
 from gateway.config.shown import shown, with_secrets
+from gateway.config.signals import Signal, Signals
 from gateway.config.watch import WATCHED, Batch, Judge, WatchSettings
 
 __all__ = [
@@ -44,6 +45,8 @@ __all__ = [
     "Recording",
     "ResponsesSettings",
     "RoleSettings",
+    "Signal",
+    "Signals",
     "Target",
     "WatchSettings",
     "WhenFull",

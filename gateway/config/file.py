@@ -18,6 +18,7 @@ from gateway.config.quality import Quality
 from gateway.config.responses import ResponsesSettings, check_url
 from gateway.config.roles import RoleSettings
 from gateway.config.section import Secret, Section, shown_url
+from gateway.config.signals import Signals
 from gateway.config.watch import WatchSettings
 
 _HERE = ("127.0.0.1", "0.0.0.0", "::1", "::")
@@ -43,6 +44,10 @@ class Config(Section):
         default_factory=dict, description="LoRA adapters, by the model id that clients and engines use"
     )
     keys: tuple[ApiKey, ...] = ()
+    signals: Signals = Field(
+        default=Signals(),
+        description="which role is meant by what clients say of their agents by themselves",
+    )
     run_dir: Path = Path("var/run")
     gateway: GatewaySettings = GatewaySettings()
     engine: Engine = Field(default=Engine(), description="of all models, as far as they change nothing")
@@ -255,6 +260,11 @@ class Config(Section):
                 raise ValueError(
                     f"roles.{name}.canary.variant: {role.canary.variant!r} is of a model that may not serve "
                     "the role; add it to the role's models"
+                )
+        for row in self.signals.roles:
+            if row.role is not None and row.role not in self.roles:
+                raise ValueError(
+                    f"signals.roles: {row.header}: {row.role!r} is not a role; known: {names_of(self.roles)}"
                 )
 
     def _check_model_names(self) -> None:

@@ -13,6 +13,7 @@ from gateway.config.kept import Recording
 from gateway.config.section import Section
 from gateway.config.watch import WATCHED
 from quantize.gate.judgement import QualityBudget
+from tiercel_agents.roles import settings_like
 
 
 class WhenFull(StrEnum):
@@ -48,6 +49,10 @@ class Target(Section):
 class RoleSettings(Section):
     """What an agent does, and the quality it needs."""
 
+    like: str | None = Field(
+        default=None,
+        description="a role of the library (docs/agents.md), whose settings hold where none are given here",
+    )
     models: tuple[str, ...] = Field(
         default=(),
         description="that may serve it: the cheapest variant of any of them that passes does; the reference "
@@ -101,6 +106,17 @@ class RoleSettings(Section):
         default_factory=dict,
         description="check of the watch to the share of bad answers that is tolerated, and that alarms",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_like_another(cls, raw: Any) -> Any:
+        """What the library says, as if it stood in the file."""
+        if isinstance(raw, dict) and isinstance(name := raw.get("like"), str):
+            try:
+                return settings_like(name, raw)
+            except ValueError as error:
+                raise ValueError(f"like: {error}") from None
+        return raw
 
     @field_validator("rates")
     @classmethod

@@ -78,6 +78,7 @@ class RequestFields(msgspec.Struct):
     vllm_xargs: Any = None
     prompt_cache_key: Any = None
     user: Any = None
+    litellm_session_id: Any = None
     logprobs: Any = UNSET
     top_logprobs: Any = UNSET
     logprob_token_ids: Any = UNSET
@@ -108,6 +109,7 @@ class _Usual(RequestFields, kw_only=True):
     vllm_xargs: msgspec.Raw = cast(msgspec.Raw, None)
     prompt_cache_key: str | None = None
     user: str | None = None
+    litellm_session_id: str | None = None
     logprobs: bool | int | UnsetType | None = UNSET
     top_logprobs: int | UnsetType | None = UNSET
     logprob_token_ids: msgspec.Raw = cast(msgspec.Raw, UNSET)

@@ -161,6 +161,7 @@ class Pipeline:
             key.tenant if key is not None else None,
             caller.role if caller is not None else None,
             caller.session if caller is not None else None,
+            caller.parent if caller is not None else None,
             exchange.model if exchange.model in self.known_models else OTHER,
             route.variant if route is not None else None,
             route.replica.name if route is not None else None,

@@ -44,6 +44,8 @@ class Record(msgspec.Struct, frozen=True, gc=False):
     tenant: str | None
     role: str | None
     session: str | None
+    parent: str | None
+    """The session of the agent that started this one's."""
     model: str
     """As the client named it, if that is a model that exists, else ``other``."""
     variant: str | None

@@ -40,6 +40,12 @@ HOME_WEIGHT = 4.0
 ADAPTER_WEIGHT = 32.0
 """What it costs to load a LoRA adapter where there is room for it, in blocks; twice that where another has to
 leave."""
+NEAR_WEIGHT = HOME_WEIGHT + 1.0
+"""What it is worth to begin a sub-agent where its parent is, in blocks: the parent waits meanwhile, so it is
+not in the way there; and a block more, so that the parent's replica, idle, is better than another idle one. A
+second sub-agent at the same time goes elsewhere, and so does a first where somebody else runs."""
+MOST_PLACES = 8192
+"""Sessions of which it is remembered where they were last."""
 ADAPTERS = 1
 """LoRA adapters that an engine holds at a time when it does not say: vLLM's own default."""
 FADE = 0.98
@@ -58,6 +64,8 @@ class PickQuery(msgspec.Struct):
     """What the engine's prompt is made of, in its order."""
     adapter: str = ""
     """The LoRA adapter that is asked for, if one is."""
+    parent: str | None = None
+    """The session that started this one's, which says little more than where it could be near its parent."""
 
 
 class SelectionPolicy(Protocol):
@@ -104,13 +112,14 @@ class LeastLoad:
 
 
 class SessionAffinity:
-    """Every session at one replica, by rendezvous hashing: when a replica goes, only its sessions move."""
+    """Every session at one replica, by rendezvous hashing: when a replica goes, only its sessions move. What
+    an agent has started is where that agent is."""
 
     def __init__(self) -> None:
         self._fallback = LeastInFlight()
 
     def pick(self, usable: Sequence[Replica], query: PickQuery) -> tuple[Replica, float]:
-        session = query.session
+        session = query.parent or query.session
         if session is None:
             return self._fallback.pick(usable, query)
         return max(usable, key=lambda replica: _weight(session, replica.url)), 0.0
@@ -147,6 +156,8 @@ class PrefixAware:
         self._beginnings = SharedBeginnings()
         self._replicas: WeakKeyDictionary[Replica, _Known] = WeakKeyDictionary()
         self._usable: list[Replica] = []
+        self._places: dict[tuple[str, str], str] = {}
+        """Salt and session to the address of the replica where it was last; the oldest first."""
         self._known: list[_Known] = []
         """Of those that were usable last, which nearly always are so again."""
 
@@ -158,6 +169,7 @@ class PrefixAware:
         cached = [one.cache.cached(chain) for one in known]
         own_bytes = chain.size - self._beginnings.shared(chain)
         new = chain.size - max(cached) >= own_bytes
+        near = self._places.get((query.salt, query.parent)) if new and query.parent is not None else None
         best, least, ties = 0, math.inf, 0
         for index, replica in enumerate(usable):
             missing = chain.size - cached[index]
@@ -168,6 +180,8 @@ class PrefixAware:
                 cost += _loading(replica, known[index], adapter)
             if new:
                 cost += home * known[index].homes
+                if near is not None and replica.url == near:
+                    cost -= NEAR_WEIGHT
             if cost < least:
                 best, least, ties = index, cost, 1
             elif cost == least:
@@ -181,9 +195,18 @@ class PrefixAware:
             chosen.homes += 1.0
         if adapter:
             _loaded(usable[best], chosen, adapter)
+        if query.session is not None:
+            self._remember((query.salt, query.session), usable[best].url)
         tokens = usable[best].reading.cache_tokens
         chosen.cache.add(chain, MOST_BYTES if tokens is None else tokens * BYTES_PER_TOKEN)
         return usable[best], (chain.size - cached[best]) / BLOCK_BYTES
+
+    def _remember(self, session: tuple[str, str], url: str) -> None:
+        places = self._places
+        places.pop(session, None)
+        places[session] = url
+        if len(places) > MOST_PLACES:
+            del places[next(iter(places))]
 
     def _look_up(self, usable: Sequence[Replica]) -> list[_Known]:
         self._usable = list(usable)

@@ -147,7 +147,7 @@ class Router:
             if at:
                 order, reason = (*ladder[at:], *ladder[:at]), Reason.RAISED_TOO_SLOW
         adapter = model if model in self._config.adapters else ""
-        query = PickQuery(caller.session, caller.cache_salt, _prompt(body, endpoint), adapter)
+        query = PickQuery(caller.session, caller.cache_salt, _prompt(body, endpoint), adapter, caller.parent)
         route = self._climb(caller, order, reason, query)
         if order is not ladder:  # what is too slow is still better than nothing
             reason = plan.reason if route.variant == ladder[0] else route.reason

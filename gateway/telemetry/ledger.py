@@ -27,6 +27,7 @@ class _Line(msgspec.Struct, gc=False):
     tenant: str | None
     role: str | None
     session: str | None
+    parent_session: str | None
     model: str
     variant: str | None
     replica: str | None
@@ -153,6 +154,7 @@ def _line(record: Record) -> _Line:
         record.tenant,
         record.role,
         record.session,
+        record.parent,
         record.model,
         record.variant,
         record.replica,

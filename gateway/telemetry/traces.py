@@ -69,6 +69,8 @@ def _attributes(record: Record, operation: str) -> dict[str, Any]:
         found |= {"gen_ai.agent.name": record.role, "gen_ai.request.model": record.model}
     if record.session is not None:
         found["gen_ai.conversation.id"] = record.session
+    if record.parent is not None:
+        found["tiercel.parent_session"] = record.parent
     if record.variant is not None and record.replica is not None:
         found |= {
             "gen_ai.response.model": ":".join(labels_of(record.variant, record.model)),

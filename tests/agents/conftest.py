@@ -55,6 +55,8 @@ class FakeGateway:
     fail: Callable[[Seen], int | None] = lambda _: None
     break_stream: Callable[[Seen], bool] = lambda _: False
     delay_s: float = 0.0
+    arguments: dict[str, Any] | None = None
+    """Of tool calls; None: what the schema allows."""
     seen: list[Seen] = field(default_factory=list)
     url: str = ""
     asked: asyncio.Event = field(default_factory=asyncio.Event)
@@ -85,6 +87,8 @@ class FakeGateway:
             return web.json_response({"error": error}, status=status, headers=told)
         words = self.words.get(seen.agent, ["a", " word"])
         usage = {"prompt_tokens": 9, "completion_tokens": len(words), "total_tokens": 9 + len(words)}
+        if isinstance(choice := seen.body.get("tool_choice"), dict):
+            return await self._call(request, seen, choice["function"]["name"], told)
         base = {"id": "c1", "created": 1, "model": seen.body["model"]}
         if not seen.body.get("stream"):
             message = {"role": "assistant", "content": "".join(words)}
@@ -109,6 +113,28 @@ class FakeGateway:
             return response
         await send([{"index": 0, "delta": {}, "finish_reason": "stop"}])
         await send([], usage=usage)
+        await response.write(b"data: [DONE]\n\n")
+        return response
+
+    async def _call(
+        self, request: web.Request, seen: Seen, name: str, told: dict[str, str]
+    ) -> web.StreamResponse:
+        """The named tool, with the first value that its schema allows each argument, in two pieces."""
+        (tool,) = (one["function"] for one in seen.body["tools"] if one["function"]["name"] == name)
+        values = {key: of["enum"][0] for key, of in tool["parameters"]["properties"].items()}
+        text = json.dumps(values if self.arguments is None else self.arguments)
+        response = web.StreamResponse(headers={**told, "content-type": "text/event-stream"})
+        await response.prepare(request)
+        chunk = {"id": "c1", "created": 1, "model": seen.body["model"], "object": "chat.completion.chunk"}
+        function = {"name": name, "arguments": text[:5]}
+        first = {"index": 0, "id": "call-1", "type": "function", "function": function}
+        rest = {"index": 0, "function": {"arguments": text[5:]}}
+        deltas = [{"role": "assistant", "tool_calls": [first]}, {"tool_calls": [rest]}]
+        choices = [[{"index": 0, "delta": delta, "finish_reason": None}] for delta in deltas]
+        choices.append([{"index": 0, "delta": {}, "finish_reason": "stop"}])
+        usage = {"prompt_tokens": 9, "completion_tokens": 3, "total_tokens": 12}
+        for event in (*({"choices": one} for one in choices), {"choices": [], "usage": usage}):
+            await response.write(b"data: " + json.dumps({**chunk, **event}).encode() + b"\n\n")
         await response.write(b"data: [DONE]\n\n")
         return response
 

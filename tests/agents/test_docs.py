@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from google.adk.runners import InMemoryRunner
 from google.genai import types
 
 from gateway.config import RoleSettings
+from tiercel_agents.roles import library
 
 PAGE = (Path(__file__).parents[2] / "docs" / "agents.md").read_text(encoding="utf-8")
 
@@ -24,7 +26,7 @@ def blocks(language: str) -> list[str]:
 async def test_the_code_runs(gateway: Any) -> None:
     names: dict[str, Any] = {}
     for block in blocks("python"):
-        exec(block.replace("http://127.0.0.1:8080", gateway.url), names)
+        await asyncio.to_thread(exec, block.replace("http://127.0.0.1:8080", gateway.url), names)
     app: App = names["app"]
     assert isinstance(app.root_agent, LlmAgent)
     app.root_agent.model = names["model"]  # the page's second one, which reports its calls
@@ -38,6 +40,19 @@ async def test_the_code_runs(gateway: Any) -> None:
 
 
 def test_the_roles_are_valid() -> None:
-    (block,) = blocks("yaml")
-    roles = {name: RoleSettings.model_validate(role) for name, role in yaml.safe_load(block)["roles"].items()}
+    named, like = (yaml.safe_load(block)["roles"] for block in blocks("yaml"))
+    roles = {name: RoleSettings.model_validate(role) for name, role in named.items()}
     assert roles["intent_classifier"].agents == ("triage", "router")
+    roles = {name: RoleSettings.model_validate(role) for name, role in like.items()}
+    assert roles["triage"].budget.max_kl == 0.2
+    assert (roles["fields"].grounded, roles["fields"].budget.max_accuracy_drop) == (True, 0.01)
+
+
+def test_the_library_is_shown_whole() -> None:
+    for one in library().values():
+        (line,) = re.findall(rf"^\| `{one.name}` \|.*$", PAGE, flags=re.MULTILINE)
+        budget = one.settings["budget"]
+        assert ("max_kl" in budget) == ("KL" in line), line
+        assert "max_kl" not in budget or f"KL {budget['max_kl']:g}" in line, line
+        assert ("JSON" in line) == (one.schema is not None), line
+        assert ("grounded" in line) == bool(one.settings.get("grounded")), line

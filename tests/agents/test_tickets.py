@@ -18,6 +18,10 @@ GOOD = {
     "answer": "The customer is Ana Diaz.",
     "summary": "Ana Diaz ordered.",
     "facts": ["Ana Diaz"],
+    "specialists": {
+        "contact_specialist": {"question": "who is the customer", "answer": "The customer is Ana Diaz."},
+        "details_specialist": {"question": "when does it arrive", "answer": "The record does not say."},
+    },
 }
 
 
@@ -31,6 +35,7 @@ def test_reads_tickets_in_order_and_skips_blank_lines(tmp_path: Path) -> None:
     tickets = read_tickets(path)
     assert [ticket.id for ticket in tickets] == ["t1", "t2"]
     assert tickets[0].facts == ("Ana Diaz",)
+    assert tickets[0].record_id == "A1234"
     assert tickets[1].message == "a\u2028b"
 
 
@@ -47,6 +52,11 @@ def test_reads_tickets_in_order_and_skips_blank_lines(tmp_path: Path) -> None:
         (json.dumps({**GOOD, "message": ""}), ":1: message: String should have at least 1 character"),
         (json.dumps({**GOOD, "facts": []}), ":1: facts: Tuple should have at least 1 item"),
         (json.dumps({**GOOD, "facts": [7]}), ":1: facts.0: Input should be a valid string"),
+        (json.dumps({**GOOD, "record": "\nA1"}), ":1: record: String should match pattern"),
+        (
+            json.dumps({**GOOD, "specialists": {}}),
+            ":1: specialists: Value error, must be contact",
+        ),
         (json.dumps({**GOOD, "id": "a/b\n"}), ":1: id: String should match pattern"),
         (json.dumps(GOOD) + "\n" + json.dumps(GOOD), ":2: id: 't1' is also on line 1"),
     ],

@@ -122,10 +122,6 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     settings["gateway"] = {"port": free_port("127.0.0.1")}
     settings["engine"]["python"] = str(ROOT / ".venv-engine/bin/python")
     settings["engine"]["base_port"] = free_port("127.0.0.1", together=4)
-    settings["engine"]["extra_args"] += ["--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
-    # A small model that is held to JSON writes spaces to the end, where a grammar lets it.
-    compact = json.dumps({"backend": "xgrammar", "disable_any_whitespace": True})
-    settings["engine"]["extra_args"] += ["--structured-outputs-config", compact]
     for role in ("intent_classifier", "summarizer", "core"):
         source = ROOT / f"deploy/assistant/data/{role}.jsonl"
         lines = source.read_text(encoding="utf-8").splitlines()[:RECORD_ITEMS]
@@ -133,6 +129,8 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
             lines = [json.dumps(item) for item in clinc150_items()]
         (directory / source.name).write_text("\n".join(lines) + "\n", encoding="utf-8")
         settings["roles"][role]["tasks"] = source.name
+        if role == "core":
+            settings["roles"]["specialist"]["tasks"] = source.name
         if role != "core":  # wide, so that every variant may be asked for by name
             settings["roles"][role]["budget"] = {"max_accuracy_drop": 0.2, "max_kl": 0.1}
     items = [json.dumps(item) for item in extraction_items()]

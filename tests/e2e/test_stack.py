@@ -13,7 +13,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from deploy.assistant.prompts import SYSTEM_PROMPTS
 from deploy.assistant.records import HELD_OUT_SEED, make_record
-from deploy.team.team import read_tickets, run_team
+from deploy.team.run import run_team
+from deploy.team.tickets import read_tickets
 from quantize.card import Outcome, variant_directory, verify_files
 from quantize.gate.judgement import wilson_interval
 from tests.e2e.conftest import CLINC150, ROOT, Stack, clinc150_items
@@ -214,10 +215,12 @@ async def test_adk_team(stack: Stack) -> None:
     results = await run_team(tickets, stack.url, "assistant", concurrency=4)
     for result in results:
         assert not result.errors
-        assert result.roles["intent_classifier"].variant in QUANTIZED
-        assert result.roles["summarizer"].variant in QUANTIZED
-        assert result.roles["core"].variant == REFERENCE
-    right = sum(result.roles["core"].text == result.ticket.answer for result in results)
+        assert result.agents["intent_classifier"].variant in QUANTIZED
+        assert result.agents["summarizer"].variant in QUANTIZED
+        assert {one.variant for one in result.of("specialist")} <= QUANTIZED
+        assert result.agents["core"].calls == 2, "its tool, and its answer"
+        assert result.agents["core"].variant == REFERENCE
+    right = sum(result.agents["core"].text == result.ticket.answer for result in results)
     assert right >= 10
 
 

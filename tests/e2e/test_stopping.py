@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+import tempfile
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -62,16 +63,31 @@ def family(engine: EngineProcess) -> list[psutil.Process]:
 
 
 def refuse_left(engine: EngineProcess, processes: list[psutil.Process]) -> None:
-    """Nothing of a stopped engine runs, and its port is free."""
+    """Nothing of a stopped engine runs, its port is free, and no file of it lies in the temporary folder."""
     _, left = psutil.wait_procs(processes, timeout=20)
     assert not [one for one in left if one.status() != psutil.STATUS_ZOMBIE]
     assert not port_in_use(engine.spec.settings.host, engine.spec.port)
+    assert sockets_left() == []
+
+
+@pytest.fixture(autouse=True)
+def temporary(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A temporary folder for this test alone; its path is short, for a socket's may have 107 characters."""
+    with tempfile.TemporaryDirectory(prefix="t", ignore_cleanup_errors=True) as folder:
+        monkeypatch.setenv("TMPDIR", folder)
+        monkeypatch.setattr(tempfile, "tempdir", folder)
+        yield
+
+
+def sockets_left() -> list[Path]:
+    return [path for path in Path(tempfile.gettempdir()).rglob("*") if path.is_socket()]
 
 
 async def test_a_stream_that_is_under_way_is_finished(tmp_path: Path) -> None:
     async with running(spec_of(tmp_path, stop_timeout_s=60.0), print) as engine:
         processes = family(engine)
         assert len(processes) > 1
+        assert sockets_left(), "they are where they are looked for"
         async with streaming(engine) as chunks:
             await anext(chunks)
             stopping = asyncio.create_task(engine.stop())

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from gateway.config import POLICIES as POLICY_NAMES
 from gateway.routing.policies import (
+    MOST_PLACES,
     POLICIES,
     LeastInFlight,
     LeastLoad,
@@ -43,8 +44,10 @@ def replicas(count: int) -> list[Replica]:
     return [Replica(variant, f"{variant}-{n}", f"http://127.0.0.1:{n + 1}", Clock()) for n in range(count)]
 
 
-def query(prompt: bytes = b"", session: str | None = None, salt: str = "") -> PickQuery:
-    return PickQuery(session, salt, lambda: [prompt])
+def query(
+    prompt: bytes = b"", session: str | None = None, salt: str = "", parent: str | None = None
+) -> PickQuery:
+    return PickQuery(session, salt, lambda: [prompt], parent=parent)
 
 
 def test_policies_have_names() -> None:
@@ -98,6 +101,13 @@ def test_sessions_stay_and_only_those_of_a_lost_replica_move() -> None:
     assert all(after[s] is before[s] for s in sessions if before[s] is not four[3])
 
 
+def test_what_an_agent_has_started_is_where_the_agent_is() -> None:
+    policy, four = SessionAffinity(), replicas(4)
+    for n in range(40):
+        home = policy.pick(four, query(session=f"s{n}"))[0]
+        assert policy.pick(four, query(session=f"s{n}/a", parent=f"s{n}"))[0] is home
+
+
 def conversation(seed: int, turns: int, system: bytes = b"") -> list[bytes]:
     """Prompts of a conversation, each of which begins with the one before."""
     rng = random.Random(seed)
@@ -118,6 +128,37 @@ def test_prefix_aware_keeps_a_conversation_where_its_cache_is() -> None:
     first, work = policy.pick(four, query(conversation(0, 6)[-1]))
     assert first is homes[0]
     assert work == pytest.approx(4000 / BLOCK_BYTES, abs=1), "only the new turn is work"
+
+
+def test_prefix_aware_begins_a_sub_agent_near_its_parent_where_nothing_speaks_against_it() -> None:
+    for seed in range(20):
+        policy, four = PrefixAware(rng=random.Random(seed)), replicas(4)
+        prompts = [conversation(10 * seed + n, 1)[0] for n in range(5)]
+        home, _ = policy.pick(four, query(prompts[0], "root"))
+        first, work = policy.pick(four, query(prompts[1], "root/1", parent="root"))
+        assert first is home
+        first.take(work)
+        second, _ = policy.pick(four, query(prompts[2], "root/2", parent="root"))
+        assert second is not home, "work that is queued there counts for more"
+
+
+def test_prefix_aware_takes_no_other_tenants_word_for_a_parent() -> None:
+    at_home = 0
+    for seed in range(200):
+        policy, four = PrefixAware(rng=random.Random(seed)), replicas(4)
+        home, _ = policy.pick(four, query(conversation(seed, 1)[0], "root", "a"))
+        found, _ = policy.pick(four, query(conversation(-seed - 1, 1)[0], "x", "b", parent="root"))
+        at_home += found is home
+    assert at_home < 100
+
+
+def test_prefix_aware_forgets_the_oldest_places() -> None:
+    policy, two = PrefixAware(), replicas(2)
+    for n in range(MOST_PLACES + 10):
+        policy.pick(two, query(b"", f"s{n}"))
+    assert len(policy._places) == MOST_PLACES
+    assert ("", "s0") not in policy._places
+    assert ("", f"s{MOST_PLACES + 9}") in policy._places
 
 
 def test_prefix_aware_spreads_new_sessions_that_share_a_prompt() -> None:

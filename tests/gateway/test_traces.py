@@ -15,6 +15,7 @@ from gateway.telemetry import traces
 
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 HEADERS = {"traceparent": f"00-{TRACE}-{PARENT}-01", "x-agent-role": "summarizer", "x-session-id": "s1"}
+HEADERS |= {"x-parent-session-id": "s0"}
 
 
 @pytest.fixture
@@ -51,6 +52,7 @@ async def test_a_request_is_a_span(spans: InMemorySpanExporter, stream: bool) ->
         assert said["gen_ai.operation.name"] == "chat"
         assert said["gen_ai.agent.name"] == "summarizer"
         assert said["gen_ai.conversation.id"] == "s1"
+        assert said["tiercel.parent_session"] == "s0"
         assert said["gen_ai.request.model"] == "assistant"
         assert said["gen_ai.response.model"] == "assistant:int8"
         assert said["gen_ai.usage.output_tokens"] == stack.sample(

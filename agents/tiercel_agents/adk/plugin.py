@@ -24,18 +24,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from typing import Any
-from urllib.parse import quote
 
 from google.adk.plugins.base_plugin import BasePlugin
 from google.genai import types
 
-from tiercel_agents.headers import (
-    AGENT_HEADER,
-    BAGGAGE_AGENT,
-    BAGGAGE_HEADER,
-    INVOCATION_HEADER,
-    SESSION_HEADER,
-)
+from tiercel_agents.headers import BAGGAGE_AGENT, BAGGAGE_HEADER, identity
 
 logger = logging.getLogger("tiercel.agents")
 
@@ -56,20 +49,16 @@ class GatewayPlugin(BasePlugin):  # type: ignore[misc]  # ADK is untyped here
 
 def identity_headers(context: Any) -> dict[str, str]:
     """The headers for one call; those whose value ``context`` does not know are absent."""
-    agent = _text(context, "agent_name")
-    known = {
-        AGENT_HEADER: agent,
-        SESSION_HEADER: _text(getattr(context, "session", None), "id"),
-        INVOCATION_HEADER: _text(context, "invocation_id"),
-        BAGGAGE_HEADER: agent and f"{BAGGAGE_AGENT}={quote(agent, safe='')}",
-    }
-    return {name: value for name, value in known.items() if value}
+    return identity(
+        agent=_known(context, "agent_name"),
+        session=_known(getattr(context, "session", None), "id"),
+        invocation=_known(context, "invocation_id"),
+    )
 
 
-def _text(holder: Any, name: str) -> str:
-    """An attribute as a header value: printable ASCII as it is, the rest percent-encoded."""
+def _known(holder: Any, name: str) -> str:
     value = getattr(holder, name, None)
-    return quote(value, safe="!#$&'()*+,/:;=?@[]^`{|}~ ") if isinstance(value, str) else ""
+    return value if isinstance(value, str) else ""
 
 
 def _add_headers(llm_request: Any, headers: Mapping[str, str]) -> None:
