@@ -113,6 +113,9 @@ async def test_claude_code_starts_a_sub_agent(scripted: Scripted, home: Path) ->
     assert hello("bf16") in answer["result"], "what the sub-agent was told"
     told = [record for record in scripted.told() if record.path == "/v1/messages"]
     assert [record.status for record in told] == [200, 200, 200]
+    session = answer["session_id"]
+    (sub,) = [record for record in told if record.session != session]
+    assert sub.parent == session, "a sub-agent has a session of its own, and knows whose it is"
 
 
 async def test_codex_runs_a_command_with_its_tool(scripted: Scripted, home: Path) -> None:
