@@ -83,6 +83,7 @@ async def test_what_agents_send_wrongly_is_refused_with_a_sentence(url: str) -> 
     tool = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
     odd: dict[str, tuple[dict[str, Any], str]] = {
         "an image": ({"messages": [{"role": "user", "content": [image]}]}, "multimodal|image"),
+        "no tools": ({"tools": []}, "tools"),
         "a choice of nobody": ({"tools": [tool], "tool_choice": nobody}, "tool"),
         "a choice without tools": ({"tool_choice": "required"}, "tool"),
         "a choice that is a number": ({"tools": [tool], "tool_choice": 7}, "tool_choice"),
@@ -96,5 +97,35 @@ async def test_what_agents_send_wrongly_is_refused_with_a_sentence(url: str) -> 
             with pytest.raises(openai.BadRequestError) as refused:
                 await client.post("/chat/completions", body=plain | body, cast_to=object)
             assert re.search(says, refused.value.message), f"{why}: {refused.value.message}"
-        for body in ({}, {"tools": []}, {"x_new": {"a": 1}}, {"tools": [tool, tool]}):
+        for body in ({}, {"x_new": {"a": 1}}, {"tools": [tool, tool]}):
             await client.post("/chat/completions", body=plain | body, cast_to=object)
+
+
+DOUBLING = {f"d{n}": {"allOf": [{"$ref": f"#/$defs/d{n + 1}"}] * 2} for n in range(60)} | {"d60": {}}
+DEEP: dict[str, Any] = {"type": "string"}
+for _ in range(150):
+    DEEP = {"type": "object", "properties": {"a": DEEP}, "required": ["a"]}
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"$defs": DOUBLING, "$ref": "#/$defs/d0"},
+        DEEP,
+        {"type": "object", "properties": {"a": {"type": "string", "pattern": "^(a{1,9999}){1,9999}$"}}},
+        {"type": "object", "properties": {"a": {"$ref": "http://127.0.0.1:1/schema"}}},
+    ],
+    ids=["that doubles", "that is deep", "with a pattern", "that is elsewhere"],
+)
+async def test_a_tool_schema_that_is_a_bomb_harms_nobody_else(url: str, schema: Any) -> None:
+    tool = {"type": "function", "function": {"name": "weather", "parameters": schema}}
+    named = {"type": "function", "function": {"name": "weather"}}
+    plain = {"model": "assistant", "max_tokens": 2, "messages": [{"role": "user", "content": "hello"}]}
+    async with openai.AsyncOpenAI(base_url=url + "/v1", api_key="any", max_retries=0, timeout=60) as client:
+        try:
+            await client.post(
+                "/chat/completions", body=plain | {"tools": [tool], "tool_choice": named}, cast_to=object
+            )
+        except openai.APIError as error:
+            print("SAID", type(error).__name__, str(error)[:300])
+        await client.post("/chat/completions", body=plain, cast_to=object)

@@ -18,6 +18,7 @@ import os
 import re
 import sys
 import traceback
+import types
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -60,7 +61,7 @@ async def run(heading: str, code: str, names: dict[str, Any]) -> dict[str, Any]:
     file = f"<{heading}>"
     # Some frameworks read the source of the functions that they are given.
     linecache.cache[file] = (len(code), None, code.splitlines(keepends=True), file)
-    compiled = compile(code, file, "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+    compiled = compile(code, file, "exec", flags=ast.PyCF_ALLOW_TOP_LEVEL_AWAIT, dont_inherit=True)
     if compiled.co_flags & inspect.CO_COROUTINE:
         await eval(compiled, names)
     else:
@@ -101,7 +102,9 @@ async def main(code: dict[str, str]) -> None:
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     sys.addaudithook(guard)
-    names: dict[str, Any] = {"__name__": "recipe"}
+    # A module of its own: annotations are looked up in the module that a class says it is of.
+    module = sys.modules["recipe"] = types.ModuleType("recipe")
+    names: dict[str, Any] = vars(module)
     # The loop goes on between sections, as an application's does.
     while heading := (await asyncio.to_thread(sys.stdin.readline)).strip():
         try:
