@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 from collections.abc import AsyncIterator
@@ -24,6 +25,7 @@ pytestmark = [pytest.mark.engine, pytest.mark.asyncio(loop_scope="module")]
 FLAGS = (
     "--enable-auto-tool-choice",
     *("--tool-call-parser", "hermes"),
+    *("--tool-strict-level", "parameter"),
     *("--structured-outputs-config", '{"backend": "xgrammar", "disable_any_whitespace": true}'),
 )
 
@@ -122,10 +124,9 @@ async def test_a_tool_schema_that_is_a_bomb_harms_nobody_else(url: str, schema: 
     named = {"type": "function", "function": {"name": "weather"}}
     plain = {"model": "assistant", "max_tokens": 2, "messages": [{"role": "user", "content": "hello"}]}
     async with openai.AsyncOpenAI(base_url=url + "/v1", api_key="any", max_retries=0, timeout=60) as client:
-        try:
+        # Refused with a sentence, or answered.
+        with contextlib.suppress(openai.BadRequestError):
             await client.post(
                 "/chat/completions", body=plain | {"tools": [tool], "tool_choice": named}, cast_to=object
             )
-        except openai.APIError as error:
-            print("SAID", type(error).__name__, str(error)[:300])
         await client.post("/chat/completions", body=plain, cast_to=object)
