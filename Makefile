@@ -1,5 +1,5 @@
 # The two commands are `make demo` and `make test`; everything else is for daily work.
-.PHONY: setup demo test quick check servers up train clean
+.PHONY: setup demo test quick check servers frameworks one-framework up train clean
 .DEFAULT_GOAL := help
 
 help:
@@ -8,6 +8,7 @@ help:
 	@echo "make up     keep the stack running (Ctrl-C stops it)"
 	@echo "make quick  the tests that need no engine"
 	@echo "make check  lint and types"
+	@echo "make frameworks  ten agent frameworks, each in an environment of its own, against the gateway"
 	@echo "make setup  only the two environments"
 
 setup:
@@ -31,7 +32,16 @@ quick: setup
 servers:
 	@tests/servers.sh
 
-test: servers check quick
+# Environments of all frameworks, their scenarios, and the table in docs/frameworks.
+frameworks: setup
+	.venv/bin/python -m tests.frameworks.environments
+	TIERCEL_FRAMEWORKS=all .venv/bin/pytest tests/frameworks tests/e2e/test_frameworks.py
+	.venv/bin/python -m tests.frameworks.table
+
+one-framework: setup
+	@.venv/bin/python -m tests.frameworks.environments --if-possible openai-agents
+
+test: servers one-framework check quick
 	.venv/bin/pytest -m "engine or network"
 
 # Trains the shipped demo model again: make train CLINC150=/path/to/clinc150.json

@@ -4,8 +4,8 @@
 """
 
 from gateway.upstream.fake.account import Account, Work
-from gateway.upstream.fake.answers import TOKEN_P
 from gateway.upstream.fake.engine import FakeEngine, listen
-from gateway.upstream.fake.script import Script
+from gateway.upstream.fake.parts import TOKEN_P
+from gateway.upstream.fake.script import Call, Script
 
-__all__ = ["TOKEN_P", "Account", "FakeEngine", "Script", "Work", "listen"]
+__all__ = ["TOKEN_P", "Account", "Call", "FakeEngine", "Script", "Work", "listen"]

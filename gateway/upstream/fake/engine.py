@@ -16,7 +16,8 @@ from typing import Any
 from aiohttp import web
 
 from gateway.upstream.fake.account import BROKEN, REFUSED, REPORTED, Account, Entry
-from gateway.upstream.fake.answers import Answer, answer_for, encoded, event, prompts_of, score
+from gateway.upstream.fake.answers import Answer, answer_for
+from gateway.upstream.fake.parts import encoded, event, prompts_of, score
 from gateway.upstream.fake.script import Script
 
 KEEP_ALIVE = b": keep-alive\n\n"

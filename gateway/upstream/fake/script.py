@@ -6,6 +6,14 @@ import asyncio
 from dataclasses import dataclass, field
 
 
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One use of a tool; ``arguments`` are JSON, or what a model takes for it."""
+
+    name: str
+    arguments: str = "{}"
+
+
 @dataclass
 class Script:
     """Change it at any time; a request has what is there when it comes."""
@@ -13,6 +21,8 @@ class Script:
     text: str = "The total is $277."
     replies: list[str] = field(default_factory=list)
     """What it says instead, one after the other, as long as there are any."""
+    calls: tuple[Call, ...] = ()
+    """Tools that it uses instead of saying anything, all in one answer."""
     first_token_delay_s: float = 0.0
     hold: asyncio.Event | None = None
     """Wait for it as well before the first token."""
