@@ -43,20 +43,31 @@ NOISE_TOKENS = 512
 
 
 class Sums:
-    """Of one (group, choice): Σ (Σ_t g·e)² over sequences and draws, and energies of outputs and errors."""
+    """Of one (group, choice): Σ (Σ_t g·e)² over sequences and draws, and energies of outputs and errors.
+
+    Sequences add to them in the order in which threads come, which ``math.fsum`` does not see: a run that
+    went on after a kill has the same sums, to the last bit, as one that was not disturbed.
+    """
 
     def __init__(self) -> None:
-        self.products = self.signal = self.noise = 0.0
+        self._products: list[float] = []
+        self._signals: list[float] = []
+        self._noises: list[float] = []
+
+    @property
+    def products(self) -> float:
+        return math.fsum(self._products)
 
     @property
     def sqnr_db(self) -> float:
         """Signal to quantization noise of the outputs."""
-        return 10 * math.log10(max(self.signal, 1e-30) / max(self.noise, 1e-30))
+        signal, noise = math.fsum(self._signals), math.fsum(self._noises)
+        return 10 * math.log10(max(signal, 1e-30) / max(noise, 1e-30))
 
     def add(self, product: float, signal: float, noise: float) -> None:
-        self.products += product
-        self.signal += signal
-        self.noise += noise
+        self._products.append(product)
+        self._signals.append(signal)
+        self._noises.append(noise)
 
 
 class Backward:
