@@ -36,11 +36,11 @@ from typing import Any
 Request = dict[str, Any]
 
 
-class UnwrittenError(OSError):
-    """``size`` bytes could not be written to ``path``."""
+class FullError(OSError):
+    """``size`` bytes do not fit onto the disk of ``path``."""
 
     def __init__(self, path: str, size: int) -> None:
-        super().__init__(f"{size} bytes could not be written to {path}")
+        super().__init__(f"{path}: the disk has no room for {size} bytes")
         self.path, self.size = path, size
 
 
@@ -152,7 +152,7 @@ def score(request: Request) -> dict[str, Any]:
 
 
 def write_arrays(path: str, **arrays: Any) -> None:
-    """An ``.npz`` file that is there whole or not at all. Raises OSError with ``path`` and ``size``."""
+    """An ``.npz`` file that is there whole or not at all. Raises OSError, FullError where it does not fit."""
     import numpy as np
 
     try:
@@ -161,7 +161,9 @@ def write_arrays(path: str, **arrays: Any) -> None:
     except OSError as error:
         with contextlib.suppress(OSError):
             os.unlink(path)
-        raise UnwrittenError(path, sum(one.nbytes for one in arrays.values())) from error
+        if error.errno not in FULL:
+            raise
+        raise FullError(path, sum(one.nbytes for one in arrays.values())) from error
 
 
 def read_reference(llm: Any, path: str, about: dict[str, Any]) -> tuple[Any, bool]:
@@ -299,7 +301,7 @@ def _child(request: Request, writing: int) -> None:
     except BaseException as error:
         traceback.print_exc()
         result = {"error": f"{type(error).__name__}: {error}"[:LAST_WORDS]}
-        if isinstance(error, UnwrittenError) and getattr(error.__cause__, "errno", None) in FULL:
+        if isinstance(error, FullError):
             result["full"] = [error.path, error.size]
     with os.fdopen(writing, "w", encoding="utf-8") as pipe:
         pipe.write(json.dumps(result))

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from quantize.core.checkpoint import open_checkpoint, weight_bytes
@@ -140,3 +144,36 @@ def test_an_engine_that_fails_says_so_and_the_next_one_runs(session: PlanningSes
     with pytest.raises(BenchError, match="nowhere"):
         bench.score(Path("/nowhere"), session.choosing[:1])
     assert bench.load_error(MODEL) is None
+
+
+ASKING = """
+import sys
+from pathlib import Path
+from quantize.evaluate.bench import Bench
+root, log = Path(sys.argv[1]), Path(sys.argv[2])
+with Bench(root / ".venv-engine/bin/python", log, site=root / "deploy/engine_site") as bench:
+    print("ready", flush=True)
+    while True:
+        bench.score(root / "deploy/assistant/model", [(list(range(5, 900)), 1)] * 200)
+"""
+
+
+def test_an_engine_ends_with_the_one_who_is_killed_while_it_works(tmp_path: Path) -> None:
+    """And nothing stays in the temporary directory."""
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(temporary)}
+    command = [sys.executable, "-c", ASKING, str(ROOT), str(tmp_path / "bench.log")]
+    asking = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+    assert asking.stdout is not None
+    with asking.stdout:
+        assert asking.stdout.readline() == "ready\n"
+        assert list(temporary.glob("tiercel-bench-*"))
+        (server,) = psutil.Process(asking.pid).children()
+        while not (engines := server.children()):
+            assert asking.poll() is None
+        asking.kill()
+        asking.wait()
+    _, left = psutil.wait_procs([server, *engines], timeout=30)
+    assert not left
+    assert not list(temporary.glob("tiercel-*"))
