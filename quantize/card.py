@@ -355,6 +355,11 @@ def read_card(directory: Path, *, even_edited: bool = False) -> Card:
     return card
 
 
+def has_seal(directory: Path) -> bool:
+    """Whether a card that can be read was sealed; what older versions wrote was not."""
+    return SEAL in json.loads((directory / CARD_NAME).read_text(encoding="utf-8"))
+
+
 def verify_files(card: Card, directory: Path) -> None:
     """Raise CardError unless the files in ``directory`` are exactly those that the card lists."""
     present = {name: digest for name, digest in hash_files(directory).items() if ".partial" not in name}

@@ -34,8 +34,9 @@ from quantize.core.modules import Modules
 from quantize.core.schemes import scheme
 from quantize.evaluate.bench import Span
 from quantize.make.parts import PartStore
-from quantize.plan.backward import Backward, Sums
+from quantize.plan.backward import Backward
 from quantize.plan.served import Choice, ServedKl
+from quantize.plan.sums import Sums
 
 
 class Row(BaseModel):
