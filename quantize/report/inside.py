@@ -106,7 +106,8 @@ def before_and_after(figures: Distributions) -> str:
     layers: dict[int, list[GroupFigures]] = {}
     for group in sorted(figures.groups, key=lambda one: (one.layer < 0, one.layer)):
         layers.setdefault(group.layer, []).append(group)
-    body += "".join(_drawn(layer, groups, to) for layer, groups in layers.items())
+    drawn = "".join(_drawn(layer, groups, to) for layer, groups in layers.items())
+    body += f'<div class="layers">{drawn}</div>'
     text = (
         "How far weights are from the base model's, relative to their size, and how many channels of inputs "
         f"are outliers: their largest value, over {figures.tokens:,} tokens, is more than {OUTLIER:g} times "

@@ -53,7 +53,8 @@ table.heat th[scope=row] { font-weight: 500; color: var(--muted); width: 1%; }
 table.heat a { color: inherit; }
 .small figure { padding: .7rem; } figcaption { font-size: .8rem; color: var(--muted); }
 details { margin: 0 0 .8rem; } summary { cursor: pointer; padding: .4rem 0; font-weight: 600; }
-h3 { margin: 1rem 0 .5rem; }
+.layers { margin-top: .8rem; } .layers details { margin: 0; }
+.layers summary { font-weight: 400; padding: .15rem 0; } .layers .small { margin: .3rem 0 .8rem; }
 .broken { color: var(--bad); }
 """
 

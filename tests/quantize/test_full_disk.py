@@ -11,11 +11,13 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from deploy.commands.errors import MENDABLE, explain
 from quantize.core.files import NoRoomError
 from quantize.core.jsonl import append_kept, read_kept
+from quantize.evaluate.bench_engine import FullError, write_arrays
 from quantize.evaluate.journal import Journal
 from quantize.evaluate.reference import Kept, ReferenceFile
 
@@ -81,6 +83,14 @@ def test_what_is_kept_line_by_line_stays_whole(disk: Path) -> None:
     ballast.unlink()
     append_kept(rows, [[3]])
     assert read_kept(rows) == [[1, 2], [3]]
+
+
+def test_what_an_engine_keeps_of_a_reference_is_whole_or_not_there(disk: Path) -> None:
+    fill(disk, 50_000)
+    with pytest.raises(FullError) as error:
+        write_arrays(str(disk / "reference.npz.partial"), hidden=np.zeros(100_000, np.uint8))
+    assert error.value.size == 100_000
+    assert [path.name for path in disk.iterdir()] == ["ballast"]
 
 
 WRITING = """
