@@ -79,12 +79,17 @@ def open_bench(model: ModelConfig) -> Iterator[Bench]:
         Bench(
             model.engine.python,
             model.variants_dir / ".logs" / "bench.log",
-            max_model_len=model.engine.max_model_len or BENCH_CONTEXT,
+            max_model_len=bench_context(model),
             env=model.engine.env,
             site=SITE,
         ) as bench,
     ):
         yield bench
+
+
+def bench_context(model: ModelConfig) -> int:
+    """Tokens of a conversation that the bench engine takes: no more than the model does."""
+    return min(model.engine.max_model_len or BENCH_CONTEXT, checkpoint_of(model, _say_aside).max_model_len)
 
 
 def _say_aside(text: str) -> None:
@@ -246,11 +251,12 @@ def held_out(model: ModelConfig) -> list[Span]:
     once = dict.fromkeys(by_first_role(tasks).values())
     taken = itertools.zip_longest(*([item for item in tasks[role] if item.suite == "task"] for role in once))
     spans: list[Span] = []
+    context = bench_context(model)
     for item in itertools.chain.from_iterable(taken):
         if item is not None and len(spans) < REPORTED_CONVERSATIONS:
             messages = [*item.messages, {"role": "assistant", "content": item.expected}]
             encoded = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)
-            if 1 < len(encoded["input_ids"]) < (model.engine.max_model_len or BENCH_CONTEXT):
+            if 1 < len(encoded["input_ids"]) < context:
                 spans.append((list(encoded["input_ids"]), 1))
     return spans
 

@@ -154,7 +154,9 @@ def test_an_engine_that_fails_says_so_and_the_next_one_runs(session: PlanningSes
 def test_a_head_of_its_own_has_eight_bits_where_a_plan_gives_them(bench: Bench, tmp_path: Path) -> None:
     """From the check to an answer, on the engine."""
     where = target(detect())
-    checkpoint = open_checkpoint(make_checkpoint(tmp_path / "model", initializer_range=0.1))
+    checkpoint = open_checkpoint(
+        make_checkpoint(tmp_path / "model", initializer_range=0.1, max_position_embeddings=1024)
+    )
     told = format_check(check_report(checkpoint, where, calibration=[24] * 40))
     if "output head: 0.52 MB at 16 bits" not in told or "a plan may give it" not in told:
         pytest.skip(f"{where.name} serves no head in 8 bits")
