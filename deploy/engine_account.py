@@ -9,7 +9,8 @@ import aiohttp
 from deploy.engine import EngineProcess
 from deploy.engine_failures import EngineLoadError
 from quantize.account import account_of_log, account_of_workers, differences
-from quantize.card import Card, EngineAccount
+from quantize.card import Card
+from quantize.core.engine_figures import EngineAccount
 
 ROUTE = "/tiercel/account"
 PATIENCE_S = 90.0

@@ -28,8 +28,9 @@ from deploy.turns import Turns, answering_at_once, running_at_once
 from deploy.unlabelled import ask_reference, asked_items
 from gateway.config import ModelConfig
 from quantize.account import suspicion
-from quantize.card import Card, EngineAccount, Evaluation, Speed, read_card
+from quantize.card import Card, Evaluation, read_card
 from quantize.core.checkpoint import CheckpointError
+from quantize.core.engine_figures import EngineAccount, Speed
 from quantize.core.tokenizer import tokenizer_differences
 from quantize.evaluate.client import EngineClient, EngineError
 from quantize.evaluate.journal import Journal

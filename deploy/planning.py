@@ -18,7 +18,7 @@ from deploy.models import checkpoint_of, registry_of
 from deploy.unlabelled import calibration_for, version_in_use
 from gateway.config import ModelConfig
 from quantize.card import Card
-from quantize.check import refuse_pattern, refuse_short, refuse_unfit
+from quantize.check import kept_rows, refuse_pattern, refuse_short, refuse_unfit
 from quantize.core.files import locked
 from quantize.core.plan import Plan
 from quantize.core.targets import detect, target
@@ -79,12 +79,17 @@ def open_bench(model: ModelConfig) -> Iterator[Bench]:
         Bench(
             model.engine.python,
             model.variants_dir / ".logs" / "bench.log",
-            max_model_len=model.engine.max_model_len or BENCH_CONTEXT,
+            max_model_len=bench_context(model),
             env=model.engine.env,
             site=SITE,
         ) as bench,
     ):
         yield bench
+
+
+def bench_context(model: ModelConfig) -> int:
+    """Tokens of a conversation that the bench engine takes: no more than the model does."""
+    return min(model.engine.max_model_len or BENCH_CONTEXT, checkpoint_of(model, _say_aside).max_model_len)
 
 
 def _say_aside(text: str) -> None:
@@ -125,10 +130,10 @@ def plan(
 ) -> tuple[Card, list[Candidate]]:
     """Find the best plan, make it, and register it as variant ``name``; evaluation comes after.
 
-    One of ``bits`` (per weight of the linear modules), ``budget`` (bytes of weights and ``kv_tokens`` tokens
-    of cache) and ``loss`` (nats per token) says what is wanted. ``compare_with`` names kinds of controls,
-    which are measured on held-out conversations beside the variant. ``before`` is what else is looked at
-    before work. Raises PlanError.
+    One of ``bits`` (per weight of the blocks' matrices, all else being at 16), ``budget`` (bytes of weights
+    and ``kv_tokens`` tokens of cache) and ``loss`` (nats per token) says what is wanted. ``compare_with``
+    names kinds of controls, which are measured on held-out conversations beside the variant. ``before`` is
+    what else is looked at before work. Raises PlanError.
     """
     if loss is not None and tuple(kv) != ("auto",):
         raise PlanError(f"--kv {' '.join(kv)} has no meaning with --loss, which is of the weights; drop one")
@@ -139,21 +144,15 @@ def plan(
     session = open_session(model, target_name, methods or METHODS, schemes)
     for problem in (p for one in kv for p in session.target.kv_problems(one, session.checkpoint.head_dim)):
         raise PlanError(str(problem))
-    weights, other = sum(group.weights for group in session.modules), session.modules.other_bytes
-    if budget is None:
-        budget = other + int((bits or DEFAULT_BITS) * weights / 8)
-    if loss is None and budget < (least := session.least_bytes(kv_tokens, kv)):
-        raise PlanError(
-            f"a budget of {budget} bytes is below the least possible, {least} bytes "
-            f"({8 * (least - other) / weights:.3f} bits per weight beside {other} bytes of embeddings, head "
-            "and norms); raise it"
-        )
+    for row in kept_rows(session.blocks, session.target, session.least_bytes()):
+        say(str(row))
+    within = 0 if loss is not None else _budget(session, bits, budget, kv_tokens, kv)
     tuned = tuned and _can_tune(session, say)
     with open_bench(model) as bench:
         if loss is not None:
             candidates = [session.for_loss(bench, loss)]
         else:
-            candidates = session.within(bench, budget, kv_tokens, kv, tries)
+            candidates = session.within(bench, within, kv_tokens, kv, tries)
     best = candidates[0]
     wanted = best.plan.model_copy(update={"tuned": tuned})
     say(format_candidates(candidates))
@@ -177,6 +176,22 @@ def plan(
         say(format_controls(compared))
         say(f"written to {compared.write(session.directory)}; `tiercel variants report` draws it")
     return card, candidates
+
+
+def _budget(
+    session: PlanningSession, bits: float | None, budget: int | None, kv_tokens: int, kv: Sequence[str]
+) -> int:
+    """The bytes that are wanted. Raises PlanError where no plan takes so few."""
+    weights, other = sum(group.weights for group in session.blocks), session.blocks.other_bytes
+    if budget is None:
+        budget = other + int((bits or DEFAULT_BITS) * weights / 8)
+    if budget < (least := session.least_bytes(kv_tokens, kv)):
+        raise PlanError(
+            f"a budget of {budget} bytes is below the least possible, {least} bytes "
+            f"(--bits {8 * (least - other) / weights:.3f}, with all but the blocks at 16 bits: {other} bytes "
+            "of embeddings, head and norms); raise it"
+        )
+    return budget
 
 
 def _can_tune(session: PlanningSession, say: Say) -> bool:
@@ -236,11 +251,12 @@ def held_out(model: ModelConfig) -> list[Span]:
     once = dict.fromkeys(by_first_role(tasks).values())
     taken = itertools.zip_longest(*([item for item in tasks[role] if item.suite == "task"] for role in once))
     spans: list[Span] = []
+    context = bench_context(model)
     for item in itertools.chain.from_iterable(taken):
         if item is not None and len(spans) < REPORTED_CONVERSATIONS:
             messages = [*item.messages, {"role": "assistant", "content": item.expected}]
             encoded = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)
-            if 1 < len(encoded["input_ids"]) < (model.engine.max_model_len or BENCH_CONTEXT):
+            if 1 < len(encoded["input_ids"]) < context:
                 spans.append((list(encoded["input_ids"]), 1))
     return spans
 

@@ -35,7 +35,7 @@ from quantize.evaluate.client import EngineClient
 from quantize.evaluate.conversations import Conversation, chosen, read_conversations, template_kwargs
 from quantize.evaluate.journal import Journal
 from quantize.evaluate.tasks import Item
-from quantize.make.calibration import CalibrationSet, calibration_of, read_calibration
+from quantize.make.calibration import CALIBRATION_LENGTH, CalibrationSet, calibration_of, read_calibration
 
 CPU_COUNT, CPU_TOKENS, GPU_TOKENS = 192, 64, 256
 """Conversations and tokens of an answer, where the configuration says nothing: a small model on two cores has
@@ -94,6 +94,19 @@ def _half(model: ModelConfig, machine: Machine) -> int | None:
     """Conversations of each part; None for all."""
     count = model.conversations.count or (None if machine.gpus else CPU_COUNT)
     return None if count is None else count // 2
+
+
+def usual_lengths(checkpoint: Checkpoint) -> list[int]:
+    """Tokens of the conversations that calibrate where nothing is configured, with answers as long as they
+    may be. Raises CheckpointError."""
+    gpus, tokenizer = look().gpus, load_tokenizer(checkpoint.path)
+    tokens, count = (GPU_TOKENS, None) if gpus else (CPU_TOKENS, CPU_COUNT // 2)
+    fits = _fitting(checkpoint.path, checkpoint.max_model_len, tokens)
+    asked = (
+        encode_messages(tokenizer, one.messages, checkpoint.path)
+        for one in chosen(fits, "calibration", count)
+    )
+    return [min(CALIBRATION_LENGTH, len(ids) + tokens) for ids in asked]
 
 
 @functools.lru_cache(maxsize=4)

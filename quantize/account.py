@@ -12,7 +12,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from quantize.card import Card, EngineAccount, Kernel
+from quantize.card import Card
+from quantize.core.engine_figures import EngineAccount, Kernel
 from quantize.core.modules import FUSED
 
 _LAYER = re.compile(r".*\blayers\.(\d+)\.(.*)")

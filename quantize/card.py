@@ -15,8 +15,9 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import ConfigDict, Field, ValidationError, model_validator
 
+from quantize.core.engine_figures import EngineAccount, Speed, Strict
 from quantize.core.files import sha256_of, write_whole
 from quantize.seal import SEAL, is_edited, sealed
 
@@ -37,10 +38,6 @@ class CardError(ValueError):
     """A card is missing, malformed, or does not match the files beside it. The text says the fix."""
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
 class Outcome(StrEnum):
     """What a gate concluded for one role."""
 
@@ -49,14 +46,14 @@ class Outcome(StrEnum):
     NOT_ENOUGH_EVIDENCE = "not_enough_evidence"
 
 
-class Verdict(_Strict):
+class Verdict(Strict):
     """A gate's conclusion for one role, with the numbers it rests on in words."""
 
     outcome: Outcome
     reasons: tuple[str, ...]
 
 
-class TextEvaluation(_Strict):
+class TextEvaluation(Strict):
     """Token statistics on right answers in their context, paired with the reference on the same tokens."""
 
     model_config = ConfigDict(ser_json_inf_nan="strings")
@@ -95,7 +92,7 @@ class TextEvaluation(_Strict):
         return data
 
 
-class Paired(_Strict):
+class Paired(Strict):
     """A yes-or-no property of answers to the same items, of the variant and of the reference."""
 
     items: int = Field(ge=1)
@@ -111,7 +108,7 @@ class Paired(_Strict):
         return (self.reference_good - self.good) / self.items
 
 
-class NoiseFloor(_Strict):
+class NoiseFloor(Strict):
     """The reference against itself: a second pass over the same items, in another order."""
 
     items: int = Field(ge=1)
@@ -121,7 +118,7 @@ class NoiseFloor(_Strict):
     kl_p99: float
 
 
-class LongContext(_Strict):
+class LongContext(Strict):
     """Answers from a context that fills the model's window, and the right answers' log-probabilities."""
 
     prompt_tokens: float = Field(ge=0, description="mean length of the scored conversations, tokens")
@@ -130,7 +127,7 @@ class LongContext(_Strict):
     noise_kl: float | None = Field(default=None, description="mean KL of the reference against itself")
 
 
-class RoleEvaluation(_Strict):
+class RoleEvaluation(Strict):
     """A variant's answers to a role's held-out items, paired with the reference's answers."""
 
     evidence: Evidence = Field(
@@ -178,7 +175,7 @@ class RoleEvaluation(_Strict):
         return self.same_answer / self.items
 
 
-class Evaluation(_Strict):
+class Evaluation(Strict):
     """Everything measured through the served engine, and on which engine that was."""
 
     roles: dict[str, RoleEvaluation]
@@ -191,30 +188,7 @@ class Evaluation(_Strict):
     )
 
 
-class Kernel(_Strict):
-    """The linear modules of an engine that one kernel computes."""
-
-    count: int = Field(ge=1, description="modules, as the engine fuses them")
-    bits: int = Field(ge=0, description="of a weight; 0 where the engine does not tell")
-    bytes: int = Field(ge=0, description="of their parameters, on all ranks, after the engine repacked them")
-
-
-class EngineAccount(_Strict):
-    """What the engine said of itself after it had loaded the variant."""
-
-    source: Literal["workers", "log"] = Field(
-        description="every module, told by the engine's workers; or what a stock server's log shows"
-    )
-    engine: str = Field(description="vLLM's version")
-    quantization: str = Field(description="the quantization config that it resolved; 'none' without one")
-    kernels: dict[str, Kernel] = Field(default_factory=dict, description="'method/kernel' to its modules")
-    kv_dtype: str = Field(default="", description="of the KV cache; empty where it is not told")
-    weight_bytes: int | None = Field(default=None, description="of all parameters, on all ranks")
-    device_bytes: int | None = Field(default=None, description="taken on the accelerators, KV cache included")
-    ranks: int = Field(default=1, ge=1, description="workers that share the model")
-
-
-class Making(_Strict):
+class Making(Strict):
     """What making a variant took."""
 
     seconds: float = Field(ge=0)
@@ -222,36 +196,14 @@ class Making(_Strict):
     peak_device_bytes: int | None = Field(default=None, ge=0, description="largest use of an accelerator")
 
 
-class SpeedPoint(_Strict):
-    """How long an engine takes for requests that come together, none of whose prompts it has seen before."""
-
-    together: int = Field(ge=1, description="requests")
-    prompt_tokens: int = Field(ge=1, description="of each")
-    answer_tokens: int = Field(ge=2, description="of each")
-    prompt_s: float = Field(gt=0, description="until all have their first token")
-    step_s: float = Field(gt=0, description="for one more token of each, the mean over their answers")
-
-
-class Speed(_Strict):
-    """How fast the serving engine wrote, prompts included, with so many requests at a time."""
-
-    tokens_per_s: float = Field(gt=0, description="tokens written per second, the median of some passes")
-    slowest: float = Field(gt=0, description="of the passes")
-    fastest: float = Field(gt=0)
-    together: int = Field(ge=1, description="requests at a time")
-    prompt_tokens: int = Field(ge=1, description="of each")
-    answer_tokens: int = Field(ge=1, description="of each")
-    points: tuple[SpeedPoint, ...] = Field(default=(), description="at several loads, each a median")
-
-
-class Calibration(_Strict):
+class Calibration(Strict):
     source: str
     sha256: str
     samples: int
     tokens: int
 
 
-class Card(_Strict):
+class Card(Strict):
     """The whole card. Bytes are of tensors as stored; bits are of a weight, scales not counted.
 
     The files that it lists never change, and the version is their hash. What was found out about them
@@ -401,6 +353,11 @@ def read_card(directory: Path, *, even_edited: bool = False) -> Card:
             f"measurements cannot be trusted; `tiercel quantize measure {card.variant}` measures again"
         )
     return card
+
+
+def has_seal(directory: Path) -> bool:
+    """Whether a card that can be read was sealed; what older versions wrote was not."""
+    return SEAL in json.loads((directory / CARD_NAME).read_text(encoding="utf-8"))
 
 
 def verify_files(card: Card, directory: Path) -> None:

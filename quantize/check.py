@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 from pydantic import BaseModel, ConfigDict
 
-from quantize.check_costs import ASSUMED, basis, cost_rows, recipe_costs, size
+from quantize.check_costs import basis, cost_rows, recipe_costs, size
 from quantize.core.account import refuse_other_tensors
 from quantize.core.architectures import architecture
 from quantize.core.checkpoint import Checkpoint, CheckpointError
@@ -25,6 +25,7 @@ from quantize.core.plan import uniform
 from quantize.core.schemes import KV_SCHEMES, scheme
 from quantize.core.tokenizer import refuse_bad_tokenizer
 from quantize.make.rate import Rates, machine_rates
+from quantize.plan.session import SHORTLIST
 
 SHOWN = (*LADDER, "w3a16-g128", "w2a16-g64", "w4a8-g128", "w8a8-static")
 RANKS = (1, 2, 4, 8)
@@ -60,6 +61,10 @@ class KeptRow(_Frozen):
     bytes: int
     share: float
     why: str
+
+    def __str__(self) -> str:
+        share = f"{self.share:.0%} of the smallest variant"
+        return f"{self.what}: {size(self.bytes)} at 16 bits, {share}: {self.why}"
 
 
 class CheckReport(_Frozen):
@@ -113,18 +118,21 @@ def check_report(
     checkpoint: Checkpoint,
     target: Target,
     tensor_parallel: int = 1,
-    calibration: Sequence[int] | None = None,
+    *,
+    calibration: Sequence[int],
+    shipped: bool = False,
     out: Path | None = None,
     memory_free: int | None = None,
     rates: Rates | None = None,
 ) -> CheckReport:
     """Everything that can be said before work starts. Raises CheckpointError for a model that is unfit.
 
-    ``calibration`` are the lengths of its conversations in tokens, ``out`` is where variants would be.
+    ``calibration`` are the lengths of its conversations in tokens, which are Tiercel's own where ``shipped``;
+    ``out`` is where variants would be.
     """
     architecture = refuse_unfit(checkpoint)
     modules = read_modules(checkpoint)
-    rates, lengths = rates or machine_rates(), ASSUMED if calibration is None else tuple(calibration)
+    rates, lengths = rates or machine_rates(), tuple(calibration)
     costs = recipe_costs(checkpoint, modules, target, lengths, rates)
     memory = psutil.virtual_memory().available if memory_free is None else memory_free
     disk = shutil.disk_usage(_existing(out or checkpoint.path)).free
@@ -146,7 +154,7 @@ def check_report(
         kv=tuple(_kv_row(checkpoint, target, name) for name in KV_SCHEMES),
         ranks=ranks,
         costs=costs,
-        basis=tuple(basis(rates, lengths, calibration is None)),
+        basis=tuple(basis(rates, lengths, shipped)),
         memory_free=memory,
         disk_free=disk,
         warnings=(*checkpoint.notes, *_warnings(costs, memory, disk, target, ranks[tensor_parallel])),
@@ -196,8 +204,12 @@ def kept_rows(modules: Modules, target: Target, least: int) -> Iterable[KeptRow]
     if modules.head is None:
         yield from _kept_row("embeddings, which are the head too", modules.embedding_bytes, least, lookup)
     else:
-        taken = [name for name in target.candidates(modules.head) if name != "bf16"]
-        why = f"{target.name} would take it in {' or '.join(taken)}" if taken else "it has no kernel for it"
+        taken = [name for name in target.candidates(modules.head) if name in SHORTLIST]
+        why = (
+            f"a plan may give it {' or '.join(taken)}, in which {target.name} serves it"
+            if taken
+            else f"{target.name} has no kernel for it in 8 bits"
+        )
         yield from _kept_row("embeddings", modules.embedding_bytes, least, lookup)
         yield from _kept_row("output head", modules.head_bytes, least, why)
     tower = "only the text part is quantized"
@@ -320,10 +332,7 @@ def format_check(report: CheckReport) -> str:
         figures = [size(row.bytes), f"{row.bits_per_weight:.2f}"] if row.legal else ["-", "-"]
         rows.append([row.scheme, share if row.legal else "no", *figures, "; ".join(said + more)])
     lines += [*_table(rows), "where a scheme is not legal in all groups, bytes are with bf16 in the rest", ""]
-    lines += [
-        f"{kept.what}: {size(kept.bytes)} at 16 bits, {kept.share:.0%} of the smallest of these: {kept.why}"
-        for kept in report.kept
-    ]
+    lines += map(str, report.kept)
     lines += [""]
     rows = [["KV cache", "bytes/token", ""]]
     for cache in report.kv:

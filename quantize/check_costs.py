@@ -13,10 +13,7 @@ from quantize.cost import estimate
 from quantize.make.rate import Rates
 from quantize.plan.cost import planning_cost
 from quantize.plan.planner import PlanError
-from quantize.plan.session import CHOOSING_SHARE, choices_on, shortlist
-
-ASSUMED = (256,) * 256
-"""Lengths of calibration conversations in tokens, where none are given."""
+from quantize.plan.session import CHOOSING_SHARE, choices_on, shortlist, with_served_head
 
 
 def recipe_costs(
@@ -33,12 +30,14 @@ def recipe_costs(
             found[name] = estimate(checkpoint, modules, plan, lengths, rates)
     left = [length for number, length in enumerate(lengths) if number % CHOOSING_SHARE]
     try:
-        choices = choices_on(where, modules, shortlist(where, modules))
+        schemes = shortlist(where, modules)
+        planned = with_served_head(where, modules, schemes)
+        choices = choices_on(where, planned, schemes)
     except PlanError as error:
         found["plan"] = str(error)
     else:
         chosen = lengths[::CHOOSING_SHARE]
-        found["plan"] = planning_cost(checkpoint, modules, choices, left, chosen, rates=rates)
+        found["plan"] = planning_cost(checkpoint, planned, choices, left, chosen, rates=rates)
     return found
 
 
@@ -56,10 +55,15 @@ def cost_rows(costs: dict[str, Cost | str]) -> list[list[str]]:
     return rows
 
 
-def basis(rates: Rates, lengths: Sequence[int], assumed: bool) -> Iterable[str]:
-    """How the figures are known, a sentence each."""
-    given = "assumed: give --calibration for your own" if assumed else "as given"
-    yield f"calibration: {len(lengths):,} conversations, {sum(lengths):,} tokens ({given})"
+def basis(rates: Rates, lengths: Sequence[int], shipped: bool) -> Iterable[str]:
+    """How the figures are known, a sentence each. ``shipped``: the conversations are Tiercel's own."""
+    given, most = "as given", ""
+    if shipped:
+        given, most = (
+            "those of Tiercel, with the model's own answers; give --calibration for yours",
+            "at most ",
+        )
+    yield f"calibration: {len(lengths):,} conversations, {most}{sum(lengths):,} tokens ({given})"
     speeds = f"{rates.narrow / 1e9:.0f} GFLOP/s in bfloat16 and {rates.wide / 1e9:.0f} in float32"
     if rates.accelerator:
         yield f"times: from {speeds}, measured just now on the accelerator, which is taken to be idle"

@@ -90,7 +90,7 @@ class Registry(VariantsDirectory):
         """
         base = base_sha256(checkpoint)
         inputs = _inputs(base, plan, calibration)
-        modules = read_modules(checkpoint)
+        modules = read_modules(checkpoint).holding(plan.groups)
 
         def fill(partial: Path) -> dict[str, Any]:
             taken: Taken | None = None

@@ -11,124 +11,31 @@ Seeds below :data:`HELD_OUT_SEED` are for training; evaluation and the demo use 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
 from dataclasses import dataclass
+
+from deploy.assistant.words import (
+    AIRLINES,
+    CARRIERS,
+    CITIES,
+    ITEMS,
+    PLANS,
+    PROBLEMS,
+    ROOMS,
+    TEAMS,
+    Draw,
+    clock,
+    date,
+    money,
+    number,
+    person,
+    pick,
+    seat,
+)
 
 HELD_OUT_SEED = 1_000_000_000
 """Records drawn from seeds at or above this number are never trained on."""
 
 NOT_STATED = "The record does not say."
-
-FIRST = (
-    "Aaron Abena Adam Aisha Alba Alice Amara Amir Ana Anders Andrea Anika Anton Aria Arjun Astrid "
-    "Beatriz Ben Bianca Boris Carla Carlos Cecilia Chen Chidi Chloe Clara Conor Daniel Daria David "
-    "Diego Dina Elena Elias Ella Emeka Emma Erik Esther Eva Farah Felix Fiona Gabriel Grace Greta "
-    "Hana Hassan Helen Hugo Ibrahim Ida Imani Ines Isaac Ivan Jack Jamal James Jana Jin Joan Jonas "
-    "Jorge Julia Kai Karim Kate Kenji Lars Laura Leila Leo Lina Lucas Lucia Maja Marco Maria Mateo "
-    "Maya Mina Nadia Nina Noah Nora Olga Omar Oscar Paula Pedro Petra Priya Rafael Rania Ravi Rosa "
-    "Ruth Sam Sara Simon Sofia Tariq Tess Theo Tom Uma Vera Victor Wei Yara Yusuf Zara Zoe"
-).split()
-LAST = (
-    "Adeyemi Ahmed Almeida Andersen Baker Banerjee Barros Bauer Becker Bell Berg Bianchi Blake "
-    "Brandt Brooks Campos Carter Castro Chan Clarke Costa Cruz Dahl Darwish Davies Diaz Dubois "
-    "Duarte Eklund Ellis Fischer Fontaine Foster Garcia Gomez Greene Gupta Haas Hall Hansen Haruna "
-    "Hayes Hill Hoffman Horvat Hughes Ito Iyer Jansen Jensen Joshi Kamara Kaplan Kaur Keller Khan "
-    "Kim Klein Kovac Kumar Lambert Larsen Lee Lehmann Lima Lopez Lund Maier Marin Mbeki Mendes "
-    "Meyer Moore Morales Moretti Nakamura Nguyen Nilsson Novak Okafor Olsen Ortega Osman Park Patel "
-    "Pereira Petrov Quinn Ramos Reid Rossi Ruiz Saito Santos Schmidt Sharma Silva Singh Sousa Stone "
-    "Suzuki Tanaka Thomas Torres Turner Vargas Vidal Vogel Walker Wang Weber West Wong Wright Yilmaz "
-    "Young Zhang Zimmer"
-).split()
-CITIES = (
-    "Accra Amsterdam Athens Austin Bangkok Barcelona Berlin Bogota Boston Brussels Cairo Calgary "
-    "Chicago Copenhagen Dallas Delhi Denver Dublin Geneva Hamburg Hanoi Helsinki Houston Istanbul "
-    "Jakarta Kyoto Lagos Lima Lisbon London Lyon Madrid Manila Miami Milan Montreal Mumbai Munich "
-    "Nairobi Naples Osaka Oslo Paris Phoenix Prague Quito Riga Rome Seattle Seoul Sofia Stockholm "
-    "Sydney Taipei Tokyo Toronto Tunis Vienna Warsaw Zurich"
-).split()
-ITEMS = [
-    f"{adjective} {noun}"
-    for adjective in (
-        "black",
-        "blue",
-        "green",
-        "red",
-        "white",
-        "steel",
-        "wooden",
-        "leather",
-        "glass",
-        "compact",
-        "folding",
-        "cordless",
-    )
-    for noun in (
-        "desk lamp",
-        "kettle",
-        "backpack",
-        "office chair",
-        "coffee grinder",
-        "toaster",
-        "bookshelf",
-        "water bottle",
-        "headset",
-        "keyboard",
-        "rice cooker",
-        "suitcase",
-        "mirror",
-        "clock",
-        "blender",
-        "tent",
-    )
-]
-MONTHS = ("January February March April May June July August September October November December").split()
-CARRIERS = ("Northpost", "Swift Parcel", "Bluebird", "Cargo One", "Harbor Express", "Redline")
-PLANS = ("basic", "family", "student", "team", "premium", "business")
-TEAMS = ("billing", "network", "hardware", "accounts", "returns", "security")
-PROBLEMS = (
-    "cannot log in",
-    "screen stays black",
-    "charged twice",
-    "slow connection",
-    "missing parts",
-    "password reset fails",
-    "app crashes on start",
-    "no sound",
-    "wrong address printed",
-    "battery drains fast",
-)
-ROOMS = ("single room", "double room", "twin room", "suite", "family room")
-AIRLINES = ("Aurora Air", "Meridian", "Coastline", "Polar Wings", "Sunbird", "Transalta")
-
-Draw = Callable[[random.Random], str]
-
-
-def _pick(options: tuple[str, ...] | list[str]) -> Draw:
-    return lambda rng: rng.choice(options)
-
-
-def _number(low: int, high: int) -> Draw:
-    return lambda rng: str(rng.randint(low, high))
-
-
-def _money(low: int, high: int) -> Draw:
-    return lambda rng: f"${rng.randint(low, high)}"
-
-
-def _person(rng: random.Random) -> str:
-    return f"{rng.choice(FIRST)} {rng.choice(LAST)}"
-
-
-def _date(rng: random.Random) -> str:
-    return f"{rng.randint(1, 28)} {rng.choice(MONTHS)}"
-
-
-def _clock(rng: random.Random) -> str:
-    return f"{rng.randint(0, 23):02d}:{rng.choice(range(0, 60, 5)):02d}"
-
-
-def _seat(rng: random.Random) -> str:
-    return f"{rng.randint(1, 42)}{rng.choice('ABCDEF')}"
 
 
 @dataclass(frozen=True)
@@ -158,7 +65,7 @@ class Kind:
 def _customer(word: str = "customer") -> Field:
     return Field(
         word,
-        _person,
+        person,
         (
             f"who is the {word} on {{id}}",
             f"what is the {word}'s name",
@@ -175,37 +82,37 @@ KINDS: tuple[Kind, ...] = (
             _customer(),
             Field(
                 "item",
-                _pick(ITEMS),
+                pick(ITEMS),
                 ("what did i order", "which item is in order {id}", "what is the product"),
                 "The item is a {value}.",
             ),
             Field(
                 "quantity",
-                _number(2, 40),
+                number(2, 40),
                 ("how many did i order", "what is the quantity of order {id}", "how many pieces are there"),
                 "The quantity is {value}.",
             ),
             Field(
                 "total",
-                _money(20, 990),
+                money(20, 990),
                 ("how much does order {id} cost", "what is the total", "what do i pay in total"),
                 "The total is {value}.",
             ),
             Field(
                 "status",
-                _pick(("shipped", "packed", "paid", "on hold", "cancelled", "delivered")),
+                pick(("shipped", "packed", "paid", "on hold", "cancelled", "delivered")),
                 ("what is the status of order {id}", "where does my order stand", "has my order been sent"),
                 "The status is {value}.",
             ),
             Field(
                 "arrival",
-                _date,
+                date,
                 ("when will order {id} arrive", "when do i get my order", "what is the arrival date"),
                 "The arrival date is {value}.",
             ),
             Field(
                 "carrier",
-                _pick(CARRIERS),
+                pick(CARRIERS),
                 ("who delivers order {id}", "which carrier brings it", "what company ships my order"),
                 "The carrier is {value}.",
                 fact=False,
@@ -220,32 +127,32 @@ KINDS: tuple[Kind, ...] = (
             _customer("payer"),
             Field(
                 "amount",
-                _money(40, 9900),
+                money(40, 9900),
                 ("how much is invoice {id}", "what amount do i owe", "what is the amount of the invoice"),
                 "The amount is {value}.",
             ),
             Field(
                 "due",
-                _date,
+                date,
                 ("when is invoice {id} due", "by when must i pay", "what is the due date"),
                 "The due date is {value}.",
             ),
             Field(
                 "state",
-                _pick(("open", "paid", "overdue", "disputed", "partly paid")),
+                pick(("open", "paid", "overdue", "disputed", "partly paid")),
                 ("is invoice {id} paid", "what state is the invoice in", "what is the state of {id}"),
                 "The state is {value}.",
             ),
             Field(
                 "account",
-                _number(100000, 999999),
+                number(100000, 999999),
                 ("which account do i pay into", "what is the account number", "what account is on {id}"),
                 "The account number is {value}.",
                 fact=False,
             ),
             Field(
                 "contact",
-                _person,
+                person,
                 ("who do i contact about {id}", "who handles the invoice", "who is the contact person"),
                 "The contact is {value}.",
                 fact=False,
@@ -259,38 +166,38 @@ KINDS: tuple[Kind, ...] = (
             _customer("passenger"),
             Field(
                 "airline",
-                _pick(AIRLINES),
+                pick(AIRLINES),
                 ("which airline operates {id}", "who do i fly with", "what is the airline"),
                 "The airline is {value}.",
             ),
             Field(
                 "origin",
-                _pick(CITIES),
+                pick(CITIES),
                 ("where does the flight leave from", "what is the departure city", "where do i board"),
                 "The flight leaves from {value}.",
             ),
             Field(
                 "destination",
-                _pick(CITIES),
+                pick(CITIES),
                 ("where does the flight go", "what is the destination of {id}", "which city do i land in"),
                 "The flight goes to {value}.",
             ),
             Field(
                 "date",
-                _date,
+                date,
                 ("on which day is the flight", "when do i fly", "what is the date of booking {id}"),
                 "The flight is on {value}.",
             ),
             Field(
                 "departure",
-                _clock,
+                clock,
                 ("at what time does the flight leave", "what is the departure time", "when does it take off"),
                 "The departure time is {value}.",
                 fact=False,
             ),
             Field(
                 "seat",
-                _seat,
+                seat,
                 ("what seat do i have", "which seat is on {id}", "where do i sit"),
                 "The seat is {value}.",
                 fact=False,
@@ -304,31 +211,31 @@ KINDS: tuple[Kind, ...] = (
             _customer(),
             Field(
                 "problem",
-                _pick(PROBLEMS),
+                pick(PROBLEMS),
                 ("what is ticket {id} about", "what is the problem", "which problem was reported"),
                 "The problem is: {value}.",
             ),
             Field(
                 "team",
-                _pick(TEAMS),
+                pick(TEAMS),
                 ("which team works on {id}", "who is responsible", "what team has the ticket"),
                 "The team is {value}.",
             ),
             Field(
                 "priority",
-                _pick(("low", "normal", "high", "urgent")),
+                pick(("low", "normal", "high", "urgent")),
                 ("how urgent is ticket {id}", "what is the priority", "which priority does it have"),
                 "The priority is {value}.",
             ),
             Field(
                 "opened",
-                _date,
+                date,
                 ("when was ticket {id} opened", "since when is it open", "what day was it reported"),
                 "The ticket was opened on {value}.",
             ),
             Field(
                 "agent",
-                _person,
+                person,
                 ("who is the agent", "who looks after ticket {id}", "which agent is assigned"),
                 "The agent is {value}.",
                 fact=False,
@@ -343,25 +250,25 @@ KINDS: tuple[Kind, ...] = (
             _customer("subscriber"),
             Field(
                 "plan",
-                _pick(PLANS),
+                pick(PLANS),
                 ("which plan do i have", "what plan is subscription {id}", "what is my plan"),
                 "The plan is {value}.",
             ),
             Field(
                 "price",
-                _money(5, 199),
+                money(5, 199),
                 ("how much is it per month", "what does subscription {id} cost", "what is the price"),
                 "The price is {value} per month.",
             ),
             Field(
                 "renewal",
-                _date,
+                date,
                 ("when does subscription {id} renew", "what is the renewal date", "when is it renewed"),
                 "The renewal date is {value}.",
             ),
             Field(
                 "devices",
-                _number(1, 25),
+                number(1, 25),
                 (
                     "how many devices are allowed",
                     "what is the device limit",
@@ -371,7 +278,7 @@ KINDS: tuple[Kind, ...] = (
             ),
             Field(
                 "payment",
-                _pick(("card", "invoice", "bank transfer", "voucher")),
+                pick(("card", "invoice", "bank transfer", "voucher")),
                 ("how do i pay for it", "what is the payment method", "how is {id} paid"),
                 "The payment method is {value}.",
                 fact=False,
@@ -386,31 +293,31 @@ KINDS: tuple[Kind, ...] = (
             _customer("guest"),
             Field(
                 "city",
-                _pick(CITIES),
+                pick(CITIES),
                 ("in which city is the hotel", "where is stay {id}", "what city do i stay in"),
                 "The hotel is in {value}.",
             ),
             Field(
                 "room",
-                _pick(ROOMS),
+                pick(ROOMS),
                 ("what room did i book", "which room is reserved", "what kind of room is {id}"),
                 "The room is a {value}.",
             ),
             Field(
                 "nights",
-                _number(1, 21),
+                number(1, 21),
                 ("how many nights do i stay", "how long is stay {id}", "what is the number of nights"),
                 "The number of nights is {value}.",
             ),
             Field(
                 "arrival",
-                _date,
+                date,
                 ("when do i check in", "what is the arrival day", "on which date does stay {id} begin"),
                 "The check-in date is {value}.",
             ),
             Field(
                 "rate",
-                _money(45, 690),
+                money(45, 690),
                 ("what is the rate per night", "how much is one night", "what does {id} cost a night"),
                 "The rate is {value} per night.",
                 fact=False,

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+
 from deploy.commands import say
 from deploy.fleet.room import too_large
 from deploy.machine import look
@@ -10,8 +14,10 @@ from deploy.models import checkpoint_of
 from deploy.placement import Need, PlacementError
 from gateway.config import ModelConfig
 from quantize.core.checkpoint import Checkpoint, CheckpointError
+from quantize.core.jsonl import read_lines
 from quantize.core.tokenizer import encode_messages, load_tokenizer
-from quantize.evaluate.tasks import TaskError
+from quantize.evaluate.scripts import unlike
+from quantize.evaluate.tasks import Item, TaskError
 from quantize.make.compress import QuantizeError
 
 
@@ -34,6 +40,26 @@ def refuse_unmeasurable(model: ModelConfig) -> None:
                 encode_messages(tokenizer, item.messages, model.path)
             except CheckpointError as error:
                 raise TaskError(f"roles.{role}: item {number}: {error}") from None
+    for sentence in calibration_unlike_items(model, tasks):
+        say(sentence)
+
+
+def calibration_unlike_items(model: ModelConfig, tasks: Mapping[str, Sequence[Item]]) -> Iterator[str]:
+    """A sentence for every role whose items are written otherwise than what calibrates. Of the latter the
+    conversations that can be read count: reading it in earnest says what is wrong."""
+    if model.calibration is None or not model.calibration.is_file():
+        return
+    read: list[str] = []
+    for _, line in read_lines(model.calibration):
+        with contextlib.suppress(ValueError, TypeError, KeyError):
+            read += [str(message["content"]) for message in json.loads(line)["messages"]]
+    for role, items in tasks.items():
+        texts = [str(one["content"]) for item in items for one in item.messages]
+        if why := unlike(read, texts):
+            yield (
+                f"{model.calibration.name} is unlike the items of {role}: it is in {why}; a variant loses "
+                "least on what it was calibrated with: take conversations like those to be served"
+            )
 
 
 def refuse_roomless(model: ModelConfig, checkpoint: Checkpoint) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import errno
+import math
 import os
 import shutil
 import tempfile
@@ -29,6 +30,7 @@ from gateway.errors import GatewayError
 from gateway.store.errors import StoreError
 from quantize.card import CardError
 from quantize.core.checkpoint import CheckpointError
+from quantize.core.files import NoRoomError, is_full
 from quantize.core.methods import MethodError
 from quantize.core.model_config import first_line
 from quantize.core.schemes import SchemeError
@@ -65,8 +67,6 @@ MENDABLE = 2
 """Exit status for what a person can mend."""
 UNFORESEEN = 3
 """Exit status for what nobody foresaw."""
-FULL = (errno.ENOSPC, errno.EDQUOT)
-FULL_WORDS = ("No space left on device", "os error 28", "Disk quota exceeded")
 MEMORY_WORDS = ("out of memory", "can't allocate memory", "Cannot allocate memory", "not enough memory")
 FILES = "Files that were being written are gone; what was finished is kept. Run the command again then."
 
@@ -109,9 +109,10 @@ def sentence(error: BaseException, fullest: Path | None = None) -> str | None:
     """
     text = str(error)
     place = getattr(error, "filename", None)
-    if getattr(error, "errno", None) in FULL or any(word in text for word in FULL_WORDS):
+    if is_full(error):
         named = place or fullest
-        return f"the disk{f' of {named}' if named else ''} is full; make room. {FILES}"
+        missing = f" for at least {_size(error.missing)} more" if isinstance(error, NoRoomError) else ""
+        return f"the disk{f' of {named}' if named else ''} is full; make room{missing}. {FILES}"
     if getattr(error, "errno", None) == errno.EFBIG:
         return f"a file would be larger than this process may write; raise the limit (`ulimit -f`). {FILES}"
     if isinstance(error, MemoryError) or any(word in text for word in MEMORY_WORDS):
@@ -132,6 +133,11 @@ def sentence(error: BaseException, fullest: Path | None = None) -> str | None:
             "download the checkpoint again"
         )
     return None
+
+
+def _size(count: int) -> str:
+    """Bytes for people, rounded up."""
+    return f"{math.ceil(count / 1e5) / 10:,.1f} MB" if count >= 1e5 else f"{math.ceil(count / 1e3)} kB"
 
 
 def _fullest(options: argparse.Namespace) -> Path | None:

@@ -38,7 +38,9 @@ def add_quantize(parser: argparse.ArgumentParser) -> None:
     checking.add_argument("--target", help=TARGET_HELP)
     checking.add_argument("--tensor-parallel", type=int, default=1, help="ranks of each matrix")
     checking.add_argument(
-        "--calibration", type=Path, help="JSON Lines of conversations, for the estimate of time"
+        "--calibration",
+        type=Path,
+        help="JSON Lines of conversations, for the estimate of time (default: those of Tiercel)",
     )
     add_json(checking)
     checking.set_defaults(run=check)
@@ -127,18 +129,22 @@ def _model(options: argparse.Namespace) -> tuple[Config, ModelConfig]:
 
 
 def check(options: argparse.Namespace) -> None:
-    from quantize.check import check_report, format_check
+    from deploy.unlabelled import usual_lengths
+    from quantize.check import check_report, format_check, refuse_unfit
     from quantize.make.calibration import read_calibration
 
-    checkpoint, lengths = open_checkpoint(options.model), None
+    checkpoint = open_checkpoint(options.model)
+    refuse_unfit(checkpoint)
     if options.calibration:
-        sequences = read_calibration(options.calibration, checkpoint).sequences
-        lengths = [len(sequence) for sequence in sequences]
+        lengths = list(map(len, read_calibration(options.calibration, checkpoint).sequences))
+    else:
+        lengths = usual_lengths(checkpoint)
     report = check_report(
         checkpoint,
         target(options.target or detect()),
         tensor_parallel=options.tensor_parallel,
         calibration=lengths,
+        shipped=options.calibration is None,
     )
     if options.json:
         print_json(report)

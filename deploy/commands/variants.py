@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from deploy.commands import add_command, add_json, add_model, print_json, say
+from deploy.commands import NOT_WELL, add_command, add_json, add_model, print_json, say
 from deploy.models import checkpoint_of, one_model, registry_of, some_models, variant_of
 from gateway.config import ModelConfig, load_config, variant_id
-from quantize.card import Card, CardError, read_card
+from quantize.card import Card, CardError, has_seal, read_card
 from quantize.registry import Registry
 from quantize.report.distributions import Distributions
 
 COMMANDS = ("list", "show", "compare", "use", "delete", "report", "-h", "--help")
 NAMED = "model:variant, or its name where one model alone has such"
-DISTRIBUTION_SAMPLES = 32
+DISTRIBUTION_SAMPLES = 8
 """Calibration conversations that activation distributions are taken from."""
 
 
@@ -69,7 +70,13 @@ def list_variants(options: argparse.Namespace) -> None:
     if options.json:
         print_json([one for model, registry in models for one in _listed(model, registry.cards())])
         return
-    print("\n\n".join(_table(model, registry, len(config.models) > 1) for model, registry in models))
+    tables = [_table(model, registry, len(config.models) > 1) for model, registry in models]
+    print("\n\n".join(text for text, _ in tables))
+    for _, error in tables:
+        for sentence in error:
+            say(sentence)
+    if any(error for _, error in tables):
+        sys.exit(NOT_WELL)
 
 
 def _listed(model: ModelConfig, cards: Sequence[Card]) -> list[dict[str, Any]]:
@@ -77,16 +84,36 @@ def _listed(model: ModelConfig, cards: Sequence[Card]) -> list[dict[str, Any]]:
     return [card_as_json(card) | {"stale": old[card.variant]} for card in cards]
 
 
-def _table(model: ModelConfig, registry: Registry, several: bool) -> str:
+def _table(model: ModelConfig, registry: Registry, several: bool) -> tuple[str, list[str]]:
+    """The variants of a model whose cards can be read, and what is wrong with the others, a sentence each."""
     from quantize.report.tables import format_variants
 
-    cards = registry.cards()
+    cards: list[Card] = []
+    wrong = []
+    for variant in registry.variants():
+        try:
+            cards.append(registry.card(variant))
+        except CardError as error:
+            wrong.append(str(error))
     named = f"{model.name}\n" if several else ""
     if not cards:
-        return f"{named}no variants; make them with `tiercel quantize --model {model.name}`"
+        none = "no variants" if not wrong else "no variants that can be read"
+        return f"{named}{none}; make them with `tiercel quantize --model {model.name}`", wrong
     counts = {card.variant: len(registry.versions(card.variant)) for card in cards}
     table = format_variants(cards, counts, stale_variants(model, cards))
-    return named + "\n".join([table, *waiting_lines(registry, cards)])
+    return named + "\n".join(
+        [table, *unsealed_lines(registry, cards), *waiting_lines(registry, cards)]
+    ), wrong
+
+
+def unsealed_lines(registry: Registry, cards: Sequence[Card]) -> list[str]:
+    """Cards of which nobody can tell whether they were edited, a sentence each."""
+    return [
+        f"{card.variant}: its card has no seal, as older versions of Tiercel wrote none, so that nothing "
+        f"shows whether it was edited; `tiercel quantize measure {card.variant}` judges it anew and seals it"
+        for card in cards
+        if card.evaluation is not None and not has_seal(registry.path(card.variant, card.version))
+    ]
 
 
 def stale_variants(model: ModelConfig, cards: Sequence[Card]) -> dict[str, tuple[str, ...]]:
@@ -172,9 +199,21 @@ def report(options: argparse.Namespace) -> None:
         controls=known_controls(model, cards),
         sensitivity=found.rows if found else (),
         distributions=_distributions(model, registry, cards) if options.distributions else {},
+        kept=_kept(model, cards),
     )
     write_report(page, options.out)
     say(f"written to {options.out}")
+
+
+def _kept(model: ModelConfig, cards: tuple[Card, ...]) -> tuple[str, ...]:
+    """What no variant, or only a planned one, has below 16 bits."""
+    from quantize.check import kept_rows
+    from quantize.core.modules import read_modules
+    from quantize.core.targets import detect, target
+
+    modules = read_modules(checkpoint_of(model, say))
+    least = min(card.weight_bytes for card in cards)
+    return tuple(map(str, kept_rows(modules, target(detect()), least)))
 
 
 def _distributions(
@@ -183,28 +222,33 @@ def _distributions(
     """Of every variant whose layout is known; computed once per version."""
     from deploy.unlabelled import calibration_for
     from quantize.core.modules import read_modules
-    from quantize.report.distributions import compute_distributions, load_distributions, save_distributions
+    from quantize.report.distributions import (
+        Inputs,
+        compute_distributions,
+        load_distributions,
+        save_distributions,
+    )
 
     checkpoint = checkpoint_of(model, say)
-    modules = read_modules(checkpoint)
+    shown = [card for card in cards if card.schemes and card.variant != card.reference]
+    modules = read_modules(checkpoint).holding({name for card in shown for name in card.schemes})
     made: dict[str, Distributions] = {}
-    sequences = None
-    for card in cards:
-        if not card.schemes or card.variant == card.reference:
-            continue
+    inputs = None
+    for card in shown:
         path = registry.distributions_path(card)
         figures = load_distributions(path)
         if figures is None:
-            if sequences is None:
+            say(f"{card.variant}: distributions of weights and activations")
+            if inputs is None:
                 version = registry.path(model.reference).name
                 sequences = calibration_for(model, checkpoint, version).sequences
-            say(f"{card.variant}: distributions of weights and activations")
+                inputs = Inputs(checkpoint, modules, sequences[:DISTRIBUTION_SAMPLES])
             figures = compute_distributions(
                 checkpoint,
                 modules,
                 registry.path(card.variant),
                 card.schemes,
-                sequences[:DISTRIBUTION_SAMPLES],
+                inputs,
                 variant=card.variant,
                 version=card.version,
             )

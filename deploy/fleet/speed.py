@@ -15,7 +15,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.optimize import nnls
 
-from quantize.card import Card, SpeedPoint
+from quantize.card import Card
+from quantize.core.engine_figures import SpeedPoint
 
 STEP_TOKENS = 2048
 """In one step at most (vLLM's ``max_num_batched_tokens``; large GPUs have 8,192, which changes little)."""

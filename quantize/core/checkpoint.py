@@ -138,9 +138,7 @@ class Checkpoint:
         if left := ignored_files(self.path):
             read = ", ".join(file.name for file in weight_files(self.path)[:3])
             more = " …" if len(weight_files(self.path)) > 3 else ""
-            found.append(
-                f"{self.path}: {read}{more} are read; not read, nor carried along: {', '.join(left)}"
-            )
+            found.append(f"{self.path}: read is {read}{more}; not read, nor carried along: {', '.join(left)}")
         if (named := wrong_class(self.path)) is not None:
             found.append(
                 f"{self.path}: tokenizer.json is byte-level and tokenizer_config.json says {named}, under "

@@ -14,6 +14,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from quantize.core.files import writing
 from quantize.core.weights import CheckpointError
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "tekken.json")
@@ -62,7 +63,8 @@ def copy_companion_files(source: Path, out: Path) -> None:
         if renamed and name == Path("tokenizer_config.json"):
             target.write_text(with_file_class(source / name), encoding="utf-8")
         else:
-            shutil.copyfile(source / name, target)
+            with writing(target, (source / name).stat().st_size):
+                shutil.copyfile(source / name, target)
 
 
 def with_file_class(tokenizer_config: Path) -> str:

@@ -1,9 +1,10 @@
-"""Files of the variants directory: locks, links, read-only trees, and what removing them gives back."""
+"""Files of the variants directory: locks, links, read-only trees, full disks, what removing gives back."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import fcntl
 import hashlib
 import os
@@ -16,6 +17,8 @@ from typing import TextIO
 READ_ONLY = stat.S_IRUSR | stat.S_IRGRP | stat.S_IROTH
 LOOK_S = 0.2
 """Between two attempts of asynchronous code to get a lock."""
+FULL = (errno.ENOSPC, errno.EDQUOT)
+FULL_WORDS = ("No space left on device", "os error 28", "Disk quota exceeded")
 
 Say = Callable[[str], None]
 
@@ -82,26 +85,83 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a file on the disk for good; a reader sees the old one or the new one."""
-    partial = path.with_name(f".partial-{path.name}")
+class NoRoomError(OSError):
+    """The disk of ``filename`` was full before a file was written; ``missing`` bytes of that file's are."""
+
+    def __init__(self, path: Path, missing: int) -> None:
+        super().__init__(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        self.missing = missing
+
+
+def is_full(error: BaseException) -> bool:
+    """Whether the system, or a library in its own words, says that a disk is full."""
+    text = str(error)
+    return getattr(error, "errno", None) in FULL or any(word in text for word in FULL_WORDS)
+
+
+@contextlib.contextmanager
+def writing(path: Path, size: int) -> Iterator[None]:
+    """Around what writes ``size`` bytes to ``path``, and removes what there is of them where it fails: a full
+    disk raises NoRoomError."""
     try:
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(text)
+        yield
+    except NoRoomError:
+        raise
+    except Exception as error:
+        if not is_full(error):
+            raise
+        raise no_room(path, size) from error
+
+
+def no_room(path: Path, size: int) -> NoRoomError:
+    """Of ``size`` bytes that were to be written to ``path``."""
+    free = shutil.disk_usage(path.parent).free
+    return NoRoomError(path, size - free if free < size else size)  # of a quota it is not known: then all
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file on the disk for good; a reader sees the old one or the new one. Raises NoRoomError."""
+    partial, raw = path.with_name(f".partial-{path.name}"), text.encode()
+    with writing(path, len(raw)):
+        try:
+            with partial.open("wb") as file:
+                file.write(raw)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
+
+
+def append_whole(path: Path, raw: bytes, end: int) -> None:
+    """Write ``raw`` after the first ``end`` bytes of a file, on the disk for good; where it does not fit
+    nothing of it stays. Raises NoRoomError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with writing(path, len(raw)), path.open("ab") as file:
+        file.truncate(end)
+        try:
+            file.write(raw)
             file.flush()
             os.fsync(file.fileno())
-        partial.replace(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+        except BaseException:
+            with contextlib.suppress(OSError):
+                file.close()  # its buffer is tried once more
+            os.truncate(path, end)
+            raise
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """A second name for the same bytes where the disk allows it, else a copy."""
+    """A second name for the same bytes where the disk allows it, else a copy. Raises NoRoomError."""
     try:
         os.link(source.resolve(), target)
     except OSError:
-        shutil.copy2(source, target)
+        with writing(target, source.stat().st_size):
+            try:
+                shutil.copy2(source, target)
+            except BaseException:
+                target.unlink(missing_ok=True)
+                raise
 
 
 def share(directory: Path, files: Mapping[str, str], known: Mapping[str, Path]) -> None:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from quantize.core.files import append_whole
 
 
 def read_lines(path: Path) -> list[tuple[int, str]]:
@@ -38,3 +41,10 @@ def read_kept(path: Path) -> list[Any]:
         except ValueError:
             continue
     return entries
+
+
+def append_kept(path: Path, entries: Sequence[Any]) -> None:
+    """Add entries to such a file, after it was read; all of them are on the disk then, or none. Raises
+    NoRoomError."""
+    text = "".join(json.dumps(entry) + "\n" for entry in entries)
+    append_whole(path, text.encode(), path.stat().st_size if path.exists() else 0)

@@ -8,7 +8,7 @@ a layer are one group too. A plan assigns schemes to these groups.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from dataclasses import dataclass, replace
 
 from quantize.core.architectures import EMBEDDINGS, FUSED, ROUTERS, Architecture, architecture
@@ -91,6 +91,10 @@ class Modules:
             raise KeyError(f"{HEAD}: the model has none of its own; its embeddings serve as head")
         left = self.other_bytes - self.head_bytes
         return replace(self, groups=(*self.groups, self.head), other_bytes=left, head=None)
+
+    def holding(self, groups: Container[str]) -> Modules:
+        """The same, with the head as one of the groups if it is named among ``groups``, as in a plan."""
+        return self.with_head() if self.head is not None and self.head.name in groups else self
 
     def group_of(self, module: str) -> Group:
         for group in self.groups:

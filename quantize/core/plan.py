@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from quantize.core.modules import Modules
+from quantize.core.modules import HEAD, Modules
 from quantize.core.schemes import BF16_BYTES, kv_scheme, scheme
 
 
@@ -47,9 +47,10 @@ class Plan(BaseModel):
         )
 
     def bits_per_weight(self, modules: Modules) -> float:
-        """Of the quantizable modules alone, scales included."""
-        stored = sum(group.stored_bytes(scheme(self.groups[group.name])) for group in modules)
-        return 8 * stored / sum(group.weights for group in modules)
+        """Of the matrices in blocks alone, scales included: a head is not counted, whatever it has."""
+        blocks = [group for group in modules if group.kind != HEAD]
+        stored = sum(group.stored_bytes(scheme(self.groups[group.name])) for group in blocks)
+        return 8 * stored / sum(group.weights for group in blocks)
 
 
 def uniform(modules: Modules, scheme_name: str, kv: str = "auto", method: str = "gptq") -> Plan:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantize.core.files import write_whole
+from quantize.core.files import write_whole, writing
 from quantize.core.weights import DTYPE_BYTES, INDEX, CheckpointError, read_header, weight_files
 
 if TYPE_CHECKING:
@@ -78,7 +78,8 @@ def write_tensors(tensors: Mapping[str, Part], path: Path, dtypes: Mapping[str, 
     """Write a safetensors file of tensors that lie in other files, without reading any into memory whole.
 
     ``dtypes`` names tensors that are to be written as ``BF16`` or ``F16`` (rounded to nearest, ties to even).
-    Nothing is left at ``path`` if it fails. Raises CheckpointError for a value beyond the range of ``F16``.
+    Nothing is left at ``path`` if it fails. Raises CheckpointError for a value beyond the range of ``F16``,
+    and NoRoomError.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     wanted = {name: (dtypes or {}).get(name, part.dtype) for name, part in tensors.items()}
@@ -90,18 +91,19 @@ def write_tensors(tensors: Mapping[str, Part], path: Path, dtypes: Mapping[str, 
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     partial = path.with_name(path.name + ".partial")
-    try:
-        with partial.open("wb") as out:
-            out.write(struct.pack("<Q", len(text)) + text)
-            for name, part in tensors.items():
-                for block in blocks(part):
-                    out.write(_narrowed(block, part.dtype, wanted[name], name))
-            out.flush()
-            os.fsync(out.fileno())
-        partial.rename(path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+    with writing(path, 8 + len(text) + at):
+        try:
+            with partial.open("wb") as out:
+                out.write(struct.pack("<Q", len(text)) + text)
+                for name, part in tensors.items():
+                    for block in blocks(part):
+                        out.write(_narrowed(block, part.dtype, wanted[name], name))
+                out.flush()
+                os.fsync(out.fileno())
+            partial.rename(path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
 
 
 def write_shards(tensors: Mapping[str, Part], out: Path) -> None:

@@ -13,13 +13,14 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import tempfile
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
+
+from quantize.core.files import no_room, write_whole
 
 if TYPE_CHECKING:
     import numpy as np
@@ -74,13 +75,13 @@ class Bench:
         self._options = dict(options or {})
         self._process: subprocess.Popen[str] | None = None
         self.version = ""
+        self._folder = Path()
+        """Of the engine's side, which removes it when it ends: what both sides leave for each other."""
 
     def __enter__(self) -> Bench:
         if not self._python.exists():
             raise BenchError(f"no engine environment at {self._python}; run `make setup`")
         self._log.parent.mkdir(parents=True, exist_ok=True)
-        # vLLM leaves sockets and rendezvous files behind where an engine ends without its server.
-        self._folder = tempfile.TemporaryDirectory(prefix="tiercel-bench-")
         kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
         added = {
             "HF_HUB_OFFLINE": "1",
@@ -90,7 +91,6 @@ class Bench:
             "VLLM_CPU_KVCACHE_SPACE": "1",
             "TORCH_COMPILE_DISABLE": "1",
             "PYTHONUNBUFFERED": "1",
-            "TMPDIR": self._folder.name,
             "PYTHONWARNINGS": "ignore",
             "PYTHONPATH": str(self._site),
         }
@@ -104,8 +104,9 @@ class Bench:
                 env={**kept, **added, **self._env},
                 start_new_session=True,
             )
-        self._stop = weakref.finalize(self, self._process.kill)
-        self.version = str(self._reply()["vllm"])
+        self._stop = weakref.finalize(self, self._process.terminate)
+        reply = self._reply()
+        self.version, self._folder = str(reply["vllm"]), Path(reply["folder"])
         return self
 
     def __exit__(
@@ -115,14 +116,13 @@ class Bench:
             return
         self._process = None
         if kind is not None:
-            process.kill()
+            process.terminate()
         assert process.stdin is not None
         assert process.stdout is not None
         process.stdin.close()
         process.stdout.close()
         process.wait()
         self._stop.detach()
-        self._folder.cleanup()
 
     @property
     def identity(self) -> str:
@@ -142,34 +142,33 @@ class Bench:
         """Score ``spans`` with the checkpoint in ``directory``.
 
         ``save`` keeps its final hidden states, (tokens, width), with which later candidates are compared as
-        ``reference``: on the same spans in the same order. Raises BenchError.
+        ``reference``: on the same spans in the same order. Raises BenchError, and NoRoomError.
         """
         import numpy as np
 
-        with tempfile.TemporaryDirectory(prefix="tiercel-bench-") as folder:
-            sequences, out = Path(folder) / "sequences.json", Path(folder) / "scores.npz"
-            sequences.write_text(json.dumps([[list(tokens), start] for tokens, start in spans]))
-            partial = save.with_name(save.name + ".partial") if save else None
-            reply = self._ask(
-                "score",
-                directory,
-                kv,
-                env,
-                sequences=str(sequences),
-                out=str(out),
-                reference=str(reference) if reference else None,
-                save=str(partial) if partial else None,
+        sequences, out = self._folder / "sequences.json", self._folder / "scores.npz"
+        write_whole(sequences, json.dumps([[list(tokens), start] for tokens, start in spans]))
+        partial = save.with_name(save.name + ".partial") if save else None
+        reply = self._ask(
+            "score",
+            directory,
+            kv,
+            env,
+            sequences=str(sequences),
+            out=str(out),
+            reference=str(reference) if reference else None,
+            save=str(partial) if partial else None,
+        )
+        if save and partial:
+            partial.rename(save)
+        with np.load(out) as columns:
+            return Scores(
+                logp=columns["logp"],
+                kl=columns["kl"],
+                top1=columns["top1"],
+                load_s=float(reply["load_s"]),
+                score_s=float(reply["score_s"]),
             )
-            if save and partial:
-                partial.rename(save)
-            with np.load(out) as columns:
-                return Scores(
-                    logp=columns["logp"],
-                    kl=columns["kl"],
-                    top1=columns["top1"],
-                    load_s=float(reply["load_s"]),
-                    score_s=float(reply["score_s"]),
-                )
 
     def load_error(
         self, directory: Path, kv: str = "auto", env: Mapping[str, str] | None = None
@@ -187,13 +186,10 @@ class Bench:
         A case holds ``config``, ``fused`` (fused name to members), ``modules`` (fused module to weight bits)
         and ``constructs`` (whether the scheme must exist on this machine). Returns sentences per case.
         """
-        with tempfile.TemporaryDirectory(prefix="tiercel-bench-") as folder:
-            configs = Path(folder) / "configs.json"
-            configs.write_text(json.dumps(list(cases)))
-            found: list[list[str]] = self._ask("parse", Path(folder), "auto", None, configs=str(configs))[
-                "found"
-            ]
-            return found
+        configs = self._folder / "configs.json"
+        write_whole(configs, json.dumps(list(cases)))
+        found: list[list[str]] = self._ask("parse", self._folder, "auto", None, configs=str(configs))["found"]
+        return found
 
     def _ask(
         self, work: str, directory: Path, kv: str, env: Mapping[str, str] | None, **more: Any
@@ -213,6 +209,8 @@ class Bench:
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
         reply = self._reply()
+        if full := reply.get("full"):
+            raise no_room(Path(full[0]), int(full[1]))
         if error := reply.get("error"):
             raise BenchError(f"{directory}: {error} (log: {self._log})")
         return reply

@@ -8,24 +8,45 @@ Figures come from the worker extension that served engines have too (``score_wor
 site, which is on the path): exact over the whole vocabulary, compared with the final hidden states that were
 kept of the reference. One sequence is in the engine at a time, so that the numbers do not depend on what
 shares its batch.
+
+When the process that asks ends, however that happens, this one is sent SIGTERM, and a child when this one
+does (``sitecustomize.py``); what the engine and both sides leave for each other is in a folder that goes
+with it.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import gc
 import hashlib
 import importlib
 import json
 import os
+import shutil
 import signal
 import sys
+import tempfile
 import time
 import traceback
 import uuid
+from types import FrameType
 from typing import Any
 
 Request = dict[str, Any]
+
+
+class FullError(OSError):
+    """``size`` bytes do not fit onto the disk of ``path``."""
+
+    def __init__(self, path: str, size: int) -> None:
+        super().__init__(f"{path}: the disk has no room for {size} bytes")
+        self.path, self.size = path, size
+
+
 LAST_WORDS = 600
+FULL = (errno.ENOSPC, errno.EDQUOT)
+FOLDER = "tiercel-bench-"
 
 
 def load(request: Request) -> Any:
@@ -124,11 +145,25 @@ def score(request: Request) -> dict[str, Any]:
             saved.append(np.frombuffer(found["hidden"], np.uint8).reshape(end - at, -1))
         at = end
     if request["save"]:
-        with open(request["save"], "wb") as out:
-            kept = json.dumps({**about, "model": request["model"]})
-            np.savez(out, hidden=np.concatenate(saved), about=kept)
-    np.savez(request["out"], **columns)
+        kept = json.dumps({**about, "model": request["model"]})
+        write_arrays(request["save"], hidden=np.concatenate(saved), about=np.array(kept))
+    write_arrays(request["out"], **columns)
     return {"tokens": count, "load_s": loaded - began, "score_s": time.monotonic() - loaded}
+
+
+def write_arrays(path: str, **arrays: Any) -> None:
+    """An ``.npz`` file that is there whole or not at all. Raises OSError, FullError where it does not fit."""
+    import numpy as np
+
+    try:
+        with open(path, "wb") as out:
+            np.savez(out, **arrays)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            os.unlink(path)
+        if error.errno not in FULL:
+            raise
+        raise FullError(path, sum(one.nbytes for one in arrays.values())) from error
 
 
 def read_reference(llm: Any, path: str, about: dict[str, Any]) -> tuple[Any, bool]:
@@ -208,27 +243,54 @@ def parse(request: Request) -> dict[str, Any]:
 WORK = {"score": score, "answers": answers, "parse": parse}
 
 
-def serve(answer_to: Any) -> None:
-    for line in sys.stdin:
-        request = json.loads(line)
-        reading, writing = os.pipe()
-        began = time.monotonic()
-        child = os.fork()
-        if child == 0:
-            os.close(reading)
-            _child(request, writing)
-        os.close(writing)
-        with os.fdopen(reading, encoding="utf-8") as pipe:
-            text = pipe.read()
-        _, status = os.waitpid(child, 0)
-        if text:
-            result = json.loads(text)
-        elif os.WIFSIGNALED(status):
-            result = {"error": f"the engine died of {signal.Signals(os.WTERMSIG(status)).name}"}
-        else:
-            result = {"error": f"the engine ended with status {os.waitstatus_to_exitcode(status)}"}
-        answer_to.write(json.dumps({**result, "wall_s": time.monotonic() - began}) + "\n")
-        answer_to.flush()
+class Server:
+    """Answers request after request, each in a child; what the engine leaves lies in ``folder``."""
+
+    def __init__(self) -> None:
+        self.folder = tempfile.mkdtemp(prefix=FOLDER)
+        # vLLM leaves sockets and rendezvous files behind where an engine ends without its server.
+        os.environ["TMPDIR"] = tempfile.tempdir = self.folder
+        self._child = 0
+        signal.signal(signal.SIGTERM, self._end)
+
+    def _end(self, _number: int, _frame: FrameType | None) -> None:
+        if self._child:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._child, signal.SIGKILL)
+        self.close()
+        os._exit(128 + signal.SIGTERM)
+
+    def close(self) -> None:
+        """Remove the folder."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def serve(self, answer_to: Any) -> None:
+        """Until standard input ends."""
+        for line in sys.stdin:
+            request = json.loads(line)
+            reading, writing = os.pipe()
+            began = time.monotonic()
+            server = os.getpid()
+            self._child = os.fork()
+            if self._child == 0:
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
+                if os.getppid() != server:
+                    os._exit(1)
+                os.close(reading)
+                _child(request, writing)
+            os.close(writing)
+            with os.fdopen(reading, encoding="utf-8") as pipe:
+                text = pipe.read()
+            _, status = os.waitpid(self._child, 0)
+            self._child = 0
+            if text:
+                result = json.loads(text)
+            elif os.WIFSIGNALED(status):
+                result = {"error": f"the engine died of {signal.Signals(os.WTERMSIG(status)).name}"}
+            else:
+                result = {"error": f"the engine ended with status {os.waitstatus_to_exitcode(status)}"}
+            answer_to.write(json.dumps({**result, "wall_s": time.monotonic() - began}) + "\n")
+            answer_to.flush()
 
 
 def _child(request: Request, writing: int) -> None:
@@ -239,6 +301,8 @@ def _child(request: Request, writing: int) -> None:
     except BaseException as error:
         traceback.print_exc()
         result = {"error": f"{type(error).__name__}: {error}"[:LAST_WORDS]}
+        if isinstance(error, FullError):
+            result["full"] = [error.path, error.size]
     with os.fdopen(writing, "w", encoding="utf-8") as pipe:
         pipe.write(json.dumps(result))
     sys.stdout.flush()
@@ -267,10 +331,14 @@ def main() -> None:
     """Standard output is the answers' alone; whatever the engine prints goes to standard error."""
     answer_to = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
-    vllm = import_engine()
-    answer_to.write(json.dumps({"vllm": vllm.__version__}) + "\n")
-    answer_to.flush()
-    serve(answer_to)
+    server = Server()
+    try:
+        vllm = import_engine()
+        answer_to.write(json.dumps({"vllm": vllm.__version__, "folder": server.folder}) + "\n")
+        answer_to.flush()
+        server.serve(answer_to)
+    finally:
+        server.close()
 
 
 if __name__ == "__main__":

@@ -9,11 +9,12 @@ from __future__ import annotations
 import asyncio
 import gzip
 import json
-import os
 import zlib
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from quantize.core.files import append_whole
 
 Entry = Mapping[str, Any]
 Job = Callable[[], Awaitable[Entry]]
@@ -59,19 +60,14 @@ class Journal:
         return entries, at
 
     def append(self, entries: Sequence[Entry]) -> None:
-        """Write a batch after what is whole; when this returns it is on disk."""
+        """Write a batch after what is whole; when this returns it is on disk. Raises NoRoomError."""
         if not entries:
             return
         text = "".join(json.dumps(entry, separators=(",", ":")) + "\n" for entry in entries)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         if self._end is None:
             _, self._end = self._read()
         member = gzip.compress(text.encode(), compresslevel=1)
-        with self.path.open("ab") as file:
-            file.truncate(self._end)
-            file.write(member)
-            file.flush()
-            os.fsync(file.fileno())
+        append_whole(self.path, member, self._end)
         self._end += len(member)
 
 

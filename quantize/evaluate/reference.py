@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+
+from quantize.core.files import append_whole
 
 _LENGTHS = struct.Struct("<4sIQ")
 _MAGIC = b"TRF1"
@@ -79,7 +80,7 @@ class ReferenceFile:
             return Kept(place.line["kind"], place.line["about"], file.read(place.size))
 
     def append(self, role: str, index: int, tokens: Sequence[int], start: int, kept: Kept) -> None:
-        """Keep a record; when this returns it is on disk."""
+        """Keep a record; when this returns it is on disk. Raises NoRoomError."""
         line = {
             "role": role,
             "index": index,
@@ -89,13 +90,9 @@ class ReferenceFile:
             "digest": kept.digest,
         }
         text = json.dumps(line).encode()
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self.path.open("r+b" if self.path.exists() else "wb") as file:
-            file.truncate(self._end)
-            file.seek(self._end)
-            file.write(_LENGTHS.pack(_MAGIC, len(text), len(kept.data)) + text + kept.data)
-            file.flush()
-            os.fsync(file.fileno())
+        append_whole(
+            self.path, _LENGTHS.pack(_MAGIC, len(text), len(kept.data)) + text + kept.data, self._end
+        )
         self._take(text, len(kept.data))
 
     def _take(self, text: bytes, size: int) -> None:

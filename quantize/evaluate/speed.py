@@ -12,7 +12,7 @@ import statistics
 import time
 from dataclasses import dataclass
 
-from quantize.card import Speed, SpeedPoint
+from quantize.core.engine_figures import Speed, SpeedPoint
 from quantize.evaluate.client import EngineClient
 
 _WORDS = range(100, 1000)

@@ -14,13 +14,15 @@ operating system keeps. Hidden states go from block to block for all sequences.
 from __future__ import annotations
 
 import contextlib
+import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantize.core.checkpoint import Checkpoint, weight_files
+from quantize.core.files import writing
 from quantize.core.modules import Modules
 from quantize.make.linears import LinearError, Place, decoder_layers, find_linears, stored_names
 from quantize.make.threads import side_by_side
@@ -82,18 +84,22 @@ class States:
     """Hidden states of all sequences before a block."""
 
     batches: list[Batch]
-    folder: tempfile.TemporaryDirectory[str] | None = None
-    _made: int = field(default=0)
+    many: bool = False
 
     def room(self, like: Tensor) -> Tensor:
-        """A tensor like ``like`` to keep hidden states in: in memory, or in a file where they are many."""
+        """A tensor like ``like`` to keep hidden states in: in memory, or in a file where they are many.
+
+        The file has no name: whatever becomes of the process, nothing of it is left. Its bytes are taken from
+        the disk now, since a disk that is full later would end the process without a word. Raises OSError.
+        """
         import torch
 
-        if self.folder is None or like.is_cuda:
+        if not self.many or like.is_cuda:
             return torch.empty_like(like)
-        self._made += 1
-        name = str(Path(self.folder.name) / f"{self._made}")
-        made = torch.from_file(name, shared=True, size=like.numel(), dtype=like.dtype)
+        with tempfile.NamedTemporaryFile(prefix="tiercel-states-") as file:
+            with writing(Path(file.name), like.nbytes):
+                os.posix_fallocate(file.fileno(), 0, like.nbytes)
+            made = torch.from_file(file.name, shared=True, size=like.numel(), dtype=like.dtype)
         return made.view(like.shape)
 
 
@@ -191,7 +197,7 @@ class Blocks:
         tokens = sum(map(len, sequences))
         hidden = self.model.get_input_embeddings().weight.shape[1]
         large = tokens * hidden * self.dtype.itemsize * copies > MAPPED_BYTES
-        states = States([], tempfile.TemporaryDirectory(prefix="tiercel-states-") if large else None)
+        states = States([], large)
         lengths = list(map(len, sequences))
         limit = BATCH_TOKENS if self.device.type == "cpu" else GPU_BATCH_TOKENS
         with torch.no_grad():

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Union
 
 from quantize.core.checkpoint import Checkpoint
-from quantize.core.files import READ_ONLY
+from quantize.core.files import READ_ONLY, writing
 from quantize.core.modules import HEAD, Group, Linear, Modules
 from quantize.make.threads import side_by_side
 
@@ -329,10 +329,12 @@ def save_whole(tensors: Mapping[str, Tensor], target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".partial-{target.name}")
     partial.unlink(missing_ok=True)  # of a killed run, and read-only
-    try:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, {"format": "pt"})
-        partial.chmod(READ_ONLY)
-        partial.rename(target)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+    with writing(target, sum(tensor.nbytes for tensor in tensors.values())):
+        try:
+            whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+            save_file(whole, partial, {"format": "pt"})
+            partial.chmod(READ_ONLY)
+            partial.rename(target)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise

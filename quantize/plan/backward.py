@@ -8,7 +8,7 @@ its changes at all choices. What the sums are for is in :mod:`quantize.plan.sens
 
 from __future__ import annotations
 
-import math
+import contextlib
 import sys
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from quantize.core.dequantize import linear_weight
-from quantize.core.modules import Group
+from quantize.core.modules import HEAD, Group
 from quantize.core.schemes import scheme
 from quantize.evaluate.bench import Span
 from quantize.make.blocks import Batch, Blocks
@@ -29,6 +29,8 @@ from quantize.make.smooth import Scales, unfolded
 from quantize.make.statistics import first_of
 from quantize.make.streaming import Choice
 from quantize.make.threads import side_by_side
+from quantize.plan.head_loss import HeadLoss
+from quantize.plan.sums import Sums
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -40,23 +42,6 @@ DRAWS = 3
 sequence and draw."""
 NOISE_TOKENS = 512
 """Tokens on which the noise of outputs is taken."""
-
-
-class Sums:
-    """Of one (group, choice): Σ (Σ_t g·e)² over sequences and draws, and energies of outputs and errors."""
-
-    def __init__(self) -> None:
-        self.products = self.signal = self.noise = 0.0
-
-    @property
-    def sqnr_db(self) -> float:
-        """Signal to quantization noise of the outputs."""
-        return 10 * math.log10(max(self.signal, 1e-30) / max(self.noise, 1e-30))
-
-    def add(self, product: float, signal: float, noise: float) -> None:
-        self.products += product
-        self.signal += signal
-        self.noise += noise
 
 
 class Backward:
@@ -74,7 +59,10 @@ class Backward:
         """Of a block's groups (by name) at their choices at a time, the last block first."""
         blocks = self.blocks
         groups = [group for group in self.parts.modules if wanted.get(group.name)]
-        first = min(group.layer for group in groups)
+        head = next(
+            (HeadLoss(self.parts, blocks, one, wanted[one.name]) for one in groups if one.kind == HEAD), None
+        )
+        first = min((group.layer for group in groups if group.kind != HEAD), default=len(blocks))
         states = blocks.start(
             [tokens for tokens, _ in self.spans], copies=1 + DRAWS + len(blocks), alone=True
         )
@@ -85,8 +73,13 @@ class Backward:
                 with blocks.loaded(layer):
                     blocks.forward(layer, states)
                 bar.update()
-            with blocks.head_only() as logits_of:
-                gradients = [[self._last(batch, logits_of) for _ in range(DRAWS)] for batch in states.batches]
+            with blocks.head_only() as logits_of, head or contextlib.nullcontext():
+                gradients = [
+                    [self._last(batch, logits_of, head, draw == 0) for draw in range(DRAWS)]
+                    for batch in states.batches
+                ]
+            if head is not None:
+                yield head.sums
             for layer in range(len(blocks) - 1, first - 1, -1):
                 mine = [group for group in groups if group.layer == layer]
                 with blocks.loaded(layer):
@@ -98,8 +91,11 @@ class Backward:
         """The second-order estimate of the KL divergence, nats per token."""
         return sums.products / (2 * DRAWS * self.tokens)
 
-    def _last(self, batch: Batch, logits_of: Callable[[Tensor], Tensor]) -> Tensor:
-        """The gradient of the drawn labels' log-likelihood with respect to the last hidden states."""
+    def _last(
+        self, batch: Batch, logits_of: Callable[[Tensor], Tensor], head: HeadLoss | None, energies: bool
+    ) -> Tensor:
+        """The gradient of the drawn labels' log-likelihood with respect to the last hidden states. ``head``
+        is given what goes through it."""
         import torch
 
         gradient = torch.zeros_like(batch.hidden)
@@ -110,7 +106,13 @@ class Backward:
             logp = torch.log_softmax(logits_of(hidden)[0].float(), -1)
             drawn = torch.multinomial(logp.detach().exp().cpu(), 1, generator=self.generator)
             total = logp.gather(1, drawn.to(logp.device)).sum()
-            gradient[:, at:end] = torch.autograd.grad(total, hidden)[0]
+            asked = [hidden] if head is None else [hidden, head.out]
+            found = torch.autograd.grad(total, asked)
+            gradient[:, at:end] = found[0]
+            if head is not None:
+                head.see(found[1])
+        if head is not None:
+            head.finish(energies)
         return gradient
 
     def _block(

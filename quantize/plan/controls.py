@@ -10,12 +10,13 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 from quantize.core.files import write_whole
+from quantize.core.modules import HEAD
 from quantize.core.plan import Plan
 from quantize.core.schemes import scheme
 from quantize.plan import autoscheme
 from quantize.plan.paired_kl import PairedKl
 from quantize.plan.planner import Planner
-from quantize.plan.served import plan_of
+from quantize.plan.served import KEPT, plan_of
 from quantize.plan.session import PlanningSession
 
 Kind = Literal["uniform", "random", "ends", "autoscheme"]
@@ -132,7 +133,7 @@ def _ends(session: PlanningSession, budget: int) -> dict[str, Plan]:
     made = {}
     for label, high in wanted.items():
         trials = [
-            _plan(session, {g.name: eight if g.layer in high else four for g in session.modules})
+            _plan(session, {g.name: eight if g.layer in high else four for g in session.blocks})
             for eight in eights
             for four in fours
         ]
@@ -145,8 +146,8 @@ def _ends(session: PlanningSession, budget: int) -> dict[str, Plan]:
 
 
 def _in(session: PlanningSession, layers: set[int], outside: bool = False) -> str:
-    found = (g.name for g in session.modules if (g.layer in layers) != outside)
-    return next(found, next(iter(session.modules)).name)
+    found = (g.name for g in session.blocks if (g.layer in layers) != outside)
+    return next(found, next(iter(session.blocks)).name)
 
 
 def _autoscheme(session: PlanningSession, budget: int) -> dict[str, Plan]:
@@ -154,11 +155,11 @@ def _autoscheme(session: PlanningSession, budget: int) -> dict[str, Plan]:
     names = [name for name in _for_all(session) if name.startswith(("w4a16", "w8a8"))]
     if len(names) < 2:
         return {}
-    weights = sum(group.weights for group in session.modules)
-    average = round(8 * (budget - session.modules.other_bytes) / weights - HEADROOM_BITS, 3)
+    weights = sum(group.weights for group in session.blocks)
+    average = round(8 * (budget - session.blocks.other_bytes) / weights - HEADROOM_BITS, 3)
     groups = autoscheme.assign(
         session.checkpoint.path,
-        session.modules,
+        session.blocks,
         names,
         average,
         session.directory,
@@ -168,19 +169,22 @@ def _autoscheme(session: PlanningSession, budget: int) -> dict[str, Plan]:
 
 
 def _for_all(session: PlanningSession) -> list[str]:
-    """Schemes that every group has among its choices."""
-    legal = [{name for name, _ in choices} for choices in session.choices().values()]
+    """Schemes that every group of the blocks has among its choices."""
+    choices = session.choices()
+    legal = [{name for name, _ in choices[group.name]} for group in session.blocks]
     return [name for name in session.schemes if all(name in names for names in legal)]
 
 
 def _plan(session: PlanningSession, groups: Mapping[str, str]) -> Plan:
-    """The plan of these schemes, each by the last of the methods that the planner has for it."""
+    """The plan of these schemes, each by the last of the methods that the planner has for it; a head stays at
+    16 bits."""
     methods = {name: dict(many) for name, many in session.choices().items()}
-    return plan_of({name: (how, methods[name][how]) for name, how in groups.items()})
+    chosen = {name: (how, methods[name][how]) for name, how in groups.items()}
+    return plan_of({group.name: chosen.get(group.name, KEPT) for group in session.modules})
 
 
 def _all(session: PlanningSession, name: str) -> dict[str, str]:
-    return {group.name: name for group in session.modules}
+    return {group.name: name if group.kind != HEAD else "bf16" for group in session.modules}
 
 
 def measure(

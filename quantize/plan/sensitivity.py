@@ -22,7 +22,6 @@ Rows are kept as each block is finished, so that an interrupted run goes on.
 from __future__ import annotations
 
 import contextlib
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -30,13 +29,14 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict
 from tqdm import tqdm
 
-from quantize.core.jsonl import read_kept
+from quantize.core.jsonl import append_kept, read_kept
 from quantize.core.modules import Modules
 from quantize.core.schemes import scheme
 from quantize.evaluate.bench import Span
 from quantize.make.parts import PartStore
-from quantize.plan.backward import Backward, Sums
+from quantize.plan.backward import Backward
 from quantize.plan.served import Choice, ServedKl
+from quantize.plan.sums import Sums
 
 
 class Row(BaseModel):
@@ -94,15 +94,11 @@ def analyse(
     }
     if any(missing.values()):
         parts.make(missing, label="quantize for all choices")
-        keep.parent.mkdir(parents=True, exist_ok=True)
-        with keep.open("a", encoding="utf-8") as file:
-            backward = Backward(parts, spans, seed)
-            for sums in backward.sums(missing):
-                rows = [_row(parts.modules, *at, of, backward.fisher(of)) for at, of in sums.items()]
-                file.writelines(row.model_dump_json() + "\n" for row in rows)
-                file.flush()
-                os.fsync(file.fileno())
-                known |= {(row.group, row.scheme, row.method): row for row in rows}
+        backward = Backward(parts, spans, seed)
+        for sums in backward.sums(missing):
+            rows = [_row(parts.modules, *at, of, backward.fisher(of)) for at, of in sums.items()]
+            append_kept(keep, [row.model_dump() for row in rows])
+            known |= {(row.group, row.scheme, row.method): row for row in rows}
     return tuple(known[group.name, *choice] for group in groups for choice in choices[group.name])
 
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from quantize.core.jsonl import read_kept
+from quantize.core.jsonl import append_kept, read_kept
 from quantize.core.plan import Plan
 from quantize.evaluate.bench import Bench, Span
 from quantize.make.parts import PartStore
@@ -58,6 +57,5 @@ class ServedKl:
             scores = self._bench.score(folder, self._spans, kv=kv, reference=self._reference)
             self._known[key] = float(scores.kl.mean())
             self.measured += 1
-            with self._file.open("a", encoding="utf-8") as file:
-                file.write(json.dumps([key, self._known[key]]) + "\n")
+            append_kept(self._file, [[key, self._known[key]]])
         return self._known[key]

@@ -61,6 +61,17 @@ def shortlist(where: Target, modules: Modules, tensor_parallel: int = 1) -> tupl
     )
 
 
+def with_served_head(
+    where: Target, modules: Modules, schemes: Sequence[str], tensor_parallel: int = 1
+) -> Modules:
+    """The modules that a planner has choices for: the head too, where it has a matrix of its own and the
+    target serves that in one of ``schemes``."""
+    head = modules.head
+    if head is None or not set(schemes) & set(where.candidates(head, tensor_parallel)):
+        return modules
+    return modules.with_head()
+
+
 def choices_on(
     where: Target,
     modules: Modules,
@@ -87,7 +98,10 @@ def choices_on(
 
 
 class PlanningSession:
-    """The parts, the analysis and the search for one checkpoint on one target."""
+    """The parts, the analysis and the search for one checkpoint on one target.
+
+    ``modules`` is what plans are of, ``blocks`` the same without the head.
+    """
 
     def __init__(
         self,
@@ -101,8 +115,9 @@ class PlanningSession:
         choosing: Sequence[Span] | None = None,
     ) -> None:
         self.checkpoint, self.target, self.methods = checkpoint, where, tuple(methods)
-        self.modules = read_modules(checkpoint)
-        self.schemes = tuple(schemes or shortlist(where, self.modules, tensor_parallel))
+        self.blocks = read_modules(checkpoint)
+        self.schemes = tuple(schemes or shortlist(where, self.blocks, tensor_parallel))
+        self.modules = with_served_head(where, self.blocks, self.schemes, tensor_parallel)
         calibrating = calibration
         if choosing is None:
             calibrating, choosing = split(calibration)

@@ -35,8 +35,8 @@ QUANTILES = (0.001, 0.01, 0.25, 0.5, 0.75, 0.99, 0.999)
 CURVE_POINTS = 64
 OUTLIER = 6.0
 LISTED_OUTLIERS = 8
-SAMPLE = 1 << 22
-"""Weights of a group that quantiles are taken of; more are thinned evenly."""
+SAMPLE = 1 << 18
+"""Weights of a group that quantiles are taken of, which sorts them; more are thinned evenly."""
 
 
 class _Frozen(BaseModel):
@@ -89,18 +89,17 @@ def compute_distributions(
     modules: Modules,
     directory: Path,
     schemes: Mapping[str, str],
-    sequences: Sequence[Sequence[int]] = (),
+    inputs: Inputs | None = None,
     *,
     variant: str = "",
     version: str = "",
 ) -> Distributions:
     """Compare the files in ``directory`` with ``base``. ``schemes`` is by group name, as in a card.
 
-    ``sequences`` of token ids are passed through both models, one at a time: memory is one model in 32 bits
-    beside one layer's weights. Without them there are no activations.
+    Without ``inputs`` there are no activations.
     """
     ours, theirs = read_parts(base.path), read_parts(directory)
-    maxima = _largest_inputs(base, modules, directory, schemes, sequences) if sequences else {}
+    maxima = inputs.beside(directory, schemes) if inputs is not None else {}
     groups = tuple(
         GroupFigures(
             group=group.name,
@@ -112,7 +111,7 @@ def compute_distributions(
         )
         for group in modules
     )
-    tokens = sum(len(sequence) for sequence in sequences)
+    tokens = inputs.tokens if inputs is not None else 0
     return Distributions(variant=variant, version=version, tokens=tokens, groups=groups)
 
 
@@ -149,29 +148,33 @@ def _short(value: float) -> float:
     return float(f"{value:.4g}")
 
 
-def _largest_inputs(
-    base: Checkpoint,
-    modules: Modules,
-    directory: Path,
-    schemes: Mapping[str, str],
-    sequences: Sequence[Sequence[int]],
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """Group name to the largest absolute inputs (channels,) before and after."""
-    import torch
+class Inputs:
+    """Largest inputs of every group while ``sequences`` of token ids pass through, one at a time: of the base
+    model, once for all variants, and of each variant. Memory is one model in 32 bits beside one layer."""
 
-    model = load_model(base, torch.float32)
-    before = _pass_through(model, modules, sequences)
-    parts = read_parts(directory)
-    linears = {f"{m.name}.weight": (m.name, group.name) for group in modules for m in group.members}
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name in linears:
-                module, group_name = linears[name]
-                parameter.copy_(linear_weight(parts, module, scheme(schemes.get(group_name, "bf16"))))
-            elif name in parts:
-                parameter.copy_(read_tensor(parts[name]).float())
-    after = _pass_through(model, modules, sequences)
-    return {name: (before[name], after[name]) for name in before}
+    def __init__(self, base: Checkpoint, modules: Modules, sequences: Sequence[Sequence[int]]) -> None:
+        import torch
+
+        self._modules, self._sequences = modules, sequences
+        self._model: Any = load_model(base, torch.float32)
+        self._before = _pass_through(self._model, modules, sequences)
+        self.tokens = sum(map(len, sequences))
+
+    def beside(self, directory: Path, schemes: Mapping[str, str]) -> dict[str, tuple[Tensor, Tensor]]:
+        """Group name to the largest absolute inputs (channels,) before and with the variant's weights."""
+        import torch
+
+        parts = read_parts(directory)
+        linears = {f"{m.name}.weight": (m.name, group.name) for group in self._modules for m in group.members}
+        with torch.no_grad():
+            for name, parameter in self._model.named_parameters():
+                if name in linears:
+                    module, group_name = linears[name]
+                    parameter.copy_(linear_weight(parts, module, scheme(schemes.get(group_name, "bf16"))))
+                elif name in parts:
+                    parameter.copy_(read_tensor(parts[name]).float())
+        after = _pass_through(self._model, self._modules, self._sequences)
+        return {name: (before, after[name]) for name, before in self._before.items()}
 
 
 def _pass_through(model: Any, modules: Modules, sequences: Sequence[Sequence[int]]) -> dict[str, Tensor]:

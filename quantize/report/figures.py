@@ -70,7 +70,7 @@ def draw_line(x1: float, y1: float, x2: float, y2: float, colour: str = "var(--g
 
 
 def draw_path(places: Sequence[tuple[float, float]], colour: str, more: str = "") -> str:
-    d = "M" + " L".join(f"{x:.1f} {y:.1f}" for x, y in places)
+    d = "M" + "L".join(f"{x:.4g} {y:.4g}" for x, y in places)
     return f'<path d="{d}" fill="none" stroke="{colour}" {more}/>'
 
 
@@ -201,24 +201,22 @@ def weights_before_and_after(figures: WeightFigures, title: str, width: int = 26
     y = Scale(min(shares) / 2, max(shares) * 1.3, height - 22, 8, logarithmic=True)
     bins = len(figures.before)
 
-    def outline(counts: Sequence[float]) -> list[tuple[float, float]]:
-        places = []
+    def outline(counts: Sequence[float]) -> str:
+        """Steps from the left end of the axis to the right one."""
+        steps = f"M{x.start:.4g} {y.start:.4g}"
         for number, share in enumerate(counts):
-            left, right = (-figures.largest + 2 * figures.largest * (number + end) / bins for end in (0, 1))
-            top = y(share) if share > 0 else y.start
-            places += [(x(left), top), (x(right), top)]
-        return places
+            right = -figures.largest + 2 * figures.largest * (number + 1) / bins
+            steps += f"V{y(share) if share > 0 else y.start:.4g}H{x(right):.4g}"
+        return steps
 
-    area = [(x.start, y.start), *outline(figures.before), (x.end, y.start)]
-    d = "M" + " L".join(f"{px:.1f} {py:.1f}" for px, py in area) + "z"
     words = f"{title}: weights before and after, relative error {100 * figures.relative_error:.1f} %"
     return svg(
         width,
         height,
         words,
         [
-            f'<path d="{d}" fill="var(--muted)" opacity=".35"/>',
-            draw_path(outline(figures.after), "var(--after)", 'stroke-width="1.3"'),
+            f'<path d="{outline(figures.before)}V{y.start:.4g}z" fill="var(--muted)" opacity=".35"/>',
+            f'<path d="{outline(figures.after)}" fill="none" stroke="var(--after)" stroke-width="1.3"/>',
             draw_line(x.start, y.start, x.end, y.start),
             draw_text(x.start, height - 6, f"{-figures.largest:.3g}"),
             draw_text((x.start + x.end) / 2, height - 6, "0", "middle"),

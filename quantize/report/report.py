@@ -50,9 +50,11 @@ table.heat td::before { content: none; }
 table.heat thead th { font-size: .75rem; overflow-wrap: anywhere; }
 table.heat th[scope=row] { font-weight: 500; color: var(--muted); width: 1%; }
 .small { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 15rem), 1fr)); gap: .8rem; }
+table.heat a { color: inherit; }
 .small figure { padding: .7rem; } figcaption { font-size: .8rem; color: var(--muted); }
 details { margin: 0 0 .8rem; } summary { cursor: pointer; padding: .4rem 0; font-weight: 600; }
-h3 { margin: 1rem 0 .5rem; }
+.layers { margin-top: .8rem; } .layers details { margin: 0; }
+.layers summary { font-weight: 400; padding: .15rem 0; } .layers .small { margin: .3rem 0 .8rem; }
 .broken { color: var(--bad); }
 """
 
@@ -100,6 +102,8 @@ class Report:
     controls: Comparison | None = None
     sensitivity: Sequence[SensitivityRow] = ()
     distributions: Mapping[str, Distributions] = field(default_factory=dict)
+    kept: Sequence[str] = ()
+    """Sentences on what stays at 16 bits: :class:`quantize.check.KeptRow`."""
     created: datetime = field(default_factory=lambda: datetime.now(UTC))
 
 
@@ -257,7 +261,9 @@ def _variants(report: Report) -> str:
                 state_text(card) + made_elsewhere,
             ]
         )
-    return section("Variants", "Bits are per weight of the linear modules, scales included.", table(rows))
+    kept = "".join(f" {escape(one[0].upper() + one[1:])}." for one in report.kept)
+    said = f"Bits are per weight of the matrices in blocks, scales included.{kept}"
+    return section("Variants", said, table(rows))
 
 
 def _gates(report: Report) -> str:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from quantize.card import Card, EngineAccount, Outcome, Paired, Verdict
+from quantize.card import Card, Outcome, Paired, Verdict
+from quantize.core.engine_figures import EngineAccount
 from quantize.gate.judgement import drop_upper_bound, wilson_interval
 
 NOTHING = "-"

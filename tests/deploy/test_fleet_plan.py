@@ -16,7 +16,7 @@ from deploy.fleet.predict import MPS_GAIN, Device, PoolLoad, predict
 from deploy.fleet.speed import EngineSpeed, fit
 from deploy.fleet.traffic import RoleTraffic, Traffic, TrafficError, read_traffic, traffic_from_metrics
 from deploy.placement import GIB, Gpu, Machine, Need
-from quantize.card import SpeedPoint
+from quantize.core.engine_figures import SpeedPoint
 
 SLOW = EngineSpeed(0.05, 0.002, 0.0, 2e-3, 0.0)
 FAST = EngineSpeed(0.02, 0.002, 0.0, 1e-3, 0.0)

@@ -17,8 +17,9 @@ from deploy.placement import Gpu, Machine, PlacementError
 from deploy.served import who_serves
 from deploy.starting import Arrived, arrive, bring_up, is_judged, known_model, refuse_too_large, settle
 from gateway.config import Config, load_config
-from quantize.card import Card, Evaluation, Outcome, Speed, Verdict, write_card
+from quantize.card import Card, Evaluation, Outcome, Verdict, write_card
 from quantize.core.checkpoint import CheckpointError
+from quantize.core.engine_figures import Speed
 from quantize.gate.judgement import judge
 from tests.deploy.test_supervisor import ROOT
 from tests.quantize.test_unlabelled import card as card_of

@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import os
+import random
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
+from quantize.card import Calibration
+from quantize.check import check_report, format_check
 from quantize.core.checkpoint import open_checkpoint, weight_bytes
+from quantize.core.modules import HEAD
 from quantize.core.plan import Plan
 from quantize.core.targets import detect, target
 from quantize.evaluate.bench import Bench, BenchError
-from quantize.make.calibration import read_calibration
+from quantize.make.calibration import CalibrationSet, read_calibration
 from quantize.plan.planner import Planner
 from quantize.plan.served import ServedKl
 from quantize.plan.session import PlanningSession
 from quantize.plan.simulated import SimulatedModel, mean_kl, plan_choices
 from quantize.plan.tune import tune, write_tuned
+from tests.quantize.tiny import VOCABULARY, make_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = ROOT / "deploy/assistant/model"
@@ -140,3 +149,66 @@ def test_an_engine_that_fails_says_so_and_the_next_one_runs(session: PlanningSes
     with pytest.raises(BenchError, match="nowhere"):
         bench.score(Path("/nowhere"), session.choosing[:1])
     assert bench.load_error(MODEL) is None
+
+
+def test_a_head_of_its_own_has_eight_bits_where_a_plan_gives_them(bench: Bench, tmp_path: Path) -> None:
+    """From the check to an answer, on the engine."""
+    where = target(detect())
+    checkpoint = open_checkpoint(
+        make_checkpoint(tmp_path / "model", initializer_range=0.1, max_position_embeddings=1024)
+    )
+    told = format_check(check_report(checkpoint, where, calibration=[24] * 40))
+    if "output head: 0.52 MB at 16 bits" not in told or "a plan may give it" not in told:
+        pytest.skip(f"{where.name} serves no head in 8 bits")
+    rng = random.Random(0)
+    sequences = [[rng.randrange(8, VOCABULARY) for _ in range(24)] for _ in range(40)]
+    described = Calibration(source="random", sha256="0" * 64, samples=40, tokens=40 * 24)
+    session = PlanningSession(
+        tmp_path / "planning", checkpoint, CalibrationSet(sequences, described), where, methods=("imatrix",)
+    )
+    plain = sum(group.weights for group in session.blocks) // 2 + session.blocks.other_bytes
+    assert session.least_bytes() < plain, "four bits in the blocks and 16 in the head take more"
+    best = session.within(bench, session.least_bytes(), tries=1)[0]
+    assert best.plan.groups[HEAD].startswith("w8a8")
+    assert best.served_kl is not None
+    assert 0 < best.served_kl < 1
+    out = tmp_path / "planned"
+    session.parts.assemble(best.plan, out)
+    assert weight_bytes(out) == best.plan.weight_bytes(session.modules) == best.weight_bytes
+    assert bench.load_error(out) is None
+    same = best.plan.model_copy(update={"groups": {**best.plan.groups, HEAD: "bf16"}})
+    with_whole_head = served_kl(session, bench)(plan_choices(same, session.modules))
+    assert with_whole_head != best.served_kl, "its head is computed in 8 bits"
+
+
+ASKING = """
+import sys
+from pathlib import Path
+from quantize.evaluate.bench import Bench
+root, log = Path(sys.argv[1]), Path(sys.argv[2])
+with Bench(root / ".venv-engine/bin/python", log, site=root / "deploy/engine_site") as bench:
+    print("ready", flush=True)
+    while True:
+        bench.score(root / "deploy/assistant/model", [(list(range(5, 900)), 1)] * 200)
+"""
+
+
+def test_an_engine_ends_with_the_one_who_is_killed_while_it_works(tmp_path: Path) -> None:
+    """And nothing stays in the temporary directory."""
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(temporary)}
+    command = [sys.executable, "-c", ASKING, str(ROOT), str(tmp_path / "bench.log")]
+    asking = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+    assert asking.stdout is not None
+    with asking.stdout:
+        assert asking.stdout.readline() == "ready\n"
+        assert list(temporary.glob("tiercel-bench-*"))
+        (server,) = psutil.Process(asking.pid).children()
+        while not (engines := server.children()):
+            assert asking.poll() is None
+        asking.kill()
+        asking.wait()
+    _, left = psutil.wait_procs([server, *engines], timeout=30)
+    assert not left
+    assert not list(temporary.glob("tiercel-*"))

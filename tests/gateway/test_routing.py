@@ -15,7 +15,8 @@ from gateway.routing.hedging import Hedging
 from gateway.routing.ladders import costs, precision, untimed
 from gateway.routing.pools import Pools
 from gateway.routing.router import Route, Router
-from quantize.card import Card, Speed
+from quantize.card import Card
+from quantize.core.engine_figures import Speed
 
 
 class Clock:

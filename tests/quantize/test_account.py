@@ -179,9 +179,7 @@ def test_an_old_file_beside_newer_shards_is_not_read(copy: Path) -> None:
         (copy / name).write_bytes(b"{}")
     checkpoint = open_checkpoint(copy)
     (note,) = checkpoint.notes
-    assert (
-        f"{shard} are read; not read, nor carried along: consolidated.safetensors, model.safetensors" in note
-    )
+    assert f"{shard}; not read, nor carried along: consolidated.safetensors, model.safetensors" in note
     assert {path.file.name for path in read_parts(copy).values()} == {shard}
     with own_files(checkpoint) as directory:
         assert sorted(path.name for path in directory.iterdir()) == sorted(map(str, checkpoint.files))

@@ -96,7 +96,7 @@ def rounded_cost(checkpoint: Checkpoint) -> Cost:
 
 
 def report(checkpoint: Checkpoint, target: str = "vllm-cpu-vnni", **more: Any) -> CheckReport:
-    return check_report(checkpoint, TARGETS[target], rates=IDLE, **more)
+    return check_report(checkpoint, TARGETS[target], rates=IDLE, **{"calibration": [256] * 256, **more})
 
 
 def test_report_says_what_is_possible_and_why_the_rest_is_not(tmp_path: Path) -> None:
@@ -147,7 +147,7 @@ def test_a_head_of_its_own_says_in_what_it_could_be_served(tmp_path: Path) -> No
     head = Group("lm_head", "lm_head", -1, (Linear("lm_head", 512, 256),))
     whole = Modules(modules.groups, modules.other_bytes + 2 * 512 * 256, head, modules.embedding_bytes)
     said = {row.what: row.why for row in kept_rows(whole, TARGETS["vllm-cpu-vnni"], 1_000_000)}
-    assert said["output head"] == "vllm-cpu-vnni would take it in w8a8 or w8a8-asym"
+    assert said["output head"] == "a plan may give it w8a8, in which vllm-cpu-vnni serves it"
     assert whole.with_head().other_bytes == modules.other_bytes
     assert whole.with_head().groups[-1] is head
     assert whole.with_head().layers == modules.layers
@@ -254,7 +254,8 @@ def test_each_recipe_and_a_plan_are_told_with_how_it_is_known(tmp_path: Path) ->
         "2 cores, taken to be idle",
     ):
         assert words in text
-    assert "assumed: give --calibration" in format_check(report(checkpoint))
+    said = format_check(report(checkpoint, shipped=True))
+    assert "256 conversations, at most 65,536 tokens (those of Tiercel, with the model's own answers" in said
     refused = format_check(report(checkpoint, "vllm-cpu-avx2"))
     assert "the int4 kernel is not in the engine's AVX2 build" in refused
 

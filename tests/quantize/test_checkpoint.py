@@ -173,7 +173,7 @@ def test_what_travels_is_an_allow_list_and_copied_byte_for_byte(checkpoint: Path
     assert {name.as_posix() for name in opened.files} == wanted | {"config.json", "model.safetensors"}
     (note,) = opened.notes
     left = "consolidated.safetensors, model.gguf, params.json, pytorch_model.bin"
-    assert note.endswith(f"model.safetensors are read; not read, nor carried along: {left}")
+    assert note.endswith(f"model.safetensors; not read, nor carried along: {left}")
 
 
 def test_a_class_for_sentencepiece_over_bytes_is_set_right_in_copies(

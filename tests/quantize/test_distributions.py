@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from quantize.core.checkpoint import Checkpoint, open_checkpoint
 from quantize.core.modules import read_modules
 from quantize.report.distributions import (
+    Inputs,
     compute_distributions,
     load_distributions,
     outliers,
@@ -40,7 +41,8 @@ def folded(base: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_transform_in_the_norms_is_seen_in_the_activations(base: Checkpoint, folded: Path) -> None:
-    figures = compute_distributions(base, read_modules(base), folded, {}, SEQUENCES)
+    modules = read_modules(base)
+    figures = compute_distributions(base, modules, folded, {}, Inputs(base, modules, SEQUENCES))
     assert figures.tokens == 70
     groups = {(group.layer, group.kind): group for group in figures.groups}
     changed = groups[0, "self_attn.qkv_proj"]

@@ -98,9 +98,8 @@ WEIGHTS = WeightFigures(
 def test_a_histogram_shows_both_and_says_the_error() -> None:
     drawing = parse(weights_before_and_after(WEIGHTS, "layer 0 down"))
     assert drawing.get("aria-label") == "layer 0 down: weights before and after, relative error 12.3 %"
-    area, outline = (re.findall(r"[\d.]+ ([\d.]+)", path.get("d")) for path in drawing.iter("path"))
-    before = [float(height) for height in area[1:-1:2]]
-    after = [float(height) for height in outline[::2]]
+    area, outline = (re.findall(r"V([\d.]+)", path.get("d")) for path in drawing.iter("path"))
+    before, after = list(map(float, area[:-1])), list(map(float, outline))
     assert before[2] < before[1] < before[0]  # larger shares stand higher
     assert after[2] == before[2]
     assert after[1] < before[1]

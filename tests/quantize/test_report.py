@@ -112,6 +112,7 @@ class Page(HTMLParser):
         super().__init__()
         self.open: list[str] = []
         self.addresses: list[str] = []
+        self.ids: set[str] = set()
         self.unscoped = self.wordless = self.pictures = 0
         self.text = ""
         self.feed(text)
@@ -121,6 +122,7 @@ class Page(HTMLParser):
         if tag not in ("meta", "path", "line", "circle", "br"):
             self.open.append(tag)
         self.addresses += [str(found[name]) for name in ("src", "href") if name in found]
+        self.ids |= {str(found["id"])} if "id" in found else set()
         self.unscoped += tag == "th" and "scope" not in found
         self.pictures += tag == "svg"
         self.wordless += tag == "svg" and not found.get("aria-label")
@@ -145,13 +147,17 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Page:
         controls=CONTROLS,
         sensitivity=ROWS,
         distributions={"int4": figures},
+        kept=["embeddings: 8 MB"],
     )
     return Page(render_report(report))
 
 
 def test_the_page_is_whole_and_needs_nothing_else(page: Page) -> None:
     assert page.open == []
-    assert page.addresses == []
+    assert {address[0] for address in page.addresses} == {"#"}
+    assert (
+        {address[1:] for address in page.addresses} == {f"int4-layer-{layer}" for layer in (0, 1)} <= page.ids
+    )
     assert page.pictures == 2 + 2 + 2 * 4  # front, controls; wide, narrow; modules
     assert (page.unscoped, page.wordless) == (0, 0)
 
@@ -169,6 +175,7 @@ def test_the_page_says_what_the_cards_say(page: Page) -> None:
         "random plan",
         "0.60 (0.50 to 0.70)",
         "vllm 0.32.0, instructions avx512f, machine x86_64",
+        "scales included. Embeddings: 8 MB.",
     ):
         assert words in page.text
 

@@ -9,13 +9,13 @@ import pytest
 
 from quantize.card import Calibration
 from quantize.core.checkpoint import open_checkpoint
-from quantize.core.modules import read_modules
+from quantize.core.modules import HEAD, NO_LAYER, read_modules
 from quantize.make.calibration import CalibrationSet
 from quantize.make.parts import PartStore
 from quantize.plan import backward
 from quantize.plan.sensitivity import Row, analyse, calibrated
 from quantize.plan.simulated import SimulatedModel
-from tests.quantize.tiny import VOCABULARY, make_checkpoint
+from tests.quantize.tiny import VOCABULARY, add_outliers, make_checkpoint
 
 torch = pytest.importorskip("torch")
 
@@ -67,3 +67,27 @@ def test_losses_are_scaled_to_what_the_engine_measures_of_uniform_variants() -> 
     found = calibrated(rows, Served())  # type: ignore[arg-type]
     assert [one.loss for one in found.rows] == pytest.approx([0.2, 0.4, 0.01])
     assert found.uniform == {"w4a16@rtn": 0.6, "w8a8@rtn": 0.01}
+
+
+def test_a_head_of_its_own_is_estimated_and_what_was_kept_of_it_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = make_checkpoint(tmp_path / "model", initializer_range=0.1)
+    add_outliers(source, "lm_head", factor=20.0)
+    checkpoint = open_checkpoint(source)
+    modules = read_modules(checkpoint).with_head()
+    generator = torch.Generator().manual_seed(0)
+    sequences = [torch.randint(3, VOCABULARY, (24,), generator=generator).tolist() for _ in range(24)]
+    described = Calibration(source="random", sha256="0" * 64, samples=24, tokens=24 * 24)
+    parts = PartStore(tmp_path / "parts", checkpoint, modules, CalibrationSet(sequences, described))
+    spans = [(sequence, 1) for sequence in sequences]
+    choices = {group.name: [("w8a8", "rtn")] for group in modules if group.layer in (1, NO_LAYER)}
+    rows = analyse(parts, choices, spans, tmp_path / "rows.jsonl")
+    (head,) = (row for row in rows if row.group == HEAD)
+    model = SimulatedModel(parts, spans)
+    measured = model.kl({HEAD: ("w8a8", "rtn")}, model.log_probabilities())
+    assert head.fisher == pytest.approx(measured, rel=0.4)
+    # Whatever else is missing, the draws are the same: so are the rows.
+    for mine in ({HEAD: choices[HEAD]}, {name: some for name, some in choices.items() if name != HEAD}):
+        alone = analyse(parts, mine, spans, tmp_path / f"{len(mine)}.jsonl")
+        assert set(alone) <= set(rows)

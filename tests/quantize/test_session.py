@@ -8,6 +8,7 @@ import pytest
 
 from gateway.config import load_config
 from quantize.core.checkpoint import open_checkpoint
+from quantize.core.modules import HEAD
 from quantize.core.plan import Plan
 from quantize.core.targets import target
 from quantize.make.calibration import read_calibration
@@ -21,7 +22,8 @@ def test_the_least_budget(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(ROOT / "deploy/assistant/model")
     calibration = read_calibration(ROOT / "deploy/assistant/data/calibration.jsonl", checkpoint)
     session = PlanningSession(tmp_path, checkpoint, calibration, target("vllm-cpu-avx512"))
-    smallest = Plan(groups={group.name: "w4a16-g128" for group in session.modules}, method="gptq")
+    groups = {group.name: "w4a16-g128" for group in session.blocks} | {HEAD: "w8a8-r7"}
+    smallest = Plan(groups=groups, method="gptq")
     assert session.least_bytes() == smallest.weight_bytes(session.modules)
     more = session.least_bytes(1000, ["auto"]) - session.least_bytes()
     assert more == 1000 * 2 * 2 * 4 * 128, "keys and values of 1,000 tokens, 16 bits, 4 layers, 128 wide"
@@ -31,7 +33,8 @@ def test_all_parts_are_of_the_smoothed_model_and_zero_points_go_where_they_are_s
     checkpoint = open_checkpoint(ROOT / "deploy/assistant/model")
     calibration = read_calibration(ROOT / "deploy/assistant/data/calibration.jsonl", checkpoint)
     session = PlanningSession(tmp_path, checkpoint, calibration, target("vllm-cpu-vnni"))
-    for choices in session.choices().values():
+    assert session.choices()[HEAD] == [("w8a8", "smooth+rtn")]
+    for choices in (session.choices()[group.name] for group in session.blocks):
         assert {method for name, method in choices if name == "w8a8"} == {"smooth+rtn"}
         assert {method for name, method in choices if name != "w8a8"} == {"smooth+imatrix+gptq"}
         names = [name for name, _ in choices]
@@ -47,5 +50,5 @@ def test_a_budget_below_it_is_refused_before_any_engine(tmp_path: Path) -> None:
     config = load_config(ROOT / "tiercel.yaml")
     engine = config.engine.model_copy(update={"python": tmp_path / "no-such-python"})
     config = config.model_copy(update={"engine": engine, "run_dir": tmp_path, "variants_dir": tmp_path})
-    with pytest.raises(PlanError, match=r"below the least possible, \d+ bytes \(4.126 bits per weight"):
+    with pytest.raises(PlanError, match=r"below the least possible, \d+ bytes \(--bits 2.803, with all"):
         plan(config.of("assistant"), "planned", print, target_name="vllm-cpu-avx512", bits=2.0)
