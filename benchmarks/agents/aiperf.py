@@ -130,3 +130,12 @@ def sessions_of(answers: Sequence[Answered]) -> dict[str, tuple[float, float]]:
         began, ended = found.get(one.session, (one.began, one.ended))
         found[one.session] = (min(began, one.began), max(ended, one.ended))
     return found
+
+
+def main() -> None:
+    """Make the environment."""
+    print(environment("aiperf", REQUIREMENTS))
+
+
+if __name__ == "__main__":
+    main()

@@ -178,6 +178,11 @@ def _litellm(by_role: Mapping[str, str], directory: Path) -> tuple[subprocess.Po
     return _process([*command, "--num_workers", "1"], port, "/health/liveliness", directory / "litellm.log")
 
 
+LITELLM = {
+    "LITELLM_LOCAL_MODEL_COST_MAP": "True",
+    # Nobody asks for keys here, Tiercel neither.
+    "LITELLM_DANGEROUSLY_PERMIT_WEAK_OR_UNSET_MASTER_KEY": "true",
+}
 DOORS = {"vllm-router": _vllm_router, "litellm": _litellm}
 
 
@@ -191,14 +196,17 @@ def _process(
             list(command),
             stdout=log,
             stderr=log,
-            env=env | {"LITELLM_LOCAL_MODEL_COST_MAP": "True"},
+            env=env | LITELLM,
             start_new_session=True,
         )
     try:
         wait_for(url + ready, process)
-    except BaseException:
+    except BaseException as error:
         _end(process)
-        raise
+        if not isinstance(error, SystemExit):
+            raise
+        last = said.read_text(encoding="utf-8", errors="replace").splitlines()[-8:]
+        raise SystemExit(f"{command[0]} did not become ready ({said}):\n" + "\n".join(last)) from None
     return process, url
 
 
