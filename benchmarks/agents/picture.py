@@ -28,7 +28,7 @@ def draw(document: Mapping[str, Any], path: Path) -> None:
     height = tall + 1.55
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, height), dpi=130, facecolor=PAPER)
-        figure.text(0.02, 1 - 0.32 / height, "Agents' sessions on two cores", size=15, weight="bold")
+        figure.text(0.02, 1 - 0.32 / height, "Agents' sessions, replayed", size=15, weight="bold")
         each = (WIDTH - LABELS - 0.3) / 3
         panels = ("sessions per second", "core: p50 and p95 of an answer, s", "auxiliary: p50 and p95, s")
         for number, title in enumerate(panels):

@@ -11,8 +11,8 @@ from benchmarks.agents.picture import draw
 from benchmarks.agents.traces import AUXILIARY, CORE
 
 BEGIN, END = "<!-- results -->", "<!-- end of results -->"
-BASE = "bf16"
-"""The arrangement that others are compared with."""
+BASE, OURS = "bf16", "tiercel"
+"""The arrangement that all others are compared with, and the one that is compared with all others."""
 Document = Mapping[str, Any]
 Result = Mapping[str, Any]
 
@@ -141,30 +141,45 @@ def _answered_by(results: Sequence[Result], role: str) -> str:
     return ", ".join(f"`{name}` {100 * count / total:.0f} %" for name, count in counts.items())
 
 
-def against(document: Document) -> dict[str, dict[str, list[float]]]:
-    """By arrangement, ratios to all on ``BASE`` in the same repeat."""
+def against(document: Document, base: str) -> dict[str, dict[str, list[float]]]:
+    """By arrangement, ratios to ``base`` in the same repeat."""
     found = by_arrangement(document)
-    base = {one["repeat"]: one for one in found.get(BASE, [])}
+    other = {one["repeat"]: one for one in found.get(base, [])}
     ratios: dict[str, dict[str, list[float]]] = {}
     for name, results in found.items():
-        pairs = [(one, base[one["repeat"]]) for one in results if one["repeat"] in base]
-        if name == BASE or not pairs:
-            continue
-        ratios[name] = {
-            "sessions_per_s": [one["sessions_per_s"] / other["sessions_per_s"] for one, other in pairs]
-        }
-        for role in (CORE, AUXILIARY):
-            ratios[name][f"{role} p95"] = [
-                one["roles"][role]["total_s"]["p95"] / other["roles"][role]["total_s"]["p95"]
-                for one, other in pairs
-            ]
+        pairs = [(one, other[one["repeat"]]) for one in results if one["repeat"] in other]
+        if name != base and pairs:
+            ratios[name] = {
+                title: [figure(one) / figure(two) for one, two in pairs] for title, figure in COMPARED.items()
+            }
     return ratios
 
 
+def _figure(role: str, kind: str, share: str) -> Callable[[Result], float]:
+    return lambda one: float(one["roles"][role][kind][share])
+
+
+COMPARED: Mapping[str, Callable[[Result], float]] = {
+    "sessions/s": lambda one: float(one["sessions_per_s"]),
+    "core p50": _figure(CORE, "total_s", "p50"),
+    "core p95": _figure(CORE, "total_s", "p95"),
+    "core first token p95": _figure(CORE, "ttft_s", "p95"),
+    "auxiliary p50": _figure(AUXILIARY, "total_s", "p50"),
+    "auxiliary p95": _figure(AUXILIARY, "total_s", "p95"),
+    "auxiliary first token p95": _figure(AUXILIARY, "ttft_s", "p95"),
+}
+
+
 def _against(document: Document) -> str:
-    rows = [["over all on bf16, in the same repeat", "sessions/s", "core p95", "auxiliary p95"]]
-    for name, ratios in against(document).items():
-        rows.append([document["titles"][name], *(spread(values, 2) for values in ratios.values())])
+    rows = [["in the same repeat", *COMPARED]]
+    titles = document["titles"]
+    for name, ratios in against(document, BASE).items():
+        cells = [spread(values, 2) for values in ratios.values()]
+        rows.append([f"{titles[name]} ÷ {titles[BASE]}", *cells])
+    for base in titles:
+        if base not in (BASE, OURS) and OURS in (found := against(document, base)):
+            cells = [spread(values, 2) for values in found[OURS].values()]
+            rows.append([f"{titles[OURS]} ÷ {titles[base]}", *cells])
     return table(rows)
 
 
