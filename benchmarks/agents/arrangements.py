@@ -30,6 +30,7 @@ from deploy.fleet.engines import engine_specs
 from deploy.supervisor import Stack
 from gateway.config import load_config
 
+BITS = {"bf16": 16, "int8": 8, "int4": 4}
 KV_GIB = 2
 CONTEXT = 4096
 """Tokens of the longest prompt and its answer."""
@@ -46,6 +47,8 @@ class Arrangement:
     door: str
     """``engine`` (the client asks it directly), ``vllm-router``, ``litellm`` or ``tiercel``."""
     serves: Mapping[str, str] | None = None
+    core_bits: int | None = None
+    """What the core role's budget asks for beside what the user's file says."""
 
 
 def arrangements(planned: Sequence[str], static: Mapping[str, str]) -> tuple[Arrangement, ...]:
@@ -59,7 +62,9 @@ def arrangements(planned: Sequence[str], static: Mapping[str, str]) -> tuple[Arr
         Arrangement("vllm-router", f"vllm-router, {rule}", pools, "vllm-router", static),
         Arrangement("litellm", f"LiteLLM, {rule}", pools, "litellm", static),
         Arrangement("tiercel", f"Tiercel, {' + '.join(planned)}", tuple(planned), "tiercel"),
-        Arrangement("tiercel-pools", f"Tiercel, {rule}", pools, "tiercel"),
+        Arrangement(
+            "tiercel-pools", f"Tiercel, {rule}, by budget", pools, "tiercel", core_bits=BITS[static[CORE]]
+        ),
     )
 
 
@@ -83,7 +88,7 @@ class Running:
         return found
 
 
-def configuration(user: Path, served: Sequence[str], directory: Path) -> Path:
+def configuration(user: Path, served: Sequence[str], directory: Path, core_bits: int | None = None) -> Path:
     """The user's file with what is served, ports of its own, and the arrangement's share of the cache."""
     raw: dict[str, Any] = yaml.safe_load(user.read_text(encoding="utf-8"))
     base = user.resolve().parent
@@ -95,8 +100,15 @@ def configuration(user: Path, served: Sequence[str], directory: Path) -> Path:
         "max_model_len": CONTEXT,
         "extra_args": [*raw.get("engine", {}).get("extra_args", []), *ENGINE_ARGUMENTS],
     }
+    roles = dict(raw["roles"])
+    if core_bits is not None:
+        core = roles.get(CORE) or {}
+        budget = core.get("budget", {})
+        least = max(core_bits, budget.get("min_weight_bits") or 0)
+        roles[CORE] = {**core, "budget": {**budget, "min_weight_bits": least}}
     changed = {
         **raw,
+        "roles": roles,
         "models": {name: {**model, "path": str(base / model["path"]), "serve": list(served)}},
         "variants_dir": str((base / raw["variants_dir"]).resolve()),
         "run_dir": str(directory / "run"),
@@ -112,7 +124,7 @@ def configuration(user: Path, served: Sequence[str], directory: Path) -> Path:
 @contextlib.asynccontextmanager
 async def started(one: Arrangement, user: Path, directory: Path) -> AsyncIterator[Running]:
     """The arrangement, ready inside the block. ``directory`` is for its configuration and its logs."""
-    path = configuration(user, one.served, directory)
+    path = configuration(user, one.served, directory, one.core_bits)
     config = load_config(path)
     if one.door == "tiercel":
         async with Stack(config, path, lambda _text: None) as stack:

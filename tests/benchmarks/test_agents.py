@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from benchmarks.agents.aiperf import Answered, ReplayError, read_records, sessions_of
 from benchmarks.agents.arrangements import arrangements, configuration
@@ -293,14 +294,16 @@ def test_all_arrangements_share_the_same_cache(tmp_path: Path) -> None:
         "roles: {core: {}, auxiliary: {}}\ndefault_role: core\nengine: {extra_args: [--seed, '1']}\n",
         encoding="utf-8",
     )
-    import yaml
 
     for one in arrangements(("int8",), {CORE: "bf16", AUXILIARY: "int8"}):
-        made = yaml.safe_load(configuration(user, one.served, tmp_path / one.name).read_text())
+        path = configuration(user, one.served, tmp_path / one.name, one.core_bits)
+        made = yaml.safe_load(path.read_text())
         engine = made["engine"]
         assert engine["kv_cache_gib"] * len(one.served) == 2, one.name
         assert engine["extra_args"][:2] == ["--seed", "1"]
         assert made["models"]["m"]["path"] == str(tmp_path / "model")
+        asked = made["roles"][CORE].get("budget", {}).get("min_weight_bits")
+        assert asked == (16 if one.name == "tiercel-pools" else None), "as the static rule has it"
 
 
 def document(*rates: tuple[str, int, float]) -> dict[str, Any]:
