@@ -32,7 +32,7 @@ BLOCK = 32
 class Scale:
     """What is taken of a trace and how much shorter it is made."""
 
-    prompt: int = 48
+    prompt: int = 64
     """Prompts become so many times shorter. A multiple of what makes whole blocks of :data:`BLOCK` tokens."""
     answer: int = 16
     """Answers become so many times shorter."""
