@@ -64,6 +64,7 @@ def tables(document: Document) -> str:
             _against(document),
             _quality(document),
             _plan(document),
+            *dict.fromkeys(result["doubt"] for result in document["results"] if result["doubt"]),
         )
     )
 

@@ -16,7 +16,7 @@ import dataclasses
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from benchmarks.agents.arrangements import Arrangement, arrangements, configurat
 from benchmarks.agents.measure import Workload, measured
 from benchmarks.agents.quality import quality_of
 from benchmarks.agents.report import write_report
-from benchmarks.agents.traces import AUXILIARY, CORE, Scale, read_traces, sessions, traffic, write
+from benchmarks.agents.traces import AUXILIARY, CORE, Scale, read_traces, sessions, streams, traffic, write
 from deploy.commands.fleet_plan import best_layouts
 from deploy.fleet.plan import FleetPlan
 from deploy.fleet.traffic import Traffic
@@ -55,27 +55,25 @@ def said(plan: FleetPlan) -> list[dict[str, Any]]:
 
 async def repeats(
     chosen: Sequence[Arrangement], user: Path, work: Workload, count: int, out: Path
-) -> list[dict[str, Any]]:
+) -> AsyncIterator[dict[str, Any]]:
     """Every arrangement once in each repeat; each repeat begins with another one."""
-    found: list[dict[str, Any]] = []
     for repeat in range(count):
         shift = repeat % len(chosen)
         for one in (*chosen[shift:], *chosen[:shift]):
             began = time.monotonic()
             result = await measured(one, user, work, out / one.name)
             result["repeat"] = repeat
-            found.append(result)
             core = result["roles"][CORE]["total_s"]
             print(
                 f"repeat {repeat + 1}, {one.title}: {result['sessions_per_s']:.3f} sessions/s, core p50 "
                 f"{core['p50']:.2f} s, p95 {core['p95']:.2f} s; {time.monotonic() - began:.0f} s in all",
                 flush=True,
             )
-    return found
+            yield result
 
 
-def main() -> None:
-    options = _arguments()
+async def run(options: argparse.Namespace) -> dict[str, Any]:
+    """What was measured; it is written down after each run."""
     fields = {field.name for field in dataclasses.fields(Scale)}
     scale = Scale(**{name: value for name, value in vars(options).items() if name in fields})
     made = sessions(read_traces(options.traces), options.sessions, scale)
@@ -93,28 +91,40 @@ def main() -> None:
     config = load_config(configuration(options.config, ("bf16",), options.work / "plan"))
     tokenizer = next(iter(config.each())).path
     work = Workload(options.work / "traces", options.sessions, options.at_once, tokenizer)
-    found = asyncio.run(repeats(chosen, options.config, work, options.repeats, options.work))
-    document = {
+    document: dict[str, Any] = {
         "command": " ".join(sys.argv[1:]),
         "scale": dataclasses.asdict(scale),
         "sessions": options.sessions,
         "at_once": options.at_once,
-        "requests": sum(role["requests"] for role in found[0]["roles"].values()),
+        "requests": sum(len(requests) for one in made for _, requests in streams(one)),
         "traffic": wanted.model_dump(),
         "plan": said(plan),
         "titles": {one.name: one.title for one in chosen},
         "quality": quality_of(config),
-        "results": found,
+        "results": [],
     }
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(document, indent=1), encoding="utf-8")
+    async for result in repeats(chosen, options.config, work, options.repeats, options.work):
+        document["results"].append(result)
+        options.out.write_text(json.dumps(document, indent=1), encoding="utf-8")
+    return document
+
+
+def main() -> None:
+    options = _arguments()
+    if options.show is not None:
+        document = json.loads(options.show.read_text(encoding="utf-8"))
+    elif options.traces is None:
+        raise SystemExit("say with --traces where the agent traces are, or with --show what to report")
+    else:
+        document = asyncio.run(run(options))
     write_report(document, options.docs, options.picture)
 
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
     parser.add_argument("--config", type=Path, default=Path("tiercel.yaml"))
-    parser.add_argument("--traces", type=Path, required=True, help="folder of agent traces (*.json.gz)")
+    parser.add_argument("--traces", type=Path, help="folder of agent traces (*.json.gz)")
     parser.add_argument("--sessions", type=int, default=8, help="that are replayed each time")
     parser.add_argument("--at-once", type=int, default=4, help="sessions at a time")
     parser.add_argument("--repeats", type=int, default=3)
@@ -126,6 +136,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--turns", type=int, default=Scale.turns, help="requests of a session, at most")
     parser.add_argument("--work", type=Path, default=WORK)
     parser.add_argument("--out", type=Path, default=WORK / "agents.json")
+    parser.add_argument("--show", type=Path, help="report what an earlier run wrote, and run nothing")
     parser.add_argument("--docs", type=Path, help="document whose results between marks are written anew")
     parser.add_argument("--picture", type=Path, help="where the picture is drawn")
     return parser.parse_args()

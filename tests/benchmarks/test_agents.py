@@ -319,6 +319,7 @@ def document(*rates: tuple[str, int, float]) -> dict[str, Any]:
             "roles": {CORE: role(1 / rate), AUXILIARY: role(0.5)},
             "cache_hit_rate": 0.5, "cpu_s": {"engines": 9.0, "door": 1.0}, "memory_bytes": {"bf16": 10**9},
             "served": {CORE: {"bf16": 3}, AUXILIARY: {"bf16": 1, "int8": 2}}, "replay_s": 9.0,
+            "doubt": "",
         }
         for name, repeat, rate in rates
     ]  # fmt: skip
