@@ -8,9 +8,11 @@ headers per request, so the role of a request is its ``model``.
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
 import os
-import subprocess
+import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +24,12 @@ from benchmarks.gateway.peers import environment
 REQUIREMENTS = ("aiperf==0.13.0",)
 RECORDS = "profile_export.jsonl"
 PATIENCE_S = 900.0
+SETTINGS = {
+    # A sub-agent is one conversation, however its requests overlap.
+    "AIPERF_DATASET_WEKA_SPLIT_FLATTENED_AGENTS": "false",
+    "AIPERF_HTTP_X_SESSION_ID_FROM_CORRELATION_ID": "true",
+    "AIPERF_HTTP_X_DYNAMO_SESSION_ID_FROM_CORRELATION_ID": "true",
+}
 
 
 class ReplayError(RuntimeError):
@@ -55,41 +63,41 @@ class Answered:
 def command(url: str, traces: Path, out: Path, tokenizer: Path, sessions: int, at_once: int) -> list[str]:
     """``at_once`` sessions at a time, until all have ended; every answer has its full length."""
     python = environment("aiperf", REQUIREMENTS) / "bin/python"
+    out.mkdir(parents=True, exist_ok=True)
     return [
         str(python), "-m", "aiperf", "profile",
         "--model", CORE, "--model", AUXILIARY,  # the first is the one of a session's own requests
         "--url", url, "--endpoint-type", "chat", "--streaming", "--use-legacy-max-tokens",
-        "--input-file", str(traces), "--custom-dataset-type", "weka_trace",
+        "--input-file", str(traces.resolve()), "--custom-dataset-type", "weka_trace",
         "--num-sessions", str(sessions), "--concurrency", str(at_once),
         "--no-fixed-schedule", "--use-think-time-only",
-        "--tokenizer", str(tokenizer), "--use-server-token-count",
+        "--tokenizer", str(tokenizer.resolve()), "--use-server-token-count",
         "--extra-inputs", '{"ignore_eos": true, "temperature": 0}',
-        "--random-seed", "1", "--export-level", "records", "--artifact-dir", str(out), "--ui", "none",
+        "--random-seed", "1", "--export-level", "records", "--artifact-dir", str(out.resolve()), "--ui", "none",
         "--no-gpu-telemetry", "--no-server-metrics",
         "--workers-max", "1", "--record-processors", "1",  # they share the cores with the engines
     ]  # fmt: skip
 
 
-def replay(url: str, traces: Path, out: Path, tokenizer: Path, sessions: int, at_once: int) -> list[Answered]:
-    """Blocks until all sessions have ended. Raises ReplayError where one of them was not answered."""
-    out.mkdir(parents=True, exist_ok=True)
+async def replay(
+    url: str, traces: Path, out: Path, tokenizer: Path, sessions: int, at_once: int
+) -> list[Answered]:
+    """Until all sessions have ended. Raises ReplayError where one of them was not answered."""
     said = out / "said.log"
-    settings = {
-        # A sub-agent is one conversation, however its requests overlap.
-        "AIPERF_DATASET_WEKA_SPLIT_FLATTENED_AGENTS": "false",
-        "AIPERF_HTTP_X_SESSION_ID_FROM_CORRELATION_ID": "true",
-        "AIPERF_HTTP_X_DYNAMO_SESSION_ID_FROM_CORRELATION_ID": "true",
-    }
+    wanted = await asyncio.to_thread(command, url, traces, out, tokenizer, sessions, at_once)
     kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     with said.open("wb") as log:
-        status = subprocess.run(
-            command(url, traces.resolve(), out.resolve(), tokenizer.resolve(), sessions, at_once),
-            env={**kept, **settings},
-            stdout=log,
-            stderr=log,
-            timeout=PATIENCE_S,
-            check=False,
-        ).returncode
+        process = await asyncio.create_subprocess_exec(
+            *wanted, env={**kept, **SETTINGS}, stdout=log, stderr=log, start_new_session=True
+        )
+    try:
+        status = await asyncio.wait_for(process.wait(), PATIENCE_S)
+    finally:
+        with contextlib.suppress(
+            ProcessLookupError
+        ):  # whatever it has left, also where nobody waits any more
+            os.killpg(process.pid, signal.SIGKILL)
+        await process.wait()
     if status != 0 or not (out / RECORDS).exists():
         last = said.read_text(encoding="utf-8", errors="replace").splitlines()[-12:]
         raise ReplayError(f"AIPerf ended with status {status} ({said}):\n" + "\n".join(last))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import math
 import statistics
 import time
@@ -56,14 +55,8 @@ async def measured(one: Arrangement, user: Path, work: Workload, directory: Path
         await _warm_up(running.url)
         before = await _read(one, running)
         began = time.monotonic()
-        answers = await asyncio.to_thread(
-            replay,
-            running.url,
-            work.traces,
-            directory / "aiperf",
-            work.tokenizer,
-            work.sessions,
-            work.at_once,
+        answers = await replay(
+            running.url, work.traces, directory / "aiperf", work.tokenizer, work.sessions, work.at_once
         )
         seconds = time.monotonic() - began
         after = await _read(one, running)

@@ -16,6 +16,7 @@ from deploy.report_figure import STYLE
 from quantize.report.page import GRID, MUTED, PALETTE, PAPER
 
 WIDTH = 12.0
+SIGNS = "bars and lines: medians of the repeats; small marks: each repeat; open: p50, filled: p95"
 LABELS = 2.6
 """Inches for the arrangements' names."""
 Results = Sequence[Mapping[str, Any]]
@@ -25,10 +26,11 @@ def draw(document: Mapping[str, Any], path: Path) -> None:
     titles: Mapping[str, str] = document["titles"]
     found = {name: [one for one in document["results"] if one["arrangement"] == name] for name in titles}
     tall = 0.42 * len(found)
-    height = tall + 1.55
+    height = tall + 1.3
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, height), dpi=130, facecolor=PAPER)
         figure.text(0.02, 1 - 0.32 / height, "Agents' sessions, replayed", size=15, weight="bold")
+        figure.text(0.29, 1 - 0.31 / height, SIGNS, color=MUTED)
         each = (WIDTH - LABELS - 0.3) / 3
         panels = ("sessions per second", "core: p50 and p95 of an answer, s", "auxiliary: p50 and p95, s")
         for number, title in enumerate(panels):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from pathlib import Path
 from typing import Any
 
@@ -47,15 +46,8 @@ async def test_sub_agents_ask_in_their_role_and_their_session_waits_for_them(tmp
     int8 = make_card("int8", passes=(AUXILIARY,), weight_bits=8, weight_bytes=5_000_000)
     own = {"roles": {CORE: {}, AUXILIARY: {}}, "serve": ("bf16", "int8")}
     async with running_gateway(cards=by_id(make_card("bf16"), int8), **own) as stack:
-        answers = await asyncio.to_thread(
-            replay,
-            stack.url,
-            tmp_path / "traces",
-            tmp_path / "out",
-            ROOT / "deploy/assistant/model",
-            1,
-            1,
-        )
+        model = ROOT / "deploy/assistant/model"
+        answers = await replay(stack.url, tmp_path / "traces", tmp_path / "out", model, 1, 1)
         core, auxiliary = stack.asked("bf16"), stack.asked("int8")
     assert (len(core), len(auxiliary)) == (2, 2), "the session's own went to bf16, the sub-agent's to int8"
 
