@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import json
 import os
+import shutil
 import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -63,7 +64,8 @@ class Answered:
 def command(url: str, traces: Path, out: Path, tokenizer: Path, sessions: int, at_once: int) -> list[str]:
     """``at_once`` sessions at a time, until all have ended; every answer has its full length."""
     python = environment("aiperf", REQUIREMENTS) / "bin/python"
-    out.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(out, ignore_errors=True)  # what an earlier replay has left there is none of this one's
+    out.mkdir(parents=True)
     return [
         str(python), "-m", "aiperf", "profile",
         "--model", CORE, "--model", AUXILIARY,  # the first is the one of a session's own requests
@@ -73,8 +75,8 @@ def command(url: str, traces: Path, out: Path, tokenizer: Path, sessions: int, a
         "--no-fixed-schedule", "--use-think-time-only",
         "--tokenizer", str(tokenizer.resolve()), "--use-server-token-count",
         "--extra-inputs", '{"ignore_eos": true, "temperature": 0}',
-        "--random-seed", "1", "--export-level", "records", "--artifact-dir", str(out.resolve()), "--ui", "none",
-        "--no-gpu-telemetry", "--no-server-metrics",
+        "--random-seed", "1", "--export-level", "records", "--artifact-dir", str(out.resolve()),
+        "--ui", "none", "--no-gpu-telemetry", "--no-server-metrics",
         "--workers-max", "1", "--record-processors", "1",  # they share the cores with the engines
     ]  # fmt: skip
 
@@ -93,9 +95,8 @@ async def replay(
     try:
         status = await asyncio.wait_for(process.wait(), PATIENCE_S)
     finally:
-        with contextlib.suppress(
-            ProcessLookupError
-        ):  # whatever it has left, also where nobody waits any more
+        # Whatever it has left, also where nobody waits any more.
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         await process.wait()
     if status != 0 or not (out / RECORDS).exists():

@@ -31,6 +31,8 @@ class Workload:
 
     traces: Path
     sessions: int
+    requests: int
+    """Of all sessions."""
     at_once: int
     tokenizer: Path
 
@@ -65,6 +67,8 @@ async def measured(one: Arrangement, user: Path, work: Workload, directory: Path
         }
     found = summary(answers)
     served, doubt = _served(one, answers, before, after)
+    if len(answers) != work.requests:
+        doubt = f"{one.title}: {len(answers)} of {work.requests} requests were replayed"
     return {
         "arrangement": one.name,
         **found,

@@ -90,13 +90,14 @@ async def run(options: argparse.Namespace) -> dict[str, Any]:
     print(f"fleet plan: {' + '.join(best)} for {wanted.model_dump()['roles']}", flush=True)
     config = load_config(configuration(options.config, ("bf16",), options.work / "plan"))
     tokenizer = next(iter(config.each())).path
-    work = Workload(options.work / "traces", options.sessions, options.at_once, tokenizer)
+    requests = sum(len(all_of) for one in made for _, all_of in streams(one))
+    work = Workload(options.work / "traces", options.sessions, requests, options.at_once, tokenizer)
     document: dict[str, Any] = {
         "command": " ".join(sys.argv[1:]),
         "scale": dataclasses.asdict(scale),
         "sessions": options.sessions,
         "at_once": options.at_once,
-        "requests": sum(len(requests) for one in made for _, requests in streams(one)),
+        "requests": requests,
         "traffic": wanted.model_dump(),
         "plan": said(plan),
         "titles": {one.name: one.title for one in chosen},
