@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -18,14 +19,17 @@ Result = Mapping[str, Any]
 
 
 def write_report(document: Document, docs: Path | None, picture: Path | None) -> None:
-    """Print the tables; put them between the marks of ``docs``; draw the picture."""
+    """Print the tables; draw the picture; put both between the marks of ``docs``."""
     text = tables(document)
     print(text)
-    if docs is not None:
-        docs.write_text(put_in(docs.read_text(encoding="utf-8"), text), encoding="utf-8")
     if picture is not None:
         picture.parent.mkdir(parents=True, exist_ok=True)
         draw(document, picture)
+    if docs is not None:
+        if picture is not None:
+            shown = os.path.relpath(picture, docs.parent)
+            text = f"![Sessions per second, and each role's times]({shown})\n\n{text}"
+        docs.write_text(put_in(docs.read_text(encoding="utf-8"), text), encoding="utf-8")
 
 
 def put_in(page: str, text: str) -> str:

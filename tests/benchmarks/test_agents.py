@@ -15,7 +15,7 @@ import yaml
 from benchmarks.agents.aiperf import Answered, ReplayError, read_records, sessions_of
 from benchmarks.agents.arrangements import arrangements, configuration
 from benchmarks.agents.measure import quantile, routed_by, summary
-from benchmarks.agents.report import BEGIN, END, against, put_in, tables
+from benchmarks.agents.report import BEGIN, END, against, put_in, tables, write_report
 from benchmarks.agents.traces import (
     AUXILIARY,
     BLOCK,
@@ -350,11 +350,11 @@ def test_the_tables_stand_between_the_marks_of_the_document() -> None:
         put_in("no marks", text)
 
 
-def test_the_picture_is_drawn(tmp_path: Path) -> None:
-    from benchmarks.agents.picture import draw
-
-    draw(
-        document(("bf16", 0, 1.0), ("tiercel", 0, 2.0), ("bf16", 1, 1.1), ("tiercel", 1, 2.1)),
-        tmp_path / "p.png",
-    )
-    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+def test_the_picture_is_drawn_and_the_document_shows_it(tmp_path: Path) -> None:
+    page, picture = tmp_path / "docs/page.md", tmp_path / "images/p.png"
+    page.parent.mkdir()
+    page.write_text(f"{BEGIN}\n{END}\n", encoding="utf-8")
+    one = document(("bf16", 0, 1.0), ("tiercel", 0, 2.0), ("bf16", 1, 1.1), ("tiercel", 1, 2.1))
+    write_report(one, page, picture)
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert "(../images/p.png)" in page.read_text(encoding="utf-8")
