@@ -21,6 +21,8 @@ from gateway.telemetry.engines import resident_bytes
 
 WARM_UP_WORDS = 300
 """Of a prompt that no trace has, for each role: what an engine does once it has done then."""
+OTHER_LENGTH = 0.2
+"""Of the traces' tokens: words become other tokens where blocks meet, and the chat template adds some."""
 Counts = dict[tuple[str, str], int]
 """Requests by role and variant."""
 
@@ -33,6 +35,8 @@ class Workload:
     sessions: int
     requests: int
     """Of all sessions."""
+    prompt_tokens: int
+    """Of all requests, as they were made."""
     at_once: int
     tokenizer: Path
 
@@ -69,6 +73,9 @@ async def measured(one: Arrangement, user: Path, work: Workload, directory: Path
     served, doubt = _served(one, answers, before, after)
     if len(answers) != work.requests:
         doubt = f"{one.title}: {len(answers)} of {work.requests} requests were replayed"
+    tokens = sum(answer.prompt_tokens for answer in answers)
+    if abs(tokens / work.prompt_tokens - 1) > OTHER_LENGTH:
+        doubt = f"{one.title}: {tokens} tokens were asked where traces have {work.prompt_tokens}"
     return {
         "arrangement": one.name,
         **found,

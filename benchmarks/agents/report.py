@@ -57,20 +57,19 @@ def tables(document: Document) -> str:
         for role, one in roles.items()
     )
     repeats = 1 + max(result["repeat"] for result in document["results"])
-    return "\n\n".join(
-        (
-            f"{document['sessions']} sessions, {document['at_once']} at a time, "
-            f"{document['requests']} requests. "
-            f"A session: {asked}. Medians of {repeats} repeats (least–most).",
-            _speed(document),
-            _times(document),
-            _cost(document),
-            _against(document),
-            _quality(document),
-            _plan(document),
-            *dict.fromkeys(result["doubt"] for result in document["results"] if result["doubt"]),
-        )
+    parts = (
+        f"{document['sessions']} sessions, {document['at_once']} at a time, "
+        f"{document['requests']} requests. "
+        f"A session: {asked}. Medians of {repeats} repeats (least–most).",
+        _speed(document),
+        _times(document),
+        _cost(document),
+        _against(document),
+        _quality(document),
+        _plan(document),
+        *dict.fromkeys(result["doubt"] for result in document["results"]),
     )
+    return "\n\n".join(part for part in parts if part)
 
 
 def _speed(document: Document) -> str:
@@ -185,7 +184,7 @@ def _against(document: Document) -> str:
         if base not in (BASE, OURS) and OURS in (found := against(document, base)):
             cells = [spread(values, 2) for values in found[OURS].values()]
             rows.append([f"{titles[OURS]} ÷ {titles[base]}", *cells])
-    return table(rows)
+    return table(rows) if len(rows) > 1 else ""
 
 
 def _quality(document: Document) -> str:

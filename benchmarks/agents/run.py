@@ -90,14 +90,21 @@ async def run(options: argparse.Namespace) -> dict[str, Any]:
     print(f"fleet plan: {' + '.join(best)} for {wanted.model_dump()['roles']}", flush=True)
     config = load_config(configuration(options.config, ("bf16",), options.work / "plan"))
     tokenizer = next(iter(config.each())).path
-    requests = sum(len(all_of) for one in made for _, all_of in streams(one))
-    work = Workload(options.work / "traces", options.sessions, requests, options.at_once, tokenizer)
+    asked = [request for one in made for _, requests in streams(one) for request in requests]
+    work = Workload(
+        traces=options.work / "traces",
+        sessions=options.sessions,
+        requests=len(asked),
+        prompt_tokens=sum(one["in"] for one in asked),
+        at_once=options.at_once,
+        tokenizer=tokenizer,
+    )
     document: dict[str, Any] = {
         "command": " ".join(sys.argv[1:]),
         "scale": dataclasses.asdict(scale),
         "sessions": options.sessions,
         "at_once": options.at_once,
-        "requests": requests,
+        "requests": work.requests,
         "traffic": wanted.model_dump(),
         "plan": said(plan),
         "titles": {one.name: one.title for one in chosen},

@@ -24,8 +24,8 @@ from deploy.fleet.traffic import RoleTraffic, Traffic
 CORE, AUXILIARY = "core", "auxiliary"
 ROLES = {None: CORE, "Explore": AUXILIARY, "Plan": AUXILIARY, "general-purpose": AUXILIARY}
 """The role of a session's own requests, and of a sub-agent's by its type."""
-BLOCK = 32
-"""Tokens of a block of what is made."""
+BLOCK = 64
+"""Tokens of a block of what is made: AIPerf 0.13 takes so many, whatever a trace says of its own."""
 
 
 @dataclass(frozen=True)

@@ -160,6 +160,7 @@ def test_a_sub_agent_that_nobody_knows_is_named(trace: dict[str, Any]) -> None:
 
 
 def test_a_scale_that_makes_no_whole_blocks_is_refused(trace: dict[str, Any]) -> None:
+    trace["block_size"] = 128
     with pytest.raises(ValueError, match="take a multiple of 2"):
         scaled(trace, dataclasses.replace(SCALE, prompt=5))
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from gateway_stack import by_id, make_card, running_gateway
+from tokenizers import Tokenizer
 
 from benchmarks.agents.aiperf import replay
 from benchmarks.agents.traces import AUXILIARY, BLOCK, CORE, write
@@ -56,6 +57,11 @@ async def test_sub_agents_ask_in_their_role_and_their_session_waits_for_them(tmp
     first, *_, last = sorted(answers, key=lambda one: one.began)
     assert last.began >= max(one.ended for one in answers if one.role == AUXILIARY) - 0.01
     assert {one.session for one in answers} == {first.session}
+
+    words = Tokenizer.from_file(str(model / "tokenizer.json"))
+    for asked, wanted in ((core[0], 2), (core[1], 3), (auxiliary[1], 2)):
+        said = sum(len(words.encode(message["content"]).ids) for message in asked["messages"])
+        assert said == pytest.approx(BLOCK * wanted, rel=0.15), "as long as the trace says"
 
     texts = [[message["content"] for message in one["messages"]] for one in core]
     assert texts[1][: len(texts[0])] == texts[0], "a prompt that has another's blocks has its words"
