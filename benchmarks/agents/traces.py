@@ -99,8 +99,7 @@ def scaled(trace: Mapping[str, Any], scale: Scale) -> dict[str, Any]:
         "models": [CORE, AUXILIARY],
         "block_size": BLOCK,
         "hash_id_scope": "local",
-        "tool_tokens": trace["tool_tokens"] // scale.prompt,
-        "system_tokens": trace["system_tokens"] // scale.prompt,
+        **_beginning(trace, made[:1], scale),
         "requests": made,
     }
 
@@ -155,9 +154,17 @@ def _agent(
         "status": entry["status"],
         "requests": requests,
         "models": [role],
-        "tool_tokens": entry["tool_tokens"] // scale.prompt,
-        "system_tokens": entry["system_tokens"] // scale.prompt,
+        **_beginning(entry, requests[:1], scale),
     }
+
+
+def _beginning(
+    declared: Mapping[str, Any], first: Sequence[Mapping[str, Any]], scale: Scale
+) -> dict[str, int]:
+    """What of the first prompt is system prompt and tools: whole blocks, and never all of it."""
+    tokens = (declared["tool_tokens"] + declared["system_tokens"]) // scale.prompt
+    room = min(((one["in"] - 1) // BLOCK for one in first), default=0)
+    return {"tool_tokens": 0, "system_tokens": BLOCK * min(tokens // BLOCK, room)}
 
 
 def write(made: Sequence[Mapping[str, Any]], folder: Path) -> None:

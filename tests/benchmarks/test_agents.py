@@ -126,6 +126,14 @@ def test_a_prompt_has_as_many_ids_as_it_has_whole_blocks(trace: dict[str, Any]) 
             assert len(one["hash_ids"]) == one["in"] // BLOCK
 
 
+def test_the_system_prompt_is_whole_blocks_and_never_the_whole_prompt(trace: dict[str, Any]) -> None:
+    made = scaled(trace, SCALE)
+    assert (made["tool_tokens"], made["system_tokens"]) == (0, 2800 // 8 // BLOCK * BLOCK)
+    trace["system_tokens"] = 10**6
+    made = scaled(trace, SCALE)
+    assert made["system_tokens"] == (made["requests"][0]["in"] - 1) // BLOCK * BLOCK
+
+
 def test_lengths_are_divided_and_no_longer_than_is_said(trace: dict[str, Any]) -> None:
     scale = dataclasses.replace(SCALE, longest_prompt=900, longest_answer=120)
     core = next(iter(streams(scaled(trace, scale))))[1]
