@@ -38,6 +38,10 @@ class GatewayProcess:
         return f"{scheme}://{self._config.gateway.host}:{self._config.gateway.port}"
 
     @property
+    def pid(self) -> int | None:
+        return self._process.pid if self._process else None
+
+    @property
     def runs(self) -> bool:
         return self._process is not None and self._process.returncode is None
 
