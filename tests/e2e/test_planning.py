@@ -164,7 +164,12 @@ def test_a_head_of_its_own_has_eight_bits_where_a_plan_gives_them(bench: Bench, 
     sequences = [[rng.randrange(8, VOCABULARY) for _ in range(24)] for _ in range(40)]
     described = Calibration(source="random", sha256="0" * 64, samples=40, tokens=40 * 24)
     session = PlanningSession(
-        tmp_path / "planning", checkpoint, CalibrationSet(sequences, described), where, methods=("imatrix",)
+        tmp_path / "planning",
+        checkpoint,
+        CalibrationSet(sequences, described),
+        where,
+        methods=("imatrix",),
+        schemes=("w4a16-g128", "w8a8-r7", "w8a8"),
     )
     plain = sum(group.weights for group in session.blocks) // 2 + session.blocks.other_bytes
     assert session.least_bytes() < plain, "four bits in the blocks and 16 in the head take more"
