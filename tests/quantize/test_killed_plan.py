@@ -62,6 +62,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
+@pytest.mark.engine  # of none, but as long as those that need one
 def test_a_plan_that_was_killed_at_every_stage_is_the_undisturbed_one(model: Path, tmp_path: Path) -> None:
     undisturbed, killed = set_up(tmp_path / "undisturbed", model), set_up(tmp_path / "killed", model)
     assert plans(undisturbed) == {"end": 0}
