@@ -33,14 +33,14 @@ from quantize.plan.paired_kl import PairedKl
 from quantize.plan.planner import Candidate, PlanError
 from quantize.plan.sensitivity import Sensitivity
 from quantize.plan.session import DEFAULT_BITS, METHODS, TRIES, PlanningSession
-from quantize.plan.tune import untunable
+from quantize.plan.tune import STEPS, untunable
 from quantize.report.tables import align, kl_text, megabytes
 
 Say = Callable[[str], None]
 
 BENCH_CONTEXT = 1024
 """Tokens of a conversation that planning measures, where engine.max_model_len says nothing else."""
-TUNING_S = 300.0
+TUNING_S = 600.0
 """Seconds that tuning may take."""
 REPORTED_CONVERSATIONS = 240
 """Held-out conversations, of all roles together, on which a plan is compared with its controls."""
@@ -147,19 +147,22 @@ def plan(
     for row in kept_rows(session.blocks, session.target, session.least_bytes()):
         say(str(row))
     within = 0 if loss is not None else _budget(session, bits, budget, kv_tokens, kv)
-    tuned = tuned and _can_tune(session, say)
+    steps = _tuning_steps(session, say) if tuned else 0
     with open_bench(model) as bench:
         if loss is not None:
             candidates = [session.for_loss(bench, loss)]
         else:
             candidates = session.within(bench, within, kv_tokens, kv, tries)
     best = candidates[0]
-    wanted = best.plan.model_copy(update={"tuned": tuned})
+    wanted = best.plan.model_copy(update={"tuned": steps > 0})
     say(format_candidates(candidates))
 
     def make(chosen: Plan, out: Path) -> None:
-        if (after := session.make(chosen, out)) is not None:
-            say(f"tuned: KL in torch {after.before:.5f} -> {after.after:.5f} on the choosing conversations")
+        if (after := session.make(chosen, out, steps)) is not None:
+            say(
+                f"tuned in {steps} steps: KL in torch {after.before:.5f} -> {after.after:.5f} on the "
+                "choosing conversations"
+            )
 
     registry = registry_of(model)
     card = registry.add(
@@ -194,20 +197,21 @@ def _budget(
     return budget
 
 
-def _can_tune(session: PlanningSession, say: Say) -> bool:
-    """Whether the model can be tuned, in memory and ``TUNING_S``; says so where not."""
+def _tuning_steps(session: PlanningSession, say: Say) -> int:
+    """As many as there are memory and ``TUNING_S`` for; says so where there are none."""
     if why := untunable(session.checkpoint, session.modules):
         say(f"scales are not tuned: {why}")
-        return False
-    memory, seconds = session.tuning_cost()
+        return 0
     free = psutil.virtual_memory().available
-    if memory <= free and seconds <= TUNING_S:
-        return True
+    for steps in STEPS:
+        memory, seconds = session.tuning_cost(steps)
+        if memory <= free and seconds <= TUNING_S:
+            return steps
     say(
-        f"scales are not tuned: that would take about {memory / 1e9:.1f} GB (free {free / 1e9:.1f} GB) and "
-        f"{seconds / 60:.0f} minutes (at most {TUNING_S / 60:.0f} are spent on it)"
+        f"scales are not tuned: {STEPS[-1]} steps would take about {memory / 1e9:.1f} GB (free "
+        f"{free / 1e9:.1f} GB) and {seconds / 60:.0f} minutes (at most {TUNING_S / 60:.0f} are spent on it)"
     )
-    return False
+    return 0
 
 
 def compare(

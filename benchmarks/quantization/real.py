@@ -132,9 +132,9 @@ def rows_at(
     kinds: Sequence[controls.Kind],
 ) -> Iterator[tuple[str, Wanted]]:
     """At each budget the planner's plan, and what needs no planner at no more bytes."""
-    weights = sum(group.weights for group in session.modules)
+    weights = sum(group.weights for group in session.blocks)
     for bits in budgets:
-        budget = session.modules.other_bytes + round(bits * weights / 8)
+        budget = session.blocks.other_bytes + round(bits * weights / 8)
         best = session.within(bench, budget, tries=tries)[0]
         yield f"planned at {bits:g} bits", Wanted("planned", best.plan)
         for label, kind, plan in controls.plans(session, session.planner(bench), budget, kinds, print):

@@ -31,7 +31,7 @@ from quantize.plan.search import search
 from quantize.plan.sensitivity import Sensitivity, analyse, calibrated
 from quantize.plan.served import KEPT, Choice, ServedKl
 from quantize.plan.simulated import SimulatedModel
-from quantize.plan.tune import SEQUENCES, STEPS, Tuned, tune, write_tuned
+from quantize.plan.tune import SEQUENCES, STEPS, TOGETHER, Tuned, tune, write_tuned
 
 METHODS = ("smooth+imatrix+gptq",)
 """Whose parts below 8 bits a plan may mix, unless told otherwise; all parts are of the smoothed model."""
@@ -216,26 +216,26 @@ class PlanningSession:
             f"no plan was measured at a loss of {loss:g} or less after {LOSS_ROUNDS} attempts; raise --loss"
         )
 
-    def make(self, plan: Plan, out: Path) -> Tuned | None:
-        """Write the checkpoint of ``plan`` into ``out``; a plan that says so is tuned."""
+    def make(self, plan: Plan, out: Path, steps: int = STEPS[0]) -> Tuned | None:
+        """Write the checkpoint of ``plan`` into ``out``; a plan that says so is tuned, in so many steps."""
         self.parts.assemble(plan, out)
         if not plan.tuned:
             return None
-        tuned = tune(self.simulated, plan, out, self.calibration.sequences)
+        tuned = tune(self.simulated, plan, out, self.calibration.sequences, steps)
         write_tuned(tuned, out)
         return tuned
 
-    def tuning_cost(self) -> tuple[int, float]:
-        """Bytes of memory and seconds that tuning takes: the model in 32 bits with the gradients of a batch,
+    def tuning_cost(self, steps: int) -> tuple[int, float]:
+        """Bytes of memory and seconds that tuning takes: the model in 32 bits with the gradients of a pass,
         the reference's log-probabilities of the calibration tokens; forward and backward passes of every
         step at this machine's rate of matrix products, its cores being idle."""
         weights = sum(group.weights for group in self.modules)
         all_weights = weights + self.modules.other_bytes // BF16_BYTES
         tokens = sum(map(len, self.calibration.sequences))
-        of_step = SEQUENCES * tokens / len(self.calibration.sequences)
+        of_one = tokens / len(self.calibration.sequences)
         vocabulary = int(self.checkpoint.text_config["vocab_size"])
-        memory = 4 * (3 * all_weights + int(tokens + 3 * of_step) * vocabulary)
-        operations = 6.0 * all_weights * of_step * STEPS + 2.0 * all_weights * tokens
+        memory = 4 * (3 * all_weights + int(tokens + 3 * TOGETHER * of_one) * vocabulary)
+        operations = 6.0 * all_weights * SEQUENCES * of_one * steps + 2.0 * all_weights * tokens
         return memory, operations / (matmul_rate("float32", "cpu") * usable_cores())
 
     def _served(self, bench: Bench) -> ServedKl:

@@ -9,6 +9,7 @@ log-probabilities of the calibration tokens.
 
 from __future__ import annotations
 
+import math
 import random
 import sys
 from collections.abc import Mapping, Sequence
@@ -33,12 +34,17 @@ from quantize.plan.simulated import SimulatedModel, mean_kl, plan_choices
 if TYPE_CHECKING:
     from torch import Tensor
 
-STEPS = 240
-CHECK_EVERY = 20
-SEQUENCES = 8
-"""Conversations of a step."""
-RATE = 2e-3
-"""Adam's learning rate of the logarithms of scales, and of norms' weights relative to what they were."""
+STEPS = (240, 120, 60, 30)
+"""As many as there is time for; fewer are not worth it."""
+CHECKS = 12
+"""Times that the loss on the choosing conversations is looked at."""
+WARM_UP = 5
+"""Steps in which the rate rises: Adam's first ones are as long as any, whatever the gradient."""
+SEQUENCES, TOGETHER = 8, 4
+"""Conversations of a step, and of one forward and backward pass."""
+RATE, RATE_OF = 2e-3, 4e6
+"""Adam's learning rate of the logarithms of scales, and of norms' weights relative to what they were, for a
+model of so many weights: all of them change at once, so it falls with the root of their number."""
 
 
 @dataclass
@@ -84,7 +90,9 @@ class _Scaled:
         else:
             values = part["weight"].float()
         self.values, self.inputs = values, how.activations
-        self.change = torch.zeros_like(self.scale, dtype=torch.float32, requires_grad=True)
+        wide = self.scale.float()
+        start = torch.where(wide == 0, 0.0, (spread(self.scale) / wide).log())
+        self.change = start.requires_grad_()
 
     def scales(self) -> Tensor:
         """As they are stored: in the checkpoint's own 16 bits; gradients pass through the rounding."""
@@ -98,12 +106,29 @@ class _Scaled:
         return self.values * scale
 
 
+def spread(stored: Tensor) -> Tensor:
+    """Values in 32 bits, each drawn from those that are rounded to what is stored; of the same shape.
+
+    What is stored lies in the middle of its interval. If training began there, all values would take the
+    step to the next one at the same time, and a whole model's scales would jump at once by half a percent.
+    """
+    import torch
+
+    bits = {torch.bfloat16: 7, torch.float16: 10}.get(stored.dtype)
+    wide = stored.float()
+    if bits is None:
+        return wide
+    step = torch.exp2(torch.floor(torch.log2(wide.abs().clamp_min(torch.finfo(torch.float32).tiny))) - bits)
+    drawn = wide + (torch.rand(wide.shape, generator=torch.Generator().manual_seed(0)) - 0.5) * step
+    return torch.where(drawn.to(stored.dtype) == stored, drawn, wide)
+
+
 def tune(
     model: SimulatedModel,
     plan: Plan,
     assembled: Path,
     calibration: Sequence[Sequence[int]],
-    steps: int = STEPS,
+    steps: int = STEPS[0],
     seed: int = 0,
 ) -> Tuned:
     """Train the scales and norms of ``plan``, whose checkpoint lies in ``assembled``.
@@ -128,8 +153,12 @@ def tune(
     rest = _unquantized(model.model, tensors, {*linears, *norms})
     kept = {name: model.model.get_submodule(name).weight for name in (*linears, *norms)}
     changes = [one.change for one in linears.values()] + [change for _, change in norms.values()]
-    optimizer = torch.optim.Adam(changes, lr=RATE, betas=(0.9, 0.95))
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    weights = sum(one.values.numel() for one in linears.values())
+    optimizer = torch.optim.Adam(changes, lr=RATE / max(1.0, weights / RATE_OF) ** 0.5, betas=(0.9, 0.95))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min(1.0, (step + 1) / WARM_UP) * (1 + math.cos(math.pi * step / steps)) / 2
+    )
+    every = max(1, steps // CHECKS)
     kept_values: dict[str, Tensor] = {}
     rng, order = random.Random(seed), list(range(len(spans)))
     best, found = before, {}
@@ -145,13 +174,15 @@ def tune(
         with tqdm(range(1, steps + 1), desc="tune", unit="step", file=sys.stderr) as bar:
             for step in bar:
                 picked = rng.sample(order, min(SEQUENCES, len(order)))
-                _set(model.model, linears, norms)
-                loss = _loss(model.model, [spans[i] for i in picked], [labels[i] for i in picked])
                 optimizer.zero_grad()
-                torch.autograd.backward(loss)
+                for at in range(0, len(picked), TOGETHER):
+                    few = picked[at : at + TOGETHER]
+                    _set(model.model, linears, norms)
+                    loss = _loss(model.model, [spans[i] for i in few], [labels[i] for i in few])
+                    torch.autograd.backward(loss * (len(few) / len(picked)))
                 optimizer.step()
                 schedule.step()
-                if step % CHECK_EVERY == 0 or step == steps:
+                if step % every == 0 or step == steps:
                     with torch.no_grad():
                         _set(model.model, linears, norms)
                         now = mean_kl(reference, model.log_probabilities())
@@ -190,7 +221,9 @@ def _norms(model: Any, tensors: Mapping[str, Part]) -> dict[str, tuple[Tensor, T
         weight = getattr(module, "weight", None)
         if weight is not None and weight.ndim == 1 and f"{name}.weight" in tensors:
             stored = read_tensor(tensors[f"{name}.weight"])
-            found[name] = (stored, torch.zeros_like(stored, dtype=torch.float32, requires_grad=True))
+            wide = stored.float()
+            start = torch.where(wide == 0, 0.0, spread(stored) / wide - 1)
+            found[name] = (stored, start.requires_grad_())
     return found
 
 

@@ -53,6 +53,11 @@ def served_kl(session: PlanningSession, bench: Bench) -> ServedKl:
     return ServedKl(session.parts, bench, session.choosing, session.directory / "served")
 
 
+def in_blocks(session: PlanningSession, scheme: str) -> dict[str, str]:
+    """That scheme for all groups of the blocks; a head stays at 16 bits."""
+    return {group.name: "bf16" if group.kind == HEAD else scheme for group in session.modules}
+
+
 def test_a_planned_variant_beats_the_uniform_ones_at_its_bytes(
     session: PlanningSession, bench: Bench
 ) -> None:
@@ -68,7 +73,7 @@ def test_a_planned_variant_beats_the_uniform_ones_at_its_bytes(
 
     planner = Planner(session.modules, found)
     served = served_kl(session, bench)
-    uniform = {group.name: ("w4a16-g32", "imatrix") for group in session.modules}
+    uniform = {name: (how, "imatrix") for name, how in in_blocks(session, "w4a16-g32").items()}
     budget = planner.weight_bytes(uniform)
     best = session.within(bench, budget, tries=4)[0]
     assert best.weight_bytes <= budget
@@ -86,7 +91,7 @@ def test_a_planned_variant_beats_the_uniform_ones_at_its_bytes(
 
 
 def test_tuning_lowers_the_loss_and_adds_no_byte(session: PlanningSession, bench: Bench) -> None:
-    plan = Plan(groups={group.name: "w4a16-g128" for group in session.modules}, method="imatrix")
+    plan = Plan(groups=in_blocks(session, "w4a16-g128"), method="imatrix")
     out = session.directory / "tuned"
     session.parts.assemble(plan, out)
     served = served_kl(session, bench)
@@ -118,7 +123,7 @@ def test_what_was_measured_is_kept(session: PlanningSession, bench: Bench) -> No
 
 
 def test_torch_and_engine_agree_on_four_bit_weights(session: PlanningSession, bench: Bench) -> None:
-    plan = Plan(groups={group.name: "w4a16-g64-asym" for group in session.modules}, method="imatrix")
+    plan = Plan(groups=in_blocks(session, "w4a16-g64-asym"), method="imatrix")
     fake: SimulatedModel = session.simulated
     reference = fake.log_probabilities()
     with fake.swapped(plan_choices(plan, session.modules)):

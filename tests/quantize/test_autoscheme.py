@@ -31,13 +31,14 @@ def test_what_it_takes_is_a_plan_within_the_budget(tmp_path: Path, monkeypatch: 
     checkpoint = open_checkpoint(ROOT / "deploy/assistant/model")
     calibration = read_calibration(ROOT / "deploy/assistant/data/calibration.jsonl", checkpoint)
     session = PlanningSession(tmp_path, checkpoint, calibration, target("vllm-cpu-vnni"))
-    weights = sum(group.weights for group in session.modules)
-    budget = session.modules.other_bytes + int(5.0 * weights / 8)
+    weights = sum(group.weights for group in session.blocks)
+    budget = session.blocks.other_bytes + int(5.0 * weights / 8)
     ((label, kind, plan),) = controls.plans(session, None, budget, ["autoscheme"], print)  # type: ignore[arg-type]
     assert (label, kind) == ("AutoScheme at 4.999 bits", "autoscheme")
     assert 4.7 < plan.bits_per_weight(session.modules) <= 5.0
-    assert set(plan.groups.values()) <= set(SCHEMES) | {"w4a16-g128", "w4a16-g16-asym"}
-    for group in session.modules:
+    assert plan.groups["lm_head"] == "bf16", "it takes the blocks alone"
+    assert {plan.groups[group.name] for group in session.blocks} <= {*SCHEMES, "w4a16-g128", "w4a16-g16-asym"}
+    for group in session.blocks:
         of_four = scheme(plan.groups[group.name]).weight_bits == 4
         assert plan.method_of(group.name) == ("smooth+imatrix+gptq" if of_four else "smooth+rtn")
     # asked again, it is read from where it was kept
