@@ -12,8 +12,8 @@ from benchmarks.agents.picture import draw
 from benchmarks.agents.traces import AUXILIARY, CORE
 
 BEGIN, END = "<!-- results -->", "<!-- end of results -->"
-BASE, OURS = "bf16", "tiercel"
-"""The arrangement that all others are compared with, and the one that is compared with all others."""
+BASE, OURS = "bf16", ("tiercel-pools", "tiercel")
+"""The arrangement that all others are compared with, and those that are compared with all others."""
 Document = Mapping[str, Any]
 Result = Mapping[str, Any]
 
@@ -180,10 +180,11 @@ def _against(document: Document) -> str:
     for name, ratios in against(document, BASE).items():
         cells = [spread(values, 2) for values in ratios.values()]
         rows.append([f"{titles[name]} ÷ {titles[BASE]}", *cells])
-    for base in titles:
-        if base not in (BASE, OURS) and OURS in (found := against(document, base)):
-            cells = [spread(values, 2) for values in found[OURS].values()]
-            rows.append([f"{titles[OURS]} ÷ {titles[base]}", *cells])
+    for at, ours in enumerate(OURS):
+        for base in titles:
+            if base not in (BASE, *OURS[at:]) and ours in (found := against(document, base)):
+                cells = [spread(values, 2) for values in found[ours].values()]
+                rows.append([f"{titles[ours]} ÷ {titles[base]}", *cells])
     return table(rows) if len(rows) > 1 else ""
 
 
