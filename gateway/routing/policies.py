@@ -113,7 +113,7 @@ class LeastLoad:
 
 class SessionAffinity:
     """Every session at one replica, by rendezvous hashing: when a replica goes, only its sessions move. What
-    an agent has started is where that agent is."""
+    an agent has started is where that agent is, if nobody has started that one in turn."""
 
     def __init__(self) -> None:
         self._fallback = LeastInFlight()

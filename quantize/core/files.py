@@ -12,7 +12,7 @@ import shutil
 import stat
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TextIO
+from typing import BinaryIO, TextIO
 
 READ_ONLY = stat.S_IRUSR | stat.S_IRGRP | stat.S_IROTH
 LOOK_S = 0.2
@@ -119,19 +119,28 @@ def no_room(path: Path, size: int) -> NoRoomError:
     return NoRoomError(path, size - free if free < size else size)  # of a quota it is not known: then all
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a file on the disk for good; a reader sees the old one or the new one. Raises NoRoomError."""
-    partial, raw = path.with_name(f".partial-{path.name}"), text.encode()
-    with writing(path, len(raw)):
+@contextlib.contextmanager
+def whole_file(path: Path, size: int) -> Iterator[BinaryIO]:
+    """A file of ``size`` bytes to write into, which lies at ``path`` at the end of the block, on the disk for
+    good. A reader sees the old one or the new one; nothing is left of one that fails. Raises NoRoomError."""
+    partial = path.with_name(f".partial-{path.name}")
+    with writing(path, size):
         try:
             with partial.open("wb") as file:
-                file.write(raw)
+                yield file
                 file.flush()
                 os.fsync(file.fileno())
             partial.replace(path)
         except BaseException:
             partial.unlink(missing_ok=True)
             raise
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file as a whole (:func:`whole_file`)."""
+    raw = text.encode()
+    with whole_file(path, len(raw)) as file:
+        file.write(raw)
 
 
 def append_whole(path: Path, raw: bytes, end: int) -> None:

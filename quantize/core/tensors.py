@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantize.core.files import write_whole, writing
+from quantize.core.files import whole_file, write_whole
 from quantize.core.weights import DTYPE_BYTES, INDEX, CheckpointError, read_header, weight_files
 
 if TYPE_CHECKING:
@@ -90,20 +89,11 @@ def write_tensors(tensors: Mapping[str, Part], path: Path, dtypes: Mapping[str, 
         at = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    partial = path.with_name(path.name + ".partial")
-    with writing(path, 8 + len(text) + at):
-        try:
-            with partial.open("wb") as out:
-                out.write(struct.pack("<Q", len(text)) + text)
-                for name, part in tensors.items():
-                    for block in blocks(part):
-                        out.write(_narrowed(block, part.dtype, wanted[name], name))
-                out.flush()
-                os.fsync(out.fileno())
-            partial.rename(path)
-        except BaseException:
-            partial.unlink(missing_ok=True)
-            raise
+    with whole_file(path, 8 + len(text) + at) as out:
+        out.write(struct.pack("<Q", len(text)) + text)
+        for name, part in tensors.items():
+            for block in blocks(part):
+                out.write(_narrowed(block, part.dtype, wanted[name], name))
 
 
 def write_shards(tensors: Mapping[str, Part], out: Path) -> None:
