@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 
 from quantize.core.schemes import Scheme
 from quantize.make.ranges import Grid
-from quantize.numerics.formats import E4M3
 from quantize.make.statistics import InputStatistics
+from quantize.numerics.formats import E4M3
 
 if TYPE_CHECKING:
     import torch
