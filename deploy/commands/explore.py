@@ -12,6 +12,7 @@ from deploy.commands import add_json, print_json, say
 from gateway.config import ConfigError, load_config
 from quantize.core.checkpoint import open_checkpoint
 from quantize.evaluate.tasks import Item, read_items
+from quantize.explore.found import WHATS
 
 BITS = "8,6,4,3,2,1"
 ITEMS = 32
@@ -35,6 +36,9 @@ def add_explore(commands: Any) -> None:
     exploring.add_argument(
         "--items", type=int, default=ITEMS, help=f"of each role, at every point (default: {ITEMS})"
     )
+    exploring.add_argument(
+        "--of", nargs="+", choices=WHATS, default=WHATS, help="what is rounded (default: each alone)"
+    )
     exploring.add_argument("--tokens", type=int, help="of an answer at most (default: as the items say)")
     add_json(exploring)
     exploring.set_defaults(run=explore)
@@ -55,7 +59,7 @@ def explore(options: argparse.Namespace) -> None:
     refuse_unfit(checkpoint)
     roles = {role: _shortened(items, options) for role, items in items_of(options).items()}
     out = options.out or Path("var/explore") / f"{checkpoint.path.resolve().name}.html"
-    found = run(checkpoint, Wanted(bits, roles, out.with_suffix(".jsonl")))
+    found = run(checkpoint, Wanted(bits, roles, out.with_suffix(".jsonl"), tuple(options.of)))
     write_exploration(found, out)
     if options.json:
         print_json(found)

@@ -25,8 +25,11 @@ GROUP = 64
 
 
 def weights_at(bits: int) -> str:
-    """Signs at the mean magnitude for one bit; else integers at the range of least error."""
-    return f"binary-g{GROUP}" if bits == 1 else f"int{bits}-g{GROUP}-mse"
+    """Signs at the mean magnitude for one bit; else integers, at the range of least error where there are so
+    few of them that it is not the whole one."""
+    if bits == 1:
+        return f"binary-g{GROUP}"
+    return f"int{bits}-g{GROUP}" + "-mse" * (bits < 6)
 
 
 def tokens_at(bits: int) -> str:

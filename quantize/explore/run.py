@@ -40,6 +40,8 @@ class Wanted:
     roles: Mapping[str, Sequence[Item]]
     journal: Path
     """Lines of finished points; those of another model, other items or another form are passed over."""
+    of: tuple[What, ...] = WHATS
+    """What is rounded, one after another."""
 
 
 def needed_bytes(checkpoint: Checkpoint, modules: Modules) -> int:
@@ -77,7 +79,7 @@ def explore(checkpoint: Checkpoint, wanted: Wanted) -> Exploration:
     layers = next((Layers.model_validate(entry["layers"]) for entry in kept if "layers" in entry), None)
     order: list[tuple[What, int]] = [
         ("nothing", 16),
-        *((what, bits) for what in WHATS for bits in wanted.bits),
+        *((what, bits) for what in wanted.of for bits in wanted.bits),
     ]
     missing = [one for one in order if one not in points]
     if missing or layers is None:
@@ -85,14 +87,14 @@ def explore(checkpoint: Checkpoint, wanted: Wanted) -> Exploration:
         wanted.journal.parent.mkdir(parents=True, exist_ok=True)
         steps = len(missing) * run.steps + (len(modules.groups) if layers is None else 0)
         with tqdm(total=steps, desc="explore", unit="step", file=sys.stderr, mininterval=0.5) as bar:
-            if layers is None:
-                bar.set_postfix_str("layers")
-                layers = look(run.rounded, questions.sequences, bar.update)
-                append_kept(wanted.journal, [{"key": key, "layers": layers.model_dump()}])
             for what, bits in missing:
                 bar.set_postfix_str(f"{what}, {bits} bits")
                 points[what, bits] = found = run.point(what, bits, bar.update)
                 append_kept(wanted.journal, [{"key": key, "point": found.model_dump()}])
+            if layers is None:
+                bar.set_postfix_str("layers")
+                layers = look(run.rounded, questions.sequences, bar.update)
+                append_kept(wanted.journal, [{"key": key, "layers": layers.model_dump()}])
     return Exploration(
         model=checkpoint.path.resolve().name,
         parameters=sum(_size(tensor.shape) for tensor in checkpoint.tensors.values()),

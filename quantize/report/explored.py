@@ -110,7 +110,8 @@ def _bits(found: Exploration) -> str:
         drawn(Axis("same first choice, %", low=0, high=100), lambda point: 100 * point.agreement),
     ]
     text = (
-        "Weights: integers with a scale per 64 inputs, at the range of least error; at one bit their signs. "
+        "Weights: integers with a scale per 64 inputs, below 6 bits at the range of "
+        "least error; at one bit their signs. "
         "Inputs: integers with a range per token. KV cache: the same per token and head. Scored are the "
         "tokens of right answers in their conversations."
     )
