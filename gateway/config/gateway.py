@@ -59,6 +59,12 @@ class GatewaySettings(Section):
         description="by what the cheapest variant is chosen: memory (bytes with a busy KV cache), or "
         "memory_time (those bytes times the seconds that its engine took for a token, by its card)",
     )
+    max_pattern_size: int = Field(
+        default=20_000,
+        ge=1,
+        description="letters and classes of all patterns in the schemas of a request, counted repetitions "
+        "written out: engines take seconds and more for larger ones",
+    )
     max_in_flight: int | None = Field(default=None, ge=1, description="requests at a replica at a time")
     hedge_share: float = Field(
         default=0.05, ge=0, le=1, description="of the requests of roles that are hedged, that are at most"

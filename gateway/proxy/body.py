@@ -50,6 +50,8 @@ NEEDED = ("model", "stream", "stream_options")
 """Fields that cannot be passed on unread."""
 PROMPT_FIELDS = ("input", "instructions", "messages", "prompt", "system", "texts", "token_ids", "tools")
 """What becomes prompts, at one endpoint or another."""
+GRAMMAR_FIELDS = ("tools", "response_format", "structured_outputs", "text", "output_config")
+"""What an engine may make grammars of, at one endpoint or another."""
 _SPACE = b" \t\r\n"
 _USUAL_ENDS = (b'"}', b"]}", b"}}", b"e}", *(b"%d}" % digit for digit in range(10)))
 """Of an object that is not empty."""
@@ -117,11 +119,16 @@ class _Usual(RequestFields, kw_only=True):
     echo: bool | UnsetType | None = UNSET
     cache_salt: str | UnsetType | None = UNSET
     priority: int | UnsetType | None = UNSET
+    tools: msgspec.Raw = cast(msgspec.Raw, None)
+    response_format: msgspec.Raw = cast(msgspec.Raw, None)
+    structured_outputs: msgspec.Raw = cast(msgspec.Raw, None)
+    text: msgspec.Raw = cast(msgspec.Raw, None)
+    output_config: msgspec.Raw = cast(msgspec.Raw, None)
 
 
 _USUAL = msgspec.json.Decoder(_Usual)
 _FIELDS = msgspec.json.Decoder(dict[str, msgspec.Raw])
-_KNOWN_NAMES = (*RequestFields.__struct_fields__, *PROMPT_FIELDS)
+_KNOWN_NAMES = tuple(dict.fromkeys((*RequestFields.__struct_fields__, *PROMPT_FIELDS, *GRAMMAR_FIELDS)))
 _KNOWN: msgspec.json.Decoder[Any] = msgspec.json.Decoder(
     msgspec.defstruct("_Known", [(name, msgspec.Raw | UnsetType, UNSET) for name in _KNOWN_NAMES], gc=False)
 )
@@ -243,8 +250,18 @@ class Body:
         if raw is None:
             return None
         if field not in self._values:
-            self._values[field] = _value(field, raw)
+            self._values[field] = value_of(field, raw)
         return self._values[field]
+
+    def grammars(self) -> Sequence[tuple[str, msgspec.Raw]]:
+        """Those of ``GRAMMAR_FIELDS`` that it has, as JSON."""
+        usual = self.fields
+        if type(usual) is _Usual:
+            none = usual.tools is usual.response_format is usual.structured_outputs is usual.text is None
+            if none and usual.output_config is None:  # nearly always
+                return ()
+            return [(name, raw) for name in GRAMMAR_FIELDS if (raw := getattr(usual, name)) is not None]
+        return [(name, raw) for name in GRAMMAR_FIELDS if (raw := self._field(name)) is not None]
 
     def with_(self, changes: Mapping[str, bytes]) -> bytes:
         """The body's JSON with some fields set anew; ``changes`` are JSON too. They come last: whatever the
@@ -351,12 +368,13 @@ def _small(raw: msgspec.Raw) -> Any:
     if len(memoryview(raw)) > LARGEST_READ_BYTES:
         return None
     try:
-        return _value("metadata", raw)
+        return value_of("metadata", raw)
     except BadRequestError:
         return None  # it is the engine's to refuse
 
 
-def _value(field: str, raw: msgspec.Raw) -> Any:
+def value_of(field: str, raw: bytes | memoryview | msgspec.Raw) -> Any:
+    """What a field's JSON says, as Python's ``json`` reads it. Raises BadRequestError."""
     try:
         return msgspec.json.decode(raw)
     except (msgspec.MsgspecError, RecursionError):

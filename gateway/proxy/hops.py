@@ -15,6 +15,7 @@ from gateway.proxy.body import Body
 from gateway.proxy.endpoints import INVOCATIONS, Endpoint, Form, endpoint_of
 from gateway.proxy.exchange import Attempt, Exchange
 from gateway.proxy.large import SMALL_BYTES, LargeReader, quickly_read
+from gateway.proxy.patterns import look
 from gateway.proxy.record import NO_USAGE, Record, Usage
 from gateway.quality.observe import Observed, Observer
 from gateway.routing.choices import Reason
@@ -108,8 +109,8 @@ class Admit:
 class ReadBody:
     """What is asked: the body, as far as the gateway depends on it. What takes long is read in turns."""
 
-    def __init__(self) -> None:
-        self._large = LargeReader()
+    def __init__(self, large: LargeReader) -> None:
+        self._large = large
 
     def __call__(self, exchange: Exchange) -> Awaitable[None] | None:
         admitted: Admitted = exchange.head.memo
@@ -151,6 +152,20 @@ def _ask(exchange: Exchange, body: Body) -> None:
         exchange.options = OutputOptions.of(fields, chat=endpoint.chat, body=body)
     elif endpoint.form is not Form.PLAIN and fields.stream:
         exchange.options = STREAM
+
+
+class BoundPatterns:
+    """No grammar that an engine would compile for seconds: patterns of schemas with their repetitions written
+    out, those of a request together. A request without schemas costs this a glance."""
+
+    def __init__(self, config: Config, large: LargeReader) -> None:
+        self._most = config.gateway.max_pattern_size
+        self._large = large
+
+    def __call__(self, exchange: Exchange) -> Awaitable[None] | None:
+        """Raises BadRequestError, which names the field and the pattern."""
+        fields = exchange.body.grammars()
+        return self._large.begin(look(fields, self._most)) if fields else None
 
 
 class Identify:
