@@ -17,17 +17,16 @@ import msgspec
 
 from gateway.errors import BadRequestError
 from gateway.proxy.body import (
-    GRAMMAR_FIELDS,
     LARGEST_LENIENT_BYTES,
     LARGEST_READ_BYTES,
     NEEDED,
     TOO_DEEP,
     Body,
     Reads,
-    RequestFields,
     fields_of,
 )
 from gateway.proxy.coercions import kind_of_json
+from gateway.proxy.fields import GRAMMAR_FIELDS, RequestFields
 from gateway.proxy.scan import (
     MOST_FIELDS,
     WINDOW,
