@@ -28,7 +28,7 @@ from gateway.proxy.attempts import Attempts
 from gateway.proxy.exchange import Attempt, Exchange
 from gateway.proxy.hops import (
     Admit,
-    BoundPatterns,
+    BoundGrammars,
     ChooseRoute,
     Identify,
     Keep,
@@ -199,7 +199,7 @@ class Gateway:
         return Pipeline(
             before=(
                 ReadBody(large),  # what is asked
-                BoundPatterns(config, large),  # no grammar that would keep an engine busy
+                BoundGrammars(config, large),  # no grammar that would keep an engine busy
                 Identify(),  # who asks: role and session; the key was looked at with the head
                 # what `previous_response_id` goes on from, and what is kept to go on from
                 ContinueResponse(self.responses, self._background, plane.reply, names),
