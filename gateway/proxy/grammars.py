@@ -97,7 +97,7 @@ class Bounds(NamedTuple):
 
     pattern: int
     """``max_pattern_size``: of one pattern; all together may have ``TOGETHER`` times as many."""
-    count: int
+    counted: int
     """``max_schema_count``."""
 
 
@@ -126,11 +126,11 @@ class Look:
                 yield from self._pattern(field, place, found)
             elif name in _ITEMS:
                 self._items += found
-                if self._items > self._bounds.count:
+                if self._items > self._bounds.counted:
                     raise self._too_many(field, place, found, f"all of a request together {self._items:,}")
             elif name == _MULTIPLE:
                 self._multiple = math.lcm(self._multiple, found)
-                if self._multiple > self._bounds.count:
+                if self._multiple > self._bounds.counted:
                     said = f"the least common multiple of all of a request is {min(self._multiple, MOST):,}"
                     raise self._too_many(field, place, found, said)
             if not count % _AT_ONCE:
@@ -159,7 +159,7 @@ class Look:
         where = _where(field, place)
         return BadRequestError(
             f"{where}: is {_shown(found)}, and {said}; an engine may write all of it out. At most "
-            f"{self._bounds.count:,} are taken (gateway.max_schema_count): give a smaller number, or none",
+            f"{self._bounds.counted:,} are taken (gateway.max_schema_count): give a smaller number, or none",
             param=where,
             internal="a number of a schema is too large",
         )

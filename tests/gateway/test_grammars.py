@@ -18,7 +18,7 @@ from gateway.proxy.grammars import MOST, Bounds, Look, expanded
 from gateway.proxy.large import LargeReader
 
 BOMB = "^(a{1,9999}){1,9999}$"
-BOUNDS = Bounds(pattern=1000, count=50_000)
+BOUNDS = Bounds(pattern=1000, counted=50_000)
 MESSAGES = [{"role": "user", "content": "hi"}]
 Part = tuple[str, int]
 """A pattern, and its size."""
