@@ -1,7 +1,7 @@
 """What of a request's schemas an engine would write out: repetitions of patterns, items of arrays, multiples.
 
-``^(a{1,9999}){1,9999}$`` has twenty letters, and an engine compiles it for most of a minute, for which all
-its other clients wait. So what engines make grammars of (``GRAMMAR_FIELDS``) is looked at before it goes
+``^(a{1,9999}){1,9999}$`` has twenty letters, and an engine compiles it for minutes, for most of which all its
+other clients wait. So what engines make grammars of (``GRAMMAR_FIELDS``) is looked at before it goes
 there. Nothing is compiled here, and most of it is not even read: only where a number counts something.
 
 What was seen of vLLM 0.32, by its two compilers: xgrammar takes 0.1 us times the square of a repetition's
@@ -42,7 +42,7 @@ _SPAN = 16
 _LEVELS, _LONGEST_SHOWN = 32, 64
 """Of a place that is shown, and letters of a name or a value."""
 _TOKEN = re.compile(
-    r"\\.|\[(?:\\.|[^\]\\])*+\]|\{\s*(\d*)\s*(,?)\s*(\d*)\s*\}|~\s*(\d+)(?:\s*\.\.\s*(\d+))?|[()|]|[*+?]|.",
+    r"\\.|\[(?:\\.|[^\]\\])*+\]|\{\s*(\d*)\s*(,?)\s*(\d*)\s*\}|~\s*(\d+)(?:\s*\.\.\s*(\d+))?|.",
     re.DOTALL,
 )
 _PATTERNS = ("pattern", "regex", "grammar", "definition", "whitespace_pattern")
@@ -75,7 +75,7 @@ def expanded(pattern: str) -> Steps[int]:
                 whole = min(before + last, MOST)
         elif text == "|":
             last = 0
-        elif text in "*+?":
+        elif text in "*+?^$":
             pass
         elif token.lastindex and (times := _times(token)) is not None:
             whole, last = min(whole + last * (times - 1), MOST), min(last * times, MOST)
