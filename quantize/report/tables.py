@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from quantize.card import Card, Outcome, Paired, Verdict
 from quantize.core.engine_figures import EngineAccount
 from quantize.gate.judgement import drop_upper_bound, wilson_interval
+from quantize.report.reported import reported_rows
 
 NOTHING = "-"
 MARKS = {Outcome.PASSED: "pass", Outcome.FAILED: "FAIL", Outcome.NOT_ENOUGH_EVIDENCE: "not enough"}
@@ -239,7 +240,7 @@ FIELDS: tuple[Field, ...] = (
 
 
 def comparison_rows(cards: Sequence[Card]) -> list[list[str]]:
-    """A head, then a row per figure and two per role; a column per variant."""
+    """A head, then a row per figure and some per role; a column per variant."""
     rows = [["", *(card.variant for card in cards)]]
     rows += [[name, *(text(card) for card in cards)] for name, text in FIELDS]
     for role in roles_of(cards):
@@ -249,6 +250,7 @@ def comparison_rows(cards: Sequence[Card]) -> list[list[str]]:
         checks = [checks_of(card, role) for card in cards]
         for name in dict.fromkeys(name for found in checks for name in found):
             rows.append([f"{role}: {name}", *(paired_text(found.get(name)) for found in checks)])
+        rows += reported_rows(cards, role)
     return rows
 
 
