@@ -12,6 +12,7 @@ import statistics
 import time
 from dataclasses import dataclass
 
+from quantize.core.energy import Meter
 from quantize.core.engine_figures import Speed, SpeedPoint
 from quantize.evaluate.client import EngineClient
 
@@ -36,12 +37,14 @@ OTHERS = (Load(1, 128, 24), Load(16, 128, 24), Load(4, 512, 24))
 """From which, with the usual one, is told what batch size and context cost."""
 
 
-async def measure_speed(client: EngineClient, longest: int) -> Speed:
-    """Tokens written per second at the usual load, the median of some passes, and points at several loads:
-    those that fit into ``longest`` tokens. The machine should do nothing else. Raises EngineError."""
+async def measure_speed(client: EngineClient, longest: int, meter: Meter | None = None) -> Speed:
+    """Tokens written per second, and per joule of this machine where it tells, at the usual load (the median of
+    some passes, and their sum); and points at several loads: those that fit into ``longest`` tokens. The machine
+    should do nothing else. Raises EngineError."""
     rng = random.Random(time.monotonic_ns())
     await _seconds(client, rng, USUAL, USUAL.answer_tokens)
-    whole = [await _seconds(client, rng, USUAL, USUAL.answer_tokens) for _ in range(PASSES)]
+    with meter or Meter() as energy:
+        whole = [await _seconds(client, rng, USUAL, USUAL.answer_tokens) for _ in range(PASSES)]
     points = [await _point(client, rng, USUAL, statistics.median(whole))]
     for load in OTHERS:
         if load.prompt_tokens + load.answer_tokens <= longest:
@@ -50,6 +53,8 @@ async def measure_speed(client: EngineClient, longest: int) -> Speed:
     written = USUAL.together * USUAL.answer_tokens
     return Speed(
         tokens_per_s=written / statistics.median(whole),
+        tokens_per_joule=PASSES * written / energy.joules if energy.joules else None,
+        energy=energy.source,
         slowest=written / max(whole),
         fastest=written / min(whole),
         together=USUAL.together,

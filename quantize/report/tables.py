@@ -155,6 +155,15 @@ def making_text(card: Card) -> str:
     return f"{took.seconds:,.0f} s{memory}"
 
 
+def speed_text(card: Card) -> str:
+    """Tokens per second, and per joule where the machine told."""
+    if (speed := card.speed) is None:
+        return NOTHING
+    energy = f"{speed.tokens_per_joule:.3g} per joule ({speed.energy})" if speed.tokens_per_joule else ""
+    unknown = f"energy: {speed.energy}" if speed.energy else ""
+    return "; ".join(filter(None, (f"{speed.tokens_per_s:,.0f} tokens/s", energy or unknown)))
+
+
 def roles_of(cards: Sequence[Card]) -> list[str]:
     return sorted({role for card in cards for role in card.gate})
 
@@ -227,6 +236,7 @@ FIELDS: tuple[Field, ...] = (
     ("checked for", lambda card: card.target or NOTHING),
     ("made in", making_text),
     ("served as", lambda card: served_text(card.account) if card.account else NOTHING),
+    ("speed", speed_text),
     ("predicted KL", lambda card: kl_text(card.predicted_kl)),
     ("mean KL", mean_kl_text),
     ("99th percentile", lambda card: kl_text(card.evaluation.text.kl_p99 if card.evaluation else None)),
