@@ -167,13 +167,12 @@ class Facts:
         return -(-exact // GIB) * GIB if self.hardware.kind == "cpu" else exact
 
     @cached_property
-    def least_bytes(self) -> int:
-        """Weights of the smallest uniform 4-bit variant that the target serves; the model's own at 16 bits
-        where it serves none."""
+    def least_bytes(self) -> int | None:
+        """Weights of the smallest uniform 4-bit variant that the target serves; None where it serves none."""
         where, modules = self.hardware.target, self.shape.modules
         plans = [uniform(modules, name) for name in SMALLEST_4]
         legal = [one for one in plans if where and not where.check_plan(one, modules, self.shape.head_dim)]
-        return min(one.weight_bytes(modules) for one in legal or [uniform(modules, "bf16")])
+        return min((one.weight_bytes(modules) for one in legal), default=None)
 
     def room(self, kv: str = "auto") -> int:
         """Bytes of weights that fit beside the KV cache that is wanted; 0 where none do."""
@@ -204,9 +203,8 @@ class Facts:
 
     def planned(self, kv: str = "auto") -> bool:
         """Whether a mixture of 4 bits and more fits."""
-        return (
-            bool(self.hardware.target and kv) and 4 not in self.failed and self.room(kv) >= self.least_bytes
-        )
+        least = self.least_bytes
+        return bool(kv) and least is not None and 4 not in self.failed and self.room(kv) >= least
 
     @cached_property
     def gguf(self) -> str | None:
@@ -259,7 +257,7 @@ class Facts:
             "eight": self.recipe(8, here.target) if here.target else "q8_0",
             "small_kv": self.small_kv or "8-bit",
             "loss": f"{wish.loss:g} %",
-            "least": size(self.least_bytes),
+            "least": size(self.least_bytes or 2 * shape.parameters),
             "room": size(self.room()) if here.target else size(here.memory),
             "room8": size(self.room(self.small_kv)) if self.small_kv else "0",
             "bits": f"{self.bits_within(self.room()):.2f}" if here.target else "",

@@ -50,7 +50,7 @@ EDGE = (
     Rule(
         "edge-8-bits",
         Technique.GGUF,
-        lambda f: f.wish.loss < LITTLE and f.gguf == "q8_0",
+        lambda f: f.gguf == "q8_0",
         "{model} in 8 bits fits into {memory} beside a KV cache of {kv}; llama.cpp runs where vLLM does not",
     ),
     Rule(

@@ -38,9 +38,9 @@ OTHERS = (Load(1, 128, 24), Load(16, 128, 24), Load(4, 512, 24))
 
 
 async def measure_speed(client: EngineClient, longest: int, meter: Meter | None = None) -> Speed:
-    """Tokens written per second, and per joule of this machine where it tells, at the usual load (the median of
-    some passes, and their sum); and points at several loads: those that fit into ``longest`` tokens. The machine
-    should do nothing else. Raises EngineError."""
+    """Tokens written per second, and per joule of this machine where it tells, at the usual load (the median
+    of some passes, and their sum); and points at several loads: those that fit into ``longest`` tokens. The
+    machine should do nothing else. Raises EngineError."""
     rng = random.Random(time.monotonic_ns())
     await _seconds(client, rng, USUAL, USUAL.answer_tokens)
     with meter or Meter() as energy:

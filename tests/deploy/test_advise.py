@@ -27,7 +27,14 @@ from deploy.advice.rules import DEPLOY, EDGE, FINETUNE, Technique
 from deploy.advice.show import advice_page, format_advice
 from deploy.advice.steps import Asked, smaller_size
 from deploy.cli import main, parsed, parser
-from quantize.core.shape import LLAMAS, Shape, ShapeError, parameters_of, shape_of_parameters
+from quantize.core.shape import (
+    LLAMAS,
+    Shape,
+    ShapeError,
+    parameters_of,
+    shape_of_config,
+    shape_of_parameters,
+)
 from quantize.core.targets import TargetError
 
 ROOT = Path(__file__).parents[2]
@@ -76,7 +83,7 @@ EVERY = list(
         TRAINED,
     )
 )
-SITUATIONS = random.Random(4).sample(EVERY, 160)
+SITUATIONS = random.Random(4).sample(EVERY, 100)
 
 
 def test_every_situation_gives_a_command_that_can_be_typed() -> None:
@@ -95,9 +102,8 @@ def test_every_situation_gives_a_command_that_can_be_typed() -> None:
         assert all("{" not in why for why in found.against.values())
     for command in commands:
         refuse_unknown(command)
-    assert len(commands) > 50
-    rules = {rule.name for rule in (*EDGE, *DEPLOY, *FINETUNE)}
-    assert len(seen) > 0.7 * len(rules), f"no situation comes to {rules - seen}"
+    assert len(commands) > 40
+    assert len(seen) > 10
 
 
 def test_a_smaller_model_that_is_advised_is_one_that_fits() -> None:
@@ -145,6 +151,48 @@ def test_what_fits_is_what_placement_says() -> None:
 )  # fmt: skip
 def test_what_is_advised(parameters: str, hardware: str, wish: dict[str, Any], wanted: list[str]) -> None:
     assert technique(advise(facts(parameters, hardware, **wish))) == wanted
+
+
+EXPERTS = shape_of_config(
+    {
+        **dict.fromkeys(("hidden_size", "max_position_embeddings"), 2048),
+        **dict.fromkeys(("num_attention_heads", "num_experts"), 16),
+        "num_hidden_layers": 8,
+        "vocab_size": 32000,
+        "intermediate_size": 768,
+    },
+    "experts",
+)
+
+
+def test_every_rule_is_reached() -> None:
+    here = HARDWARE["24GB"]
+    reached = [
+        facts("8B", "edge", concurrency=1),
+        facts("1B", "edge", concurrency=1),
+        facts("13B", "edge", concurrency=1, context=1024, loss=10.0),
+        facts("70B", "edge"),
+        facts("1B", "24GB", loss=0.1),
+        facts("7B", "24GB", loss=0.1),
+        facts("8B", "24GB", loss=10.0, concurrency=1),
+        facts("8B", "24GB"),
+        facts("7B", "24GB"),
+        facts("3B", "8GB", loss=1.0, context=2048, training=TRAINED["H100"], concurrency=32),
+        facts("32B", "24GB", concurrency=1),
+        facts("34B", "24GB", concurrency=3, loss=10.0, context=2048),
+        facts("32B", "24GB", concurrency=8, loss=1.0),
+        facts("34B", "24GB", concurrency=4, loss=10.0),
+        Facts(EXPERTS, HARDWARE["cpu"], Wish("deploy", 2.0, 1024, 1)),
+        Facts(EXPERTS, HARDWARE["cpu"], Wish("deploy", 2.0, 2048, 100)),
+        facts("70B", "24GB", training=HARDWARE["24GB"]),
+        facts("70B", "24GB"),
+        facts("1B", "H100", **LEARN, loss=0.1, training=HARDWARE["H100"]),
+        facts("7B", "24GB", **LEARN, training=here),
+        facts("13B", "24GB", **LEARN, training=here, concurrency=1),
+        facts("70B", "24GB", **LEARN, training=here),
+    ]
+    seen = {choice.rule for one in reached for choice in advise(one).choices}
+    assert seen == {rule.name for rule in (*EDGE, *DEPLOY, *FINETUNE)}
 
 
 def test_training_wins_back_what_less_than_eight_bits_lose() -> None:
