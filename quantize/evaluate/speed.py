@@ -42,13 +42,13 @@ async def measure_speed(client: EngineClient, longest: int, meter: Meter | None 
     of some passes, and their sum); and points at several loads: those that fit into ``longest`` tokens. The
     machine should do nothing else. Raises EngineError."""
     rng = random.Random(time.monotonic_ns())
-    await _seconds(client, rng, USUAL, USUAL.answer_tokens)
+    await seconds_of(client, rng, USUAL, USUAL.answer_tokens)
     with meter or Meter() as energy:
-        whole = [await _seconds(client, rng, USUAL, USUAL.answer_tokens) for _ in range(PASSES)]
+        whole = [await seconds_of(client, rng, USUAL, USUAL.answer_tokens) for _ in range(PASSES)]
     points = [await _point(client, rng, USUAL, statistics.median(whole))]
     for load in OTHERS:
         if load.prompt_tokens + load.answer_tokens <= longest:
-            seconds = await _seconds(client, rng, load, load.answer_tokens)
+            seconds = await seconds_of(client, rng, load, load.answer_tokens)
             points.append(await _point(client, rng, load, seconds))
     written = USUAL.together * USUAL.answer_tokens
     return Speed(
@@ -66,7 +66,7 @@ async def measure_speed(client: EngineClient, longest: int, meter: Meter | None 
 
 async def _point(client: EngineClient, rng: random.Random, load: Load, whole: float) -> SpeedPoint:
     """The load's point: of the seconds ``whole`` those that its prompts take, and the rest per step."""
-    prompt_s = await _seconds(client, rng, load, 1)
+    prompt_s = await seconds_of(client, rng, load, 1)
     return SpeedPoint(
         together=load.together,
         prompt_tokens=load.prompt_tokens,
@@ -77,7 +77,7 @@ async def _point(client: EngineClient, rng: random.Random, load: Load, whole: fl
     )
 
 
-async def _seconds(client: EngineClient, rng: random.Random, load: Load, answer_tokens: int) -> float:
+async def seconds_of(client: EngineClient, rng: random.Random, load: Load, answer_tokens: int) -> float:
     """Until all requests of a load have written so many tokens."""
     prompts = [rng.choices(_WORDS, k=load.prompt_tokens) for _ in range(load.together)]
     began = time.monotonic()
