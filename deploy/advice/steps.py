@@ -13,8 +13,8 @@ from quantize.core.shape import parameters_of, shape_of_parameters
 
 PLACEHOLDER = "MODEL"
 """Stands for the checkpoint where a number of parameters is all that is known."""
-ITEMS = "items.jsonl"
-"""Stands for what is to be learnt from."""
+ITEMS, ROLE = "items.jsonl", "default"
+"""What is to be learnt from, and the role whose conversations it is made of."""
 RUN, MERGED = "var/train", "var/merged"
 """Where a run lies, and the checkpoint that is made of its adapter."""
 SIZES = (
@@ -31,6 +31,9 @@ class Asked:
     model: str = PLACEHOLDER
     configured: bool = False
 
+    is_hub: bool = False
+    """It is a repository's id, not a directory."""
+
 
 def commands(technique: Technique, facts: Facts, asked: Asked) -> list[str]:
     """What to run, in order; the first is the next."""
@@ -39,16 +42,22 @@ def commands(technique: Technique, facts: Facts, asked: Asked) -> list[str]:
     serve = ["tiercel up"]
     match technique:
         case Technique.GGUF:
-            return [f"tiercel export gguf {model} --type {facts.gguf}"]
+            return _exported(facts, asked)
         case Technique.SMALLER:
             return [_smaller(facts)]
         case Technique.DISTILLATION:
-            return [*begin, f"tiercel train qat --student {PLACEHOLDER}", _smaller(facts)]
+            taught = [f"tiercel tasks record {ROLE} --out {ITEMS}"]
+            return [
+                *begin,
+                *taught,
+                *_trained("lora", f"{PLACEHOLDER}-{smaller_size(facts)}"),
+                f"tiercel up {MERGED}",
+            ]
         case Technique.FULL | Technique.LORA | Technique.QLORA:
             way = {Technique.FULL: "full", Technique.LORA: "lora", Technique.QLORA: "qlora"}[technique]
-            return [f"tiercel train {way} --model {model} --data {ITEMS} --out {RUN}", *_merged(way, model)]
+            return _trained(way, model)
         case Technique.QAT:
-            return [*begin, *_planned(facts), "tiercel train qat", *serve]
+            return [*begin, *_planned(facts), "tiercel train qat planned", *serve]
         case Technique.MIXED:
             return [*begin, *_planned(facts), *serve]
         case Technique.MIXED_KV:
@@ -68,11 +77,20 @@ def commands(technique: Technique, facts: Facts, asked: Asked) -> list[str]:
             return [*begin, f"tiercel quantize {recipe}{_target(facts)}", *serve]
 
 
-def _merged(way: str, model: str) -> list[str]:
-    """From a run to a checkpoint like any other."""
-    if way == "full":
-        return []
-    return [f"tiercel train merge {RUN}/adapter --model {model} --out {MERGED}"]
+def _trained(way: str, model: str) -> list[str]:
+    """A run, and from its adapter a checkpoint like any other."""
+    run = f"tiercel train {way} --model {model} --data {ITEMS} --out {RUN}"
+    merge = f"tiercel train merge {RUN}/adapter --model {model} --out {MERGED}"
+    return [run] if way == "full" else [run, merge]
+
+
+def _exported(facts: Facts, asked: Asked) -> list[str]:
+    """A variant that is measured and judged where there is a file for that, else a file alone."""
+    model, kind = shlex.quote(asked.model), f"--type {facts.gguf}"
+    if asked.configured or asked.is_hub:
+        begin = [] if asked.configured else [f"tiercel init {model}"]
+        return [*begin, f"tiercel export gguf {kind}"]
+    return [f"tiercel export gguf {model} {kind} --out {facts.gguf}.gguf"]
 
 
 def _target(facts: Facts) -> str:

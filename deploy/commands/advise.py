@@ -74,7 +74,8 @@ def advise(options: argparse.Namespace) -> None:
     hardware = _hardware(options)
     failed, measured = _cards(model) if model is not None and hardware.here else (frozenset(), {})
     facts = Facts(shape, hardware, _wish(options, shape.context, hardware), measured, failed)
-    asked = Asked(options.model or (str(model.path) if model else PLACEHOLDER), model is not None)
+    named = options.model or (str(model.path) if model else PLACEHOLDER)
+    asked = Asked(named, model is not None, options.model is not None and not Path(named).exists())
     found = make_advice(facts, asked)
     if options.json:
         print_json(found)

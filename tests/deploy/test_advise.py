@@ -8,6 +8,7 @@ import json
 import random
 import re
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -327,3 +328,28 @@ def test_text_and_page_say_the_same() -> None:
 
 def test_hardware_is_a_value() -> None:
     assert isinstance(HARDWARE["24GB"], Hardware)
+
+
+def refuse_no_command(words: Sequence[str]) -> None:
+    """Let each word lead on to the next, as far as they are names of commands."""
+    above: Any = KNOWN
+    for word in words:
+        if not above or not word.islower() or not word.isalpha():
+            return
+        if above is KNOWN and word in ("train", "export") and word not in KNOWN:
+            return
+        assert word in above, f"{' '.join(words)}: no such command"
+        below = above[word]._actions
+        above = next((a.choices for a in below if isinstance(a, argparse._SubParsersAction)), None)
+
+
+@pytest.mark.parametrize("page", ["advice.md", "techniques.md"])
+def test_what_the_page_says_to_type_can_be_typed(page: str) -> None:
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    lines = [line.partition("#")[0].strip() for line in text.splitlines() if line.startswith("tiercel ")]
+    inline = re.findall(r"`(tiercel [^`…]+)`", text)
+    assert len(lines) + len(inline) > 5
+    for command in [*lines, *(one for one in inline if " --" in one and "MODEL" not in one)]:
+        refuse_unknown(command)
+    for command in inline:
+        refuse_no_command(command.split()[1:])
