@@ -93,6 +93,8 @@ class Facts:
     """What cards of this model say: variant to a sentence."""
     failed: frozenset[int] = frozenset()
     """Weight bits of which every measured variant failed for every role."""
+    proven: frozenset[int] = frozenset()
+    """Weight bits of which a measured variant passed for some role: there is none to make."""
 
     @cached_property
     def options(self) -> Mapping[tuple[int, int], Option]:

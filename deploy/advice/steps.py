@@ -73,8 +73,9 @@ def commands(technique: Technique, facts: Facts, asked: Asked) -> list[str]:
         case Technique.PTQ8 | Technique.PTQ4:
             where = facts.hardware.target
             assert where is not None  # edge has rules of its own
-            recipe = facts.recipe(8 if technique is Technique.PTQ8 else 4, where)
-            return [*begin, f"tiercel quantize {recipe}{_target(facts)}", *serve]
+            bits = 8 if technique is Technique.PTQ8 else 4
+            made = [f"tiercel quantize {facts.recipe(bits, where)}{_target(facts)}"]
+            return [*begin, *([] if bits in facts.proven else made), *serve]
 
 
 def _trained(way: str, model: str) -> list[str]:

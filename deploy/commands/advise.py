@@ -72,8 +72,9 @@ def advise(options: argparse.Namespace) -> None:
     model = _configured(config, options.model, options.parameters)
     shape = _shape(options.model, options.parameters, model)
     hardware = _hardware(options)
-    failed, measured = _cards(model) if model is not None and hardware.here else (frozenset(), {})
-    facts = Facts(shape, hardware, _wish(options, shape.context, hardware), measured, failed)
+    nothing: frozenset[int] = frozenset()
+    of_cards = _cards(model) if model is not None and hardware.here else ({}, nothing, nothing)
+    facts = Facts(shape, hardware, _wish(options, shape.context, hardware), *of_cards)
     named = options.model or (str(model.path) if model else PLACEHOLDER)
     asked = Asked(named, model is not None, options.model is not None and not Path(named).exists())
     found = make_advice(facts, asked)
@@ -199,15 +200,16 @@ def _wish(options: argparse.Namespace, longest: int, hardware: Any) -> Any:
     return Wish(options.goal, options.loss, context, concurrency, training)
 
 
-def _cards(model: ModelConfig) -> tuple[frozenset[int], dict[str, str]]:
-    """Weight bits of which every measured variant failed for every role, and what cards say, by variant."""
+def _cards(model: ModelConfig) -> tuple[dict[str, str], frozenset[int], frozenset[int]]:
+    """What the cards of measured variants say, by variant; weight bits of which each one failed for every
+    role; and those of which one passed for some."""
     from deploy.models import registry_of
-    from quantize.card import CardError
+    from quantize.card import CardError, Outcome
     from quantize.report.tables import kl_text
 
     registry = registry_of(model)
     said: dict[str, str] = {}
-    passed: dict[int, bool] = {}
+    verdicts: dict[int, set[Outcome]] = {}
     for variant in registry.variants():
         try:
             card = registry.card(variant)
@@ -215,9 +217,10 @@ def _cards(model: ModelConfig) -> tuple[frozenset[int], dict[str, str]]:
             continue
         if card.evaluation is None or variant == card.reference:
             continue
-        bits = 4 if card.weight_bits <= 4 else 8 if card.weight_bits <= 8 else 16
-        passed[bits] = passed.get(bits, False) or bool(card.passed)
         speed = f", {card.speed.tokens_per_s:.0f} tokens/s" if card.speed else ""
         roles = f"passes for {', '.join(sorted(card.passed))}" if card.passed else "passes for no role"
         said[variant] = f"{card.id}: KL {kl_text(card.evaluation.text.kl_mean)}{speed}, {roles}"
-    return frozenset(bits for bits, any_passed in passed.items() if not any_passed and bits < 16), said
+        bits = next(bits for bits in (4, 8, 16) if card.weight_bits <= bits or bits == 16)
+        verdicts.setdefault(bits, set()).update(verdict.outcome for verdict in card.gate.values())
+    failed = {bits for bits, found in verdicts.items() if found == {Outcome.FAILED} and bits < 16}
+    return said, frozenset(failed), frozenset(b for b, found in verdicts.items() if Outcome.PASSED in found)

@@ -47,9 +47,9 @@ def _beside(found: Beside, own: bool) -> str:
     """The variant's mean, the reference's, and both tests' p."""
     if own:
         return f"{found.reference:.3f}"
-    tests = [("signed ranks", found.wilcoxon_p), ("t", found.t_p)]
-    told = ", ".join(f"{name} p {_p(p)}" for name, p in tests if p is not None)
-    return f"{found.variant:.3f}, reference {found.reference:.3f}" + (f" ({told})" if told else "")
+    tests = [("Wilcoxon", found.wilcoxon_p), ("t", found.t_p)]
+    told = ", ".join(f"{name} {_p(p)}" for name, p in tests if p is not None)
+    return f"{found.variant:.3f}, reference {found.reference:.3f}" + (f" (p: {told})" if told else "")
 
 
 def _distances(one: RoleEvaluation | None) -> str:

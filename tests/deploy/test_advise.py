@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import itertools
 import json
 import random
 import re
 import shlex
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -37,6 +39,10 @@ from quantize.core.shape import (
     shape_of_parameters,
 )
 from quantize.core.targets import TargetError
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "gateway"))
+
+from gateway_stack import settings, write_variants
 
 ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "deploy" / "assistant" / "model"
@@ -278,6 +284,24 @@ def test_everything_that_failed_its_gates_is_left_out() -> None:
     failed = Facts(fine.shape, fine.hardware, fine.wish, failed=frozenset({4}))
     assert technique(advise(fine)) == [Technique.PTQ4]
     assert technique(advise(failed)) == [Technique.PTQ8]
+    proven = Facts(fine.shape, fine.hardware, fine.wish, proven=frozenset({4}))
+    assert advise(proven, Asked("m", configured=True)).choices[0].commands == ("tiercel up",)
+
+
+def test_what_cards_of_this_machine_say_is_shown_and_counts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_variants(tmp_path / "variants")
+    models = {"assistant": {"path": str(MODEL), "serve": ["bf16", "int4"]}}
+    path = tmp_path / "tiercel.yaml"
+    path.write_text(settings(tmp_path / "variants", {}, models=models))
+    here = dataclasses.replace(HARDWARE["cpu"], here=True)
+    monkeypatch.setattr("deploy.advice.hardware.this_machine", lambda _target: here)
+    main(["advise", "--config", str(path), "--json"])
+    found = Advice.model_validate_json(capsys.readouterr().out)
+    assert found.model == str(MODEL)
+    assert any(text.startswith("assistant:int8: KL 0.001, passes for no role") for text in found.cards)
+    assert not any("init" in command for choice in found.choices for command in choice.commands)
 
 
 def test_on_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -112,5 +112,5 @@ async def test_a_comparison_shows_what_is_reported(tmp_path: Path) -> None:
     assert rows["core: McNemar p"] == ["-", "1"]
     assert rows["core: distances"][0] == "-"
     assert rows["core: distances"][1].startswith("answers JS 0.000, scores W ")
-    assert rows["core: f1"][1].startswith("0.983, reference 0.983 (signed ranks p 1, t p 1)")
+    assert rows["core: f1"][1].startswith("0.983, reference 0.983 (p: Wilcoxon 1, t 1)")
     assert rows["core: log-probability"][0].count(".") == 1
