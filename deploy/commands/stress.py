@@ -47,8 +47,11 @@ def robustness(options: argparse.Namespace) -> None:
     if options.items < 1:
         raise TaskError(f"--items {options.items}: give 1 or more")
     variants = options.variants or [one for one in model.serve if one != model.reference]
-    if not variants:
-        raise TaskError(f"models.{model.name}.serve has nothing beside {model.reference}; name variants")
+    if not set(variants) - {model.reference, model.id(model.reference)}:
+        raise TaskError(
+            f"nothing but the reference {model.reference} would be asked; name variants that it is "
+            "compared with"
+        )
     found = run_engines(
         measure_robustness(
             model,
