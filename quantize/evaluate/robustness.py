@@ -98,7 +98,7 @@ async def ask_all(
         for index, item in enumerate(items)
         if (kind, role, index) not in found
     ]
-    with tqdm(total=len(jobs), desc=f"ask {name}", unit="item", mininterval=1) as bar:
+    with tqdm(total=len(jobs), desc=f"ask {name}", unit="item", mininterval=1, disable=not jobs) as bar:
         for new in await run_jobs(jobs, journal, bar.update):
             found[str(new["kind"]), str(new["role"]), int(new["index"])] = new["answer"]
     return found
@@ -191,14 +191,17 @@ def _row(
     )
 
 
-def mean_interval(values: Sequence[float]) -> tuple[float, tuple[float, float] | None]:
-    """The mean, and its 95 % interval by Student's t; None of fewer than two values."""
+def mean_interval(values: Sequence[float]) -> tuple[float, tuple[float, float]]:
+    """The mean of differences, and its 95 % interval by Student's t with one difference of either sign added.
+
+    Without those, items that all agree would have an interval of no width, as if nothing could be otherwise
+    (Agresti and Min, Statistics in Medicine 2005;24:729, add half an item to each cell of such a table).
+    """
     from scipy.special import stdtrit
 
-    count = len(values)
-    mean = math.fsum(values) / count
-    if count < 2:
-        return mean, None
-    error = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (count - 1) / count)
-    half = float(stdtrit(count - 1, 1 - ALPHA / 2)) * error
-    return mean, (mean - half, mean + half)
+    count = len(values) + 2
+    mean = math.fsum(values) / len(values)
+    middle = math.fsum(values) / count
+    squares = math.fsum((value - middle) ** 2 for value in (*values, 1.0, -1.0))
+    half = float(stdtrit(count - 1, 1 - ALPHA / 2)) * math.sqrt(squares / (count - 1) / count)
+    return mean, (middle - half, middle + half)
