@@ -99,6 +99,8 @@ class Advice(_Frozen):
     assumed: tuple[str, ...]
     hardware: str
     memory: int
+    training_memory: int
+    """Of the one device that is trained on; 0 where there is nothing to train on."""
     target: str
     goal: str
     loss: float
@@ -133,6 +135,7 @@ def advise(facts: Facts, asked: Asked | None = None) -> Advice:
         assumed=tuple(one for one in assumed if one),
         hardware=here.name,
         memory=here.memory,
+        training_memory=facts.device,
         target=here.target.name if here.target else "llama.cpp",
         goal=wish.goal,
         loss=wish.loss,

@@ -7,7 +7,7 @@ from html import escape
 
 from deploy.advice.advise import Advice, ServingRow, TrainingRow
 from quantize.check_costs import size
-from quantize.report.figures import draw_text, svg
+from quantize.report.figures import CHARACTER, draw_line, draw_text, svg
 from quantize.report.page import PALETTE, document, table
 from quantize.report.tables import align
 
@@ -123,14 +123,16 @@ def advice_page(advice: Advice) -> str:
         (f"{row.weights}, KV {row.kv}", (row.weight_bytes, row.kv_bytes, row.overhead))
         for row in advice.serving
     ]
-    if serving:
-        title = "Memory of serving: weights, KV cache, and what the engine takes beside"
-        body.append(f"<h2>{title}</h2><figure>{_stacked(title, serving, advice.memory)}</figure>")
     training = [(row.way, _parts(row)) for row in advice.training]
-    title = "Memory of training: weights, gradients, optimizer, activations, and what is beside"
-    body.append(f"<h2>{title}</h2><figure>{_stacked(title, training, advice.memory)}</figure>")
     weights = [(row.what, (row.bytes,)) for row in advice.weights]
-    body.append(f"<h2>Weights</h2><figure>{_stacked('Weights', weights, advice.memory)}</figure>")
+    drawn: tuple[tuple[str, Sequence[str], Sequence[tuple[str, Sequence[int]]], int], ...] = (
+        ("Memory of serving", ("weights", "KV cache", "beside"), serving, advice.memory),
+        ("Memory of training", PARTS, training, advice.training_memory),
+        ("Weights", ("weights",), weights, advice.memory),
+    )
+    for title, parts, bars, memory in drawn:
+        if bars:
+            body.append(f"<h2>{title}</h2><figure>{_stacked(title, parts, bars, memory)}</figure>")
     body.append(
         "<h2>Not advised</h2>" + table([["techniques", "why"], *map(list, _together(advice.against))])
     )
@@ -152,22 +154,31 @@ def _situation(advice: Advice) -> str:
     )
 
 
-def _stacked(title: str, bars: Sequence[tuple[str, Sequence[int]]], memory: int) -> str:
-    """A bar per row, its parts beside each other, and a line where the hardware's memory ends."""
+def _stacked(title: str, names: Sequence[str], bars: Sequence[tuple[str, Sequence[int]]], memory: int) -> str:
+    """A bar per row, its parts beside each other by ``names``, and a line where ``memory`` ends, if any."""
     most = max(memory, *(sum(parts) for _, parts in bars))
     scale = (_WIDE - _LEFT - 100) / most
-    drawn, height = [], len(bars) * (_HIGH + _GAP) + 24
+    drawn, height = _legend(names), len(bars) * (_HIGH + _GAP) + 48
     for number, (name, parts) in enumerate(bars):
-        y, x = number * (_HIGH + _GAP) + 22, float(_LEFT)
+        y, x = number * (_HIGH + _GAP) + 46, float(_LEFT)
         drawn.append(draw_text(_LEFT, y - 5, name, colour="--ink"))
         for part, colour in zip(parts, PALETTE, strict=False):
             width = part * scale
             drawn.append(f'<rect x="{x:.1f}" y="{y}" width="{width:.1f}" height="{_HIGH}" fill="{colour}"/>')
             x += width
         drawn.append(draw_text(x + 6, y + 15, size(sum(parts))))
-    at = _LEFT + memory * scale
-    drawn.append(
-        f'<line x1="{at:.1f}" y1="4" x2="{at:.1f}" y2="{height}" stroke="var(--bad)" stroke-dasharray="4 4"/>'
-    )
-    drawn.append(draw_text(at - 4, height - 4, f"memory, {size(memory)}", "end", "--bad"))
+    if memory:
+        at, left = _LEFT + memory * scale, memory > most / 3
+        place, anchor = (at - 4, "end") if left else (at + 4, "start")
+        drawn.append(draw_line(at, 26, at, height, "var(--bad)", 'stroke-dasharray="4 4"'))
+        drawn.append(draw_text(place, height - 4, f"memory, {size(memory)}", anchor, "--bad"))
     return svg(_WIDE, height, title, drawn)
+
+
+def _legend(names: Sequence[str]) -> list[str]:
+    drawn, x = list[str](), float(_LEFT)
+    for name, colour in zip(names, PALETTE, strict=False):
+        drawn.append(f'<rect x="{x:.0f}" y="4" width="12" height="12" fill="{colour}"/>')
+        drawn.append(draw_text(x + 17, 14, name))
+        x += 17 + CHARACTER * len(name) + 22
+    return drawn
