@@ -22,7 +22,8 @@ SIMULATED = (
     "nothing. A variant is judged by its gate, on the engine that serves it."
 )
 MORE_STYLE = """
-.curves { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); gap: .8rem; }
+.curves { display: grid; gap: .8rem;
+  grid-template-columns: repeat(auto-fill, minmax(min(100%, 24rem), 1fr)); }
 pre.answer { white-space: pre-wrap; overflow-wrap: anywhere; margin: .2rem 0 .8rem; font-size: .85rem; }
 """
 
@@ -211,7 +212,7 @@ def _samples(found: Exploration) -> str:
     """The first answer of each role, bit by bit."""
     parts = []
     for role in found.items:
-        for what in WHATS:
+        for what in (one for one in WHATS if found.of(one)):
             lines = []
             for point in (found.reference(), *found.of(what)):
                 text = next(iter(point.roles[role].samples), "")
