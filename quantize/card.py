@@ -19,12 +19,13 @@ from pydantic import ConfigDict, Field, ValidationError, model_validator
 
 from quantize.core.engine_figures import EngineAccount, Speed, Strict
 from quantize.core.files import sha256_of, write_whole
+from quantize.core.reported_figures import Reported
 from quantize.seal import SEAL, is_edited, sealed
 
 CARD_NAME = "card.json"
-FORMAT: Literal[4] = 4
+FORMAT: Literal[5] = 5
 """Raised whenever a card gets fields that an older version cannot read."""
-READABLE = (2, 3, FORMAT)
+READABLE = (2, 3, 4, FORMAT)
 """Formats that are read. What was measured under the oldest is stale: it does not say on what."""
 CURRENT = "current"
 """Name of the link, in a variant's directory, to the version that is in use."""
@@ -153,6 +154,7 @@ class RoleEvaluation(Strict):
     across_grounded: dict[str, Paired] = Field(default_factory=dict, description="the same of grounded ones")
     long_context: LongContext | None = None
     noise: NoiseFloor | None = None
+    reported: Reported | None = Field(default=None, description="what gates nothing")
 
     @property
     def task(self) -> Paired:
@@ -210,7 +212,7 @@ class Card(Strict):
     later (evaluation, gate, state) is written into the card again.
     """
 
-    format: Literal[4] = FORMAT
+    format: Literal[5] = FORMAT
     model: str
     variant: str
     reference: str = Field(description="name of the variant that this one is compared with")

@@ -34,6 +34,7 @@ from quantize.core.files import NoRoomError, is_full
 from quantize.core.methods import MethodError
 from quantize.core.model_config import first_line
 from quantize.core.schemes import SchemeError
+from quantize.core.shape import ShapeError
 from quantize.core.targets import TargetError
 from quantize.evaluate.bench import BenchError
 from quantize.evaluate.client import EngineError
@@ -51,6 +52,7 @@ USER_ERRORS = (
     MethodError,
     PlanError,
     SchemeError,
+    ShapeError,
     TargetError,
     BenchError,
     TaskError,

@@ -10,6 +10,7 @@ from typing import Any
 
 from deploy.commands import NOT_WELL, add_command, add_json, add_model, print_json, run_engines, say
 from deploy.commands.before import refuse_unmeasurable
+from deploy.commands.stress import add_stress
 from deploy.commands.variants import card_as_json
 from deploy.models import checkpoint_of, one_model, registry_of, some_models, variant_of, variants_to_make
 from gateway.config import Config, ModelConfig, load_config
@@ -23,7 +24,10 @@ from quantize.core.schemes import kv_scheme, scheme
 from quantize.core.targets import detect, target
 from quantize.plan.controls import KINDS
 
-COMMANDS = ("check", "make", "measure", "sensitivity", "plan", "register", "-h", "--help")
+COMMANDS = (
+    *("check", "make", "measure", "sensitivity", "plan", "register", "robustness", "soak"),
+    *("-h", "--help"),
+)
 WITHOUT_DATA = ("rtn", "mse")
 """Methods that look at weights alone."""
 TARGET_HELP = "where it is to be loaded (default: this machine)"
@@ -71,6 +75,7 @@ def add_quantize(parser: argparse.ArgumentParser) -> None:
     add_json(looking)
 
     _add_plan(commands)
+    add_stress(commands)
 
     registering = add_command(
         commands, "register", register, "take in a checkpoint that was quantized elsewhere, and gate it"

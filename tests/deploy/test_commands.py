@@ -30,6 +30,7 @@ LISTING = {
     "variants show",
     "variants compare",
     "route",
+    "advise",
     "watch show",
     "status",
     "doctor",
