@@ -177,6 +177,12 @@ DEPLOY = (
 
 FINETUNE = (
     Rule(
+        "experts",
+        Technique.SMALLER,
+        lambda f: f.wish.training is not None and f.shape.has_experts,
+        "experts are not trained here; train a model without them",
+    ),
+    Rule(
         "all-weights",
         Technique.FULL,
         lambda f: f.wish.loss < ALMOST_NONE and f.trains("full"),
@@ -238,6 +244,7 @@ AGAINST = (
         lambda f: f.wish.training is None,
         "there is nothing to train on (--train-on)",
     ),
+    Against((*_TRAINED, Technique.QAT), lambda f: f.shape.has_experts, "experts are not trained here"),
     Against((Technique.FULL,), lambda f: not f.trains("full"), "it takes {full}, and there is {device}"),
     Against((Technique.LORA,), lambda f: not f.trains("lora"), "it takes {lora}, and there is {device}"),
     Against((Technique.QLORA,), lambda f: f.trains("lora"), "LoRA fits, whose base loses nothing to NF4"),
