@@ -163,7 +163,7 @@ DEPLOY = (
         Technique.DISTILLATION,
         lambda f: f.wish.training is not None,
         "not even 4 bits fit ({least} of weights and {kv} of KV cache into {memory}); there is {device} to "
-        "train a smaller model on this one's answers",
+        "train a smaller model on this one's answers to conversations that a gateway has kept",
     ),
     Rule(
         "too-large",
