@@ -1,4 +1,4 @@
-"""``tiercel quantize``: check, make, sensitivity, plan, register."""
+"""``tiercel quantize``: check, make, measure, sensitivity, explore, plan, register."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from typing import Any
 
 from deploy.commands import NOT_WELL, add_command, add_json, add_model, print_json, run_engines, say
 from deploy.commands.before import refuse_unmeasurable
+from deploy.commands.compact import add_compact
+from deploy.commands.explore import add_explore
 from deploy.commands.stress import add_stress
 from deploy.commands.variants import card_as_json
 from deploy.models import checkpoint_of, one_model, registry_of, some_models, variant_of, variants_to_make
@@ -25,7 +27,8 @@ from quantize.core.targets import detect, target
 from quantize.plan.controls import KINDS
 
 COMMANDS = (
-    *("check", "make", "measure", "sensitivity", "plan", "register", "robustness", "soak"),
+    *("check", "make", "measure", "sensitivity", "explore", "compact", "plan", "register"),
+    *("robustness", "soak"),
     *("-h", "--help"),
 )
 WITHOUT_DATA = ("rtn", "mse")
@@ -74,6 +77,8 @@ def add_quantize(parser: argparse.ArgumentParser) -> None:
     looking.add_argument("--target", help=TARGET_HELP)
     add_json(looking)
 
+    add_explore(commands)
+    add_compact(commands)
     _add_plan(commands)
     add_stress(commands)
 
