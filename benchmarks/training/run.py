@@ -22,7 +22,7 @@ import numpy as np
 
 from quantize.train.record import Record, read_record
 
-PROMPT = "Classify the intent of the message."
+PROMPT = "Name the intent."
 RATES = {"full": 1e-4, "lora": 1e-3, "qlora": 1e-3}
 RESAMPLES = 10_000
 
@@ -55,7 +55,7 @@ def trained(options: argparse.Namespace, method: str, train: Path, held_out: Pat
         *(sys.executable, "-m", "deploy.cli", "train", method, "--model", str(options.model)),
         *("--data", str(train), "--held-out", str(held_out), "--out", str(out), "--judge", "100000"),
         *("--steps", str(options.steps), "--rate", str(RATES[method])),
-        *("--batch", "16", "--together", str(options.together), "--keep-every", "25"),
+        *("--batch", "16", "--together", str(options.together), "--keep-every", "12"),
     ]
     if options.memory is not None and method == "qlora":
         command += ["--memory", str(options.memory)]
@@ -111,9 +111,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--clinc", type=Path, required=True, help="clinc150.json")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--methods", nargs="+", default=["full", "lora", "qlora"])
-    parser.add_argument("--intents", type=int, default=15)
-    parser.add_argument("--examples", type=int, default=32, help="to train on, of each intent")
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--intents", type=int, default=8)
+    parser.add_argument("--examples", type=int, default=24, help="to train on, of each intent")
+    parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--together", type=int, default=16)
     parser.add_argument("--memory", type=float, default=1.5, help="QLoRA's budget, GB")
     options = parser.parse_args(arguments)
