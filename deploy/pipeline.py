@@ -150,7 +150,7 @@ def _is_judged(path: Path) -> bool:
 
 def _configuration(options: argparse.Namespace, say: Say) -> Path:
     """A file for the trained model: its own variants, and of the roles the one that it was trained for."""
-    path = (options.out / FILE).absolute()
+    path = Path(options.out / FILE).absolute()
     if path.exists():
         say(f"going on with {path}, which is there")
         return path
