@@ -159,7 +159,7 @@ def test_the_pipelines_steps_are_commands_that_the_command_line_takes(base: Path
         *("--targets", "q_proj", "v_proj", "--memory", "1.5", "--no-checkpointing"),
     )
     steps = [*first_steps(options), *last_steps(options, config)]
-    assert [step.name for step in steps] == ["train", "merge", "plan", "make", "gate"]
+    assert [step.name for step in steps] == ["train", "merge", "make", "plan", "gate"]
     for step in steps:
         parser().parse_args(list(step.arguments))
     trained = parser().parse_args(list(steps[0].arguments))
