@@ -44,6 +44,8 @@ from quantize.make.calibration import CalibrationError
 from quantize.make.compress import QuantizeError
 from quantize.numerics.formats import FormatError
 from quantize.plan.planner import PlanError
+from quantize.train.data import DataError
+from quantize.train.loop import TrainError
 
 USER_ERRORS = (
     ConfigError,
@@ -53,6 +55,8 @@ USER_ERRORS = (
     QuantizeError,
     MethodError,
     PlanError,
+    DataError,
+    TrainError,
     SchemeError,
     CompactError,
     FormatError,

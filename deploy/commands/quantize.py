@@ -63,7 +63,7 @@ def add_quantize(parser: argparse.ArgumentParser) -> None:
     making.add_argument("--kv", default="auto", help="KV-cache scheme, with --scheme")
     making.add_argument("--name", help="the variant's name, with --scheme")
     making.add_argument("--target", help=TARGET_HELP)
-    _unmeasured(making)
+    unmeasured(making)
 
     text = "measure and judge variants that are there, on the engine at hand, one model after another"
     measuring = add_command(commands, "measure", measure, text)
@@ -88,7 +88,7 @@ def add_quantize(parser: argparse.ArgumentParser) -> None:
     add_model(registering)
     registering.add_argument("directory", type=Path, help="compressed-tensors, AWQ, GPTQ or AutoRound format")
     registering.add_argument("name", help="the variant's name")
-    _unmeasured(registering)
+    unmeasured(registering)
 
 
 def _add_plan(commands: Any) -> None:
@@ -115,10 +115,11 @@ def _add_plan(commands: Any) -> None:
         choices=KINDS,
         help="measure plans made without a planner beside it, on held-out conversations (default: all kinds)",
     )
-    _unmeasured(planning)
+    unmeasured(planning)
 
 
-def _unmeasured(command: argparse.ArgumentParser) -> None:
+def unmeasured(command: argparse.ArgumentParser) -> None:
+    """Let a command that makes a variant leave it unmeasured, and give its result as JSON."""
     command.add_argument(
         "--no-evaluate", dest="evaluate", action="store_false", help="only make it, without a gate"
     )
@@ -184,7 +185,7 @@ def make(options: argparse.Namespace) -> None:
             wanted = variants or unasked(target(options.target or detect()))
             before = _before(model, options, len(wanted), to_calibrate=True)
             cards[name] = make_variants(model, wanted, say, options.target, before)
-    _judge(config, cards, options)
+    judge(config, cards, options)
 
 
 def measure(options: argparse.Namespace) -> None:
@@ -207,7 +208,7 @@ def measure(options: argparse.Namespace) -> None:
         others = [name for name in dict.fromkeys(names) if name != model.reference]
         cards[model.name] = [registry.to_measure(name) for name in (model.reference, *others)]
         say_hopeless(model, len(others), say)
-    _judge(config, cards, options)
+    judge(config, cards, options)
 
 
 def sensitivity(options: argparse.Namespace) -> None:
@@ -246,7 +247,7 @@ def plan(options: argparse.Namespace) -> None:
         compare_with=KINDS if options.controls == [] else options.controls or (),
         before=_before(model, options, to_calibrate=True),
     )
-    _judge(config, {model.name: [_reference(model), card]}, options)
+    judge(config, {model.name: [_reference(model), card]}, options)
 
 
 def register(options: argparse.Namespace) -> None:
@@ -268,7 +269,7 @@ def register(options: argparse.Namespace) -> None:
         )
         for problem in found:
             say(f"{options.name} may not load here: {problem}")
-    _judge(config, {model.name: [reference, card]}, options)
+    judge(config, {model.name: [reference, card]}, options)
 
 
 def _before(
@@ -292,7 +293,7 @@ def _reference(model: ModelConfig) -> Card:
     return registry_of(model, say).add_reference(checkpoint_of(model, say))
 
 
-def _judge(config: Config, cards: Mapping[str, Sequence[Card]], options: argparse.Namespace) -> None:
+def judge(config: Config, cards: Mapping[str, Sequence[Card]], options: argparse.Namespace) -> None:
     """Measure and judge cards, by model, where that is asked for, and show them."""
     from quantize.report.tables import format_variants
 
