@@ -15,7 +15,7 @@ from deploy.models import checkpoint_of, one_model, registry_of, some_models, va
 from gateway.config import Config, ModelConfig, load_config
 from quantize.card import Card
 from quantize.core.checkpoint import open_checkpoint
-from quantize.core.methods import parse_method
+from quantize.core.methods import refuse_trained
 from quantize.core.modules import read_modules
 from quantize.core.plan import Plan
 from quantize.core.recipes import RECIPES, unasked, usual_method
@@ -56,7 +56,7 @@ def add_quantize(parser: argparse.ArgumentParser) -> None:
     making.add_argument("--kv", default="auto", help="KV-cache scheme, with --scheme")
     making.add_argument("--name", help="the variant's name, with --scheme")
     making.add_argument("--target", help=TARGET_HELP)
-    _unmeasured(making)
+    unmeasured(making)
 
     text = "measure and judge variants that are there, on the engine at hand, one model after another"
     measuring = add_command(commands, "measure", measure, text)
@@ -78,7 +78,7 @@ def add_quantize(parser: argparse.ArgumentParser) -> None:
     add_model(registering)
     registering.add_argument("directory", type=Path, help="compressed-tensors, AWQ, GPTQ or AutoRound format")
     registering.add_argument("name", help="the variant's name")
-    _unmeasured(registering)
+    unmeasured(registering)
 
 
 def _add_plan(commands: Any) -> None:
@@ -105,10 +105,11 @@ def _add_plan(commands: Any) -> None:
         choices=KINDS,
         help="measure plans made without a planner beside it, on held-out conversations (default: all kinds)",
     )
-    _unmeasured(planning)
+    unmeasured(planning)
 
 
-def _unmeasured(command: argparse.ArgumentParser) -> None:
+def unmeasured(command: argparse.ArgumentParser) -> None:
+    """Let a command that makes a variant leave it unmeasured, and give its result as JSON."""
     command.add_argument(
         "--no-evaluate", dest="evaluate", action="store_false", help="only make it, without a gate"
     )
@@ -161,7 +162,7 @@ def make(options: argparse.Namespace) -> None:
         scheme(options.scheme)
         kv_scheme(options.kv)
         method = options.method or usual_method(options.scheme)
-        parse_method(method)
+        refuse_trained(method)
         before = _before(model, options, to_calibrate=method not in WITHOUT_DATA)
         name, kv = options.name, options.kv
         cards = {model.name: make_one(model, name, options.scheme, method, kv, say, options.target, before)}
@@ -174,7 +175,7 @@ def make(options: argparse.Namespace) -> None:
             wanted = variants or unasked(target(options.target or detect()))
             before = _before(model, options, len(wanted), to_calibrate=True)
             cards[name] = make_variants(model, wanted, say, options.target, before)
-    _judge(config, cards, options)
+    judge(config, cards, options)
 
 
 def measure(options: argparse.Namespace) -> None:
@@ -197,7 +198,7 @@ def measure(options: argparse.Namespace) -> None:
         others = [name for name in dict.fromkeys(names) if name != model.reference]
         cards[model.name] = [registry.to_measure(name) for name in (model.reference, *others)]
         say_hopeless(model, len(others), say)
-    _judge(config, cards, options)
+    judge(config, cards, options)
 
 
 def sensitivity(options: argparse.Namespace) -> None:
@@ -216,7 +217,7 @@ def plan(options: argparse.Namespace) -> None:
 
     config, model = _model(options)
     for method in options.methods or ():
-        parse_method(method)
+        refuse_trained(method)
     for name in options.schemes or ():
         scheme(name)
     card, _ = plan(
@@ -236,7 +237,7 @@ def plan(options: argparse.Namespace) -> None:
         compare_with=KINDS if options.controls == [] else options.controls or (),
         before=_before(model, options, to_calibrate=True),
     )
-    _judge(config, {model.name: [_reference(model), card]}, options)
+    judge(config, {model.name: [_reference(model), card]}, options)
 
 
 def register(options: argparse.Namespace) -> None:
@@ -258,7 +259,7 @@ def register(options: argparse.Namespace) -> None:
         )
         for problem in found:
             say(f"{options.name} may not load here: {problem}")
-    _judge(config, {model.name: [reference, card]}, options)
+    judge(config, {model.name: [reference, card]}, options)
 
 
 def _before(
@@ -282,7 +283,7 @@ def _reference(model: ModelConfig) -> Card:
     return registry_of(model, say).add_reference(checkpoint_of(model, say))
 
 
-def _judge(config: Config, cards: Mapping[str, Sequence[Card]], options: argparse.Namespace) -> None:
+def judge(config: Config, cards: Mapping[str, Sequence[Card]], options: argparse.Namespace) -> None:
     """Measure and judge cards, by model, where that is asked for, and show them."""
     from quantize.report.tables import format_variants
 
