@@ -41,6 +41,8 @@ from quantize.evaluate.tasks import TaskError
 from quantize.make.calibration import CalibrationError
 from quantize.make.compress import QuantizeError
 from quantize.plan.planner import PlanError
+from quantize.train.data import DataError
+from quantize.train.loop import TrainError
 
 USER_ERRORS = (
     ConfigError,
@@ -50,6 +52,8 @@ USER_ERRORS = (
     QuantizeError,
     MethodError,
     PlanError,
+    DataError,
+    TrainError,
     SchemeError,
     TargetError,
     BenchError,

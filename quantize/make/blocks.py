@@ -136,13 +136,18 @@ class Blocks:
 
     def tensor(self, name: str) -> Tensor | None:
         """The stored tensor of a parameter of the skeleton; None where it is not stored as such."""
+        stored = self.stored(name)
+        return None if stored is None else self.files[stored]
+
+    def stored(self, name: str) -> str | None:
+        """The name on disk of a parameter of the skeleton; None where it is not stored as such."""
         places = [name]
         if name.startswith(self._inside):
             places.append(self._on_disk + name.removeprefix(self._inside))
         if name.startswith("lm_head"):
             places.append(f"{self._on_disk.removesuffix('model.')}{name}")
         names = (stored for place in places for stored in stored_names(place))
-        return next((self.files[stored] for stored in names if stored in self.files), None)
+        return next((stored for stored in names if stored in self.files), None)
 
     def _materialize_outside(self) -> None:
         """Embeddings and norms; the head stays on the meta device until it is asked for."""
@@ -150,7 +155,7 @@ class Blocks:
             if not name.startswith(f"{self._inside}layers.") and not name.startswith("lm_head"):
                 stored = self.tensor(name)
                 if stored is not None and stored.shape == parameter.shape:
-                    _put(self.model, name, stored.to(self.device, self.dtype))
+                    put(self.model, name, stored.to(self.device, self.dtype))
         for buffer_name, buffer in list(self.model.named_buffers()):
             parent, _, leaf = buffer_name.rpartition(".")
             self.model.get_submodule(parent)._buffers[leaf] = buffer.to(self.device)
@@ -178,7 +183,7 @@ class Blocks:
                     if id(block.get_submodule(name.rpartition(".")[0])) not in experts:
                         raise LinearError(f"no tensor is stored for {name} of block {layer}")
                     stored = torch.empty(parameter.shape, dtype=kind)  # stored one by one, written below
-                _put(block, name, stored.to(self.device, kind))
+                put(block, name, stored.to(self.device, kind))
             for linear in self.linears:
                 place = self.places[linear.name]
                 if place.expert is not None and f"layers.{layer}." in linear.name:
@@ -331,7 +336,8 @@ def _skeleton(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
         return AutoModelForCausalLM.from_config(config, dtype=dtype).eval().requires_grad_(False)
 
 
-def _put(module: Any, name: str, tensor: Tensor) -> None:
+def put(module: Any, name: str, tensor: Tensor) -> None:
+    """Let a tensor be the parameter of that name within ``module``; it is not trained."""
     import torch
 
     parent, _, leaf = name.rpartition(".")

@@ -43,8 +43,8 @@ EXPLODED = 10.0
 Loss = Callable[[int, Sequence[int]], tuple["Tensor", float]]
 """Is given the step and the numbers of the examples that go through the model together; returns the sum of
 their losses, and what the sum over a whole step is to be divided by (tokens with a label, or examples)."""
-Evaluate = Callable[[int], Mapping[str, float]]
-"""Is given the step; returns figures by name."""
+Evaluate = Callable[[int], Mapping[str, Any]]
+"""Is given the step; returns figures by name, as JSON has them."""
 
 
 class TrainError(RuntimeError):
@@ -128,7 +128,7 @@ class Figures:
     """What ``evaluate`` said after so many steps."""
 
     step: int
-    figures: Mapping[str, float]
+    figures: Mapping[str, Any]
 
 
 @dataclass
