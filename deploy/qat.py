@@ -1,7 +1,8 @@
-"""``tiercel train qat``: a quantized variant's weights, step sizes and norms trained to say what the reference says.
+"""``tiercel train qat``: a quantized variant's weights, step sizes and norms trained to say what the
+reference says.
 
-What is begun with is a variant that is there, a recipe's (which is made first), or a scheme's. A plan that no engine
-serves here is trained all the same, and reported: nothing of it becomes a variant.
+What is begun with is a variant that is there, a recipe's (which is made first), or a scheme's. A plan that no
+engine serves here is trained all the same, and reported: nothing of it becomes a variant.
 """
 
 from __future__ import annotations
@@ -54,7 +55,9 @@ ITEMS = 160
 """Of each role, that a simulated variant answers in torch."""
 
 
-def train_qat(model: ModelConfig, wanted: Wanted, settings: QatSettings, say: Say) -> tuple[Card | None, Report]:
+def train_qat(
+    model: ModelConfig, wanted: Wanted, settings: QatSettings, say: Say
+) -> tuple[Card | None, Report]:
     """Train, and take in the variant; None in its place where no engine here serves it. Raises TrainError,
     DivergedError, DataError, CardError, MethodError and QuantizeError, all but the second before work."""
     checkpoint = checkpoint_of(model, say)
@@ -69,7 +72,12 @@ def train_qat(model: ModelConfig, wanted: Wanted, settings: QatSettings, say: Sa
     found = beginning(model, wanted, checkpoint, where, calibration, say)
     modules = read_modules(checkpoint).holding(found.plan.groups)
     refuse_untrainable(found.plan, modules)
-    decides = {"base": found.said, "settings": asdict(settings), "text": described.sha256, "numerics": NUMERICS}
+    decides = {
+        "base": found.said,
+        "settings": asdict(settings),
+        "text": described.sha256,
+        "numerics": NUMERICS,
+    }
     key = hashlib.sha256(json.dumps([base_sha256(checkpoint), decides], sort_keys=True).encode()).hexdigest()
     work = Work(
         checkpoint,
@@ -102,12 +110,15 @@ def train_qat(model: ModelConfig, wanted: Wanted, settings: QatSettings, say: Sa
             "methods": {name: as_trained(method) for name, method in found.plan.methods.items()},
         }
     )
-    card = registry.add(checkpoint, found.name, plan, calibration, make=make, target=where.name, decides=decides)
+    card = registry.add(
+        checkpoint, found.name, plan, calibration, make=make, target=where.name, decides=decides
+    )
     for kept in (*work.directory.glob("block-*"), work.directory / "whole"):
         shutil.rmtree(kept, ignore_errors=True)
-    report = read_report(work.directory)
-    assert report is not None or card.training is not None
-    return card, report or Report(card.training.kl_before or 0.0, card.training.kl_after or 0.0, [], {})  # type: ignore[union-attr]
+    training = card.training
+    assert training is not None
+    known = Report(training.kl_before or 0.0, training.kl_after or 0.0, [], {})
+    return card, read_report(work.directory) or known
 
 
 def _trained(work: Work, settings: QatSettings, say: Say) -> tuple[Student, Report]:
@@ -128,7 +139,13 @@ def _trained(work: Work, settings: QatSettings, say: Say) -> tuple[Student, Repo
 
 
 def _export(
-    student: Student, work: Work, out: Path, described: Training, settings: QatSettings, report: Report, say: Say
+    student: Student,
+    work: Work,
+    out: Path,
+    described: Training,
+    settings: QatSettings,
+    report: Report,
+    say: Say,
 ) -> Training:
     """The checkpoint that was begun with, with what was trained in it, and what the card says of that."""
     from quantize.train.qat_export import export
@@ -169,7 +186,9 @@ def _text(
     calibrating, spans = split(calibration)
     sequences = [list(one) for one in calibrating.sequences if len(one) > 1]
     judged = {
-        training_data.of_item(item, role).asked: role for role, items in all_items(model).items() for item in items
+        training_data.of_item(item, role).asked: role
+        for role, items in all_items(model).items()
+        for item in items
     }
     names = [calibration.description.source]
     for file in files:
@@ -177,7 +196,7 @@ def _text(
         for line in lines:
             if (role := judged.get(line.asked)) is not None:
                 raise training_data.DataError(
-                    f"{line.where}: is an item that role {role} is judged by; nothing is trained on those: take it out"
+                    f"{line.where}: is an item that role {role} is judged by; take it out of what trains"
                 )
         found = training_data.encode(lines, checkpoint, CALIBRATION_LENGTH)
         sequences += [list(one.ids) for one in found.examples if len(one.ids) > 1]
@@ -217,6 +236,10 @@ def _originals(
         if not found.original:
             return None
         weight, scales = files[f"{linear.name}.weight"].float(), found.scales
-        return weight if scales is None else folded(f"{linear.name}.weight", weight, scales.of(layers[linear.name]))
+        return (
+            weight
+            if scales is None
+            else folded(f"{linear.name}.weight", weight, scales.of(layers[linear.name]))
+        )
 
     return of

@@ -1,5 +1,5 @@
-"""What quantization-aware training begins with: a variant that is there, one that a recipe makes, or what a scheme
-makes of the model, put together for the purpose.
+"""What quantization-aware training begins with: a variant that is there, one that a recipe makes, or what a
+scheme makes of the model, put together for the purpose.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ TRAINING = ".training"
 
 @dataclass(frozen=True)
 class Wanted:
-    """What is to be trained. ``begin`` is a variant, a recipe or a scheme; ``attention`` and ``mlp`` are schemes
-    of those groups instead. ``data`` are files of conversations beside the model's calibration."""
+    """What is to be trained. ``begin`` is a variant, a recipe or a scheme; ``attention`` and ``mlp`` are
+    schemes of those groups instead. ``data`` are files of conversations beside the model's calibration."""
 
     begin: str
     name: str | None = None
@@ -118,8 +118,8 @@ def _of_variant(
     for file in ("tokenizer.json", "chat_template.jinja"):
         if card.files.get(file) != reference.files.get(file):
             raise TrainError(
-                f"{card.variant} has another {file} than {model.reference}, and would be trained on other tokens "
-                "than it is asked; make it again"
+                f"{card.variant} has another {file} than {model.reference}, and would be trained on "
+                "other tokens than it is asked; make it again"
             )
     as_trained(card.method)
     plan = Plan(groups=card.schemes, kv=card.kv, method=card.method, methods=card.methods)

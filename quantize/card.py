@@ -197,8 +197,8 @@ class Making(Strict):
 
 
 class Training(Strict):
-    """How a trained variant's numbers were found. KL is to the reference, nats per token, on conversations that
-    training did not see, in torch."""
+    """How a trained variant's numbers were found. KL is to the reference, nats per token, on conversations
+    that training did not see, in torch."""
 
     base: str = Field(description="what it was begun with: a variant and its version, or a method")
     settings: dict[str, bool | int | float | str | None]
@@ -208,7 +208,7 @@ class Training(Strict):
     tokens: int
     kl_before: float | None = None
     kl_after: float | None = None
-    tensors: int = Field(default=0, description="that were compared with what was trained, all equal bit for bit")
+    tensors: int = Field(default=0, description="compared with what was trained, and equal bit for bit")
     seconds: float = 0.0
 
 

@@ -87,8 +87,8 @@ class Registry(VariantsDirectory):
 
         ``make`` writes the checkpoint into an empty directory; llm-compressor does where it is not given.
         ``target`` and ``predicted_kl`` are for the card: where the plan was checked to load, and what the
-        planner expects of it. What ``make`` returns is said of training in the card, whose numbers follow from
-        ``decides`` as well.
+        planner expects of it. What ``make`` returns is said of training in the card, whose numbers follow
+        from ``decides`` as well.
         """
         base = base_sha256(checkpoint)
         inputs = _inputs(base, plan, calibration)

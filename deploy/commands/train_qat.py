@@ -15,19 +15,25 @@ from gateway.config import load_config
 
 def add_qat(commands: Any) -> None:
     """The command among those of ``tiercel train``."""
-    text = "train a quantized variant's integers, step sizes and norms to say what the reference says, and judge it"
+    text = "train a quantized variant to say what the reference says, and judge it"
     command = add_command(commands, "qat", qat, text)
     command.add_argument(
         "begin", help="a variant, a recipe such as int4, or a scheme such as w4a16-g32-asym or w3a16-g32-asym"
     )
     add_model(command)
     command.add_argument("--name", help="the variant's name (default: what is begun with, and -qat)")
-    command.add_argument("--data", type=Path, nargs="+", default=[], help="more text: JSON Lines of chat messages")
+    command.add_argument(
+        "--data", type=Path, nargs="+", default=[], help="more text: JSON Lines of chat messages"
+    )
     command.add_argument("--steps", type=int, default=300, help="of the whole model (300); 0: blocks alone")
     command.add_argument("--block-steps", type=int, default=60, help="of each block before that (60)")
-    command.add_argument("--rate", type=float, help="of weights, in steps of their grid (0.02, less of large models)")
+    command.add_argument(
+        "--rate", type=float, help="of weights, in steps of their grid (0.02, less of large models)"
+    )
     command.add_argument("--batch", type=int, default=8, help="conversations of a step (8)")
-    command.add_argument("--hidden", type=float, default=0.0, help="weight of hidden states beside the KL (0)")
+    command.add_argument(
+        "--hidden", type=float, default=0.0, help="weight of hidden states beside the KL (0)"
+    )
     command.add_argument(
         "--straight-through",
         choices=("saturating", "plain"),
@@ -36,7 +42,9 @@ def add_qat(commands: Any) -> None:
     )
     command.add_argument("--seed", type=int, default=0)
     command.add_argument("--method", help="what a scheme begins from (default: what loses least at it)")
-    command.add_argument("--attention", help="another scheme of attention, such as w8a8, where a scheme is begun with")
+    command.add_argument(
+        "--attention", help="another scheme of attention, such as w8a8, where a scheme is begun with"
+    )
     command.add_argument("--mlp", help="another scheme of the MLP, such as w4a16-g32-asym")
     command.add_argument("--kv", default="auto", help="KV-cache scheme, where a scheme is begun with")
     command.add_argument("--target", help=TARGET_HELP)

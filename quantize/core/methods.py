@@ -79,7 +79,9 @@ def parse_method(name: str) -> Method:
     if trained := words[-1] == QAT:
         words = words[:-1]
         if not words:
-            raise MethodError(f"method {name!r}: say what it was trained from, for example imatrix+gptq+{QAT}")
+            raise MethodError(
+                f"method {name!r}: say what it was trained from, for example imatrix+gptq+{QAT}"
+            )
     transforms = [word for word in words if word in ALONE]
     solvers = [word for word in words if word in SOLVERS]
     unknown = [word for word in words if word not in ALONE and word not in SOLVERS]
@@ -110,7 +112,8 @@ def refuse_trained(name: str) -> None:
 
 
 def as_trained(name: str) -> str:
-    """The method of a variant that was trained from one by ``name``. Raises MethodError where that was, too."""
+    """The method of a variant that was trained from one by ``name``. Raises MethodError where that was,
+    too."""
     if parse_method(name).trained:
         raise MethodError(f"method {name!r} was trained already; give the variant that it was trained from")
     return f"{name}+{QAT}"

@@ -31,17 +31,20 @@ from quantize.train.loop import Outcome, Place, Settings, TrainError
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from quantize.train.qat_blocks import BlockFigures
+    from quantize.train.qat_distill import Distillation
     from quantize.train.qat_student import Student
 
 STEPS, BLOCK_STEPS, BATCH = 300, 60, 8
 RATE, RATE_OF = 0.02, 4e6
-"""Adam's rate of latent weights, in steps of their grid, of a model of so many weights: all of them change at once,
-so that it falls with the root of their number."""
+"""Adam's rate of latent weights, in steps of their grid, of a model of so many weights: all of them change at
+once, so that it falls with the root of their number."""
 BLOCK_RATE = 0.5
 """That of the first stage over that of the second."""
 BETAS = (0.9, 0.99)
 NARROW = 20_000_000
-"""Weights from which on products are of bfloat16: of a small model's they take no less time, and round more."""
+"""Weights from which on products are of bfloat16: of a small model's they take no less time, and round
+more."""
 LOOKS = 10
 """Times that the loss on the choosing conversations is looked at."""
 KEPT = 25
@@ -147,8 +150,9 @@ class Work:
 
 @dataclass
 class Report:
-    """What training did. KL in nats per token, on the choosing conversations or on a role's right answers; of what
-    is begun with, and of what came out. ``right`` are shares of items whose whole answer is the likeliest."""
+    """What training did. KL in nats per token, on the choosing conversations or on a role's right answers; of
+    what is begun with, and of what came out. ``right`` are shares of items whose whole answer is the
+    likeliest."""
 
     before: float
     after: float
@@ -173,23 +177,25 @@ def refuse_untrainable(plan: Plan, modules: Modules) -> None:
     named = {plan.groups[group.name] for group in modules if group.kind != HEAD}
     quantized = [name for name in sorted(named) if scheme(name).weights is not None]
     if not quantized:
-        raise TrainError("the plan keeps all weights in 16 bits: there is nothing to train; name a quantized scheme")
+        raise TrainError(
+            "the plan keeps all weights in 16 bits: there is nothing to train; name a quantized scheme"
+        )
     for name in quantized:
         w = scheme(name).weights
         assert w is not None
         if w.kind == "float" and (w.bits != 8 or w.strategy != "channel"):
             instead = "fp8-dynamic" if w.bits == 8 else "w4a16-g32-asym"
             raise TrainError(
-                f"{name} is not trained here: engines put scales of whole tensors together and round again, and "
-                f"blocks and 4-bit floats have no trained form; take {instead}"
+                f"{name} is not trained here: engines put scales of whole tensors together and round again, "
+                f"and blocks and 4-bit floats have no trained form; take {instead}"
             )
     if any(is_experts(group) for group in modules):
         raise TrainError("experts are not trained here; give a dense model")
 
 
 def memory(work: Work, settings: QatSettings) -> int:
-    """Bytes that training takes at most: latent weights, gradients, Adam's moments and what is computed with, in
-    32 bits; all else of the model; activations and logits of a batch; hidden states of the text."""
+    """Bytes that training takes at most: latent weights, gradients, Adam's moments and what is computed with,
+    in 32 bits; all else of the model; activations and logits of a batch; hidden states of the text."""
     text = work.checkpoint.text_config
     hidden, layers = int(text["hidden_size"]), int(text["num_hidden_layers"])
     inner, vocabulary = int(text["intermediate_size"]), int(text["vocab_size"])
@@ -207,84 +213,94 @@ def refuse_no_room(work: Work, settings: QatSettings) -> int:
     needed, free = memory(work, settings), psutil.virtual_memory().available
     if needed > free:
         raise TrainError(
-            f"training {work.weights / 1e6:.0f} M weights would take about {needed / 1e9:.1f} GB of memory, and "
-            f"{free / 1e9:.1f} GB are free; lower --batch (now {settings.batch}), shorten the text, or free some"
+            f"training {work.weights / 1e6:.0f} M weights would take about {needed / 1e9:.1f} GB of memory, "
+            f"and {free / 1e9:.1f} GB are free; lower --batch (now {settings.batch}), or free some"
         )
     return needed
 
 
 def train_variant(work: Work, settings: QatSettings) -> tuple[Student, Report]:
     """Train. Raises DivergedError and TrainError; what was finished is kept in the work's directory."""
-    from quantize.make.blocks import Blocks
-    from quantize.train.qat_blocks import reconstruct
     from quantize.train.qat_distill import Distillation
-    from quantize.train.qat_passes import Passes
-
-    import torch
 
     refuse_untrainable(work.plan, work.modules)
-    tensors = read_parts(work.base)
-    narrow = settings.narrow if settings.narrow is not None else work.weights >= NARROW
-    passes = Passes(Blocks(work.checkpoint, work.modules, dtype=torch.float32), narrow)
-    run = {**work.run, "qat": json.dumps(asdict(settings), sort_keys=True)}
-    sequences = work.text.sequences
-    wanted = passes.last(sequences, "reference")
-    looked_at = {"": work.choosing, **work.items}
-    aims = {name: passes.last(text.sequences, "reference") for name, text in looked_at.items()}
+    run = _Run(work, settings)
+    student, _ = run.begun(None)
+    codes = {name: one.codes() for name, one in student.weights.items()}
+    with Distillation(run.passes, work.modules, work.plan, run.tensors, student) as whole:
+        before = run.look(whole)
+    blocks: list[BlockFigures] = []
+    if settings.block_steps:
+        student, blocks = run.begun(settings.blocks(work.weights))
+    outcome = Outcome()
+    with Distillation(run.passes, work.modules, work.plan, run.tensors, student) as whole:
+        if settings.steps:
+            outcome = run.train(whole)
+        after = run.look(whole)
+    moved = sum(int((one.codes() != codes[name]).sum()) for name, one in student.weights.items())
+    both = (("before", before), ("after", after))
+    items = {
+        role: {f"{when}_{what}": value for when, of in both for what, value in of[role].items()}
+        for role in work.items
+    }
+    curve, mended = outcome.as_words(), [asdict(one) for one in blocks]
+    return student, Report(before[""]["kl"], after[""]["kl"], mended, curve, items, work.weights, moved)
 
-    def begun(first_stage: Settings | None) -> tuple[Student, Any]:
+
+class _Run:
+    """The reference's hidden states, and the pieces of a run that need them."""
+
+    def __init__(self, work: Work, settings: QatSettings) -> None:
+        import torch
+
+        from quantize.make.blocks import Blocks
+        from quantize.train.qat_passes import Passes
+
+        self.work, self.settings = work, settings
+        self.tensors = read_parts(work.base)
+        narrow = settings.narrow if settings.narrow is not None else work.weights >= NARROW
+        self.passes = Passes(Blocks(work.checkpoint, work.modules, dtype=torch.float32), narrow)
+        self._named = {**work.run, "qat": json.dumps(asdict(settings), sort_keys=True)}
+        self._wanted = self.passes.last(work.text.sequences, "reference")
+        self._looked_at = {"": work.choosing, **work.items}
+        self._aims = {
+            name: self.passes.last(text.sequences, "reference") for name, text in self._looked_at.items()
+        }
+
+    def begun(self, first_stage: Settings | None) -> tuple[Student, list[BlockFigures]]:
+        """The student after the first stage; as it begins without one."""
+        from quantize.train.qat_blocks import reconstruct
+
+        work = self.work
         return reconstruct(
-            passes,
+            self.passes,
             work.modules,
             work.plan,
-            tensors,
+            self.tensors,
             work.original,
-            sequences,
+            work.text.sequences,
             first_stage,
-            settings.saturating,
-            Place(work.directory, run),
+            self.settings.saturating,
+            Place(work.directory, self._named),
         )
 
-    def look(all_of_it: Any) -> dict[str, dict[str, float]]:
-        return {name: figures(all_of_it, text, aims[name]) for name, text in looked_at.items()}
+    def train(self, whole: Distillation) -> Outcome:
+        """The second stage."""
+        return whole.train(
+            self.work.text.sequences,
+            self._wanted,
+            self.settings.whole(self.work.weights),
+            Place(self.work.directory / "whole", self._named),
+            self.settings.hidden,
+            lambda _step: figures(whole, self.work.choosing, self._aims[""]),
+        )
 
-    student, _ = begun(None)
-    codes = {name: one.codes() for name, one in student.weights.items()}
-    with Distillation(passes, work.modules, work.plan, tensors, student) as whole:
-        before = look(whole)
-    if settings.block_steps:
-        student, blocks = begun(settings.blocks(work.weights))
-    else:
-        blocks = []
-    outcome = Outcome()
-    with Distillation(passes, work.modules, work.plan, tensors, student) as whole:
-        if settings.steps:
-            outcome = whole.train(
-                sequences,
-                wanted,
-                settings.whole(work.weights),
-                Place(work.directory / "whole", run),
-                settings.hidden,
-                lambda _step: {"kl": whole.kl(work.choosing.sequences, aims[""], work.choosing.starts)},
-            )
-        after = look(whole)
-    moved = sum(int((one.codes() != codes[name]).sum()) for name, one in student.weights.items())
-    items = {
-        name: {f"{when}_{what}": value for when, of in (("before", before), ("after", after)) for what, value in of[name].items()}
-        for name in work.items
-    }
-    return student, Report(
-        before[""]["kl"],
-        after[""]["kl"],
-        [asdict(one) for one in blocks],
-        outcome.as_words(),
-        items,
-        work.weights,
-        moved,
-    )
+    def look(self, whole: Distillation) -> dict[str, dict[str, float]]:
+        """Figures of all that is looked at; the choosing conversations have no name."""
+        return {name: figures(whole, text, self._aims[name]) for name, text in self._looked_at.items()}
 
 
-def figures(whole: Any, text: Text, aims: Sequence[Tensor]) -> dict[str, float]:
+def figures(whole: Distillation, text: Text, aims: Sequence[Tensor]) -> dict[str, float]:
     """Mean KL of a text, and of items the shares that student and reference answer right."""
     import torch
 

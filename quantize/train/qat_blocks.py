@@ -1,17 +1,17 @@
-"""The first stage of quantization-aware training: block by block, so that each says again what the block of the
-reference says (arXiv:2407.11062, block-wise training of all parameters).
+"""The first stage of quantization-aware training: block by block, so that each says again what the block of
+the reference says (arXiv:2407.11062, block-wise training of all parameters).
 
-A block is given what the trained blocks before it made of the calibration text, and is to come out with what the
-reference has there: so it mends what they lost as well. Beside the model one block is in memory, with its gradients.
-The error of a token is relative to its size, for a token that attention rests on is a thousand times as large.
+A block is given what the trained blocks before it made of the calibration text, and is to come out with what
+the reference has there: so it mends what they lost as well. Beside the model one block is in memory, with its
+gradients. The error of a token is relative to its size, for a token that attention rests on is a thousand
+times as large.
 """
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,7 +29,8 @@ LOSS_UNIT = 1000.0
 
 @dataclass(frozen=True)
 class BlockFigures:
-    """Of one block: the mean relative squared error of what comes out of it, in thousandths, before and after."""
+    """Of one block: the mean relative squared error of what comes out of it, in thousandths, before and
+    after."""
 
     layer: int
     before: float
@@ -49,8 +50,9 @@ def reconstruct(
 ) -> tuple[Student, list[BlockFigures]]:
     """Train every block's weights, step sizes and norms; the student, and what it took off.
 
-    ``tensors`` are of the checkpoint that is begun with. Without ``settings`` nothing is trained: the student is as
-    it begins. A block that was finished before is taken over from ``place``, as is one that was left half done.
+    ``tensors`` are of the checkpoint that is begun with. Without ``settings`` nothing is trained: the student
+    is as it begins. A block that was finished before is taken over from ``place``, as is one that was left
+    half done.
     """
     blocks, attention = passes.blocks, attention_names(modules)
     student, figures = Student(), list[BlockFigures]()
@@ -65,7 +67,7 @@ def reconstruct(
             if settings is None:
                 continue
             reference = passes.all_through(layer, sequences, reference)
-            with seated(Seated(mine, blocks, [layer], tensors)) as seat:
+            with Seated(mine, blocks, [layer], tensors) as seat:
                 cache = Cache(mine, attention[layer]) if mine.cache else None
                 work = _Block(passes, layer, seat, sequences, trained, reference, cache)
                 if mine.weights:
@@ -116,24 +118,12 @@ class _Block:
         return {"error": float(total) / max(1, tokens)}
 
 
-@contextlib.contextmanager
-def seated(seat: Seated):  # type: ignore[no-untyped-def]
-    """The seat, which is left whatever happens."""
-    try:
-        yield seat
-    finally:
-        seat.leave()
-
-
-def norm_names(model: object, block: object) -> list[str]:
+def norm_names(model: Any, block: Any) -> list[str]:
     """Norm modules of a block: those with a vector of weights, by their names in the model."""
+    inside = {id(module) for module in block.modules()}
     found = []
-    for name, module in model.named_modules():  # type: ignore[attr-defined]
+    for name, module in model.named_modules():
         weight = getattr(module, "weight", None)
-        if weight is not None and weight.ndim == 1 and any(module is one for one in block.modules()):  # type: ignore[attr-defined]
+        if id(module) in inside and weight is not None and weight.ndim == 1:
             found.append(name)
     return found
-
-
-def block_place(directory: Path) -> Path:
-    return directory

@@ -1,9 +1,10 @@
-"""The second stage of quantization-aware training: the whole student at once is to say what the reference says.
+"""The second stage of quantization-aware training: the whole student at once is to say what the reference
+says.
 
-The loss is KL(reference || student) over the whole vocabulary at every token of the text, in thousandths of a nat,
-and, if asked for, the relative squared error of the last hidden states. Of the reference nothing but these hidden
-states is kept, from one pass over the text with a block in memory; its logits are made of them by the head, some
-tokens at a time. The student's blocks are all in memory, with latent weights in 32 bits.
+The loss is KL(reference || student) over the whole vocabulary at every token of the text, in thousandths of a
+nat, and, if asked for, the relative squared error of the last hidden states. Of the reference nothing but
+these hidden states is kept, from one pass over the text with a block in memory; its logits are made of them
+by the head, some tokens at a time. The student's blocks are all in memory, with latent weights in 32 bits.
 """
 
 from __future__ import annotations
@@ -40,8 +41,8 @@ class Distillation:
         self._stack = contextlib.ExitStack()
         for layer in range(len(self.blocks)):
             self._stack.enter_context(self.blocks.loaded(layer))
-        self.seat = Seated(student, self.blocks, range(len(self.blocks)), tensors)
-        self._stack.callback(self.seat.leave)
+        layers = range(len(self.blocks))
+        self.seat = self._stack.enter_context(Seated(student, self.blocks, layers, tensors))
         names = attention_names(modules)
         self._caches = [
             Cache(student, names[layer]) if student.cache else None for layer in range(len(self.blocks))
@@ -89,19 +90,11 @@ class Distillation:
             student.trained(), loss, len(sequences), settings, place, evaluate, student.rates(), "distil"
         )
 
-    def kl(self, sequences: Sequences, wanted: Sequence[Tensor], starts: Sequence[int] | None = None) -> float:
-        """Mean KL(reference || student), nats per token; of the tokens from ``starts`` on, by sequence."""
-        total, tokens = 0.0, 0
-        for rows, aim in self.predictions(sequences, wanted, starts):
-            p, q = torch.log_softmax(aim, -1), torch.log_softmax(rows, -1)
-            total, tokens = total + float((p.exp() * (p - q)).sum()), tokens + len(p)
-        return total / max(1, tokens)
-
     def predictions(
         self, sequences: Sequences, wanted: Sequence[Tensor], starts: Sequence[int] | None = None
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """The student's and the reference's logits (tokens, vocabulary), sequence by sequence in order; of the
-        predictions of the tokens from ``starts`` on."""
+        """The student's and the reference's logits (tokens, vocabulary), sequence by sequence in order; of
+        the predictions of the tokens from ``starts`` on."""
         with torch.no_grad():
             self.seat.put()
             found: dict[int, tuple[Tensor, Tensor]] = {}
@@ -123,19 +116,22 @@ class Distillation:
     def _rows(
         self, sequences: Sequences, numbers: Sequence[int], wanted: Sequence[Tensor]
     ) -> Iterator[tuple[Tensor, Tensor, list[int]]]:
-        """The student's and the reference's last hidden states (tokens, hidden) that predict a token, float32,
-        and of which sequences they are."""
+        """The student's and the reference's last hidden states (tokens, hidden) that predict a token,
+        float32, and of which sequences they are."""
         batches = self.passes.batches(sequences, numbers, None)
         for batch in batches:
             rows = batch.hidden
             for layer in range(len(self.blocks)):
                 rows = self.passes.through(layer, batch, rows, self._caches[layer])
-            batch.lengths = [length - 1 for length in batch.lengths]  # the last one predicts nothing that is there
+            batch.lengths = [
+                length - 1 for length in batch.lengths
+            ]  # the last one predicts nothing that is there
             aim = torch.cat([wanted[number][:-1] for number in batch.numbers])
             yield real_rows(batch, rows).float(), aim.float(), batch.numbers
 
     def _divergence(self, rows: Tensor, aim: Tensor, logits_of: Logits) -> Tensor:
-        """The sum of KL over tokens, whose gradient reaches ``rows``; logits are made some tokens at a time."""
+        """The sum of KL over tokens, whose gradient reaches ``rows``; logits are made some tokens at a
+        time."""
         total, slopes = 0.0, []
         for at in range(0, len(rows), HEAD_TOKENS):
             with torch.no_grad():

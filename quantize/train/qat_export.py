@@ -1,5 +1,5 @@
-"""Writes what was trained into a checkpoint, and proves it: what is stored stands for what the last pass computed
-with, tensor by tensor, bit for bit. Nothing is rounded again on the way.
+"""Writes what was trained into a checkpoint, and proves it: what is stored stands for what the last pass
+computed with, tensor by tensor, bit for bit. Nothing is rounded again on the way.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ def stored(student: Student) -> dict[str, Tensor]:
 
 
 def export(student: Student, directory: Path) -> int:
-    """Put what was trained into the checkpoint in ``directory``, in place of what it was begun with, and compare
-    it with what the student computes with. Returns the number of tensors that were compared.
+    """Put what was trained into the checkpoint in ``directory``, in place of what it was begun with, and
+    compare it with what the student computes with. Returns the number of tensors that were compared.
 
     Raises TrainError where one is not the same in every bit.
     """
@@ -55,7 +55,7 @@ def prove(student: Student, directory: Path) -> int:
     def refuse(name: str, same: bool) -> None:
         if not same:
             raise TrainError(
-                f"{name} in {directory} is not what was trained; the variant is not kept: tell the maintainers"
+                f"{name} in {directory} is not what was trained; it is not kept: tell the maintainers"
             )
 
     compared = 0

@@ -4,11 +4,12 @@ A latent weight w at step size s and zero point z computes as ŵ:
 
     q = clamp(round(w / s) + z, low, high)        ŵ = (q - z) s
     dŵ/dw  1 where nothing is clipped; else 0 (saturating) or 1 (plain straight-through, arXiv:1308.3432)
-    dŵ/ds  round(w / s) - w / s where nothing is clipped, else q - z  (learned step sizes, LSQ, arXiv:1902.08153)
+    dŵ/ds  round(w / s) - w / s where nothing is clipped, else q - z  (learned step sizes, LSQ,
+    arXiv:1902.08153)
 
 Of E4M3 q is w / s rounded to that type, within ±448. Step sizes are trained as logarithms, and rounded to the
-type in which they are stored before anything is divided by them: so q and s, as they are stored, stand for ŵ bit
-for bit.
+type in which they are stored before anything is divided by them: so q and s, as they are stored, stand for ŵ
+bit for bit.
 """
 
 from __future__ import annotations
@@ -32,7 +33,13 @@ class _FakeQuantize(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, weight: Tensor, scale: Tensor, zero: Tensor | None, limits: Range, size: int, saturating: bool
+        ctx: Any,
+        weight: Tensor,
+        scale: Tensor,
+        zero: Tensor | None,
+        limits: Range,
+        size: int,
+        saturating: bool,
     ) -> Tensor:
         ctx.save_for_backward(weight, scale, zero)
         ctx.limits, ctx.size, ctx.saturating = limits, size, saturating
@@ -89,7 +96,8 @@ def _wide(zero: Tensor | None) -> Tensor | None:
 def fake_quantize(
     weight: Tensor, scale: Tensor, zero: Tensor | None, limits: Range, size: int, saturating: bool = True
 ) -> Tensor:
-    """ŵ of float32 (N, K) ``weight``: see the module's text. ``scale`` and ``zero`` are float32 (N, groups)."""
+    """ŵ of float32 (N, K) ``weight``: see the module's text. ``scale`` and ``zero`` are float32 (N,
+    groups)."""
     made: Tensor = _FakeQuantize.apply(weight, scale, zero, limits, size, saturating)  # type: ignore[no-untyped-call]
     return made
 
@@ -134,8 +142,8 @@ class TrainedWeight:
     ) -> TrainedWeight:
         """From stored integers ``codes`` (N, K), which the first pass gives again whatever ``original`` is.
 
-        The latent weights are those of the unquantized model as far as their cell of the grid reaches, and the
-        middle of the cell where ``original`` is None.
+        The latent weights are those of the unquantized model as far as their cell of the grid reaches, and
+        the middle of the cell where ``original`` is None.
         """
         limits = None if grid.low is None or grid.high is None else (grid.low, grid.high)
         step, zero = grid.columns(codes.shape[1])
@@ -173,7 +181,8 @@ class TrainedWeight:
 
 @dataclass
 class TrainedNorm:
-    """A norm's weights (K,), in their stored 16 bits: what they change by is trained, relative to what they were."""
+    """A norm's weights (K,), in their stored 16 bits: what they change by is trained, relative to what they
+    were."""
 
     stored: Tensor
     change: Tensor

@@ -1,5 +1,5 @@
-"""Passes of single sequences through blocks, for quantization-aware training: hidden states are kept per sequence,
-so that a step can take any of them together.
+"""Passes of single sequences through blocks, for quantization-aware training: hidden states are kept per
+sequence, so that a step can take any of them together.
 """
 
 from __future__ import annotations
@@ -29,9 +29,11 @@ class Passes:
         with torch.autocast(self.blocks.device.type, torch.bfloat16, enabled=self.narrow):
             yield
 
-    def batches(self, sequences: Sequences, numbers: Sequence[int], states: Sequence[Tensor] | None) -> list[Batch]:
-        """The sequences of those ``numbers``, padded together; ``batch.numbers`` are among them. ``states`` are
-        hidden states (tokens, hidden) by number, without them those before the first block."""
+    def batches(
+        self, sequences: Sequences, numbers: Sequence[int], states: Sequence[Tensor] | None
+    ) -> list[Batch]:
+        """The sequences of those ``numbers``, padded together; ``batch.numbers`` are among them. ``states``
+        are hidden states (tokens, hidden) by number, without them those before the first block."""
         found = self.blocks.start([sequences[number] for number in numbers]).batches
         for batch in found:
             batch.numbers = [numbers[place] for place in batch.numbers]

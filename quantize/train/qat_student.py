@@ -1,10 +1,10 @@
 """The student of quantization-aware training: a quantized checkpoint in torch, whose integers, step sizes and
 norms are trained, and what it starts from.
 
-It begins as the checkpoint: every stored integer, step size and zero point is what the first pass computes with
-(:mod:`quantize.train.qat_fake`). Fixed scales of inputs and of the KV cache are trained as well, one for all
-matrices that read the same inputs, since an engine has one for what it fuses. What is not quantized, a head that
-is, and embeddings stay as they are stored.
+It begins as the checkpoint: every stored integer, step size and zero point is what the first pass computes
+with (:mod:`quantize.train.qat_fake`). Fixed scales of inputs and of the KV cache are trained as well, one for
+all matrices that read the same inputs, since an engine has one for what it fuses. What is not quantized, a
+head that is, and embeddings stay as they are stored.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ INT8: Range = (-128, 127)
 SCALE_RATE, NORM_RATE = 0.1, 0.1
 """Learning rates of step sizes (relative) and of norms (relative), over that of weights (in steps)."""
 Original = Callable[[Linear], "Tensor | None"]
-"""The float32 (N, K) weight that a linear had before it was quantized, in the basis of the checkpoint; None where
-that is not known."""
+"""The float32 (N, K) weight that a linear had before it was quantized, in the basis of the checkpoint; None
+where that is not known."""
 
 
 @dataclass
@@ -65,16 +65,15 @@ class Student:
         return found | {name: one.change for name, one in self.cache.items()}
 
     def rates(self) -> dict[str, float]:
-        """Factors of the learning rate, by the names of :meth:`trained`: weights move in steps of their grid."""
+        """Factors of the learning rate, by the names of :meth:`trained`: weights move in steps of their
+        grid."""
         found = {}
         for name, one in self.weights.items():
             found[f"{name}.weight"] = float(one.scale.stored.float().mean())
             if one.limits is None:  # E4M3: the steps of most values, not of the smallest
                 found[f"{name}.weight"] = float(one.latent.detach().abs().mean()) / 16
         others = self.trained().keys() - found.keys()
-        return found | {
-            name: NORM_RATE if name.endswith(".norm") else SCALE_RATE for name in others
-        }
+        return found | {name: NORM_RATE if name.endswith(".norm") else SCALE_RATE for name in others}
 
     def latents(self) -> dict[str, Tensor]:
         """The same as :meth:`trained` without gradients, to be kept."""
@@ -195,7 +194,10 @@ class Seated:
         for name, module in self._norms.items():
             _replace(module, self.student.norms[name].value())
 
-    def leave(self) -> None:
+    def __enter__(self) -> Seated:
+        return self
+
+    def __exit__(self, *_: object) -> None:
         """The modules are as before but for their weights, which the block's own take the place of."""
         for hook in self._hooks:
             hook.remove()
@@ -249,5 +251,3 @@ def attention_names(modules: Modules) -> dict[int, str]:
         for group in modules
         if ".self_attn." in group.name
     }
-
-

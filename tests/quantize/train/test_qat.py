@@ -1,4 +1,5 @@
-"""Quantization-aware training of random models of a few hundred thousand weights, from parts to the stored file."""
+"""Quantization-aware training of random models of a few hundred thousand weights, from parts to the stored
+file."""
 
 from __future__ import annotations
 
@@ -43,7 +44,8 @@ def sequences(count: int, seed: int = 0) -> list[list[int]]:
 def work(
     folder: Path, groups: str | Mapping[str, str], method: str = "smooth+imatrix+gptq", kv: str = "auto"
 ) -> Work:
-    """A random model, quantized into ``folder/base``; ``groups`` is a scheme, or schemes by the group's kind."""
+    """A random model, quantized into ``folder/base``; ``groups`` is a scheme, or schemes by the group's
+    kind."""
     if not (folder / "model").exists():
         make_checkpoint(folder / "model")
     checkpoint = open_checkpoint(folder / "model")
@@ -108,7 +110,9 @@ def test_what_is_exported_is_what_was_trained_bit_for_bit(case: str, tmp_path: P
     kinds = {name.rpartition(".")[2] for name in changed}
     assert {"weight_scale", "weight_packed" if "a16" in CASES[case][0] else "weight"} <= kinds
     assert any("layernorm" in name for name in changed)
-    assert not any("embed_tokens" in name or "lm_head" in name or name == "model.norm.weight" for name in changed)
+    assert not any(
+        "embed_tokens" in name or "lm_head" in name or name == "model.norm.weight" for name in changed
+    )
     if CASES[case][2] == "fp8":
         assert {"k_scale", "v_scale"} <= kinds
     if "static" in CASES[case][0]:
@@ -158,7 +162,8 @@ def test_a_mixed_plan_trains_every_group_at_its_own_bits(tmp_path: Path) -> None
 
 
 def test_a_stopped_run_goes_on_to_the_same_result(tmp_path: Path) -> None:
-    """Killed outright in the second stage; what it comes to is bit for bit what an undisturbed run comes to."""
+    """Killed outright in the second stage; what it comes to is bit for bit what an undisturbed run comes
+    to."""
     one = work(tmp_path, "w4a16-g32-asym", "imatrix+gptq")
     settings = replace(QUICK, steps=8)
     undisturbed, _ = train_variant(replace(one, directory=tmp_path / "other"), settings)
@@ -175,7 +180,8 @@ def test_a_stopped_run_goes_on_to_the_same_result(tmp_path: Path) -> None:
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
         "    return step(self, number, *rest)\n"
         "loop._Run.step = dying\n"
-        "qat.train_variant(t.work(Path(sys.argv[1]), 'w4a16-g32-asym', 'imatrix+gptq'), replace(t.QUICK, steps=8))\n"
+        "one = t.work(Path(sys.argv[1]), 'w4a16-g32-asym', 'imatrix+gptq')\n"
+        "qat.train_variant(one, replace(t.QUICK, steps=8))\n"
     )
     root = Path(__file__).parents[3]
     killed = subprocess.run(
@@ -215,7 +221,12 @@ def test_a_run_with_other_settings_does_not_go_on_from_a_checkpoint(tmp_path: Pa
 
 @pytest.mark.parametrize(
     ("name", "words"),
-    [("fp8", "take fp8-dynamic"), ("fp8-block", "take fp8-dynamic"), ("mxfp4", "take w4a16-g32-asym"), ("bf16", "nothing to train")],
+    [
+        ("fp8", "take fp8-dynamic"),
+        ("fp8-block", "take fp8-dynamic"),
+        ("mxfp4", "take w4a16-g32-asym"),
+        ("bf16", "nothing to train"),
+    ],
 )
 def test_a_scheme_that_is_not_trained_is_refused_with_another(name: str, words: str, tmp_path: Path) -> None:
     make_checkpoint(tmp_path / "model")

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from quantize.make.ranges import Grid, find_grid, restored, rounded
 from quantize.core.schemes import scheme
+from quantize.make.ranges import Grid, find_grid, restored, rounded
 from quantize.plan.tune import spread
 from quantize.train.qat_fake import StoredScale, TrainedWeight, fake_quantize, fake_tensor
 
@@ -27,7 +27,7 @@ def test_a_weight_in_the_range_passes_its_gradient_and_the_step_learns_by_the_ro
     assert of_scale.item() == pytest.approx((1 - 1.3) + (-3 + 2.6), abs=1e-5)
 
 
-def test_a_clipped_weight_passes_nothing_when_saturating_and_all_when_plain_and_the_step_learns_by_the_limit() -> None:
+def test_a_clipped_weight_passes_nothing_when_saturating_and_the_step_learns_by_the_limit() -> None:
     """LSQ, equation 3 beyond the range: -Q_N below, Q_P above."""
     weight, scale = torch.tensor([[2.0, -2.0, -2.0]]), torch.tensor([[0.1]])
     of_weight, of_scale = slopes(weight, scale, None, True)
@@ -66,7 +66,9 @@ def begun(name: str, weight: Tensor, original: Tensor | None) -> tuple[TrainedWe
     return one, restored(codes, grid)
 
 
-@pytest.mark.parametrize("name", ["w4a16-g32", "w4a16-g32-asym", "w2a16-g16-asym", "w3a16", "w8a8", "w8a8-r7", "fp8-dynamic"])
+@pytest.mark.parametrize(
+    "name", ["w4a16-g32", "w4a16-g32-asym", "w2a16-g16-asym", "w3a16", "w8a8", "w8a8-r7", "fp8-dynamic"]
+)
 @pytest.mark.parametrize("original", ["itself", "another", "none"])
 def test_training_begins_with_the_stored_integers_whatever_the_weights_were(name: str, original: str) -> None:
     torch.manual_seed(0)
