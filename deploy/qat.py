@@ -70,16 +70,65 @@ def train_qat(
     calibration = calibration_for(model, checkpoint, reference.version)
     text, choosing, described = _text(model, checkpoint, calibration, wanted.data)
     found = beginning(model, wanted, checkpoint, where, calibration, say)
-    modules = read_modules(checkpoint).holding(found.plan.groups)
-    refuse_untrainable(found.plan, modules)
-    decides = {
-        "base": found.said,
-        "settings": asdict(settings),
+    described = described.model_copy(update={"base": found.said, "settings": asdict(settings)})
+    work = _work(model, checkpoint, found, text, choosing, described)
+    needed = refuse_no_room(work, settings)
+    say(
+        f"{found.name}: {found.plan.describe()} from {found.said}, {work.weights / 1e6:.1f} M weights on "
+        f"{len(text.sequences)} conversations ({text.tokens} tokens), {needed / 1e9:.1f} GB of memory"
+    )
+    if found.problems:
+        say(f"simulated: {'; '.join(found.problems[:2])}; it is reported, and becomes no variant")
+        report = read_report(work.directory) or _trained(work, settings, say)[1]
+        _forget(work)
+        return None, report
+
+    def make(out: Path) -> Training:
+        student, report = _trained(work, settings, say)
+        return _export(student, work, out, described, report, say)
+
+    methods = {name: as_trained(method) for name, method in found.plan.methods.items()}
+    plan = found.plan.model_copy(update={"method": as_trained(found.plan.method), "methods": methods})
+    card = registry.add(
+        checkpoint,
+        found.name,
+        plan,
+        calibration,
+        make=make,
+        target=where.name,
+        decides=decides(described),
+    )
+    _forget(work)
+    training = card.training
+    assert training is not None
+    known = Report(training.kl_before or 0.0, training.kl_after or 0.0, [], {})
+    return card, read_report(work.directory) or known
+
+
+def decides(described: Training) -> dict[str, object]:
+    """What a trained variant's numbers follow from, beside its plan."""
+    return {
+        "base": described.base,
+        "settings": described.settings,
         "text": described.sha256,
         "numerics": NUMERICS,
     }
-    key = hashlib.sha256(json.dumps([base_sha256(checkpoint), decides], sort_keys=True).encode()).hexdigest()
-    work = Work(
+
+
+def _work(
+    model: ModelConfig,
+    checkpoint: Checkpoint,
+    found: Beginning,
+    text: Text,
+    choosing: Text,
+    described: Training,
+) -> Work:
+    """What is trained, in a directory that is named by all that decides it."""
+    modules = read_modules(checkpoint).holding(found.plan.groups)
+    refuse_untrainable(found.plan, modules)
+    base = base_sha256(checkpoint)
+    key = hashlib.sha256(json.dumps([base, decides(described)], sort_keys=True).encode()).hexdigest()
+    return Work(
         checkpoint,
         modules,
         found.plan,
@@ -88,37 +137,15 @@ def train_qat(
         text,
         choosing,
         model.variants_dir / TRAINING / f"{found.name}-{key[:12]}",
-        {"model": base_sha256(checkpoint), "base": found.said, "text": described.sha256},
+        {"model": base, "base": found.said, "text": described.sha256},
         _items(model, checkpoint) if found.problems else {},
     )
-    needed = refuse_no_room(work, settings)
-    say(
-        f"{found.name}: {found.plan.describe()} from {found.said}, {work.weights / 1e6:.1f} M weights on "
-        f"{len(text.sequences)} conversations ({text.tokens} tokens), {needed / 1e9:.1f} GB of memory"
-    )
-    if found.problems:
-        say(f"simulated: {'; '.join(found.problems[:2])}; it is reported, and becomes no variant")
-        return None, read_report(work.directory) or _trained(work, settings, say)[1]
 
-    def make(out: Path) -> Training:
-        student, report = _trained(work, settings, say)
-        return _export(student, work, out, described, settings, report, say)
 
-    plan = found.plan.model_copy(
-        update={
-            "method": as_trained(found.plan.method),
-            "methods": {name: as_trained(method) for name, method in found.plan.methods.items()},
-        }
-    )
-    card = registry.add(
-        checkpoint, found.name, plan, calibration, make=make, target=where.name, decides=decides
-    )
+def _forget(work: Work) -> None:
+    """Remove the checkpoints of a finished run."""
     for kept in (*work.directory.glob("block-*"), work.directory / "whole"):
         shutil.rmtree(kept, ignore_errors=True)
-    training = card.training
-    assert training is not None
-    known = Report(training.kl_before or 0.0, training.kl_after or 0.0, [], {})
-    return card, read_report(work.directory) or known
 
 
 def _trained(work: Work, settings: QatSettings, say: Say) -> tuple[Student, Report]:
@@ -139,13 +166,7 @@ def _trained(work: Work, settings: QatSettings, say: Say) -> tuple[Student, Repo
 
 
 def _export(
-    student: Student,
-    work: Work,
-    out: Path,
-    described: Training,
-    settings: QatSettings,
-    report: Report,
-    say: Say,
+    student: Student, work: Work, out: Path, described: Training, report: Report, say: Say
 ) -> Training:
     """The checkpoint that was begun with, with what was trained in it, and what the card says of that."""
     from quantize.train.qat_export import export
@@ -159,8 +180,6 @@ def _export(
     say(f"{compared} stored tensors are what was trained, bit for bit")
     return described.model_copy(
         update={
-            "base": work.run["base"],
-            "settings": asdict(settings),
             "kl_before": report.before,
             "kl_after": report.after,
             "tensors": compared,

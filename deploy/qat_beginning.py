@@ -26,6 +26,7 @@ from quantize.make.smooth import ScaleStore
 from quantize.make.variant import part_store
 from quantize.plan.session import PlanningSession
 from quantize.train.loop import TrainError
+from quantize.train.qat import refuse_untrainable
 
 Say = Callable[[str], None]
 TRAINING = ".training"
@@ -173,6 +174,7 @@ def _of_scheme(
         method=method,
         methods={name: one for name, one in methods.items() if one != method},
     )
+    refuse_untrainable(plan, modules)
     transforms = {parse_method(plan.method_of(name)).transforms for name in groups}
     problems = tuple(str(one) for one in where.check_plan(plan, modules, checkpoint.head_dim))
     parts = part_store(model.variants_dir, checkpoint, modules, calibration)

@@ -84,7 +84,7 @@ def qat(options: argparse.Namespace) -> None:
     card, report = train_qat(model, wanted, settings, say)
     if card is None:
         if options.json:
-            print_json(report)
+            print_json(report.as_words())
         return
     reference = registry_of(model, say).add_reference(checkpoint_of(model, say))
     judge(config, {model.name: [reference, card]}, options)

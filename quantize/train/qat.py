@@ -168,8 +168,11 @@ class Report:
         """Share of the loss that is gone."""
         return 1 - self.after / self.before if self.before > 0 else 0.0
 
+    def as_words(self) -> dict[str, Any]:
+        return {**asdict(self), "recovered": self.recovered}
+
     def as_json(self) -> str:
-        return json.dumps({**asdict(self), "recovered": self.recovered}, indent=1) + "\n"
+        return json.dumps(self.as_words(), indent=1) + "\n"
 
 
 def refuse_untrainable(plan: Plan, modules: Modules) -> None:

@@ -25,16 +25,15 @@ from quantize.make.blocks import Blocks
 from quantize.make.parts import KV_SCALES
 from quantize.make.ranges import Grid, restored, round_inputs
 from quantize.make.statistics import first_of
+from quantize.numerics.formats import E4M3, Integer, integer
 from quantize.plan.tune import spread
 from quantize.train.qat_fake import (
-    Range,
     StoredScale,
     TrainedNorm,
     TrainedWeight,
     fake_tensor,
 )
 
-INT8: Range = (-128, 127)
 SCALE_RATE, NORM_RATE = 0.1, 0.1
 """Learning rates of step sizes (relative) and of norms (relative), over that of weights (in steps)."""
 Original = Callable[[Linear], "Tensor | None"]
@@ -70,7 +69,7 @@ class Student:
         found = {}
         for name, one in self.weights.items():
             found[f"{name}.weight"] = float(one.scale.stored.float().mean())
-            if one.limits is None:  # E4M3: the steps of most values, not of the smallest
+            if not isinstance(one.form, Integer):  # E4M3: the steps of most values, not of the smallest
                 found[f"{name}.weight"] = float(one.latent.detach().abs().mean()) / 16
         others = self.trained().keys() - found.keys()
         return found | {name: NORM_RATE if name.endswith(".norm") else SCALE_RATE for name in others}
@@ -218,7 +217,7 @@ def _round(x: Tensor, how: Numbers | None, fixed: StoredScale | None) -> Tensor:
     """Inputs as a kernel would see them; gradients pass the rounding."""
     assert how is not None
     if fixed is not None:
-        return fake_tensor(x, fixed.value(), INT8 if how.kind == "int" else None)
+        return fake_tensor(x, fixed.value(), integer(how.bits) if how.kind == "int" else E4M3)
     return x + (round_inputs(x, how) - x).detach()
 
 
@@ -232,7 +231,7 @@ class Cache:
 
     def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         keys_scale, values_scale = (one.value() for one in self._scales)
-        return fake_tensor(keys, keys_scale, None), fake_tensor(values, values_scale, None)
+        return fake_tensor(keys, keys_scale, E4M3), fake_tensor(values, values_scale, E4M3)
 
     def get_seq_length(self, *_: Any) -> int:
         return 0

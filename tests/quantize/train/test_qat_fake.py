@@ -8,13 +8,14 @@ from torch import Tensor
 
 from quantize.core.schemes import scheme
 from quantize.make.ranges import Grid, find_grid, restored, rounded
+from quantize.numerics.formats import integer
 from quantize.plan.tune import spread
 from quantize.train.qat_fake import StoredScale, TrainedWeight, fake_quantize, fake_tensor
 
 
 def slopes(weight: Tensor, scale: Tensor, zero: Tensor | None, saturating: bool) -> tuple[Tensor, Tensor]:
     weight, scale = weight.clone().requires_grad_(), scale.clone().requires_grad_()
-    fake_quantize(weight, scale, zero, (-8, 7), weight.shape[1], saturating).sum().backward()
+    fake_quantize(weight, scale, zero, integer(4), weight.shape[1], saturating).sum().backward()
     assert weight.grad is not None
     assert scale.grad is not None
     return weight.grad, scale.grad
@@ -41,7 +42,7 @@ def test_a_clipped_weight_passes_nothing_when_saturating_and_the_step_learns_by_
 def test_a_zero_point_moves_the_range() -> None:
     """With z = 5 the grid goes from -13 to 2 steps."""
     zero = torch.tensor([[5.0]])
-    out = fake_quantize(torch.tensor([[-1.28, 0.5]]), torch.tensor([[0.1]]), zero, (-8, 7), 2)
+    out = fake_quantize(torch.tensor([[-1.28, 0.5]]), torch.tensor([[0.1]]), zero, integer(4), 2)
     assert torch.allclose(out, torch.tensor([[-1.3, 0.2]]))
     of_weight, of_scale = slopes(torch.tensor([[-1.28, 0.5]]), torch.tensor([[0.1]]), zero, True)
     assert of_weight.tolist() == [[1, 0]]
@@ -52,8 +53,8 @@ def test_step_sizes_of_clipped_weights_have_the_gradient_that_differences_give()
     """Where all is clipped ŵ is linear in s."""
     weight, scale = torch.tensor([[3.0, -4.0, 5.0]]), torch.tensor([[0.1]])
     _, slope = slopes(weight, scale, None, True)
-    up = fake_quantize(weight, scale + 0.01, None, (-8, 7), 3).sum()
-    down = fake_quantize(weight, scale - 0.01, None, (-8, 7), 3).sum()
+    up = fake_quantize(weight, scale + 0.01, None, integer(4), 3).sum()
+    down = fake_quantize(weight, scale - 0.01, None, integer(4), 3).sum()
     assert slope.item() == pytest.approx(((up - down) / 0.02).item(), rel=1e-4)
 
 
@@ -93,7 +94,7 @@ def test_what_is_computed_with_is_what_is_stored_after_any_change(name: str) -> 
 def test_a_matrix_whose_inputs_do_not_fill_the_last_group_keeps_its_shape() -> None:
     grid = Grid(torch.full((4, 2), 0.1), None, -8, 7, 32)
     weight = torch.randn(4, 40, requires_grad=True)
-    out = fake_quantize(weight, grid.scale, None, (-8, 7), 32)
+    out = fake_quantize(weight, grid.scale, None, integer(4), 32)
     out.sum().backward()
     assert out.shape == (4, 40)
     assert torch.equal(out, restored(rounded(weight.detach(), grid), grid))
@@ -104,7 +105,7 @@ def test_a_matrix_whose_inputs_do_not_fill_the_last_group_keeps_its_shape() -> N
 def test_keys_and_inputs_of_any_shape_have_one_step() -> None:
     x = torch.randn(2, 3, 4, 5)
     scale = torch.tensor([0.05], requires_grad=True)
-    out = fake_tensor(x, scale, (-128, 127))
-    assert torch.allclose(out, (x / 0.05).round().clamp(-128, 127) * 0.05)
+    out = fake_tensor(x, scale, integer(8))
+    assert torch.allclose(out, (x / 0.05).round().clampinteger(8) * 0.05)
     out.sum().backward()
     assert scale.grad is not None
