@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from deploy.making import labelled_items
-from deploy.models import checkpoint_of, one_model
+from deploy.models import checkpoint_of, one_model, registry_of, variant_of
 from gateway.config import Config, ConfigError, ModelConfig, load_config
+from quantize.card import Card
 from quantize.check import refuse_unfit
 from quantize.core.checkpoint import Checkpoint, open_checkpoint
 from quantize.core.files import write_whole
@@ -52,7 +51,7 @@ def job_of(options: argparse.Namespace, method: Method, say: Say) -> Job:
     refuse_untrainable(checkpoint, read_modules(checkpoint))
     refuse_unfit(checkpoint)
     refuse_not_finite(checkpoint.path)
-    train, held_out, sources = _lines(options, model, config)
+    train, held_out, sources = lines_of(options, model, config)
     refuse_overlap(train, held_out)
     held_out = drawn(held_out, options.judge)
     length = options.length or min(LENGTH, checkpoint.max_model_len)
@@ -90,7 +89,7 @@ def job_of(options: argparse.Namespace, method: Method, say: Say) -> Job:
     )
 
 
-def _lines(
+def lines_of(
     options: argparse.Namespace, model: ModelConfig | None, config: Config | None
 ) -> tuple[list[Line], list[Line], tuple[str, str]]:
     """What is trained on, what judges, and what both are called."""
@@ -140,6 +139,19 @@ def split_file(path: Path, one_in: int, say: Say) -> None:
         say(f"{len(lines)} lines are in {out}")
 
 
-def digest_of(arguments: Sequence[str]) -> str:
-    """A short name for a list of arguments."""
-    return hashlib.sha256(json.dumps(list(arguments)).encode()).hexdigest()[:12]
+def carried(config: Config, options: argparse.Namespace, say: Say) -> dict[str, list[Card]]:
+    """The reference of the merged model, and the variant of the base that carries the adapter, by model."""
+    model = one_model(config, options.model)
+    base, variant = variant_of(config, options.carrier)
+    if base.name == model.name:
+        raise ConfigError(
+            f"{options.carrier} is a variant of the merged model, which has the adapter in its weights; name "
+            "one of the base's"
+        )
+    of_base, registry = registry_of(base, say), registry_of(model, say)
+    carrier = of_base.card(variant)
+    checkpoint = checkpoint_of(model, say)
+    reference = registry.add_reference(checkpoint)
+    directory = of_base.path(variant, carrier.version)
+    card = registry.carry(checkpoint, options.name, carrier, directory, options.adapter)
+    return {model.name: [reference, card]}

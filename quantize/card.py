@@ -17,15 +17,17 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict, Field, ValidationError, model_validator
 
-from quantize.core.engine_figures import EngineAccount, Speed, Strict
+from quantize.core.engine_figures import AdapterCarried, EngineAccount, Speed, Strict
 from quantize.core.files import sha256_of, write_whole
 from quantize.seal import SEAL, is_edited, sealed
 
 CARD_NAME = "card.json"
-FORMAT: Literal[4] = 4
+FORMAT: Literal[5] = 5
 """Raised whenever a card gets fields that an older version cannot read."""
-READABLE = (2, 3, FORMAT)
+READABLE = (2, 3, 4, FORMAT)
 """Formats that are read. What was measured under the oldest is stale: it does not say on what."""
+ADAPTER = "adapter"
+"""Name of the folder, in a version's directory, of the LoRA adapter that it carries."""
 CURRENT = "current"
 """Name of the link, in a variant's directory, to the version that is in use."""
 Evidence = Literal["labels", "reference"]
@@ -226,7 +228,7 @@ class Card(Strict):
     later (evaluation, gate, state) is written into the card again.
     """
 
-    format: Literal[4] = FORMAT
+    format: Literal[5] = FORMAT
     model: str
     variant: str
     reference: str = Field(description="name of the variant that this one is compared with")
@@ -254,6 +256,9 @@ class Card(Strict):
     engine_words: str = Field(default="", description="what the engine said when it could not load it")
     notes: tuple[str, ...] = Field(default=(), description="what a person should know about the files")
     calibration: Calibration | None = None
+    adapter: AdapterCarried | None = Field(
+        default=None, description="in the folder adapter, in PEFT's format"
+    )
     base_sha256: str = Field(default="", description="of the base checkpoint's files")
     parent: str | None = Field(default=None, description="version of the reference that it was made from")
     versions: dict[str, str] = Field(description="package name to version, of what made it")

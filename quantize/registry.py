@@ -13,7 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from quantize.card import Card, CardError, Training, hash_files, read_card, write_card
+from quantize.card import ADAPTER, Card, CardError, Training, hash_files, read_card, write_card
 from quantize.core.checkpoint import Checkpoint, base_sha256, copy_companions, weight_bytes
 from quantize.core.files import link_or_copy, make_read_only, sha256_of, share
 from quantize.core.modules import Modules, read_modules
@@ -25,6 +25,7 @@ from quantize.make.calibration import CalibrationSet
 from quantize.make.compress import versions
 from quantize.make.parts import NUMERICS
 from quantize.make.variant import compress
+from quantize.register.carried import ADAPTER_FILES, CARRIED, adapter_bytes, examine_adapter
 from quantize.register.examine import examine
 from quantize.variants_dir import FOUND_OUT, VariantsDirectory
 
@@ -151,6 +152,29 @@ class Registry(VariantsDirectory):
         inputs = {"base": base, "registered": contents}
         return self._add(variant, inputs, fill, checkpoint, base, parent=self._reference_version(base))
 
+    def carry(
+        self, checkpoint: Checkpoint, variant: str, carrier: Card, directory: Path, adapter: Path
+    ) -> Card:
+        """Take in a quantized variant of an adapter's base, ``carrier`` in ``directory``, with the adapter on
+        it. ``checkpoint`` is this registry's model: the base with the adapter merged into it. Raises
+        TrainError for an adapter that does not belong there."""
+        if variant == self.reference:
+            raise CardError(f"{variant!r} is the reference's name; carry {adapter} under another one")
+        carried = examine_adapter(adapter, carrier, directory, checkpoint)
+        base = base_sha256(checkpoint)
+
+        def fill(partial: Path) -> dict[str, Any]:
+            (partial / ADAPTER).mkdir()
+            for name in carrier.files:
+                (partial / name).parent.mkdir(parents=True, exist_ok=True)
+                link_or_copy(directory / name, partial / name)
+            for name in ADAPTER_FILES:
+                link_or_copy(adapter / name, partial / ADAPTER / name)
+            return carrier.model_dump(include=set(CARRIED)) | {"adapter": carried}
+
+        inputs = {"base": base, "carrier": carrier.files, "adapter": carried.sha256}
+        return self._add(variant, inputs, fill, checkpoint, base, parent=self._reference_version(base))
+
     def _add(
         self,
         variant: str,
@@ -179,7 +203,7 @@ class Registry(VariantsDirectory):
                         "created": datetime.now(UTC).isoformat(timespec="microseconds"),
                         "inputs_sha256": digest,
                         **fill(partial),
-                        "weight_bytes": weight_bytes(partial),
+                        "weight_bytes": weight_bytes(partial) + adapter_bytes(partial / ADAPTER),
                         "files": hash_files(partial),
                     }
                 )

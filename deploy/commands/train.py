@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from deploy.commands import add_command, add_json, print_json, say
+from deploy.commands.quantize import judge, unmeasured
 from deploy.commands.train_qat import add_qat
 
 METHODS = {
@@ -31,6 +32,23 @@ def add_train(parser: argparse.ArgumentParser) -> None:
     merging.add_argument("adapter", type=Path, help="a directory in PEFT's format")
     merging.add_argument("--model", help=MODEL_HELP)
     merging.add_argument("--out", type=Path, required=True, help="the directory to write")
+
+    text = "put an adapter on a quantized variant of its base, and gate that beside the merged model"
+    carrying = add_command(commands, "carry", carry, text)
+    carrying.add_argument("adapter", type=Path, help="a directory in PEFT's format")
+    carrying.add_argument("carrier", help="model:variant of the base that carries it, such as base:int8")
+    carrying.add_argument("name", help="the variant's name")
+    carrying.add_argument("--model", required=True, help="the merged model, whose variant it becomes")
+    unmeasured(carrying)
+
+    text = "train, merge, plan, perhaps train the plan (QAT), gate and serve: goes on where it was stopped"
+    whole = add_command(commands, "pipeline", pipeline, text)
+    whole.add_argument("method", choices=METHODS, help="how it is trained")
+    add_training(whole)
+    whole.add_argument("--bits", type=float, help="bits per weight of the plan (default: 4.5)")
+    whole.add_argument("--no-plan", dest="plan", action="store_false", help="the machine's recipes alone")
+    whole.add_argument("--qat", action="store_true", help="train the plan's integers as well")
+    whole.add_argument("--no-serve", dest="serve", action="store_false", help="end with the gates")
 
     text = "divide a file of items or conversations into what trains and what judges"
     splitting = add_command(commands, "split", split, text)
@@ -87,6 +105,20 @@ def merge(options: argparse.Namespace) -> None:
     checkpoint, _, _ = base_of(options)
     merging.merge(checkpoint, options.adapter, options.out, merging.record_of(options.adapter))
     say(f"{options.out} is a checkpoint: `tiercel up {options.out}`, or a model of the file")
+
+
+def carry(options: argparse.Namespace) -> None:
+    from deploy.training import carried
+    from gateway.config import load_config
+
+    config = load_config(options.config)
+    judge(config, carried(config, options, say), options)
+
+
+def pipeline(options: argparse.Namespace) -> None:
+    from deploy.pipeline import run_pipeline
+
+    run_pipeline(options, say)
 
 
 def split(options: argparse.Namespace) -> None:

@@ -123,7 +123,8 @@ def read_config(directory: Path) -> dict[str, Any]:
         name for name in ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern") if config.get(name)
     ]
     if kind != "LORA" or rank < 1 or other or config.get("bias", "none") != "none":
-        named = other[0] if other else f"peft_type {kind}, bias {config.get('bias')}"
+        plain = f"peft_type {kind}" if kind != "LORA" else f"bias {config.get('bias')}"
+        named = other[0] if other else plain
         raise TrainError(f"{path}: {named} is not served or merged here; train a plain LoRA adapter")
     return config
 

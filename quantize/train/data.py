@@ -173,6 +173,18 @@ def _of_chat(raw: Mapping[str, Any], where: str) -> Line:
     return Line(where, messages, learned, None, chat.tools, chat.chat_template_kwargs)
 
 
+def as_item(line: Line) -> Item:
+    """An item whose answer is a line's last one. Raises DataError for one that is no text."""
+    if line.item is not None:
+        return line.item
+    asked, answer = line.messages[: line.learned[-1]], line.messages[line.learned[-1]]
+    if not answer.get("content") or any(not isinstance(one.get("content"), str) for one in asked):
+        raise DataError(f"{line.where}: an answer that judges is text, without calls of tools")
+    messages = tuple({"role": str(one["role"]), "content": str(one["content"])} for one in asked)
+    kwargs = dict(line.template) if line.template else None
+    return Item(messages=messages, expected=str(answer["content"]), chat_template_kwargs=kwargs)
+
+
 def encode(lines: Sequence[Line], checkpoint: Checkpoint, length: int) -> Examples:
     """Token ids by the checkpoint's own tokenizer and chat template, at most ``length`` of each.
 

@@ -1,88 +1,76 @@
 """A frozen linear module in NF4 with double quantization, as QLoRA has it (arXiv:2305.14314), on any device.
 
-Weights are 4-bit codes of the sixteen NormalFloat values, in blocks of 64 that share their largest absolute
-value; these are 8-bit codes themselves, in blocks of 256 with one 32-bit scale, after their mean is taken
-off: 4 + 8/64 + 32/(64 * 256) = 4.127 bits a weight. The matrix is made whole in each forward and backward
-pass, in the type that is computed in, and is gone after it.
+What ``quantizer("nf4-dq")`` comes to is kept as it is packed: two 4-bit codes a byte, an 8-bit float per 64
+weights for what they are scaled by, and a 32-bit scale per 256 of those, after their mean is taken off:
+4 + 8/64 + 32/(64 * 256) = 4.127 bits a weight. The matrix is made whole in each forward and backward pass, in
+the type that is computed in, and is gone after it.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.nn.functional import linear, pad
 
+from quantize.numerics.codebooks import NF4
+from quantize.numerics.formats import E4M3
+from quantize.numerics.granularity import Granularity
+from quantize.numerics.quantizers import DOUBLE_BLOCK, NF_BLOCK, Quantizer, quantizer
+
 if TYPE_CHECKING:
     from torch import Tensor
 
-BLOCK = 64
-"""Weights that share their largest absolute value."""
-SCALES = 256
-"""Such values that share a scale of their own."""
-LEVELS = (
-    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
-    *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
-    *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
-    *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
-)
-"""NormalFloat's values (appendix E of the paper)."""
-
-
-class Packed:
-    """A matrix (N, K) in NF4: ``codes`` (two a byte, the first in the high half), ``absmax`` (8-bit codes,
-    one a block), ``scales`` (32-bit, one for 256 of those) and their common ``mean``."""
-
-    def __init__(self, weight: Tensor) -> None:
-        self.shape = weight.shape
-        flat = weight.detach().float().reshape(-1)
-        flat = pad(flat, (0, -len(flat) % BLOCK)).view(-1, BLOCK)
-        largest = flat.abs().amax(1)
-        self.mean = float(largest.mean())
-        above = pad(largest - self.mean, (0, -len(largest) % SCALES)).view(-1, SCALES)
-        self.scales = (above.abs().amax(1) / 127).clamp_min(1e-12)
-        self.absmax = (above / self.scales[:, None]).round().to(torch.int8).view(-1)[: len(largest)]
-        known = maxima(self.absmax, self.scales, self.mean)[:, None]
-        levels = torch.tensor(LEVELS, device=flat.device)
-        between = (levels[1:] + levels[:-1]) / 2
-        codes = torch.bucketize(flat / known.clamp_min(1e-12), between).to(torch.uint8).view(-1, 2)
-        self.codes = codes[:, 0] << 4 | codes[:, 1]
-
-
-def maxima(absmax: Tensor, scales: Tensor, mean: float) -> Tensor:
-    """The largest absolute value of each block as it is stored, in 32 bits."""
-    return (absmax.float() * scales.repeat_interleave(SCALES)[: len(absmax)] + mean).clamp_min(0)
+INNER = Quantizer(E4M3, Granularity("group", DOUBLE_BLOCK))
+"""What scales are quantized by once more."""
 
 
 class Nf4Linear(nn.Linear):
     """A linear module whose weights do not change. ``weight`` holds the codes, so that adapters around it
-    find its device."""
+    find its device; the first of two is in the higher half of its byte."""
 
-    absmax: Tensor
     scales: Tensor
+    inner: Tensor
+    ends: Tensor
     pairs: Tensor
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         rows, columns = weight.shape
         super().__init__(columns, rows, bias=False, device="meta")
-        packed = Packed(weight)
-        self.mean = packed.mean
-        self.weight = nn.Parameter(packed.codes, requires_grad=False)
+        double = quantizer("nf4-dq")
+        single, _ = replace(double, stored="float32").scales(weight)
+        mean = single.mean()
+        found = INNER.quantize(single.reshape(1, -1) - mean)
+        codes = pad(double.quantize(weight).codes.reshape(-1), (0, weight.numel() % 2)).view(-1, 2)
+        self.weight = nn.Parameter(codes[:, 0] << 4 | codes[:, 1], requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
-        self.register_buffer("absmax", packed.absmax, persistent=False)
-        self.register_buffer("scales", packed.scales, persistent=False)
-        levels = torch.tensor(LEVELS, device=weight.device)
+        levels = NF4.levels().to(weight.device)
         pairs = torch.stack([levels.repeat_interleave(16), levels.repeat(16)], 1)
-        # Two 32-bit values looked up as one of 64 bits: half as many look-ups.
-        self.register_buffer("pairs", pairs.view(torch.float64).view(-1), persistent=False)
+        kept = {
+            "scales": found.codes[0],
+            "inner": found.scale,
+            "ends": torch.stack([mean, single.min()]),
+            # Two 32-bit values looked up as one of 64 bits: half as many look-ups.
+            "pairs": pairs.view(torch.float64).view(-1),
+        }
+        for name, tensor in kept.items():
+            self.register_buffer(name, tensor, persistent=False)
 
     def dequantized(self, dtype: torch.dtype) -> Tensor:
         """The (N, K) matrix."""
-        values = self.pairs.index_select(0, self.weight.int()).view(torch.float32).view(-1, BLOCK)
-        values *= maxima(self.absmax, self.scales, self.mean)[:, None]
-        count = self.out_features * self.in_features
-        return values.view(-1)[:count].view(self.out_features, self.in_features).to(dtype)
+        rows, columns = self.out_features, self.in_features
+        looked_up = self.pairs.index_select(0, self.weight.int()).view(torch.float32)
+        values = looked_up[: rows * columns].view(rows, columns)
+        wide = INNER.granularity.spread(self.inner, self.scales[None])
+        scale = (E4M3.dequantize(self.scales[None], wide) + self.ends[0]).clamp_min(self.ends[1])
+        scale = scale.view(rows, -1)
+        if columns % NF_BLOCK == 0:
+            values.view(rows, -1, NF_BLOCK).mul_(scale[..., None])
+        else:
+            values = values * scale.repeat_interleave(NF_BLOCK, 1)[:, :columns]
+        return values.to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         found: Tensor = _Product.apply(x, self)  # type: ignore[no-untyped-call]
@@ -90,8 +78,8 @@ class Nf4Linear(nn.Linear):
 
     @property
     def stored_bytes(self) -> int:
-        """Of codes, maxima and scales."""
-        return self.weight.nbytes + self.absmax.nbytes + self.scales.nbytes + 4
+        """Of codes and scales."""
+        return self.weight.nbytes + self.scales.nbytes + self.inner.nbytes + self.ends.nbytes
 
 
 class _Product(torch.autograd.Function):
@@ -108,5 +96,5 @@ class _Product(torch.autograd.Function):
         return gradient @ ctx.module.dequantized(gradient.dtype), None
 
 
-BITS = 4 + 8 / BLOCK + 32 / (BLOCK * SCALES)
+BITS = 4 + 8 / NF_BLOCK + 32 / (NF_BLOCK * DOUBLE_BLOCK)
 """Of a weight, scales included."""

@@ -34,6 +34,8 @@ class HeldOut(Strict):
     loss_before: float = Field(description="nats per token of the answers")
     loss_after: float
     right: Paired = Field(description="right answers after training, against before")
+    answers_before: str = Field(description="1 for a right answer, 0 for a wrong one, in the items' order")
+    answers_after: str
 
 
 class MemoryUsed(Strict):

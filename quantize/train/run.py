@@ -225,7 +225,11 @@ def _record(
             for one in outcome.evaluations
         ],
         held_out=HeldOut(
-            loss_before=before["loss"], loss_after=after["loss"], right=paired(flags[0], flags[1])
+            loss_before=before["loss"],
+            loss_after=after["loss"],
+            right=paired(flags[0], flags[1]),
+            answers_before=before["right"],
+            answers_after=after["right"],
         ),
         seconds=outcome.seconds,
         memory=memory,

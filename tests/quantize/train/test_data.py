@@ -190,6 +190,6 @@ def test_too_few_lines_to_hold_any_out_are_refused(tmp_path: Path) -> None:
 
 def test_what_judges_is_never_trained_on(tmp_path: Path) -> None:
     lines = read_examples(_lines(tmp_path, 20))
-    with pytest.raises(DataError, match=r"data\.jsonl:4 asks what data\.jsonl:4 asks, which judges"):
+    with pytest.raises(DataError, match=r"data\.jsonl:4 asks what .*data\.jsonl:4 asks, which judges"):
         refuse_overlap(lines, lines[3:4])
     refuse_overlap(lines[:3], lines[3:4])
