@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 
 Say = Callable[[str], None]
 REPORT = "report.json"
-ITEMS = 160
+ITEMS = 80
 """Of each role, that a simulated variant answers in torch."""
 
 

@@ -113,15 +113,9 @@ def _of_variant(
         )
     if card.base_sha256 != base_sha256(checkpoint):
         raise TrainError(
-            f"{card.variant} was made from another checkpoint than {checkpoint.path} is now; make it again"
+            f"{card.variant} was made from other weights, or another tokenizer or chat template, than "
+            f"{checkpoint.path} has now; make it again"
         )
-    reference = registry.card(model.reference)
-    for file in ("tokenizer.json", "chat_template.jinja"):
-        if card.files.get(file) != reference.files.get(file):
-            raise TrainError(
-                f"{card.variant} has another {file} than {model.reference}, and would be trained on "
-                "other tokens than it is asked; make it again"
-            )
     as_trained(card.method)
     plan = Plan(groups=card.schemes, kv=card.kv, method=card.method, methods=card.methods)
     modules = read_modules(checkpoint).holding(plan.groups)

@@ -25,7 +25,7 @@ from deploy.report_figure import STYLE
 from quantize.report.page import GRID, MUTED, PALETTE, PAPER
 
 SEEDS = 43_000_000
-EACH = 800
+EACH = 300
 WIDTH, HEIGHT = 12.0, 4.2
 
 
@@ -76,7 +76,7 @@ def _curves(axes: Axes, reports: Mapping[str, Mapping[str, Any]]) -> None:
 
 
 def _left(axes: Axes, reports: Mapping[str, Mapping[str, Any]]) -> None:
-    for row, (name, one) in enumerate(reversed(reports.items())):
+    for row, (name, one) in enumerate(reversed(list(reports.items()))):
         colour = PALETTE[(len(reports) - 1 - row) % len(PALETTE)]
         axes.barh(row, 100 * one["recovered"], color=colour, height=0.55, alpha=0.85)
         axes.annotate(

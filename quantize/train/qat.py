@@ -11,8 +11,9 @@ Stage one goes block by block (:mod:`quantize.train.qat_blocks`), stage two trai
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -224,10 +225,28 @@ def refuse_no_room(work: Work, settings: QatSettings) -> int:
 
 def train_variant(work: Work, settings: QatSettings) -> tuple[Student, Report]:
     """Train. Raises DivergedError and TrainError; what was finished is kept in the work's directory."""
+    refuse_untrainable(work.plan, work.modules)
+    with _cores(work.weights):
+        return _trained(_Run(work, settings))
+
+
+@contextlib.contextmanager
+def _cores(weights: int) -> Iterator[None]:
+    """A small model is computed on one core: its operations are too short to be shared out."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1 if weights < NARROW else before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _trained(run: _Run) -> tuple[Student, Report]:
     from quantize.train.qat_distill import Distillation
 
-    refuse_untrainable(work.plan, work.modules)
-    run = _Run(work, settings)
+    work, settings = run.work, run.settings
     student, _ = run.begun(None)
     codes = {name: one.codes() for name, one in student.weights.items()}
     with Distillation(run.passes, work.modules, work.plan, run.tensors, student) as whole:
