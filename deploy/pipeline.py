@@ -24,6 +24,7 @@ from deploy.training import job_of, lines_of
 from gateway.config import load_config
 from quantize.card import CardError, read_card
 from quantize.core.files import write_whole
+from quantize.core.recipes import RECIPES
 from quantize.train.data import as_item
 from quantize.train.loop import TrainError
 from quantize.train.run import ADAPTER, MODEL
@@ -71,22 +72,29 @@ def first_steps(options: argparse.Namespace) -> list[Step]:
 
 
 def last_steps(options: argparse.Namespace, path: Path) -> list[Step]:
-    """From the checkpoint to what is judged."""
+    """From the checkpoint to what is judged: what suits the machine first, whose reference answers what
+    calibrates and judges all others."""
     at = ("--config", str(path))
-    registry = registry_of(load_config(path).each()[0])
-    steps = []
+
+    def done(*variants: str) -> Callable[[], bool]:
+        return lambda: _are_judged(path, variants)
+
+    recipes = [name for name in load_config(path).each()[0].serve if name in RECIPES]
+    steps = [Step("make", ("quantize", "make", *recipes, *at), done(*recipes))]
     if options.plan:
         bits = ("--bits", str(options.bits)) if options.bits else ()
-        planning = ("quantize", "plan", "--name", PLANNED, "--no-evaluate", *bits, *at)
-        steps.append(Step("plan", planning, lambda: PLANNED in registry.variants()))
+        steps.append(Step("plan", ("quantize", "plan", "--name", PLANNED, *bits, *at), done(PLANNED)))
     if options.qat:
-        trained = f"{PLANNED if options.plan else 'int4'}-qat"
-        qat = ("train", "qat", PLANNED if options.plan else "int4", "--no-evaluate", "--name", trained, *at)
-        steps.append(Step("qat", qat, lambda: trained in registry.variants()))
-    recipes = [name for name in load_config(path).each()[0].serve if name in ("int8", "int4", "fp8")]
-    steps.append(Step("make", ("quantize", "make", "--no-evaluate", *recipes, *at)))
-    steps.append(Step("gate", ("quantize", "measure", *at), lambda: _is_judged(path)))
+        begin, name = _trained_plan(options)
+        steps.append(Step("qat", ("train", "qat", begin, "--name", name, *at), done(name)))
+    steps.append(Step("gate", ("quantize", "measure", *at), done()))
     return steps
+
+
+def _trained_plan(options: argparse.Namespace) -> tuple[str, str]:
+    """What quantization-aware training begins with, and what it makes."""
+    begin = PLANNED if options.plan else "int4"
+    return begin, f"{begin}-qat"
 
 
 def _training_arguments(options: argparse.Namespace) -> list[str]:
@@ -134,23 +142,23 @@ def _is_newer(made: Path, source: Path) -> bool:
     return made.is_dir() and made.stat().st_mtime >= weights.stat().st_mtime
 
 
-def _is_judged(path: Path) -> bool:
-    """Whether every variant that is there has been judged for every role."""
+def _are_judged(path: Path, variants: Sequence[str]) -> bool:
+    """Whether these, or all that are there, have been judged for every role, or cannot be loaded."""
     model = load_config(path).each()[0]
     registry = registry_of(model)
-    for name in registry.variants():
+    for name in variants or registry.variants():
         try:
             card = read_card(registry.path(name))
         except CardError:
             return False
         if card.state == "ready" and not card.gate.keys() >= model.roles.keys():
             return False
-    return True
+    return bool(registry.variants())
 
 
 def _configuration(options: argparse.Namespace, say: Say) -> Path:
     """A file for the trained model: its own variants, and of the roles the one that it was trained for."""
-    path = (options.out / FILE).absolute()
+    path = Path(options.out / FILE).absolute()
     if path.exists():
         say(f"going on with {path}, which is there")
         return path
@@ -174,7 +182,7 @@ def _configuration(options: argparse.Namespace, say: Say) -> Path:
 
 def _more(options: argparse.Namespace) -> Sequence[str]:
     planned = [PLANNED] if options.plan else []
-    return [*planned, f"{PLANNED if options.plan else 'int4'}-qat"] if options.qat else planned
+    return [*planned, _trained_plan(options)[1]] if options.qat else planned
 
 
 def _roles(options: argparse.Namespace) -> dict[str, Any]:

@@ -1,11 +1,13 @@
 """What clients and surroundings that mean no good do to everybody else's requests.
 
     python -m benchmarks.gateway.hostile --repeats 3 --seconds 4
+    python -m benchmarks.gateway.hostile --repeats 3 --seconds 4 --gateway nginx
 
 One client sends requests of 1 KB, one after another, on a kept connection; its median and 99th percentile are
 taken without and with each trouble, in turn, so that what else the machine does is in both. Whoever makes
 trouble is a process of its own, and what it sends goes to another engine. All is bounded and on this
-machine's loopback.
+machine's loopback. What clients do is done to nginx as well, where it is asked for: what remains of a trouble
+there is what the machine alone costs.
 """
 
 from __future__ import annotations
@@ -42,10 +44,9 @@ from benchmarks.gateway.hostile_troubles import (
     slow_clients,
     unchecked,
 )
-from benchmarks.gateway.peers import ROOT, WORK, free_port, tiercel, wait_for
+from benchmarks.gateway.peers import ROOT, WORK, free_port, nginx, tiercel, wait_for
 from gateway.routing.policies import PickQuery, SessionAffinity
 
-RESULT = ROOT / "var/benchmarks/gateway/hostile.json"
 AIM = 1.5
 BEGINS_WITHIN_S = 60.0
 
@@ -79,10 +80,11 @@ CASES = (
 )
 
 
-@contextlib.asynccontextmanager
-async def running(case: Case, troubled: bool) -> AsyncIterator[Setting]:
-    """A gateway of the case. What is no client's doing is there only if ``troubled``."""
-    port, engine, other = free_port(), free_port(), free_port()
+GATEWAYS = ("tiercel", "nginx")
+
+
+def gateway_of(case: Case, troubled: bool, port: int, engine: int, other: int) -> tuple[list[str], str]:
+    """The command that starts Tiercel as the case has it, and the path that answers when it is ready."""
     config: dict[str, Any] = {
         "pools": {
             "bf16": [f"http://127.0.0.1:{engine}", f"http://127.0.0.1:{other}"],
@@ -102,7 +104,18 @@ async def running(case: Case, troubled: bool) -> AsyncIterator[Setting]:
         config["watch"] = {"store": "postgresql://nobody:none@127.0.0.1:9/none"} if troubled else {}
     if case.kind == "bursts":
         config["roles"] = {"core": {"hedge": True}, "summarizer": {}}
-    command, ready = tiercel(port, engine, **config)
+    return tiercel(port, engine, **config)
+
+
+@contextlib.asynccontextmanager
+async def running(case: Case, troubled: bool, which: str = "tiercel") -> AsyncIterator[Setting]:
+    """A gateway of the case. What is no client's doing is there only if ``troubled``."""
+    port, engine, other = free_port(), free_port(), free_port()
+    mine, others = sessions([f"http://127.0.0.1:{engine}", f"http://127.0.0.1:{other}"])
+    if which == "nginx":
+        command, ready = nginx(port, engine, other, others)
+    else:
+        command, ready = gateway_of(case, troubled, port, engine, other)
     pipe = subprocess.PIPE if case.kind == "pipe" and troubled else subprocess.DEVNULL
     upstream = [sys.executable, "-m", "benchmarks.gateway.upstream", "--port"]
     engines = [_started([*upstream, str(each)]) for each in (engine, other)]
@@ -112,7 +125,6 @@ async def running(case: Case, troubled: bool) -> AsyncIterator[Setting]:
             await _opens(port, gateway)
         else:
             await asyncio.to_thread(wait_for, f"http://127.0.0.1:{port}{ready}", gateway)
-        mine, others = sessions(config["pools"]["bf16"])
         yield Setting(port, case.kind == "tls", mine, others)
     finally:
         gateway.send_signal(signal.SIGTERM)
@@ -189,14 +201,14 @@ def _quantiles(values: list[float]) -> tuple[float, float]:
     return ordered[len(ordered) // 2], ordered[int(0.99 * (len(ordered) - 1))]
 
 
-async def measure(case: Case, repeats: int, seconds: float) -> dict[str, Any]:
+async def measure(case: Case, repeats: int, seconds: float, which: str) -> dict[str, Any]:
     """By turns without and with the trouble; all latencies of each together."""
     without: list[float] = []
     within: list[float] = []
     ratios, counted, statuses = [], 0, Counter[str]()
     apart = case.kind in ("pipe", "run_dir", "database")
     async with contextlib.AsyncExitStack() as stack:
-        calm = await stack.enter_async_context(running(case, troubled=False))
+        calm = await stack.enter_async_context(running(case, troubled=False, which=which))
         bad = await stack.enter_async_context(running(case, troubled=True)) if apart else calm
         await latencies(calm, 0.5)
         await latencies(bad, 0.5)
@@ -278,6 +290,9 @@ def main() -> None:
     options.add_argument("--repeats", type=int, default=3)
     options.add_argument("--seconds", type=float, default=4.0)
     options.add_argument("--only", nargs="+", help="parts of the cases' names")
+    options.add_argument(
+        "--gateway", choices=GATEWAYS, default="tiercel", help="nginx: what clients do alone"
+    )
     options.add_argument("--trouble", nargs=4, help=argparse.SUPPRESS)
     given = options.parse_args()
     if given.trouble:
@@ -292,15 +307,16 @@ def main() -> None:
     for case in CASES:
         if given.only and not any(part in case.name for part in given.only):
             continue
-        one = found[case.name] = asyncio.run(measure(case, given.repeats, given.seconds))
+        if given.gateway == "nginx" and case.kind != "clients":
+            continue
+        one = found[case.name] = asyncio.run(measure(case, given.repeats, given.seconds, given.gateway))
         ratios = ", ".join(f"{ratio:.2f}" for ratio in one["ratios"])
         print(
             f"| {case.name} ({one['trouble']}) | {one['p50_ms']:.2f} | {one['p99_ms']:.1f} "
             f"| {one['p50_with_ms']:.2f} | {one['p99_with_ms']:.1f} | {one['ratio']:.2f} ({ratios}) |",
             flush=True,
         )
-    RESULT.parent.mkdir(parents=True, exist_ok=True)
-    RESULT.write_text(json.dumps(found, indent=2))
+    (WORK / f"hostile-{given.gateway}.json").write_text(json.dumps(found, indent=2))
 
 
 if __name__ == "__main__":

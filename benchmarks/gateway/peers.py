@@ -170,8 +170,9 @@ def _four_replicas(port: int, upstream: int) -> tuple[list[str], str]:
     return tiercel(port, upstream, pools=pools, gateway={"port": port, "policy": "prefix_aware"})
 
 
-def _nginx(port: int, upstream: int) -> tuple[list[str], str]:
-    """One worker, connections kept on both sides, nothing buffered."""
+def nginx(port: int, upstream: int, other: int = 0, others: str = "") -> tuple[list[str], str]:
+    """One worker, connections kept on both sides, nothing buffered. The session ``others`` goes to the engine
+    at ``other``."""
     folder = WORK / "nginx"
     folder.mkdir(exist_ok=True)
     path = folder / f"{port}.conf"
@@ -183,10 +184,12 @@ http {{
   fastcgi_temp_path {folder}/f; uwsgi_temp_path {folder}/u; scgi_temp_path {folder}/s;
   keepalive_requests 100000000; client_max_body_size 64m; client_body_buffer_size 1m;
   upstream engine {{ server 127.0.0.1:{upstream}; keepalive 4096; keepalive_requests 100000000; }}
+  upstream other {{ server 127.0.0.1:{other or upstream}; keepalive 4096; keepalive_requests 100000000; }}
+  map $http_x_session_id $chosen {{ default engine; "{others or "-"}" other; }}
   server {{
     listen 127.0.0.1:{port} backlog=4096;
     location / {{
-      proxy_pass http://engine; proxy_http_version 1.1; proxy_set_header connection "";
+      proxy_pass http://$chosen; proxy_http_version 1.1; proxy_set_header connection "";
       proxy_buffering off; proxy_request_buffering off; proxy_read_timeout 600s;
     }}
   }}
@@ -240,7 +243,7 @@ PEERS = {
     for peer in (
         Peer("tiercel", tiercel),
         Peer("tiercel-4-replicas", _four_replicas),
-        Peer("nginx", _nginx),
+        Peer("nginx", nginx),
         Peer("vllm-router", _vllm_router),
         Peer("smg", _smg),
         Peer("litellm", _litellm, without=("paced", "open")),

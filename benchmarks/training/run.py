@@ -2,10 +2,10 @@
 
     python -m benchmarks.training.run --model DIR --clinc clinc150.json --out var/training
 
-The role is intent classification: ``--intents`` of CLINC150's, ``--examples`` to train on of each, and all 20
-validation questions of each to judge with. Every method sees the same examples in the same order. Printed are
-right answers, the share of full training's gain with its paired 95 % interval (bootstrap over items), memory
-predicted and measured, and seconds. Runs go on where they were stopped.
+The role is intent classification: ``--intents`` of CLINC150's, ``--examples`` to train on of each, and
+``--judged`` validation questions of each to judge with. Every method sees the same examples in one order.
+Printed are right answers, the share of full training's gain with its paired 95 % interval (bootstrap over
+items), memory predicted and measured, and seconds. Runs go on where they were stopped.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ import numpy as np
 
 from quantize.train.record import Record, read_record
 
-PROMPT = "Classify the intent of the message."
+PROMPT = "Name the intent."
 RATES = {"full": 1e-4, "lora": 1e-3, "qlora": 1e-3}
 RESAMPLES = 10_000
 
 
-def write_data(source: Path, out: Path, intents: int, examples: int) -> tuple[Path, Path]:
+def write_data(source: Path, out: Path, intents: int, examples: int, judged: int) -> tuple[Path, Path]:
     """Items to train on and to judge with, of intents drawn by a fixed seed."""
     found = json.loads(source.read_text(encoding="utf-8"))
     drawn = random.Random(0)
     chosen = sorted(drawn.sample(sorted({label for _, label in found["train"]}), intents))
     files = []
-    for part, name, most in (("train", "train.jsonl", examples), ("val", "held-out.jsonl", None)):
+    for part, name, most in (("train", "train.jsonl", examples), ("val", "held-out.jsonl", judged)):
         items = []
         for intent in chosen:
             texts = sorted({text for text, label in found[part] if label == intent})
@@ -55,7 +55,7 @@ def trained(options: argparse.Namespace, method: str, train: Path, held_out: Pat
         *(sys.executable, "-m", "deploy.cli", "train", method, "--model", str(options.model)),
         *("--data", str(train), "--held-out", str(held_out), "--out", str(out), "--judge", "100000"),
         *("--steps", str(options.steps), "--rate", str(RATES[method])),
-        *("--batch", "16", "--together", str(options.together), "--keep-every", "25"),
+        *("--batch", str(options.batch), "--together", str(options.together), "--keep-every", "12"),
     ]
     if options.memory is not None and method == "qlora":
         command += ["--memory", str(options.memory)]
@@ -112,8 +112,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--methods", nargs="+", default=["full", "lora", "qlora"])
     parser.add_argument("--intents", type=int, default=15)
-    parser.add_argument("--examples", type=int, default=32, help="to train on, of each intent")
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--examples", type=int, default=64, help="to train on, of each intent")
+    parser.add_argument("--judged", type=int, default=20, help="to judge with, of each intent (at most 20)")
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--together", type=int, default=16)
     parser.add_argument("--memory", type=float, default=1.5, help="QLoRA's budget, GB")
     options = parser.parse_args(arguments)
@@ -122,7 +124,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             print(f"skipped: {what} {path} is not there", file=sys.stderr)
             return
     options.out.mkdir(parents=True, exist_ok=True)
-    train, held_out = write_data(options.clinc, options.out, options.intents, options.examples)
+    train, held_out = write_data(
+        options.clinc, options.out, options.intents, options.examples, options.judged
+    )
     records = {method: trained(options, method, train, held_out) for method in options.methods}
     if "full" in records:
         print(table(records))

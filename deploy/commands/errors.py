@@ -29,6 +29,7 @@ from gateway.config import ConfigError, load_config
 from gateway.errors import GatewayError
 from gateway.store.errors import StoreError
 from quantize.card import CardError
+from quantize.compact.steps import CompactError
 from quantize.core.checkpoint import CheckpointError
 from quantize.core.files import NoRoomError, is_full
 from quantize.core.methods import MethodError
@@ -40,6 +41,7 @@ from quantize.evaluate.client import EngineError
 from quantize.evaluate.tasks import TaskError
 from quantize.make.calibration import CalibrationError
 from quantize.make.compress import QuantizeError
+from quantize.numerics.formats import FormatError
 from quantize.plan.planner import PlanError
 from quantize.train.data import DataError
 from quantize.train.loop import TrainError
@@ -55,6 +57,8 @@ USER_ERRORS = (
     DataError,
     TrainError,
     SchemeError,
+    CompactError,
+    FormatError,
     TargetError,
     BenchError,
     TaskError,

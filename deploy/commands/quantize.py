@@ -1,4 +1,4 @@
-"""``tiercel quantize``: check, make, sensitivity, plan, register."""
+"""``tiercel quantize``: check, make, measure, sensitivity, explore, plan, register."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from typing import Any
 
 from deploy.commands import NOT_WELL, add_command, add_json, add_model, print_json, run_engines, say
 from deploy.commands.before import refuse_unmeasurable
+from deploy.commands.compact import add_compact
+from deploy.commands.explore import add_explore
 from deploy.commands.variants import card_as_json
 from deploy.models import checkpoint_of, one_model, registry_of, some_models, variant_of, variants_to_make
 from gateway.config import Config, ModelConfig, load_config
@@ -23,7 +25,18 @@ from quantize.core.schemes import kv_scheme, scheme
 from quantize.core.targets import detect, target
 from quantize.plan.controls import KINDS
 
-COMMANDS = ("check", "make", "measure", "sensitivity", "plan", "register", "-h", "--help")
+COMMANDS = (
+    "check",
+    "make",
+    "measure",
+    "sensitivity",
+    "explore",
+    "compact",
+    "plan",
+    "register",
+    "-h",
+    "--help",
+)
 WITHOUT_DATA = ("rtn", "mse")
 """Methods that look at weights alone."""
 TARGET_HELP = "where it is to be loaded (default: this machine)"
@@ -70,6 +83,8 @@ def add_quantize(parser: argparse.ArgumentParser) -> None:
     looking.add_argument("--target", help=TARGET_HELP)
     add_json(looking)
 
+    add_explore(commands)
+    add_compact(commands)
     _add_plan(commands)
 
     registering = add_command(

@@ -43,7 +43,7 @@ def add_train(parser: argparse.ArgumentParser) -> None:
 
     text = "train, merge, plan, perhaps train the plan (QAT), gate and serve: goes on where it was stopped"
     whole = add_command(commands, "pipeline", pipeline, text)
-    whole.add_argument("method", choices=METHODS, help="how it is trained")
+    whole.add_argument("method", choices=tuple(METHODS), help="how it is trained")
     add_training(whole)
     whole.add_argument("--bits", type=float, help="bits per weight of the plan (default: 4.5)")
     whole.add_argument("--no-plan", dest="plan", action="store_false", help="the machine's recipes alone")

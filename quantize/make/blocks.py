@@ -55,6 +55,10 @@ class Files:
     def __iter__(self) -> Iterator[str]:
         return iter(self._of)
 
+    def close(self) -> None:
+        """Give the mapped pages back; names stay known."""
+        self._of = dict.fromkeys(self._of)
+
     def __getitem__(self, name: str) -> Tensor:
         tensor: Tensor = self._of[name].get_tensor(name)
         return tensor
@@ -118,7 +122,7 @@ class Blocks:
         self.device = torch.device(device) if device is not None else best_device()
         self.dtype = dtype or serving_dtype(checkpoint)
         self.files = Files(checkpoint.path)
-        self.model = _skeleton(checkpoint, self.dtype)
+        self.model = skeleton(checkpoint, self.dtype)
         self.layers: Any = decoder_layers(self.model)
         self.linears = modules.linears
         self.places: Mapping[str, Place] = find_linears(self.model, modules.linears)
@@ -325,7 +329,8 @@ def batched(lengths: Sequence[int], limit: int) -> Iterator[list[int]]:
         yield batch
 
 
-def _skeleton(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
+def skeleton(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
+    """The language model without its weights (on the meta device), for inference."""
     from accelerate import init_empty_weights  # type: ignore[import-untyped]
     from transformers import AutoConfig, AutoModelForCausalLM
 

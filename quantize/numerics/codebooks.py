@@ -93,7 +93,8 @@ def k_means(x: Tensor, bits: int, weights: Tensor | None = None, steps: int = 50
     order = values.argsort()
     values, mass = values[order].double(), mass[order].double()
     sums = torch.nn.functional.pad(torch.stack([mass, mass * values]).cumsum(-1), (1, 0))
-    places = ((torch.arange(2**bits, device=values.device) + 0.5) * len(values) / 2**bits).long()
+    middles = (torch.arange(2**bits, device=values.device) + 0.5) / 2**bits * sums[0, -1]
+    places = (torch.searchsorted(sums[0], middles) - 1).clamp(0, len(values) - 1)
     centres = values[places].unique()
     for _ in range(steps):
         ends = torch.searchsorted(values, (centres[1:] + centres[:-1]) / 2)

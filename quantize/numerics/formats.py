@@ -340,7 +340,7 @@ class Table(Format):
 
         levels = self.levels().to(x.device)
         middles = (levels[1:].double() + levels[:-1].double()).div(2).float()
-        return torch.bucketize(x.float() / scale, middles).to(self._stored)
+        return torch.bucketize((x.float() / scale).contiguous(), middles).to(self._stored)
 
     def dequantize(self, codes: Tensor, scale: Tensor, zero: Tensor | None = None) -> Tensor:
         return self.levels().to(codes.device)[codes.long()] * scale

@@ -15,11 +15,13 @@ def sine_sqnr_db(bits: float) -> float:
     return 20 * bits * math.log10(2) + 10 * math.log10(1.5)
 
 
-def normal_clipping(limit: float) -> float:
-    """Mean square error of clipping standard normal numbers at ± ``limit``: 2 ((1 + a²) Q(a) - a φ(a))."""
+def normal_clipping(limit: float, end: float | None = None) -> float:
+    """Mean square error of standard normal numbers beyond ± ``limit`` (a) that become ± ``end`` (c; default:
+    the limit): 2 ((1 + c²) Q(a) + (a - 2c) φ(a))."""
+    end = limit if end is None else end
     tail = math.erfc(limit / math.sqrt(2)) / 2
     density = math.exp(-limit * limit / 2) / math.sqrt(2 * math.pi)
-    return 2 * ((1 + limit * limit) * tail - limit * density)
+    return 2 * ((1 + end * end) * tail + (limit - 2 * end) * density)
 
 
 def laplace_clipping(limit: float, width: float = 1.0) -> float:
@@ -28,9 +30,11 @@ def laplace_clipping(limit: float, width: float = 1.0) -> float:
 
 
 def normal_sqnr_db(bits: int, limit: float) -> float:
-    """Of standard normal numbers clipped at ± ``limit`` (in standard deviations) and rounded to 2^bits equal
-    steps: rounding and clipping errors added (Banner et al., arXiv:1810.05723)."""
-    return -10 * math.log10(uniform_noise(2 * limit / 2**bits) + normal_clipping(limit))
+    """Of standard normal numbers rounded to the middles of 2^bits equal steps from - ``limit`` to ``limit``:
+    what is within is rounded, what is beyond clipped (after Banner et al., arXiv:1810.05723)."""
+    step = 2 * limit / 2**bits
+    within = math.erf(limit / math.sqrt(2))
+    return -10 * math.log10(within * uniform_noise(step) + normal_clipping(limit, limit - step / 2))
 
 
 def sqnr_db(signal: float, noise: float) -> float:

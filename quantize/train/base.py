@@ -76,6 +76,7 @@ def load_base(checkpoint: Checkpoint, method: Method, device: torch.device | str
     model.tie_weights()
     if left := [name for name, parameter in model.named_parameters() if parameter.is_meta]:
         raise TrainError(f"{checkpoint.path} holds no tensor for {left[0]}; download it again")
+    blocks.files.close()
     if method == "full":
         model.requires_grad_(True)
     return Base(checkpoint, modules, model, blocks, where)

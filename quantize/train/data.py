@@ -220,7 +220,7 @@ def _cut(found: Encoded, length: int, line: Line) -> Example:
 def split(lines: Iterable[Line], one_in: int = HELD_OUT) -> tuple[list[Line], list[Line]]:
     """Lines to train on, and those held out: one in so many, by a digest of what they ask, so that the same
     question is on one side, and stays there when more lines come. Raises DataError where too few are."""
-    train, held_out = [], []
+    train, held_out = list[Line](), list[Line]()
     for line in lines:
         (held_out if int(line.asked[:8], 16) % one_in == 0 else train).append(line)
     if len(held_out) < FEWEST_HELD_OUT or not train:

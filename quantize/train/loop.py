@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 CHECKPOINT = "checkpoint.safetensors"
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """What AdamW keeps of each tensor, by torch's names."""
+FASTEST = 1e30
+"""A learning rate that no 32-bit number overflows by."""
 RECENT = 5
 """Steps whose mean loss is looked at, to see that it explodes without ever being infinite."""
 EXPLODED = 10.0
@@ -83,8 +85,10 @@ class Settings:
         for name in ("steps", "batch", "together", "keep_every"):
             if getattr(self, name) < 1:
                 raise TrainError(f"{name}: {getattr(self, name)}; must be 1 or more")
-        if not (0 < self.learning_rate < math.inf):
-            raise TrainError(f"learning_rate: {self.learning_rate}; must be above 0, such as 2e-4")
+        if not (0 < self.learning_rate <= FASTEST):
+            raise TrainError(
+                f"learning_rate: {self.learning_rate}; must be above 0 and at most {FASTEST:g}, such as 2e-4"
+            )
         if not 0 <= self.warm_up < 1:
             raise TrainError(f"warm_up: {self.warm_up}; is a share of the steps, from 0 to below 1")
         if self.max_norm <= 0:

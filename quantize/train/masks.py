@@ -38,13 +38,13 @@ def learned_tokens(
 ) -> Encoded:
     """Tokens of the conversation up to its last learned answer. ``answers`` are the places of those that are
     learned. Raises MaskError."""
-    messages = [dict(one) for one in messages[: answers[-1] + 1]]
+    upto = [dict(one) for one in messages[: answers[-1] + 1]]
     more: dict[str, Any] = {"tools": list(tools)} if tools else {}
     more |= kwargs
-    every = [n for n, one in enumerate(messages) if one["role"] == "assistant"]
+    every = [n for n, one in enumerate(upto) if one["role"] == "assistant"]
     if MARKS.search(tokenizer.chat_template) and list(answers) == every:
-        return _by_marks(tokenizer, messages, more)
-    return _by_rendering(tokenizer, messages, answers, more)
+        return _by_marks(tokenizer, upto, more)
+    return _by_rendering(tokenizer, upto, answers, more)
 
 
 def _by_marks(tokenizer: Any, messages: list[dict[str, Any]], more: Mapping[str, Any]) -> Encoded:

@@ -101,11 +101,11 @@ def _write(checkpoint: Checkpoint, out: Path, changed: Iterable[tuple[str, Tenso
     partial = Path(tempfile.mkdtemp(prefix=f".partial-{out.name}-", dir=out.parent))
     try:
         copy_companions(checkpoint, partial)
-        for name in checkpoint.files:
-            if not (partial / name).exists():
-                source = checkpoint.path / name
-                with writing(partial / name, source.stat().st_size):
-                    shutil.copyfile(source, partial / name)
+        for file in checkpoint.files:
+            if not (partial / file).exists():
+                source = checkpoint.path / file
+                with writing(partial / file, source.stat().st_size):
+                    shutil.copyfile(source, partial / file)
         parts = read_parts(partial)
         for name, tensor in changed:
             overwrite(parts, {name: tensor})

@@ -45,7 +45,8 @@ class Nf4Linear(nn.Linear):
         found = INNER.quantize(single.reshape(1, -1) - mean)
         codes = pad(double.quantize(weight).codes.reshape(-1), (0, weight.numel() % 2)).view(-1, 2)
         self.weight = nn.Parameter(codes[:, 0] << 4 | codes[:, 1], requires_grad=False)
-        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        if bias is not None:  # else None, as it was registered
+            self.bias = nn.Parameter(bias, requires_grad=False)
         levels = NF4.levels().to(weight.device)
         pairs = torch.stack([levels.repeat_interleave(16), levels.repeat(16)], 1)
         kept = {

@@ -117,7 +117,7 @@ def _on_processor(job: Job) -> bool:
 def _work(
     job: Job, modules: Modules, identity: Mapping[str, str], shape: Shape, need: Need, say: Say
 ) -> Record:
-    program = _program_bytes()
+    program = _program_bytes(job.checkpoint)
     with measured() as taken:
         base = load_base(job.checkpoint, job.method, job.device)
         model = base.model
@@ -196,12 +196,18 @@ def _identity(job: Job, modules: Modules) -> dict[str, str]:
     return found
 
 
-def _program_bytes() -> int:
-    """What this process takes before anything is loaded: libraries, and the examples."""
+def _program_bytes(checkpoint: Checkpoint) -> int:
+    """What this process takes before anything is loaded: libraries, what they set up when they are first
+    used, and the examples."""
     import peft  # noqa: F401  # belongs to the program, and is large
     import psutil
-    import transformers.models.auto.modeling_auto  # noqa: F401
+    import torch
 
+    from quantize.make.blocks import skeleton
+
+    skeleton(checkpoint, torch.float32)
+    tensor = torch.ones(64, 64, requires_grad=True)
+    torch.nn.functional.linear(tensor, tensor).sum().backward()  # type: ignore[no-untyped-call]
     return int(psutil.Process(os.getpid()).memory_info().rss)
 
 

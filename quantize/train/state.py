@@ -67,7 +67,8 @@ def _name(tensor: Tensor) -> str:
     return names[tensor.dtype]
 
 
-def _raw(tensor: Tensor) -> memoryview:
+def _raw(tensor: Tensor) -> Any:
+    """A tensor's bytes, not copied."""
     import torch
 
-    return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]  # numpy's stub has no buffer

@@ -95,7 +95,7 @@ def test_a_card_of_a_format_before_is_read(tmp_path: Path, older: int) -> None:
     del content["seal"]  # which those had not
     path.write_text(json.dumps(content | {"format": older}), encoding="utf-8")
     assert read_card(tmp_path).version == card.version
-    assert read_card(tmp_path).format == 4
+    assert read_card(tmp_path).format == 5
 
 
 def test_a_variant_has_a_name_among_those_of_other_models(tmp_path: Path) -> None:

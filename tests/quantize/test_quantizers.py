@@ -71,8 +71,8 @@ def test_a_last_group_that_is_not_full_is_as_one_that_is() -> None:
 
 @pytest.mark.parametrize("bits", [4, 6, 8, 12])
 def test_uniform_numbers_lose_a_twelfth_of_the_squared_step(bits: int) -> None:
-    x = torch.rand(1 << 16, generator=torch.Generator().manual_seed(bits)) * 2 - 1
     scale = torch.tensor(2.0 / 2**bits)
+    x = torch.rand(1 << 16, generator=torch.Generator().manual_seed(bits)) * 2 - 1 - scale / 2
     assert error(x, Integer(bits).fake(x, scale)) == pytest.approx(uniform_noise(float(scale)), rel=0.04)
 
 
@@ -98,8 +98,9 @@ def test_clipping_loses_what_theory_says(limit: float) -> None:
 def test_rounding_and_clipping_errors_add(bits: int) -> None:
     x = normal(1 << 18)
     for limit in (2.0, 3.0, 4.0):
-        noise = error(x, Integer(bits).fake(x, torch.tensor(2 * limit / 2**bits)))
-        assert sqnr_db(float(x.square().mean()), noise) == pytest.approx(normal_sqnr_db(bits, limit), abs=0.6)
+        half = limit / 2**bits  # 2^bits steps from end to end, each with its code in the middle
+        noise = error(x, Integer(bits).fake(x - half, torch.tensor(2 * half)) + half)
+        assert sqnr_db(float(x.square().mean()), noise) == pytest.approx(normal_sqnr_db(bits, limit), abs=0.3)
 
 
 def test_ranges_of_four_bits_are_best_where_theory_has_the_least_error() -> None:
@@ -117,7 +118,7 @@ def test_observers_cut_an_outlier_off_that_the_whole_range_keeps() -> None:
         one.name: Quantizer(form, observer=one).fake(x) for one in (MIN_MAX, MSE, Percentile(99.9), ENTROPY)
     }
     rest = {name: error(x[:, 1:], y[:, 1:]) for name, y in found.items()}
-    assert all(rest[name] < rest["minmax"] / 5 for name in ("mse", "percentile", "entropy"))
+    assert all(rest[name] < rest["minmax"] / 4 for name in ("mse", "percentile", "entropy")), rest
     assert error(x, found["mse"]) <= min(error(x, y) for y in found.values()) * 1.01
 
 
