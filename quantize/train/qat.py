@@ -37,15 +37,15 @@ if TYPE_CHECKING:
     from quantize.train.qat_student import Student
 
 STEPS, BLOCK_STEPS, BATCH = 300, 60, 8
-RATE, RATE_OF = 0.02, 4e6
+RATE, RATE_OF = 0.006, 4e6
 """Adam's rate of latent weights, in steps of their grid, of a model of so many weights: all of them change at
 once, so that it falls with the root of their number."""
 BLOCK_RATE = 0.5
 """That of the first stage over that of the second."""
 BETAS = (0.9, 0.99)
 NARROW = 20_000_000
-"""Weights from which on products are of bfloat16: of a small model's they take no less time, and round
-more."""
+"""Weights from which on products are of bfloat16, and operations long enough to be shared out over cores. The
+losses of a small model are of the size of what bfloat16 rounds."""
 LOOKS = 10
 """Times that the loss on the choosing conversations is looked at."""
 KEPT = 25

@@ -23,8 +23,10 @@ from torch import Tensor
 from quantize.make.ranges import Grid, rounded
 from quantize.numerics.formats import Format, Integer
 
-CELL = 0.49
-"""How far from the middle of its rounding cell a latent weight begins, in steps, at most."""
+CELL = 0.25
+"""How far from the middle of its rounding cell a latent weight begins, in steps, at most. GPTQ leaves many
+weights outside of their cells: begun at its edge, they would all go back at the first steps (0.49: twenty
+times the loss after five steps)."""
 
 
 class _FakeQuantize(torch.autograd.Function):

@@ -34,7 +34,7 @@ from quantize.train.qat_fake import (
     fake_tensor,
 )
 
-SCALE_RATE, NORM_RATE = 0.1, 0.1
+SCALE_RATE, NORM_RATE = 0.35, 0.35
 """Learning rates of step sizes (relative) and of norms (relative), over that of weights (in steps)."""
 Original = Callable[[Linear], "Tensor | None"]
 """The float32 (N, K) weight that a linear had before it was quantized, in the basis of the checkpoint; None
