@@ -200,6 +200,22 @@ class Making(Strict):
     peak_device_bytes: int | None = Field(default=None, ge=0, description="largest use of an accelerator")
 
 
+class Training(Strict):
+    """How a trained variant's numbers were found. KL is to the reference, nats per token, on conversations
+    that training did not see, in torch."""
+
+    base: str = Field(description="what it was begun with: a variant and its version, or a method")
+    settings: dict[str, bool | int | float | str | None]
+    source: str = Field(description="of the text")
+    sha256: str = Field(description="of the text's tokens")
+    sequences: int
+    tokens: int
+    kl_before: float | None = None
+    kl_after: float | None = None
+    tensors: int = Field(default=0, description="compared with what was trained, and equal bit for bit")
+    seconds: float = 0.0
+
+
 class Calibration(Strict):
     source: str
     sha256: str
@@ -257,6 +273,7 @@ class Card(Strict):
         default=None, description="what the engine served when the variant was measured"
     )
     making: Making | None = Field(default=None, description="what making it took")
+    training: Training | None = Field(default=None, description="of a variant that was trained")
     doubts: tuple[str, ...] = Field(
         default=(), description="why its figures are not to be trusted; with any it passes no gate"
     )

@@ -13,7 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from quantize.card import ADAPTER, Card, CardError, hash_files, read_card, write_card
+from quantize.card import ADAPTER, Card, CardError, Training, hash_files, read_card, write_card
 from quantize.core.checkpoint import Checkpoint, base_sha256, copy_companions, weight_bytes
 from quantize.core.files import link_or_copy, make_read_only, sha256_of, share
 from quantize.core.modules import Modules, read_modules
@@ -79,24 +79,29 @@ class Registry(VariantsDirectory):
         plan: Plan,
         calibration: CalibrationSet | None,
         *,
-        make: Callable[[Path], None] | None = None,
+        make: Callable[[Path], Training | None] | None = None,
         target: str | None = None,
         predicted_kl: float | None = None,
+        decides: Mapping[str, object] | None = None,
     ) -> Card:
         """Make ``variant`` by ``plan``, or return it if the same inputs made it before.
 
         ``make`` writes the checkpoint into an empty directory; llm-compressor does where it is not given.
         ``target`` and ``predicted_kl`` are for the card: where the plan was checked to load, and what the
-        planner expects of it.
+        planner expects of it. What ``make`` returns is said of training in the card, whose numbers follow
+        from ``decides`` as well.
         """
         base = base_sha256(checkpoint)
         inputs = _inputs(base, plan, calibration)
+        if decides is not None:
+            inputs["trained"] = dict(decides)
         modules = read_modules(checkpoint).holding(plan.groups)
 
         def fill(partial: Path) -> dict[str, Any]:
             taken: Taken | None = None
+            training: Training | None = None
             if make is not None:
-                make(partial)
+                training = make(partial)
             else:
                 log = self.directory / ".logs" / f"{variant}.log"
                 with measured() as taken:
@@ -109,6 +114,7 @@ class Registry(VariantsDirectory):
                 "versions": inputs["versions"],
                 "target": target,
                 "predicted_kl": predicted_kl,
+                "training": training,
             }
 
         return self._add(variant, inputs, fill, checkpoint, base, parent=self._reference_version(base))

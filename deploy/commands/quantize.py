@@ -18,7 +18,7 @@ from deploy.models import checkpoint_of, one_model, registry_of, some_models, va
 from gateway.config import Config, ModelConfig, load_config
 from quantize.card import Card
 from quantize.core.checkpoint import open_checkpoint
-from quantize.core.methods import parse_method
+from quantize.core.methods import refuse_trained
 from quantize.core.modules import read_modules
 from quantize.core.plan import Plan
 from quantize.core.recipes import RECIPES, unasked, usual_method
@@ -172,7 +172,7 @@ def make(options: argparse.Namespace) -> None:
         scheme(options.scheme)
         kv_scheme(options.kv)
         method = options.method or usual_method(options.scheme)
-        parse_method(method)
+        refuse_trained(method)
         before = _before(model, options, to_calibrate=method not in WITHOUT_DATA)
         name, kv = options.name, options.kv
         cards = {model.name: make_one(model, name, options.scheme, method, kv, say, options.target, before)}
@@ -227,7 +227,7 @@ def plan(options: argparse.Namespace) -> None:
 
     config, model = _model(options)
     for method in options.methods or ():
-        parse_method(method)
+        refuse_trained(method)
     for name in options.schemes or ():
         scheme(name)
     card, _ = plan(
