@@ -15,6 +15,7 @@ from deploy.commands import add_command, run_engines, say
 from deploy.commands.completion import add_completion
 from deploy.commands.doctor import add_doctor
 from deploy.commands.errors import explain
+from deploy.commands.export import add_export
 from deploy.commands.fleet import add_fleet, with_placement
 from deploy.commands.gateway import add_gateway
 from deploy.commands.init import add_init, add_up
@@ -47,6 +48,8 @@ def parser() -> argparse.ArgumentParser:
 
     text = "make variants, measure them on their engines, judge them per role; plan mixtures of precisions"
     add_quantize(commands.add_parser("quantize", help=text, description=text))
+    text = "models in the formats of other engines: GGUF for llama.cpp"
+    add_export(commands.add_parser("export", help=text, description=text))
     text = "list, show, compare, choose, delete and report what was made"
     add_variants(commands.add_parser("variants", help=text, description=text))
     add_gateway(commands)

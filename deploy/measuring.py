@@ -19,7 +19,8 @@ from deploy.engine import EngineSpec, free_port, need_of, running
 from deploy.engine_account import ServedOtherwiseError, checked_account, refuse_otherwise
 from deploy.engine_failures import EngineLoadError, EngineRoomError
 from deploy.fleet.room import too_large
-from deploy.identity import identity
+from deploy.identity import identity, identity_of
+from deploy.llama.launch import by_llama
 from deploy.machine import look
 from deploy.making import labelled_items, role_tasks
 from deploy.models import checkpoint_of, first_models, registry_of
@@ -174,6 +175,10 @@ class _Work:
         self.turns = Turns(answering_at_once(model, self.machine))
         self._key = measurement_key(self.tasks, self.engine)
 
+    def engine_of(self, card: Card) -> dict[str, str]:
+        """On what a variant is measured; most on the reference's engine."""
+        return identity_of(card, self.model, self.machine) if by_llama(card) else self.engine
+
     def that_fit(self, cards: Sequence[Card]) -> list[Card]:
         """Those whose engines have room, one after another; of the others it is said what would help. Raises
         PlacementError for the reference."""
@@ -196,7 +201,7 @@ class _Work:
             read_measurement(journal, self._compared_with(card, number))
             for number, journal in enumerate(self._journals(card).values())
         ]
-        if card.speed is None or stale(card, self.engine) or not all(one.done for one in known):
+        if card.speed is None or stale(card, self.engine_of(card)) or not all(one.done for one in known):
             return None
         return Found(known, card.speed, card.account)
 
@@ -222,7 +227,7 @@ class _Work:
                         await measure(
                             client,
                             self.tasks,
-                            self.engine,
+                            self.engine_of(card),
                             name,
                             journal,
                             reference=self._compared_with(card, number),
@@ -236,7 +241,8 @@ class _Work:
             return Found(passes, speed or card.speed, account)
 
     def _journals(self, card: Card) -> dict[str, Journal]:
-        path = self.registry.measurement_path(card, self._key)
+        key = measurement_key(self.tasks, self.engine_of(card)) if by_llama(card) else self._key
+        path = self.registry.measurement_path(card, key)
         journals = {card.variant: Journal(path)}
         if card.variant == self.model.reference:
             again = path.with_name(f"{path.name.split('.json')[0]}-2.json.gz")

@@ -145,6 +145,18 @@ class Registry(VariantsDirectory):
         inputs = {"base": base, "registered": contents}
         return self._add(variant, inputs, fill, checkpoint, base, parent=self._reference_version(base))
 
+    def take_in(
+        self,
+        variant: str,
+        inputs: Mapping[str, object],
+        fill: Callable[[Path], dict[str, Any]],
+        checkpoint: Checkpoint,
+    ) -> Card:
+        """Take in files that others make of ``checkpoint``: ``fill`` writes them into an empty directory and
+        returns what the card says of them. What the same ``inputs`` made before is returned."""
+        base = base_sha256(checkpoint)
+        return self._add(variant, inputs, fill, checkpoint, base, parent=self._reference_version(base))
+
     def _add(
         self,
         variant: str,
@@ -162,6 +174,7 @@ class Registry(VariantsDirectory):
                 return known
             partial = Path(tempfile.mkdtemp(prefix=f".partial-{variant}@", dir=self.directory))
             try:
+                made = fill(partial)
                 card = Card.model_validate(
                     {
                         "model": self.model,
@@ -172,8 +185,8 @@ class Registry(VariantsDirectory):
                         "parent": parent,
                         "created": datetime.now(UTC).isoformat(timespec="microseconds"),
                         "inputs_sha256": digest,
-                        **fill(partial),
-                        "weight_bytes": weight_bytes(partial),
+                        **({} if "weight_bytes" in made else {"weight_bytes": weight_bytes(partial)}),
+                        **made,
                         "files": hash_files(partial),
                     }
                 )
