@@ -1,4 +1,4 @@
-"""One engine, vLLM's or llama.cpp's, as a child process: command line from a card, readiness, log, end."""
+"""One engine, vLLM's or another's, as a child process: command line from a card, readiness, log, end."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ from deploy.engine_failures import (
     EngineStartError,
     diagnose,
 )
-from deploy.llama import launch
+from deploy.launches import environment as own_environment
+from deploy.launches import launch_of
 from deploy.machine import find_gpus
 from deploy.placement import CPU_OVERHEAD, Need, Placed
 from gateway.config import Engine as EngineSettings
@@ -80,8 +81,8 @@ def need_of(card: Card, directory: Path, settings: EngineSettings) -> Need:
         token_bytes=card.kv_bytes_per_token,
         context=settings.context(card.max_model_len, card.kv_bytes_per_token),
         kv_dtype=card.kv,
-        overhead=launch.OVERHEAD if launch.by_llama(card) else CPU_OVERHEAD,
-        on_cores=launch.by_llama(card),
+        overhead=launch.overhead if (launch := launch_of(card)) else CPU_OVERHEAD,
+        on_cores=launch is not None,
     )
 
 
@@ -113,7 +114,7 @@ def shared_flags(settings: EngineSettings) -> list[str]:
 def command(spec: EngineSpec) -> list[str]:
     """The engine's command line for a variant, from its card."""
     settings = spec.settings
-    if launch.by_llama(spec.card):
+    if (launch := launch_of(spec.card)) is not None:
         return launch.command(spec.card, spec.directory, settings, spec.port, spec.placed)
     arguments = [
         str(settings.python),
@@ -135,8 +136,8 @@ def environment(spec: EngineSpec) -> dict[str, str]:
     """The engine's environment: no hub, no telemetry, our sitecustomize first, its place, then the user's
     own. Of what both name the place's devices hold, which were chosen among the user's."""
     settings = spec.settings
-    if launch.by_llama(spec.card):
-        return launch.environment(settings, spec.placed, SITE)
+    if launch_of(spec.card) is not None:
+        return own_environment(settings, spec.placed, SITE)
     cache = settings.kv_bytes(spec.card.max_model_len, spec.card.kv_bytes_per_token)
     added = {
         "HF_HUB_OFFLINE": "1",
@@ -219,7 +220,7 @@ class EngineProcess:
     async def start(self) -> None:
         """Start the process in its own process group, its output appended to the log."""
         python = self.spec.settings.python
-        if launch.by_llama(self.spec.card):
+        if (launch := launch_of(self.spec.card)) is not None:
             if missing := launch.missing():
                 raise EngineSetupError(f"engine {self.spec.id}: {missing}")
         elif python is None or not python.exists():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from deploy.engine import shared_flags
-from deploy.llama import launch
+from deploy.launches import launch_of
 from deploy.machine import device_identity, engine_identity
 from deploy.placement import Machine
 from gateway.config import ModelConfig
@@ -23,6 +23,6 @@ def identity(model: ModelConfig, machine: Machine) -> dict[str, str]:
 
 def identity_of(card: Card, model: ModelConfig, machine: Machine) -> dict[str, str]:
     """The same of the engine that serves ``card``'s variant."""
-    if launch.by_llama(card):
+    if (launch := launch_of(card)) is not None:
         return launch.identity(model.engine, device_identity(machine, on_cores=True))
     return identity(model, machine)

@@ -10,22 +10,14 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from deploy.placement import GIB, Placed
+from deploy.placement import Placed
 from gateway.config import Engine as EngineSettings
 from quantize.card import Card
 from quantize.export.llama import is_installed
 from quantize.export.variant import LLAMA, MODEL_FILE
 
-ROOT = Path(__file__).resolve().parents[2]
 MOST_SLOTS = 8
 """Answers at a time; more share two cores to no gain."""
-OVERHEAD = GIB // 2
-"""Beside weights and KV cache: the interpreter, a row of logits of every answer, buffers of one batch."""
-
-
-def by_llama(card: Card) -> bool:
-    """Whether llama.cpp serves the variant."""
-    return card.target == LLAMA
 
 
 def slots(settings: EngineSettings) -> int:
@@ -53,13 +45,6 @@ def threads(settings: EngineSettings, placed: Placed) -> int:
     """Threads that decode: the user's own number, those of its place, or all."""
     given = settings.env.get("OMP_NUM_THREADS") or placed.env.get("OMP_NUM_THREADS") or ""
     return int(given) if given.isdigit() and int(given) else len(placed.cores) or os.cpu_count() or 1
-
-
-def environment(settings: EngineSettings, placed: Placed, site: Path) -> dict[str, str]:
-    """``site`` holds the ``sitecustomize`` with which an engine ends with its parent."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
-    added = {"PYTHONPATH": f"{site}{os.pathsep}{ROOT}", "PYTHONUNBUFFERED": "1", "PYTHONWARNINGS": "ignore"}
-    return {**kept, **added, **settings.env, **placed.env}
 
 
 def missing() -> str:

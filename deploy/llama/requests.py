@@ -19,7 +19,7 @@ NOT_SERVED_MORE = ("prompt_embeds", "use_beam_search", "continue_final_message",
 _DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 
 
-class BadRequestError(ValueError):
+class BadRequestError(Exception):
     """A request that is not served. ``field`` is the one that is at fault."""
 
     def __init__(self, text: str, field: str | None = None, code: str | None = None) -> None:

@@ -87,7 +87,9 @@ def embeddings(model: Any, ids: Sequence[Sequence[int]]) -> Tensor:
     parts = []
     with torch.no_grad():
         for at in range(0, len(order), BATCH):
-            given = {k: torch.from_numpy(v) for k, v in padded([ids[n] for n in order[at : at + BATCH]]).items()}
+            given = {
+                k: torch.from_numpy(v) for k, v in padded([ids[n] for n in order[at : at + BATCH]]).items()
+            }
             parts.append(mean_of(model(**given).last_hidden_state, given["attention_mask"]))
     found = torch.cat(parts)
     return found[torch.argsort(torch.tensor(order))]
@@ -115,7 +117,9 @@ def _solved(x: Tensor, targets: Tensor, labels: int) -> tuple[Tensor, Tensor]:
 
     def loss() -> Any:
         solver.zero_grad()
-        found = torch.nn.functional.cross_entropy(x @ weight.T + bias, targets) + DECAY * weight.square().sum()
+        found = (
+            torch.nn.functional.cross_entropy(x @ weight.T + bias, targets) + DECAY * weight.square().sum()
+        )
         found.backward()  # type: ignore[no-untyped-call]
         return found
 

@@ -65,11 +65,19 @@ def open_encoder(path: Path) -> Encoder:
         )
     if not (path / "tokenizer.json").is_file():
         raise ExportError(f"{path} has no tokenizer.json; save the encoder's tokenizer beside it")
-    if not (path / "model.safetensors").is_file():
+    if not any((path / name).is_file() for name in ("model.safetensors", MODEL_FILE)):
         raise ExportError(f"{path} has no model.safetensors; save the encoder in that format")
     named = config.get("id2label") if config.get("classifier_on") == "mean" else None
     labels = tuple(named[str(number)] for number in range(len(named))) if named else ()
     return Encoder(path, config, labels)
+
+
+def open_encoder_variant(path: Path) -> Encoder:
+    """An exported classifier: the same directory with an ONNX file in place of tensors. Raises ExportError."""
+    encoder = open_encoder(path)
+    if not (path / MODEL_FILE).is_file() or not encoder.labels:
+        raise ExportError(f"{path} holds no exported classifier; make one with `tiercel export encoder`")
+    return encoder
 
 
 class Tokens:
@@ -235,7 +243,9 @@ def head_of(encoder: Encoder) -> tuple[Any, Any] | None:
 def _dynamic(whole: Path, made: Path) -> None:
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    quantize_dynamic(whole, made, per_channel=True, weight_type=QuantType.QInt8, op_types_to_quantize=QUANTIZED)
+    quantize_dynamic(
+        whole, made, per_channel=True, weight_type=QuantType.QInt8, op_types_to_quantize=QUANTIZED
+    )
 
 
 def _static(encoder: Encoder, whole: Path, made: Path, texts: Sequence[str]) -> None:

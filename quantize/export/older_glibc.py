@@ -91,9 +91,7 @@ def _weaken(data: bytearray, offset: int, names: int) -> set[int]:
         offset += following
 
 
-def _rename(
-    data: bytearray, sections: list[tuple[int, int, int, int]], indexes: set[int], name: str
-) -> None:
+def _rename(data: bytearray, sections: list[tuple[int, int, int, int]], indexes: set[int], name: str) -> None:
     """Let the symbols that are of these versions be the older functions."""
     (_, symbols, size, link) = next(one for one in sections if one[0] == _DYNSYM)
     (_, versions, _, _) = next(one for one in sections if one[0] == _VERSYM)

@@ -1,4 +1,4 @@
-"""GGUF files: llama.cpp computes of them what transformers computes of the checkpoint, and reads text alike."""
+"""GGUF files: llama.cpp computes of them what transformers computes of the checkpoint."""
 
 from __future__ import annotations
 
@@ -198,7 +198,7 @@ def test_a_full_disk_is_said_before_work_and_leaves_nothing(
     demo_like: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = examine(open_checkpoint(demo_like))
-    usage = namedtuple("usage", "total used free")  # noqa: PYI024
+    usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(1, 1, 1 << 20))
     out = tmp_path / "out"
     with pytest.raises(NoRoomError):
