@@ -48,7 +48,7 @@ def parser() -> argparse.ArgumentParser:
 
     text = "make variants, measure them on their engines, judge them per role; plan mixtures of precisions"
     add_quantize(commands.add_parser("quantize", help=text, description=text))
-    text = "models in the formats of other engines: GGUF for llama.cpp"
+    text = "models in the formats of other engines: GGUF for llama.cpp, ONNX for encoders"
     add_export(commands.add_parser("export", help=text, description=text))
     text = "list, show, compare, choose, delete and report what was made"
     add_variants(commands.add_parser("variants", help=text, description=text))

@@ -73,7 +73,7 @@ def open_encoder(path: Path) -> Encoder:
 
 
 def open_encoder_variant(path: Path) -> Encoder:
-    """An exported classifier: the same directory with an ONNX file in place of tensors. Raises ExportError."""
+    """An exported classifier, with an ONNX file in place of tensors. Raises ExportError."""
     encoder = open_encoder(path)
     if not (path / MODEL_FILE).is_file() or not encoder.labels:
         raise ExportError(f"{path} holds no exported classifier; make one with `tiercel export encoder`")
