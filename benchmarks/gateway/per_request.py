@@ -27,6 +27,7 @@ from benchmarks.gateway.peers import KEY, variants
 from benchmarks.gateway.upstream import COUNTED, END, LAST_USAGE, STREAM_HEAD, WHOLE
 from gateway.app import Gateway
 from gateway.config import Config
+from gateway.routing.policies import POLICIES
 from gateway.wire.engine import EngineConnection
 
 CHUNKS = 64
@@ -64,7 +65,17 @@ class Sink:
     close = abort
 
 
-def made() -> Gateway:
+class EngineSink(Sink):
+    def __init__(self, bench: Bench, engine: EngineConnection) -> None:
+        super().__init__()
+        self._bench, self._engine = bench, engine
+
+    def _count(self, data: bytes) -> None:
+        self._bench.sent += 1
+        self._bench.engine = self._engine
+
+
+def made(replicas: int, policy: str) -> Gateway:
     """What a deployed gateway has switched on; whether an answer is listened to is drawn, and none is."""
     cards, digest = variants(), hashlib.sha256(KEY.encode()).hexdigest()
     config = Config.model_validate(
@@ -73,10 +84,14 @@ def made() -> Gateway:
             "variants_dir": Path("variants"),
             "roles": {"core": {}, "summarizer": {}},
             "default_role": "core",
-            "pools": {"bf16": ["http://127.0.0.1:9"], "int8": ["http://127.0.0.2:9"]},
+            "pools": {
+                "bf16": [f"http://127.0.1.{n + 1}:9" for n in range(replicas)],
+                "int8": ["http://127.0.0.2:9"],
+            },
             "keys": [{"name": "bench", "sha256": digest, "tenant": "bench"}],
             "quality": {"sample_rate": 1e-9},
             "watch": {"enabled": False},
+            "gateway": {"policy": policy},
         }
     )
     gateway = Gateway(config, {card.id: card for card in cards.values()})
@@ -87,28 +102,32 @@ def made() -> Gateway:
 class Bench:
     """One client's connection and one engine's."""
 
-    def __init__(self) -> None:
-        self.gateway = made()
+    def __init__(self, replicas: int = 1, policy: str = "prefix_aware") -> None:
+        self.gateway = made(replicas, policy)
         state = SimpleNamespace(connections=set())
         self.client = self.gateway.protocol(config=None, server_state=state, app_state=None)
-        self.client_sink, self.engine_sink = Sink(), Sink()
+        self.client_sink = Sink()
         self.client.connection_made(self.client_sink)  # type: ignore[arg-type]
-        pool = next(iter(self.gateway.plane.snapshot.pools.by_variant["assistant:bf16"].replicas)).connections
-        self.engine = EngineConnection(pool)
-        self.engine.connection_made(self.engine_sink)  # type: ignore[arg-type]
-        pool.keep(self.engine)
+        self.engine: EngineConnection
+        """That which was asked last."""
+        for replica in self.gateway.plane.snapshot.pools.by_variant["assistant:bf16"].replicas:
+            engine = EngineConnection(replica.connections)
+            engine.connection_made(EngineSink(self, engine))  # type: ignore[arg-type]
+            replica.connections.keep(engine)
+        self.sent = 0
         self._whole, self._stream = request(9), request(9, stream=True)
 
     def whole(self, count: int) -> None:
-        client, engine, message = self.client, self.engine, self._whole
+        client, message = self.client, self._whole
         for _ in range(count):
             client.data_received(message)
-            engine.data_received(WHOLE)
+            self.engine.data_received(WHOLE)
 
     def stream(self, count: int) -> None:
-        client, engine, message = self.client, self.engine, self._stream
+        client, message = self.client, self._stream
         for _ in range(count):
             client.data_received(message)
+            engine = self.engine
             engine.data_received(STREAM_HEAD + COUNTED[0])
             for chunk in COUNTED[1:CHUNKS]:
                 engine.data_received(chunk)
@@ -116,9 +135,9 @@ class Bench:
 
     def check(self) -> None:
         """Raises RuntimeError where requests were not answered as they should be."""
-        before, sent = self.client_sink.parts, self.engine_sink.parts
+        before, sent = self.client_sink.parts, self.sent
         self.whole(2)
-        if (self.client_sink.parts - before, self.engine_sink.parts - sent) != (2, 2):
+        if (self.client_sink.parts - before, self.sent - sent) != (2, 2):
             raise RuntimeError("whole answers did not pass")
         self.stream(1)
         if self.client_sink.parts - before != 2 + CHUNKS + 2:  # the last event, and the end
@@ -160,9 +179,13 @@ def calls(bench: Bench, kind: str) -> tuple[Counter[str], Counter[str]]:
 async def _main() -> None:
     options = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     options.add_argument("--repeats", type=int, default=100)
+    options.add_argument("--replicas", type=int, default=1, help="of the pool that is asked")
+    options.add_argument(
+        "--policy", choices=tuple(POLICIES), default="prefix_aware", help="of several replicas"
+    )
     options.add_argument("--list", action="store_true", help="which functions are called")
     given = options.parse_args()
-    bench = Bench()
+    bench = Bench(given.replicas, given.policy)
     bench.check()
     gc.collect()
     gc.freeze()

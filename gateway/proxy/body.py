@@ -48,8 +48,6 @@ LARGE_BYTES = 256 << 10
 """Of a body that is worth not being copied."""
 NEEDED = ("model", "stream", "stream_options")
 """Fields that cannot be passed on unread."""
-PROMPT_FIELDS = ("input", "instructions", "messages", "prompt", "system", "texts", "token_ids", "tools")
-"""What becomes prompts, at one endpoint or another."""
 _SPACE = b" \t\r\n"
 _USUAL_ENDS = (b'"}', b"]}", b"}}", b"e}", *(b"%d}" % digit for digit in range(10)))
 """Of an object that is not empty."""
@@ -117,8 +115,18 @@ class _Usual(RequestFields, kw_only=True):
     echo: bool | UnsetType | None = UNSET
     cache_salt: str | UnsetType | None = UNSET
     priority: int | UnsetType | None = UNSET
+    input: msgspec.Raw | UnsetType = UNSET
+    instructions: msgspec.Raw | UnsetType = UNSET
+    messages: msgspec.Raw | UnsetType = UNSET
+    prompt: msgspec.Raw | UnsetType = UNSET
+    system: msgspec.Raw | UnsetType = UNSET
+    texts: msgspec.Raw | UnsetType = UNSET
+    token_ids: msgspec.Raw | UnsetType = UNSET
+    tools: msgspec.Raw | UnsetType = UNSET
 
 
+PROMPT_FIELDS = _Usual.__struct_fields__[len(RequestFields.__struct_fields__) :]
+"""What becomes prompts, at one endpoint or another."""
 _USUAL = msgspec.json.Decoder(_Usual)
 _FIELDS = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _KNOWN_NAMES = (*RequestFields.__struct_fields__, *PROMPT_FIELDS)
@@ -236,6 +244,13 @@ class Body:
         """The same without a copy."""
         value = self._field(field)
         return memoryview(b"" if value is None else value)
+
+    def prompt(self, names: Sequence[str]) -> list[memoryview]:
+        """The JSON of those of ``PROMPT_FIELDS`` that it has, without a copy."""
+        fields = self.fields
+        if self._known is None and type(fields) is _Usual:
+            return [memoryview(raw) for name in names if (raw := getattr(fields, name)) is not UNSET]
+        return [part for name in names if (part := self.view(name))]
 
     def get(self, field: str) -> Any:
         """A field's value; None when it is absent."""

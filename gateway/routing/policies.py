@@ -155,7 +155,7 @@ class PrefixAware:
         self._random = (rng or random.Random()).random
         self._beginnings = SharedBeginnings()
         self._replicas: WeakKeyDictionary[Replica, _Known] = WeakKeyDictionary()
-        self._usable: list[Replica] = []
+        self._usable: Sequence[Replica] = ()
         self._places: dict[tuple[str, str], str] = {}
         """Salt and session to the address of the replica where it was last; the oldest first."""
         self._known: list[_Known] = []
@@ -165,17 +165,19 @@ class PrefixAware:
         own, shared, running, home = self._weights
         adapter = query.adapter
         chain = block_chain(query.prompt(), f"{query.salt}\0{adapter}" if adapter else query.salt)
-        known = self._known if self._usable == usable else self._look_up(usable)
+        known = self._known if self._usable is usable else self._look_up(usable)
         cached = [one.cache.cached(chain) for one in known]
-        own_bytes = chain.size - self._beginnings.shared(chain)
-        new = chain.size - max(cached) >= own_bytes
+        size = chain.size
+        own_bytes = size - self._beginnings.shared(chain)
+        new = size - max(cached) >= own_bytes
         near = self._places.get((query.salt, query.parent)) if new and query.parent is not None else None
         best, least, ties = 0, math.inf, 0
         for index, replica in enumerate(usable):
-            missing = chain.size - cached[index]
-            missing_own = min(missing, own_bytes)
-            cost = replica.work + running * replica.in_flight
-            cost += (own * missing_own + shared * (missing - missing_own)) / BLOCK_BYTES
+            in_flight = replica.mine if replica.board is None else replica.in_flight
+            cost = replica.work + running * in_flight
+            if missing := size - cached[index]:
+                missing_own = min(missing, own_bytes)
+                cost += (own * missing_own + shared * (missing - missing_own)) / BLOCK_BYTES
             if adapter:
                 cost += _loading(replica, known[index], adapter)
             if new:
@@ -199,7 +201,7 @@ class PrefixAware:
             self._remember((query.salt, query.session), usable[best].url)
         tokens = usable[best].reading.cache_tokens
         chosen.cache.add(chain, MOST_BYTES if tokens is None else tokens * BYTES_PER_TOKEN)
-        return usable[best], (chain.size - cached[best]) / BLOCK_BYTES
+        return usable[best], (size - cached[best]) / BLOCK_BYTES
 
     def _remember(self, session: tuple[str, str], url: str) -> None:
         places = self._places
@@ -209,7 +211,7 @@ class PrefixAware:
             del places[next(iter(places))]
 
     def _look_up(self, usable: Sequence[Replica]) -> list[_Known]:
-        self._usable = list(usable)
+        self._usable = usable
         self._known = [self._replicas.setdefault(replica, _Known()) for replica in usable]
         return self._known
 

@@ -39,6 +39,11 @@ class Pool:
 
     def usable(self) -> Sequence[Replica]:
         """Replicas that may be asked, full or not."""
+        for replica in self.replicas:
+            if not replica.breaker.no_failures:
+                break
+        else:
+            return self.replicas
         return [replica for replica in self.replicas if replica.breaker.free]
 
     def pick(self, query: PickQuery, *, last: bool = False) -> tuple[Replica, float] | None:

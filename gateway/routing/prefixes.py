@@ -169,6 +169,8 @@ class SharedBeginnings:
 def _known(blocks: OrderedDict[int, int], hashes: Sequence[int]) -> int:
     """How many of a chain are known: all up to some block, which is looked for by halves."""
     low, high = 0, len(hashes)
+    if hashes[-1] in blocks:
+        return high
     while low < high:
         middle = (low + high) // 2
         if hashes[middle] in blocks:

@@ -11,7 +11,8 @@ from __future__ import annotations
 import hashlib
 import random
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from functools import partial
 
 import msgspec
 
@@ -26,7 +27,6 @@ from gateway.routing.ladders import Ladder, Ladders
 from gateway.routing.pace import Paces
 from gateway.routing.policies import PickQuery, RoundRobin
 from gateway.routing.pools import PROVIDER, Pool, Pools
-from gateway.routing.prefixes import Buffer
 from gateway.routing.replicas import Replica
 from quantize.card import Card
 
@@ -147,7 +147,8 @@ class Router:
             if at:
                 order, reason = (*ladder[at:], *ladder[:at]), Reason.RAISED_TOO_SLOW
         adapter = model if model in self._config.adapters else ""
-        query = PickQuery(caller.session, caller.cache_salt, _prompt(body, endpoint), adapter, caller.parent)
+        prompt = partial(body.prompt, endpoint.prompt)
+        query = PickQuery(caller.session, caller.cache_salt, prompt, adapter, caller.parent)
         route = self._climb(caller, order, reason, query)
         if order is not ladder:  # what is too slow is still better than nothing
             reason = plan.reason if route.variant == ladder[0] else route.reason
@@ -226,13 +227,6 @@ class Router:
             f"No replica can take a request of role {caller.role} now; try again in a second.",
             internal=f"tried the pools {', '.join(ladder)}",
         )
-
-
-def _prompt(body: Body, endpoint: Endpoint) -> Callable[[], Sequence[Buffer]]:
-    def prompt() -> Sequence[Buffer]:
-        return [part for name in endpoint.prompt if (part := body.view(name))]
-
-    return prompt
 
 
 def _in_share(caller: Caller, percent: float) -> bool:

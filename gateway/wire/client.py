@@ -126,7 +126,7 @@ class ClientConnection(AnswerWriter, asyncio.Protocol):
             return
         elif state is CLOSING or state is CLOSED:
             return
-        reader.data = reader.data + data if reader.data else data
+        reader.add(data)
         self._advance()
 
     def eof_received(self) -> bool:
@@ -209,7 +209,7 @@ class ClientConnection(AnswerWriter, asyncio.Protocol):
             else:
                 self._refuse(error)
             return
-        if len(self._reader.data) > PIPELINED_BYTES:
+        if self._reader.unread > PIPELINED_BYTES:
             self.flow.hold(BACKLOG)
         elif self._overloaded is None:
             self.flow.release(BACKLOG)

@@ -17,18 +17,22 @@ PART_BYTES = 64 << 10
 """A part of a large body has at least so much, but for the last one: parts cost memory of their own."""
 LARGE_HEAD_BYTES = 4 << 10
 """A head of more is not kept on a connection that waits for the next request."""
+WINDOW_BYTES = 16 << 10
+"""Of many requests that have come at once so much is looked at; to cut each from all that is left would take
+longer the more they are."""
 _LENGTH = re.compile(rb"\r\ncontent-length:[ \t]*(\d{1,18})\r\n", re.IGNORECASE)
 _EMPTY_LINES = re.compile(rb"(?:\r\n)+")
 
 
 class RequestReader:
     """``head`` is the present request's, or the last one's; None while it is not whole. ``data``: what has
-    come and is not read yet."""
+    come and is not read yet, or its beginning: it is empty only where there is nothing."""
 
     __slots__ = (
         "_backlog",
         "_body",
         "_head_size",
+        "_later",
         "_part",
         "_parts",
         "admission",
@@ -43,6 +47,8 @@ class RequestReader:
 
     def __init__(self, intake: Intake) -> None:
         self.data = b""
+        self._later = memoryview(b"")
+        """What comes behind ``data``."""
         self._backlog = Reservation(intake)
         self.head: RequestHead | None = None
         self._head_size = 0
@@ -61,8 +67,47 @@ class RequestReader:
         """The last request's head up to its length, and what follows that."""
         self.suffix = b""
 
+    def add(self, data: bytes) -> None:
+        """It has come."""
+        if self._later:
+            self._later = memoryview(bytes(self._later) + data)
+        else:
+            self.data = self.data + data if self.data else data
+
+    @property
+    def unread(self) -> int:
+        """Bytes."""
+        return len(self.data) + len(self._later)
+
+    def _take(self, size: int) -> None:
+        """So much of ``data`` has been read."""
+        rest = len(self.data) - size
+        if rest > 2 * WINDOW_BYTES:
+            view = memoryview(self.data)[size:]
+            if self._later:
+                view = memoryview(b"".join((view, self._later)))
+            self.data, self._later = bytes(view[:WINDOW_BYTES]), view[WINDOW_BYTES:]
+        else:
+            self.data = self.data[size:]
+            if not rest:
+                self._look_further()
+
+    def _look_further(self, size: int = WINDOW_BYTES) -> bool:
+        """Have so much more in ``data``, if it is there. Whether anything is."""
+        later = self._later
+        if not later:
+            return False
+        self.data += later[:size]
+        self._later = later[size:]
+        return True
+
     def read_head(self) -> bool:
         """Whether the head is whole now; then it is ``head``. Raises MalformedRequestError."""
+        while not (whole := self._read_head()) and self._look_further():
+            pass
+        return whole
+
+    def _read_head(self) -> bool:
         data = self.data
         if data.startswith(b"\r\n"):  # empty lines before a request are to be read over
             lines = _EMPTY_LINES.match(data)
@@ -80,7 +125,7 @@ class RequestReader:
         self.prefix = b""
         head = self.head = parse_request(data[:end])
         self._head_size = end
-        self.data = data[end + 4 :]
+        self._take(end + 4)
         if head.length > 0 and not head.waits_for_continue:
             # A client's requests mostly differ in their length alone: then the rest is not read again (and
             # ``content-length`` among the headers is the first one's).
@@ -97,9 +142,11 @@ class RequestReader:
     def take_whole(self, head: RequestHead) -> bytes | None:
         """The request's body, if all of it is here."""
         length, data = head.length, self.data
+        if length > len(data) and self._look_further(length - len(data) + WINDOW_BYTES):
+            data = self.data
         if not 0 <= length <= len(data):
             return None
-        self.data = data[length:]
+        self._take(length)
         return data[:length]
 
     def admit(self, admission: Admission, size: int) -> None:
@@ -123,6 +170,7 @@ class RequestReader:
         ``Intake.reserve`` raises."""
         body = self._body
         assert body is not None
+        self._look_further(len(self._later))
         try:
             part = body.feed(self.data)
         except ValueError as error:
@@ -141,6 +189,7 @@ class RequestReader:
             self._parts.append(part)
         if not body.done:
             return None
+        self._take(0)
         self._end_part()
         parts, large = self._parts, self.received > WHOLE_BYTES
         self._body, self._parts, self.received = None, [], 0
@@ -155,9 +204,9 @@ class RequestReader:
         """Count what waits in ``data``: behind a request that is being answered, or to become one. Raises
         what ``Intake.reserve`` raises, and then it is dropped."""
         try:
-            self._backlog.resize(self.admission.tenant if answering else UNKNOWN, len(self.data))
+            self._backlog.resize(self.admission.tenant if answering else UNKNOWN, self.unread)
         except GatewayError:
-            self.data = b""
+            self._forget()
             raise
 
     @property
@@ -172,10 +221,14 @@ class RequestReader:
 
     def drop(self) -> None:
         """Keep nothing of what has come."""
-        self.data, self._body, self.prefix = b"", None, b""
+        self._forget()
+        self._body, self.prefix = None, b""
         self._parts, self._part, self.received = [], bytearray(), 0
         self._backlog.release()
         self.held.release()
+
+    def _forget(self) -> None:
+        self.data, self._later = b"", memoryview(b"")
 
 
 def _too_large(admission: Admission) -> BodyTooLargeError:
