@@ -26,7 +26,7 @@ def add_export(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_encoder(commands: Any) -> None:
-    text = "ONNX of an encoder: of a classifier variants that are measured and judged, or with a directory a file"
+    text = "ONNX of an encoder: a classifier's variants, measured and judged, or with a directory a file"
     making = commands.add_parser("encoder", help=text, description=text)
     making.add_argument(
         "directory", type=Path, nargs="?", help="an encoder's directory (default: a model of the YAML file)"

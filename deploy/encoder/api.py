@@ -201,7 +201,14 @@ class Routes:
 
     async def account(self) -> Response:
         """What is loaded, in the form of ``engine_site/account_route.py``."""
-        return JSONResponse({"detail": "a classifier does not tell its modules"}, 404)
+        rank = {
+            "modules": {},
+            "quantization": "onnx int8" if self._of.quantized else None,
+            "kv_dtypes": [],
+            "weight_bytes": self._of.bytes,
+            "device_bytes": None,
+        }
+        return JSONResponse({"version": f"{ONNX} {self._build}", "ranks": [rank]})
 
     async def describe(self) -> Response:
         return JSONResponse(self._described())
@@ -213,7 +220,7 @@ class Routes:
         return {"refusal": "", "vocabulary": width, "width": width, "dtype": "float32", "head": head}
 
     async def score(self, request: Request) -> Response:
-        """As ``engine_site/score_route.py``: what is kept of a reference are its labels' log-probabilities."""
+        """As ``engine_site/score_route.py``; of a reference its labels' log-probabilities are kept."""
         line, _, kept = (await request.body()).partition(b"\n")
         asked, about = json.loads(line), self._described()
         tokens, start = asked["tokens"], asked["start"]

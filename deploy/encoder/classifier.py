@@ -21,6 +21,9 @@ TOGETHER = 32
 WAITING = 1024
 """Texts that may wait."""
 
+INTEGERS = (b"MatMulInteger", b"DequantizeLinear")
+"""Operations of a file whose weights are integers."""
+
 
 class FullError(RuntimeError):
     """The line is full."""
@@ -45,7 +48,8 @@ class Classifier:
         self.labels = self.encoder.labels
         self.vocabulary = int(self.encoder.config["vocab_size"])
         """Ids of words; those of labels come after them."""
-        self.bytes = (directory / MODEL_FILE).stat().st_size
+        raw = (directory / MODEL_FILE).read_bytes()
+        self.bytes, self.quantized = len(raw), any(one in raw for one in INTEGERS)
         self.counts = Counts()
         self._session = Session(directory / MODEL_FILE, threads)
         self._line: asyncio.Queue[tuple[list[int], asyncio.Future[NDArray[np.float64]]]] = asyncio.Queue(

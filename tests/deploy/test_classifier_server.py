@@ -14,6 +14,7 @@ import pytest
 from deploy.encoder import classifier as classifier_module
 from deploy.encoder.api import make_app
 from deploy.encoder.classifier import Classifier
+from quantize.account import account_of_workers
 from quantize.core.checkpoint import open_checkpoint
 from quantize.export.classifier import train_classifier
 from quantize.export.encoder import FLOAT, open_encoder
@@ -99,6 +100,11 @@ async def test_the_evaluator_gets_an_exact_kl_over_the_labels(http: httpx.AsyncC
     assert again.kl[0] == pytest.approx(0, abs=1e-9)
     with pytest.raises(Exception, match="none of the 4 labels"):
         await client.tokenize([user, {"role": "assistant", "content": "demolish"}])
+
+
+async def test_its_account_says_whether_its_weights_are_integers(http: httpx.AsyncClient) -> None:
+    account = account_of_workers((await http.get("/tiercel/account")).json())
+    assert (account.quantization, account.engine) == ("none", "onnxruntime 1.32")
 
 
 async def test_a_full_line_is_said(http: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -50,7 +50,7 @@ def test_the_copy_loads_and_computes(
 
 def test_what_needs_more_of_the_newer_one_is_refused(libraries: Path) -> None:
     library = (libraries / "libused.so").read_bytes().replace(b"__isoc23_strtol", b"__another_funct")
-    with pytest.raises(ElfError, match="__another_funct of GLIBC_2.38"):
+    with pytest.raises(ElfError, match=r"__another_funct of GLIBC_2\.38"):
         without_newer(library, "libused.so")
     with pytest.raises(ElfError, match="no library of 64 bits"):
         without_newer(b"MZ\x90\x00 and more", "libused.dll")
