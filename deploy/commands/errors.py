@@ -40,10 +40,14 @@ from quantize.core.targets import TargetError
 from quantize.evaluate.bench import BenchError
 from quantize.evaluate.client import EngineError
 from quantize.evaluate.tasks import TaskError
+from quantize.export.llama import LlamaError
+from quantize.export.types import ExportError
 from quantize.make.calibration import CalibrationError
 from quantize.make.compress import QuantizeError
 from quantize.numerics.formats import FormatError
 from quantize.plan.planner import PlanError
+from quantize.train.data import DataError
+from quantize.train.loop import TrainError
 
 USER_ERRORS = (
     ConfigError,
@@ -53,6 +57,8 @@ USER_ERRORS = (
     QuantizeError,
     MethodError,
     PlanError,
+    DataError,
+    TrainError,
     SchemeError,
     CompactError,
     FormatError,
@@ -62,6 +68,8 @@ USER_ERRORS = (
     TaskError,
     EngineStartError,
     EngineError,
+    ExportError,
+    LlamaError,
     GatewayError,
     PlacementError,
     StoreError,
