@@ -19,6 +19,7 @@ from pydantic import ConfigDict, Field, ValidationError, model_validator
 
 from quantize.core.engine_figures import AdapterCarried, EngineAccount, Speed, Strict
 from quantize.core.files import sha256_of, write_whole
+from quantize.core.reported_figures import Reported
 from quantize.seal import SEAL, is_edited, sealed
 
 CARD_NAME = "card.json"
@@ -155,6 +156,7 @@ class RoleEvaluation(Strict):
     across_grounded: dict[str, Paired] = Field(default_factory=dict, description="the same of grounded ones")
     long_context: LongContext | None = None
     noise: NoiseFloor | None = None
+    reported: Reported | None = Field(default=None, description="what gates nothing")
 
     @property
     def task(self) -> Paired:
@@ -196,6 +198,22 @@ class Making(Strict):
     seconds: float = Field(ge=0)
     peak_memory_bytes: int | None = Field(default=None, ge=0, description="largest resident size")
     peak_device_bytes: int | None = Field(default=None, ge=0, description="largest use of an accelerator")
+
+
+class Training(Strict):
+    """How a trained variant's numbers were found. KL is to the reference, nats per token, on conversations
+    that training did not see, in torch."""
+
+    base: str = Field(description="what it was begun with: a variant and its version, or a method")
+    settings: dict[str, bool | int | float | str | None]
+    source: str = Field(description="of the text")
+    sha256: str = Field(description="of the text's tokens")
+    sequences: int
+    tokens: int
+    kl_before: float | None = None
+    kl_after: float | None = None
+    tensors: int = Field(default=0, description="compared with what was trained, and equal bit for bit")
+    seconds: float = 0.0
 
 
 class Calibration(Strict):
@@ -255,6 +273,7 @@ class Card(Strict):
         default=None, description="what the engine served when the variant was measured"
     )
     making: Making | None = Field(default=None, description="what making it took")
+    training: Training | None = Field(default=None, description="of a variant that was trained")
     doubts: tuple[str, ...] = Field(
         default=(), description="why its figures are not to be trusted; with any it passes no gate"
     )

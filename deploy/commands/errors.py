@@ -35,10 +35,13 @@ from quantize.core.files import NoRoomError, is_full
 from quantize.core.methods import MethodError
 from quantize.core.model_config import first_line
 from quantize.core.schemes import SchemeError
+from quantize.core.shape import ShapeError
 from quantize.core.targets import TargetError
 from quantize.evaluate.bench import BenchError
 from quantize.evaluate.client import EngineError
 from quantize.evaluate.tasks import TaskError
+from quantize.export.llama import LlamaError
+from quantize.export.types import ExportError
 from quantize.make.calibration import CalibrationError
 from quantize.make.compress import QuantizeError
 from quantize.numerics.formats import FormatError
@@ -59,11 +62,14 @@ USER_ERRORS = (
     SchemeError,
     CompactError,
     FormatError,
+    ShapeError,
     TargetError,
     BenchError,
     TaskError,
     EngineStartError,
     EngineError,
+    ExportError,
+    LlamaError,
     GatewayError,
     PlacementError,
     StoreError,

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from deploy.commands import add_command, add_json, print_json, say
 from deploy.commands.quantize import judge, unmeasured
+from deploy.commands.train_qat import add_qat
 
 METHODS = {
     "lora": "train an adapter on a frozen model",
@@ -25,6 +26,7 @@ def add_train(parser: argparse.ArgumentParser) -> None:
         training.set_defaults(method=name)
         add_json(training)
 
+    add_qat(commands)
     text = "write a model with an adapter merged into it, as a checkpoint like any other"
     merging = add_command(commands, "merge", merge, text)
     merging.add_argument("adapter", type=Path, help="a directory in PEFT's format")

@@ -1,4 +1,5 @@
-"""Tiny models on one core each: split over several that others use as well, an operation takes a time slice."""
+"""Tiny models on one core each: split over several that others use as well, an operation takes a time
+slice."""
 
 from __future__ import annotations
 
