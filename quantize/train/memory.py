@@ -19,9 +19,8 @@ from quantize.train.nf4 import BITS
 
 MARGIN = 1.15
 """What allocators keep beside what is asked of them."""
-UNPACKED = 1.5
-"""Times the activations of a base in 4 bits, whose matrices are made whole and dropped between what is kept:
-measured (docs/benchmarks/training.md)."""
+ADAPTED = 1.5
+"""Times the activations of a model with adapters, as measured (docs/benchmarks/training.md)."""
 GB = 1e9
 
 
@@ -84,7 +83,7 @@ def predict(
         trained=4 * trained,
         gradients=4 * trained,
         optimizer=8 * trained,
-        activations=int(kept * width * (UNPACKED if method == "qlora" else 1)),
+        activations=int(kept * width * (1 if method == "full" else ADAPTED)),
         logits=logits,
         temporary=int(copies),
     )
