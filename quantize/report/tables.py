@@ -154,6 +154,14 @@ def making_text(card: Card) -> str:
     return f"{took.seconds:,.0f} s{memory}"
 
 
+def training_text(card: Card) -> str:
+    """What a variant was trained from and on, and what that took off in torch."""
+    if (one := card.training) is None:
+        return NOTHING
+    loss = f"; KL {kl_text(one.kl_before)} -> {kl_text(one.kl_after)} in torch"
+    return f"from {one.base}, {one.sequences:,} conversations ({one.tokens:,} tokens){loss}"
+
+
 def roles_of(cards: Sequence[Card]) -> list[str]:
     return sorted({role for card in cards for role in card.gate})
 
@@ -225,6 +233,7 @@ FIELDS: tuple[Field, ...] = (
     ("KV cache per token", lambda card: f"{card.kv_bytes_per_token:,} B"),
     ("checked for", lambda card: card.target or NOTHING),
     ("made in", making_text),
+    ("trained", training_text),
     ("served as", lambda card: served_text(card.account) if card.account else NOTHING),
     ("predicted KL", lambda card: kl_text(card.predicted_kl)),
     ("mean KL", mean_kl_text),
