@@ -12,6 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from deploy.commands import add_command, run_engines, say
+from deploy.commands.advise import add_advise
 from deploy.commands.completion import add_completion
 from deploy.commands.doctor import add_doctor
 from deploy.commands.errors import explain
@@ -52,6 +53,7 @@ def parser() -> argparse.ArgumentParser:
     add_train(commands.add_parser("train", help=text, description=text))
     text = "list, show, compare, choose, delete and report what was made"
     add_variants(commands.add_parser("variants", help=text, description=text))
+    add_advise(commands)
     add_gateway(commands)
     text = "do the quantized agents still tell the truth? what is known, and a person's word"
     add_watch(commands.add_parser("watch", help=text, description=text))
@@ -69,11 +71,16 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    given = list(sys.argv[1:] if arguments is None else arguments)
+def parsed(arguments: Sequence[str]) -> argparse.Namespace:
+    """What is typed after ``tiercel``, short forms in full."""
+    given = list(arguments)
     for in_full in (with_make, with_list, with_show, with_placement, with_tasks):
         given = in_full(given)
-    options = parser().parse_args(given)
+    return parser().parse_args(given)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = parsed(sys.argv[1:] if arguments is None else arguments)
     try:
         options.run(options)
     except KeyboardInterrupt:

@@ -19,6 +19,7 @@ from pydantic import ConfigDict, Field, ValidationError, model_validator
 
 from quantize.core.engine_figures import AdapterCarried, EngineAccount, Speed, Strict
 from quantize.core.files import sha256_of, write_whole
+from quantize.core.reported_figures import Reported
 from quantize.seal import SEAL, is_edited, sealed
 
 CARD_NAME = "card.json"
@@ -155,6 +156,7 @@ class RoleEvaluation(Strict):
     across_grounded: dict[str, Paired] = Field(default_factory=dict, description="the same of grounded ones")
     long_context: LongContext | None = None
     noise: NoiseFloor | None = None
+    reported: Reported | None = Field(default=None, description="what gates nothing")
 
     @property
     def task(self) -> Paired:

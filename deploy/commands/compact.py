@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from deploy.commands import add_json, print_json, say
 from quantize.core.checkpoint import Checkpoint, open_checkpoint
+from quantize.core.jsonl import read_lines
+from quantize.core.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
     from quantize.compact.compare import Compared
@@ -54,9 +57,10 @@ def compact(options: argparse.Namespace) -> None:
     for step in steps:
         refuse(checkpoint, modules, step, options.out)
     sequences = _sequences(checkpoint, options.calibration)
+    spans = _spans(checkpoint, sequences[::HELD_OUT], options.calibration)
     calibrating = [one for number, one in enumerate(sequences) if number % HELD_OUT]
     done = _taken(checkpoint, steps, calibrating, options.out)
-    compared = compare(checkpoint, open_checkpoint(options.out), sequences[::HELD_OUT])
+    compared = compare(checkpoint, open_checkpoint(options.out), spans)
     if options.json:
         print_json({"steps": [one.model_dump() for one in done], "compared": compared.model_dump()})
     else:
@@ -74,6 +78,31 @@ def _sequences(checkpoint: Checkpoint, calibration: Path | None) -> Sequence[Seq
 
     found = read_calibration(calibration, checkpoint) if calibration else prompts_for(checkpoint, PROMPTS)
     return found.sequences
+
+
+def _spans(
+    checkpoint: Checkpoint, sequences: Sequence[Sequence[int]], calibration: Path | None
+) -> list[tuple[Sequence[int], int]]:
+    """Held-out conversations, and where what is compared begins: at the answers where there are any."""
+    starts = [1] * len(sequences)
+    if calibration is not None:
+        tokenizer = load_tokenizer(checkpoint.path)
+        held_out = [json.loads(line)["messages"] for _, line in read_lines(calibration)[::HELD_OUT]]
+        for number, (messages, sequence) in enumerate(zip(held_out, sequences, strict=True)):
+            prompt = encode_prompt(tokenizer, messages[:-1]) if messages[-1]["role"] == "assistant" else []
+            if prompt and list(sequence[: len(prompt)]) == prompt:
+                starts[number] = len(prompt)
+    return list(zip(sequences, starts, strict=True))
+
+
+def encode_prompt(tokenizer: Any, messages: Sequence[dict[str, str]]) -> list[int]:
+    """Token ids up to where an answer begins; none of a conversation that begins with one."""
+    if not messages:
+        return []
+    encoded = tokenizer.apply_chat_template(
+        list(messages), tokenize=True, return_dict=True, add_generation_prompt=True
+    )
+    return [int(token) for token in encoded["input_ids"]]
 
 
 def _taken(
@@ -119,6 +148,7 @@ def format_taken(done: Sequence[Taken], compared: Compared) -> str:
     lines.append(
         f"loss {compared.loss_before:.4f} -> {compared.loss_after:.4f} nats per token, "
         f"KL {compared.kl:.4g}, same first choice {100 * compared.agreement:.1f} %, on "
-        f"{compared.tokens:,} held-out tokens of calibration's; simulated, a gate measures the engine"
+        f"{compared.tokens:,} held-out tokens of calibration's (of answers, where it has any); simulated, a "
+        "gate measures the engine"
     )
     return "\n".join(lines)

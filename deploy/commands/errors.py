@@ -35,6 +35,7 @@ from quantize.core.files import NoRoomError, is_full
 from quantize.core.methods import MethodError
 from quantize.core.model_config import first_line
 from quantize.core.schemes import SchemeError
+from quantize.core.shape import ShapeError
 from quantize.core.targets import TargetError
 from quantize.evaluate.bench import BenchError
 from quantize.evaluate.client import EngineError
@@ -59,6 +60,7 @@ USER_ERRORS = (
     SchemeError,
     CompactError,
     FormatError,
+    ShapeError,
     TargetError,
     BenchError,
     TaskError,

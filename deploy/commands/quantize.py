@@ -12,6 +12,7 @@ from deploy.commands import NOT_WELL, add_command, add_json, add_model, print_js
 from deploy.commands.before import refuse_unmeasurable
 from deploy.commands.compact import add_compact
 from deploy.commands.explore import add_explore
+from deploy.commands.stress import add_stress
 from deploy.commands.variants import card_as_json
 from deploy.models import checkpoint_of, one_model, registry_of, some_models, variant_of, variants_to_make
 from gateway.config import Config, ModelConfig, load_config
@@ -26,16 +27,9 @@ from quantize.core.targets import detect, target
 from quantize.plan.controls import KINDS
 
 COMMANDS = (
-    "check",
-    "make",
-    "measure",
-    "sensitivity",
-    "explore",
-    "compact",
-    "plan",
-    "register",
-    "-h",
-    "--help",
+    *("check", "make", "measure", "sensitivity", "explore", "compact", "plan", "register"),
+    *("robustness", "soak"),
+    *("-h", "--help"),
 )
 WITHOUT_DATA = ("rtn", "mse")
 """Methods that look at weights alone."""
@@ -86,6 +80,7 @@ def add_quantize(parser: argparse.ArgumentParser) -> None:
     add_explore(commands)
     add_compact(commands)
     _add_plan(commands)
+    add_stress(commands)
 
     registering = add_command(
         commands, "register", register, "take in a checkpoint that was quantized elsewhere, and gate it"

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from quantize.core.checkpoint import Checkpoint
 from quantize.core.modules import read_modules
+from quantize.evaluate.bench import Span
 from quantize.make.blocks import Blocks, States
 
 MOST_TOKENS = 4000
@@ -27,20 +28,21 @@ class Compared(BaseModel):
     tokens: int
 
 
-def compare(before: Checkpoint, after: Checkpoint, sequences: Sequence[Sequence[int]]) -> Compared:
-    """Loss of the tokens of ``sequences`` (each but the first of a sequence) under both models."""
+def compare(before: Checkpoint, after: Checkpoint, spans: Sequence[Span]) -> Compared:
+    """What both models make of the same tokens; of a span, those from its start (1 or more) on."""
     import torch
 
-    chosen = _first(sequences)
-    one, theirs = _last_states(before, chosen)
-    other, ours = _last_states(after, chosen)
+    chosen = _first(spans)
+    one, theirs = _last_states(before, [tokens for tokens, _ in chosen])
+    other, ours = _last_states(after, [tokens for tokens, _ in chosen])
     sums = [0.0, 0.0, 0.0, 0.0]
     count = 0
     with one.head_only() as logits_one, other.head_only() as logits_other, torch.inference_mode():
         for mine, its in zip(theirs.batches, ours.batches, strict=True):
-            tokens = torch.tensor(list(chosen[mine.numbers[0]])[1:]).unsqueeze(1)
-            p = torch.log_softmax(logits_one(mine.hidden[:, :-1])[0].float(), -1).cpu()
-            q = torch.log_softmax(logits_other(its.hidden[:, :-1])[0].float(), -1).cpu()
+            ids, start = chosen[mine.numbers[0]]
+            tokens = torch.tensor(list(ids)[start:]).unsqueeze(1)
+            p = torch.log_softmax(logits_one(mine.hidden[:, start - 1 : -1])[0].float(), -1).cpu()
+            q = torch.log_softmax(logits_other(its.hidden[:, start - 1 : -1])[0].float(), -1).cpu()
             sums[0] -= float(p.gather(1, tokens).double().sum())
             sums[1] -= float(q.gather(1, tokens).double().sum())
             sums[2] += float((p.exp() * (p - q)).double().sum())
@@ -64,15 +66,15 @@ def _last_states(checkpoint: Checkpoint, sequences: Sequence[Sequence[int]]) -> 
     return blocks, states
 
 
-def _first(sequences: Sequence[Sequence[int]]) -> list[Sequence[int]]:
+def _first(spans: Sequence[Span]) -> list[Span]:
     """As many as hold ``MOST_TOKENS`` tokens; at least one."""
-    found: list[Sequence[int]] = []
+    found: list[Span] = []
     total = 0
-    for sequence in sequences:
-        if len(sequence) < 2:
+    for tokens, start in spans:
+        if len(tokens) <= start:
             continue
-        if found and total + len(sequence) > MOST_TOKENS:
+        if found and total + len(tokens) > MOST_TOKENS:
             break
-        found.append(sequence)
-        total += len(sequence)
+        found.append((tokens, start))
+        total += len(tokens)
     return found

@@ -53,6 +53,12 @@ class Speed(Strict):
     """How fast the serving engine wrote, prompts included, with so many requests at a time."""
 
     tokens_per_s: float = Field(gt=0, description="tokens written per second, the median of some passes")
+    tokens_per_joule: float | None = Field(
+        default=None,
+        gt=0,
+        description="of all that ran on the machine meanwhile; None where it does not tell",
+    )
+    energy: str = Field(default="", description="what told the joules, or that nothing does")
     slowest: float = Field(gt=0, description="of the passes")
     fastest: float = Field(gt=0)
     together: int = Field(ge=1, description="requests at a time")

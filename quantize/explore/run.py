@@ -96,7 +96,7 @@ def explore(checkpoint: Checkpoint, wanted: Wanted) -> Exploration:
                 layers = look(run.rounded, questions.sequences, bar.update)
                 append_kept(wanted.journal, [{"key": key, "layers": layers.model_dump()}])
     return Exploration(
-        model=checkpoint.path.resolve().name,
+        model="/".join(checkpoint.path.resolve().parts[-2:]).lstrip("/"),
         parameters=sum(_size(tensor.shape) for tensor in checkpoint.tensors.values()),
         layers=layers,
         points=tuple(points[one] for one in order),
@@ -117,9 +117,9 @@ class _Run:
     def point(self, what: What, bits: int, done: Callable[[int], object]) -> PointFound:
         clean, states = self._reference()
         with self.rounded.rounded(what, bits):
-            if what == "nothing":
-                rows, depth = clean, ()
-            else:
+            depth: tuple[float, ...] = ()
+            rows = clean
+            if what != "nothing":
                 rows = log_probabilities(self.rounded, self.questions.spans)
                 depth = drift(states, hidden_states(self.rounded, self._sequences))
             done(1)

@@ -95,7 +95,7 @@ def k_means(x: Tensor, bits: int, weights: Tensor | None = None, steps: int = 50
     sums = torch.nn.functional.pad(torch.stack([mass, mass * values]).cumsum(-1), (1, 0))
     middles = (torch.arange(2**bits, device=values.device) + 0.5) / 2**bits * sums[0, -1]
     places = (torch.searchsorted(sums[0], middles) - 1).clamp(0, len(values) - 1)
-    centres = values[places].unique()
+    centres = torch.tensor(sorted(set(values[places].tolist())), dtype=values.dtype, device=values.device)
     for _ in range(steps):
         ends = torch.searchsorted(values, (centres[1:] + centres[:-1]) / 2)
         ends = torch.nn.functional.pad(torch.nn.functional.pad(ends, (1, 0)), (0, 1), value=len(values))

@@ -138,7 +138,7 @@ class Integer(Format):
     @property
     def low(self) -> int:
         """The first code."""
-        return -(2 ** (self.width - 1)) + int(self.narrow)
+        return int(self.narrow) - int(2 ** (self.width - 1))
 
     @property
     def high(self) -> int:
@@ -270,7 +270,8 @@ class Float(Format):
             return y.clamp_(-self.largest, self.largest).to(getattr(torch, self.native))
         y = self.rounded(y)
         magnitudes = torch.searchsorted(self.magnitudes().to(y.device), y.abs())
-        return (magnitudes + torch.signbit(y) * 2 ** (self.bits - 1)).to(torch.uint8)
+        signed: Tensor = magnitudes + torch.signbit(y) * 2 ** (self.bits - 1)
+        return signed.to(torch.uint8)
 
     def dequantize(self, codes: Tensor, scale: Tensor, zero: Tensor | None = None) -> Tensor:
         if self.native is not None:
@@ -278,7 +279,8 @@ class Float(Format):
         sign = 2 ** (self.bits - 1)
         number = codes.long()
         values = self.magnitudes().to(codes.device)[number & (sign - 1)]
-        return values * (1 - 2 * (number >= sign).float()) * scale
+        signed: Tensor = values * (1 - 2 * (number >= sign).float()) * scale
+        return signed
 
     def fake(self, x: Tensor, scale: Tensor | None = None, zero: Tensor | None = None) -> Tensor:
         if scale is None or self.native is not None:

@@ -136,7 +136,7 @@ _MX = {4: E2M1, 6: E3M2, 8: E4M3}
 def quantizer(name: str) -> Quantizer:
     """The quantizer of that name. Raises FormatError."""
     head, *rest = name.split("-")
-    flags = {flag for flag in ("asym", "narrow", "dq") if flag in rest}
+    flags: set[str] = {flag for flag in ("asym", "narrow", "dq") if flag in rest}
     form, spanned, stored = _format(head, flags, name)
     observer = usual_observer(form)
     for word in rest:

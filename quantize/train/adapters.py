@@ -75,7 +75,7 @@ def wrapped(model: Any, lora: Lora, modules: Modules, base_path: Path, seed: int
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=lora.rank,
-        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # a number, whatever the annotation says
+        lora_alpha=lora.alpha,  # a number, whatever the annotation says
         lora_dropout=lora.dropout,
         target_modules=list(lora.of(modules)),
         base_model_name_or_path=str(base_path),

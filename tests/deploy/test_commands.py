@@ -31,6 +31,7 @@ LISTING = {
     "variants show",
     "variants compare",
     "route",
+    "advise",
     "watch show",
     "status",
     "doctor",

@@ -18,8 +18,13 @@ from quantize.compact.compare import compare
 from quantize.compact.make import neurons_left, take
 from quantize.compact.steps import CompactError, Step, parse_step
 from quantize.core.checkpoint import Checkpoint, open_checkpoint
+from quantize.core.dequantize import linear_weight
 from quantize.core.loading import load_model
 from quantize.core.modules import read_modules
+from quantize.core.plan import uniform
+from quantize.core.schemes import scheme
+from quantize.core.tensors import read_parts
+from quantize.make.variant import part_store
 from tests.quantize.tiny import MODEL, make_checkpoint
 
 IDS = [[1, 5, 9, 300, 17, 44, 8], [1, 700, 30, 31, 32, 33, 34, 35, 36], [1, 12, 13, 900, 15]]
@@ -243,7 +248,7 @@ def test_neurons_that_are_left_fit_groups_of_scales() -> None:
 
 
 def test_a_model_is_like_itself_and_its_loss_is_transformers(tiny: Checkpoint) -> None:
-    found = compare(tiny, tiny, IDS)
+    found = compare(tiny, tiny, [(ids, 1) for ids in IDS])
     assert (found.kl, found.agreement) == (0.0, 1.0)
     model = load_model(tiny, torch.bfloat16)
     with torch.inference_mode():
@@ -252,6 +257,8 @@ def test_a_model_is_like_itself_and_its_loss_is_transformers(tiny: Checkpoint) -
     mean = sum(loss * weight for loss, weight in zip(losses, weights, strict=True)) / sum(weights)
     assert found.loss_before == pytest.approx(mean, rel=0.01)
     assert found.tokens == sum(weights)
+    ends = compare(tiny, tiny, [(ids, len(ids) - 2) for ids in IDS])
+    assert (ends.tokens, ends.kl) == (2 * len(IDS), 0.0)
 
 
 def test_the_command_takes_steps_one_after_another(
@@ -273,3 +280,16 @@ def test_the_command_takes_steps_one_after_another(
         main(["quantize", "compact", str(MODEL), str(tmp_path / "none"), "layers:4"])
     assert status.value.code == 2
     assert "the model has 4 layers; take fewer" in capsys.readouterr().err
+
+
+def test_a_smaller_model_is_quantized_like_any_other(tiny: Checkpoint, tmp_path: Path) -> None:
+    take(tiny, parse_step("neurons:0.25"), IDS, tmp_path / "smaller")
+    smaller = open_checkpoint(tmp_path / "smaller")
+    modules = read_modules(smaller)
+    plan = uniform(modules, "w4a16-g64", method="mse")
+    part_store(tmp_path / "variants", smaller, modules, None).assemble(plan, tmp_path / "variants/int4")
+    parts = read_parts(tmp_path / "variants/int4")
+    for linear in modules.linears:
+        weight = linear_weight(parts, linear.name, scheme("w4a16-g64"))
+        assert weight.shape == (linear.out_features, linear.in_features)
+    assert any(linear.in_features == 192 for linear in modules.linears)
