@@ -1,4 +1,4 @@
-"""One vLLM engine as a child process: its command line from a card, readiness, log, and end."""
+"""One engine, vLLM's or another's, as a child process: command line from a card, readiness, log, end."""
 
 from __future__ import annotations
 
@@ -27,8 +27,10 @@ from deploy.engine_failures import (
     EngineStartError,
     diagnose,
 )
+from deploy.launches import environment as own_environment
+from deploy.launches import launch_of
 from deploy.machine import find_gpus
-from deploy.placement import Need, Placed
+from deploy.placement import CPU_OVERHEAD, Need, Placed
 from gateway.config import Engine as EngineSettings
 from gateway.telemetry.engines import parse_reading
 from quantize.card import ADAPTER, Card
@@ -81,6 +83,8 @@ def need_of(card: Card, directory: Path, settings: EngineSettings) -> Need:
         token_bytes=card.kv_bytes_per_token,
         context=settings.context(card.max_model_len, card.kv_bytes_per_token),
         kv_dtype=card.kv,
+        overhead=launch.overhead if (launch := launch_of(card)) else CPU_OVERHEAD,
+        on_cores=launch is not None,
     )
 
 
@@ -110,8 +114,10 @@ def shared_flags(settings: EngineSettings) -> list[str]:
 
 
 def command(spec: EngineSpec) -> list[str]:
-    """vLLM's command line for a variant, from its card."""
+    """The engine's command line for a variant, from its card."""
     settings = spec.settings
+    if (launch := launch_of(spec.card)) is not None:
+        return launch.command(spec.card, spec.directory, settings, spec.port, spec.placed)
     arguments = [
         str(settings.python),
         str(SITE / ("serve_scored.py" if has_cuda() else "serve_vllm.py")),
@@ -145,6 +151,8 @@ def environment(spec: EngineSpec) -> dict[str, str]:
     """The engine's environment: no hub, no telemetry, our sitecustomize first, its place, then the user's
     own. Of what both name the place's devices hold, which were chosen among the user's."""
     settings = spec.settings
+    if launch_of(spec.card) is not None:
+        return own_environment(settings, spec.placed, SITE)
     cache = settings.kv_bytes(spec.card.max_model_len, spec.card.kv_bytes_per_token)
     added = {
         "HF_HUB_OFFLINE": "1",
@@ -229,7 +237,10 @@ class EngineProcess:
     async def start(self) -> None:
         """Start the process in its own process group, its output appended to the log."""
         python = self.spec.settings.python
-        if python is None or not python.exists():
+        if (launch := launch_of(self.spec.card)) is not None:
+            if missing := launch.missing():
+                raise EngineSetupError(f"engine {self.spec.id}: {missing}")
+        elif python is None or not python.exists():
             raise EngineSetupError(
                 f"no engine environment at {python}; run `make setup`, or set engine.python"
             )

@@ -161,7 +161,6 @@ class Registry(VariantsDirectory):
         if variant == self.reference:
             raise CardError(f"{variant!r} is the reference's name; carry {adapter} under another one")
         carried = examine_adapter(adapter, carrier, directory, checkpoint)
-        base = base_sha256(checkpoint)
 
         def fill(partial: Path) -> dict[str, Any]:
             (partial / ADAPTER).mkdir()
@@ -172,7 +171,19 @@ class Registry(VariantsDirectory):
                 link_or_copy(adapter / name, partial / ADAPTER / name)
             return carrier.model_dump(include=set(CARRIED)) | {"adapter": carried}
 
-        inputs = {"base": base, "carrier": carrier.files, "adapter": carried.sha256}
+        inputs = {"base": base_sha256(checkpoint), "carrier": carrier.files, "adapter": carried.sha256}
+        return self.take_in(variant, inputs, fill, checkpoint)
+
+    def take_in(
+        self,
+        variant: str,
+        inputs: Mapping[str, object],
+        fill: Callable[[Path], dict[str, Any]],
+        checkpoint: Checkpoint,
+    ) -> Card:
+        """Take in files that others make of ``checkpoint``: ``fill`` writes them into an empty directory and
+        returns what the card says of them. What the same ``inputs`` made before is returned."""
+        base = base_sha256(checkpoint)
         return self._add(variant, inputs, fill, checkpoint, base, parent=self._reference_version(base))
 
     def _add(
@@ -192,6 +203,7 @@ class Registry(VariantsDirectory):
                 return known
             partial = Path(tempfile.mkdtemp(prefix=f".partial-{variant}@", dir=self.directory))
             try:
+                made = fill(partial)
                 card = Card.model_validate(
                     {
                         "model": self.model,
@@ -202,8 +214,8 @@ class Registry(VariantsDirectory):
                         "parent": parent,
                         "created": datetime.now(UTC).isoformat(timespec="microseconds"),
                         "inputs_sha256": digest,
-                        **fill(partial),
                         "weight_bytes": weight_bytes(partial) + adapter_bytes(partial / ADAPTER),
+                        **made,
                         "files": hash_files(partial),
                     }
                 )

@@ -40,6 +40,8 @@ from quantize.core.targets import TargetError
 from quantize.evaluate.bench import BenchError
 from quantize.evaluate.client import EngineError
 from quantize.evaluate.tasks import TaskError
+from quantize.export.llama import LlamaError
+from quantize.export.types import ExportError
 from quantize.make.calibration import CalibrationError
 from quantize.make.compress import QuantizeError
 from quantize.numerics.formats import FormatError
@@ -66,6 +68,8 @@ USER_ERRORS = (
     TaskError,
     EngineStartError,
     EngineError,
+    ExportError,
+    LlamaError,
     GatewayError,
     PlacementError,
     StoreError,

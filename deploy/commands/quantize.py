@@ -86,7 +86,8 @@ def add_quantize(parser: argparse.ArgumentParser) -> None:
         commands, "register", register, "take in a checkpoint that was quantized elsewhere, and gate it"
     )
     add_model(registering)
-    registering.add_argument("directory", type=Path, help="compressed-tensors, AWQ, GPTQ or AutoRound format")
+    text = "a directory in compressed-tensors, AWQ, GPTQ or AutoRound format, or a GGUF file"
+    registering.add_argument("directory", type=Path, help=text)
     registering.add_argument("name", help="the variant's name")
     unmeasured(registering)
 
@@ -173,7 +174,7 @@ def make(options: argparse.Namespace) -> None:
         kv_scheme(options.kv)
         method = options.method or usual_method(options.scheme)
         refuse_trained(method)
-        before = _before(model, options, to_calibrate=method not in WITHOUT_DATA)
+        before = before_work(model, options, to_calibrate=method not in WITHOUT_DATA)
         name, kv = options.name, options.kv
         cards = {model.name: make_one(model, name, options.scheme, method, kv, say, options.target, before)}
     else:
@@ -183,7 +184,7 @@ def make(options: argparse.Namespace) -> None:
             if len(config.models) > 1:
                 say(f"{name}:")
             wanted = variants or unasked(target(options.target or detect()))
-            before = _before(model, options, len(wanted), to_calibrate=True)
+            before = before_work(model, options, len(wanted), to_calibrate=True)
             cards[name] = make_variants(model, wanted, say, options.target, before)
     judge(config, cards, options)
 
@@ -245,9 +246,9 @@ def plan(options: argparse.Namespace) -> None:
         schemes=options.schemes,
         tuned=options.tune,
         compare_with=KINDS if options.controls == [] else options.controls or (),
-        before=_before(model, options, to_calibrate=True),
+        before=before_work(model, options, to_calibrate=True),
     )
-    judge(config, {model.name: [_reference(model), card]}, options)
+    judge(config, {model.name: [reference_card(model), card]}, options)
 
 
 def register(options: argparse.Namespace) -> None:
@@ -259,10 +260,15 @@ def register(options: argparse.Namespace) -> None:
     refuse_unfit(checkpoint)
     for note in checkpoint.notes:
         say(note)
-    _before(model, options)()
-    reference = _reference(model)
+    before_work(model, options)()
+    reference = reference_card(model)
     registry = registry_of(model, say)
-    card = registry.register(options.directory, options.name, checkpoint, target(detect()))
+    if options.directory.suffix == ".gguf":
+        from quantize.export.variant import register_gguf
+
+        card = register_gguf(registry, checkpoint, options.directory, options.name)
+    else:
+        card = registry.register(options.directory, options.name, checkpoint, target(detect()))
     if card.schemes:
         found = target(detect()).check_plan(
             Plan(groups=card.schemes, kv=card.kv), read_modules(checkpoint), checkpoint.head_dim
@@ -272,7 +278,7 @@ def register(options: argparse.Namespace) -> None:
     judge(config, {model.name: [reference, card]}, options)
 
 
-def _before(
+def before_work(
     model: ModelConfig, options: argparse.Namespace, variants: int = 1, to_calibrate: bool = False
 ) -> Callable[[], None]:
     """What is done before work, for so many variants that are to be measured: a look at what may stop it, and
@@ -289,7 +295,8 @@ def _before(
     return look if options.evaluate else lambda: None
 
 
-def _reference(model: ModelConfig) -> Card:
+def reference_card(model: ModelConfig) -> Card:
+    """The reference, taken in if it was not yet."""
     return registry_of(model, say).add_reference(checkpoint_of(model, say))
 
 
