@@ -12,6 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from deploy.commands import add_command, run_engines, say
+from deploy.commands.advise import add_advise
 from deploy.commands.completion import add_completion
 from deploy.commands.doctor import add_doctor
 from deploy.commands.errors import explain
@@ -23,6 +24,7 @@ from deploy.commands.quantize import add_quantize, with_make
 from deploy.commands.status import add_status
 from deploy.commands.tasks import add_tasks, with_tasks
 from deploy.commands.top import add_top
+from deploy.commands.train import add_train
 from deploy.commands.variants import add_variants, with_list
 from deploy.commands.watch import add_watch, with_show
 from deploy.models import one_model
@@ -48,10 +50,13 @@ def parser() -> argparse.ArgumentParser:
 
     text = "make variants, measure them on their engines, judge them per role; plan mixtures of precisions"
     add_quantize(commands.add_parser("quantize", help=text, description=text))
+    text = "train adapters or all weights for a role, merge them, and take the result to its gate"
+    add_train(commands.add_parser("train", help=text, description=text))
     text = "models in the formats of other engines: GGUF for llama.cpp, ONNX for encoders"
     add_export(commands.add_parser("export", help=text, description=text))
     text = "list, show, compare, choose, delete and report what was made"
     add_variants(commands.add_parser("variants", help=text, description=text))
+    add_advise(commands)
     add_gateway(commands)
     text = "do the quantized agents still tell the truth? what is known, and a person's word"
     add_watch(commands.add_parser("watch", help=text, description=text))
@@ -69,11 +74,16 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    given = list(sys.argv[1:] if arguments is None else arguments)
+def parsed(arguments: Sequence[str]) -> argparse.Namespace:
+    """What is typed after ``tiercel``, short forms in full."""
+    given = list(arguments)
     for in_full in (with_make, with_list, with_show, with_placement, with_tasks):
         given = in_full(given)
-    options = parser().parse_args(given)
+    return parser().parse_args(given)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = parsed(sys.argv[1:] if arguments is None else arguments)
     try:
         options.run(options)
     except KeyboardInterrupt:

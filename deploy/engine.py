@@ -33,7 +33,7 @@ from deploy.machine import find_gpus
 from deploy.placement import CPU_OVERHEAD, Need, Placed
 from gateway.config import Engine as EngineSettings
 from gateway.telemetry.engines import parse_reading
-from quantize.card import Card
+from quantize.card import ADAPTER, Card
 
 __all__ = ["EngineLoadError", "EngineProcess", "EngineSpec", "EngineStartError", "command", "environment"]
 
@@ -42,6 +42,8 @@ SITE = Path(__file__).with_name("engine_site")
 LAST_LINES = 12
 """Lines of an engine's log that an error message shows."""
 DRAIN = "/tiercel/drain"
+WITHOUT_ADAPTER = "--without-adapter"
+"""After the model's name: what the engine calls its weights where the variant carries an adapter."""
 STOP_MARGIN_S = 5.0
 """For an engine that has finished what it had begun to end."""
 PORT_FREE_S = 10.0
@@ -120,7 +122,7 @@ def command(spec: EngineSpec) -> list[str]:
         str(settings.python),
         str(SITE / ("serve_scored.py" if has_cuda() else "serve_vllm.py")),
         *("--model", str(spec.directory)),
-        *("--served-model-name", spec.card.model),
+        *_names(spec),
         *("--host", settings.host),
         *("--port", str(spec.port)),
         *("--max-model-len", str(settings.context(spec.card.max_model_len, spec.card.kv_bytes_per_token))),
@@ -130,6 +132,19 @@ def command(spec: EngineSpec) -> list[str]:
         *spec.placed.arguments,
     ]
     return [*arguments, *shared_flags(settings)]
+
+
+def _names(spec: EngineSpec) -> list[str]:
+    """What the engine serves under the model's name: its weights, or those with the adapter that the variant
+    carries. Nobody asks for them without it."""
+    adapter = spec.card.adapter
+    if adapter is None:
+        return ["--served-model-name", spec.card.model]
+    return [
+        *("--served-model-name", f"{spec.card.model}{WITHOUT_ADAPTER}", "--enable-lora"),
+        *("--max-lora-rank", str(adapter.engine_rank)),
+        *("--lora-modules", f"{spec.card.model}={spec.directory / ADAPTER}"),
+    ]
 
 
 def environment(spec: EngineSpec) -> dict[str, str]:
@@ -148,6 +163,8 @@ def environment(spec: EngineSpec) -> dict[str, str]:
         "PYTHONUNBUFFERED": "1",
         "PYTHONWARNINGS": "ignore",
     }
+    if spec.card.adapter is not None:
+        added["TIERCEL_ADAPTER"] = spec.card.model
     if not has_cuda():
         # A CPU engine compiles its sampler with a C++ compiler at the first request that asks for
         # log-probabilities: 20 s of silence for a gain that a CPU does not show.

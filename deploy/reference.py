@@ -12,7 +12,7 @@ import aiohttp
 
 from deploy.door import Door
 from deploy.models import checkpoint_of, registry_of
-from deploy.unlabelled import reference_engine
+from deploy.unlabelled import variant_engine
 from gateway.config import ModelConfig
 from quantize.card import Card
 
@@ -38,7 +38,7 @@ async def reference_of(model: ModelConfig, door: Door | None, say: Say) -> Async
         say(f"{card.id} is asked through the gateway at {door.url}")
         yield Reached(door, card.id, card)
         return
-    async with reference_engine(model, card, say) as spec:
+    async with variant_engine(model, card, say) as spec:
         yield Reached(Door(spec.url), card.model, card)
 
 

@@ -27,7 +27,7 @@ from deploy.models import checkpoint_of, registry_of
 from deploy.placement import GIB, Machine, Need, PlacementError, arranged, taken_by
 from deploy.served import who_serves
 from deploy.starter import FILE, REFERENCE, ROLES, Choice, Starter, candidates, choose, model_name
-from deploy.unlabelled import ask_reference, is_answered, reference_engine
+from deploy.unlabelled import ask_reference, is_answered, variant_engine
 from gateway.config import Config, ModelConfig, load_config, parse_config
 from gateway.routing.ladders import costs
 from quantize.card import Card, CardError, read_card
@@ -182,7 +182,7 @@ async def prepare(config: Config, path: Path, model: ModelConfig, say: Say) -> l
         engines: dict[str, EngineSpec] = {}
         if not look().gpus and not is_answered(model):
             # On a CPU it stays for its own measurement; on a GPU it would take the memory of what is made.
-            spec = await stack.enter_async_context(reference_engine(model, reference, say))
+            spec = await stack.enter_async_context(variant_engine(model, reference, say))
             engines[reference.id] = spec
         await ask_reference(model, say, engines, to_calibrate=True)
         await make_apart(path, model)

@@ -109,6 +109,15 @@ def usual_lengths(checkpoint: Checkpoint) -> list[int]:
     return [min(CALIBRATION_LENGTH, len(ids) + tokens) for ids in asked]
 
 
+def prompts_for(checkpoint: Checkpoint, count: int) -> CalibrationSet:
+    """Prompts of so many of the conversations that ship with the product, for a model that is in no
+    configuration. Raises CheckpointError."""
+    found = chosen(_fitting(checkpoint.path, checkpoint.max_model_len, CPU_TOKENS), "calibration", count)
+    return calibration_of(
+        [one.messages for one in found], "conversations of Tiercel, prompts alone", checkpoint
+    )
+
+
 @functools.lru_cache(maxsize=4)
 def _template(path: Path) -> str:
     return str(load_tokenizer(path).chat_template)
@@ -205,7 +214,7 @@ async def ask_reference(
             return
         spec = (engines or {}).get(reference.id)
         if spec is None or spec.directory != registry.path(reference.variant, reference.version):
-            spec = await stack.enter_async_context(reference_engine(model, reference, say))
+            spec = await stack.enter_async_context(variant_engine(model, reference, say))
         client = await stack.enter_async_context(EngineClient(spec.url, reference.model))
         for part in missing:
             say(part.told())
@@ -213,17 +222,18 @@ async def ask_reference(
 
 
 @asynccontextmanager
-async def reference_engine(model: ModelConfig, reference: Card, say: Say) -> AsyncIterator[EngineSpec]:
-    """The reference's engine, ready inside the block. Raises EngineStartError and PlacementError."""
-    directory = registry_of(model).path(reference.variant, reference.version)
+async def variant_engine(model: ModelConfig, card: Card, say: Say) -> AsyncIterator[EngineSpec]:
+    """The engine of a variant, such as the reference, alone on the machine and ready inside the block. Raises
+    EngineStartError and PlacementError."""
+    directory = registry_of(model).path(card.variant, card.version)
     seats = Seats(look(), 1)
-    async with seats.take(need_of(reference, directory, model.engine)) as placed:
+    async with seats.take(need_of(card, directory, model.engine)) as placed:
         spec = EngineSpec(
-            card=reference,
+            card=card,
             directory=directory,
             settings=model.engine,
             port=free_port(model.engine.host),
-            log=model.variants_dir / ".logs" / f"engine-{reference.variant}.log",
+            log=model.variants_dir / ".logs" / f"engine-{card.variant}.log",
             placed=placed,
         )
         async with running(spec, say):

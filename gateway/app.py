@@ -26,7 +26,9 @@ from gateway.control import Commit, Heartbeat, Reloads, Supervisor
 from gateway.kept.keeper import Keeper
 from gateway.proxy.attempts import Attempts
 from gateway.proxy.exchange import Attempt, Exchange
+from gateway.proxy.grammars import BoundGrammars
 from gateway.proxy.hops import Admit, ChooseRoute, Identify, Keep, Observe, Pace, ReadBody, Settle
+from gateway.proxy.large import LargeReader
 from gateway.proxy.limits import limits_of
 from gateway.proxy.pipeline import Pipeline
 from gateway.proxy.plane import DataPlane, Snapshot
@@ -183,11 +185,12 @@ class Gateway:
 
     def _make_pipeline(self, config: Config, router: Router, observer: Observer) -> Pipeline:
         """What every request goes through that has been admitted, in order."""
-        plane, observe, limits = self.plane, Observe(observer), limits_of(config)
+        plane, observe, limits, large = self.plane, Observe(observer), limits_of(config), LargeReader()
         names = frozenset(router.known_models())
         return Pipeline(
             before=(
-                ReadBody(),  # what is asked
+                ReadBody(large),  # what is asked
+                BoundGrammars(config, large),  # no grammar that would keep an engine busy
                 Identify(),  # who asks: role and session; the key was looked at with the head
                 # what `previous_response_id` goes on from, and what is kept to go on from
                 ContinueResponse(self.responses, self._background, plane.reply, names),

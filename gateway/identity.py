@@ -11,7 +11,7 @@ from typing import Any
 
 from gateway.config import ApiKey, Config, parts_of
 from gateway.errors import BadRequestError, ForbiddenError, UnauthenticatedError
-from gateway.proxy.body import RequestFields
+from gateway.proxy.fields import RequestFields
 from gateway.signals import NO_LINEAGE, Lineage, SignalReader, at, baggage_of, lineage_of
 from tiercel_agents.headers import AGENT_HEADER, BAGGAGE_AGENT, ROLE_HEADER
 

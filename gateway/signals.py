@@ -15,7 +15,7 @@ from urllib.parse import unquote
 
 from gateway.config import Config
 from gateway.config.signals import KNOWN_CLIENTS, Known
-from gateway.proxy.body import RequestFields
+from gateway.proxy.fields import RequestFields
 from tiercel_agents.headers import (
     BAGGAGE_HEADER,
     BAGGAGE_SESSION,

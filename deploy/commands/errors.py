@@ -29,11 +29,13 @@ from gateway.config import ConfigError, load_config
 from gateway.errors import GatewayError
 from gateway.store.errors import StoreError
 from quantize.card import CardError
+from quantize.compact.steps import CompactError
 from quantize.core.checkpoint import CheckpointError
 from quantize.core.files import NoRoomError, is_full
 from quantize.core.methods import MethodError
 from quantize.core.model_config import first_line
 from quantize.core.schemes import SchemeError
+from quantize.core.shape import ShapeError
 from quantize.core.targets import TargetError
 from quantize.evaluate.bench import BenchError
 from quantize.evaluate.client import EngineError
@@ -42,7 +44,10 @@ from quantize.export.llama import LlamaError
 from quantize.export.types import ExportError
 from quantize.make.calibration import CalibrationError
 from quantize.make.compress import QuantizeError
+from quantize.numerics.formats import FormatError
 from quantize.plan.planner import PlanError
+from quantize.train.data import DataError
+from quantize.train.loop import TrainError
 
 USER_ERRORS = (
     ConfigError,
@@ -52,7 +57,12 @@ USER_ERRORS = (
     QuantizeError,
     MethodError,
     PlanError,
+    DataError,
+    TrainError,
     SchemeError,
+    CompactError,
+    FormatError,
+    ShapeError,
     TargetError,
     BenchError,
     TaskError,

@@ -12,7 +12,7 @@ from deploy.commands import add_command, add_json, print_json
 from gateway.cards import load_cards
 from gateway.config import ApiKey, Config, ConfigError, load_config
 from gateway.identity import Identities, hash_of
-from gateway.proxy.body import RequestFields
+from gateway.proxy.fields import RequestFields
 from gateway.routing.choices import Explanation
 from gateway.routing.pools import Pools
 from gateway.routing.router import Router

@@ -1,4 +1,4 @@
-"""``tiercel quantize``: check, make, sensitivity, plan, register."""
+"""``tiercel quantize``: check, make, measure, sensitivity, explore, plan, register."""
 
 from __future__ import annotations
 
@@ -10,12 +10,15 @@ from typing import Any
 
 from deploy.commands import NOT_WELL, add_command, add_json, add_model, print_json, run_engines, say
 from deploy.commands.before import refuse_unmeasurable
+from deploy.commands.compact import add_compact
+from deploy.commands.explore import add_explore
+from deploy.commands.stress import add_stress
 from deploy.commands.variants import card_as_json
 from deploy.models import checkpoint_of, one_model, registry_of, some_models, variant_of, variants_to_make
 from gateway.config import Config, ModelConfig, load_config
 from quantize.card import Card
 from quantize.core.checkpoint import open_checkpoint
-from quantize.core.methods import parse_method
+from quantize.core.methods import refuse_trained
 from quantize.core.modules import read_modules
 from quantize.core.plan import Plan
 from quantize.core.recipes import RECIPES, unasked, usual_method
@@ -23,7 +26,11 @@ from quantize.core.schemes import kv_scheme, scheme
 from quantize.core.targets import detect, target
 from quantize.plan.controls import KINDS
 
-COMMANDS = ("check", "make", "measure", "sensitivity", "plan", "register", "-h", "--help")
+COMMANDS = (
+    *("check", "make", "measure", "sensitivity", "explore", "compact", "plan", "register"),
+    *("robustness", "soak"),
+    *("-h", "--help"),
+)
 WITHOUT_DATA = ("rtn", "mse")
 """Methods that look at weights alone."""
 TARGET_HELP = "where it is to be loaded (default: this machine)"
@@ -70,7 +77,10 @@ def add_quantize(parser: argparse.ArgumentParser) -> None:
     looking.add_argument("--target", help=TARGET_HELP)
     add_json(looking)
 
+    add_explore(commands)
+    add_compact(commands)
     _add_plan(commands)
+    add_stress(commands)
 
     registering = add_command(
         commands, "register", register, "take in a checkpoint that was quantized elsewhere, and gate it"
@@ -110,7 +120,7 @@ def _add_plan(commands: Any) -> None:
 
 
 def unmeasured(command: argparse.ArgumentParser) -> None:
-    """Let a command make variants without measuring them."""
+    """Let a command that makes a variant leave it unmeasured, and give its result as JSON."""
     command.add_argument(
         "--no-evaluate", dest="evaluate", action="store_false", help="only make it, without a gate"
     )
@@ -163,7 +173,7 @@ def make(options: argparse.Namespace) -> None:
         scheme(options.scheme)
         kv_scheme(options.kv)
         method = options.method or usual_method(options.scheme)
-        parse_method(method)
+        refuse_trained(method)
         before = before_work(model, options, to_calibrate=method not in WITHOUT_DATA)
         name, kv = options.name, options.kv
         cards = {model.name: make_one(model, name, options.scheme, method, kv, say, options.target, before)}
@@ -218,7 +228,7 @@ def plan(options: argparse.Namespace) -> None:
 
     config, model = _model(options)
     for method in options.methods or ():
-        parse_method(method)
+        refuse_trained(method)
     for name in options.schemes or ():
         scheme(name)
     card, _ = plan(

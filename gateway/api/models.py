@@ -16,7 +16,7 @@ from fastapi.responses import JSONResponse, Response
 from gateway.config import parts_of
 from gateway.errors import ForbiddenError, UnknownModelError
 from gateway.identity import Identities, Sender
-from gateway.proxy.body import RequestFields
+from gateway.proxy.fields import RequestFields
 from gateway.proxy.plane import DataPlane, Snapshot
 from gateway.routing.ladders import precision
 

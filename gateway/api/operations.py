@@ -16,7 +16,7 @@ from pydantic import BaseModel, Field
 from gateway.config import ConfigError, is_loopback, shown, shown_url, with_secrets
 from gateway.errors import BadRequestError, ForbiddenError, GatewayError
 from gateway.identity import Identities
-from gateway.proxy.body import RequestFields
+from gateway.proxy.fields import RequestFields
 from gateway.proxy.plane import DataPlane
 from gateway.routing.pools import Pool
 from gateway.telemetry.exposition import Exposition

@@ -59,6 +59,18 @@ class GatewaySettings(Section):
         description="by what the cheapest variant is chosen: memory (bytes with a busy KV cache), or "
         "memory_time (those bytes times the seconds that its engine took for a token, by its card)",
     )
+    max_pattern_size: int = Field(
+        default=2000,
+        ge=1,
+        description="letters and classes of a pattern in a request's schemas, counted repetitions written "
+        "out; of all of a request together four times as many. Engines take seconds and more for larger ones",
+    )
+    max_schema_count: int = Field(
+        default=50_000,
+        ge=1,
+        description="minItems and maxItems in a request's schemas together, and the least common multiple of "
+        "their multipleOf: an engine may take minutes for larger ones, or its memory",
+    )
     max_in_flight: int | None = Field(default=None, ge=1, description="requests at a replica at a time")
     hedge_share: float = Field(
         default=0.05, ge=0, le=1, description="of the requests of roles that are hedged, that are at most"

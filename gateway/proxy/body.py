@@ -19,7 +19,7 @@ from __future__ import annotations
 import enum
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import msgspec
 from msgspec import UNSET, UnsetType
@@ -36,6 +36,7 @@ from gateway.proxy.coercions import (
     needed,
     stream_options_of,
 )
+from gateway.proxy.fields import GRAMMAR_FIELDS, KNOWN_NAMES, RequestFields, Usual
 from gateway.proxy.lenient import in_utf8
 
 LARGEST_READ_BYTES = 64 << 10
@@ -65,73 +66,10 @@ class Reads(enum.Enum):
     """Also what is asked for along with it: usage, log-probabilities."""
 
 
-class RequestFields(msgspec.Struct):
-    """What the gateway reads of a request. The values are those that vLLM makes of what was sent."""
-
-    model: str = ""
-    """Empty where none was named: then the role decides."""
-    stream: bool | None = None
-    stream_options: dict[str, Any] | UnsetType | None = UNSET
-    n: int | None = None
-    metadata: Any = None
-    vllm_xargs: Any = None
-    prompt_cache_key: Any = None
-    user: Any = None
-    litellm_session_id: Any = None
-    logprobs: Any = UNSET
-    top_logprobs: Any = UNSET
-    logprob_token_ids: Any = UNSET
-    echo: Any = UNSET
-    cache_salt: Any = UNSET
-    priority: Any = UNSET
-
-    @property
-    def takes_logprobs(self) -> bool:
-        """Whether a chat's log-probabilities can be asked for on top of what the client asked, and the engine
-        still takes, refuses and answers what it did. It wants ``logprobs`` where ``top_logprobs`` is, lists
-        ``logprob_token_ids`` among the likeliest tokens, and with ``echo`` gives those of the prompt too."""
-        logprobs, top = self.logprobs, self.top_logprobs
-        if self.logprob_token_ids is not UNSET or not (self.echo is UNSET or self.echo is False):
-            return False
-        if logprobs is UNSET and top is UNSET:
-            return True
-        if top is UNSET or top is None or (top == 0 and top is not False):
-            return logprobs is UNSET or logprobs is None or isinstance(logprobs, bool)
-        return logprobs is True and type(top) is int and top >= -1
-
-
-class _Usual(RequestFields, kw_only=True):
-    """The same as clients nearly always send it: whatever does not fit is looked at again, slowly."""
-
-    stream_options: dict[str, bool | None] | UnsetType | None = UNSET
-    metadata: msgspec.Raw = cast(msgspec.Raw, None)
-    vllm_xargs: msgspec.Raw = cast(msgspec.Raw, None)
-    prompt_cache_key: str | None = None
-    user: str | None = None
-    litellm_session_id: str | None = None
-    logprobs: bool | int | UnsetType | None = UNSET
-    top_logprobs: int | UnsetType | None = UNSET
-    logprob_token_ids: msgspec.Raw = cast(msgspec.Raw, UNSET)
-    echo: bool | UnsetType | None = UNSET
-    cache_salt: str | UnsetType | None = UNSET
-    priority: int | UnsetType | None = UNSET
-    input: msgspec.Raw | UnsetType = UNSET
-    instructions: msgspec.Raw | UnsetType = UNSET
-    messages: msgspec.Raw | UnsetType = UNSET
-    prompt: msgspec.Raw | UnsetType = UNSET
-    system: msgspec.Raw | UnsetType = UNSET
-    texts: msgspec.Raw | UnsetType = UNSET
-    token_ids: msgspec.Raw | UnsetType = UNSET
-    tools: msgspec.Raw | UnsetType = UNSET
-
-
-PROMPT_FIELDS = _Usual.__struct_fields__[len(RequestFields.__struct_fields__) :]
-"""What becomes prompts, at one endpoint or another."""
-_USUAL = msgspec.json.Decoder(_Usual)
+_USUAL = msgspec.json.Decoder(Usual)
 _FIELDS = msgspec.json.Decoder(dict[str, msgspec.Raw])
-_KNOWN_NAMES = (*RequestFields.__struct_fields__, *PROMPT_FIELDS)
 _KNOWN: msgspec.json.Decoder[Any] = msgspec.json.Decoder(
-    msgspec.defstruct("_Known", [(name, msgspec.Raw | UnsetType, UNSET) for name in _KNOWN_NAMES], gc=False)
+    msgspec.defstruct("_Known", [(name, msgspec.Raw | UnsetType, UNSET) for name in KNOWN_NAMES], gc=False)
 )
 """The fields that are ever looked at one by one: however many others there are, they are skipped."""
 
@@ -182,7 +120,7 @@ class Body:
         return self._all
 
     def _field(self, field: str) -> msgspec.Raw | None:
-        if field not in _KNOWN_NAMES:
+        if field not in KNOWN_NAMES:
             return self._fields.get(field)
         if self._known is None:
             self._known = self._decoded(_known)
@@ -248,7 +186,7 @@ class Body:
     def prompt(self, names: Sequence[str]) -> list[memoryview]:
         """The JSON of those of ``PROMPT_FIELDS`` that it has, without a copy."""
         fields = self.fields
-        if self._known is None and type(fields) is _Usual:
+        if self._known is None and type(fields) is Usual:
             return [memoryview(raw) for name in names if (raw := getattr(fields, name)) is not UNSET]
         return [part for name in names if (part := self.view(name))]
 
@@ -258,8 +196,18 @@ class Body:
         if raw is None:
             return None
         if field not in self._values:
-            self._values[field] = _value(field, raw)
+            self._values[field] = value_of(field, raw)
         return self._values[field]
+
+    def grammars(self) -> Sequence[tuple[str, msgspec.Raw]]:
+        """Those of ``GRAMMAR_FIELDS`` that it has, as JSON."""
+        fields = self.fields
+        if self._known is None and type(fields) is Usual:
+            none = fields.tools is fields.response_format is fields.structured_outputs is fields.text is UNSET
+            if none and fields.output_config is UNSET:  # nearly always
+                return ()
+            return [(name, raw) for name in GRAMMAR_FIELDS if (raw := getattr(fields, name)) is not UNSET]
+        return [(name, raw) for name in GRAMMAR_FIELDS if (raw := self._field(name)) is not None]
 
     def with_(self, changes: Mapping[str, bytes]) -> bytes:
         """The body's JSON with some fields set anew; ``changes`` are JSON too. They come last: whatever the
@@ -351,7 +299,7 @@ def fields_of(changes: Mapping[str, bytes]) -> bytes:
 
 def _known(raw: bytes) -> dict[str, msgspec.Raw]:
     found = _KNOWN.decode(raw)
-    return {name: value for name in _KNOWN_NAMES if (value := getattr(found, name)) is not UNSET}
+    return {name: value for name in KNOWN_NAMES if (value := getattr(found, name)) is not UNSET}
 
 
 def _strictly(decode: Callable[[bytes], dict[str, msgspec.Raw]], raw: bytes) -> dict[str, msgspec.Raw]:
@@ -366,12 +314,13 @@ def _small(raw: msgspec.Raw) -> Any:
     if len(memoryview(raw)) > LARGEST_READ_BYTES:
         return None
     try:
-        return _value("metadata", raw)
+        return value_of("metadata", raw)
     except BadRequestError:
         return None  # it is the engine's to refuse
 
 
-def _value(field: str, raw: msgspec.Raw) -> Any:
+def value_of(field: str, raw: bytes | memoryview | msgspec.Raw) -> Any:
+    """What a field's JSON says, as Python's ``json`` reads it. Raises BadRequestError."""
     try:
         return msgspec.json.decode(raw)
     except (msgspec.MsgspecError, RecursionError):

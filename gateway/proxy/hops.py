@@ -49,7 +49,7 @@ class Admitted(msgspec.Struct, frozen=True, gc=False):
     """Its content-type says so."""
     coding: str = ""
     """Its body's."""
-    traced: bool = False
+    passes_on: bool = False
     """There are headers that engines are given."""
 
 
@@ -108,8 +108,8 @@ class Admit:
 class ReadBody:
     """What is asked: the body, as far as the gateway depends on it. What takes long is read in turns."""
 
-    def __init__(self) -> None:
-        self._large = LargeReader()
+    def __init__(self, large: LargeReader) -> None:
+        self._large = large
 
     def __call__(self, exchange: Exchange) -> Awaitable[None] | None:
         admitted: Admitted = exchange.head.memo

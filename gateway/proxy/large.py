@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import codecs
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Mapping, Sequence
 from copy import copy
 from time import perf_counter
 
@@ -23,10 +23,10 @@ from gateway.proxy.body import (
     TOO_DEEP,
     Body,
     Reads,
-    RequestFields,
     fields_of,
 )
 from gateway.proxy.coercions import kind_of_json
+from gateway.proxy.fields import GRAMMAR_FIELDS, RequestFields
 from gateway.proxy.scan import (
     MOST_FIELDS,
     WINDOW,
@@ -108,6 +108,16 @@ class LargeReader:
             ) from None
         return body
 
+    def begin(self, steps: Steps[None]) -> Awaitable[None] | None:
+        """Have them done: at once what fits one turn, the rest by what is returned."""
+        until = perf_counter() + TURN_S
+        try:
+            while perf_counter() < until:
+                next(steps)
+        except StopIteration:
+            return None
+        return self.in_turns(steps)
+
     async def in_turns(self, steps: Steps[T]) -> T:
         """What comes of ``steps``. Of all that go on at once, one has a turn each time that the loop has
         looked after everything else."""
@@ -155,6 +165,9 @@ class LargeBody(Body):
     @property
     def json(self) -> bytes:
         return self.with_fields(b"") if self._ours else self._raw
+
+    def grammars(self) -> Sequence[tuple[str, msgspec.Raw]]:
+        return [(name, raw) for name in GRAMMAR_FIELDS if (raw := self._fields.get(name)) is not None]
 
     def changed(self, changes: Mapping[str, bytes], reads: Reads) -> LargeBody:
         other = copy(self)

@@ -34,7 +34,12 @@ from gateway.telemetry.metrics import Metrics
 from quantize.card import Card
 
 ROUND_S = 0.25
-"""Between two rounds: outcomes are written, folded and read this often."""
+"""Between two rounds where a check has said something: then it is written, folded and read this soon."""
+QUIET_S = 0.75
+"""Between two rounds otherwise. Figures of engines and times wait as long, and so does what other gateways
+have decided."""
+LOOK_S = 1.0
+"""Cells are read this often though nothing is known to have changed."""
 LEADER_SILENT_S = 5.0
 PRUNE_S = 600.0
 MOST_WAITING = 50_000
@@ -65,11 +70,14 @@ class Watch:
         self._store = store
         self._thread = ThreadPoolExecutor(1, "watch")
         self._waiting: list[Outcome] = []
+        self._urgent = False
+        """Something waits that a round is to be made for soon."""
         self._webhook = Webhook(lambda: self._watched.config.watch.webhook, metrics)
         self._events = logging.getLogger(EVENTS)
         self._decisions = -1
         self._beats, self._beats_at = -1, 0.0
         self._pruned = 0.0
+        self._looked = float("-inf")
         self._failing = False
         self.leading = False
         self.cells: dict[CellKey, Cell] = {}
@@ -96,13 +104,21 @@ class Watch:
         return self._watched.keys.get((variant, role))
 
     def note(
-        self, key: CellKey, check: str, bad: bool, value: float | None = None, *, probation: bool = False
+        self,
+        key: CellKey,
+        check: str,
+        bad: bool,
+        value: float | None = None,
+        *,
+        probation: bool = False,
+        soon: bool = True,
     ) -> None:
-        """One check of one answer."""
+        """One check of one answer. ``soon``: it is worth a round of its own."""
         if len(self._waiting) >= MOST_WAITING:
             self._metrics.watch_dropped.labels().inc()
             return
         self._waiting.append(Outcome(key, check, bad, self._clock(), value, probation))
+        self._urgent |= soon
 
     def note_engine(
         self, variant: str, memory: float | None, kv_cache: float | None, preempted: float | None
@@ -112,14 +128,14 @@ class Watch:
         key = self._watched.engines.get(variant)
         for check, value in (("memory", memory), ("kv_cache", kv_cache), ("preemptions", preempted)):
             if key is not None and value is not None:
-                self.note(key, check, False, value)
+                self.note(key, check, False, value, soon=False)
 
     def note_latency(self, variant: str, first_token_s: float | None, gap_s: float | None) -> None:
         """Of one streamed answer: seconds to its first token, and the mean between its chunks."""
         key = self._watched.engines.get(variant)
         for check, value in (("first_token", first_token_s), ("token_gap", gap_s)):
             if key is not None and value is not None:
-                self.note(key, check, False, value)
+                self.note(key, check, False, value, soon=False)
 
     def suspected(self, key: CellKey) -> bool:
         """Whether a check has seen enough to ask for another one's opinion."""
@@ -156,7 +172,7 @@ class Watch:
         where one model alone has it. Raises BadRequestError or StoreError."""
         key = self._named(variant, role)
         event = await self._in_thread(lambda: self._act(action, key, why))
-        await self._refresh()
+        await self._refresh(changed=True)
         self._announce([event])
         return event
 
@@ -220,20 +236,28 @@ class Watch:
         try:
             while True:
                 await self._round()
-                await asyncio.sleep(ROUND_S)
+                await self._rest()
         except asyncio.CancelledError:
             with contextlib.suppress(Exception):
                 await asyncio.shield(self._in_thread(self._leave))
             self._thread.shutdown(wait=False)
             raise
 
+    async def _rest(self) -> None:
+        """Until the next round."""
+        quiet_until = time.monotonic() + QUIET_S
+        while True:
+            await asyncio.sleep(ROUND_S)
+            if self._urgent or time.monotonic() >= quiet_until:
+                return
+
     async def _round(self) -> None:
-        outcomes, self._waiting = self._waiting, []
+        outcomes, self._waiting, self._urgent = self._waiting, [], False
         try:
             events = await self._in_thread(lambda: self._write_and_fold(outcomes))
-            outcomes = []
+            changed, outcomes = bool(events or (outcomes and self.leading)), []
             self._announce(events)
-            await self._refresh()
+            await self._refresh(changed)
             self._failing = False
         except StoreError as error:
             if not self._failing:
@@ -268,14 +292,16 @@ class Watch:
         store.change([cell], [event])
         return event
 
-    async def _refresh(self) -> None:
-        """Read what all gateways are to obey, if it has changed."""
+    async def _refresh(self, changed: bool) -> None:
+        """Read what all gateways are to obey, if it has changed. ``changed``: this process has changed it."""
 
         def read() -> tuple[int, dict[CellKey, Cell] | None]:
             store = self._open()
-            decisions = store.decisions()
-            stale = decisions != self._decisions or self.leading
-            return decisions, store.cells() if stale or self._suspicious() else None
+            decisions, now = store.decisions(), time.monotonic()
+            if not changed and decisions == self._decisions and now - self._looked < LOOK_S:
+                return decisions, None
+            self._looked = now
+            return decisions, store.cells()
 
         decisions, cells = await self._in_thread(read)
         if cells is not None:
@@ -284,10 +310,6 @@ class Watch:
         if decisions != self._decisions:
             self._decisions = decisions
             self._changed(self.demoted())
-
-    def _suspicious(self) -> bool:
-        """Whether cells are to be read although nothing was decided: from time to time."""
-        return int(time.monotonic() / ROUND_S) % 4 == 0
 
     def _show(self) -> None:
         for (variant, role), key in self._watched.keys.items():

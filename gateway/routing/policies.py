@@ -113,16 +113,33 @@ class LeastLoad:
 
 class SessionAffinity:
     """Every session at one replica, by rendezvous hashing: when a replica goes, only its sessions move. What
-    an agent has started is where that agent is, if nobody has started that one in turn."""
+    an agent has started is where that agent is, and so is what that has started in turn: a session counts as
+    the first one above it. That takes having seen those between, here and not too long ago; otherwise it is
+    where its parent would be if nobody had started that."""
 
     def __init__(self) -> None:
         self._fallback = LeastInFlight()
+        self._firsts: OrderedDict[tuple[str, str], str] = OrderedDict()
+        """By a tenant's session that another one has started: the one above which there is none."""
 
     def pick(self, usable: Sequence[Replica], query: PickQuery) -> tuple[Replica, float]:
-        session = query.parent or query.session
-        if session is None:
+        if query.session is None and query.parent is None:
             return self._fallback.pick(usable, query)
-        return max(usable, key=lambda replica: _weight(session, replica.url)), 0.0
+        first = self._first(query)
+        return max(usable, key=lambda replica: _weight(first, replica.url)), 0.0
+
+    def _first(self, query: PickQuery) -> str:
+        firsts, salt, session = self._firsts, query.salt, query.session
+        if query.parent is None:
+            assert session is not None
+            return firsts.get((salt, session), session)
+        first = firsts.get((salt, query.parent), query.parent)
+        if session is not None and first != session:  # none is above itself, whatever is said
+            firsts[salt, session] = first
+            firsts.move_to_end((salt, session))
+            if len(firsts) > MOST_PLACES:
+                firsts.popitem(last=False)
+        return first
 
 
 def _weight(session: str, url: str) -> bytes:

@@ -14,7 +14,8 @@ import msgspec
 from msgspec import UNSET
 
 from gateway.config import Quality
-from gateway.proxy.body import Body, RequestFields
+from gateway.proxy.body import Body
+from gateway.proxy.fields import RequestFields
 from gateway.upstream.sse import UNREADABLE
 
 _ALL_USAGE = b'{"include_usage":true,"continuous_usage_stats":true}'

@@ -15,6 +15,8 @@ from quantize.card import (
 )
 from quantize.evaluate.grounding import Grounding
 from quantize.evaluate.measure import Measurement, ScoredAnswer, Tasks, tasks_sha256
+from quantize.evaluate.reported import reported
+from quantize.evaluate.scores import Scored
 from quantize.evaluate.statistics import compare_tokens
 from quantize.evaluate.tasks import Item, Suite, TaskError, by_first_role
 from quantize.gate.evidence import ItemCounts
@@ -111,6 +113,7 @@ def _role(
         if far
         else None,
         noise=_noise([(role, items)], reference, again) if again else None,
+        reported=reported(task, before, after, _scores(role, items, reference, variant)),
     )
 
 
@@ -141,13 +144,19 @@ def _text(
     roles: Sequence[tuple[str, Sequence[Item]]], suite: Suite, reference: Measurement, variant: Measurement
 ) -> TextEvaluation:
     """Token figures of one suite's right answers."""
-    pairs = [
-        (ours, _same_tokens(role, index, ours, variant))
-        for role, items in roles
+    pairs = [pair for role, items in roles for pair in _scores(role, items, reference, variant, suite)]
+    return compare_tokens([ours for ours, _ in pairs], [theirs for _, theirs in pairs])
+
+
+def _scores(
+    role: str, items: Sequence[Item], reference: Measurement, variant: Measurement, suite: Suite = "task"
+) -> list[tuple[Scored, Scored]]:
+    """The reference's and the variant's scores of the same tokens, a conversation each."""
+    return [
+        (ours.scored, _same_tokens(role, index, ours, variant).scored)
         for index, ours in sorted(reference.scored[role].items())
         if items[index].suite == suite
     ]
-    return compare_tokens([ours.scored for ours, _ in pairs], [theirs.scored for _, theirs in pairs])
 
 
 def _same_tokens(role: str, index: int, ours: ScoredAnswer, variant: Measurement) -> ScoredAnswer:

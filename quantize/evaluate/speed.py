@@ -12,6 +12,7 @@ import statistics
 import time
 from dataclasses import dataclass
 
+from quantize.core.energy import Meter
 from quantize.core.engine_figures import Speed, SpeedPoint
 from quantize.evaluate.client import EngineClient
 
@@ -36,20 +37,24 @@ OTHERS = (Load(1, 128, 24), Load(16, 128, 24), Load(4, 512, 24))
 """From which, with the usual one, is told what batch size and context cost."""
 
 
-async def measure_speed(client: EngineClient, longest: int) -> Speed:
-    """Tokens written per second at the usual load, the median of some passes, and points at several loads:
-    those that fit into ``longest`` tokens. The machine should do nothing else. Raises EngineError."""
+async def measure_speed(client: EngineClient, longest: int, meter: Meter | None = None) -> Speed:
+    """Tokens written per second, and per joule of this machine where it tells, at the usual load (the median
+    of some passes, and their sum); and points at several loads: those that fit into ``longest`` tokens. The
+    machine should do nothing else. Raises EngineError."""
     rng = random.Random(time.monotonic_ns())
-    await _seconds(client, rng, USUAL, USUAL.answer_tokens)
-    whole = [await _seconds(client, rng, USUAL, USUAL.answer_tokens) for _ in range(PASSES)]
+    await seconds_of(client, rng, USUAL, USUAL.answer_tokens)
+    with meter or Meter() as energy:
+        whole = [await seconds_of(client, rng, USUAL, USUAL.answer_tokens) for _ in range(PASSES)]
     points = [await _point(client, rng, USUAL, statistics.median(whole))]
     for load in OTHERS:
         if load.prompt_tokens + load.answer_tokens <= longest:
-            seconds = await _seconds(client, rng, load, load.answer_tokens)
+            seconds = await seconds_of(client, rng, load, load.answer_tokens)
             points.append(await _point(client, rng, load, seconds))
     written = USUAL.together * USUAL.answer_tokens
     return Speed(
         tokens_per_s=written / statistics.median(whole),
+        tokens_per_joule=PASSES * written / energy.joules if energy.joules else None,
+        energy=energy.source,
         slowest=written / max(whole),
         fastest=written / min(whole),
         together=USUAL.together,
@@ -61,7 +66,7 @@ async def measure_speed(client: EngineClient, longest: int) -> Speed:
 
 async def _point(client: EngineClient, rng: random.Random, load: Load, whole: float) -> SpeedPoint:
     """The load's point: of the seconds ``whole`` those that its prompts take, and the rest per step."""
-    prompt_s = await _seconds(client, rng, load, 1)
+    prompt_s = await seconds_of(client, rng, load, 1)
     return SpeedPoint(
         together=load.together,
         prompt_tokens=load.prompt_tokens,
@@ -72,7 +77,7 @@ async def _point(client: EngineClient, rng: random.Random, load: Load, whole: fl
     )
 
 
-async def _seconds(client: EngineClient, rng: random.Random, load: Load, answer_tokens: int) -> float:
+async def seconds_of(client: EngineClient, rng: random.Random, load: Load, answer_tokens: int) -> float:
     """Until all requests of a load have written so many tokens."""
     prompts = [rng.choices(_WORDS, k=load.prompt_tokens) for _ in range(load.together)]
     began = time.monotonic()

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from quantize.card import Card, Outcome, Paired, Verdict
 from quantize.core.engine_figures import EngineAccount
 from quantize.gate.judgement import drop_upper_bound, wilson_interval
+from quantize.report.reported import reported_rows
 
 NOTHING = "-"
 MARKS = {Outcome.PASSED: "pass", Outcome.FAILED: "FAIL", Outcome.NOT_ENOUGH_EVIDENCE: "not enough"}
@@ -154,6 +155,15 @@ def making_text(card: Card) -> str:
     return f"{took.seconds:,.0f} s{memory}"
 
 
+def speed_text(card: Card) -> str:
+    """Tokens per second, and per joule where the machine told."""
+    if (speed := card.speed) is None:
+        return NOTHING
+    energy = f"{speed.tokens_per_joule:.3g} per joule ({speed.energy})" if speed.tokens_per_joule else ""
+    unknown = f"energy: {speed.energy}" if speed.energy else ""
+    return "; ".join(filter(None, (f"{speed.tokens_per_s:,.0f} tokens/s", energy or unknown)))
+
+
 def roles_of(cards: Sequence[Card]) -> list[str]:
     return sorted({role for card in cards for role in card.gate})
 
@@ -226,6 +236,7 @@ FIELDS: tuple[Field, ...] = (
     ("checked for", lambda card: card.target or NOTHING),
     ("made in", making_text),
     ("served as", lambda card: served_text(card.account) if card.account else NOTHING),
+    ("speed", speed_text),
     ("predicted KL", lambda card: kl_text(card.predicted_kl)),
     ("mean KL", mean_kl_text),
     ("99th percentile", lambda card: kl_text(card.evaluation.text.kl_p99 if card.evaluation else None)),
@@ -239,7 +250,7 @@ FIELDS: tuple[Field, ...] = (
 
 
 def comparison_rows(cards: Sequence[Card]) -> list[list[str]]:
-    """A head, then a row per figure and two per role; a column per variant."""
+    """A head, then a row per figure and some per role; a column per variant."""
     rows = [["", *(card.variant for card in cards)]]
     rows += [[name, *(text(card) for card in cards)] for name, text in FIELDS]
     for role in roles_of(cards):
@@ -249,6 +260,7 @@ def comparison_rows(cards: Sequence[Card]) -> list[list[str]]:
         checks = [checks_of(card, role) for card in cards]
         for name in dict.fromkeys(name for found in checks for name in found):
             rows.append([f"{role}: {name}", *(paired_text(found.get(name)) for found in checks)])
+        rows += reported_rows(cards, role)
     return rows
 
 

@@ -39,7 +39,7 @@ async def scripted(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[ScriptedEng
     engine = ScriptedEngine(lambda text: f"answer to {text}")
     async with engine.serve() as url:
         monkeypatch.setattr(
-            reference_module, "reference_engine", lambda model, card, say: as_engine(url, model, card)
+            reference_module, "variant_engine", lambda model, card, say: as_engine(url, model, card)
         )
         yield engine
 

@@ -118,8 +118,10 @@ for _ in range(150):
         {"$defs": DOUBLING, "$ref": "#/$defs/d0"},
         DEEP,
         {"type": "object", "properties": {"a": {"$ref": "http://127.0.0.1:1/schema"}}},
+        {"type": "object", "properties": {"a": {"type": "string", "pattern": "^(a{1,9999}){1,9999}$"}}},
+        {"type": "object", "properties": {"a": {"allOf": [{"type": "array", "maxItems": 10**9}, {}]}}},
     ],
-    ids=["that doubles", "that is deep", "that is elsewhere"],
+    ids=["that doubles", "that is deep", "that is elsewhere", "that repeats", "that has items"],
 )
 async def test_a_tool_schema_that_is_a_bomb_harms_nobody_else(url: str, schema: Any) -> None:
     tool = {"type": "function", "function": {"name": "weather", "parameters": schema}}

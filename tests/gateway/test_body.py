@@ -12,14 +12,9 @@ from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 
 from gateway.errors import BadRequestError
-from gateway.proxy.body import (
-    LARGEST_READ_BYTES,
-    PROMPT_FIELDS,
-    Body,
-    Reads,
-    RequestFields,
-)
+from gateway.proxy.body import LARGEST_READ_BYTES, Body, Reads
 from gateway.proxy.endpoints import KNOWN_PATHS, endpoint_of
+from gateway.proxy.fields import PROMPT_FIELDS, RequestFields
 
 OURS = {"cache_salt": b'"ours"', "priority": b"0", "model": b'"assistant"'}
 

@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from gateway.config.signals import KNOWN_CLIENTS
 from gateway.errors import BadRequestError, ForbiddenError
 from gateway.identity import Caller, Identities, hash_of
-from gateway.proxy.body import RequestFields
+from gateway.proxy.fields import RequestFields
 from gateway.signals import SESSION_LIMIT
 from gateway.telemetry.logs import LogWriter
 

@@ -14,7 +14,7 @@ from gateway.identity import Identities
 from gateway.proxy.endpoints import CHAT, INVOCATIONS, endpoint_of
 from gateway.proxy.exchange import Exchange
 from gateway.proxy.hops import PAGE_BODY_BYTES, Admit, Admitted, Identify, Pace, ReadBody, Settle
-from gateway.proxy.large import SMALL_BYTES
+from gateway.proxy.large import SMALL_BYTES, LargeReader
 from gateway.proxy.record import NO_USAGE, Record, Usage
 from gateway.upstream.settle import Unreported
 from gateway.wire.flow import Admission
@@ -68,14 +68,14 @@ def test_pages_get_small_bodies_and_prompts_what_is_configured() -> None:
 
 def test_a_body_is_read_as_json_that_says_so() -> None:
     with pytest.raises(BadRequestError, match="content-type: application/json"):
-        ReadBody()(asking(b"{}", is_json=False))
+        ReadBody(LargeReader())(asking(b"{}", is_json=False))
 
 
 async def test_a_body_says_what_is_asked_and_what_takes_long_is_waited_for() -> None:
     raw = b'{"model": "assistant", "stream": true, "messages": []}'
     for sent, coding in ((raw, ""), (gzip.compress(raw), "gzip"), (raw + b" " * (2 << 20), "")):
         one = asking(sent, coding=coding)
-        waiting = ReadBody()(one)
+        waiting = ReadBody(LargeReader())(one)
         assert (waiting is None) == (len(sent) <= SMALL_BYTES and not coding)
         if waiting is not None:
             await waiting
@@ -84,7 +84,7 @@ async def test_a_body_says_what_is_asked_and_what_takes_long_is_waited_for() -> 
 
 def test_what_invocations_are_of_is_known_by_the_body() -> None:
     one = asking(b'{"model": "m", "messages": []}', INVOCATIONS.path)
-    ReadBody()(one)
+    ReadBody(LargeReader())(one)
     assert one.endpoint is not INVOCATIONS
     assert one.endpoint.chat
 
@@ -93,7 +93,7 @@ def test_who_names_no_model_gets_what_the_role_does() -> None:
     config = make_config()
     for raw, model, names in ((b"{}", "core", False), (b'{"model": "assistant"}', "assistant", True)):
         one = asking(raw)
-        ReadBody()(one)
+        ReadBody(LargeReader())(one)
         sender = Identities(config).sender({})
         one.head.memo = Admitted(None, CHAT, sender, Admission("", 0))
         Identify()(one)

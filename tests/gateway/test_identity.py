@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from gateway.config import ApiKey
 from gateway.errors import BadRequestError, UnauthenticatedError
 from gateway.identity import LONGEST_MODEL, Caller, Identities, Sampler, hash_of, may_use, sent_priority
-from gateway.proxy.body import RequestFields
+from gateway.proxy.fields import RequestFields
 
 
 def identify(headers: dict[str, str], body: dict[str, Any]) -> Caller:

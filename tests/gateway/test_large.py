@@ -15,7 +15,8 @@ from test_body import OURS, bodies, same
 
 from gateway.errors import BadRequestError, BodyTooLargeError
 from gateway.proxy import large
-from gateway.proxy.body import LARGEST_LENIENT_BYTES, LARGEST_READ_BYTES, Body, Reads, RequestFields
+from gateway.proxy.body import LARGEST_LENIENT_BYTES, LARGEST_READ_BYTES, Body, Reads
+from gateway.proxy.fields import RequestFields
 from gateway.proxy.large import SMALL_BYTES, LargeBody, LargeReader, quickly_read
 from gateway.wire.requests import WHOLE_BYTES, Received
 

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gateway.config import POLICIES as POLICY_NAMES
+from gateway.routing import policies
 from gateway.routing.policies import (
     MOST_PLACES,
     POLICIES,
@@ -106,6 +107,41 @@ def test_what_an_agent_has_started_is_where_the_agent_is() -> None:
     for n in range(40):
         home = policy.pick(four, query(session=f"s{n}"))[0]
         assert policy.pick(four, query(session=f"s{n}/a", parent=f"s{n}"))[0] is home
+
+
+def test_what_a_sub_agent_has_started_is_where_the_first_agent_is() -> None:
+    policy, four = SessionAffinity(), replicas(4)
+    for n in range(40):
+        home = policy.pick(four, query(session=f"s{n}"))[0]
+        for session, parent in (("a", f"s{n}"), ("b", "a"), ("c", "b")):
+            own, above = f"{n}.{session}", parent if parent == f"s{n}" else f"{n}.{parent}"
+            assert policy.pick(four, query(session=own, parent=above))[0] is home
+            assert policy.pick(four, query(session=own))[0] is home, "also where it says its parent no more"
+        assert policy.pick(four, query(parent=f"{n}.c"))[0] is home, "and what has no session of its own"
+
+
+def test_who_started_whom_is_a_tenants_own_and_no_circle_matters() -> None:
+    policy, four = SessionAffinity(), replicas(4)
+    homes = {name: policy.pick(four, query(session=name))[0] for name in ("own", "other", "child")}
+    policy.pick(four, query(salt="one", session="child", parent="own"))
+    assert policy.pick(four, query(salt="two", session="child"))[0] is homes["child"]
+    assert policy.pick(four, query(salt="two", session="of it", parent="child"))[0] is homes["child"]
+    for _ in range(3):  # each says that the other one has started it
+        policy.pick(four, query(session="own", parent="other"))
+        policy.pick(four, query(session="other", parent="own"))
+    assert policy.pick(four, query(session="own", parent="own"))[0] in four
+
+
+def test_sessions_that_others_have_started_are_forgotten_when_there_are_too_many(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(policies, "MOST_PLACES", 8)
+    policy, four = SessionAffinity(), replicas(4)
+    for n in range(100):
+        policy.pick(four, query(session=f"a{n}", parent=f"s{n}"))
+    assert len(policy._firsts) == 8
+    home = policy.pick(four, query(session="s99"))[0]
+    assert policy.pick(four, query(session="b", parent="a99"))[0] is home, "the newest are known"
 
 
 def conversation(seed: int, turns: int, system: bytes = b"") -> list[bytes]:

@@ -11,14 +11,17 @@ from typing import Any
 
 import pytest
 from aiohttp import web
-from gateway_stack import Stack, eventually, full, make_config, running_gateway
+from gateway_stack import Stack, eventually, full, make_cards, make_config, running_gateway
+from prometheus_client import CollectorRegistry
 
 from gateway.config import ConfigError
 from gateway.identity import hash_of
 from gateway.quality import observe
+from gateway.quality import watch as watches
 from gateway.quality.cells import Cell, Track
 from gateway.quality.store import Store
-from gateway.quality.watch import store_url
+from gateway.quality.watch import Watch, store_url
+from gateway.telemetry.metrics import Metrics
 
 
 @pytest.fixture(autouse=True)
@@ -490,3 +493,27 @@ async def test_evaluations_are_events_of_opentelemetry(monkeypatch: pytest.Monke
     assert attributes["gen_ai.evaluation.score.value"] == 1.0
     assert attributes["gen_ai.agent.name"] == "intent_classifier"
     assert attributes["tiercel.variant"] == "assistant:int4-kv8"
+
+
+async def test_a_round_is_made_soon_where_a_check_has_said_something_and_not_for_figures(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(watches, "ROUND_S", 0)
+    monkeypatch.setattr(watches, "QUIET_S", 1e9)
+    config = make_config()
+    watch = Watch(config, make_cards(), Metrics(CollectorRegistry(), config.roles), lambda demoted: None)
+    for soon in (False, True):
+        rest = asyncio.create_task(watch._rest())
+        watch.note_latency("assistant:int8", 0.1, 0.01)
+        watch.note_engine("assistant:int8", 1e9, 0.5, 0.0)
+        if soon:
+            key = watch.key("assistant:int8", "summarizer")
+            assert key is not None
+            watch.note(key, "rules", bad=False)
+            await rest
+        else:
+            for _ in range(100):
+                await asyncio.sleep(0)
+            assert not rest.done()
+            rest.cancel()
+    assert len(watch._waiting) == 11, "and nothing of it is lost"

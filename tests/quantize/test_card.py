@@ -76,7 +76,7 @@ def test_malformed_card_names_the_file_and_the_fix(tmp_path: Path, text: str, se
 def test_a_card_of_an_older_format_says_so(tmp_path: Path) -> None:
     make_variant(tmp_path)
     path = tmp_path / "card.json"
-    older = path.read_text(encoding="utf-8").replace('"format": 4', '"format": 1')
+    older = path.read_text(encoding="utf-8").replace('"format": 5', '"format": 1')
     path.write_text(older, encoding="utf-8")
     with pytest.raises(CardError, match=r"format 1 is none of 2, 3, 4, .*make the variant again"):
         read_card(tmp_path)
@@ -95,7 +95,7 @@ def test_a_card_of_a_format_before_is_read(tmp_path: Path, older: int) -> None:
     del content["seal"]  # which those had not
     path.write_text(json.dumps(content | {"format": older}), encoding="utf-8")
     assert read_card(tmp_path).version == card.version
-    assert read_card(tmp_path).format == 4
+    assert read_card(tmp_path).format == 5
 
 
 def test_a_variant_has_a_name_among_those_of_other_models(tmp_path: Path) -> None:

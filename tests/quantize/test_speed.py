@@ -6,6 +6,7 @@ import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 
+from quantize.core.energy import Meter
 from quantize.evaluate import speed
 from quantize.evaluate.client import EngineClient, EngineError
 
@@ -34,11 +35,11 @@ class Engine:
         return web.json_response({"usage": {"completion_tokens": body["max_tokens"]}})
 
 
-async def measured(engine: Engine, longest: int) -> speed.Speed:
+async def measured(engine: Engine, longest: int, meter: Meter | None = None) -> speed.Speed:
     app = web.Application()
     app.router.add_post("/v1/completions", engine.complete)
     async with TestServer(app) as server, EngineClient(str(server.make_url("")).rstrip("/"), "m") as client:
-        return await speed.measure_speed(client, longest)
+        return await speed.measure_speed(client, longest, meter)
 
 
 async def test_speed_is_the_median_of_the_passes_after_the_first() -> None:
