@@ -26,17 +26,8 @@ from gateway.control import Commit, Heartbeat, Reloads, Supervisor
 from gateway.kept.keeper import Keeper
 from gateway.proxy.attempts import Attempts
 from gateway.proxy.exchange import Attempt, Exchange
-from gateway.proxy.hops import (
-    Admit,
-    BoundGrammars,
-    ChooseRoute,
-    Identify,
-    Keep,
-    Observe,
-    Pace,
-    ReadBody,
-    Settle,
-)
+from gateway.proxy.grammars import BoundGrammars
+from gateway.proxy.hops import Admit, ChooseRoute, Identify, Keep, Observe, Pace, ReadBody, Settle
 from gateway.proxy.large import LargeReader
 from gateway.proxy.limits import limits_of
 from gateway.proxy.pipeline import Pipeline

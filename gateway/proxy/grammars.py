@@ -16,12 +16,17 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Awaitable, Iterator, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
 
+from msgspec import Raw
+
+from gateway.config import Config
 from gateway.errors import BadRequestError
-from gateway.proxy.body import value_of
+from gateway.proxy.body import LARGE_BYTES, value_of
+from gateway.proxy.exchange import Exchange
+from gateway.proxy.large import LargeReader
 from gateway.proxy.scan import WINDOW, Steps
 
 Buffer = bytes | memoryview
@@ -30,6 +35,8 @@ MOST = 1 << 40
 """Sizes are not told apart beyond."""
 LARGEST_BYTES = 1 << 20
 """Of a field that has repetitions: it is made objects of as a whole."""
+MOST_KNOWN = 4096
+"""Sets of schemas that are known to be small enough."""
 _AT_ONCE = 500
 """Values, or letters of a pattern, in one step."""
 _SIGNS = tuple(
@@ -90,6 +97,36 @@ def _times(token: re.Match[str]) -> int | None:
     if not counts:
         return None
     return max(1, *(MOST if len(digits) > 12 else int(digits) for digits in counts))
+
+
+class BoundGrammars:
+    """No grammar that an engine would compile for long. A request without schemas costs a
+    glance, and what was looked at lately is not looked at again: agents send the same tools each time."""
+
+    def __init__(self, config: Config, large: LargeReader) -> None:
+        self._bounds = Bounds(config.gateway.max_pattern_size, config.gateway.max_schema_count)
+        self._large = large
+        self._fine: set[int] = set()
+        """Hashes of fields, which differ from process to process."""
+
+    def __call__(self, exchange: Exchange) -> Awaitable[None] | None:
+        """Raises BadRequestError, which names the field and the pattern or number."""
+        fields = exchange.body.grammars()
+        if not fields:
+            return None
+        known = hash(tuple(bytes(raw) for _, raw in fields)) if exchange.body.size <= LARGE_BYTES else None
+        if known in self._fine:
+            return None
+        return self._large.begin(self._look(fields, known))
+
+    def _look(self, fields: Sequence[tuple[str, Raw]], known: int | None) -> Steps[None]:
+        look = Look(self._bounds)
+        for field, raw in fields:
+            yield from look.at(field, memoryview(raw))
+        if known is not None:
+            if len(self._fine) >= MOST_KNOWN:
+                self._fine.clear()
+            self._fine.add(known)
 
 
 class Bounds(NamedTuple):

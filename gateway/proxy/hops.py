@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Container, Sequence
+from collections.abc import Awaitable, Container
 from typing import Any
 
 import msgspec
-from msgspec import Raw
 
 from gateway.config import Config
 from gateway.errors import BadRequestError, MethodNotAllowedError, NoWebSocketError
 from gateway.identity import Identities, Sender
 from gateway.kept.keeper import Keeper
-from gateway.proxy.body import LARGE_BYTES, Body
+from gateway.proxy.body import Body
 from gateway.proxy.endpoints import INVOCATIONS, Endpoint, Form, endpoint_of
 from gateway.proxy.exchange import Attempt, Exchange
-from gateway.proxy.grammars import Bounds, Look
 from gateway.proxy.large import SMALL_BYTES, LargeReader, quickly_read
 from gateway.proxy.record import NO_USAGE, Record, Usage
-from gateway.proxy.scan import Steps
 from gateway.quality.observe import Observed, Observer
 from gateway.routing.choices import Reason
 from gateway.routing.pace import Paces
@@ -31,8 +28,6 @@ from gateway.wire.flow import Admission
 from gateway.wire.heads import RequestHead
 
 COMPLETIONS = Form.COMPLETIONS
-MOST_KNOWN = 4096
-"""Sets of schemas that are known to be small enough."""
 PAGE_BODY_BYTES = 1 << 20
 """What the application is sent at most: orders and configurations, no prompts with images."""
 
@@ -54,7 +49,7 @@ class Admitted(msgspec.Struct, frozen=True, gc=False):
     """Its content-type says so."""
     coding: str = ""
     """Its body's."""
-    traced: bool = False
+    passes_on: bool = False
     """There are headers that engines are given."""
 
 
@@ -156,36 +151,6 @@ def _ask(exchange: Exchange, body: Body) -> None:
         exchange.options = OutputOptions.of(fields, chat=endpoint.chat, body=body)
     elif endpoint.form is not Form.PLAIN and fields.stream:
         exchange.options = STREAM
-
-
-class BoundGrammars:
-    """No grammar that an engine would compile for long (``grammars.py``). A request without schemas costs a
-    glance, and what was looked at lately is not looked at again: agents send the same tools each time."""
-
-    def __init__(self, config: Config, large: LargeReader) -> None:
-        self._bounds = Bounds(config.gateway.max_pattern_size, config.gateway.max_schema_count)
-        self._large = large
-        self._fine: set[int] = set()
-        """Hashes of fields, which differ from process to process."""
-
-    def __call__(self, exchange: Exchange) -> Awaitable[None] | None:
-        """Raises BadRequestError, which names the field and the pattern or number."""
-        fields = exchange.body.grammars()
-        if not fields:
-            return None
-        known = hash(tuple(bytes(raw) for _, raw in fields)) if exchange.body.size <= LARGE_BYTES else None
-        if known in self._fine:
-            return None
-        return self._large.begin(self._look(fields, known))
-
-    def _look(self, fields: Sequence[tuple[str, Raw]], known: int | None) -> Steps[None]:
-        look = Look(self._bounds)
-        for field, raw in fields:
-            yield from look.at(field, memoryview(raw))
-        if known is not None:
-            if len(self._fine) >= MOST_KNOWN:
-                self._fine.clear()
-            self._fine.add(known)
 
 
 class Identify:

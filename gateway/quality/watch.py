@@ -104,17 +104,21 @@ class Watch:
         return self._watched.keys.get((variant, role))
 
     def note(
-        self, key: CellKey, check: str, bad: bool, value: float | None = None, *, probation: bool = False
+        self,
+        key: CellKey,
+        check: str,
+        bad: bool,
+        value: float | None = None,
+        *,
+        probation: bool = False,
+        soon: bool = True,
     ) -> None:
-        """One check of one answer."""
-        self._note(Outcome(key, check, bad, self._clock(), value, probation))
-        self._urgent = True
-
-    def _note(self, outcome: Outcome) -> None:
+        """One check of one answer. ``soon``: it is worth a round of its own."""
         if len(self._waiting) >= MOST_WAITING:
             self._metrics.watch_dropped.labels().inc()
             return
-        self._waiting.append(outcome)
+        self._waiting.append(Outcome(key, check, bad, self._clock(), value, probation))
+        self._urgent |= soon
 
     def note_engine(
         self, variant: str, memory: float | None, kv_cache: float | None, preempted: float | None
@@ -124,14 +128,14 @@ class Watch:
         key = self._watched.engines.get(variant)
         for check, value in (("memory", memory), ("kv_cache", kv_cache), ("preemptions", preempted)):
             if key is not None and value is not None:
-                self._note(Outcome(key, check, False, self._clock(), value))
+                self.note(key, check, False, value, soon=False)
 
     def note_latency(self, variant: str, first_token_s: float | None, gap_s: float | None) -> None:
         """Of one streamed answer: seconds to its first token, and the mean between its chunks."""
         key = self._watched.engines.get(variant)
         for check, value in (("first_token", first_token_s), ("token_gap", gap_s)):
             if key is not None and value is not None:
-                self._note(Outcome(key, check, False, self._clock(), value))
+                self.note(key, check, False, value, soon=False)
 
     def suspected(self, key: CellKey) -> bool:
         """Whether a check has seen enough to ask for another one's opinion."""
