@@ -16,6 +16,7 @@ from gateway.config import Config, ModelConfig
 from quantize.card import Card, CardError, Evaluation, Paired, read_card
 from quantize.evaluate.journal import Journal
 from quantize.evaluate.measure import (
+    SERVER,
     Measurement,
     for_all_roles,
     measurement_key,
@@ -83,7 +84,7 @@ def measurement_of(model: ModelConfig, card: Card, tasks: Tasks) -> Measurement 
     gone."""
     if card.evaluation is None or card.evaluation.tasks_sha256 != tasks_sha256(tasks):
         return None
-    engine = {name: value for name, value in card.evaluation.engine.items() if name != "vllm"}
+    engine = {name: value for name, value in card.evaluation.engine.items() if name != SERVER}
     path = registry_of(model).measurement_path(card, measurement_key(tasks, engine))
     found = for_all_roles(read_measurement(Journal(path)), tasks)
     whole = all(len(found.answers.get(role, ())) == len(items) for role, items in tasks.items())

@@ -16,6 +16,7 @@ from deploy.commands.advise import add_advise
 from deploy.commands.completion import add_completion
 from deploy.commands.doctor import add_doctor
 from deploy.commands.errors import explain
+from deploy.commands.export import add_export
 from deploy.commands.fleet import add_fleet, with_placement
 from deploy.commands.gateway import add_gateway
 from deploy.commands.init import add_init, add_up
@@ -23,6 +24,7 @@ from deploy.commands.quantize import add_quantize, with_make
 from deploy.commands.status import add_status
 from deploy.commands.tasks import add_tasks, with_tasks
 from deploy.commands.top import add_top
+from deploy.commands.train import add_train
 from deploy.commands.variants import add_variants, with_list
 from deploy.commands.watch import add_watch, with_show
 from deploy.models import one_model
@@ -48,6 +50,10 @@ def parser() -> argparse.ArgumentParser:
 
     text = "make variants, measure them on their engines, judge them per role; plan mixtures of precisions"
     add_quantize(commands.add_parser("quantize", help=text, description=text))
+    text = "train adapters or all weights for a role, merge them, and take the result to its gate"
+    add_train(commands.add_parser("train", help=text, description=text))
+    text = "models in the formats of other engines: GGUF for llama.cpp, ONNX for encoders"
+    add_export(commands.add_parser("export", help=text, description=text))
     text = "list, show, compare, choose, delete and report what was made"
     add_variants(commands.add_parser("variants", help=text, description=text))
     add_advise(commands)

@@ -1,4 +1,4 @@
-"""One vLLM engine as a child process: its command line from a card, readiness, log, and end."""
+"""One engine, vLLM's or another's, as a child process: command line from a card, readiness, log, end."""
 
 from __future__ import annotations
 
@@ -27,11 +27,13 @@ from deploy.engine_failures import (
     EngineStartError,
     diagnose,
 )
+from deploy.launches import environment as own_environment
+from deploy.launches import launch_of
 from deploy.machine import find_gpus
-from deploy.placement import Need, Placed
+from deploy.placement import CPU_OVERHEAD, Need, Placed
 from gateway.config import Engine as EngineSettings
 from gateway.telemetry.engines import parse_reading
-from quantize.card import Card
+from quantize.card import ADAPTER, Card
 
 __all__ = ["EngineLoadError", "EngineProcess", "EngineSpec", "EngineStartError", "command", "environment"]
 
@@ -40,6 +42,8 @@ SITE = Path(__file__).with_name("engine_site")
 LAST_LINES = 12
 """Lines of an engine's log that an error message shows."""
 DRAIN = "/tiercel/drain"
+WITHOUT_ADAPTER = "--without-adapter"
+"""After the model's name: what the engine calls its weights where the variant carries an adapter."""
 STOP_MARGIN_S = 5.0
 """For an engine that has finished what it had begun to end."""
 PORT_FREE_S = 10.0
@@ -79,6 +83,8 @@ def need_of(card: Card, directory: Path, settings: EngineSettings) -> Need:
         token_bytes=card.kv_bytes_per_token,
         context=settings.context(card.max_model_len, card.kv_bytes_per_token),
         kv_dtype=card.kv,
+        overhead=launch.overhead if (launch := launch_of(card)) else CPU_OVERHEAD,
+        on_cores=launch is not None,
     )
 
 
@@ -108,13 +114,15 @@ def shared_flags(settings: EngineSettings) -> list[str]:
 
 
 def command(spec: EngineSpec) -> list[str]:
-    """vLLM's command line for a variant, from its card."""
+    """The engine's command line for a variant, from its card."""
     settings = spec.settings
+    if (launch := launch_of(spec.card)) is not None:
+        return launch.command(spec.card, spec.directory, settings, spec.port, spec.placed)
     arguments = [
         str(settings.python),
         str(SITE / ("serve_scored.py" if has_cuda() else "serve_vllm.py")),
         *("--model", str(spec.directory)),
-        *("--served-model-name", spec.card.model),
+        *_names(spec),
         *("--host", settings.host),
         *("--port", str(spec.port)),
         *("--max-model-len", str(settings.context(spec.card.max_model_len, spec.card.kv_bytes_per_token))),
@@ -126,10 +134,25 @@ def command(spec: EngineSpec) -> list[str]:
     return [*arguments, *shared_flags(settings)]
 
 
+def _names(spec: EngineSpec) -> list[str]:
+    """What the engine serves under the model's name: its weights, or those with the adapter that the variant
+    carries. Nobody asks for them without it."""
+    adapter = spec.card.adapter
+    if adapter is None:
+        return ["--served-model-name", spec.card.model]
+    return [
+        *("--served-model-name", f"{spec.card.model}{WITHOUT_ADAPTER}", "--enable-lora"),
+        *("--max-lora-rank", str(adapter.engine_rank)),
+        *("--lora-modules", f"{spec.card.model}={spec.directory / ADAPTER}"),
+    ]
+
+
 def environment(spec: EngineSpec) -> dict[str, str]:
     """The engine's environment: no hub, no telemetry, our sitecustomize first, its place, then the user's
     own. Of what both name the place's devices hold, which were chosen among the user's."""
     settings = spec.settings
+    if launch_of(spec.card) is not None:
+        return own_environment(settings, spec.placed, SITE)
     cache = settings.kv_bytes(spec.card.max_model_len, spec.card.kv_bytes_per_token)
     added = {
         "HF_HUB_OFFLINE": "1",
@@ -140,6 +163,8 @@ def environment(spec: EngineSpec) -> dict[str, str]:
         "PYTHONUNBUFFERED": "1",
         "PYTHONWARNINGS": "ignore",
     }
+    if spec.card.adapter is not None:
+        added["TIERCEL_ADAPTER"] = spec.card.model
     if not has_cuda():
         # A CPU engine compiles its sampler with a C++ compiler at the first request that asks for
         # log-probabilities: 20 s of silence for a gain that a CPU does not show.
@@ -212,7 +237,10 @@ class EngineProcess:
     async def start(self) -> None:
         """Start the process in its own process group, its output appended to the log."""
         python = self.spec.settings.python
-        if python is None or not python.exists():
+        if (launch := launch_of(self.spec.card)) is not None:
+            if missing := launch.missing():
+                raise EngineSetupError(f"engine {self.spec.id}: {missing}")
+        elif python is None or not python.exists():
             raise EngineSetupError(
                 f"no engine environment at {python}; run `make setup`, or set engine.python"
             )

@@ -45,8 +45,9 @@ async def checked_account(card: Card, url: str, log: str = "") -> EngineAccount 
     if account is not None and (found := differences(card, account, answer)):
         words = "; ".join(found)
         raise ServedOtherwiseError(
-            f"vLLM {account.engine} at {url} does not serve what the card of {card.variant} ({card.version}) "
-            f"says: {words}. Make the variant again, or remove the files that the engine took instead",
+            f"the engine ({account.engine}) at {url} does not serve what the card of {card.variant} "
+            f"({card.version}) says: {words}. Make the variant again, or remove the files that the engine took "
+            "instead",
             words,
         )
     return account

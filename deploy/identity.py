@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from deploy.engine import shared_flags
-from deploy.machine import engine_identity
+from deploy.launches import launch_of
+from deploy.machine import device_identity, engine_identity
 from deploy.placement import Machine
 from gateway.config import ModelConfig
+from quantize.card import Card
 
 
 def identity(model: ModelConfig, machine: Machine) -> dict[str, str]:
@@ -17,3 +19,10 @@ def identity(model: ModelConfig, machine: Machine) -> dict[str, str]:
     if not machine.gpus and "OMP_NUM_THREADS" not in settings.env:
         found["threads"] = "as placed"
     return found
+
+
+def identity_of(card: Card, model: ModelConfig, machine: Machine) -> dict[str, str]:
+    """The same of the engine that serves ``card``'s variant."""
+    if (launch := launch_of(card)) is not None:
+        return launch.identity(model.engine, device_identity(machine, on_cores=True))
+    return identity(model, machine)

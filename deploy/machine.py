@@ -127,19 +127,22 @@ def engine_identity(settings: EngineSettings, machine: Machine, flags: Sequence[
 
     ``flags`` are the resolved arguments that all variants share.
     """
-    if machine.gpus:
-        device = {"gpu": ", ".join(sorted({gpu.name for gpu in machine.gpus})), "driver": machine.driver}
-    else:
-        present = cpu_line("flags").split()
-        kinds = [name for name in ("amx_int8", "avx512_vnni", "avx512f", "avx2") if name in present]
-        device = {"cpu": cpu_line("model name"), "instructions": kinds[0] if kinds else "baseline"}
     return {
         **engine_versions(settings.python),
         "machine": platform.machine(),
-        **device,
+        **device_identity(machine),
         "flags": " ".join(Secret.OPTIONS.hide(tuple(flags))),
         "env": " ".join(f"{name}={_shown(name, value)}" for name, value in sorted(settings.env.items())),
     }
+
+
+def device_identity(machine: Machine, on_cores: bool = False) -> dict[str, str]:
+    """The device that computes: the GPUs, or the processor and the best of its instructions."""
+    if machine.gpus and not on_cores:
+        return {"gpu": ", ".join(sorted({gpu.name for gpu in machine.gpus})), "driver": machine.driver}
+    present = cpu_line("flags").split()
+    kinds = [name for name in ("amx_int8", "avx512_vnni", "avx512f", "avx2") if name in present]
+    return {"cpu": cpu_line("model name"), "instructions": kinds[0] if kinds else "baseline"}
 
 
 def _shown(name: str, value: str) -> str:

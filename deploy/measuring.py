@@ -19,7 +19,8 @@ from deploy.engine import EngineSpec, free_port, need_of, running
 from deploy.engine_account import ServedOtherwiseError, checked_account, refuse_otherwise
 from deploy.engine_failures import EngineLoadError, EngineRoomError
 from deploy.fleet.room import too_large
-from deploy.identity import identity
+from deploy.identity import identity_of
+from deploy.launches import launch_of
 from deploy.machine import look
 from deploy.making import labelled_items, role_tasks
 from deploy.models import checkpoint_of, first_models, registry_of
@@ -89,7 +90,7 @@ async def _evaluate(
 ) -> list[Card]:
     tasks, machine = role_tasks(model), look()
     reference = next(card for card in cards if card.variant == model.reference)
-    work = _Work(model, registry, tasks, identity(model, machine), machine, say, engines, reference)
+    work = _Work(model, registry, tasks, machine, say, engines, reference)
     ordered = work.that_fit([reference, *(card for card in cards if card is not reference)])
     for card in ordered:
         if card.max_model_len > (taken := _context(model, card)) and model.engine.max_model_len is None:
@@ -161,7 +162,6 @@ class _Work:
     model: ModelConfig
     registry: Registry
     tasks: Mapping[str, list[Item]]
-    engine: dict[str, str]
     machine: Machine
     say: Say
     engines: Mapping[str, EngineSpec]
@@ -172,7 +172,18 @@ class _Work:
         model = self.model
         self.seats = Seats(self.machine, running_at_once(self.machine))
         self.turns = Turns(answering_at_once(model, self.machine))
-        self._key = measurement_key(self.tasks, self.engine)
+        self._engines: dict[str, dict[str, str]] = {}
+
+    def engine_of(self, card: Card) -> dict[str, str]:
+        """On what a variant is measured."""
+        own = card.target or "" if launch_of(card) is not None else ""
+        if own not in self._engines:
+            self._engines[own] = identity_of(card, self.model, self.machine)
+        return self._engines[own]
+
+    def _journal(self, card: Card) -> Journal:
+        key = measurement_key(self.tasks, self.engine_of(card))
+        return Journal(self.registry.measurement_path(card, key))
 
     def that_fit(self, cards: Sequence[Card]) -> list[Card]:
         """Those whose engines have room, one after another; of the others it is said what would help. Raises
@@ -196,7 +207,7 @@ class _Work:
             read_measurement(journal, self._compared_with(card, number))
             for number, journal in enumerate(self._journals(card).values())
         ]
-        if card.speed is None or stale(card, self.engine) or not all(one.done for one in known):
+        if card.speed is None or stale(card, self.engine_of(card)) or not all(one.done for one in known):
             return None
         return Found(known, card.speed, card.account)
 
@@ -222,7 +233,7 @@ class _Work:
                         await measure(
                             client,
                             self.tasks,
-                            self.engine,
+                            self.engine_of(card),
                             name,
                             journal,
                             reference=self._compared_with(card, number),
@@ -236,8 +247,8 @@ class _Work:
             return Found(passes, speed or card.speed, account)
 
     def _journals(self, card: Card) -> dict[str, Journal]:
-        path = self.registry.measurement_path(card, self._key)
-        journals = {card.variant: Journal(path)}
+        journal = self._journal(card)
+        journals, path = {card.variant: journal}, journal.path
         if card.variant == self.model.reference:
             again = path.with_name(f"{path.name.split('.json')[0]}-2.json.gz")
             journals[f"{card.variant} again"] = Journal(again)
@@ -247,7 +258,7 @@ class _Work:
         """What is kept of the reference's first pass, with which all others are compared."""
         if card.variant == self.model.reference and number == 0:
             return None
-        return reference_path(Journal(self.registry.measurement_path(self.reference, self._key)))
+        return reference_path(self._journal(self.reference))
 
     async def _engine(self, stack: AsyncExitStack, card: Card) -> tuple[str, EngineAccount | None]:
         """The address of the variant's engine, running and compared with the card."""

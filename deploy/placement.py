@@ -70,6 +70,10 @@ class Need:
     context: int = 0
     """Tokens that it is to take."""
     kv_dtype: str = "auto"
+    overhead: int = CPU_OVERHEAD
+    """Bytes beside weights and KV cache, where it runs on cores."""
+    on_cores: bool = False
+    """It runs on cores where there are GPUs as well."""
     needed: bool = False
     """A fleet cannot do without it, as without a reference that the watch asks."""
 
@@ -93,7 +97,7 @@ def place(machine: Machine, need: Need, busy: Sequence[Placed], at_once: int) ->
     ``at_once`` is how many engines will run side by side, which divide the cores. Raises PlacementError where
     it would not fit alone either.
     """
-    if machine.gpus:
+    if machine.gpus and not need.on_cores:
         return _on_gpus(machine, need, busy)
     return _on_cores(machine, need, busy, at_once)
 
@@ -114,10 +118,11 @@ def arranged(machine: Machine, needs: Sequence[Need]) -> list[Placed] | None:
             placed = place(machine, need, busy, len(needs))
         except PlacementError:
             return None
-        if placed is None and not machine.gpus:
+        beside = [one for one in busy if not one.gpus]
+        if placed is None and beside and (need.on_cores or not machine.gpus):
             memory = _memory_on_cores(need)
-            if memory + sum(one.memory for one in busy) <= machine.memory_free:
-                shared = busy[number % len(busy)]
+            if memory + sum(one.memory for one in beside) <= machine.memory_free:
+                shared = beside[number % len(beside)]
                 placed = dataclasses.replace(shared, memory=memory, where=f"{shared.where}, shared")
         if placed is None:
             return None
@@ -198,7 +203,7 @@ def threads_each(cores: int, at_once: int) -> int:
 
 
 def _memory_on_cores(need: Need) -> int:
-    return round(need.weight_bytes * WEIGHTS_FACTOR) + need.kv_bytes + CPU_OVERHEAD
+    return round(need.weight_bytes * WEIGHTS_FACTOR) + need.kv_bytes + need.overhead
 
 
 def _on_cores(machine: Machine, need: Need, busy: Sequence[Placed], at_once: int) -> Placed | None:
@@ -208,6 +213,7 @@ def _on_cores(machine: Machine, need: Need, busy: Sequence[Placed], at_once: int
             f"{need.name} needs about {memory / GIB:.1f} GiB of memory ({need.weight_bytes / GIB:.1f} for "
             f"weights, {need.kv_bytes / GIB:.1f} for the KV cache); {machine.memory_free / GIB:.1f} are free"
         )
+    busy = [one for one in busy if not one.gpus]
     if memory + sum(one.memory for one in busy) > machine.memory_free:
         return None
     if any(name in env for name in ("OMP_NUM_THREADS", "VLLM_CPU_OMP_THREADS_BIND")):

@@ -109,6 +109,15 @@ def usual_lengths(checkpoint: Checkpoint) -> list[int]:
     return [min(CALIBRATION_LENGTH, len(ids) + tokens) for ids in asked]
 
 
+def prompts_for(checkpoint: Checkpoint, count: int) -> CalibrationSet:
+    """Prompts of so many of the conversations that ship with the product, for a model that is in no
+    configuration. Raises CheckpointError."""
+    found = chosen(_fitting(checkpoint.path, checkpoint.max_model_len, CPU_TOKENS), "calibration", count)
+    return calibration_of(
+        [one.messages for one in found], "conversations of Tiercel, prompts alone", checkpoint
+    )
+
+
 @functools.lru_cache(maxsize=4)
 def _template(path: Path) -> str:
     return str(load_tokenizer(path).chat_template)

@@ -17,7 +17,7 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict, Field, ValidationError, model_validator
 
-from quantize.core.engine_figures import EngineAccount, Speed, Strict
+from quantize.core.engine_figures import AdapterCarried, EngineAccount, Speed, Strict
 from quantize.core.files import sha256_of, write_whole
 from quantize.core.reported_figures import Reported
 from quantize.seal import SEAL, is_edited, sealed
@@ -27,6 +27,8 @@ FORMAT: Literal[5] = 5
 """Raised whenever a card gets fields that an older version cannot read."""
 READABLE = (2, 3, 4, FORMAT)
 """Formats that are read. What was measured under the oldest is stale: it does not say on what."""
+ADAPTER = "adapter"
+"""Name of the folder, in a version's directory, of the LoRA adapter that it carries."""
 CURRENT = "current"
 """Name of the link, in a variant's directory, to the version that is in use."""
 Evidence = Literal["labels", "reference"]
@@ -198,6 +200,22 @@ class Making(Strict):
     peak_device_bytes: int | None = Field(default=None, ge=0, description="largest use of an accelerator")
 
 
+class Training(Strict):
+    """How a trained variant's numbers were found. KL is to the reference, nats per token, on conversations
+    that training did not see, in torch."""
+
+    base: str = Field(description="what it was begun with: a variant and its version, or a method")
+    settings: dict[str, bool | int | float | str | None]
+    source: str = Field(description="of the text")
+    sha256: str = Field(description="of the text's tokens")
+    sequences: int
+    tokens: int
+    kl_before: float | None = None
+    kl_after: float | None = None
+    tensors: int = Field(default=0, description="compared with what was trained, and equal bit for bit")
+    seconds: float = 0.0
+
+
 class Calibration(Strict):
     source: str
     sha256: str
@@ -240,6 +258,9 @@ class Card(Strict):
     engine_words: str = Field(default="", description="what the engine said when it could not load it")
     notes: tuple[str, ...] = Field(default=(), description="what a person should know about the files")
     calibration: Calibration | None = None
+    adapter: AdapterCarried | None = Field(
+        default=None, description="in the folder adapter, in PEFT's format"
+    )
     base_sha256: str = Field(default="", description="of the base checkpoint's files")
     parent: str | None = Field(default=None, description="version of the reference that it was made from")
     versions: dict[str, str] = Field(description="package name to version, of what made it")
@@ -252,6 +273,7 @@ class Card(Strict):
         default=None, description="what the engine served when the variant was measured"
     )
     making: Making | None = Field(default=None, description="what making it took")
+    training: Training | None = Field(default=None, description="of a variant that was trained")
     doubts: tuple[str, ...] = Field(
         default=(), description="why its figures are not to be trusted; with any it passes no gate"
     )

@@ -13,7 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from quantize.card import Card, CardError, hash_files, read_card, write_card
+from quantize.card import ADAPTER, Card, CardError, Training, hash_files, read_card, write_card
 from quantize.core.checkpoint import Checkpoint, base_sha256, copy_companions, weight_bytes
 from quantize.core.files import link_or_copy, make_read_only, sha256_of, share
 from quantize.core.modules import Modules, read_modules
@@ -25,6 +25,7 @@ from quantize.make.calibration import CalibrationSet
 from quantize.make.compress import versions
 from quantize.make.parts import NUMERICS
 from quantize.make.variant import compress
+from quantize.register.carried import ADAPTER_FILES, CARRIED, adapter_bytes, examine_adapter
 from quantize.register.examine import examine
 from quantize.variants_dir import FOUND_OUT, VariantsDirectory
 
@@ -78,24 +79,29 @@ class Registry(VariantsDirectory):
         plan: Plan,
         calibration: CalibrationSet | None,
         *,
-        make: Callable[[Path], None] | None = None,
+        make: Callable[[Path], Training | None] | None = None,
         target: str | None = None,
         predicted_kl: float | None = None,
+        decides: Mapping[str, object] | None = None,
     ) -> Card:
         """Make ``variant`` by ``plan``, or return it if the same inputs made it before.
 
         ``make`` writes the checkpoint into an empty directory; llm-compressor does where it is not given.
         ``target`` and ``predicted_kl`` are for the card: where the plan was checked to load, and what the
-        planner expects of it.
+        planner expects of it. What ``make`` returns is said of training in the card, whose numbers follow
+        from ``decides`` as well.
         """
         base = base_sha256(checkpoint)
         inputs = _inputs(base, plan, calibration)
+        if decides is not None:
+            inputs["trained"] = dict(decides)
         modules = read_modules(checkpoint).holding(plan.groups)
 
         def fill(partial: Path) -> dict[str, Any]:
             taken: Taken | None = None
+            training: Training | None = None
             if make is not None:
-                make(partial)
+                training = make(partial)
             else:
                 log = self.directory / ".logs" / f"{variant}.log"
                 with measured() as taken:
@@ -108,6 +114,7 @@ class Registry(VariantsDirectory):
                 "versions": inputs["versions"],
                 "target": target,
                 "predicted_kl": predicted_kl,
+                "training": training,
             }
 
         return self._add(variant, inputs, fill, checkpoint, base, parent=self._reference_version(base))
@@ -145,6 +152,40 @@ class Registry(VariantsDirectory):
         inputs = {"base": base, "registered": contents}
         return self._add(variant, inputs, fill, checkpoint, base, parent=self._reference_version(base))
 
+    def carry(
+        self, checkpoint: Checkpoint, variant: str, carrier: Card, directory: Path, adapter: Path
+    ) -> Card:
+        """Take in a quantized variant of an adapter's base, ``carrier`` in ``directory``, with the adapter on
+        it. ``checkpoint`` is this registry's model: the base with the adapter merged into it. Raises
+        TrainError for an adapter that does not belong there."""
+        if variant == self.reference:
+            raise CardError(f"{variant!r} is the reference's name; carry {adapter} under another one")
+        carried = examine_adapter(adapter, carrier, directory, checkpoint)
+
+        def fill(partial: Path) -> dict[str, Any]:
+            (partial / ADAPTER).mkdir()
+            for name in carrier.files:
+                (partial / name).parent.mkdir(parents=True, exist_ok=True)
+                link_or_copy(directory / name, partial / name)
+            for name in ADAPTER_FILES:
+                link_or_copy(adapter / name, partial / ADAPTER / name)
+            return carrier.model_dump(include=set(CARRIED)) | {"adapter": carried}
+
+        inputs = {"base": base_sha256(checkpoint), "carrier": carrier.files, "adapter": carried.sha256}
+        return self.take_in(variant, inputs, fill, checkpoint)
+
+    def take_in(
+        self,
+        variant: str,
+        inputs: Mapping[str, object],
+        fill: Callable[[Path], dict[str, Any]],
+        checkpoint: Checkpoint,
+    ) -> Card:
+        """Take in files that others make of ``checkpoint``: ``fill`` writes them into an empty directory and
+        returns what the card says of them. What the same ``inputs`` made before is returned."""
+        base = base_sha256(checkpoint)
+        return self._add(variant, inputs, fill, checkpoint, base, parent=self._reference_version(base))
+
     def _add(
         self,
         variant: str,
@@ -162,6 +203,7 @@ class Registry(VariantsDirectory):
                 return known
             partial = Path(tempfile.mkdtemp(prefix=f".partial-{variant}@", dir=self.directory))
             try:
+                made = fill(partial)
                 card = Card.model_validate(
                     {
                         "model": self.model,
@@ -172,8 +214,8 @@ class Registry(VariantsDirectory):
                         "parent": parent,
                         "created": datetime.now(UTC).isoformat(timespec="microseconds"),
                         "inputs_sha256": digest,
-                        **fill(partial),
-                        "weight_bytes": weight_bytes(partial),
+                        "weight_bytes": weight_bytes(partial) + adapter_bytes(partial / ADAPTER),
+                        **made,
                         "files": hash_files(partial),
                     }
                 )

@@ -241,8 +241,8 @@ class Facts:
         return next((one for one in made.values() if one.total <= left), made[BATCHES[-1]])
 
     def trains(self, way: str) -> bool:
-        """Whether there is memory for it."""
-        return self.training(way).total + self.training_overhead <= self.device
+        """Whether there is memory for it, and the model is one that is trained here."""
+        return not self.shape.has_experts and self.training(way).total + self.training_overhead <= self.device
 
     @cached_property
     def words(self) -> Mapping[str, str]:

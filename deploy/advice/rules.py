@@ -163,7 +163,7 @@ DEPLOY = (
         Technique.DISTILLATION,
         lambda f: f.wish.training is not None,
         "not even 4 bits fit ({least} of weights and {kv} of KV cache into {memory}); there is {device} to "
-        "train a smaller model on this one's answers",
+        "train a smaller model on this one's answers to conversations that a gateway has kept",
     ),
     Rule(
         "too-large",
@@ -176,6 +176,12 @@ DEPLOY = (
 """Of what vLLM serves."""
 
 FINETUNE = (
+    Rule(
+        "experts",
+        Technique.SMALLER,
+        lambda f: f.wish.training is not None and f.shape.has_experts,
+        "experts are not trained here; train a model without them",
+    ),
     Rule(
         "all-weights",
         Technique.FULL,
@@ -238,6 +244,7 @@ AGAINST = (
         lambda f: f.wish.training is None,
         "there is nothing to train on (--train-on)",
     ),
+    Against((*_TRAINED, Technique.QAT), lambda f: f.shape.has_experts, "experts are not trained here"),
     Against((Technique.FULL,), lambda f: not f.trains("full"), "it takes {full}, and there is {device}"),
     Against((Technique.LORA,), lambda f: not f.trains("lora"), "it takes {lora}, and there is {device}"),
     Against((Technique.QLORA,), lambda f: f.trains("lora"), "LoRA fits, whose base loses nothing to NF4"),

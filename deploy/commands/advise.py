@@ -76,7 +76,8 @@ def advise(options: argparse.Namespace) -> None:
     of_cards = _cards(model) if model is not None and hardware.here else ({}, nothing, nothing)
     facts = Facts(shape, hardware, _wish(options, shape.context, hardware), *of_cards)
     named = options.model or (str(model.path) if model else PLACEHOLDER)
-    asked = Asked(named, model is not None, options.model is not None and not Path(named).exists())
+    is_hub = options.model is not None and model is None and not Path(named).exists()
+    asked = Asked(str(Path(named).parent) if Path(named).is_file() else named, model is not None, is_hub)
     found = make_advice(facts, asked)
     if options.json:
         print_json(found)

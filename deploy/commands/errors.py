@@ -29,6 +29,7 @@ from gateway.config import ConfigError, load_config
 from gateway.errors import GatewayError
 from gateway.store.errors import StoreError
 from quantize.card import CardError
+from quantize.compact.steps import CompactError
 from quantize.core.checkpoint import CheckpointError
 from quantize.core.files import NoRoomError, is_full
 from quantize.core.methods import MethodError
@@ -39,9 +40,14 @@ from quantize.core.targets import TargetError
 from quantize.evaluate.bench import BenchError
 from quantize.evaluate.client import EngineError
 from quantize.evaluate.tasks import TaskError
+from quantize.export.llama import LlamaError
+from quantize.export.types import ExportError
 from quantize.make.calibration import CalibrationError
 from quantize.make.compress import QuantizeError
+from quantize.numerics.formats import FormatError
 from quantize.plan.planner import PlanError
+from quantize.train.data import DataError
+from quantize.train.loop import TrainError
 
 USER_ERRORS = (
     ConfigError,
@@ -51,13 +57,19 @@ USER_ERRORS = (
     QuantizeError,
     MethodError,
     PlanError,
+    DataError,
+    TrainError,
     SchemeError,
+    CompactError,
+    FormatError,
     ShapeError,
     TargetError,
     BenchError,
     TaskError,
     EngineStartError,
     EngineError,
+    ExportError,
+    LlamaError,
     GatewayError,
     PlacementError,
     StoreError,

@@ -1,4 +1,4 @@
-"""``tiercel quantize``: check, make, sensitivity, plan, register."""
+"""``tiercel quantize``: check, make, measure, sensitivity, explore, plan, register."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ from typing import Any
 
 from deploy.commands import NOT_WELL, add_command, add_json, add_model, print_json, run_engines, say
 from deploy.commands.before import refuse_unmeasurable
+from deploy.commands.compact import add_compact
+from deploy.commands.explore import add_explore
 from deploy.commands.stress import add_stress
 from deploy.commands.variants import card_as_json
 from deploy.models import checkpoint_of, one_model, registry_of, some_models, variant_of, variants_to_make
 from gateway.config import Config, ModelConfig, load_config
 from quantize.card import Card
 from quantize.core.checkpoint import open_checkpoint
-from quantize.core.methods import parse_method
+from quantize.core.methods import refuse_trained
 from quantize.core.modules import read_modules
 from quantize.core.plan import Plan
 from quantize.core.recipes import RECIPES, unasked, usual_method
@@ -25,7 +27,8 @@ from quantize.core.targets import detect, target
 from quantize.plan.controls import KINDS
 
 COMMANDS = (
-    *("check", "make", "measure", "sensitivity", "plan", "register", "robustness", "soak"),
+    *("check", "make", "measure", "sensitivity", "explore", "compact", "plan", "register"),
+    *("robustness", "soak"),
     *("-h", "--help"),
 )
 WITHOUT_DATA = ("rtn", "mse")
@@ -60,7 +63,7 @@ def add_quantize(parser: argparse.ArgumentParser) -> None:
     making.add_argument("--kv", default="auto", help="KV-cache scheme, with --scheme")
     making.add_argument("--name", help="the variant's name, with --scheme")
     making.add_argument("--target", help=TARGET_HELP)
-    _unmeasured(making)
+    unmeasured(making)
 
     text = "measure and judge variants that are there, on the engine at hand, one model after another"
     measuring = add_command(commands, "measure", measure, text)
@@ -74,6 +77,8 @@ def add_quantize(parser: argparse.ArgumentParser) -> None:
     looking.add_argument("--target", help=TARGET_HELP)
     add_json(looking)
 
+    add_explore(commands)
+    add_compact(commands)
     _add_plan(commands)
     add_stress(commands)
 
@@ -81,9 +86,10 @@ def add_quantize(parser: argparse.ArgumentParser) -> None:
         commands, "register", register, "take in a checkpoint that was quantized elsewhere, and gate it"
     )
     add_model(registering)
-    registering.add_argument("directory", type=Path, help="compressed-tensors, AWQ, GPTQ or AutoRound format")
+    text = "a directory in compressed-tensors, AWQ, GPTQ or AutoRound format, or a GGUF file"
+    registering.add_argument("directory", type=Path, help=text)
     registering.add_argument("name", help="the variant's name")
-    _unmeasured(registering)
+    unmeasured(registering)
 
 
 def _add_plan(commands: Any) -> None:
@@ -110,10 +116,11 @@ def _add_plan(commands: Any) -> None:
         choices=KINDS,
         help="measure plans made without a planner beside it, on held-out conversations (default: all kinds)",
     )
-    _unmeasured(planning)
+    unmeasured(planning)
 
 
-def _unmeasured(command: argparse.ArgumentParser) -> None:
+def unmeasured(command: argparse.ArgumentParser) -> None:
+    """Let a command that makes a variant leave it unmeasured, and give its result as JSON."""
     command.add_argument(
         "--no-evaluate", dest="evaluate", action="store_false", help="only make it, without a gate"
     )
@@ -166,8 +173,8 @@ def make(options: argparse.Namespace) -> None:
         scheme(options.scheme)
         kv_scheme(options.kv)
         method = options.method or usual_method(options.scheme)
-        parse_method(method)
-        before = _before(model, options, to_calibrate=method not in WITHOUT_DATA)
+        refuse_trained(method)
+        before = before_work(model, options, to_calibrate=method not in WITHOUT_DATA)
         name, kv = options.name, options.kv
         cards = {model.name: make_one(model, name, options.scheme, method, kv, say, options.target, before)}
     else:
@@ -177,9 +184,9 @@ def make(options: argparse.Namespace) -> None:
             if len(config.models) > 1:
                 say(f"{name}:")
             wanted = variants or unasked(target(options.target or detect()))
-            before = _before(model, options, len(wanted), to_calibrate=True)
+            before = before_work(model, options, len(wanted), to_calibrate=True)
             cards[name] = make_variants(model, wanted, say, options.target, before)
-    _judge(config, cards, options)
+    judge(config, cards, options)
 
 
 def measure(options: argparse.Namespace) -> None:
@@ -202,7 +209,7 @@ def measure(options: argparse.Namespace) -> None:
         others = [name for name in dict.fromkeys(names) if name != model.reference]
         cards[model.name] = [registry.to_measure(name) for name in (model.reference, *others)]
         say_hopeless(model, len(others), say)
-    _judge(config, cards, options)
+    judge(config, cards, options)
 
 
 def sensitivity(options: argparse.Namespace) -> None:
@@ -221,7 +228,7 @@ def plan(options: argparse.Namespace) -> None:
 
     config, model = _model(options)
     for method in options.methods or ():
-        parse_method(method)
+        refuse_trained(method)
     for name in options.schemes or ():
         scheme(name)
     card, _ = plan(
@@ -239,9 +246,9 @@ def plan(options: argparse.Namespace) -> None:
         schemes=options.schemes,
         tuned=options.tune,
         compare_with=KINDS if options.controls == [] else options.controls or (),
-        before=_before(model, options, to_calibrate=True),
+        before=before_work(model, options, to_calibrate=True),
     )
-    _judge(config, {model.name: [_reference(model), card]}, options)
+    judge(config, {model.name: [reference_card(model), card]}, options)
 
 
 def register(options: argparse.Namespace) -> None:
@@ -253,20 +260,25 @@ def register(options: argparse.Namespace) -> None:
     refuse_unfit(checkpoint)
     for note in checkpoint.notes:
         say(note)
-    _before(model, options)()
-    reference = _reference(model)
+    before_work(model, options)()
+    reference = reference_card(model)
     registry = registry_of(model, say)
-    card = registry.register(options.directory, options.name, checkpoint, target(detect()))
+    if options.directory.suffix == ".gguf":
+        from quantize.export.variant import register_gguf
+
+        card = register_gguf(registry, checkpoint, options.directory, options.name)
+    else:
+        card = registry.register(options.directory, options.name, checkpoint, target(detect()))
     if card.schemes:
         found = target(detect()).check_plan(
             Plan(groups=card.schemes, kv=card.kv), read_modules(checkpoint), checkpoint.head_dim
         )
         for problem in found:
             say(f"{options.name} may not load here: {problem}")
-    _judge(config, {model.name: [reference, card]}, options)
+    judge(config, {model.name: [reference, card]}, options)
 
 
-def _before(
+def before_work(
     model: ModelConfig, options: argparse.Namespace, variants: int = 1, to_calibrate: bool = False
 ) -> Callable[[], None]:
     """What is done before work, for so many variants that are to be measured: a look at what may stop it, and
@@ -283,11 +295,12 @@ def _before(
     return look if options.evaluate else lambda: None
 
 
-def _reference(model: ModelConfig) -> Card:
+def reference_card(model: ModelConfig) -> Card:
+    """The reference, taken in if it was not yet."""
     return registry_of(model, say).add_reference(checkpoint_of(model, say))
 
 
-def _judge(config: Config, cards: Mapping[str, Sequence[Card]], options: argparse.Namespace) -> None:
+def judge(config: Config, cards: Mapping[str, Sequence[Card]], options: argparse.Namespace) -> None:
     """Measure and judge cards, by model, where that is asked for, and show them."""
     from quantize.report.tables import format_variants
 

@@ -121,14 +121,14 @@ def stale_variants(model: ModelConfig, cards: Sequence[Card]) -> dict[str, tuple
 
     Empty where this machine has no engine environment: then nothing is measured here.
     """
-    from deploy.identity import identity
+    from deploy.identity import identity, identity_of
     from deploy.machine import look
     from quantize.versions import stale
 
-    now = identity(model, look())
-    if "engine" not in now:
+    machine = look()
+    if "engine" not in identity(model, machine):
         return {card.variant: () for card in cards}
-    return {card.variant: stale(card, now) for card in cards}
+    return {card.variant: stale(card, identity_of(card, model, machine)) for card in cards}
 
 
 def waiting_lines(registry: Registry, cards: Sequence[Card]) -> list[str]:

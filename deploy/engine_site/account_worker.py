@@ -35,9 +35,9 @@ class AccountWorker:
             if (method := getattr(module, "quant_method", None)) is None:
                 continue
             if hasattr(module, "num_embeddings"):
-                others[name] = _describe(module, method)
+                others[_plain(name)] = _describe(module, method)
             elif hasattr(module, "input_size") or hasattr(module, "local_num_experts"):
-                modules[name] = _describe(module, method)
+                modules[_plain(name)] = _describe(module, method)
         config = self.vllm_config  # type: ignore[attr-defined]
         return {
             "quantization": config.model_config.quantization,
@@ -49,6 +49,11 @@ class AccountWorker:
             "weight_bytes": _bytes(model) + sum(entry["in_kernel"] for entry in modules.values()),
             "device_bytes": _device_bytes(),
         }
+
+
+def _plain(name: str) -> str:
+    """A module's name without what an adapter's wrapper adds to it."""
+    return name.removesuffix(".base_layer")
 
 
 def _describe(module: Any, method: Any) -> dict[str, Any]:

@@ -39,6 +39,8 @@ PATH = "/tiercel/score"
 REFERENCE = "TIERCEL_REFERENCE"
 """Environment variable: directory of the reference's checkpoint, of which the head is read where the
 variant's own is another."""
+ADAPTER = "TIERCEL_ADAPTER"
+"""Environment variable: name of the LoRA adapter that the variant carries, and is scored with."""
 COLUMNS = ("came", "top1", "kl", "reference_top1", "hidden")
 
 
@@ -105,7 +107,7 @@ class ScoreRoute:
                 args=(key, body.start, body.tokens, reference or None, body.keep, other_head),
             )
             try:
-                async for output in engine.generate(prompt, wanted, key):
+                async for output in engine.generate(prompt, wanted, key, lora_request=_adapter(request)):
                     for token, values in zip(
                         output.outputs[0].token_ids, output.outputs[0].logprobs or (), strict=False
                     ):
@@ -138,6 +140,15 @@ class ScoreRoute:
                     raise HTTPException(500, f"the reference's head was not loaded: {error}") from None
                 state.tiercel_reference_head = next(filter(None, heads), "")
         return str(state.tiercel_reference_head)
+
+
+def _adapter(request: Request) -> Any:
+    """The adapter that the variant carries, as the engine knows it; None for a variant without."""
+    if not (name := os.environ.get(ADAPTER)):
+        return None
+    if (found := request.app.state.openai_serving_models.lora_requests.get(name)) is None:
+        raise HTTPException(500, f"the engine has not loaded the adapter {name!r} that the variant carries")
+    return found
 
 
 def unfit(body: ScoreRequest, reference_bytes: int, described: dict[str, Any]) -> str:

@@ -100,7 +100,9 @@ def _absolute(config: Config, base: Path) -> Config:
         return None if path is None else base / path
 
     roles = {
-        name: role.model_copy(update={"tasks": at(role.tasks), "long_context": at(role.long_context)})
+        name: role.model_copy(
+            update={field: at(getattr(role, field)) for field in ("tasks", "long_context", "training")}
+        )
         for name, role in config.roles.items()
     }
     python = config.engine.python or Path(".venv-engine/bin/python")

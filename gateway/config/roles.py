@@ -65,6 +65,9 @@ class RoleSettings(Section):
     long_context: Path | None = Field(
         default=None, description="the same with prompts that fill the context, judged apart from tasks"
     )
+    training: Path | None = Field(
+        default=None, description="JSON Lines to train on for the role, of which none may be among tasks"
+    )
     max_tokens: int | None = Field(
         default=None, ge=1, description="of an answer to an item of tasks that does not say; default 256"
     )

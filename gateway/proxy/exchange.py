@@ -94,6 +94,7 @@ class Exchange:
         "begun",
         "body",
         "caller",
+        "carried",
         "client",
         "endpoint",
         "error",
@@ -166,6 +167,8 @@ class Exchange:
         """A second attempt has been made because the first was slow."""
         self.won: str | None = None
         """Of a hedged request: ``first`` or ``second``."""
+        self.carried = b""
+        """Header lines that the engine's answer brings along for the client."""
         self.escalated: str | None = None
         """The check that a cheaper variant's answer failed, which nobody got."""
         self.spent: tuple[Spent, ...] = ()

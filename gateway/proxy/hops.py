@@ -49,7 +49,7 @@ class Admitted(msgspec.Struct, frozen=True, gc=False):
     """Its content-type says so."""
     coding: str = ""
     """Its body's."""
-    traced: bool = False
+    passes_on: bool = False
     """There are headers that engines are given."""
 
 

@@ -41,7 +41,7 @@ class Reply:
     def whole(self, exchange: Exchange, body: bytes, content_type: bytes = JSON) -> None:
         """An answer that is not streamed."""
         exchange.begun = True
-        exchange.client.send_whole(self._ok(exchange, content_type), body)
+        exchange.client.send_whole(self._ok(exchange, content_type) + exchange.carried, body)
 
     def part(self, exchange: Exchange, out: bytes, now: float) -> None:
         """A part of a stream, never empty."""

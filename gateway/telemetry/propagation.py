@@ -1,4 +1,4 @@
-"""Trace headers (W3C Trace Context) for what the gateway asks of engines."""
+"""Headers that go on to engines: those of tracing (W3C Trace Context), and the question for their load."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from opentelemetry.trace import Span, set_span_in_context
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 W3C = TraceContextTextMapPropagator()
-PASSED_ON = ("traceparent", "tracestate", "baggage")
-"""Headers of the client that engines are given: those of tracing, and none that authenticates."""
+PASSED_ON = ("traceparent", "tracestate", "baggage", "endpoint-load-metrics-format")
+"""Headers of the client that engines are given: those of tracing, the one by which a load balancer asks for
+ORCA's report, and none that authenticates."""
 
 
 def carried(span: Span) -> dict[str, str]:

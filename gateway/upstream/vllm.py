@@ -79,8 +79,8 @@ class Engines:
             tail = self._tail(*of, keep=given is UNSET)
         if given is not UNSET and not priority:
             tail += b',"priority":0'
-        if exchange.span is not None or exchange.head.memo.traced:
-            more = _trace_headers(exchange)
+        if exchange.span is not None or exchange.head.memo.passes_on:
+            more = _passed_on(exchange)
         if priority:  # vLLM's own header, for the endpoints whose body has no such field
             more += b"x-vllm-priority: %d\r\n" % priority
         head = replica.heads.get(endpoint.path) or replica.request_head(endpoint)
@@ -113,7 +113,7 @@ class Engines:
         return tail
 
 
-def _trace_headers(exchange: Exchange) -> bytes:
+def _passed_on(exchange: Exchange) -> bytes:
     given: Mapping[str, str] = exchange.head.headers
     if exchange.span is not None:
         given = {**given, **carried(exchange.span)}
@@ -234,11 +234,14 @@ class EngineAttempt(msgspec.Struct, eq=False):
             self._lease.release()
         if head.status != 200:
             self._refused(head, body)
-        elif head.is_stream:
+            return
+        if head.is_stream:
             if body:
                 self._listener.arrived(self, body)
             self._listener.ended(self)
-        elif head.is_json:
+            return
+        self.exchange.carried = head.carried
+        if head.is_json:
             self._listener.whole(self, body)
         else:
             self._listener.whole(self, body, head.content_type)

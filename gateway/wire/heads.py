@@ -26,6 +26,9 @@ _ONLY_ONCE = frozenset(
     ("authorization", "content-length", "content-type", "expect", "host", "transfer-encoding", "x-api-key")
 )
 _SPACED = re.compile(rb"\r\n(?:content-length|transfer-encoding)[ \t]+:")
+_CARRIED = ("metadata", "endpoint-load-metrics")
+"""Headers of an answer that are the client's: what the numbers of a binary answer are, and the engine's load
+for who asked for it."""
 _LONGEST_LENGTH = 18
 """Digits of a content-length."""
 
@@ -61,6 +64,8 @@ class AnswerHead:
     """Also where the engine does not say what it sends."""
     is_stream: bool = False
     """Of server-sent events."""
+    carried: bytes = b""
+    """The header lines that belong to the client's answer, each with its line end."""
 
     def get(self, name: str) -> str | None:
         """A header's value, of several the first; ``name`` is in lower case."""
@@ -134,7 +139,12 @@ def parse_answer(head: bytes) -> AnswerHead:
     kind = (_first(low, low, "content-type") or "").encode("latin-1")
     media = kind.partition(b";")[0].strip()
     is_json, is_stream = media in (b"", b"application/json"), media == b"text/event-stream"
-    return AnswerHead(status, head, length, keep_alive, kind, is_json, is_stream)
+    return AnswerHead(status, head, length, keep_alive, kind, is_json, is_stream, _carried(head, low))
+
+
+def _carried(head: bytes, low: bytes) -> bytes:
+    found = {name: value for name in _CARRIED if (value := _first(head, low, name)) is not None}
+    return "".join(f"{name}: {value}\r\n" for name, value in found.items()).encode("latin-1")
 
 
 def _first(raw: bytes, low: bytes, name: str) -> str | None:

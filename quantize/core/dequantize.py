@@ -1,6 +1,6 @@
 """What the stored numbers of a module stand for, in any of the layouts that are read here.
 
-Layouts of one (N outputs, K inputs) matrix at b bits, with 32 / b values to a word:
+Layouts of one (N outputs, K inputs) matrix at b bits, in words of 32 bits:
 
 compressed-tensors  ``weight_packed`` (N, words of K), ``weight_scale`` (N, groups); or ``weight`` (N, K);
                     4-bit floats stand two to a byte, with a ``weight_global_scale`` for NVFP4
@@ -84,12 +84,20 @@ def dequantized(tensors: Mapping[str, Part], module: str, how: Scheme) -> Tensor
 def unpack(packed: Tensor, bits: int, columns: int) -> Tensor:
     """compressed-tensors' packing undone: int32 (rows, words) to signed values (rows, columns), float32.
 
-    Each word holds ``32 // bits`` values, lowest bits first, stored with an offset of 2^(bits - 1).
+    Values stand one after another, lowest bits first, across the ends of words as well (3, 5, 6 and 7 bits),
+    stored with an offset of 2^(bits - 1).
     """
     import torch
 
-    shifts = torch.arange(0, PACKED_BITS // bits * bits, bits, dtype=torch.int32)
-    values = (packed.unsqueeze(-1) >> shifts) & (2**bits - 1)
+    if PACKED_BITS % bits == 0:
+        shifts = torch.arange(0, PACKED_BITS, bits, dtype=torch.int32)
+        values = (packed.unsqueeze(-1) >> shifts) & (2**bits - 1)
+    else:
+        words = torch.nn.functional.pad(packed.long() & 0xFFFFFFFF, (0, 1))
+        start = torch.arange(columns) * bits
+        word, shift = start // PACKED_BITS, start % PACKED_BITS
+        both = words[:, word] | (words[:, word + 1] << PACKED_BITS)
+        values = (both >> shift) & (2**bits - 1)
     signed: Tensor = values.reshape(packed.shape[0], -1)[:, :columns] - 2 ** (bits - 1)
     return signed.float()
 

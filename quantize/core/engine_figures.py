@@ -65,3 +65,21 @@ class Speed(Strict):
     prompt_tokens: int = Field(ge=1, description="of each")
     answer_tokens: int = Field(ge=1, description="of each")
     points: tuple[SpeedPoint, ...] = Field(default=(), description="at several loads, each a median")
+
+
+RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""Ranks that vLLM 0.32 can be told to make room for."""
+
+
+class AdapterCarried(Strict):
+    """A LoRA adapter that a variant carries: it is served, measured and judged with it."""
+
+    rank: int = Field(ge=1)
+    sha256: str = Field(description="of its files")
+    bytes: int = Field(ge=0)
+    carrier: str = Field(description="model:variant that it was put on, and that one's version")
+
+    @property
+    def engine_rank(self) -> int:
+        """The smallest rank that an engine can be told which holds this one."""
+        return next(one for one in RANKS if one >= self.rank)

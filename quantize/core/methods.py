@@ -9,6 +9,7 @@ model into an equal one that quantizes better:
 ``imatrix``     solver       ranges of least squared error weighted by E[x²] of each input
 ``gptq``        solver       error of each column passed on to the next ones (arXiv:2210.17323)
 ``autoround``   solver       rounding and clipping learned block by block (arXiv:2309.05516)
+``qat``         last word    trained from what the words before it gave (:mod:`quantize.train.qat`)
 ``smooth``      transform    scales per input channel of least expected error of 8-bit inputs and weights
                              (:mod:`quantize.make.smooth`); alone: ``smooth+rtn``
 ``awq``         transform    scales salient input channels up (arXiv:2306.00978); alone: ``awq+rtn``
@@ -38,6 +39,8 @@ SOLVERS: Mapping[str, str] = {
     "autoround": "memoryless_minmax",
 }
 """Solver to llm-compressor's observer of weight ranges."""
+QAT = "qat"
+"""The last word of a variant that was trained; what comes before it says from what."""
 SMOOTH = "smooth"
 """The transform that is made block by block; parts of plans that mix schemes can have it."""
 ALONE: Mapping[str, str] = {SMOOTH: "rtn", "awq": "rtn", "smoothquant": "gptq", "rotation": "gptq"}
@@ -57,11 +60,13 @@ class Method:
     transforms: tuple[str, ...]
     solver: str
     observer: str
+    trained: bool = False
 
     def needs_data(self, plan: Plan) -> bool:
         """Whether calibration data are used at all."""
         return (
-            bool(self.transforms)
+            self.trained
+            or bool(self.transforms)
             or self.solver not in ("rtn", "mse")
             or kv_scheme(plan.kv).calibrated
             or any(scheme(name).needs_calibration for name in plan.groups.values())
@@ -71,13 +76,20 @@ class Method:
 def parse_method(name: str) -> Method:
     """Read a method's name such as ``gptq``, ``awq`` or ``smoothquant+imatrix+gptq``. Raises MethodError."""
     words = name.split("+")
+    if trained := words[-1] == QAT:
+        words = words[:-1]
+        if not words:
+            raise MethodError(
+                f"method {name!r}: say what it was trained from, for example imatrix+gptq+{QAT}"
+            )
     transforms = [word for word in words if word in ALONE]
     solvers = [word for word in words if word in SOLVERS]
     unknown = [word for word in words if word not in ALONE and word not in SOLVERS]
     if unknown:
         raise MethodError(
             f"unknown method {unknown[0]!r} in {name!r}; transforms: {', '.join(ALONE)}; "
-            f"solvers: {', '.join(SOLVERS)}; join them by +, for example awq+gptq"
+            f"solvers: {', '.join(SOLVERS)}; join them by +, for example awq+gptq; {QAT} comes last, of what "
+            "was trained"
         )
     if words != transforms + solvers or len(set(words)) != len(words):
         raise MethodError(f"method {name!r}: transforms come first, each word once, for example awq+gptq")
@@ -90,4 +102,18 @@ def parse_method(name: str) -> Method:
     *ranges, solver = solvers
     if len(ranges) > 1 or (ranges and (solver != "gptq" or ranges[0] not in ("imatrix", "mse"))):
         raise MethodError(f"method {name!r}: of two solvers, the first must be imatrix or mse, the last gptq")
-    return Method(name, tuple(transforms), solver, SOLVERS[ranges[0] if ranges else solver])
+    return Method(name, tuple(transforms), solver, SOLVERS[ranges[0] if ranges else solver], trained)
+
+
+def refuse_trained(name: str) -> None:
+    """Raise MethodError for a method that ends in training, or is not understood."""
+    if parse_method(name).trained:
+        raise MethodError(f"method {name!r} is trained, not made: `tiercel train {QAT}` does that")
+
+
+def as_trained(name: str) -> str:
+    """The method of a variant that was trained from one by ``name``. Raises MethodError where that was,
+    too."""
+    if parse_method(name).trained:
+        raise MethodError(f"method {name!r} was trained already; give the variant that it was trained from")
+    return f"{name}+{QAT}"

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from quantize.core.checkpoint import Checkpoint, CheckpointError
+from quantize.core.legality import is_experts
 from quantize.core.model_config import TEXT_CONFIGS
 from quantize.core.modules import HEAD, NO_LAYER, Group, Linear, Modules, read_modules
 from quantize.core.schemes import BF16_BYTES, kv_scheme
@@ -53,6 +54,10 @@ class Shape:
     def weights(self) -> int:
         """Of all linear modules in blocks: what can be quantized."""
         return sum(group.weights for group in self.modules)
+
+    @property
+    def has_experts(self) -> bool:
+        return any(is_experts(group) for group in self.modules)
 
     @property
     def parameters(self) -> int:

@@ -158,6 +158,19 @@ def _wide(block: bytes, stored: str) -> NDArray[np.float32]:
     return np.frombuffer(block, {"F64": "<f8", "F32": "<f4", "F16": "<f2"}[stored]).astype("<f4")
 
 
+def read_values(part: Part) -> NDArray[np.float32]:
+    """A tensor of floats, in 32 bits; without torch."""
+    import numpy as np
+
+    found = np.empty(part.shape, np.float32)
+    flat, at = found.reshape(-1), 0
+    for block in blocks(part):
+        values = _wide(block, part.dtype)
+        flat[at : at + len(values)] = values
+        at += len(values)
+    return found
+
+
 def same_bytes(one: Part, other: Part) -> bool:
     """Whether two tensors are the same, bit for bit."""
     if (one.dtype, one.shape, one.bytes) != (other.dtype, other.shape, other.bytes):

@@ -73,12 +73,12 @@ class TrainingMemory:
 
 def activation_bytes(shape: Shape, tokens: int) -> int:
     """Of a micro-batch of ``tokens`` in BF16, with gradient checkpointing and no matrix of attention scores
-    kept: the input of every block; inside one block what its modules take and give; logits in 16 and 32
-    bits, and their gradient."""
+    kept: the input of every block; inside one block what its modules take and give; logits in 32 bits, their
+    gradient and two copies."""
     heads = (shape.heads + 2 * shape.kv_heads) * shape.head_dim
     inside = 5 * shape.hidden + 2 * heads + 4 * shape.inner
     kept = shape.layers * shape.hidden
-    logits = shape.vocabulary * (BF16_BYTES + 4 + 4)
+    logits = shape.vocabulary * 4 * 4
     return tokens * (BF16_BYTES * (kept + inside) + logits)
 
 

@@ -20,6 +20,7 @@ from collections.abc import Iterable
 
 from quantize.evaluate.tasks import Item
 
+_BEGINS = re.compile(r"(?:^|[.!?:\n])[\s\"'*#>-]*$")
 _WORD = re.compile(r"[^\W_]+(?:[.:,'\u2019/-][^\W_]+)*")
 
 
@@ -41,6 +42,24 @@ class Grounding:
         """Words of ``answer`` that are neither in the item's grounds nor in the frame, in their order."""
         allowed = self._frame.union(*(words(text) for text in item.grounds or ()))
         return [word for word in words(answer) if word not in allowed]
+
+    def invented_values(self, item: Item, answer: str) -> list[str]:
+        """Of these the numbers, identifiers and names: a model that words things in its own way invents none
+        by that."""
+        values = _values(answer)
+        return [word for word in self.invented(item, answer) if word in values]
+
+
+def _values(text: str) -> set[str]:
+    """Words with a digit, and those with a capital letter that do not begin a sentence or a line: as
+    :func:`words` has them."""
+    found = set()
+    for match in _WORD.finditer(text):
+        word = match.group()
+        begins = _BEGINS.search(text[: match.start()]) is not None
+        if any(character.isdigit() for character in word) or (word[0].isupper() and not begins):
+            found.update(words(word))
+    return found
 
 
 def _wording(item: Item, grounds: Iterable[str]) -> set[str]:

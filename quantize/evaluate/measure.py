@@ -32,6 +32,8 @@ OWN_TOKENS, OWN_CONVERSATIONS = 12_000, 256
 first choices is known well enough from about 30 tokens on."""
 QUESTIONS = 4
 """Raised whenever the code asks something else of the same items; kept measurements are made anew."""
+SERVER = "vllm"
+"""Under which what the engine calls its version is kept, whichever engine it is."""
 Tasks = Mapping[str, Sequence[Item]]
 """Role name to its held-out items, of all suites."""
 
@@ -167,7 +169,7 @@ async def measure(
     with tqdm(total=len(jobs), desc=f"evaluate {name}", unit="item", mininterval=1) as bar:
         for entry in await run_jobs(jobs[::-1] if backwards else jobs, journal, bar.update):
             measurement.add(entry)
-    last = {"engine": {**engine, "vllm": await client.version()}}
+    last = {"engine": {**engine, SERVER: await client.version()}}
     journal.append([last])
     measurement.add(last)
     return measurement

@@ -55,6 +55,10 @@ class Files:
     def __iter__(self) -> Iterator[str]:
         return iter(self._of)
 
+    def close(self) -> None:
+        """Give the mapped pages back; names stay known."""
+        self._of = dict.fromkeys(self._of)
+
     def __getitem__(self, name: str) -> Tensor:
         tensor: Tensor = self._of[name].get_tensor(name)
         return tensor
@@ -118,7 +122,7 @@ class Blocks:
         self.device = torch.device(device) if device is not None else best_device()
         self.dtype = dtype or serving_dtype(checkpoint)
         self.files = Files(checkpoint.path)
-        self.model = _skeleton(checkpoint, self.dtype)
+        self.model = skeleton(checkpoint, self.dtype)
         self.layers: Any = decoder_layers(self.model)
         self.linears = modules.linears
         self.places: Mapping[str, Place] = find_linears(self.model, modules.linears)
@@ -136,13 +140,18 @@ class Blocks:
 
     def tensor(self, name: str) -> Tensor | None:
         """The stored tensor of a parameter of the skeleton; None where it is not stored as such."""
+        stored = self.stored(name)
+        return None if stored is None else self.files[stored]
+
+    def stored(self, name: str) -> str | None:
+        """The name on disk of a parameter of the skeleton; None where it is not stored as such."""
         places = [name]
         if name.startswith(self._inside):
             places.append(self._on_disk + name.removeprefix(self._inside))
         if name.startswith("lm_head"):
             places.append(f"{self._on_disk.removesuffix('model.')}{name}")
         names = (stored for place in places for stored in stored_names(place))
-        return next((self.files[stored] for stored in names if stored in self.files), None)
+        return next((stored for stored in names if stored in self.files), None)
 
     def _materialize_outside(self) -> None:
         """Embeddings and norms; the head stays on the meta device until it is asked for."""
@@ -150,7 +159,7 @@ class Blocks:
             if not name.startswith(f"{self._inside}layers.") and not name.startswith("lm_head"):
                 stored = self.tensor(name)
                 if stored is not None and stored.shape == parameter.shape:
-                    _put(self.model, name, stored.to(self.device, self.dtype))
+                    put(self.model, name, stored.to(self.device, self.dtype))
         for buffer_name, buffer in list(self.model.named_buffers()):
             parent, _, leaf = buffer_name.rpartition(".")
             self.model.get_submodule(parent)._buffers[leaf] = buffer.to(self.device)
@@ -178,7 +187,7 @@ class Blocks:
                     if id(block.get_submodule(name.rpartition(".")[0])) not in experts:
                         raise LinearError(f"no tensor is stored for {name} of block {layer}")
                     stored = torch.empty(parameter.shape, dtype=kind)  # stored one by one, written below
-                _put(block, name, stored.to(self.device, kind))
+                put(block, name, stored.to(self.device, kind))
             for linear in self.linears:
                 place = self.places[linear.name]
                 if place.expert is not None and f"layers.{layer}." in linear.name:
@@ -320,7 +329,8 @@ def batched(lengths: Sequence[int], limit: int) -> Iterator[list[int]]:
         yield batch
 
 
-def _skeleton(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
+def skeleton(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
+    """The language model without its weights (on the meta device), for inference."""
     from accelerate import init_empty_weights  # type: ignore[import-untyped]
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -331,7 +341,8 @@ def _skeleton(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
         return AutoModelForCausalLM.from_config(config, dtype=dtype).eval().requires_grad_(False)
 
 
-def _put(module: Any, name: str, tensor: Tensor) -> None:
+def put(module: Any, name: str, tensor: Tensor) -> None:
+    """Let a tensor be the parameter of that name within ``module``; it is not trained."""
     import torch
 
     parent, _, leaf = name.rpartition(".")

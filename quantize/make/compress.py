@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from quantize.core.checkpoint import Checkpoint, copy_companions
 from quantize.core.loading import load_model
-from quantize.core.methods import Method, parse_method
+from quantize.core.methods import Method, parse_method, refuse_trained
 from quantize.core.modules import Modules
 from quantize.core.plan import Plan
 from quantize.core.schemes import scheme
@@ -56,6 +56,7 @@ def compress_whole(
 ) -> None:
     """Quantize the whole model by llm-compressor, with ``plan.method`` for all groups, into ``out``."""
     method = parse_method(plan.method)
+    refuse_trained(plan.method)
     log.unlink(missing_ok=True)
     with (
         tqdm(total=100, desc=label, unit="%", file=sys.stderr, bar_format="{l_bar}{bar}| {elapsed}") as bar,

@@ -42,9 +42,9 @@ from quantize.core.weights import INDEX
 from quantize.make.calibration import CalibrationSet
 from quantize.make.compress import compress_whole
 from quantize.make.massive import massive_blocks
-from quantize.make.ranges import FP8_MAX
 from quantize.make.smooth import Scales, ScaleStore, folded, save_whole
 from quantize.make.streaming import Choice, make_parts, needs_data, smoothed, streams
+from quantize.numerics.formats import E4M3
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -390,5 +390,5 @@ def _kv_tensors(scales: Mapping[str, tuple[float, float]], checkpoint: Checkpoin
     found = {}
     for name, pair in scales.items():
         for leaf, most in zip(KV_SCALES, pair, strict=True):
-            found[name + leaf] = torch.tensor([max(most, 1e-6) / FP8_MAX], dtype=torch.float32).to(dtype)
+            found[name + leaf] = torch.tensor([max(most, 1e-6) / E4M3.top], dtype=torch.float32).to(dtype)
     return found

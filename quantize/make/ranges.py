@@ -16,13 +16,13 @@ from typing import TYPE_CHECKING
 
 from quantize.core.schemes import BLOCK, Numbers, Scheme
 from quantize.make.threads import side_by_side
+from quantize.numerics.formats import E4M3, Format, integer
+from quantize.numerics.quantizers import Quantizer
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-FP8_MAX = 448.0
-"""Largest value of E4M3."""
 CHUNK = 1 << 17
 """Weights that are searched at a time: their working copies stay in a processor's cache."""
 GPU_CHUNK = 1 << 25
@@ -41,6 +41,13 @@ class Grid:
     low: int | None
     high: int | None
     size: int
+
+    @property
+    def form(self) -> Format:
+        """What q is a code of."""
+        if self.low is None or self.high is None:
+            return E4M3
+        return integer((self.high - self.low).bit_length(), self.zero is None)
 
     def columns(self, k: int) -> tuple[Tensor, Tensor | None]:
         """Scale and zero point of every weight, (N, K)."""
@@ -147,29 +154,17 @@ def _float_grid(weight: Tensor, strategy: str, stored: torch.dtype) -> Grid:
         rows, columns = (size // BLOCK for size in padded.shape)
         blocks = padded.reshape(rows, BLOCK, columns, BLOCK).amax((1, 3))
         most = blocks.repeat_interleave(BLOCK, 0)[:n]
-    return Grid((most / FP8_MAX).to(stored).float().clamp_min(1e-12), None, None, None, size)
+    return Grid((most / E4M3.top).to(stored).float().clamp_min(1e-12), None, None, None, size)
 
 
 def rounded(weight: Tensor, grid: Grid) -> Tensor:
     """``weight`` (N, K) rounded to the nearest q of its grid: int8 or float8, as stored."""
-    import torch
-
-    scale, zero = grid.columns(weight.shape[1])
-    q = weight / scale
-    if grid.low is None or grid.high is None:
-        return q.clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
-    if zero is not None:
-        q += zero
-    return q.round_().clamp_(grid.low, grid.high).to(torch.int8)
+    return grid.form.quantize(weight, *grid.columns(weight.shape[1]))
 
 
 def restored(q: Tensor, grid: Grid) -> Tensor:
     """The float32 (N, K) weights that ``q`` stands for."""
-    scale, zero = grid.columns(q.shape[1])
-    values = q.float()
-    if zero is not None:
-        values -= zero
-    return values.mul_(scale)
+    return grid.form.dequantize(q, *grid.columns(q.shape[1]))
 
 
 def round_inputs(x: Tensor, how: Numbers, columns: Tensor | None = None) -> Tensor:
@@ -177,23 +172,8 @@ def round_inputs(x: Tensor, how: Numbers, columns: Tensor | None = None) -> Tens
 
     With ``columns`` (K,) the kernel sees ``x / columns``; what that does to ``x`` is returned.
     """
-    import torch
-
     if columns is not None:
         columns = columns.to(x.device)
         return (round_inputs(x.float() / columns, how) * columns).to(x.dtype)
-    wide: Tensor = x.float()
-    if how.kind == "float":
-        top = torch.finfo(torch.float8_e4m3fn).max
-        scale = (wide.abs().amax(-1, keepdim=True) / top).clamp_min(1e-12)
-        wide = (wide / scale).to(torch.float8_e4m3fn).float() * scale
-        return wide.to(x.dtype)
-    levels = 2 ** (how.bits - 1) - 1
-    if how.symmetric:
-        scale = (wide.abs().amax(-1, keepdim=True) / levels).clamp_min(1e-12)
-        wide = (wide / scale).round().clamp(-levels - 1, levels) * scale
-        return wide.to(dtype=x.dtype)
-    low, high = wide.amin(-1, keepdim=True).clamp_max(0), wide.amax(-1, keepdim=True).clamp_min(0)
-    scale = ((high - low) / (2**how.bits - 1)).clamp_min(1e-12)
-    wide = ((wide - low) / scale).round() * scale + low
-    return wide.to(x.dtype)
+    form = E4M3 if how.kind == "float" else integer(how.bits, how.symmetric, narrow=how.symmetric)
+    return Quantizer(form).fake(x)

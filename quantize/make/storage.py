@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from quantize.core.schemes import Scheme
-from quantize.make.ranges import FP8_MAX, Grid
+from quantize.make.ranges import Grid
 from quantize.make.statistics import InputStatistics
+from quantize.numerics.formats import E4M3
 
 if TYPE_CHECKING:
     import torch
@@ -45,6 +46,6 @@ def stored_tensors(
         if inputs is None:
             raise ValueError(f"{how.name} has a fixed scale of inputs, which needs calibration data")
         most = max(abs(inputs.least), abs(inputs.most))
-        top = FP8_MAX if how.activations.kind == "float" else (2**how.activations.bits - 1) / 2
+        top = E4M3.top if how.activations.kind == "float" else (2**how.activations.bits - 1) / 2
         found["input_scale"] = torch.tensor([max(most / top, 1e-9)]).to(dtype)
     return {name: tensor.contiguous().cpu() for name, tensor in found.items()}

@@ -51,7 +51,7 @@ class QuantizeError(RuntimeError):
 def streams(choice: Choice) -> bool:
     """Whether a choice is made here; others are llm-compressor's (transforms, AutoRound, 4-bit floats)."""
     how, method = scheme(choice[0]), parse_method(choice[1])
-    if method.transforms not in ((), (SMOOTH,)) or method.solver == "autoround":
+    if method.trained or method.transforms not in ((), (SMOOTH,)) or method.solver == "autoround":
         return False
     if how.weights is None:
         return True

@@ -107,7 +107,7 @@ def compute_distributions(
             layer=group.layer,
             scheme=schemes.get(group.name, "bf16"),
             weights=_weights(group, ours, theirs, schemes.get(group.name, "bf16")),
-            activations=_activations(*maxima[group.name]) if group.name in maxima else None,
+            activations=activation_figures(*maxima[group.name]) if group.name in maxima else None,
         )
         for group in modules
     )
@@ -123,6 +123,13 @@ def _weights(
     how = scheme(scheme_name)
     before = torch.cat([read_tensor(ours[f"{m.name}.weight"]).float().flatten() for m in group.members])
     after = torch.cat([linear_weight(theirs, m.name, how).flatten() for m in group.members])
+    return weight_figures(before, after)
+
+
+def weight_figures(before: Tensor, after: Tensor) -> WeightFigures:
+    """Of the same weights, flat, float32."""
+    import torch
+
     largest = max(float(before.abs().max()), float(after.abs().max()), 1e-12)
     error = float((after - before).norm() / before.norm().clamp_min(1e-12))
 
@@ -214,7 +221,8 @@ def _has(model: Any, name: str) -> bool:
     return True
 
 
-def _activations(before: Tensor, after: Tensor) -> ActivationFigures:
+def activation_figures(before: Tensor, after: Tensor) -> ActivationFigures:
+    """Of the largest absolute values per channel, (channels,) each."""
     return ActivationFigures(
         channels=len(before),
         before=_curve(before),

@@ -57,10 +57,10 @@ def heat_maps(sensitivity: Sequence[SensitivityRow]) -> str:
 def _heat_map(scheme: str, cells: Mapping[tuple[int, str], float], low: float, high: float) -> str:
     """A scheme: the colour is logarithmic over all schemes."""
     shown = {place: (value, f"{1000 * value:.3g}", "") for place, value in cells.items()}
-    return _by_layer(scheme, shown, low, high)
+    return layer_map(scheme, shown, low, high)
 
 
-def _by_layer(
+def layer_map(
     caption: str, cells: Mapping[tuple[int, str], Cell], low: float, high: float, to: str = ""
 ) -> str:
     """Layers down, kinds of module across. Layers are links to what ``to`` and their number name."""
@@ -125,7 +125,7 @@ def _errors(figures: Distributions, to: str) -> str:
         found[group.layer, group.kind] = (error, f"{error:.2g}", group.scheme)
     values = [error for error, _, _ in found.values() if error > 0]
     low, high = min(values, default=1.0), max(values, default=1.0)
-    return _by_layer("Error of weights, %", found, low, high, to)
+    return layer_map("Error of weights, %", found, low, high, to)
 
 
 def _outliers(figures: Distributions, to: str) -> str:
@@ -138,7 +138,7 @@ def _outliers(figures: Distributions, to: str) -> str:
             title = f"largest {seen.before[0]:.3g} → {seen.after[0]:.3g} of {seen.channels} channels"
             found[group.layer, group.kind] = (1.0 + after, words, title)
     most = max((value for value, _, _ in found.values()), default=1.0)
-    return _by_layer("Outlier channels of inputs", found, 1.0, most, to) if found else ""
+    return layer_map("Outlier channels of inputs", found, 1.0, most, to) if found else ""
 
 
 def _drawn(layer: int, groups: Sequence[GroupFigures], to: str) -> str:

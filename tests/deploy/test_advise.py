@@ -195,6 +195,7 @@ def test_every_rule_is_reached() -> None:
         facts("34B", "24GB", concurrency=4, loss=10.0),
         Facts(EXPERTS, HARDWARE["cpu"], Wish("deploy", 2.0, 1024, 1)),
         Facts(EXPERTS, HARDWARE["cpu"], Wish("deploy", 2.0, 2048, 100)),
+        Facts(EXPERTS, here, Wish("finetune", 2.0, 1024, 1, here)),
         facts("70B", "24GB", training=HARDWARE["24GB"]),
         facts("70B", "24GB"),
         facts("1B", "H100", **LEARN, loss=0.1, training=HARDWARE["H100"]),

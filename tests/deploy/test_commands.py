@@ -26,6 +26,7 @@ LISTING = {
     "quantize check",
     "quantize measure",
     "quantize sensitivity",
+    "quantize explore",
     "variants list",
     "variants show",
     "variants compare",

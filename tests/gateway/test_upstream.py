@@ -31,6 +31,8 @@ class Raw:
         self.answer = answer
         self.close = close
         self.requests = 0
+        self.head = b""
+        """Of the last request."""
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with contextlib.suppress(OSError, asyncio.IncompleteReadError):
@@ -42,6 +44,7 @@ class Raw:
                 length = int(head.lower().partition(b"content-length:")[2].split(b"\r\n")[0])
                 await reader.readexactly(length)
                 self.requests += 1
+                self.head = head
                 writer.write(self.answer)
                 await writer.drain()
                 if self.close:
@@ -156,6 +159,29 @@ async def test_an_answer_is_read_as_what_it_is() -> None:
         async with stack.http.post(stack.url + "/v1/embeddings", json=body) as response:
             assert (response.status, response.content_type) == (200, "application/octet-stream")
             assert await response.read() == b"\x00\xff{"
+
+
+async def test_headers_that_belong_to_an_answer_reach_the_client() -> None:
+    """Binary numbers mean nothing without them; a load balancer asks for the engine's load by one and gets it
+    by another. Others are the engine's own."""
+    meta = '{"data": [{"index": 0, "shape": [4]}]}'
+    carried = (
+        f"Metadata: {meta}\r\nEndpoint-Load-Metrics: JSON {{}}\r\nserver: uvicorn\r\nset-cookie: a=b\r\n"
+    )
+    kind = b"content-type: application/octet-stream\r\ncontent-length: 3\r\n\r\n\x00\xff{"
+    async with raw_engine(b"HTTP/1.1 200 OK\r\n" + carried.encode() + kind) as (stack, engine):
+        body = {"model": "assistant", "input": "a", "encoding_format": "bytes"}
+        asked = {"endpoint-load-metrics-format": "JSON", "x-other": "1"}
+        async with stack.http.post(stack.url + "/v1/embeddings", json=body, headers=asked) as response:
+            assert response.headers["metadata"] == meta
+            assert response.headers["endpoint-load-metrics"] == "JSON {}"
+            assert not {"server", "set-cookie"} & {name.lower() for name in response.headers}
+            assert await response.read() == b"\x00\xff{"
+        assert b"endpoint-load-metrics-format: JSON\r\n" in engine.head
+        assert b"x-other" not in engine.head
+        async with stack.http.post(stack.url + "/v1/embeddings", json=body) as response:
+            assert response.status == 200
+        assert b"endpoint-load-metrics-format" not in engine.head
 
 
 async def test_what_is_held_back_reaches_a_client_whose_answer_breaks_off() -> None:

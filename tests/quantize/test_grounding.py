@@ -41,6 +41,20 @@ def test_invented_words(asked: Item, answer: str, invented: list[str]) -> None:
     assert Grounding([DUE, PAYER, SILENT]).invented(asked, answer) == invented
 
 
+@pytest.mark.parametrize(
+    ("answer", "values"),
+    [
+        ("The bill must be paid by 4 May.", ["4"]),
+        ("Certainly! Here is when it ends: on 3 June, says Tom Reed.", ["june", "tom", "reed"]),
+        ("It is due on 3 May and belongs to Ann Bell's file.", []),
+        ("Payment is due 2024-05-03.", ["2024-05-03"]),
+        ("", []),
+    ],
+)
+def test_invented_values_are_numbers_and_names_in_whatever_words(answer: str, values: list[str]) -> None:
+    assert Grounding([DUE, PAYER, SILENT]).invented_values(DUE, answer) == values
+
+
 def test_words_keep_numbers_and_identifiers_whole() -> None:
     assert words("Bell's order P9-2: $1,200.50 at 12:25.") == [
         "bell",

@@ -113,6 +113,18 @@ def add_outliers(directory: Path, part: str = "", factor: float = 40.0) -> None:
     save_file(tensors, file, metadata={"format": "pt"})
 
 
+def without_added_words(directory: Path) -> Path:
+    """Let the demo's added words be words of the vocabulary that text never comes to: llama.cpp knows no
+    added tokens that stand for whole words alone."""
+    path = directory / "tokenizer.json"
+    content = json.loads(path.read_text(encoding="utf-8"))
+    words = [one for one in content["added_tokens"] if one["single_word"]]
+    content["added_tokens"] = [one for one in content["added_tokens"] if not one["single_word"]]
+    content["model"]["vocab"] |= {one["content"]: one["id"] for one in words}
+    path.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+    return directory
+
+
 def split_in_shards(directory: Path, shards: int = 2) -> None:
     """Turn a checkpoint of one file into ``shards`` files with an index."""
     from safetensors.torch import load_file, save_file

@@ -1,0 +1,1 @@
+"""Edge formats: GGUF by llama.cpp, encoders by onnxruntime."""

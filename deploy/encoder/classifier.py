@@ -1,0 +1,117 @@
+"""Texts to labels: requests that come together are computed together."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from quantize.export.encoder import MODEL_FILE, Encoder, Session, Tokens, open_encoder_variant
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+TOGETHER = 32
+"""Texts of one pass."""
+WAITING = 1024
+"""Texts that may wait."""
+
+INTEGERS = (b"MatMulInteger", b"DequantizeLinear")
+"""Operations of a file whose weights are integers."""
+
+
+class FullError(RuntimeError):
+    """The line is full."""
+
+
+@dataclass
+class Counts:
+    """For ``/metrics``."""
+
+    running: int = 0
+    prompt_tokens: int = 0
+    labels: int = 0
+
+
+class Classifier:
+    """An exported classifier. ``start`` it in a loop; ``stop`` it there."""
+
+    def __init__(self, directory: Path, threads: int) -> None:
+        """Raises ExportError."""
+        self.encoder: Encoder = open_encoder_variant(directory)
+        self.tokens = Tokens(self.encoder)
+        self.labels = self.encoder.labels
+        self.vocabulary = int(self.encoder.config["vocab_size"])
+        """Ids of words; those of labels come after them."""
+        raw = (directory / MODEL_FILE).read_bytes()
+        self.bytes, self.quantized = len(raw), any(one in raw for one in INTEGERS)
+        self.counts = Counts()
+        self._session = Session(directory / MODEL_FILE, threads)
+        self._line: asyncio.Queue[tuple[list[int], asyncio.Future[NDArray[np.float64]]]] = asyncio.Queue(
+            WAITING
+        )
+        self._working: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        self._working = asyncio.get_running_loop().create_task(self._work())
+
+    async def stop(self) -> None:
+        if self._working is not None:
+            self._working.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._working
+
+    @property
+    def waiting(self) -> int:
+        return self._line.qsize()
+
+    async def log_probabilities(self, text: str) -> NDArray[np.float64]:
+        """(labels,) natural-log probabilities of a text. Raises FullError."""
+        ids = self.tokens.whole(text)
+        found: asyncio.Future[NDArray[np.float64]] = asyncio.get_running_loop().create_future()
+        try:
+            self._line.put_nowait((ids, found))
+        except asyncio.QueueFull:
+            raise FullError(f"{WAITING} texts wait already") from None
+        self.counts.prompt_tokens += len(ids)
+        return await found
+
+    async def _work(self) -> None:
+        while True:
+            batch = [await self._line.get()]
+            while len(batch) < TOGETHER and not self._line.empty():
+                batch.append(self._line.get_nowait())
+            batch = [(ids, found) for ids, found in batch if not found.done()]
+            if not batch:
+                continue
+            self.counts.running = len(batch)
+            try:
+                rows: Any = await asyncio.to_thread(self._session.run, [ids for ids, _ in batch])
+            except Exception as error:
+                for _, found in batch:
+                    if not found.done():
+                        found.set_exception(error)
+                continue
+            finally:
+                self.counts.running = 0
+            self.counts.labels += len(batch)
+            for (_, found), row in zip(batch, log_softmax(rows), strict=True):
+                if not found.done():
+                    found.set_result(row)
+
+
+def log_softmax(rows: NDArray[np.float32]) -> NDArray[np.float64]:
+    values = rows.astype(np.float64)
+    values -= values.max(-1, keepdims=True)
+    found: NDArray[np.float64] = values - np.log(np.exp(values).sum(-1, keepdims=True))
+    return found
+
+
+def likeliest(row: NDArray[np.float64], most: int) -> Sequence[int]:
+    """Numbers of the likeliest labels."""
+    return [int(at) for at in np.argsort(-row, kind="stable")[:most]]

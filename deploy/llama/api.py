@@ -1,0 +1,136 @@
+"""The routes: chat and plain completions here, the others in ``operations.py``."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from functools import partial
+from typing import TypeVar
+
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import JSONResponse, StreamingResponse
+from pydantic import BaseModel
+
+from deploy.llama.answering import Event, Running, deliver, stream_reply, whole_reply
+from deploy.llama.engine import Answering
+from deploy.llama.errors import add_handlers
+from deploy.llama.operations import Operations
+from deploy.llama.replies import Choice, Replies
+from deploy.llama.requests import Asked, BadRequestError, ChatAsked, CompletionAsked, TokenizeAsked
+from deploy.llama.server import Server
+from deploy.llama.text import Text
+
+T = TypeVar("T", bound=BaseModel)
+USUAL_TOKENS = 16
+"""Of a plain completion that does not say how many, as at OpenAI's."""
+
+
+def make_app(server: Server) -> FastAPI:
+    """The application."""
+    app = FastAPI(title="llama.cpp", docs_url=None, redoc_url=None)
+    answers, operations = Answers(server), Operations(server)
+    for method, path, work in (
+        ("POST", "/v1/chat/completions", answers.chat),
+        ("POST", "/v1/completions", answers.completions),
+        ("POST", "/tokenize", answers.tokenize),
+        ("GET", "/v1/models", operations.models),
+        ("GET", "/health", operations.health),
+        ("GET", "/version", operations.version),
+        ("GET", "/metrics", operations.metrics),
+        ("GET", "/tiercel/account", operations.account),
+        ("GET", "/tiercel/score", operations.describe),
+        ("POST", "/tiercel/score", operations.score),
+        ("POST", "/tiercel/drain", operations.drain),
+    ):
+        app.add_api_route(path, work, methods=[method], response_model=None)
+    add_handlers(app)
+    return app
+
+
+class Answers:
+    """What is written by the model, and what it reads."""
+
+    def __init__(self, server: Server) -> None:
+        self._server, self._engine = server, server.engine
+
+    async def chat(self, request: Request) -> Response:
+        asked = await _body(request, ChatAsked)
+        tokens = self._server.tokens_of(
+            asked.messages, asked.add_generation_prompt, asked.chat_template_kwargs
+        )
+        return await self._answer(request, asked, [tokens], asked.told, asked.longest)
+
+    async def completions(self, request: Request) -> Response:
+        asked = await _body(request, CompletionAsked)
+        model = self._engine.model
+        prompts = [
+            model.tokenize(one, add_special=True) if isinstance(one, str) else one for one in asked.prompts
+        ]
+        longest = USUAL_TOKENS if asked.max_tokens is None else asked.max_tokens
+        return await self._answer(request, asked, prompts, asked.logprobs, longest)
+
+    async def _answer(
+        self,
+        request: Request,
+        asked: Asked,
+        prompts: Sequence[list[int]],
+        told: int | None,
+        longest: int | None,
+    ) -> Response:
+        server, loop = self._server, asyncio.get_running_loop()
+        model = self._engine.model
+        how = asked.sampling(told, model.vocabulary, server.defaults)
+        grammar, events = asked.grammar(), asyncio.Queue[Event]()
+        works: list[Answering] = []
+        choices: list[Choice] = []
+        for tokens in prompts:
+            room = self._room(tokens, longest)
+            for number in range(asked.n or 1):
+                hear = partial(deliver, loop, events, len(choices))
+                works.append(Answering(tokens, room, how, hear, grammar, asked.cache_salt or ""))
+                counted = len(tokens) if number == 0 else 0
+                choices.append(Choice(len(choices), Text(asked.stops), counted))
+        chat = isinstance(asked, ChatAsked)
+        replies = Replies(model, asked.model or server.name, chat, told, bool(asked.return_token_ids))
+        running = Running(self._engine, works, choices, events)
+        running.submit()
+        if not asked.stream:
+            return await whole_reply(request, running, replies)
+        stream = stream_reply(running, replies, chat, asked.stream_options)
+        return StreamingResponse(stream, media_type="text/event-stream")
+
+    def _room(self, tokens: list[int], longest: int | None) -> int:
+        """Tokens that may be written after a prompt. Raises BadRequestError where it is too long."""
+        size, context = self._engine.model.vocabulary, self._server.context
+        if wrong := next((token for token in tokens if not 0 <= token < size), None):
+            text = f"prompt: token {wrong} is out of vocabulary, which has {size} tokens"
+            raise BadRequestError(text, "prompt")
+        if not tokens:
+            raise BadRequestError("prompt: it is empty; give at least one token", "prompt")
+        left = context - len(tokens)
+        wanted = left if longest is None else longest
+        if left < 1 or wanted > left:
+            raise BadRequestError(
+                f"This model's maximum context length is {context} tokens. However, you requested "
+                f"{max(1, wanted)} output tokens and your prompt contains {len(tokens)} tokens.",
+                "messages",
+                "context_length_exceeded",
+            )
+        return max(1, wanted)
+
+    async def tokenize(self, request: Request) -> Response:
+        asked = await _body(request, TokenizeAsked)
+        if asked.messages is not None:
+            tokens = self._server.tokens_of(
+                asked.messages, asked.add_generation_prompt, asked.chat_template_kwargs
+            )
+        else:
+            special = asked.add_special_tokens is not False
+            tokens = self._engine.model.tokenize(asked.prompt or "", special)
+        found = {"count": len(tokens), "max_model_len": self._server.context, "tokens": tokens}
+        return JSONResponse(found)
+
+
+async def _body(request: Request, kind: type[T]) -> T:
+    """Raises ValidationError and BadRequestError."""
+    return kind.model_validate_json(await request.body())

@@ -1,0 +1,157 @@
+"""``tiercel train``: from options and the configuration to a run; a role's own items never train it."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from deploy.making import labelled_items
+from deploy.models import checkpoint_of, one_model, registry_of, variant_of
+from gateway.config import Config, ConfigError, ModelConfig, load_config
+from quantize.card import Card
+from quantize.check import refuse_unfit
+from quantize.core.checkpoint import Checkpoint, open_checkpoint
+from quantize.core.files import write_whole
+from quantize.core.jsonl import read_lines
+from quantize.core.modules import read_modules
+from quantize.core.tensors import refuse_not_finite
+from quantize.train.adapters import Lora
+from quantize.train.base import Method, refuse_untrainable
+from quantize.train.data import Line, encode, of_item, read_examples, refuse_overlap, split
+from quantize.train.loop import Settings
+from quantize.train.run import Job
+
+Say = Callable[[str], None]
+
+RATES = {"lora": 2e-4, "qlora": 2e-4, "full": 2e-5}
+"""Learning rates where none is given."""
+LENGTH = 1024
+"""Tokens of an example where nothing is said, or as many as the model takes."""
+
+
+def base_of(options: argparse.Namespace) -> tuple[Checkpoint, ModelConfig | None, Config | None]:
+    """The checkpoint that ``--model`` means: a directory, or a model of the configuration."""
+    given = Path(options.model).expanduser() if options.model else None
+    if given is not None and (given / "config.json").is_file():
+        checkpoint, model, config = open_checkpoint(given), None, None
+        if getattr(options, "role", None):
+            config = load_config(options.config)
+    else:
+        config = load_config(options.config)
+        model = one_model(config, options.model)
+        checkpoint = checkpoint_of(model)
+    return checkpoint, model, config
+
+
+def job_of(options: argparse.Namespace, method: Method, say: Say) -> Job:
+    """What the options ask for, with its data read, encoded and found to be fit. Raises before any work."""
+    checkpoint, model, config = base_of(options)
+    refuse_untrainable(checkpoint, read_modules(checkpoint))
+    refuse_unfit(checkpoint)
+    refuse_not_finite(checkpoint.path)
+    train, held_out, sources = lines_of(options, model, config)
+    refuse_overlap(train, held_out)
+    held_out = drawn(held_out, options.judge)
+    length = options.length or min(LENGTH, checkpoint.max_model_len)
+    if length > checkpoint.max_model_len:
+        raise ConfigError(f"--length {length}: the model takes {checkpoint.max_model_len} tokens; give fewer")
+    examples, judged = encode(train, checkpoint, length), encode(held_out, checkpoint, length)
+    if examples.cut:
+        say(f"{examples.cut} of {len(examples.examples)} examples are cut to {length} tokens")
+    steps = options.steps or math.ceil(options.epochs * len(examples.examples) / options.batch)
+    settings = Settings(
+        steps=steps,
+        learning_rate=options.rate or RATES[method],
+        batch=options.batch,
+        together=min(options.together, options.batch),
+        evaluate_every=options.evaluate_every,
+        keep_every=options.keep_every,
+        seed=options.seed,
+    )
+    lora = Lora(
+        options.rank, options.alpha or 2 * options.rank, options.dropout, tuple(options.targets or ())
+    )
+    lora.of(read_modules(checkpoint))
+    return Job(
+        method,
+        checkpoint,
+        examples,
+        judged,
+        settings,
+        options.out,
+        lora,
+        options.memory,
+        options.checkpointing,
+        options.device,
+        sources,
+    )
+
+
+def lines_of(
+    options: argparse.Namespace, model: ModelConfig | None, config: Config | None
+) -> tuple[list[Line], list[Line], tuple[str, str]]:
+    """What is trained on, what judges, and what both are called."""
+    if (options.role is None) == (options.data is None):
+        raise ConfigError("give --role, whose items are trained for, or --data, a file of JSON Lines")
+    if options.data is not None:
+        lines = read_examples(options.data)
+        if options.held_out is not None:
+            return lines, read_examples(options.held_out), (options.data.name, options.held_out.name)
+        train, held_out = split(lines)
+        return train, held_out, (options.data.name, f"{options.data.name}, one in ten")
+    assert config is not None
+    roles = model.roles if model is not None else config.roles
+    if options.role not in roles:
+        raise ConfigError(f"--role: {options.role!r} is not a role; known: {', '.join(sorted(roles))}")
+    settings = roles[options.role]
+    if settings.tasks is None or settings.training is None:
+        missing = "tasks, the items that judge" if settings.tasks is None else "training, what is trained on"
+        raise ConfigError(
+            f"roles.{options.role} has no {missing}; give a file of its own (`tiercel train split FILE` "
+            "divides one)"
+        )
+    judging = model or one_model(config, (settings.models or (config.default_model,))[0])
+    items = [item for item in labelled_items(judging)[options.role] if item.suite == "task"]
+    where = settings.tasks.name
+    held_out = [of_item(item, f"{where}:{number}") for number, item in enumerate(items, 1)]
+    return read_examples(settings.training), held_out, (settings.training.name, where)
+
+
+def drawn(lines: Sequence[Line], most: int) -> list[Line]:
+    """At most so many lines, the same ones whatever their order."""
+    return sorted(lines, key=lambda line: line.asked)[:most] if len(lines) > most else list(lines)
+
+
+def split_file(path: Path, one_in: int, say: Say) -> None:
+    """Divide a file into ``….train.jsonl`` and ``….held-out.jsonl``, by what each line asks."""
+    if one_in < 2:
+        raise ConfigError(f"--one-in {one_in}: would hold out everything; give 2 or more")
+    texts = dict(read_lines(path))
+    train, held_out = split(read_examples(path), one_in)
+    for lines, kind in ((train, "train"), (held_out, "held-out")):
+        out = path.with_name(f"{path.name.removesuffix('.jsonl')}.{kind}.jsonl")
+        if out.exists():
+            raise ConfigError(f"{out} is there already; remove it first")
+        numbers = [int(line.where.rpartition(":")[2]) for line in lines]
+        write_whole(out, "".join(f"{texts[number].strip()}\n" for number in numbers))
+        say(f"{len(lines)} lines are in {out}")
+
+
+def carried(config: Config, options: argparse.Namespace, say: Say) -> dict[str, list[Card]]:
+    """The reference of the merged model, and the variant of the base that carries the adapter, by model."""
+    model = one_model(config, options.model)
+    base, variant = variant_of(config, options.carrier)
+    if base.name == model.name:
+        raise ConfigError(
+            f"{options.carrier} is a variant of the merged model, which has the adapter in its weights; name "
+            "one of the base's"
+        )
+    of_base, registry = registry_of(base, say), registry_of(model, say)
+    carrier = of_base.card(variant)
+    checkpoint = checkpoint_of(model, say)
+    reference = registry.add_reference(checkpoint)
+    directory = of_base.path(variant, carrier.version)
+    card = registry.carry(checkpoint, options.name, carrier, directory, options.adapter)
+    return {model.name: [reference, card]}

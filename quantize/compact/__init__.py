@@ -1,0 +1,1 @@
+"""Smaller or sparser models from a checkpoint: zeros, neurons, heads, layers, ranks."""

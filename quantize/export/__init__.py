@@ -1,0 +1,1 @@
+"""Formats of other engines: GGUF for llama.cpp, ONNX for encoders."""

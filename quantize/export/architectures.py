@@ -1,0 +1,191 @@
+"""What llama.cpp has to be told of an architecture, and how it lays out what transformers lays out otherwise.
+
+Only architectures of which both give the same logits (``tests/quantize/export`` tries each) are written; the
+others are refused before any work.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from quantize.core.checkpoint import Checkpoint
+from quantize.export.types import ExportError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+GEMMA_PERIOD = 6
+"""Every sixth layer of Gemma 3 looks at the whole context; llama.cpp knows no other pattern of it."""
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """``name`` is llama.cpp's. ``activation``: the only one that it computes there."""
+
+    name: str
+    activation: tuple[str, ...]
+    rotates_pairs: bool = False
+    """Whether neighbouring values are rotated together, as in Meta's own checkpoints: rows of queries and
+    keys are put in that order."""
+    norm_offset: float = 0.0
+    """What is added to norms, which transformers adds when it computes."""
+
+
+KNOWN: Mapping[str, Architecture] = {
+    "LlamaForCausalLM": Architecture("llama", ("silu",), rotates_pairs=True),
+    "MistralForCausalLM": Architecture("llama", ("silu",), rotates_pairs=True),
+    "Qwen2ForCausalLM": Architecture("qwen2", ("silu",)),
+    "Qwen3ForCausalLM": Architecture("qwen3", ("silu",)),
+    "Gemma3ForCausalLM": Architecture("gemma3", ("gelu_pytorch_tanh",), norm_offset=1.0),
+}
+
+
+def architecture_of(checkpoint: Checkpoint) -> Architecture:
+    """Raises ExportError for one that is not written here, or a setting that llama.cpp computes otherwise."""
+    named = (checkpoint.config.get("architectures") or ["none"])[0]
+    if named not in KNOWN:
+        raise ExportError(
+            f"{checkpoint.path}: {named} is not exported to GGUF here; known: {', '.join(KNOWN)}. "
+            "llama.cpp's own convert_hf_to_gguf.py may know it; register what it writes"
+        )
+    if checkpoint.config.get("quantization_config"):
+        raise ExportError(
+            f"{checkpoint.path} is quantized already; export the 16-bit checkpoint that it was made from"
+        )
+    found, config = KNOWN[named], checkpoint.text_config
+    for name, value, wanted in _limits(checkpoint, found, config):
+        raise ExportError(
+            f"{checkpoint.path}/config.json: {name} is {value}, llama.cpp computes a {found.name} with "
+            f"{wanted}; serve it with vLLM"
+        )
+    return found
+
+
+def _limits(checkpoint: Checkpoint, found: Architecture, config: Mapping[str, Any]) -> Any:
+    """(name, value, what llama.cpp has) of every setting that it computes otherwise."""
+    activation = config.get("hidden_activation") or config.get("hidden_act") or found.activation[0]
+    if activation not in found.activation:
+        yield "hidden_act", activation, found.activation[0]
+    if (part := float(_rope(config).get("partial_rotary_factor") or 1.0)) != 1.0:
+        yield "partial_rotary_factor", part, "1.0"
+    if config.get("attention_multiplier") or config.get("residual_multiplier"):
+        yield "attention_multiplier", config.get("attention_multiplier"), "none"
+    if _scaling(config) not in ("default", "linear", "llama3", "yarn"):
+        yield "rope_type", _scaling(config), "default, linear, llama3 or yarn"
+    if _scaling(config) == "llama3" and found.name != "llama":
+        yield "rope_type", "llama3", "other scalings"
+    if found.name != "gemma3":
+        types = config.get("layer_types") or ()
+        window = config.get("sliding_window") if config.get("use_sliding_window", not types) else None
+        if "sliding_attention" in types:
+            window = config.get("sliding_window")
+        if window and int(window) < checkpoint.max_model_len:
+            yield "sliding_window", window, "the whole context"
+        return
+    scalar = config.get("query_pre_attn_scalar") or checkpoint.head_dim
+    if scalar != checkpoint.head_dim:
+        yield "query_pre_attn_scalar", scalar, f"that of the head size, {checkpoint.head_dim}"
+    types = config.get("layer_types") or ()
+    usual = tuple(
+        "full_attention" if (at + 1) % GEMMA_PERIOD == 0 else "sliding_attention" for at in range(len(types))
+    )
+    if tuple(types) != usual:
+        yield "layer_types", "another pattern", f"a full layer after every {GEMMA_PERIOD - 1}"
+    if config.get("attn_logit_softcapping"):
+        yield "attn_logit_softcapping", config["attn_logit_softcapping"], "none"
+
+
+def _rope(config: Mapping[str, Any], layers: str = "full_attention") -> Mapping[str, Any]:
+    """Settings of rotary embeddings, wherever a version of transformers writes them."""
+    found = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if isinstance(found.get(layers), Mapping):
+        found = found[layers]
+    return {"rope_theta": config.get("rope_theta"), **{k: v for k, v in found.items() if v is not None}}
+
+
+def _scaling(config: Mapping[str, Any]) -> str:
+    rope = _rope(config)
+    return str(rope.get("rope_type") or rope.get("type") or "default")
+
+
+def add_settings(writer: Any, checkpoint: Checkpoint, found: Architecture) -> None:
+    """Write what llama.cpp needs to know into a ``gguf.GGUFWriter``."""
+    config = checkpoint.text_config
+    heads = int(config["num_attention_heads"])
+    writer.add_context_length(checkpoint.max_model_len)
+    writer.add_embedding_length(int(config["hidden_size"]))
+    writer.add_block_count(int(config["num_hidden_layers"]))
+    writer.add_feed_forward_length(int(config["intermediate_size"]))
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(int(config.get("num_key_value_heads") or heads))
+    writer.add_layer_norm_rms_eps(float(config["rms_norm_eps"]))
+    writer.add_key_length(checkpoint.head_dim)
+    writer.add_value_length(checkpoint.head_dim)
+    writer.add_rope_dimension_count(checkpoint.head_dim)
+    writer.add_vocab_size(int(config["vocab_size"]))
+    rope = _rope(config)
+    usual = 1_000_000.0 if found.name == "gemma3" else 10_000.0
+    writer.add_rope_freq_base(float(rope.get("rope_theta") or usual))
+    if _scaling(config) in ("linear", "yarn"):
+        from gguf.constants import RopeScalingType
+
+        writer.add_rope_scaling_type(RopeScalingType(_scaling(config)))
+        writer.add_rope_scaling_factor(float(rope["factor"]))
+        if original := rope.get("original_max_position_embeddings"):
+            writer.add_rope_scaling_orig_ctx_len(int(original))
+    if found.name == "gemma3":
+        writer.add_sliding_window(int(config["sliding_window"]))
+        local = _rope(config, "sliding_attention").get("rope_theta") or config.get("rope_local_base_freq")
+        separate = "sliding_attention" in (config.get("rope_parameters") or {})
+        writer.add_rope_freq_base_swa(float((local if separate else None) or 10_000.0))
+        if cap := config.get("final_logit_softcapping"):
+            writer.add_final_logit_softcapping(float(cap))
+
+
+def rope_factors(checkpoint: Checkpoint) -> NDArray[np.float32] | None:
+    """Llama 3's scaling of each rotary frequency, (head size / 2,); None where there is none.
+
+    As in transformers' ``_compute_llama3_parameters``: low frequencies by the whole factor, high ones not,
+    and those between them smoothly.
+    """
+    import numpy as np
+
+    config = checkpoint.text_config
+    if _scaling(config) != "llama3":
+        return None
+    rope = _rope(config)
+    factor, low, high = (float(rope[name]) for name in ("factor", "low_freq_factor", "high_freq_factor"))
+    original, size = float(rope["original_max_position_embeddings"]), checkpoint.head_dim
+    found = []
+    for at in range(0, size, 2):
+        length = 2 * math.pi * float(rope["rope_theta"]) ** (at / size)
+        smooth = min(1.0, max(0.0, (original / length - low) / (high - low)))
+        found.append(1 / ((1 - smooth) / factor + smooth))
+    return np.array(found, np.float32)
+
+
+Change = Callable[["NDArray[np.float32]"], "NDArray[np.float32]"]
+
+
+def change_of(name: str, checkpoint: Checkpoint, found: Architecture) -> Change | None:
+    """What becomes of a tensor's values, float32, on their way; None where nothing does."""
+    config = checkpoint.text_config
+    if found.norm_offset and name.endswith("norm.weight"):
+        return lambda values: values + found.norm_offset
+    leaf = name.rpartition(".")[0].rpartition(".")[2]
+    if found.rotates_pairs and leaf in ("q_proj", "k_proj"):
+        heads = int(config["num_attention_heads"])
+        if leaf == "k_proj":
+            heads = int(config.get("num_key_value_heads") or heads)
+        return lambda values: _pairs(values, heads)
+    return None
+
+
+def _pairs(values: NDArray[np.float32], heads: int) -> NDArray[np.float32]:
+    """Rows of each head in the order 0, h/2, 1, h/2 + 1 …"""
+    parts = values.reshape(heads, 2, values.shape[0] // heads // 2, *values.shape[1:])
+    return parts.swapaxes(1, 2).reshape(values.shape)

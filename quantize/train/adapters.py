@@ -1,0 +1,153 @@
+"""LoRA adapters by ``peft``: put around a model's linear modules, written in PEFT's format, read again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from quantize.core.files import write_whole
+from quantize.core.modules import Modules
+from quantize.train.loop import TrainError
+from quantize.train.state import write_state
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+PREFIX = "base_model.model."
+"""What PEFT puts before a module's name."""
+
+
+@dataclass(frozen=True)
+class Lora:
+    """The shape of an adapter. ``targets`` are last parts of module names; none are all linear modules."""
+
+    rank: int = 16
+    alpha: float = 32
+    dropout: float = 0.0
+    targets: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise TrainError(f"rank: {self.rank}; must be 1 or more")
+        if not 0 <= self.dropout < 1:
+            raise TrainError(f"dropout: {self.dropout}; is a share, from 0 to below 1")
+
+    def of(self, modules: Modules) -> tuple[str, ...]:
+        """The last parts of the names of the modules that get one. Raises TrainError for an unknown one."""
+        known = sorted({linear.name.rpartition(".")[2] for linear in modules.linears})
+        if unknown := [name for name in self.targets if name not in known]:
+            raise TrainError(f"targets: {unknown[0]!r} is no linear module; known: {', '.join(known)}")
+        return self.targets or tuple(known)
+
+    def parameters(self, modules: Modules) -> int:
+        """Trained numbers of an adapter of this shape."""
+        chosen = set(self.of(modules))
+        return sum(
+            self.rank * (linear.in_features + linear.out_features)
+            for linear in modules.linears
+            if linear.name.rpartition(".")[2] in chosen
+        )
+
+
+@dataclass(frozen=True)
+class Change:
+    """What an adapter adds to one matrix: ``scale`` * ``b`` (N, r) @ ``a`` (r, K)."""
+
+    module: str
+    a: Tensor
+    b: Tensor
+    scale: float
+
+    def added(self) -> Tensor:
+        return self.scale * (self.b.float() @ self.a.float())
+
+
+def wrapped(model: Any, lora: Lora, modules: Modules, base_path: Path, seed: int) -> Any:
+    """The model with a new adapter, of which alone is trained. The same ``seed`` gives the same adapter."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=lora.rank,
+        lora_alpha=lora.alpha,  # a number, whatever the annotation says
+        lora_dropout=lora.dropout,
+        target_modules=list(lora.of(modules)),
+        base_model_name_or_path=str(base_path),
+    )
+    torch.manual_seed(seed)
+    return get_peft_model(model, config)
+
+
+def trained_tensors(model: Any) -> dict[str, Tensor]:
+    """What is trained of a model, by name."""
+    return {name: tensor for name, tensor in model.named_parameters() if tensor.requires_grad}
+
+
+def write_adapter(model: Any, directory: Path) -> None:
+    """Write the adapter of a model that :func:`wrapped` made, in PEFT's format."""
+    from peft import get_peft_model_state_dict
+
+    directory.mkdir(parents=True, exist_ok=True)
+    config = {**model.peft_config["default"].to_dict(), "inference_mode": True}
+    config = {name: sorted(value) if isinstance(value, set) else value for name, value in config.items()}
+    config.pop("runtime_config", None)
+    tensors = {name: tensor.contiguous() for name, tensor in get_peft_model_state_dict(model).items()}
+    write_state(directory / WEIGHTS, tensors, {})
+    write_whole(directory / CONFIG, json.dumps(config, indent=2, sort_keys=True, default=str) + "\n")
+
+
+def adapter_sha256(directory: Path) -> str:
+    """Changes whenever a file that decides the adapter changes."""
+    raw = b"\0".join((directory / name).read_bytes() for name in (CONFIG, WEIGHTS))
+    return hashlib.sha256(raw).hexdigest()
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """An adapter's configuration. Raises TrainError where there is none, or it is not of LoRA's plain kind,
+    as one that rescales (DoRA), trains whole modules, or has ranks of their own."""
+    path = directory / CONFIG
+    if not path.is_file() or not (directory / WEIGHTS).is_file():
+        raise TrainError(f"{directory} holds no adapter ({CONFIG} and {WEIGHTS}); give a directory of PEFT's")
+    try:
+        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        rank, kind = int(config["r"]), str(config.get("peft_type"))
+    except (ValueError, KeyError, TypeError) as error:
+        raise TrainError(f"{path} is no adapter's ({type(error).__name__}: {error})") from None
+    other = [
+        name for name in ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern") if config.get(name)
+    ]
+    if kind != "LORA" or rank < 1 or other or config.get("bias", "none") != "none":
+        plain = f"peft_type {kind}" if kind != "LORA" else f"bias {config.get('bias')}"
+        named = other[0] if other else plain
+        raise TrainError(f"{path}: {named} is not served or merged here; train a plain LoRA adapter")
+    return config
+
+
+def changes(directory: Path) -> Iterator[Change]:
+    """What an adapter adds to each matrix, by the matrix's name on disk. Raises TrainError."""
+    from safetensors import safe_open
+
+    config = read_config(directory)
+    rank = int(config["r"])
+    scale = float(config["lora_alpha"]) / (rank**0.5 if config.get("use_rslora") else rank)
+    with safe_open(str(directory / WEIGHTS), framework="pt", device="cpu") as file:
+        names = sorted(file.keys())
+        for name in names:
+            if not name.endswith(".lora_A.weight"):
+                continue
+            module = name.removesuffix(".lora_A.weight")
+            other = f"{module}.lora_B.weight"
+            if other not in names:
+                raise TrainError(f"{directory / WEIGHTS} has {name} and no {other}; it is damaged")
+            yield Change(module.removeprefix(PREFIX), file.get_tensor(name), file.get_tensor(other), scale)
+
+
+def described(lora: Lora, modules: Modules) -> dict[str, Any]:
+    """For a record."""
+    return {**asdict(lora), "targets": list(lora.of(modules)), "parameters": lora.parameters(modules)}

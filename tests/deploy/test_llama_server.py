@@ -1,0 +1,291 @@
+"""llama.cpp's server: what clients, the gateway and the evaluator ask of it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+
+from deploy.llama import engine as engine_module
+from deploy.llama.api import make_app
+from deploy.llama.sampling import Sampler, Sampling, log_softmax
+from deploy.llama.serve import arguments, make_server
+from deploy.llama.server import Server
+from deploy.llama.text import Text
+from quantize.core.checkpoint import open_checkpoint
+from quantize.evaluate.client import EngineClient
+from quantize.evaluate.reference import Kept
+from quantize.export.gguf import examine, export_gguf
+from quantize.export.llama import last_logits
+from tests.quantize.tiny import MODEL, without_added_words
+
+MESSAGES = [
+    {"role": "system", "content": "Classify the intent of the message."},
+    {"role": "user", "content": "when is my credit card bill due"},
+]
+
+
+@pytest.fixture(scope="module")
+def gguf(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo model, in 16 bits."""
+    directory = without_added_words(shutil.copytree(MODEL, tmp_path_factory.mktemp("demo") / "model"))
+    path = tmp_path_factory.mktemp("gguf") / "model.gguf"
+    export_gguf(examine(open_checkpoint(directory)), "f16", path)
+    return path
+
+
+@pytest.fixture
+async def server(gguf: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Server]:
+    monkeypatch.setenv("TIERCEL_REFERENCE", str(MODEL))
+    given = ["--model", str(gguf), "--port", "1", "--context", "512", "--cache-tokens", "1024"]
+    made = make_server(arguments().parse_args([*given, "--threads", "1", "--slots", "2", "--name", "demo"]))
+    made.engine.start()
+    yield made
+    made.engine.stop()
+    made.engine.model.close()
+
+
+@pytest.fixture
+async def http(server: Server) -> AsyncIterator[httpx.AsyncClient]:
+    transport = httpx.ASGITransport(make_app(server))
+    async with httpx.AsyncClient(transport=transport, base_url="http://engine", timeout=60) as client:
+        yield client
+
+
+async def chat(http: httpx.AsyncClient, **more: Any) -> httpx.Response:
+    body = {"model": "demo", "messages": MESSAGES, "temperature": 0, "max_tokens": 12, **more}
+    return await http.post("/v1/chat/completions", json=body)
+
+
+def events(text: str) -> list[dict[str, Any]]:
+    lines = [line.removeprefix("data: ") for line in text.split("\n\n") if line]
+    assert lines[-1] == "[DONE]"
+    return [json.loads(line) for line in lines[:-1]]
+
+
+async def test_an_answer_is_whole_and_counted(http: httpx.AsyncClient) -> None:
+    reply = (await chat(http)).json()
+    assert reply["choices"][0]["message"] == {"role": "assistant", "content": "bill_due"}
+    assert reply["choices"][0]["finish_reason"] == "stop"
+    usage = reply["usage"]
+    assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"] > 10
+
+
+async def test_a_stream_says_the_same_with_usage_in_every_chunk_where_asked(http: httpx.AsyncClient) -> None:
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    found = events((await chat(http, stream=True, stream_options=options)).text)
+    assert found[0]["choices"][0]["delta"]["role"] == "assistant"
+    text = "".join(one["choices"][0]["delta"]["content"] for one in found[:-1])
+    assert text == "bill_due"
+    assert all("usage" in one for one in found)
+    assert found[-1]["choices"] == []
+    assert found[-2]["choices"][0]["finish_reason"] == "stop"
+
+
+async def test_log_probabilities_are_told_of_chat_and_of_text(http: httpx.AsyncClient) -> None:
+    reply = (await chat(http, logprobs=True, top_logprobs=3)).json()
+    first = reply["choices"][0]["logprobs"]["content"][0]
+    assert len(first["top_logprobs"]) == 3
+    assert first["top_logprobs"][0]["token"] == first["token"]
+    assert -1 < first["logprob"] <= 0
+    body = {"model": "demo", "prompt": [1, 2, 3], "max_tokens": 1, "logprobs": 1}
+    told = (await http.post("/v1/completions", json=body)).json()["choices"][0]["logprobs"]
+    assert len(told["tokens"]) == len(told["token_logprobs"]) == len(told["top_logprobs"]) == 1
+
+
+async def test_an_answer_stops_at_a_text_that_spans_tokens(http: httpx.AsyncClient) -> None:
+    reply = (await chat(http, stop=["l_d"])).json()
+    assert reply["choices"][0]["message"]["content"] == "bil"
+    assert reply["choices"][0]["finish_reason"] == "stop"
+
+
+def test_text_is_held_back_while_it_may_become_a_stop_string() -> None:
+    text = Text(["END"])
+    assert [text.add(part) for part in (b"a E", b"N", b"x \xe2\x82", b"\xac EN", b"D more")] == [
+        "a ", "", "ENx ", "€ ", ""]  # fmt: skip
+    assert text.stopped
+    assert Text().add(b"\xe2\x82", last=True) == "�"
+
+
+async def test_what_is_too_long_is_refused_as_openai_refuses_it(http: httpx.AsyncClient) -> None:
+    reply = await chat(http, max_tokens=600)
+    error = reply.json()["error"]
+    assert reply.status_code == 400
+    assert error["code"] == "context_length_exceeded"
+    assert "maximum context length is 512" in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("more", "field"),
+    [
+        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools"),
+        ({"temperature": -1}, "temperature"),
+        ({"messages": []}, "messages"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content"),
+        ({"logit_bias": {"9999999": 1}}, "logit_bias"),
+        ({"response_format": {"type": "json_schema", "json_schema": {}}}, "response_format"),
+    ],
+)
+async def test_what_is_not_served_is_refused_by_its_name(
+    more: dict[str, Any], field: str, http: httpx.AsyncClient
+) -> None:
+    reply = await chat(http, **more)
+    assert reply.status_code == 400
+    assert reply.json()["error"]["param"] == field
+
+
+async def test_an_answer_keeps_to_a_json_schema(http: httpx.AsyncClient) -> None:
+    schema = {"type": "object", "properties": {"label": {"enum": ["a", "b"]}}, "required": ["label"]}
+    wanted = {"type": "json_schema", "json_schema": {"name": "answer", "schema": schema}}
+    for temperature in (0, 1):
+        reply = await chat(http, response_format=wanted, temperature=temperature, max_tokens=40, seed=3)
+        found = json.loads(reply.json()["choices"][0]["message"]["content"])
+        assert found["label"] in ("a", "b")
+
+
+async def test_answers_together_say_what_they_say_alone(http: httpx.AsyncClient) -> None:
+    texts = ["transfer ten dollars to savings", "what is the weather", "set an alarm for six", "hello"]
+
+    async def answer(text: str) -> str:
+        messages = [MESSAGES[0], {"role": "user", "content": text}]
+        return str((await chat(http, messages=messages)).json()["choices"][0]["message"]["content"])
+
+    alone = [await answer(text) for text in texts]
+    assert await asyncio.gather(*map(answer, texts)) == alone
+
+
+async def test_a_cache_is_gone_on_from_by_the_same_salt_alone(
+    server: Server, http: httpx.AsyncClient
+) -> None:
+    counts = server.engine.counts
+    await chat(http, cache_salt="one")
+    assert counts.prefix_hits == 0
+    first = (await chat(http, cache_salt="one")).json()
+    hits = counts.prefix_hits
+    assert hits > 10
+    other = (await chat(http, cache_salt="two")).json()
+    assert counts.prefix_hits == hits, "another tenant's cache was gone on from"
+    assert first["choices"][0]["message"] == other["choices"][0]["message"]
+
+
+async def test_a_client_that_leaves_frees_its_slot(server: Server, http: httpx.AsyncClient) -> None:
+    body = {"model": "demo", "prompt": [1, 2, 3], "max_tokens": 400, "ignore_eos": True}
+    asked = asyncio.create_task(http.post("/v1/completions", json=body))
+    while not server.engine.running:
+        await asyncio.sleep(0.001)
+    asked.cancel()
+    await asyncio.gather(asked, return_exceptions=True)
+    while server.engine.running:
+        await asyncio.sleep(0.001)
+    assert server.engine.counts.generated_tokens < 400
+
+
+async def test_a_full_line_is_said_with_when_to_come_again(
+    http: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_module, "WAITING", 0)
+    reply = await chat(http)
+    assert reply.status_code == 503
+    assert reply.headers["retry-after"] == "1"
+
+
+async def test_it_tells_the_gateway_how_it_is(server: Server, http: httpx.AsyncClient) -> None:
+    from gateway.telemetry.engines import parse_reading
+
+    await chat(http)
+    reading = parse_reading((await http.get("/metrics")).text)
+    assert reading.running == reading.waiting == 0
+    assert reading.prompt_tokens is not None
+    assert reading.prompt_tokens > 10
+    assert reading.cache_tokens == 1024
+    assert (await http.get("/health")).status_code == 200
+    await http.post("/tiercel/drain")
+    assert (await http.get("/health")).status_code in (200, 503)
+
+
+async def test_its_account_is_what_the_card_says(http: httpx.AsyncClient, gguf: Path) -> None:
+    from quantize.account import account_of_workers
+
+    account = account_of_workers((await http.get("/tiercel/account")).json())
+    assert account.quantization == "none", "the demo's file has 16 bits"
+    assert account.engine.startswith("llama.cpp b")
+    assert account.kernels.keys() == {"F16"}
+
+
+class InProcess(EngineClient):
+    """The evaluator's client without a socket."""
+
+    def __init__(self, http: httpx.AsyncClient) -> None:
+        super().__init__("http://engine", "demo")
+        self._http = http
+
+    async def _request(self, method: str, path: str, body: dict[str, Any] | bytes | None) -> bytes:
+        given: dict[str, Any] = {"content": body} if isinstance(body, bytes) else {"json": body}
+        reply = await self._http.request(method, path, **(given if body is not None else {}))
+        if reply.status_code != 200:
+            from quantize.evaluate.client import EngineError
+
+            raise EngineError(f"{path} answered {reply.status_code}: {reply.text}")
+        return reply.content
+
+
+def reference_record(server: Server, tokens: list[int], start: int) -> tuple[Kept, Any]:
+    """Hidden states of the reference as an engine keeps them, and its log-probabilities by transformers."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.bfloat16)
+    with torch.no_grad():
+        hidden = model.model(torch.tensor([tokens])).last_hidden_state[0, start - 1 : -1]
+        log_p = torch.log_softmax(model.lm_head(hidden).double(), -1).numpy()
+    assert server.head is not None
+    about = {"width": server.head.width, "dtype": "bfloat16", "head": server.head.fingerprint()}
+    return Kept("hidden", about, hidden.contiguous().view(torch.uint8).numpy().tobytes()), log_p
+
+
+async def test_the_kl_is_exact_over_the_whole_vocabulary(server: Server, http: httpx.AsyncClient) -> None:
+    client = InProcess(http)
+    tokens = await client.tokenize(MESSAGES, True)
+    tokens, start = [*tokens, 40, 50, 60], len(tokens)
+    account = await client.account()
+    assert account is not None
+    kept, log_p = reference_record(server, tokens, start)
+    scored = await client.score_against(tokens, start, kept)
+    ours = log_softmax(last_logits(server.engine.model, tokens, start, 1))
+    expected = (np.exp(log_p) * (log_p - ours)).sum(-1)
+    assert scored.exact
+    assert scored.kl is not None
+    assert np.allclose(scored.kl, expected, atol=1e-4)
+    assert np.allclose(scored.came, [row[token] for row, token in zip(ours, tokens[start:], strict=True)])
+    assert (scored.reference_top1 == log_p.argmax(-1)).all()
+
+
+async def test_hidden_states_of_another_model_are_refused(server: Server, http: httpx.AsyncClient) -> None:
+    client = InProcess(http)
+    await client.account()
+    kept, _ = reference_record(server, [1, 2, 3, 4], 2)
+    other = Kept("hidden", {**kept.about, "head": "0" * 32}, kept.data)
+    with pytest.raises(Exception, match="another model or head"):
+        await client.score_against([1, 2, 3, 4], 2, other)
+
+
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_draws_keep_to_top_k_top_p_and_seed(seed: int) -> None:
+    logits = np.array([0.0, 4.0, 3.9, 1.0, 3.8], np.float32)
+    how = Sampling(temperature=1.0, top_k=3, seed=seed)
+    drawn = [Sampler(how, [], [], None).draw(logits).token for _ in range(20)]
+    assert len(set(drawn)) == 1, "the same seed draws the same"
+    assert set(drawn) <= {1, 2, 4}
+    narrow = Sampling(temperature=1.0, top_p=0.1, seed=seed)
+    assert Sampler(narrow, [], [], None).draw(logits).token == 1
+    biased = Sampling(temperature=0, logit_bias={0: 100.0})
+    assert Sampler(biased, [], [], None).draw(logits).token == 0
+    held = Sampling(temperature=0, ignore_eos=True)
+    assert Sampler(held, [], [1], None).draw(logits).token == 2

@@ -1,0 +1,131 @@
+"""Encoders as ONNX: the same rows as torch, a quarter of the bytes, and classifiers trained on them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from quantize.core.checkpoint import open_checkpoint
+from quantize.export.classifier import embeddings, train_classifier
+from quantize.export.encoder import (
+    DYNAMIC,
+    FLOAT,
+    STATIC,
+    Session,
+    Tokens,
+    export_encoder,
+    in_batches,
+    labelled_rows,
+    load_encoder,
+    open_encoder,
+)
+from quantize.export.encoder_variant import add_classifier
+from quantize.export.types import ExportError
+from quantize.registry import Registry
+from tests.quantize.small_encoder import ROWS, TEXTS, make_encoder
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_encoder(tmp_path_factory.mktemp("encoder") / "encoder")
+
+
+@pytest.fixture(scope="module")
+def classifier(directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("classifier") / "classifier"
+    trained = train_classifier(open_encoder(directory), ROWS, out)
+    assert trained.seen == 1.0
+    return out
+
+
+def test_onnx_computes_what_torch_computes_and_8_bits_are_near_it(directory: Path, tmp_path: Path) -> None:
+    encoder = open_encoder(directory)
+    ids = [Tokens(encoder).whole(text) for text in TEXTS]
+    expected = embeddings(load_encoder(encoder), ids).numpy()
+    sizes = {}
+    for kind, least in ((FLOAT, 0.99999), (DYNAMIC, 0.98), (STATIC, 0.9)):
+        path = tmp_path / kind / "model.onnx"
+        export_encoder(encoder, kind, path, TEXTS)
+        rows = in_batches(Session(path, 1), ids)
+        assert ((rows * expected).sum(-1) / np.linalg.norm(rows, axis=-1)).min() > least
+        sizes[kind] = path.stat().st_size
+    assert sizes[DYNAMIC] < sizes[FLOAT] / 2.5, "small models have more beside their matrices"
+    assert [path.name for path in tmp_path.rglob("*") if path.name.startswith(".partial")] == []
+
+
+def test_padding_changes_no_row(directory: Path, tmp_path: Path) -> None:
+    encoder, path = open_encoder(directory), tmp_path / "model.onnx"
+    export_encoder(encoder, FLOAT, path)
+    session, ids = (
+        Session(path, 1),
+        [Tokens(encoder).whole(text) for text in ("hi", "a much longer text here")],
+    )
+    together, alone = session.run(ids), session.run(ids[:1])
+    assert np.allclose(together[0], alone[0], atol=1e-5)
+
+
+def test_a_classifier_says_the_labels_it_was_trained_on(classifier: Path, tmp_path: Path) -> None:
+    encoder, path = open_encoder(classifier), tmp_path / "model.onnx"
+    export_encoder(encoder, FLOAT, path)
+    rows = in_batches(Session(path, 1), [Tokens(encoder).whole(text) for text, _ in ROWS])
+    assert [encoder.labels[at] for at in rows.argmax(-1)] == [label for _, label in ROWS]
+
+
+def test_a_classifier_is_a_model_of_the_fleet(classifier: Path, tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(classifier)
+    registry = Registry(tmp_path / "variants", "intents", "fp32")
+    whole = add_classifier(registry, checkpoint, "fp32", FLOAT)
+    small = add_classifier(registry, checkpoint, DYNAMIC, DYNAMIC)
+    assert (whole.target, small.target) == ("onnxruntime", "onnxruntime")
+    assert (whole.weight_bits, small.weight_bits) == (32, 8)
+    assert small.weight_bytes < whole.weight_bytes / 2.5
+    assert small.reference == "fp32"
+    assert add_classifier(registry, checkpoint, DYNAMIC, DYNAMIC).version == small.version
+    with pytest.raises(ExportError, match="reference 'fp32'"):
+        add_classifier(registry, checkpoint, "fp32", DYNAMIC)
+
+
+def test_what_is_no_encoder_is_refused(directory: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(directory, tmp_path / "other")
+    (other / "config.json").write_text(json.dumps({"model_type": "llama"}), encoding="utf-8")
+    with pytest.raises(ExportError, match="'llama' is no encoder"):
+        open_encoder(other)
+    encoder = open_encoder(directory)
+    with pytest.raises(ExportError, match="needs texts"):
+        export_encoder(encoder, STATIC, tmp_path / "model.onnx")
+    with pytest.raises(ExportError, match="not made here"):
+        export_encoder(encoder, "int4", tmp_path / "model.onnx")
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ([("a", "x"), ("b", "x")], "have 1 labels"),
+        ([("a", "x"), ("b", "x"), ("c", "y")], "'y' has 1 text"),
+    ],
+)
+def test_too_little_to_learn_from_is_refused_before_work(
+    rows: list[tuple[str, str]], said: str, directory: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ExportError, match=said):
+        train_classifier(open_encoder(directory), rows, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_rows_are_read_of_items_and_conversations_too(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    user = {"role": "user", "content": "hi"}
+    lines = [
+        {"text": "a", "label": "x"},
+        {"messages": [user], "expected": "greeting", "check": "exact"},
+        {"messages": [user, {"role": "assistant", "content": "greeting"}]},
+    ]
+    path.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
+    assert labelled_rows(path) == [("a", "x"), ("hi", "greeting"), ("hi", "greeting")]
+    path.write_text('{"text": "a"}\n', encoding="utf-8")
+    with pytest.raises(ExportError, match=r"rows.jsonl:1: has no text and label"):
+        labelled_rows(path)
