@@ -1,4 +1,4 @@
-"""llama.cpp's engine as ``tiercel up`` starts it, and the gate on what it measured beside vLLM's reference."""
+"""llama.cpp's engine as ``tiercel up`` starts it."""
 
 from __future__ import annotations
 
