@@ -1,4 +1,4 @@
-"""llama.cpp's engine as ``tiercel up`` starts it."""
+"""llama.cpp as ``tiercel up`` starts it, and the gate on what it measured beside vLLM's reference."""
 
 from __future__ import annotations
 
