@@ -241,6 +241,7 @@ def picture(out: Path) -> None:
     import matplotlib
 
     matplotlib.use("svg")
+    matplotlib.rcParams["svg.fonttype"] = "none"
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7.5, 4.2))
@@ -248,10 +249,12 @@ def picture(out: Path) -> None:
         mean, half = interval(row)
         weighted = name.endswith("imatrix") or name in ("f16", "q8_0")
         axes.errorbar(row["megabytes"], mean, yerr=half, fmt="o", color="#1f6f8b" if weighted else "#c8553d")
-        axes.annotate(f" {name}", (row["megabytes"], mean), fontsize=8, va="bottom")
+        below = name.startswith(("q4_0", "q8_0"))  # close to another one, which is above
+        place = {"xytext": (6, -12 if below else 5), "textcoords": "offset points", "fontsize": 8}
+        axes.annotate(name, (row["megabytes"], mean), **place)
     for name, size, kl in (("vLLM w4a16-g32-asym", 118.1, 0.0766), ("vLLM w8a8", 163.2, 0.0275)):
         axes.plot(size, kl, "s", color="#555")
-        axes.annotate(f" {name}", (size, kl), fontsize=8, va="top")
+        axes.annotate(name, (size, kl), xytext=(6, -12), textcoords="offset points", fontsize=8)
     axes.set_yscale("log")
     axes.set_xlabel("MB of weights")
     axes.set_ylabel("KL to BF16, nats per token")
