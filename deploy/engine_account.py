@@ -46,8 +46,8 @@ async def checked_account(card: Card, url: str, log: str = "") -> EngineAccount 
         words = "; ".join(found)
         raise ServedOtherwiseError(
             f"the engine ({account.engine}) at {url} does not serve what the card of {card.variant} "
-            f"({card.version}) says: {words}. Make the variant again, or remove the files that the engine took "
-            "instead",
+            f"({card.version}) says: {words}. Make the variant again, or remove the files that the "
+            "engine took instead",
             words,
         )
     return account

@@ -258,9 +258,7 @@ class Card(Strict):
     engine_words: str = Field(default="", description="what the engine said when it could not load it")
     notes: tuple[str, ...] = Field(default=(), description="what a person should know about the files")
     calibration: Calibration | None = None
-    adapter: AdapterCarried | None = Field(
-        default=None, description="in the folder adapter, in PEFT's format"
-    )
+    adapter: AdapterCarried | None = Field(default=None, description="in the folder adapter, by PEFT")
     base_sha256: str = Field(default="", description="of the base checkpoint's files")
     parent: str | None = Field(default=None, description="version of the reference that it was made from")
     versions: dict[str, str] = Field(description="package name to version, of what made it")

@@ -204,6 +204,8 @@ class Registry(VariantsDirectory):
             partial = Path(tempfile.mkdtemp(prefix=f".partial-{variant}@", dir=self.directory))
             try:
                 made = fill(partial)
+                if "weight_bytes" not in made:
+                    made["weight_bytes"] = weight_bytes(partial) + adapter_bytes(partial / ADAPTER)
                 card = Card.model_validate(
                     {
                         "model": self.model,
@@ -214,7 +216,6 @@ class Registry(VariantsDirectory):
                         "parent": parent,
                         "created": datetime.now(UTC).isoformat(timespec="microseconds"),
                         "inputs_sha256": digest,
-                        "weight_bytes": weight_bytes(partial) + adapter_bytes(partial / ADAPTER),
                         **made,
                         "files": hash_files(partial),
                     }

@@ -49,13 +49,19 @@ async def started(card: Card, directory: Path, work: Path, threads: int) -> Asyn
         yield client
 
 
-@asynccontextmanager
-async def llama_engine(path: Path, work: Path, threads: int) -> AsyncIterator[EngineClient]:
-    """llama.cpp's server on a file, as ``tiercel up`` starts it."""
+def linked(path: Path, work: Path) -> Path:
+    """A directory in which a file is called as a variant's is."""
     directory = work / "served" / path.stem
     directory.mkdir(parents=True, exist_ok=True)
     if not (directory / MODEL_FILE).exists():
         (directory / MODEL_FILE).symlink_to(path.resolve())
+    return directory
+
+
+@asynccontextmanager
+async def llama_engine(path: Path, work: Path, threads: int) -> AsyncIterator[EngineClient]:
+    """llama.cpp's server on a file, as ``tiercel up`` starts it."""
+    directory = linked(path, work)
     checkpoint = open_checkpoint(real_data.real_model(work.parent / "real" / "model"))
     card = Card.model_validate(
         {

@@ -2,6 +2,7 @@
 
     python -m benchmarks.edge.gguf                # files, KL and first choices: an hour of a slow core
     python -m benchmarks.edge.gguf --only q4_k_m  # rows whose label holds a word
+    python -m benchmarks.edge.gguf --conversations 16              # a quarter of them, evenly
     python -m benchmarks.edge.gguf --speed        # both engines, interleaved, on an idle machine
     python -m benchmarks.edge.gguf --show         # table and picture of what was measured
 
@@ -137,14 +138,15 @@ def ratio(row: Mapping[str, Any], base: Mapping[str, Any]) -> tuple[float, float
     return float(mine.sum() / theirs.sum()), float(low), float(high)
 
 
-def quality(only: str) -> None:
+def quality(only: str, count: int) -> None:
     texts = real_data.texts(real_data.real_model(REAL / "model"), REAL / "texts.json")
     spans = [(list(ids), start) for ids, start in texts.reported]
     hidden, head = reference(spans), ReferenceHead(REAL / "model")
     rows = read_rows()
+    every = range(0, len(spans), len(spans) // count)
     for name, path in files(only).items():
-        if name not in rows:
-            rows[name] = measured(path, spans, hidden, head)
+        if len(rows.get(name, {}).get("kl", ())) != len(every):
+            rows[name] = measured(path, [spans[n] for n in every], [hidden[n] for n in every], head)
             (WORK / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
             mean, half = interval(rows[name])
             print(f"{name}: {1000 * mean:.1f} ± {1000 * half:.1f} thousandths of a nat", flush=True)
@@ -261,6 +263,7 @@ def picture(out: Path) -> None:
 def main() -> None:
     given = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     given.add_argument("--only", default="", help="rows whose label holds this")
+    given.add_argument("--conversations", type=int, default=64, help="how many of the 64 are scored")
     given.add_argument("--speed", action="store_true", help="measure speed instead")
     given.add_argument("--show", action="store_true", help="table and picture of what there is")
     given.add_argument("--picture", type=Path, default=Path("docs/images/gguf.svg"))
@@ -270,7 +273,7 @@ def main() -> None:
     if options.speed:
         asyncio.run(speeds(options.only))
     elif not options.show:
-        quality(options.only)
+        quality(options.only, options.conversations)
     print(table())
     if read_rows():
         picture(options.picture)

@@ -201,7 +201,7 @@ class Routes:
 
     async def account(self) -> Response:
         """What is loaded, in the form of ``engine_site/account_route.py``."""
-        rank = {
+        rank: dict[str, Any] = {
             "modules": {},
             "quantization": "onnx int8" if self._of.quantized else None,
             "kv_dtypes": [],

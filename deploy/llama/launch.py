@@ -16,6 +16,8 @@ from quantize.card import Card
 from quantize.export.llama import is_installed
 from quantize.export.variant import LLAMA, MODEL_FILE
 
+__all__ = ["LLAMA", "command", "identity", "missing", "slots", "threads"]
+
 MOST_SLOTS = 8
 """Answers at a time; more share two cores to no gain."""
 
@@ -27,14 +29,17 @@ def slots(settings: EngineSettings) -> int:
 def command(card: Card, directory: Path, settings: EngineSettings, port: int, placed: Placed) -> list[str]:
     """The command line. ``engine.extra_args`` are vLLM's and not given on."""
     per_token = max(1, card.kv_bytes_per_token)
+    context = settings.context(card.max_model_len, per_token)
+    # llama.cpp takes the memory of its whole cache at once: no more than its answers can fill.
+    cache = min(settings.kv_bytes(card.max_model_len, per_token) // per_token, context * slots(settings))
     return [
         *(sys.executable, "-m", "deploy.llama.serve"),
         *("--model", str(directory / MODEL_FILE)),
         *("--name", card.model),
         *("--host", settings.host),
         *("--port", str(port)),
-        *("--context", str(settings.context(card.max_model_len, per_token))),
-        *("--cache-tokens", str(settings.kv_bytes(card.max_model_len, per_token) // per_token)),
+        *("--context", str(context)),
+        *("--cache-tokens", str(cache)),
         *("--slots", str(slots(settings))),
         *("--threads", str(threads(settings, placed))),
         *("--stop-timeout", str(math.ceil(settings.stop_timeout_s))),

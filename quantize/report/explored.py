@@ -22,7 +22,8 @@ SIMULATED = (
     "nothing. A variant is judged by its gate, on the engine that serves it."
 )
 MORE_STYLE = """
-.curves { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); gap: .8rem; }
+.curves { display: grid; gap: .8rem;
+  grid-template-columns: repeat(auto-fill, minmax(min(100%, 24rem), 1fr)); }
 pre.answer { white-space: pre-wrap; overflow-wrap: anywhere; margin: .2rem 0 .8rem; font-size: .85rem; }
 """
 
@@ -130,6 +131,10 @@ def _bits(found: Exploration) -> str:
     return section("What bits do", text, _figures(pictures) + _closed("The same as a table", table(rows)))
 
 
+def _bits_text(bits: int) -> str:
+    return f"{bits} bit" + "s" * (bits != 1)
+
+
 def _closed(summary: str, body: str) -> str:
     return f"<details><summary>{escape(summary)}</summary>{body}</details>"
 
@@ -189,7 +194,7 @@ def _invention_rows(found: Exploration) -> list[list[str]]:
             worse, better, p = more_invented(reference.roles[role], answers)
             beside = "–" if point.what == "nothing" else f"{worse} more, {better} fewer; p {p:.2g}"
             of = len(answers.right)
-            name = WORDS[point.what] + ("" if point.what == "nothing" else f", {point.bits} bits")
+            name = WORDS[point.what] + ("" if point.what == "nothing" else f", {_bits_text(point.bits)}")
             rows.append(
                 [
                     name,
@@ -207,11 +212,11 @@ def _samples(found: Exploration) -> str:
     """The first answer of each role, bit by bit."""
     parts = []
     for role in found.items:
-        for what in WHATS:
+        for what in (one for one in WHATS if found.of(one)):
             lines = []
             for point in (found.reference(), *found.of(what)):
                 text = next(iter(point.roles[role].samples), "")
-                name = LINES["nothing"] if point.what == "nothing" else f"{point.bits} bits"
+                name = LINES["nothing"] if point.what == "nothing" else _bits_text(point.bits)
                 lines.append(f'<h3>{name}</h3><pre class="answer">{escape(text) or "(nothing)"}</pre>')
             parts.append(_closed(f"{role}, {WORDS[what]}", "".join(lines)))
     return section("What it wrote", "The first item of each role, answered greedily.", "".join(parts))
@@ -223,7 +228,7 @@ def _depth(found: Exploration) -> str:
         points = found.of(what)
         blocks = max((len(point.depth) for point in points), default=0)
         if blocks:
-            lines = [Line(f"{point.bits} bits", list(point.depth)) for point in points]
+            lines = [Line(_bits_text(point.bits), list(point.depth)) for point in points]
             steps = [str(number) for number in range(1, blocks + 1)]
             axis = Axis(f"relative error, {WORDS[what]} rounded", logarithmic=True)
             pictures.append(curves(steps, lines, axis, "block"))

@@ -155,6 +155,14 @@ def making_text(card: Card) -> str:
     return f"{took.seconds:,.0f} s{memory}"
 
 
+def training_text(card: Card) -> str:
+    """What a variant was trained from and on, and what that took off in torch."""
+    if (one := card.training) is None:
+        return NOTHING
+    loss = f"; KL {kl_text(one.kl_before)} -> {kl_text(one.kl_after)} in torch"
+    return f"from {one.base}, {one.sequences:,} conversations ({one.tokens:,} tokens){loss}"
+
+
 def speed_text(card: Card) -> str:
     """Tokens per second, and per joule where the machine told."""
     if (speed := card.speed) is None:
@@ -235,6 +243,7 @@ FIELDS: tuple[Field, ...] = (
     ("KV cache per token", lambda card: f"{card.kv_bytes_per_token:,} B"),
     ("checked for", lambda card: card.target or NOTHING),
     ("made in", making_text),
+    ("trained", training_text),
     ("served as", lambda card: served_text(card.account) if card.account else NOTHING),
     ("speed", speed_text),
     ("predicted KL", lambda card: kl_text(card.predicted_kl)),

@@ -19,6 +19,8 @@ from quantize.train.nf4 import BITS
 
 MARGIN = 1.15
 """What allocators keep beside what is asked of them."""
+ADAPTED = 1.5
+"""Times the activations of a model with adapters, as measured (docs/benchmarks/training.md)."""
 GB = 1e9
 
 
@@ -36,7 +38,9 @@ class Need:
 
     @property
     def total(self) -> int:
-        return int(MARGIN * sum(getattr(self, one.name) for one in fields(self)))
+        """At once: the optimizer's temporary copies and what is kept for the backward pass are not."""
+        always = self.base + self.trained + self.gradients + self.optimizer
+        return int(MARGIN * (always + max(self.activations + self.logits, self.temporary)))
 
     def text(self) -> str:
         parts = ((one.name, getattr(self, one.name)) for one in fields(self))
@@ -68,18 +72,18 @@ def predict(
         base, trained = 0, linears + other
         copies = 3 * 4 * max(embedding, largest)
     else:
-        kept = linears * BITS / 8 if method == "qlora" else linears * width
-        base, trained = int(kept + other * width), lora.parameters(modules)
+        stored = linears * BITS / 8 if method == "qlora" else linears * width
+        base, trained = int(stored + other * width), lora.parameters(modules)
         # Looked up in 32 bits: indices, values, and the values in the type that is computed with.
         copies = largest * (2 + 4 + width) if method == "qlora" else 2 * largest * width
+    kept = _activations(checkpoint.text_config, modules, lora if method != "full" else None, shape)
     logits = 4 * 4 * shape.examples * shape.places * int(checkpoint.text_config["vocab_size"])
     return Need(
         base=base,
         trained=4 * trained,
         gradients=4 * trained,
         optimizer=8 * trained,
-        activations=_activations(checkpoint.text_config, modules, lora if method != "full" else None, shape)
-        * width,
+        activations=int(kept * width * (1 if method == "full" else ADAPTED)),
         logits=logits,
         temporary=int(copies),
     )

@@ -20,7 +20,7 @@ from tests.quantize.tiny import make_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = ROOT / "deploy/assistant/data"
-QUICK = ["--steps", "4", "--block-steps", "2", "--batch", "4", "--no-evaluate"]
+QUICK = ["--steps", "4", "--block-steps", "2", "--batch", "4", "--rate", "0.2", "--no-evaluate"]
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
@@ -118,3 +119,21 @@ def test_a_config_that_says_too_little_is_refused() -> None:
             },
             "mine",
         )
+
+
+@pytest.mark.parametrize("way", ["full", "lora", "qlora"])
+def test_advice_and_the_trainer_count_alike(way: Literal["full", "lora", "qlora"]) -> None:
+    """What is told before there is a checkpoint is near what `tiercel train` predicts from one."""
+    from quantize.train import memory, nf4
+    from quantize.train.adapters import Lora
+
+    assert nf4.BITS == NF4_BITS
+    checkpoint = open_checkpoint(MODEL)
+    shape = shape_of_checkpoint(checkpoint)
+    portion = memory.Shape(examples=4, tokens=1024, places=1024, checkpointing=True)
+    theirs = memory.predict(checkpoint, shape.modules, way, Lora(rank=16), portion, 2)
+    ours = full_memory(shape) if way == "full" else lora_memory(shape, quantized=way == "qlora")
+    if way != "full":  # of which the trainer keeps all in 32 bits
+        assert theirs.base + theirs.trained == pytest.approx(ours.weights, rel=0.01)
+        assert (theirs.gradients, theirs.optimizer) == (ours.gradients, ours.optimizer)
+    assert theirs.total / memory.MARGIN == pytest.approx(ours.total, rel=0.3)

@@ -23,6 +23,7 @@ from quantize.core.modules import read_modules
 from quantize.core.plan import Plan, uniform
 from quantize.core.schemes import scheme
 from quantize.core.tensors import overwrite, read_parts
+from quantize.cost import LIBRARIES_BYTES
 from quantize.make.blocks import Files
 from quantize.make.calibration import CalibrationSet
 from quantize.make.parts import PartStore
@@ -239,12 +240,12 @@ def test_a_scheme_that_is_not_trained_is_refused_with_another(name: str, words: 
 def test_memory_that_will_not_do_is_said_before_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     one = work(tmp_path, "w4a16-g64", "rtn")
     needed = refuse_no_room(one, QUICK)
-    assert needed > training.LIBRARIES_BYTES + 22 * one.weights
+    assert needed > LIBRARIES_BYTES + 22 * one.weights
 
     class Little:
         available = needed - 1
 
-    monkeypatch.setattr(training.psutil, "virtual_memory", Little)
+    monkeypatch.setattr("psutil.virtual_memory", Little)
     with pytest.raises(TrainError, match="lower --batch"):
         refuse_no_room(one, QUICK)
 

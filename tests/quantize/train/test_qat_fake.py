@@ -15,7 +15,7 @@ from quantize.train.qat_fake import StoredScale, TrainedWeight, fake_quantize, f
 
 def slopes(weight: Tensor, scale: Tensor, zero: Tensor | None, saturating: bool) -> tuple[Tensor, Tensor]:
     weight, scale = weight.clone().requires_grad_(), scale.clone().requires_grad_()
-    fake_quantize(weight, scale, zero, integer(4), weight.shape[1], saturating).sum().backward()
+    torch.autograd.backward(fake_quantize(weight, scale, zero, integer(4), weight.shape[1], saturating).sum())
     assert weight.grad is not None
     assert scale.grad is not None
     return weight.grad, scale.grad
@@ -95,7 +95,7 @@ def test_a_matrix_whose_inputs_do_not_fill_the_last_group_keeps_its_shape() -> N
     grid = Grid(torch.full((4, 2), 0.1), None, -8, 7, 32)
     weight = torch.randn(4, 40, requires_grad=True)
     out = fake_quantize(weight, grid.scale, None, integer(4), 32)
-    out.sum().backward()
+    torch.autograd.backward(out.sum())
     assert out.shape == (4, 40)
     assert torch.equal(out, restored(rounded(weight.detach(), grid), grid))
     assert weight.grad is not None
@@ -107,5 +107,5 @@ def test_keys_and_inputs_of_any_shape_have_one_step() -> None:
     scale = torch.tensor([0.05], requires_grad=True)
     out = fake_tensor(x, scale, integer(8))
     assert torch.allclose(out, (x / 0.05).round().clamp(-128, 127) * 0.05)
-    out.sum().backward()
+    torch.autograd.backward(out.sum())
     assert scale.grad is not None
