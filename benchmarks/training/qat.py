@@ -25,7 +25,7 @@ from deploy.report_figure import STYLE
 from quantize.report.page import GRID, MUTED, PALETTE, PAPER
 
 SEEDS = 43_000_000
-EACH = 300
+EACH = 1500
 WIDTH, HEIGHT = 12.0, 4.2
 
 
@@ -43,7 +43,7 @@ def text(path: Path) -> None:
 
 
 def draw(path: Path, reports: Mapping[str, Mapping[str, Any]]) -> None:
-    """Loss over steps of the second stage , and the share of it that is gone."""
+    """Loss over steps of the second stage, and the share of it that is gone."""
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH, HEIGHT), dpi=130, facecolor=PAPER)
         figure.text(0.02, 0.93, "Quantization-aware training", size=15, weight="bold")

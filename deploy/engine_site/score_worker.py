@@ -27,6 +27,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import importlib
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -42,6 +43,8 @@ LIKELIEST = 16
 """Tokens of the last row that are told, among which the token that the engine drew must be."""
 TOLERANCE = 0.5
 """Nats by which the engine's log-probability of that token may differ: its logits are of another batch."""
+ADAPTER = "TIERCEL_ADAPTER"
+"""Environment variable: name of the one adapter that an engine serves, where it does."""
 PROBES = 64
 """Inputs of the head whose weights make its fingerprint."""
 STATES = {
@@ -222,10 +225,18 @@ def pieces(runner: Any, v2: bool) -> tuple[torch.Tensor, list[Piece]] | None:
     ]
 
 
+def plain_logits(model: Any) -> Logits:
+    """``compute_logits`` without an adapter's wrapper, which counts the rows of the batch."""
+    if (plain := getattr(getattr(model, "logits_processor", None), "base_layer", None)) is None:
+        return model.compute_logits  # type: ignore[no-any-return]
+    head = getattr(model.lm_head, "base_layer", model.lm_head)
+    return lambda hidden: plain(head, hidden)
+
+
 def refusal(worker: Any) -> str:
     """Why this worker cannot score, or an empty string."""
     config, runner, v2 = worker.vllm_config, worker.model_runner, bool(worker.use_v2_model_runner)
-    if config.lora_config is not None:
+    if config.lora_config is not None and not os.environ.get(ADAPTER):
         return "engines with --enable-lora are not scored; start one without it"
     if config.parallel_config.data_parallel_size > 1:
         return "engines with --data-parallel-size above 1 are not scored; start one with 1"
@@ -365,7 +376,7 @@ class ScoreWorker:
                 continue
             rows = hidden[piece.row : piece.row + piece.rows]
             try:
-                one.take(runner.model.compute_logits, rows, piece.position, step)
+                one.take(plain_logits(runner.model), rows, piece.position, step)
             except Exception as error:
                 one.error = f"scoring failed: {type(error).__name__}: {error}"
 
@@ -375,7 +386,7 @@ class ScoreWorker:
         ranks without logits."""
         config = self.vllm_config.model_config  # type: ignore[attr-defined]
         width, digest, gathers = config.get_hidden_size(), hashlib.sha256(), True
-        compute = compute_logits or self.model_runner.model.compute_logits  # type: ignore[attr-defined]
+        compute = compute_logits or plain_logits(self.model_runner.model)  # type: ignore[attr-defined]
         with torch.inference_mode():
             for column in np.unique(np.linspace(0, width - 1, PROBES).astype(int)).tolist():
                 unit = torch.zeros((1, width), dtype=config.dtype, device=self.device)  # type: ignore[attr-defined]

@@ -9,12 +9,15 @@
    sleeps must be woken by every message, and vLLM's writer may lose a wake-up that follows another one
    within a millisecond: its socket takes one message at a time, and ZeroMQ looks only so often whether
    that has gone. The reader would notice 5 s later. So the writer's socket takes all of them.
-3. It can be measured: :mod:`serve_scored`.
+3. Quantized weights can carry LoRA adapters. vLLM asks a module's weights on which device its adapter
+   belongs, and kernels of 8 and 4 bits have taken those over: here all are on the processor.
+4. It can be measured: :mod:`serve_scored`.
 """
 
 import os
 import sys
 
+import torch
 import zmq  # type: ignore[import-not-found]
 from serve_scored import add_scoring  # type: ignore[import-not-found]
 from vllm.distributed.device_communicators.shm_broadcast import SpinCondition
@@ -57,6 +60,15 @@ def _init_that_wakes(
 
 SpinCondition.__init__ = _init_that_wakes
 
+
+def _put_adapters_on_the_processor() -> None:
+    from vllm.lora.layers import base_linear
+
+    base_linear._get_lora_device = lambda _layer: torch.device("cpu")
+
+
 if __name__ == "__main__":
+    if "--enable-lora" in sys.argv:
+        _put_adapters_on_the_processor()
     add_scoring(sys.argv)
     main()

@@ -167,8 +167,7 @@ class Exchange:
         """A second attempt has been made because the first was slow."""
         self.won: str | None = None
         """Of a hedged request: ``first`` or ``second``."""
-        self.carried = b""
-        """Header lines that the engine's answer brings along for the client."""
+        self.carried = b""  # header lines that the engine's answer brings along for the client
         self.escalated: str | None = None
         """The check that a cheaper variant's answer failed, which nobody got."""
         self.spent: tuple[Spent, ...] = ()
@@ -187,10 +186,8 @@ class Exchange:
         self.paused_at: float | None = None
         self.first_at: float | None = None
         self.last_at = 0.0
-        self.gaps: list[float] | None = None
-        """Seconds between the parts of a stream."""
-        self.overhead_s = 0.0
-        """Seconds of our own work so far."""
+        self.gaps: list[float] | None = None  # seconds between the parts of a stream
+        self.overhead_s = 0.0  # seconds of our own work so far
 
     @property
     def sample_id(self) -> str:

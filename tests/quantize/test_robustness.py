@@ -139,6 +139,17 @@ async def test_what_a_variant_loses_more_than_the_reference_is_told_with_an_inte
     assert (empty.answered, empty.same_answer, empty.changed) == (30, 0, None)
 
 
+def test_without_labels_the_references_answers_to_the_same_questions_are_what_is_right() -> None:
+    items = [ask(f"question {i}", "its answer, once", check="reference") for i in range(4)]
+    theirs = {(how, "core", i): f"{how} answer {i}" for how in (PLAIN, "typos") for i in range(4)}
+    ours = theirs | {("typos", "core", i): "something else" for i in range(3)}
+    (row,) = compare({"core": items}, ["typos"], "int8", theirs, ours)
+    assert (row.plain, row.reference_plain) == (4, 4)
+    assert row.changed is not None
+    assert (row.changed.good, row.changed.reference_good) == (1, 4)
+    assert row.more_lost == 0.75
+
+
 async def test_what_was_asked_is_not_asked_again(tmp_path: Path) -> None:
     engine = ScriptedEngine(robust)
     await answers(engine, tmp_path / "a", ["typos"])
