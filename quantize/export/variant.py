@@ -17,7 +17,7 @@ from quantize.card import CardError
 from quantize.core.checkpoint import Checkpoint, base_sha256, copy_companions
 from quantize.core.files import link_or_copy, sha256_of, write_whole
 from quantize.core.resources import measured
-from quantize.core.tokenizer import load_tokenizer
+from quantize.core.tokenizer import TEXTS, load_tokenizer
 from quantize.export.gguf_file import GgufFile, read_gguf
 from quantize.export.modules import bits_per_weight, module_bits
 from quantize.export.types import ExportError, export_type
@@ -95,7 +95,7 @@ def register_gguf(registry: Registry, checkpoint: Checkpoint, path: Path, varian
     if variant == registry.reference:
         raise CardError(f"{variant!r} is the reference's name; register {path} under another one")
     file = read_gguf(path)
-    refuse_other_model(checkpoint, file)
+    more = refuse_other_model(checkpoint, file)
 
     def fill(partial: Path) -> dict[str, Any]:
         link_or_copy(path, partial / MODEL_FILE)
@@ -109,15 +109,16 @@ def register_gguf(registry: Registry, checkpoint: Checkpoint, path: Path, varian
             "scheme": scheme_of(file),
             "method": "unknown",
             "versions": {"tiercel": version("tiercel")},
-            "notes": (_kinds(matrices), "tokenizer and chat template are the base model's"),
+            "notes": (_kinds(matrices), "tokenizer and chat template are the base model's", *more),
         }
 
     inputs = {"base": base_sha256(checkpoint), "registered": {path.name: sha256_of(path)}}
     return registry.take_in(variant, inputs, fill, checkpoint)
 
 
-def refuse_other_model(checkpoint: Checkpoint, file: GgufFile) -> None:
-    """Raise ExportError where a file is not of the model, or reads text otherwise. Loads its vocabulary."""
+def refuse_other_model(checkpoint: Checkpoint, file: GgufFile) -> tuple[str, ...]:
+    """Raise ExportError where a file is not of the model, or reads usual text otherwise; what it reads
+    otherwise of rare signs is returned, for the card. Loads its vocabulary."""
     from quantize.export.llama import LlamaModel
     from quantize.export.vocabulary import other_tokens
 
@@ -135,12 +136,15 @@ def refuse_other_model(checkpoint: Checkpoint, file: GgufFile) -> None:
                 f"{file.path} has {model.vocabulary} tokens, {checkpoint.path} has {size}; register it with "
                 "the model that it was made from"
             )
-        said = other_tokens(checkpoint, load_tokenizer(checkpoint.path), model)
+        tokenizer = load_tokenizer(checkpoint.path)
+        said = other_tokens(checkpoint, tokenizer, model, TEXTS)
+        rare = other_tokens(checkpoint, tokenizer, model)
     if said:
         raise ExportError(
             f"{file.path}: llama.cpp makes other tokens of text than the tokenizer of {checkpoint.path}: "
             f"{said}; register it with the model that it was made from"
         )
+    return (f"llama.cpp makes other tokens {rare}",) if rare else ()
 
 
 def described(checkpoint: Checkpoint, file: GgufFile) -> dict[str, Any]:

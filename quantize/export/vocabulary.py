@@ -211,13 +211,15 @@ def _difference(checkpoint: Checkpoint, found: Vocabulary, architecture: str, to
             return str(error)
 
 
-def other_tokens(checkpoint: Checkpoint, tokenizer: Any, model: LlamaModel) -> str:
+def other_tokens(
+    checkpoint: Checkpoint, tokenizer: Any, model: LlamaModel, probes: Sequence[str] = PROBES
+) -> str:
     """The first text of which llama.cpp makes other tokens than the model's tokenizer; empty where none is.
 
     Among the texts is a conversation by the chat template, special tokens included.
     """
     rendered = [{"role": "user", "content": PROBES[0]}, {"role": "assistant", "content": PROBES[1]}]
-    pairs = [(text, tokenizer.encode(text, add_special_tokens=False)) for text in PROBES]
+    pairs = [(text, tokenizer.encode(text, add_special_tokens=False)) for text in probes]
     ids = encode_messages(tokenizer, rendered, checkpoint.path)
     pairs.append((tokenizer.apply_chat_template(rendered, tokenize=False), ids))
     for text, ours in pairs:
