@@ -7,6 +7,11 @@ import os
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# How long an example takes says what else the machine does.
+settings.register_profile("tiercel", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("tiercel")
 
 # LiteLLM fetches its price list from the net when it is imported, unless it is told not to.
 os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")
