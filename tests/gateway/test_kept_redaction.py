@@ -117,7 +117,7 @@ EXPRESSIONS = (
 @given(expression=st.sampled_from(EXPRESSIONS), text=st.text(st.sampled_from("qwxz1 \nQWé"), max_size=24))
 @settings(max_examples=600, deadline=None)
 def test_nothing_that_a_pattern_matches_is_left(expression: str, text: str) -> None:
-    """By Python's own matcher, which finds the first match at the same place; words are ASCII's, as in RE2."""
+    """By Python's own matcher, which finds the same first match; words are ASCII's, as in RE2."""
     flags = re.ASCII | re.DOTALL | re.MULTILINE | (re.IGNORECASE if expression.startswith("(?i)") else 0)
     found = re.compile(expression.removeprefix("(?i)"), flags)
     spans = Pattern(expression).spans(text)
