@@ -201,9 +201,11 @@ def read_report(directory: Path) -> Report | None:
 def _text(
     model: ModelConfig, checkpoint: Checkpoint, calibration: CalibrationSet, files: Sequence[Path]
 ) -> tuple[Text, Text, Training]:
-    """What is trained on, what the loss is looked at on, and what a card says of it. Raises DataError."""
+    """What is trained on, what the loss is looked at on, and what a card says of it. Of calibration every
+    token is learned, of ``files`` what the assistant says first and all after it. Raises DataError."""
     calibrating, spans = split(calibration)
     sequences = [list(one) for one in calibrating.sequences if len(one) > 1]
+    starts = [1] * len(sequences)
     judged = {
         training_data.of_item(item, role).asked: role
         for role, items in all_items(model).items()
@@ -218,17 +220,18 @@ def _text(
                     f"{line.where}: is an item that role {role} is judged by; take it out of what trains"
                 )
         found = training_data.encode(lines, checkpoint, CALIBRATION_LENGTH)
-        sequences += [list(one.ids) for one in found.examples if len(one.ids) > 1]
+        sequences += [list(one.ids) for one in found.examples]
+        starts += [max(1, one.learned.index(True)) for one in found.examples]
         names.append(file.name)
     described = Training(
         base="",
         settings={},
         source=", ".join(names),
-        sha256=hashlib.sha256(json.dumps(sequences).encode()).hexdigest(),
+        sha256=hashlib.sha256(json.dumps([sequences, starts]).encode()).hexdigest(),
         sequences=len(sequences),
         tokens=sum(map(len, sequences)),
     )
-    return Text(sequences), Text([list(tokens) for tokens, _ in spans]), described
+    return Text(sequences, starts), Text([list(tokens) for tokens, _ in spans]), described
 
 
 def _items(model: ModelConfig, checkpoint: Checkpoint) -> dict[str, Text]:

@@ -111,7 +111,7 @@ class QatSettings:
 
 @dataclass(frozen=True)
 class Text:
-    """Token sequences, and from which token on they are judged (1: all that can be predicted)."""
+    """Token sequences, and from which token on they are learned or judged (1: all that can be predicted)."""
 
     sequences: Sequence[Sequence[int]]
     starts: Sequence[int] | None = None
@@ -315,6 +315,7 @@ class _Run:
             Place(self.work.directory / "whole", self._named),
             self.settings.hidden,
             lambda _step: figures(whole, self.work.choosing, self._aims[""]),
+            self.work.text.starts or [1] * len(self.work.text.sequences),
         )
 
     def look(self, whole: Distillation) -> dict[str, dict[str, float]]:

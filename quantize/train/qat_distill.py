@@ -1,10 +1,11 @@
 """The second stage of quantization-aware training: the whole student at once is to say what the reference
 says.
 
-The loss is KL(reference || student) over the whole vocabulary at every token of the text, in thousandths of a
-nat, and, if asked for, the relative squared error of the last hidden states. Of the reference nothing but
-these hidden states is kept, from one pass over the text with a block in memory; its logits are made of them
-by the head, some tokens at a time. The student's blocks are all in memory, with latent weights in 32 bits.
+The loss is KL(reference || student) over the whole vocabulary, at every token of the text or from the one on
+at which its answers begin, in thousandths of a nat, and, if asked for, the relative squared error of the last
+hidden states. Of the reference nothing but these hidden states is kept, from one pass over the text with a
+block in memory; its logits are made of them by the head, some tokens at a time. The student's blocks are all
+in memory, with latent weights in 32 bits.
 """
 
 from __future__ import annotations
@@ -67,8 +68,10 @@ class Distillation:
         place: Place,
         hidden: float,
         evaluate: Callable[[int], Mapping[str, float]],
+        starts: Sequence[int],
     ) -> Outcome:
-        """Train the student on ``sequences``, at which the reference's last hidden states are ``wanted``.
+        """Train the student on the tokens of ``sequences`` from ``starts`` on (1: all that can be predicted),
+        at which the reference's last hidden states are ``wanted``.
 
         ``hidden`` is the weight of their relative error beside the KL."""
 
@@ -77,7 +80,11 @@ class Distillation:
             total, tokens = torch.zeros(()), 0
             found = list(self._rows(sequences, numbers, wanted))
             with self.blocks.head_only() as logits_of:
-                for rows, aim, _ in found:
+                for rows, aim, of in found:
+                    learned = torch.cat(
+                        [torch.arange(1, len(sequences[number])) >= starts[number] for number in of]
+                    )
+                    rows, aim = rows[learned], aim[learned]
                     total = total + self._divergence(rows, aim, logits_of)
                     if hidden:
                         error = (rows - aim).square().sum(-1) / aim.square().sum(-1).clamp_min(1e-12)

@@ -144,6 +144,19 @@ def test_it_begins_as_what_it_is_begun_with_and_loses_less_at_the_end(tmp_path: 
     assert first < report.before, "the blocks have taken off some already"
 
 
+def test_of_text_with_answers_the_answers_alone_are_learned(tmp_path: Path) -> None:
+    one = work(tmp_path, "w2a16-g16-asym", "imatrix+gptq")
+    answers = Text(one.text.sequences, [len(sequence) - 2 for sequence in one.text.sequences])
+    settings = replace(QUICK, steps=1, block_steps=0, batch=len(answers.sequences))
+    _, report = train_variant(replace(one, text=answers, choosing=answers), settings)
+    _, everything = train_variant(
+        replace(one, text=Text(answers.sequences), choosing=answers, directory=tmp_path / "other"), settings
+    )
+    (_, first), (_, of_all) = report.curve["points"][0][:2], everything.curve["points"][0][:2]
+    assert first == pytest.approx(1000 * report.before, rel=1e-4)
+    assert of_all != pytest.approx(first, rel=1e-3)
+
+
 def test_a_mixed_plan_trains_every_group_at_its_own_bits(tmp_path: Path) -> None:
     groups = {
         "self_attn.qkv_proj": "w8a8",
