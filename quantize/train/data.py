@@ -154,8 +154,9 @@ def _line(where: str, text: str) -> Line:
         return of_item(Item.model_validate(raw), where) if "expected" in raw else _of_chat(raw, where)
     except ValidationError as error:
         first = error.errors()[0]
-        at = ".".join(str(part) for part in first["loc"]) or "the line"
-        raise DataError(f"{where}: {at}: {first['msg']}") from None
+        at = "".join(f"{part}." for part in first["loc"]).rstrip(".")
+        said = first["msg"].removeprefix("Value error, ")
+        raise DataError(f"{where}: {at}: {said}" if at else f"{where}: {said}") from None
 
 
 def of_item(item: Item, where: str) -> Line:
