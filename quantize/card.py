@@ -19,6 +19,7 @@ from pydantic import ConfigDict, Field, ValidationError, model_validator
 
 from quantize.core.engine_figures import AdapterCarried, EngineAccount, Speed, Strict
 from quantize.core.files import sha256_of, write_whole
+from quantize.core.refusals import first_fault
 from quantize.core.reported_figures import Reported
 from quantize.seal import SEAL, is_edited, sealed
 
@@ -366,9 +367,7 @@ def read_card(directory: Path, *, even_edited: bool = False) -> Card:
     try:
         card = Card.model_validate(found | {"format": FORMAT})
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "the file"
-        raise CardError(f"{path}: {where}: {first['msg']}; make the variant again") from None
+        raise CardError(f"{path}: {first_fault(error, 'the file')}; make the variant again") from None
     if edited and not even_edited:
         raise CardError(
             f"{path} was edited after it was written: it does not match its own seal, and what it says of "

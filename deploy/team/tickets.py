@@ -6,6 +6,8 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from quantize.core.refusals import first_fault
+
 
 class TicketError(ValueError):
     """A file of tickets cannot be used. The text names the file, the line, the key and the fix."""
@@ -78,8 +80,7 @@ def _parse(line: str, where: str) -> Ticket:
     try:
         return Ticket.model_validate_json(line)
     except ValidationError as error:
-        first = error.errors()[0]
-    if first["type"] in ("json_invalid", "model_type"):
+        kind, fault = error.errors()[0]["type"], first_fault(error)
+    if kind in ("json_invalid", "model_type"):
         raise TicketError(f"{where}: is not a JSON object; put one ticket on each line")
-    key = ".".join(str(part) for part in first["loc"])
-    raise TicketError(f"{where}: {key}: {first['msg']}; a ticket has {', '.join(Ticket.model_fields)}")
+    raise TicketError(f"{where}: {fault}; a ticket has {', '.join(Ticket.model_fields)}")

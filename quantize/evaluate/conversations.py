@@ -17,6 +17,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from quantize.core.jsonl import read_lines
+from quantize.core.refusals import first_fault
 from quantize.evaluate.schemas import refuse_bad_schema
 
 SHIPPED = Path(__file__).with_name("conversations.jsonl")
@@ -75,9 +76,7 @@ def read_conversations(path: Path = SHIPPED) -> list[Conversation]:
         try:
             one = Conversation.model_validate_json(line)
         except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"]) or "the line"
-            raise ConversationError(f"{path}:{number}: {where}: {first['msg']}") from None
+            raise ConversationError(f"{path}:{number}: {first_fault(error, 'the line')}") from None
         if one.id in found:
             raise ConversationError(f"{path}:{number}: id: {one.id!r} is there twice; give each its own")
         found[one.id] = one

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from quantize.core.jsonl import read_lines
+from quantize.core.refusals import first_fault
 from quantize.evaluate.schemas import is_valid, refuse_bad_schema
 
 Suite = Literal["task", "long_context"]
@@ -113,9 +114,7 @@ def read_items(path: Path, role: str, suite: Suite = "task") -> list[Item]:
         try:
             item = Item.model_validate_json(line)
         except ValidationError as error:
-            first = error.errors()[0]
-            where = ".".join(str(part) for part in first["loc"]) or "the line"
-            raise TaskError(f"{path}:{number}: {where}: {first['msg']}") from None
+            raise TaskError(f"{path}:{number}: {first_fault(error, 'the line')}") from None
         items.append(item if item.suite == suite else item.model_copy(update={"suite": suite}))
     if not items:
         raise TaskError(f"tasks of role {role}: {path} is empty; a gate needs held-out items")

@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from quantize.core.checkpoint import Checkpoint
 from quantize.core.jsonl import read_lines
+from quantize.core.refusals import first_fault
 from quantize.core.tokenizer import load_tokenizer
 from quantize.evaluate.tasks import Item
 from quantize.train.masks import Encoded, MaskError, learned_tokens
@@ -153,10 +154,7 @@ def _line(where: str, text: str) -> Line:
     try:
         return of_item(Item.model_validate(raw), where) if "expected" in raw else _of_chat(raw, where)
     except ValidationError as error:
-        first = error.errors()[0]
-        at = "".join(f"{part}." for part in first["loc"]).rstrip(".")
-        said = first["msg"].removeprefix("Value error, ")
-        raise DataError(f"{where}: {at}: {said}" if at else f"{where}: {said}") from None
+        raise DataError(f"{where}: {first_fault(error)}") from None
 
 
 def of_item(item: Item, where: str) -> Line:

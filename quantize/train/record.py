@@ -11,6 +11,7 @@ from pydantic import Field, ValidationError
 from quantize.card import Paired
 from quantize.core.engine_figures import Strict
 from quantize.core.files import write_whole
+from quantize.core.refusals import first_fault
 from quantize.gate.paired import mcnemar_p
 from quantize.train.loop import TrainError
 
@@ -99,6 +100,4 @@ def read_record(directory: Path) -> Record:
     except FileNotFoundError:
         raise TrainError(f"{directory} has no {RECORD}: nothing was trained there to its end") from None
     except ValidationError as error:
-        first = error.errors()[0]
-        at = ".".join(str(part) for part in first["loc"])
-        raise TrainError(f"{path}: {at}: {first['msg']}; train again into another directory") from None
+        raise TrainError(f"{path}: {first_fault(error)}; train again into another directory") from None
