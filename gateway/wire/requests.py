@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import cast
 
 from gateway.errors import BodyTooLargeError, GatewayError, MalformedRequestError
 from gateway.wire.bodies import Body, body_of
@@ -98,7 +99,9 @@ class RequestReader:
         if not later:
             return False
         self.data += later[:size]
-        self._later = later[size:]
+        rest = later[size:]
+        # A view keeps all of what it is a view of: what is counted is to be what is held.
+        self._later = memoryview(bytes(rest)) if 2 * len(rest) < len(cast(bytes, later.obj)) else rest
         return True
 
     def read_head(self) -> bool:

@@ -92,3 +92,16 @@ def test_of_many_requests_at_once_only_a_window_is_looked_at() -> None:
         found.come(sent[at : at + (256 << 10)])
     assert found.bodies == [b"x" * 1000] * 4000
     assert found.looked_at <= 3 * WINDOW_BYTES
+
+
+def test_what_waits_holds_little_more_than_what_is_counted() -> None:
+    """A view of the last kilobytes would keep everything that they came with."""
+    one = reader()
+    one.add(message(b"x" * 1000, chunked=False) * 400)
+    while one.unread > 4 * WINDOW_BYTES:
+        assert one.read_head()
+        assert one.head is not None
+        assert one.take_whole(one.head) is not None
+    held = one._later.obj
+    assert isinstance(held, bytes)
+    assert len(held) + len(one.data) <= 2 * one.unread
