@@ -4,7 +4,6 @@ Engines are scripted ones that run already; what they serve is told by an accoun
 """
 
 import asyncio
-import json
 import os
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -31,7 +30,7 @@ from quantize.core.modules import read_modules
 from quantize.core.plan import uniform
 from quantize.versions import stale
 from tests.quantize.scripted_engine import ScriptedEngine
-from tests.quantize.small import write_base
+from tests.quantize.small import write_fleet
 from tests.quantize.test_engine_account import module as told_module
 
 MACHINE = Machine({0: (0, 1)}, 1 << 40)
@@ -87,20 +86,7 @@ def differing(*found: str) -> Callable[..., Any]:
 
 @pytest.fixture
 def model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModelConfig:
-    write_base(tmp_path / "model")
-    item = {"messages": [{"role": "user", "content": "what is due"}], "expected": "$5"}
-    lines = [json.dumps(item | {"messages": [{"role": "user", "content": f"due {i}"}]}) for i in range(12)]
-    (tmp_path / "core.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    path = tmp_path / "tiercel.yaml"
-    path.write_text(
-        f"""
-models: {{assistant: {{path: {tmp_path}/model, serve: [bf16, int4]}}}}
-variants_dir: variants
-roles: {{core: {{tasks: core.jsonl}}}}
-default_role: core
-""",
-        encoding="utf-8",
-    )
+    path = write_fleet(tmp_path)
     monkeypatch.setattr(module, "look", lambda: MACHINE)
     monkeypatch.setattr(module, "tokenizer_differences", differing())  # the small model has no tokenizer
     return one_model(load_config(path))

@@ -28,7 +28,7 @@ from quantize.core.plan import uniform
 from quantize.evaluate.soak import Slope
 from quantize.evaluate.tasks import TaskError
 from tests.quantize.scripted_engine import ScriptedEngine
-from tests.quantize.small import write_base
+from tests.quantize.small import write_fleet
 
 
 class Writing(ScriptedEngine):
@@ -38,23 +38,7 @@ class Writing(ScriptedEngine):
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
-    write_base(tmp_path / "model")
-    lines = [
-        json.dumps({"messages": [{"role": "user", "content": f"when is invoice {i} due?"}], "expected": "$5"})
-        for i in range(12)
-    ]
-    (tmp_path / "core.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    path = tmp_path / "tiercel.yaml"
-    path.write_text(
-        f"""
-models: {{assistant: {{path: {tmp_path}/model, serve: [bf16, int4]}}}}
-variants_dir: variants
-roles: {{core: {{tasks: core.jsonl}}}}
-default_role: core
-""",
-        encoding="utf-8",
-    )
-    return path
+    return write_fleet(tmp_path)
 
 
 @pytest.fixture

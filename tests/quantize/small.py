@@ -89,6 +89,25 @@ def write_tokenizer(directory: Path, words: int = 96) -> None:
     (directory / "chat_template.jinja").write_text("{{ messages }}", encoding="utf-8")
 
 
+def write_fleet(directory: Path) -> Path:
+    """The base checkpoint in a fleet of its own, with one role of twelve items; gives the YAML file."""
+    write_base(directory / "model")
+    asked = [[{"role": "user", "content": f"when is invoice {number} due?"}] for number in range(12)]
+    lines = [json.dumps({"messages": one, "expected": "$5"}) + "\n" for one in asked]
+    (directory / "core.jsonl").write_text("".join(lines), encoding="utf-8")
+    path = directory / "tiercel.yaml"
+    path.write_text(
+        f"""
+models: {{assistant: {{path: {directory}/model, serve: [bf16, int4]}}}}
+variants_dir: variants
+roles: {{core: {{tasks: core.jsonl}}}}
+default_role: core
+""",
+        encoding="utf-8",
+    )
+    return path
+
+
 def write_base(directory: Path) -> Path:
     write_checkpoint(directory, base_tensors(), CONFIG)
     write_tokenizer(directory)
