@@ -240,8 +240,8 @@ class Engine:
         work.deliver(drawn)
         ends = self.model.ends(drawn.token) and not work.how.ignore_eos
         if ends or slot.written >= work.max_tokens:
+            self._free(slot)  # first: who has the answer must not find it running
             work.deliver("stop" if ends else "length")
-            self._free(slot)
         else:
             slot.pending = [drawn.token]
 

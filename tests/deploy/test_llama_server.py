@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import queue
 import shutil
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -15,7 +16,8 @@ import pytest
 
 from deploy.llama import engine as engine_module
 from deploy.llama.api import make_app
-from deploy.llama.sampling import Sampler, Sampling, log_softmax
+from deploy.llama.engine import Answering
+from deploy.llama.sampling import Drawn, Sampler, Sampling, log_softmax
 from deploy.llama.serve import arguments, make_server
 from deploy.llama.server import Server
 from deploy.llama.text import Text
@@ -208,6 +210,17 @@ async def test_it_tells_the_gateway_how_it_is(server: Server, http: httpx.AsyncC
     assert (await http.get("/health")).status_code == 200
     await http.post("/tiercel/drain")
     assert (await http.get("/health")).status_code in (200, 503)
+
+
+def test_a_slot_is_free_before_its_answer_is_told(server: Server) -> None:
+    seen: queue.Queue[tuple[Drawn | str | Exception, int]] = queue.Queue()
+    engine = server.engine
+    work = Answering([1, 2, 3], 2, Sampling(temperature=0), lambda what: seen.put((what, engine.running)))
+    engine.submit(work)
+    what: Drawn | str | Exception = ""
+    while not isinstance(what, str | Exception) or not what:
+        what, running = seen.get(timeout=60)
+    assert running == 0, what
 
 
 async def test_its_account_is_what_the_card_says(http: httpx.AsyncClient, gguf: Path) -> None:

@@ -109,9 +109,10 @@ def import_litellm() -> Any:
     """LiteLLM without its price list from the network, a ``.env``, its reports and its chatter."""
     os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"
     os.environ.setdefault("LITELLM_MODE", "PRODUCTION")
-    # Else it breaks off a stream in which a hundred chunks are alike, such as a long row of dashes.
-    os.environ.setdefault("REPEATED_STREAMING_CHUNK_LIMIT", str(1 << 30))
     litellm: Any = importlib.import_module("litellm")
+    # Else it breaks off a stream in which a hundred chunks are alike, such as a long row of dashes. Not by
+    # its environment variable: that is read once, by whoever imports it first.
+    litellm.REPEATED_STREAMING_CHUNK_LIMIT = 1 << 30
     litellm.telemetry = False
     litellm.suppress_debug_info = True
     litellm.turn_off_message_logging = True
