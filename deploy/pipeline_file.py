@@ -141,8 +141,7 @@ def _roles(options: argparse.Namespace) -> tuple[dict[str, Any], str | None]:
     """The role that was trained for, with what the configuration says of it; without one, a role of what was
     held out, and its items."""
     if options.role is not None:
-        role = load_config(options.config).roles[options.role]
-        said = json.loads(role.model_dump_json(exclude_unset=True))
+        said = _said(load_config(options.config).roles[options.role])
         return {options.role: {key: value for key, value in said.items() if key not in ELSEWHERE}}, None
     _, held_out, _ = lines_of(options, None, None)
     texts = (as_item(line).model_dump_json(exclude_defaults=True) for line in held_out)
