@@ -6,7 +6,7 @@ Nothing of Tiercel is used here. The results are what ``tiercel quantize registe
     python -m benchmarks.quantization.outside --maker auto_round --out var/outside/auto_round
 
 ``--maker`` may also be ``awq`` (llm-compressor's), or ``auto_gptq`` or ``auto_awq``: AutoRound's numbers in
-the two older formats. Each takes a minute or two on one core for the demo model. A real one, on its own texts:
+the two older formats. Each takes a minute or two on one core for the demo model. A real one, on its texts:
 
     W=var/benchmarks/real
     python -m benchmarks.quantization.outside --maker awq --model $W/model --texts $W/texts.json \
