@@ -165,7 +165,7 @@ def _said(process: subprocess.Popen[str], status: int) -> str:
 
 
 def test_a_killed_run_goes_on_to_the_same_result_and_does_nothing_twice(
-    config: Path, capsys: pytest.CaptureFixture[str]
+    config: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     out = config.parent / "run"
     long = ("--steps", "40", "--keep-every", "1", "--no-plan")
@@ -188,7 +188,7 @@ def test_a_killed_run_goes_on_to_the_same_result_and_does_nothing_twice(
     adapter = (out / "adapter/adapter_model.safetensors").read_bytes()
     merged = (out / "merged/model.safetensors").stat()
 
-    said = _said(_run(config, *long), 2)
+    said = _refused(capfd, *_command(config, "--role", "intents", *long))
     assert "train: done before" in said
     assert "merge: done before" in said
     assert (out / "merged/model.safetensors").stat().st_mtime_ns == merged.st_mtime_ns
@@ -202,7 +202,7 @@ def test_a_killed_run_goes_on_to_the_same_result_and_does_nothing_twice(
     assert (whole / "adapter/adapter_model.safetensors").read_bytes() == adapter
 
     asked = _command(config, "--role", "intents", *long, "--rate", "0.1")
-    assert "holds another run, with other rate" in _refused(capsys, *asked)
+    assert "holds another run, with other rate" in _refused(capfd, *asked)
 
 
 def test_sigterm_is_passed_on_and_what_was_trained_is_kept(config: Path) -> None:
