@@ -36,6 +36,8 @@ HEAD = ("classifier.weight", "classifier.bias")
 """Tensors of a head on the mean of the hidden states, beside the encoder's own."""
 QUANTIZED = ["MatMul", "Gather"]
 LONGEST = 512
+LONGEST_PIECE = 64
+"""Characters of a token, and of the space around it."""
 BATCH = 32
 CALIBRATED = 128
 """Texts that scales of inputs are taken from."""
@@ -56,10 +58,16 @@ class Encoder:
         return min(LONGEST, int(self.config.get("max_position_embeddings") or LONGEST))
 
 
+def is_encoder(config: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint of that configuration reads and does not write."""
+    return config.get("model_type") in KNOWN
+
+
 def open_encoder(path: Path) -> Encoder:
     """Raises ExportError for what is no encoder that is known here."""
     config = read_object(path / "config.json")
-    if (kind := config.get("model_type")) not in KNOWN:
+    if not is_encoder(config):
+        kind = config.get("model_type")
         raise ExportError(
             f"{path}: model_type {kind!r} is no encoder that is exported here; known: {', '.join(KNOWN)}"
         )
@@ -93,15 +101,23 @@ class Tokens:
 
     def plain(self, text: str) -> list[int]:
         """Ids without the special tokens around them."""
-        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+        return list(self._tokenizer.encode(self._beginning(text), add_special_tokens=False).ids)
 
     def whole(self, text: str) -> list[int]:
         """Ids as the encoder reads them, cut to the longest that it takes."""
-        ids = list(self._tokenizer.encode(text).ids)
+        return self._cut(list(self._tokenizer.encode(self._beginning(text)).ids))
+
+    def around(self, ids: Sequence[int]) -> list[int]:
+        """Ids of a text (:meth:`plain`) with the special tokens around them, cut in the same way."""
+        none = self._tokenizer.encode("").ids
+        return self._cut([*none[:-1], *ids, *none[-1:]])
+
+    def _cut(self, ids: list[int]) -> list[int]:
         return ids if len(ids) <= self._longest else [*ids[: self._longest - 1], ids[-1]]
 
-    def text(self, ids: Sequence[int]) -> str:
-        return str(self._tokenizer.decode(list(ids)))
+    def _beginning(self, text: str) -> str:
+        """What of a text may be read at all: the rest is not even made tokens."""
+        return text[: LONGEST_PIECE * self._longest]
 
 
 class Session:
