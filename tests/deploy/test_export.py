@@ -40,7 +40,7 @@ def config(tmp_path: Path, model: Path, **role: object) -> str:
         "default_role": "verb",
         "engine": {"kv_cache_gib": 1},
     }
-    path.write_text(yaml.safe_dump(content), encoding="utf-8")
+    path.write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
     return str(path)
 
 

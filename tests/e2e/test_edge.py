@@ -175,7 +175,7 @@ async def _plain_chats_go_to_the_classifier(http: aiohttp.ClientSession, url: st
 
 
 async def _others_go_up(http: aiohttp.ClientSession, url: str, text: str) -> None:
-    headers, _ = await ask(http, url, asked(text) | {"n": 2})
+    headers, _ = await ask(http, url, asked(text) | {"n": 2, "temperature": 1})
     assert (headers["x-tiercel-variant"], headers["x-tiercel-route-reason"]) == (
         REFERENCE,
         "raised_not_served",
