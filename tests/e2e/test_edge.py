@@ -69,7 +69,7 @@ async def _serves(spec: EngineSpec) -> None:
     async with running(spec, print) as engine, EngineClient(spec.url, "demo") as client:
         account = await checked_account(spec.card, spec.url)
         assert account is not None
-        assert (account.quantization, account.kernels.keys()) == ("gguf", {"Q8_0"})
+        assert (account.quantization, set(account.kernels)) == ("gguf", {"Q8_0"})
         assert await client.answer(messages, 8) == "bill_due"
         assert (await client.version()).startswith("b")
         assert await engine.drain()
@@ -146,6 +146,7 @@ async def _fleet(path: Path, texts: list[str]) -> None:
             pid = stack.engines[variant].pid
             assert pid is not None
             os.kill(pid, signal.SIGKILL)
+            await stack.engines[variant].wait()
         headers, _ = await ask(http, stack.url, asked(texts[0]))
         assert (headers["x-tiercel-variant"], headers["x-tiercel-route-reason"]) == (
             REFERENCE,
