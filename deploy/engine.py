@@ -73,17 +73,22 @@ class EngineSpec:
 
 def need_of(card: Card, directory: Path, settings: EngineSettings) -> Need:
     """What an engine of the variant takes: its weights and its KV cache."""
+    launch = launch_of(card)
+    if launch is not None:
+        cache = launch.kv_bytes(card, settings)
+    else:
+        cache = settings.kv_bytes(card.max_model_len, card.kv_bytes_per_token)
     return Need(
         name=card.id,
         weight_bytes=card.weight_bytes,
-        kv_bytes=settings.kv_bytes(card.max_model_len, card.kv_bytes_per_token),
+        kv_bytes=cache,
         heads=attention_heads(directory),
         env=settings.env,
         arguments=settings.extra_args,
         token_bytes=card.kv_bytes_per_token,
         context=settings.context(card.max_model_len, card.kv_bytes_per_token),
         kv_dtype=card.kv,
-        overhead=launch.overhead if (launch := launch_of(card)) else CPU_OVERHEAD,
+        overhead=launch.overhead if launch else CPU_OVERHEAD,
         on_cores=launch is not None,
     )
 

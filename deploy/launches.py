@@ -11,7 +11,7 @@ from deploy.encoder import launch as encoder
 from deploy.llama import launch as llama
 from deploy.placement import GIB, Placed
 from gateway.config import Engine as EngineSettings
-from quantize.card import Card
+from quantize.card import LLAMA, ONNX, Card
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -25,13 +25,15 @@ class Launch:
     """On what its variants are measured, with the device's own words."""
     missing: Callable[[], str]
     """What is not installed, and the fix; an empty string where nothing is missing."""
+    kv_bytes: Callable[[Card, EngineSettings], int]
+    """Bytes of its KV cache."""
     overhead: int = GIB // 2
     """Bytes beside weights and KV cache."""
 
 
 LAUNCHES: Mapping[str, Launch] = {
-    llama.LLAMA: Launch(llama.command, llama.identity, llama.missing),
-    encoder.ONNX: Launch(encoder.command, encoder.identity, encoder.missing),
+    LLAMA: Launch(llama.command, llama.identity, llama.missing, llama.kv_bytes),
+    ONNX: Launch(encoder.command, encoder.identity, encoder.missing, encoder.kv_bytes),
 }
 
 

@@ -29,7 +29,7 @@ from deploy.turns import Turns, answering_at_once, running_at_once
 from deploy.unlabelled import ask_reference, asked_items
 from gateway.config import ModelConfig
 from quantize.account import suspicion
-from quantize.card import Card, Evaluation, read_card
+from quantize.card import ONNX, Card, Evaluation, read_card
 from quantize.core.checkpoint import CheckpointError
 from quantize.core.engine_figures import EngineAccount, Speed
 from quantize.core.tokenizer import tokenizer_differences
@@ -44,7 +44,7 @@ from quantize.evaluate.measure import (
     reference_path,
 )
 from quantize.evaluate.pairing import compare, count_items
-from quantize.evaluate.speed import measure_speed
+from quantize.evaluate.speed import measure_labels, measure_speed
 from quantize.evaluate.tasks import Item
 from quantize.gate.evidence import hopeless
 from quantize.gate.judgement import gate_p_values, judge_across
@@ -243,7 +243,7 @@ class _Work:
                     if own:
                         self.reference_done.set()
             async with self.turns.alone():
-                speed = await speed_or_none(client, card.variant, _context(self.model, card), self.say)
+                speed = await speed_or_none(client, card, _context(self.model, card), self.say)
             return Found(passes, speed or card.speed, account)
 
     def _journals(self, card: Card) -> dict[str, Journal]:
@@ -325,13 +325,14 @@ def equals_reference(evaluation: Evaluation) -> bool:
     return same_scores and all(role.same_answer == role.items for role in evaluation.roles.values())
 
 
-async def speed_or_none(client: EngineClient, variant: str, longest: int, say: Say) -> Speed | None:
+async def speed_or_none(client: EngineClient, card: Card, longest: int, say: Say) -> Speed | None:
     """A variant's speed. An engine that cannot write what it is measured by (its context may be shorter) has
     none, which is said: what was found out about quality stands without it."""
+    measuring = measure_labels if card.target == ONNX else measure_speed
     try:
-        return await measure_speed(client, longest)
+        return await measuring(client, longest)
     except EngineError as error:
-        say(f"{variant}: its speed was not measured: {error}")
+        say(f"{card.variant}: its speed was not measured: {error}")
         return None
 
 

@@ -36,6 +36,8 @@ Evidence = Literal["labels", "reference"]
 """What answers are compared with: right ones that somebody gave, or the reference's own."""
 VARIANT_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 VERSION = re.compile(r"[0-9a-f]{12}")
+LLAMA, ONNX = "llama.cpp", "onnxruntime"
+"""Targets of variants that another engine than vLLM serves: GGUF files, and classifiers."""
 
 
 class CardError(ValueError):

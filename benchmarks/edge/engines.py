@@ -10,14 +10,14 @@ from benchmarks.quantization import real_data
 from deploy.engine import EngineSpec, free_port, running
 from deploy.placement import Placed
 from gateway.config import Engine as EngineSettings
-from quantize.card import Card
+from quantize.card import LLAMA, Card
 from quantize.core.checkpoint import open_checkpoint
 from quantize.core.modules import read_modules
 from quantize.core.recipes import RECIPES
 from quantize.core.targets import detect, target
 from quantize.evaluate.client import EngineClient
 from quantize.export.gguf_file import read_gguf
-from quantize.export.variant import LLAMA, MODEL_FILE, described
+from quantize.export.variant import MODEL_FILE, described
 from quantize.registry import Registry
 
 PYTHON = Path(".venv-engine/bin/python")

@@ -10,8 +10,9 @@ from typing import Any
 
 from deploy.commands import add_json, add_model, print_json, say
 from deploy.commands.quantize import before_work, judge, reference_card, unmeasured
+from deploy.making import labelled_items
 from deploy.models import checkpoint_of, one_model, registry_of
-from gateway.config import load_config
+from gateway.config import ModelConfig, load_config
 from quantize.core.checkpoint import Checkpoint, open_checkpoint
 from quantize.export.encoder import DYNAMIC, ENCODER_TYPES
 from quantize.export.types import DEFAULT_TYPE, TYPES, ExportError, export_type
@@ -131,17 +132,45 @@ def encoder(options: argparse.Namespace) -> None:
 
 def _classifier_variants(options: argparse.Namespace, texts: Sequence[str]) -> None:
     """The reference of a classifier, and its variants in 8 bits."""
-    from quantize.export.encoder import FLOAT, STATIC
+    from quantize.export.encoder import FLOAT, STATIC, open_encoder
     from quantize.export.encoder_variant import add_classifier
 
     config = load_config(options.config)
     model = one_model(config, options.model)
     checkpoint = checkpoint_of(model, say)
+    if options.evaluate:
+        _refuse_unjudgeable(model, open_encoder(checkpoint.path).labels)
     registry = registry_of(model, say)
     cards = [add_classifier(registry, checkpoint, model.reference, FLOAT)]
     for kind in (DYNAMIC, STATIC) if texts else (DYNAMIC,):
         cards.append(add_classifier(registry, checkpoint, kind, kind, texts))
     judge(config, {model.name: cards}, options)
+
+
+def _refuse_unjudgeable(model: ModelConfig, labels: Sequence[str]) -> None:
+    """Raise ExportError, before work, for what keeps a classifier from being measured."""
+    if not model.roles:
+        raise ExportError(
+            f"models.{model.name}: no role may be served by it; add it to roles.NAME.models, or use "
+            "--no-evaluate"
+        )
+    for role, settings in model.roles.items():
+        if settings.tasks is None:
+            raise ExportError(
+                f"roles.{role}.tasks: a classifier is judged by right answers, and there are none; give items"
+            )
+        if settings.long_context is not None:
+            raise ExportError(
+                f"roles.{role}.long_context: a classifier reads the last message alone; leave {model.name} "
+                "out of the role's models"
+            )
+    for role, items in labelled_items(model).items():
+        for number, item in enumerate(items, 1):
+            if item.expected not in labels:
+                raise ExportError(
+                    f"roles.{role}.tasks: item {number}: {item.expected[:60]!r} is none of the {len(labels)} "
+                    f"labels of {model.name}; train it on texts of that label as well"
+                )
 
 
 def classifier(options: argparse.Namespace) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from deploy.commands import add_command, add_json, print_json, say
 from deploy.commands.fleet_plan import add_fleet_plan
-from deploy.engine import EngineSpec, command
+from deploy.engine import EngineSpec, command, need_of
 from deploy.fleet.engines import placed_specs, served_here, without_ours
 from deploy.machine import look
 from gateway.config import load_config, shown_url
@@ -61,7 +61,7 @@ def described(spec: EngineSpec) -> dict[str, Any]:
         "cores": list(spec.placed.cores),
         "memory_bytes": spec.placed.memory,
         "weight_bytes": card.weight_bytes,
-        "kv_cache_bytes": settings.kv_bytes(card.max_model_len, card.kv_bytes_per_token),
+        "kv_cache_bytes": need_of(card, spec.directory, settings).kv_bytes,
         "context": settings.context(card.max_model_len, card.kv_bytes_per_token),
         "env": dict(spec.placed.env),
         "arguments": list(Secret.OPTIONS.hide(tuple(command(spec)[2:]))),

@@ -15,7 +15,7 @@ from deploy.commands.explore import add_explore
 from deploy.commands.stress import add_stress
 from deploy.commands.variants import card_as_json
 from deploy.models import checkpoint_of, one_model, registry_of, some_models, variant_of, variants_to_make
-from gateway.config import Config, ModelConfig, load_config
+from gateway.config import Config, ConfigError, ModelConfig, load_config
 from quantize.card import Card
 from quantize.core.checkpoint import open_checkpoint
 from quantize.core.methods import refuse_trained
@@ -166,6 +166,7 @@ def check(options: argparse.Namespace) -> None:
 
 def make(options: argparse.Namespace) -> None:
     from deploy.making import make_one, make_variants
+    from quantize.export.encoder import is_encoder
 
     config = load_config(options.config)
     if options.scheme:
@@ -178,14 +179,22 @@ def make(options: argparse.Namespace) -> None:
         name, kv = options.name, options.kv
         cards = {model.name: make_one(model, name, options.scheme, method, kv, say, options.target, before)}
     else:
-        cards = {}
+        cards, encoder = {}, ""
         for name, variants in variants_to_make(config, options.variants, options.model).items():
             model = config.of(name)
             if len(config.models) > 1:
                 say(f"{name}:")
+            if is_encoder(checkpoint_of(model, say).config):
+                encoder = (
+                    f"{name} is an encoder, whose variants `tiercel export encoder --model {name}` makes"
+                )
+                say(encoder)
+                continue
             wanted = variants or unasked(target(options.target or detect()))
             before = before_work(model, options, len(wanted), to_calibrate=True)
             cards[name] = make_variants(model, wanted, say, options.target, before)
+    if not cards:
+        raise ConfigError(encoder)
     judge(config, cards, options)
 
 

@@ -7,30 +7,43 @@ one token behind them, with an id after those of words.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import time
 import uuid
-from collections.abc import Mapping, Sequence
 from ipaddress import ip_address
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 
-from deploy.encoder.classifier import Classifier, FullError, likeliest
-from quantize.export.encoder_variant import ONNX
+from deploy.encoder.classifier import Classifier, likeliest
+from deploy.encoder.requests import (
+    ChatAsked,
+    ClassifyAsked,
+    CompletionAsked,
+    ScoreAsked,
+    TokenizeAsked,
+    answered,
+    last_user,
+)
+from deploy.engine_server import (
+    BadRequestError,
+    StreamOptions,
+    add_handlers,
+    asked_of,
+    error_reply,
+    read_body,
+)
+from quantize.card import ONNX
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 MOST_TOLD = 20
-
-
-class RefusedError(Exception):
-    """A request that is not served. ``field`` is the one that is at fault."""
-
-    def __init__(self, text: str, field: str) -> None:
-        super().__init__(text)
-        self.field = field
+LONGEST_SHOWN = 60
 
 
 def make_app(classifier: Classifier, name: str, build: str) -> FastAPI:
@@ -52,24 +65,8 @@ def make_app(classifier: Classifier, name: str, build: str) -> FastAPI:
         ("POST", "/tiercel/drain", routes.drain),
     ):
         app.add_api_route(path, work, methods=[method], response_model=None)
-    app.add_exception_handler(RefusedError, _refused)
-    app.add_exception_handler(FullError, _full)
+    add_handlers(app)
     return app
-
-
-def _error(status: int, text: str, field: str | None = None) -> JSONResponse:
-    kind = "invalid_request_error" if status < 500 else "server_error"
-    return JSONResponse({"error": {"message": text, "type": kind, "param": field, "code": None}}, status)
-
-
-async def _refused(_: Request, error: Exception) -> Response:
-    return _error(400, str(error), getattr(error, "field", None))
-
-
-async def _full(_: Request, error: Exception) -> Response:
-    answer = _error(503, f"{error}; ask again in a moment")
-    answer.headers["retry-after"] = "1"
-    return answer
 
 
 class Routes:
@@ -78,12 +75,8 @@ class Routes:
         self._draining = False
 
     async def classify(self, request: Request) -> Response:
-        asked = await _body(request)
-        texts = asked.get("input")
-        texts = [texts] if isinstance(texts, str) else texts
-        if not isinstance(texts, list) or not texts or not all(isinstance(one, str) for one in texts):
-            raise RefusedError("input: a text, or a list of texts", "input")
-        rows = [np.exp(await self._of.log_probabilities(text)) for text in texts]
+        texts = (await asked_of(request, ClassifyAsked)).texts
+        rows = [np.exp(row) for row in await self._of.of_texts(texts)]
         data = [
             {
                 "index": index,
@@ -99,37 +92,52 @@ class Routes:
         )
 
     async def chat(self, request: Request) -> Response:
-        asked = await _body(request)
-        text = _last_user(asked.get("messages"))
-        row = await self._of.log_probabilities(text)
+        asked = await asked_of(request, ChatAsked)
+        text = last_user(asked.messages)
+        (row,) = await self._of.of_texts([text])
         best = likeliest(row, 1)[0]
-        label, read = self._of.labels[best], len(self._of.tokens.whole(text))
-        told = self._told(row, best, int(asked.get("top_logprobs") or 0)) if asked.get("logprobs") else None
-        end = {"index": 0, "finish_reason": "stop", "logprobs": told}
-        if not asked.get("stream"):
-            message = {"role": "assistant", "content": label}
-            ids = {"token_ids": [self._of.vocabulary + best]} if asked.get("return_token_ids") else {}
-            choices = [{**end, "message": message, **ids}]
-            return JSONResponse(
-                {
-                    **self._common("chatcmpl"),
-                    "object": "chat.completion",
-                    "choices": choices,
-                    "usage": _usage(read, 1),
-                }
+        label, usage = self._of.labels[best], _usage(len(self._of.tokens.whole(text)), 1)
+        end = {"index": 0, "finish_reason": "stop", "logprobs": self._told(row, best, asked.told)}
+        common = self._common("chatcmpl")
+        if not asked.stream:
+            ids = {"token_ids": [self._of.vocabulary + best]} if asked.return_token_ids else {}
+            choices = [{**end, "message": {"role": "assistant", "content": label}, **ids}]
+            more = (
+                {} if asked.prompt_logprobs is None else {"prompt_logprobs": self._thought(asked, text, row)}
             )
-        options = asked.get("stream_options") or {}
-        common = {**self._common("chatcmpl"), "object": "chat.completion.chunk"}
+            return JSONResponse(
+                {**common, "object": "chat.completion", "choices": choices, "usage": usage, **more}
+            )
+        options = asked.stream_options or StreamOptions()
+        common |= {"object": "chat.completion.chunk"}
         chunk = {**common, "choices": [{**end, "delta": {"role": "assistant", "content": label}}]}
-        if options.get("continuous_usage_stats"):
-            chunk["usage"] = _usage(read, 1)
+        if options.continuous_usage_stats:
+            chunk["usage"] = usage
         lines = [chunk]
-        if options.get("include_usage"):
-            lines.append({**common, "choices": [], "usage": _usage(read, 1)})
+        if options.include_usage:
+            lines.append({**common, "choices": [], "usage": usage})
         events = [f"data: {json.dumps(one, ensure_ascii=False)}\n\n" for one in lines]
         return StreamingResponse(iter([*events, "data: [DONE]\n\n"]), media_type="text/event-stream")
 
-    def _told(self, row: Any, best: int, top: int) -> dict[str, Any]:
+    def _thought(self, asked: ChatAsked, text: str, row: NDArray[np.float64]) -> list[Any]:
+        """vLLM's ``prompt_logprobs`` of a conversation that ends with a label: nothing of the text's tokens,
+        and of the label its log-probability beside the likeliest one's."""
+        at = self._label(answered(asked.messages))
+        order = likeliest(row, len(row))
+        told = {
+            str(self._of.vocabulary + one): {
+                "logprob": float(row[one]),
+                "rank": order.index(one) + 1,
+                "decoded_token": self._of.labels[one],
+            }
+            for one in (at, order[0])
+        }
+        return [*[None] * len(self._of.tokens.plain(text)), told]
+
+    def _told(self, row: NDArray[np.float64], best: int, top: int | None) -> dict[str, Any] | None:
+        if top is None:
+            return None
+
         def shown(at: int) -> dict[str, Any]:
             label = self._of.labels[at]
             return {"token": label, "logprob": float(row[at]), "bytes": list(label.encode())}
@@ -141,42 +149,37 @@ class Routes:
         return {"id": f"{kind}-{uuid.uuid4().hex}", "created": int(time.time()), "model": self._name}
 
     async def completions(self, request: Request) -> Response:
-        """What an engine is tried with when it starts; a classifier writes no text otherwise."""
-        asked = await _body(request)
-        if asked.get("max_tokens") != 1 or not isinstance(asked.get("prompt"), list):
-            raise RefusedError("prompt: a classifier answers chat and /classify; it writes no text", "prompt")
-        row = await self._of.log_probabilities(self._of.tokens.text(asked["prompt"]))
-        label = self._of.labels[likeliest(row, 1)[0]]
+        """What an engine is tried with when it starts, and measured by; a classifier writes no text."""
+        asked = await asked_of(request, CompletionAsked)
+        label = self._of.labels[likeliest(await self._of.of_ids(asked.prompt), 1)[0]]
         choices = [{"index": 0, "text": label, "finish_reason": "length", "logprobs": None}]
-        read = len(asked["prompt"])
+        usage = _usage(len(asked.prompt), 1)
         return JSONResponse(
-            {
-                **self._common("cmpl"),
-                "object": "text_completion",
-                "choices": choices,
-                "usage": _usage(read, 1),
-            }
+            {**self._common("cmpl"), "object": "text_completion", "choices": choices, "usage": usage}
         )
 
     async def tokenize(self, request: Request) -> Response:
-        asked = await _body(request)
-        messages = asked.get("messages")
-        if messages is None:
-            tokens = self._of.tokens.plain(str(asked.get("prompt") or ""))
+        asked = await asked_of(request, TokenizeAsked)
+        if asked.messages is not None:
+            tokens = self._of.tokens.plain(last_user(asked.messages))
+            if (label := answered(asked.messages)) is not None:
+                tokens.append(self._of.vocabulary + self._label(label))
+        elif asked.prompt is not None:
+            tokens = self._of.tokens.plain(asked.prompt)
         else:
-            tokens = self._of.tokens.plain(_last_user(messages))
-            if messages[-1].get("role") == "assistant":
-                tokens.append(self._label(str(messages[-1].get("content"))))
+            raise BadRequestError("prompt: give a prompt, or messages", "prompt")
         longest = self._of.encoder.longest
         return JSONResponse({"count": len(tokens), "max_model_len": longest, "tokens": tokens})
 
-    def _label(self, text: str) -> int:
+    def _label(self, text: str | None) -> int:
+        """A label's number. Raises BadRequestError."""
         if text not in self._of.labels:
-            raise RefusedError(
-                f"messages: {text[:60]!r} is none of the {len(self._of.labels)} labels of {self._name}",
+            raise BadRequestError(
+                f"messages: {(text or '')[:LONGEST_SHOWN]!r} is none of the {len(self._of.labels)} labels of "
+                f"{self._name}",
                 "messages",
             )
-        return self._of.vocabulary + self._of.labels.index(text)
+        return self._of.labels.index(text)
 
     async def models(self) -> Response:
         one = {"id": self._name, "object": "model", "owned_by": ONNX}
@@ -184,6 +187,8 @@ class Routes:
         return JSONResponse({"object": "list", "data": data})
 
     async def health(self) -> Response:
+        if not self._of.works:
+            return PlainTextResponse("nothing is computed any more", 503)
         return PlainTextResponse("draining", 503) if self._draining else Response()
 
     async def version(self) -> Response:
@@ -221,23 +226,23 @@ class Routes:
 
     async def score(self, request: Request) -> Response:
         """As ``engine_site/score_route.py``; of a reference its labels' log-probabilities are kept."""
-        line, _, kept = (await request.body()).partition(b"\n")
-        asked, about = json.loads(line), self._described()
-        tokens, start = asked["tokens"], asked["start"]
-        if len(tokens) - start != 1 or not 0 <= tokens[start] - self._of.vocabulary < about["width"]:
-            raise RefusedError("tokens: one label behind a text is scored", "tokens")
-        if kept and (asked.get("head") != about["head"] or len(kept) != 4 * about["width"]):
-            raise RefusedError("the reference's figures are of other labels", "head")
-        row = await self._of.log_probabilities(self._of.tokens.text(tokens[:start]))
+        line, _, kept = (await read_body(request)).partition(b"\n")
+        asked, about = ScoreAsked.model_validate_json(line), self._described()
+        text, label = asked.tokens[: asked.start], asked.tokens[asked.start :]
+        if len(label) != 1 or not 0 <= (at := label[0] - self._of.vocabulary) < about["width"]:
+            raise BadRequestError("tokens: one label behind a text is scored", "tokens")
+        if kept and (asked.head != about["head"] or len(kept) != 4 * about["width"]):
+            raise BadRequestError("head: the reference's figures are of other labels", "head")
+        row = await self._of.of_ids(text)
         columns = {
-            "came": np.array([row[tokens[start] - self._of.vocabulary]], "<f8"),
+            "came": np.array([row[at]], "<f8"),
             "top1": np.array([row.argmax()], "<i4"),
         }
         if kept:
             before = np.frombuffer(kept, "<f4").astype(np.float64)
             columns["kl"] = np.array([max(0.0, float((np.exp(before) * (before - row)).sum()))], "<f8")
             columns["reference_top1"] = np.array([before.argmax()], "<i4")
-        if asked.get("keep"):
+        if asked.keep:
             columns["hidden"] = row.astype("<f4")
         raw = {name: values.tobytes() for name, values in columns.items()}
         head = {**about, "columns": [[name, len(one)] for name, one in raw.items()]}
@@ -246,35 +251,12 @@ class Routes:
 
     async def drain(self, request: Request) -> Response:
         host = request.client.host if request.client else ""
-        if host and ip_address(host).is_loopback:
-            self._draining = True
-            return Response()
-        return _error(403, "an engine is drained from its own machine alone")
+        with contextlib.suppress(ValueError):
+            if ip_address(host).is_loopback:
+                self._draining = True
+                return Response()
+        return error_reply(403, "an engine is drained from its own machine alone")
 
 
 def _usage(read: int, written: int) -> dict[str, int]:
     return {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
-
-
-def _last_user(messages: Any) -> str:
-    """The text of the last user's message. Raises RefusedError."""
-    if isinstance(messages, Sequence):
-        for message in reversed(messages):
-            if isinstance(message, Mapping) and message.get("role") == "user":
-                content = message.get("content")
-                if isinstance(content, list):
-                    parts = [part.get("text") for part in content if isinstance(part, Mapping)]
-                    content = "\n".join(part for part in parts if isinstance(part, str))
-                if isinstance(content, str) and content.strip():
-                    return content
-    raise RefusedError("messages: a classifier reads the last user's message, and there is none", "messages")
-
-
-async def _body(request: Request) -> dict[str, Any]:
-    try:
-        found = json.loads(await request.body())
-    except ValueError:
-        raise RefusedError("the body is not JSON", "body") from None
-    if not isinstance(found, dict):
-        raise RefusedError("the body is no JSON object", "body")
-    return found

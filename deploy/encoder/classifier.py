@@ -7,10 +7,11 @@ import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from deploy.engine_server import BadRequestError, FullError
 from quantize.export.encoder import MODEL_FILE, Encoder, Session, Tokens, open_encoder_variant
 
 if TYPE_CHECKING:
@@ -23,10 +24,6 @@ WAITING = 1024
 
 INTEGERS = (b"MatMulInteger", b"DequantizeLinear")
 """Operations of a file whose weights are integers."""
-
-
-class FullError(RuntimeError):
-    """The line is full."""
 
 
 @dataclass
@@ -70,39 +67,55 @@ class Classifier:
     def waiting(self) -> int:
         return self._line.qsize()
 
-    async def log_probabilities(self, text: str) -> NDArray[np.float64]:
-        """(labels,) natural-log probabilities of a text. Raises FullError."""
-        ids = self.tokens.whole(text)
-        found: asyncio.Future[NDArray[np.float64]] = asyncio.get_running_loop().create_future()
-        try:
-            self._line.put_nowait((ids, found))
-        except asyncio.QueueFull:
-            raise FullError(f"{WAITING} texts wait already") from None
-        self.counts.prompt_tokens += len(ids)
-        return await found
+    @property
+    def works(self) -> bool:
+        """Whether what waits is computed."""
+        return self._working is not None and not self._working.done()
+
+    async def of_texts(self, texts: Sequence[str]) -> list[NDArray[np.float64]]:
+        """(labels,) natural-log probabilities of every text. Raises BadRequestError and FullError."""
+        return await self._of([self.tokens.whole(text) for text in texts])
+
+    async def of_ids(self, ids: Sequence[int]) -> NDArray[np.float64]:
+        """The same of a text's token ids, without the special tokens around them."""
+        if wrong := next((token for token in ids if not 0 <= token < self.vocabulary), None):
+            text = f"tokens: {wrong} is out of vocabulary, which has {self.vocabulary} tokens"
+            raise BadRequestError(text, "tokens")
+        return (await self._of([self.tokens.around(ids)]))[0]
+
+    async def _of(self, rows: Sequence[list[int]]) -> list[NDArray[np.float64]]:
+        if not all(rows):
+            raise BadRequestError("input: a text has no tokens; give one that has", "input")
+        if self._line.qsize() + len(rows) > WAITING:
+            raise FullError(f"{self._line.qsize()} texts wait already")
+        loop = asyncio.get_running_loop()
+        found: list[asyncio.Future[NDArray[np.float64]]] = [loop.create_future() for _ in rows]
+        for ids, one in zip(rows, found, strict=True):
+            self._line.put_nowait((ids, one))
+            self.counts.prompt_tokens += len(ids)
+        return await asyncio.gather(*found)
 
     async def _work(self) -> None:
         while True:
             batch = [await self._line.get()]
             while len(batch) < TOGETHER and not self._line.empty():
                 batch.append(self._line.get_nowait())
-            batch = [(ids, found) for ids, found in batch if not found.done()]
+            batch = [(ids, found) for ids, found in batch if not found.done()]  # others have left
             if not batch:
                 continue
             self.counts.running = len(batch)
             try:
-                rows: Any = await asyncio.to_thread(self._session.run, [ids for ids, _ in batch])
+                rows = log_softmax(await asyncio.to_thread(self._session.run, [ids for ids, _ in batch]))
+                self.counts.labels += len(batch)
+                for (_, found), row in zip(batch, rows, strict=True):
+                    if not found.done():
+                        found.set_result(row)
             except Exception as error:
                 for _, found in batch:
                     if not found.done():
                         found.set_exception(error)
-                continue
             finally:
                 self.counts.running = 0
-            self.counts.labels += len(batch)
-            for (_, found), row in zip(batch, log_softmax(rows), strict=True):
-                if not found.done():
-                    found.set_result(row)
 
 
 def log_softmax(rows: NDArray[np.float32]) -> NDArray[np.float64]:

@@ -13,10 +13,7 @@ from pathlib import Path
 
 from deploy.placement import Placed
 from gateway.config import Engine as EngineSettings
-from quantize.card import Card
-from quantize.export.encoder_variant import ONNX
-
-__all__ = ["ONNX", "command", "identity", "missing"]
+from quantize.card import ONNX, Card
 
 
 def command(card: Card, directory: Path, settings: EngineSettings, port: int, placed: Placed) -> list[str]:
@@ -32,6 +29,11 @@ def command(card: Card, directory: Path, settings: EngineSettings, port: int, pl
         *("--threads", str(threads)),
         *("--stop-timeout", str(math.ceil(settings.stop_timeout_s))),
     ]
+
+
+def kv_bytes(card: Card, settings: EngineSettings) -> int:
+    """It has no KV cache."""
+    return 0
 
 
 def missing() -> str:

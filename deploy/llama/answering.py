@@ -12,12 +12,11 @@ from typing import Any
 from fastapi import Request, Response
 from fastapi.responses import JSONResponse
 
-from deploy.llama.engine import Answering, Engine, FullError
-from deploy.llama.errors import error_reply
+from deploy.engine_server import StreamOptions, error_reply
+from deploy.llama.engine import Answering, Engine
 from deploy.llama.replies import Choice, Replies, usage
-from deploy.llama.requests import StreamOptions
 from deploy.llama.sampling import Drawn
-from quantize.export.llama import LlamaError
+from quantize.export.llama import GrammarError, LlamaError
 
 Event = tuple[int, Drawn | str | Exception]
 """Of which answer, and what the thread delivered."""
@@ -44,7 +43,7 @@ class Running:
         try:
             for work in self.works:
                 self.engine.submit(work)
-        except FullError:
+        except Exception:
             self.cancel()
             raise
 
@@ -89,8 +88,10 @@ async def whole_reply(request: Request, running: Running, replies: Replies) -> R
         if not answering.done():
             return Response(status_code=499)
         await answering
+    except GrammarError as error:
+        return error_reply(400, f"response_format: {error}", "response_format")
     except LlamaError as error:
-        return error_reply(400 if "grammar" in str(error) else 500, str(error))
+        return error_reply(500, str(error))
     finally:
         for one in (answering, leaving):
             one.cancel()

@@ -5,22 +5,19 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from functools import partial
-from typing import TypeVar
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
-from pydantic import BaseModel
 
+from deploy.engine_server import BadRequestError, add_handlers, asked_of
 from deploy.llama.answering import Event, Running, deliver, stream_reply, whole_reply
-from deploy.llama.engine import Answering
-from deploy.llama.errors import add_handlers
+from deploy.llama.engine import WAITING, Answering
 from deploy.llama.operations import Operations
 from deploy.llama.replies import Choice, Replies
-from deploy.llama.requests import Asked, BadRequestError, ChatAsked, CompletionAsked, TokenizeAsked
+from deploy.llama.requests import Asked, ChatAsked, CompletionAsked, TokenizeAsked
 from deploy.llama.server import Server
 from deploy.llama.text import Text
 
-T = TypeVar("T", bound=BaseModel)
 USUAL_TOKENS = 16
 """Of a plain completion that does not say how many, as at OpenAI's."""
 
@@ -54,17 +51,21 @@ class Answers:
         self._server, self._engine = server, server.engine
 
     async def chat(self, request: Request) -> Response:
-        asked = await _body(request, ChatAsked)
-        tokens = self._server.tokens_of(
-            asked.messages, asked.add_generation_prompt, asked.chat_template_kwargs
+        asked = await asked_of(request, ChatAsked)
+        tokens = await asyncio.to_thread(
+            self._server.tokens_of, asked.messages, asked.add_generation_prompt, asked.chat_template_kwargs
         )
         return await self._answer(request, asked, [tokens], asked.told, asked.longest)
 
     async def completions(self, request: Request) -> Response:
-        asked = await _body(request, CompletionAsked)
-        model = self._engine.model
+        asked = await asked_of(request, CompletionAsked)
+        if not 0 < (count := len(asked.prompts) * (asked.n or 1)) <= WAITING:
+            text = f"prompt: {count:,} answers; a request has one at least and {WAITING} at most"
+            raise BadRequestError(text, "prompt")
+        tokens_in = self._server.tokens_in
         prompts = [
-            model.tokenize(one, add_special=True) if isinstance(one, str) else one for one in asked.prompts
+            await asyncio.to_thread(tokens_in, one, "prompt", True) if isinstance(one, str) else one
+            for one in asked.prompts
         ]
         longest = USUAL_TOKENS if asked.max_tokens is None else asked.max_tokens
         return await self._answer(request, asked, prompts, asked.logprobs, longest)
@@ -119,18 +120,15 @@ class Answers:
         return max(1, wanted)
 
     async def tokenize(self, request: Request) -> Response:
-        asked = await _body(request, TokenizeAsked)
+        asked, server = await asked_of(request, TokenizeAsked), self._server
         if asked.messages is not None:
-            tokens = self._server.tokens_of(
-                asked.messages, asked.add_generation_prompt, asked.chat_template_kwargs
+            tokens = await asyncio.to_thread(
+                server.tokens_of, asked.messages, asked.add_generation_prompt, asked.chat_template_kwargs
             )
-        else:
+        elif asked.prompt is not None:
             special = asked.add_special_tokens is not False
-            tokens = self._engine.model.tokenize(asked.prompt or "", special)
+            tokens = await asyncio.to_thread(server.tokens_in, asked.prompt, "prompt", special)
+        else:
+            raise BadRequestError("prompt: give a prompt, or messages", "prompt")
         found = {"count": len(tokens), "max_model_len": self._server.context, "tokens": tokens}
         return JSONResponse(found)
-
-
-async def _body(request: Request, kind: type[T]) -> T:
-    """Raises ValidationError and BadRequestError."""
-    return kind.model_validate_json(await request.body())

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from deploy.engine_server import FullError
 from deploy.llama.sampling import Drawn, Sampler, Sampling
 from quantize.export.llama import LlamaContext, LlamaError, LlamaModel, Place
 
@@ -28,10 +29,6 @@ PIECE = 256
 
 ROWS = 64
 """Rows of logits that are scored together: each is the whole vocabulary."""
-
-
-class FullError(RuntimeError):
-    """The line is full."""
 
 
 @dataclass(eq=False)
@@ -90,10 +87,18 @@ class Counts:
 
 class Engine:
     """``model`` in ``slots`` sequences that share ``cache_tokens``. ``start`` it; ``stop`` lets nothing
-    finish."""
+    finish. ``on_end`` is called in its thread where that ends by a defect; nothing is answered after it."""
 
-    def __init__(self, model: LlamaModel, cache_tokens: int, slots: int, threads: int) -> None:
+    def __init__(
+        self,
+        model: LlamaModel,
+        cache_tokens: int,
+        slots: int,
+        threads: int,
+        on_end: Callable[[], None] = lambda: None,
+    ) -> None:
         """Raises LlamaError."""
+        self._on_end = on_end
         self.model, self.cache_tokens = model, cache_tokens
         self._context = LlamaContext(model, cache_tokens, slots, threads)
         self._slots = [Slot(number) for number in range(slots)]
@@ -118,8 +123,10 @@ class Engine:
         self._context.close()
 
     def submit(self, work: Answering | Task) -> None:
-        """Raises FullError."""
+        """Raises FullError, and LlamaError where nothing is decoded any more."""
         with self._changed:
+            if self.broken is not None or self._stopping:
+                raise LlamaError(f"the engine has ended: {self.broken or 'it was stopped'}")
             if len(self._line) >= WAITING:
                 raise FullError(f"{WAITING} requests wait already")
             self._line.append(work)
@@ -145,12 +152,14 @@ class Engine:
                 self._admit()
                 self._step()
         except Exception as error:  # nothing goes on after it; whoever waits is told
-            self.broken = error
+            with self._changed:
+                self.broken = error
             for slot in self._slots:
                 if slot.work is not None:
                     slot.work.deliver(error)
             while self._line:
                 self._line.popleft().deliver(error)
+            self._on_end()
 
     def _wait(self) -> bool:
         """Until there is something to do; whether there is."""
@@ -161,11 +170,11 @@ class Engine:
 
     def _admit(self) -> None:
         """Put what waits to work, the first first, as far as there is room."""
+        for left in [work for work in self._line if work.cancelled]:
+            self._line.remove(left)  # wherever it stands: others are refused when the line is full
         while self._line:
             work = self._line[0]
-            if work.cancelled:
-                self._line.popleft()
-            elif isinstance(work, Task):
+            if isinstance(work, Task):
                 if self.running:
                     return
                 self._line.popleft()
@@ -234,7 +243,12 @@ class Engine:
         work, sampler = slot.work, slot.sampler
         assert work is not None
         assert sampler is not None
-        drawn = sampler.draw(logits)
+        try:
+            drawn = sampler.draw(logits)
+        except Exception as error:  # of this answer alone: of what it was asked to keep to
+            self._free(slot)
+            work.deliver(error)
+            return
         slot.written += 1
         self.counts.generated_tokens += 1
         work.deliver(drawn)

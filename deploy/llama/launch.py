@@ -12,11 +12,9 @@ from pathlib import Path
 
 from deploy.placement import Placed
 from gateway.config import Engine as EngineSettings
-from quantize.card import Card
+from quantize.card import LLAMA, Card
 from quantize.export.llama import is_installed
-from quantize.export.variant import LLAMA, MODEL_FILE
-
-__all__ = ["LLAMA", "command", "identity", "missing", "slots", "threads"]
+from quantize.export.variant import MODEL_FILE
 
 MOST_SLOTS = 8
 """Answers at a time; more share two cores to no gain."""
@@ -26,20 +24,28 @@ def slots(settings: EngineSettings) -> int:
     return min(MOST_SLOTS, settings.max_num_seqs)
 
 
-def command(card: Card, directory: Path, settings: EngineSettings, port: int, placed: Placed) -> list[str]:
-    """The command line. ``engine.extra_args`` are vLLM's and not given on."""
+def cache_tokens(card: Card, settings: EngineSettings) -> int:
+    """Tokens of the KV cache: llama.cpp takes the memory of all of it at once, so no more than its answers
+    can fill."""
     per_token = max(1, card.kv_bytes_per_token)
     context = settings.context(card.max_model_len, per_token)
-    # llama.cpp takes the memory of its whole cache at once: no more than its answers can fill.
-    cache = min(settings.kv_bytes(card.max_model_len, per_token) // per_token, context * slots(settings))
+    return min(settings.kv_bytes(card.max_model_len, per_token) // per_token, context * slots(settings))
+
+
+def kv_bytes(card: Card, settings: EngineSettings) -> int:
+    return cache_tokens(card, settings) * card.kv_bytes_per_token
+
+
+def command(card: Card, directory: Path, settings: EngineSettings, port: int, placed: Placed) -> list[str]:
+    """The command line. ``engine.extra_args`` are vLLM's and not given on."""
     return [
         *(sys.executable, "-m", "deploy.llama.serve"),
         *("--model", str(directory / MODEL_FILE)),
         *("--name", card.model),
         *("--host", settings.host),
         *("--port", str(port)),
-        *("--context", str(context)),
-        *("--cache-tokens", str(cache)),
+        *("--context", str(settings.context(card.max_model_len, card.kv_bytes_per_token))),
+        *("--cache-tokens", str(cache_tokens(card, settings))),
         *("--slots", str(slots(settings))),
         *("--threads", str(threads(settings, placed))),
         *("--stop-timeout", str(math.ceil(settings.stop_timeout_s))),

@@ -14,13 +14,16 @@ from typing import Any
 from fastapi import Request, Response
 from fastapi.responses import JSONResponse, PlainTextResponse
 
+from deploy.engine_server import MOST_BYTES, error_reply, read_body
 from deploy.llama.engine import Task
-from deploy.llama.errors import error_reply
 from deploy.llama.scoring import COLUMNS, ReferenceHead, Scoring, unfit
 from deploy.llama.server import Server
 from quantize.export.llama import library
 from quantize.export.modules import linears_of
 from quantize.export.types import bits_of
+
+WIDEST = 1 << 14
+"""Of a hidden state, of two bytes each."""
 
 
 class Operations:
@@ -93,11 +96,12 @@ class Operations:
         return server.head
 
     async def score(self, request: Request) -> Response:
-        line, _, hidden = (await request.body()).partition(b"\n")
+        most = MOST_BYTES + 2 * WIDEST * self._engine.cache_tokens
+        line, _, hidden = (await read_body(request, most)).partition(b"\n")
         try:
             asked = json.loads(line)
             assert isinstance(asked, dict)
-        except (ValueError, AssertionError):
+        except (ValueError, AssertionError, RecursionError):
             return error_reply(400, "the first line is no JSON object")
         head = await self._reference_head() if hidden else None
         vocabulary = self._engine.model.vocabulary

@@ -7,49 +7,46 @@ Fields that a gateway or vLLM's clients add and that change nothing here (``cach
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from deploy.engine_server import BadRequestError, StreamOptions
 from deploy.llama.sampling import Sampling
+from gateway.routing.serving import LLAMA_LACKS
 
 MOST_CHOICES = 16
-NOT_SERVED = ("tools", "functions", "prompt_logprobs", "echo", "suffix", "best_of", "structured_outputs")
-NOT_SERVED_MORE = ("prompt_embeds", "use_beam_search", "continue_final_message", "audio", "bad_words")
+MOST_STOPS = 64
+"""Texts that an answer may stop at: each is looked for after every token."""
+MOST_GRAMMAR = 1 << 18
+"""Characters of a grammar."""
+MOST_RULES = 20_000
+"""Of properties that may be left out, each of which may follow on any before it."""
+LEAST_REPETITION = 0.01
+"""Of the penalty: with less, and more than its inverse, logits are none any more."""
+MOST_BIAS = 100.0
+"""Of ``logit_bias``; a larger one counts as this, as in vLLM."""
 _DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-
-
-class BadRequestError(Exception):
-    """A request that is not served. ``field`` is the one that is at fault."""
-
-    def __init__(self, text: str, field: str | None = None, code: str | None = None) -> None:
-        super().__init__(text)
-        self.field, self.code = field, code
-
-
-class StreamOptions(BaseModel):
-    include_usage: bool = False
-    continuous_usage_stats: bool = False
 
 
 class Asked(BaseModel):
     """What chat and plain completions have in common. None is the model's own default."""
 
-    model_config = ConfigDict(extra="allow")
+    model_config = ConfigDict(extra="allow", allow_inf_nan=False)
 
     model: str | None = None
     max_tokens: int | None = Field(default=None, ge=0)
     n: int | None = Field(default=1, ge=1, le=MOST_CHOICES)
     stream: bool | None = False
     stream_options: StreamOptions | None = None
-    stop: str | list[str] | None = None
+    stop: str | Annotated[list[str], Field(max_length=MOST_STOPS)] | None = None
     temperature: float | None = Field(default=None, ge=0)
     top_p: float | None = Field(default=None, gt=0, le=1)
     top_k: int | None = None
     min_p: float | None = Field(default=None, ge=0, le=1)
     presence_penalty: float | None = Field(default=0.0, ge=-2, le=2)
     frequency_penalty: float | None = Field(default=0.0, ge=-2, le=2)
-    repetition_penalty: float | None = Field(default=None, gt=0)
+    repetition_penalty: float | None = Field(default=None, ge=LEAST_REPETITION, le=1 / LEAST_REPETITION)
     seed: int | None = None
     logit_bias: dict[int, float] | None = None
     ignore_eos: bool | None = False
@@ -61,7 +58,7 @@ class Asked(BaseModel):
     @model_validator(mode="after")
     def _is_served(self) -> Self:
         more = self.model_extra or {}
-        for name in (*NOT_SERVED, *NOT_SERVED_MORE):
+        for name in LLAMA_LACKS:
             if more.get(name):
                 raise BadRequestError(
                     f"{name}: a llama.cpp engine does not serve it; leave it out, or use a variant that "
@@ -87,7 +84,10 @@ class Asked(BaseModel):
             presence_penalty=self.presence_penalty or 0.0,
             frequency_penalty=self.frequency_penalty or 0.0,
             seed=None if self.seed is None else abs(self.seed),
-            logit_bias=self.logit_bias or {},
+            logit_bias={
+                token: max(-MOST_BIAS, min(MOST_BIAS, bias))
+                for token, bias in (self.logit_bias or {}).items()
+            },
             logprobs=logprobs,
             ignore_eos=bool(self.ignore_eos),
             min_tokens=self.min_tokens or 0,
@@ -99,10 +99,19 @@ class Asked(BaseModel):
             return None
         from llama_cpp_py_sync.constraints import response_format_to_grammar
 
+        field = "response_format"
+        if (rules := optional_rules(self.response_format)) > MOST_RULES:
+            text = f"{field}: properties that may be left out make {rules:,} rules, {MOST_RULES:,} are taken"
+            raise BadRequestError(f"{text}; require more of them", field)
         try:
             made: str | None = response_format_to_grammar(self.response_format)
-        except (ValueError, TypeError) as error:
-            raise BadRequestError(f"response_format: {error}", "response_format") from None
+        except RecursionError:
+            raise BadRequestError(f"{field}: is nested too deeply; send a flatter schema", field) from None
+        except Exception as error:  # what of a schema the converter never thought of
+            raise BadRequestError(f"{field}: {str(error) or type(error).__name__}", field) from None
+        if made is not None and len(made) > MOST_GRAMMAR:
+            text = f"{field}: its grammar has {len(made):,} characters, {MOST_GRAMMAR:,} are taken"
+            raise BadRequestError(f"{text}; send a smaller schema", field)
         return made
 
 
@@ -144,6 +153,22 @@ class TokenizeAsked(BaseModel):
     add_generation_prompt: bool = True
     add_special_tokens: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+
+
+def optional_rules(schema: Any) -> int:
+    """Rules that a schema's objects make of the properties that they do not require."""
+    found, left = 0, [schema]
+    while left:
+        one = left.pop()
+        if isinstance(one, Mapping):
+            properties, required = one.get("properties"), one.get("required")
+            if isinstance(properties, Mapping):
+                needed = set(map(str, required)) if isinstance(required, list) else set()
+                found += len(properties.keys() - needed) ** 2
+            left += one.values()
+        elif isinstance(one, list):
+            left += one
+    return found
 
 
 def plain_messages(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -8,11 +8,15 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from quantize.export.llama import GrammarError
+
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from quantize.export.llama import Grammar
 
+LEAST_TEMPERATURE = 1e-5
+"""Below it the likeliest token is taken, as in vLLM."""
 TRIED = (1, 64)
 """Likeliest tokens that a grammar is asked about, before it is asked about all."""
 
@@ -54,6 +58,7 @@ class Sampler:
         self._counts: dict[int, int] = {}
         self._seen = set(prompt) if how.repetition_penalty != 1.0 else set[int]()
         self._written = 0
+        self._greedy = how.temperature < LEAST_TEMPERATURE
 
     def draw(self, logits: NDArray[np.float32]) -> Drawn:
         """The next token of ``logits`` (vocabulary,)."""
@@ -61,7 +66,7 @@ class Sampler:
         changed = self._changed(logits)
         if self._grammar is not None:
             changed = self._guided(self._grammar, changed)
-        token = int(changed.argmax()) if how.temperature <= 0 else self._random_token(changed)
+        token = int(changed.argmax()) if self._greedy else self._random_token(changed)
         if self._grammar is not None:
             self._grammar.accept(token)
         self._counts[token] = self._counts.get(token, 0) + 1
@@ -95,14 +100,17 @@ class Sampler:
 
     def _guided(self, grammar: Grammar, logits: NDArray[np.float32]) -> NDArray[np.float32]:
         """Logits of the tokens that the grammar allows; greedy choices are mostly among the likeliest."""
-        if self._how.temperature <= 0:
+        if self._greedy:
             for most in TRIED:
                 ids = np.argpartition(-logits, most - 1)[:most]
                 allowed = ids[grammar.allowed(ids.tolist())]
                 if len(allowed):
                     return _only(logits, allowed)
         ids = np.flatnonzero(np.isfinite(logits))
-        return _only(logits, ids[grammar.allowed(ids.tolist())])
+        allowed = ids[grammar.allowed(ids.tolist())]
+        if not len(allowed):
+            raise GrammarError("its grammar leaves no token that the model knows")
+        return _only(logits, allowed)
 
     def _random_token(self, logits: NDArray[np.float32]) -> int:
         how = self._how

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -49,7 +50,7 @@ def make_server(options: argparse.Namespace) -> Server:
     model = LlamaModel(options.model)
     context = min(options.context or model.trained_context, model.trained_context)
     cache = max(options.cache_tokens or context, context)
-    engine = Engine(model, cache, options.slots, options.threads)
+    engine = Engine(model, cache, options.slots, options.threads, on_end=_end_process)
     beside = options.model.parent
     try:
         text = chat_template(beside) or model.chat_template()
@@ -73,6 +74,11 @@ def make_server(options: argparse.Namespace) -> Server:
     )
 
 
+def _end_process() -> None:
+    """So that whoever started it starts it again: it would answer nothing any more."""
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
 def main() -> None:
     options = arguments().parse_args()
     try:
@@ -91,6 +97,8 @@ def main() -> None:
     finally:
         server.engine.stop()
         server.engine.model.close()
+    if server.engine.broken is not None:
+        sys.exit(f"the engine has ended: {server.engine.broken!r}")
 
 
 if __name__ == "__main__":

@@ -7,11 +7,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from deploy.engine_server import BadRequestError
 from deploy.llama.engine import Engine
-from deploy.llama.requests import BadRequestError, plain_messages
+from deploy.llama.requests import plain_messages
 from deploy.llama.scoring import ReferenceHead
 from deploy.llama.template import ChatTemplate
 from quantize.export.gguf_file import GgufFile
+
+LONGEST_PIECE = 64
+"""Characters of a token, at most: those of longer ones, such as many spaces, are rare."""
 
 
 @dataclass
@@ -33,9 +37,19 @@ class Server:
     def tokens_of(
         self, messages: Sequence[Mapping[str, Any]], prompt: bool, more: Mapping[str, Any] | None
     ) -> list[int]:
-        """Token ids of a conversation. Raises BadRequestError and BadConversationError."""
+        """Token ids of a conversation. Raises BadRequestError."""
         if self.template is None:
             text = f"messages: {self.name} has no chat template; use /v1/completions"
             raise BadRequestError(text, "messages")
-        text = self.template.render(plain_messages(messages), prompt, more or {})
-        return self.engine.model.tokenize(text)
+        return self.tokens_in(self.template.render(plain_messages(messages), prompt, more or {}), "messages")
+
+    def tokens_in(self, text: str, field: str, special: bool = False) -> list[int]:
+        """Token ids of a text. Raises BadRequestError for one that is too long by its characters alone."""
+        if len(text) > (most := LONGEST_PIECE * self.context):
+            raise BadRequestError(
+                f"{field}: {len(text):,} characters; the maximum context length is {self.context} tokens, "
+                f"and no more than {most:,} characters are read",
+                field,
+                "context_length_exceeded",
+            )
+        return self.engine.model.tokenize(text, special)

@@ -11,9 +11,7 @@ from jinja2 import TemplateError
 from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-
-class BadConversationError(ValueError):
-    """The template refuses a conversation. The text is its own."""
+from deploy.engine_server import BadRequestError
 
 
 class ChatTemplate:
@@ -31,12 +29,15 @@ class ChatTemplate:
     def render(
         self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool, more: Mapping[str, Any]
     ) -> str:
-        """The text of a conversation. Raises BadConversationError."""
+        """The text of a conversation. Raises BadRequestError, with the template's own words."""
         given = {"messages": list(messages), "add_generation_prompt": add_generation_prompt}
         try:
             return self._template.render(**{"tools": None, "documents": None, **self._names, **more, **given})
-        except (TemplateError, TypeError, KeyError, AttributeError) as error:
-            raise BadConversationError(f"messages: the chat template refuses them ({error})") from None
+        except Exception as error:  # a template computes what it likes with what it is given
+            said = str(error) or type(error).__name__
+            raise BadRequestError(
+                f"messages: the chat template refuses them ({said[:300]})", "messages"
+            ) from None
 
 
 def _to_json(value: Any, indent: int | None = None, ensure_ascii: bool = False, **more: Any) -> str:

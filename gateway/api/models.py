@@ -19,6 +19,7 @@ from gateway.identity import Identities, Sender
 from gateway.proxy.fields import RequestFields
 from gateway.proxy.plane import DataPlane, Snapshot
 from gateway.routing.ladders import precision
+from quantize.card import ONNX
 
 _CREDENTIALS = ("authorization", "x-api-key")
 _PAGE = 20
@@ -102,7 +103,8 @@ def _may_use(snapshot: Snapshot, sender: Sender, model: str) -> bool:
 
 def longest(snapshot: Snapshot, model: str) -> int | None:
     """Tokens of prompt and answer together that every engine takes which may serve a model; None where that
-    is not ours to know, as of a provider's model."""
+    is not ours to know, as of a provider's model. A classifier, which reads the beginning of a longer
+    message, does not count beside others."""
     config, cards = snapshot.config, snapshot.cards
 
     def context(variant: str) -> int:
@@ -110,7 +112,9 @@ def longest(snapshot: Snapshot, model: str) -> int | None:
         engine, card = config.engine.changed(of.engine), cards[variant]
         return engine.context(card.max_model_len, card.kv_bytes_per_token)
 
-    return min(map(context, snapshot.router.variants_of(model)), default=None)
+    variants = snapshot.router.variants_of(model)
+    writing = [one for one in variants if cards[one].target != ONNX]
+    return min(map(context, writing or variants), default=None)
 
 
 def _page(entries: list[dict[str, Any]], request: Request) -> dict[str, Any]:

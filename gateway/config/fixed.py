@@ -7,7 +7,7 @@ from gateway.config.section import ConfigError
 
 _FIXED = {
     "": ("run_dir",),
-    "gateway": ("host", "port", "workers", "tls_certificate", "tls_key"),
+    "gateway": ("host", "port", "workers", "tls_certificate", "tls_key", "engine_key_env"),
     "watch": ("enabled", "store", "store_env", "in_flight"),
     "responses": ("enabled", "store", "store_env"),
     "kept": ("store", "store_env", "key_env"),

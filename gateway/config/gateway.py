@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
 from enum import StrEnum
 from pathlib import Path
 
 from pydantic import Field, field_validator, model_validator
 
-from gateway.config.section import Section, is_loopback
+from gateway.config.section import ConfigError, Section, is_loopback
 
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[a-z0-9._\-\[\]:]+")
 POLICIES = ("round_robin", "least_in_flight", "least_load", "session_affinity", "prefix_aware")
@@ -37,6 +38,10 @@ class GatewaySettings(Section):
         default=128 << 20, ge=1024, description="of these, one tenant's"
     )
     connect_timeout_s: float = Field(default=2.0, gt=0)
+    engine_key_env: str | None = Field(
+        default=None,
+        description="environment variable with the key that the engines ask for (vLLM's --api-key)",
+    )
     first_byte_timeout_s: float = Field(
         default=120.0, gt=0, description="longest time until the first part of a stream"
     )
@@ -110,6 +115,18 @@ class GatewaySettings(Section):
         if (self.tls_certificate is None) != (self.tls_key is None):
             raise ValueError("tls_certificate and tls_key belong together; give both or none")
         return self
+
+    def engine_key(self) -> str | None:
+        """The key that engines ask for. Raises ConfigError for a variable that has none."""
+        if self.engine_key_env is None:
+            return None
+        key = os.environ.get(self.engine_key_env, "")
+        if not key or not key.isascii() or not key.isprintable() or key != key.strip():
+            raise ConfigError(
+                f"gateway.engine_key_env: the environment has no key in {self.engine_key_env!r}; set it to "
+                "the one that the engines were started with (--api-key), in printable ASCII"
+            )
+        return key
 
     @property
     def loopback(self) -> bool:

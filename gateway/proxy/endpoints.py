@@ -42,6 +42,8 @@ class Endpoint:
     aliases: tuple[str, ...] = ()
     text: bool = True
     """Its answers are text, which can be listened to; else token ids."""
+    bare: bool = False
+    """Engines take its fields and no others: nothing is added to a body."""
     reads: Reads = field(init=False)
     """How much of a request's body is looked at."""
 
@@ -60,6 +62,8 @@ class Endpoint:
             return self
         if "messages" in body:
             return INVOCATIONS_CHAT
+        if "requestType" in body:
+            return INVOCATIONS_SESSION
         return INVOCATIONS if "prompt" in body else INVOCATIONS_PLAIN
 
     def id_lines(self, request_id: bytes) -> bytes:
@@ -111,6 +115,8 @@ EMBEDDINGS = Endpoint("/v1/embeddings", Form.PLAIN, ("input",))
 INVOCATIONS = Endpoint("/invocations", Form.COMPLETIONS, ("prompt",))
 INVOCATIONS_CHAT = Endpoint("/invocations", Form.COMPLETIONS, _CHAT_PROMPT, chat=True)
 INVOCATIONS_PLAIN = Endpoint("/invocations", Form.PLAIN, ("input",))
+INVOCATIONS_SESSION = Endpoint("/invocations", Form.PLAIN, bare=True)
+"""SageMaker's sessions, begun and ended."""
 _RESPONSES_PROMPT = ("instructions", "tools", "input")
 _ANTHROPIC_PROMPT = ("tools", "system", "messages")
 _ALL = (
@@ -149,7 +155,7 @@ CLOSED = (
     "/reset_encoder_cache /start_profile /stop_profile /v1/load_lora_adapter /v1/unload_lora_adapter "
     "/tokenizer_info /kv_event_sources /scale_elastic_ep /is_scaling_elastic_ep /fault_tolerance/apply "
     "/fault_tolerance/status /init_weight_transfer_engine /shutdown_weight_transfer_engine "
-    "/start_weight_update /start_draft_weight_update /update_weights /finish_weight_update "
+    "/adapters /start_weight_update /start_draft_weight_update /update_weights /finish_weight_update "
     "/update_weight_version /weight_info /weight_checker /get_world_size"
 ).split()
 """Routes of vLLM that change an engine, or show what belongs to all who use it: only who runs it may ask."""
@@ -185,7 +191,7 @@ def errors_of(path: str) -> Endpoint:
 def not_found(path: str) -> str:
     """What a client is told of a path that is not served."""
     shown = path[:100]
-    if path.rstrip("/") in CLOSED:
+    if path.rstrip("/") in CLOSED or path.startswith("/adapters/"):
         return f"{shown}: is for those who run the engines, and closed here; ask the engine itself."
     if path.rstrip("/") in MISSING:
         return f"{shown}: the gateway does not serve this one; ask the engine itself."

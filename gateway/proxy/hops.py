@@ -196,7 +196,16 @@ class Settle:
             return
         body = attempt.request_body()
         self._settlement.report(
-            Unreported(record.role, replica.labels, record.key, replica.url, path, body, usage)
+            Unreported(
+                record.role,
+                replica.labels,
+                record.key,
+                replica.url,
+                path,
+                body,
+                usage,
+                replica.credentials,
+            )
         )
 
 

@@ -128,13 +128,13 @@ class Inquiry:
         replica = self.replica(variant)
         whole = _with(body, b'"model":%b' % msgspec.json.encode(replica.model))
         if path == TOKENIZE or not self.settings.priority or replica.url in self._plain:
-            status, raw = await self._post(replica.url + path, whole)
+            status, raw = await self._post(replica, path, whole)
         else:
             urgent = _with(whole, b'"priority":%d' % self.settings.priority)
-            status, raw = await self._post(replica.url + path, urgent)
+            status, raw = await self._post(replica, path, urgent)
             if status == 400 and _NO_PRIORITY in raw:
                 self._plain.add(replica.url)
-                status, raw = await self._post(replica.url + path, whole)
+                status, raw = await self._post(replica, path, whole)
         if status != 200:
             raise UnansweredError(f"{replica.name}{path} answered with status {status}")
         return raw
@@ -153,11 +153,12 @@ class Inquiry:
             # A provider may have been removed meanwhile, and its libraries raise what they like.
             raise UnansweredError(f"the judge {judge} gave no answer ({type(error).__name__})") from None
 
-    async def _post(self, url: str, body: bytes) -> tuple[int, bytes]:
+    async def _post(self, replica: Replica, path: str, body: bytes) -> tuple[int, bytes]:
         if self._session is None:
             raise UnansweredError("nobody is there to ask")
         timeout = aiohttp.ClientTimeout(total=self.settings.timeout_s)
-        headers = {"content-type": "application/json"}
+        headers = {"content-type": "application/json", **replica.credentials}
+        url = replica.url + path
         try:
             async with self._session.post(url, data=body, headers=headers, timeout=timeout) as response:
                 parts, size = [], 0

@@ -129,11 +129,11 @@ class Background:
     def _queued(self, exchange: Exchange, stored: Stored) -> Stored:
         response_id = f"resp_{secrets.token_hex(16)}"
         now = self._responses.now()
-        asked = exchange.body.everything()
+        asked, model = exchange.body.raw, exchange.model
         return replace(
             stored,
             id=response_id,
-            response=conversation.unfinished(response_id, "queued", int(now), asked),
+            response=conversation.unfinished(response_id, "queued", int(now), asked, model, stored.previous),
             background=True,
             runner=self._runner,
             beat=now,

@@ -9,7 +9,7 @@ vLLM takes no such items as input, and neither do log-probabilities.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,7 +67,7 @@ class Previous:
 
 
 def read(raw: bytes) -> Asked | None:
-    """None for what is no JSON object, as RFC 8259 has it: it goes to the engine as it is."""
+    """None for what is no JSON object, as RFC 8259 has it."""
     try:
         fields = _ASKED.decode(raw)
         given = {name: value for name in ASKED if (value := getattr(fields, name)) is not UNSET}
@@ -133,8 +133,15 @@ def _within(array: bytes) -> bytes:
 def outputs(response: bytes) -> list[Raw]:
     """The output items of a response object."""
     try:
-        return _ITEMS.decode(_OBJECT.decode(response).get("output", Raw(b"[]")))
+        return _items(_OBJECT.decode(response).get("output", Raw(b"[]")))
     except msgspec.MsgspecError:
+        return []
+
+
+def _items(array: bytes | Raw) -> list[Raw]:
+    try:
+        return _ITEMS.decode(array)
+    except (msgspec.MsgspecError, RecursionError):
         return []
 
 
@@ -149,12 +156,14 @@ def unfinished(
     response_id: str,
     status: str,
     created: int,
-    asked: Mapping[str, Any],
-    error: Mapping[str, str] | None = None,
+    asked: Callable[[str], bytes],
+    model: str,
+    previous: str | None,
 ) -> bytes:
-    """The response object of a request in the background that no engine has answered. ``asked``: its
-    fields."""
-    given = {name: asked[name] for name in _ECHOED if asked.get(name) is not None}
+    """The response object of a request in the background that no engine has answered. ``asked``: the JSON of
+    its fields, empty for those that it does not have."""
+    given = {name: raw for name in _ECHOED if (raw := asked(name)) and raw != b"null" and _is_plain(raw)}
+    shown = {name: Raw(raw) for name, raw in given.items()}
     return msgspec.json.encode(
         {
             "id": response_id,
@@ -162,18 +171,27 @@ def unfinished(
             "created_at": created,
             "status": status,
             "background": True,
-            "error": error,
+            "error": None,
             "incomplete_details": None,
-            "model": asked.get("model"),
+            "model": model or None,
             "output": [],
-            "previous_response_id": asked.get("previous_response_id"),
+            "previous_response_id": previous,
             "store": True,
             "usage": None,
             **dict.fromkeys(_ECHOED),
             **_DEFAULTS,
-            **given,
+            **shown,
         }
     )
+
+
+def _is_plain(raw: bytes) -> bool:
+    """Whether every reader of JSON takes it: no numbers beyond a float, no half characters."""
+    try:
+        msgspec.json.decode(raw)
+    except (msgspec.MsgspecError, RecursionError):
+        return False
+    return True
 
 
 def with_status(response: bytes, status: str, error: Mapping[str, str] | None = None) -> bytes:
@@ -186,24 +204,31 @@ def shown_items(chain: Sequence[Stored]) -> list[dict[str, Any]]:
     given, each with an id."""
     shown: list[dict[str, Any]] = []
     for stored in chain:
-        given = msgspec.json.decode(stored.input)
-        shown += [_resource(item, f"{stored.id.removeprefix('resp_')}_{i}") for i, item in enumerate(given)]
+        name = stored.id.removeprefix("resp_")
+        shown += [_resource(item, f"{name}_{i}") for i, item in enumerate(_items(stored.input))]
         if stored is not chain[-1]:
-            said = [msgspec.json.decode(item) for item in outputs(stored.response)]
-            shown += [
-                _resource(item, f"{stored.id.removeprefix('resp_')}_o{i}") for i, item in enumerate(said)
-            ]
+            said = outputs(stored.response)
+            shown += [_resource(item, f"{name}_o{i}") for i, item in enumerate(said)]
     return shown
 
 
-def _resource(item: Any, name: str) -> dict[str, Any]:
+def _resource(raw: Raw, name: str) -> dict[str, Any]:
+    try:
+        item = msgspec.json.decode(raw)
+    except (msgspec.MsgspecError, RecursionError):
+        item = None  # what was given while it waited, and no engine could have taken
     if not isinstance(item, dict):
         item = {"type": "unknown", "value": item}
     kind = item.get("type") or "message"
+    if not isinstance(kind, str):
+        kind = "unknown"
     full = {"id": f"{_PREFIXES.get(kind, 'item')}_{name}", "type": kind}
     if kind in ("message", "function_call", "function_call_output"):
         full["status"] = "completed"
     full.update({field: value for field, value in item.items() if value is not None or field not in full})
+    full["type"] = kind
+    if not isinstance(full["id"], str):
+        full["id"] = f"item_{name}"
     if kind == "message" and isinstance(content := full.get("content"), str):
         part: dict[str, Any] = {"type": "input_text", "text": content}
         if full.get("role") == "assistant":

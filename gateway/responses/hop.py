@@ -52,8 +52,9 @@ class ContinueResponse:
             return None
         body = exchange.body
         asked = conversation.read(body.only(conversation.ASKED))
+        plain = asked is not None
         if asked is None:
-            return None
+            asked = Asked(**{name: body.get(name) for name in conversation.ASKED})
         self._refuse(asked)
         if path != PATH:
             goes_on = path in ABOUT and asked.previous_response_id is not None
@@ -65,7 +66,7 @@ class ContinueResponse:
             return None
         keeps = (settings.by_default if store is None else store) and settings.enabled
         if background:
-            self._check_background(asked, store)
+            self._check_background(asked, store, plain=plain)
         elif asked.previous_response_id is None:
             if not keeps or asked.previous_input_messages is not None:
                 return None
@@ -186,18 +187,20 @@ class ContinueResponse:
                 param="previous_response_id",
             )
 
-    def _check_background(self, asked: Asked, store: bool | None) -> None:
+    def _check_background(self, asked: Asked, store: bool | None, *, plain: bool) -> None:
         settings = self._responses.settings
         why = None
         if not settings.enabled or settings.max_background == 0:
             setting = "enabled is false" if not settings.enabled else "max_background is 0"
             why = f"is not served here (responses.{setting})"
         elif store is False:
-            why = "needs `store: true`, since its answer is asked for later"
+            why = "can only be used when `store` is true, since its answer is asked for later"
         elif flag(asked.stream, "stream"):
             why = "cannot be streamed here; leave `stream` out and ask GET /v1/responses/{id} for the answer"
+        elif not plain:
+            why = "needs a request in JSON as RFC 8259 has it, since it is kept; send no NaN and no Infinity"
         if why is not None:
-            raise BadRequestError(f"background: {why}", param="background")
+            raise BadRequestError(f"background {why}", param="background")
 
 
 def _key(exchange: Exchange) -> ApiKey | None:

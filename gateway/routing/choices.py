@@ -37,6 +37,8 @@ class Reason(StrEnum):
     """The watch, or a person, has taken the cheaper variant out of the role's choice."""
     RAISED_TOO_SLOW = "raised_too_slow"
     """The cheaper variant is not expected to answer within the role's target."""
+    RAISED_NOT_SERVED = "raised_not_served"
+    """The cheaper variant's engines do not serve such a request."""
     ESCALATED = "escalated"
     """A cheaper variant's answer failed a check; nobody got it."""
     PROVIDER = "provider"

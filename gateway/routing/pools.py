@@ -75,7 +75,7 @@ class Pools:
     ) -> None:
         """``urls``: the present replicas of a variant, where they are found by name."""
         known = {(r.variant, r.url): r for r in before.replicas()} if before else {}
-        timeout = config.gateway.connect_timeout_s
+        timeout, key = config.gateway.connect_timeout_s, config.gateway.engine_key()
 
         def replicas(variant: str) -> list[Replica]:
             """Those that were known keep their names; new ones take the lowest that are free."""
@@ -83,7 +83,7 @@ class Pools:
             taken = {old.name for url in present if (old := known.get((variant, url)))}
             free = (f"{variant}-{n}" for n in itertools.count() if f"{variant}-{n}" not in taken)
             return [
-                known.get((variant, url)) or Replica(variant, next(free), url, clock, timeout, board)
+                known.get((variant, url)) or Replica(variant, next(free), url, clock, timeout, board, key)
                 for url in present
             ]
 

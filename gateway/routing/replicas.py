@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import base64
 import weakref
 from dataclasses import dataclass
+from urllib.parse import unquote, urlsplit
 
 import msgspec
 
@@ -77,9 +79,10 @@ class Replica:
         clock: Clock,
         connect_timeout_s: float = 2.0,
         board: Board | None = None,
+        key: str | None = None,
     ) -> None:
         """``variant``: ``model:variant``. ``board``: where several workers tell each other of their requests
-        in flight."""
+        in flight. ``key``: what its engine asks for."""
         self.variant = variant
         self.name = name
         model, short = parts_of(variant)
@@ -105,6 +108,10 @@ class Replica:
         """When something last came of it: a byte of an answer, or tokens by its own count."""
         self._clock = clock
         self.connections = ConnectionPool(url, connect_timeout_s)
+        basic = _basic(url)
+        self.credentials = {"authorization": f"Bearer {key}"} if key is not None and not basic else {}
+        """Headers that let a request in. What the URL itself has for that, HTTP clients take from there."""
+        self._authorization = basic or self.credentials.get("authorization", "")
         self.heads: dict[str, bytes] = {}
         """What requests begin with, by endpoint, as far as ``request_head`` was asked."""
 
@@ -152,10 +159,19 @@ class Replica:
         if head is None:
             host = self.connections.netloc
             target = self.connections.base_path + endpoint.engine_path
-            head = self.heads[endpoint.path] = (
-                f"POST {target} HTTP/1.1\r\nhost: {host}\r\ncontent-type: application/json\r\n".encode()
-            )
+            lines = [f"POST {target} HTTP/1.1", f"host: {host}", "content-type: application/json"]
+            lines += [f"authorization: {self._authorization}"] if self._authorization else []
+            head = self.heads[endpoint.path] = "".join(f"{line}\r\n" for line in lines).encode()
         return head
+
+
+def _basic(url: str) -> str:
+    """What the name and password in a URL are as a header; empty where it has none."""
+    parts = urlsplit(url)
+    if parts.username is None:
+        return ""
+    pair = f"{unquote(parts.username)}:{unquote(parts.password or '')}"
+    return "Basic " + base64.b64encode(pair.encode()).decode()
 
 
 def _rose(before: float | None, now: float | None) -> bool:

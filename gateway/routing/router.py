@@ -2,8 +2,9 @@
 
 Which variants may serve, and in which order, say the ladders (``ladders.py``) and what a request names
 (``choices.py``); which one of them is free, the pools; which is fast enough, where the role has a target,
-what was seen of them lately (``pace.py``). When the pool of the chosen variant is down or full the route goes
-up, waits, or is refused, as the role says; it never goes down.
+what was seen of them lately (``pace.py``). A request that a variant's engines do not serve (``serving.py``)
+passes it by. When the pool of the chosen variant is down or full the route goes up, waits, or is refused, as
+the role says; it never goes down.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from gateway.routing.pace import Paces
 from gateway.routing.policies import PickQuery, RoundRobin
 from gateway.routing.pools import PROVIDER, Pool, Pools
 from gateway.routing.replicas import Replica
+from gateway.routing.serving import serves
 from quantize.card import Card
 
 MOST_PLANS = 4096
@@ -58,6 +60,8 @@ class _Plan(msgspec.Struct, frozen=True):
     simple: Route | None = None
     provider: Route | None = None
     target: Target | None = None
+    partly: bool = False
+    """Some of the variants' engines do not serve all requests."""
 
 
 class Router:
@@ -141,7 +145,9 @@ class Router:
         if canary is not None and _in_share(caller, canary.percent):
             above = self._ladders.above(ladder, canary.variant)
             ladder, reason = (canary.variant, *above), Reason.CANARY
-        order = ladder
+        if plan.partly:
+            ladder, reason = self._serving(ladder, reason, endpoint, body)
+        order, usual = ladder, reason
         if plan.target is not None and reason is not Reason.CANARY:
             at = self._first_in_time(ladder, caller.role, plan.target)
             if at:
@@ -151,7 +157,7 @@ class Router:
         query = PickQuery(caller.session, caller.cache_salt, prompt, adapter, caller.parent)
         route = self._climb(caller, order, reason, query)
         if order is not ladder:  # what is too slow is still better than nothing
-            reason = plan.reason if route.variant == ladder[0] else route.reason
+            reason = usual if route.variant == ladder[0] else route.reason
             route = msgspec.structs.replace(route, reason=reason, ladder=ladder)
         if not self._config.roles[caller.role].hedge:
             return route
@@ -177,10 +183,26 @@ class Router:
         ):
             canary = None
         target = role.target if reason is not Reason.EXPLICIT_VARIANT and len(ladder) > 1 else None
+        every = (*ladder, canary.variant) if canary is not None else ladder
+        partly = [one for one in every if serves(self._ladders.cards[one]) is not None]
+        usual = canary is None and target is None and ladder[0] not in partly
         simple = None
-        if canary is None and target is None and len(pool.replicas) == 1 and not role.hedge:
+        if usual and len(pool.replicas) == 1 and not role.hedge:
             simple = Route(caller.role, pool.variant, pool.replicas[0], reason, ladder=ladder)
-        return _Plan(pool, ladder, reason, canary, simple, target=target)
+        return _Plan(pool, ladder, reason, canary, simple, target=target, partly=bool(partly))
+
+    def _serving(
+        self, ladder: Ladder, reason: Reason, endpoint: Endpoint, body: Body
+    ) -> tuple[Ladder, Reason]:
+        """The variants whose engines serve a request, and the reason for the first. All where none does:
+        then the engine says so."""
+        cards = self._ladders.cards
+        able = tuple(
+            one for one in ladder if (what := serves(cards[one])) is None or what.takes(endpoint, body)
+        )
+        if not able:
+            return ladder, reason
+        return able, reason if able[0] == ladder[0] else Reason.RAISED_NOT_SERVED
 
     def _first_in_time(self, ladder: Ladder, role: str, target: Target) -> int:
         """The place of the first variant that is expected to answer within a target; 0 where none is, or

@@ -1,4 +1,5 @@
-"""Headers that go on to engines: those of tracing (W3C Trace Context), and the question for their load."""
+"""Headers that go on to engines: those of tracing (W3C Trace Context), the question for their load, and
+SageMaker's session."""
 
 from __future__ import annotations
 
@@ -6,9 +7,15 @@ from opentelemetry.trace import Span, set_span_in_context
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
 W3C = TraceContextTextMapPropagator()
-PASSED_ON = ("traceparent", "tracestate", "baggage", "endpoint-load-metrics-format")
+PASSED_ON = (
+    "traceparent",
+    "tracestate",
+    "baggage",
+    "endpoint-load-metrics-format",
+    "x-amzn-sagemaker-session-id",
+)
 """Headers of the client that engines are given: those of tracing, the one by which a load balancer asks for
-ORCA's report, and none that authenticates."""
+ORCA's report, the session that an engine keeps for SageMaker's clients, and none that authenticates."""
 
 
 def carried(span: Span) -> dict[str, str]:

@@ -27,7 +27,7 @@ import asyncio
 import contextlib
 import logging
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import aiohttp
@@ -94,6 +94,12 @@ class Unreported(msgspec.Struct, frozen=True, gc=False):
     """JSON, as the engine got it, in parts; None of a provider's, which cannot be asked."""
     usage: Usage
     """As far as it was heard of."""
+    headers: Mapping[str, str] = {}
+    """Without which the engine lets nobody in."""
+
+    def __repr__(self) -> str:
+        """Without what is secret: prompts, passwords and keys."""
+        return f"Unreported({':'.join(self.labels)}, {self.path})"
 
 
 def owes_usage(path: str) -> bool:
@@ -203,7 +209,7 @@ class Settlement:
             prompt = None
             if questions is not None:
                 async with asyncio.timeout(ANSWER_WITHIN_S):
-                    prompt = sum([await _ask(session, attempt.url, question) for question in questions])
+                    prompt = sum([await _ask(session, attempt, question) for question in questions])
         except (aiohttp.ClientError, OSError) as error:  # a TimeoutError is one as well
             self._failed(waiting, error, for_good=_is_for_good(error))
         except Exception as error:
@@ -281,10 +287,10 @@ def _chat(fields: dict[str, Any]) -> dict[str, Any]:
     return {**asked, "chat_template_kwargs": template} if template else asked
 
 
-async def _ask(session: aiohttp.ClientSession, url: str, question: Question) -> int:
+async def _ask(session: aiohttp.ClientSession, attempt: Unreported, question: Question) -> int:
     if isinstance(question, int):
         return question
     path, body, field = question
-    async with session.post(url + path, json=body) as response:
+    async with session.post(attempt.url + path, json=body, headers=attempt.headers) as response:
         response.raise_for_status()
         return int((await response.json())[field])

@@ -30,6 +30,8 @@ from gateway.wire.heads import AnswerHead
 
 COMPLETIONS = Form.COMPLETIONS
 LARGEST_ANSWER_BYTES = 256 << 20
+TEXT = b"text/plain; charset=utf-8"
+"""What a body is that nobody says anything of."""
 _MOST_TAILS = 1024
 _HEAD = b"%bx-request-id: %b\r\n%bcontent-length: %d\r\n\r\n%b"
 _LONGEST_WAIT_DIGITS = 6
@@ -74,10 +76,10 @@ class Engines:
             priority = sent_priority(caller, given) or 0
         named = exchange.model if exchange.names_model else replica.model
         of = (caller.cache_salt, replica.model, named, priority)
-        tail = self._tails.get(of)
+        tail = b"" if endpoint.bare else self._tails.get(of)
         if tail is None:
             tail = self._tail(*of, keep=given is UNSET)
-        if given is not UNSET and not priority:
+        if given is not UNSET and not priority and not endpoint.bare:
             tail += b',"priority":0'
         if exchange.span is not None or exchange.head.memo.passes_on:
             more = _passed_on(exchange)
@@ -241,10 +243,10 @@ class EngineAttempt(msgspec.Struct, eq=False):
             self._listener.ended(self)
             return
         self.exchange.carried = head.carried
-        if head.is_json:
+        if head.is_json and not self.exchange.endpoint.bare:
             self._listener.whole(self, body)
         else:
-            self._listener.whole(self, body, head.content_type)
+            self._listener.whole(self, body, head.content_type or TEXT)
 
     def _refused(self, head: AnswerHead, body: bytes) -> None:
         self.did_nothing = True

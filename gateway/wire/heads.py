@@ -26,9 +26,14 @@ _ONLY_ONCE = frozenset(
     ("authorization", "content-length", "content-type", "expect", "host", "transfer-encoding", "x-api-key")
 )
 _SPACED = re.compile(rb"\r\n(?:content-length|transfer-encoding)[ \t]+:")
-_CARRIED = ("metadata", "endpoint-load-metrics")
-"""Headers of an answer that are the client's: what the numbers of a binary answer are, and the engine's load
-for who asked for it."""
+_CARRIED = (
+    "metadata",
+    "endpoint-load-metrics",
+    "x-amzn-sagemaker-new-session-id",
+    "x-amzn-sagemaker-closed-session-id",
+)
+"""Headers of an answer that are the client's: what the numbers of a binary answer are, the engine's load for
+who asked for it, and the session that has begun or ended."""
 _LONGEST_LENGTH = 18
 """Digits of a content-length."""
 

@@ -10,7 +10,8 @@ import asyncio
 import random
 import statistics
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from quantize.core.energy import Meter
 from quantize.core.engine_figures import Speed, SpeedPoint
@@ -33,6 +34,11 @@ USUAL = Load(8, 128, 48)
 """By which ``tokens_per_s`` is measured: an auxiliary agent's engine is never alone with one request."""
 PASSES = 3
 """Of the usual load, after one that is not counted; the others have one each."""
+LABEL_PASSES = 15
+"""The same of labels, of which a pass takes hundredths of a second."""
+AROUND = 2
+"""Tokens around a text that a classifier reads."""
+NOTHING_S = 1e-9
 OTHERS = (Load(1, 128, 24), Load(16, 128, 24), Load(4, 512, 24))
 """From which, with the usual one, is told what batch size and context cost."""
 
@@ -50,16 +56,49 @@ async def measure_speed(client: EngineClient, longest: int, meter: Meter | None 
         if load.prompt_tokens + load.answer_tokens <= longest:
             seconds = await seconds_of(client, rng, load, load.answer_tokens)
             points.append(await _point(client, rng, load, seconds))
-    written = USUAL.together * USUAL.answer_tokens
+    return _speed(USUAL, whole, energy, points)
+
+
+async def measure_labels(client: EngineClient, longest: int, meter: Meter | None = None) -> Speed:
+    """The same of a classifier's engine: labels per second, each of which is one token and all of an answer.
+    Texts are no longer than ``longest`` tokens with those around them."""
+    rng = random.Random(time.monotonic_ns())
+    loads = [
+        replace(one, prompt_tokens=min(one.prompt_tokens, longest - AROUND), answer_tokens=1)
+        for one in (USUAL, *OTHERS)
+    ]
+    await seconds_of(client, rng, loads[0], 1)
+    with meter or Meter() as energy:
+        whole = [await seconds_of(client, rng, loads[0], 1) for _ in range(LABEL_PASSES)]
+    points = [_label_point(loads[0], statistics.median(whole))]
+    for load in loads[1:]:
+        seconds = [await seconds_of(client, rng, load, 1) for _ in range(PASSES)]
+        points.append(_label_point(load, statistics.median(seconds)))
+    return _speed(loads[0], whole, energy, points)
+
+
+def _label_point(load: Load, seconds: float) -> SpeedPoint:
+    """With its first token an answer is complete; those that other engines write behind it take nothing."""
+    return SpeedPoint(
+        together=load.together,
+        prompt_tokens=load.prompt_tokens,
+        answer_tokens=2,
+        prompt_s=seconds,
+        step_s=NOTHING_S,
+    )
+
+
+def _speed(load: Load, whole: Sequence[float], energy: Meter, points: Sequence[SpeedPoint]) -> Speed:
+    written = load.together * load.answer_tokens
     return Speed(
         tokens_per_s=written / statistics.median(whole),
-        tokens_per_joule=PASSES * written / energy.joules if energy.joules else None,
+        tokens_per_joule=len(whole) * written / energy.joules if energy.joules else None,
         energy=energy.source,
         slowest=written / max(whole),
         fastest=written / min(whole),
-        together=USUAL.together,
-        prompt_tokens=USUAL.prompt_tokens,
-        answer_tokens=USUAL.answer_tokens,
+        together=load.together,
+        prompt_tokens=load.prompt_tokens,
+        answer_tokens=load.answer_tokens,
         points=tuple(points),
     )
 

@@ -6,7 +6,7 @@ or with a classifier's head one logit per label.
 ============== =======================================================================================
 ``fp32``       as trained
 ``int8-dynamic`` weights of matrices and embeddings in 8 bits, inputs scaled as they come
-``int8-static``  the same, with scales of inputs from calibration
+``int8-static``  the same, with scales of inputs from calibration, but for those of narrowing matrices
 ============== =======================================================================================
 """
 
@@ -36,6 +36,8 @@ HEAD = ("classifier.weight", "classifier.bias")
 """Tensors of a head on the mean of the hidden states, beside the encoder's own."""
 QUANTIZED = ["MatMul", "Gather"]
 LONGEST = 512
+LONGEST_PIECE = 64
+"""Characters of a token, and of the space around it."""
 BATCH = 32
 CALIBRATED = 128
 """Texts that scales of inputs are taken from."""
@@ -56,10 +58,16 @@ class Encoder:
         return min(LONGEST, int(self.config.get("max_position_embeddings") or LONGEST))
 
 
+def is_encoder(config: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint of that configuration reads and does not write."""
+    return config.get("model_type") in KNOWN
+
+
 def open_encoder(path: Path) -> Encoder:
     """Raises ExportError for what is no encoder that is known here."""
     config = read_object(path / "config.json")
-    if (kind := config.get("model_type")) not in KNOWN:
+    if not is_encoder(config):
+        kind = config.get("model_type")
         raise ExportError(
             f"{path}: model_type {kind!r} is no encoder that is exported here; known: {', '.join(KNOWN)}"
         )
@@ -93,15 +101,23 @@ class Tokens:
 
     def plain(self, text: str) -> list[int]:
         """Ids without the special tokens around them."""
-        return list(self._tokenizer.encode(text, add_special_tokens=False).ids)
+        return list(self._tokenizer.encode(self._beginning(text), add_special_tokens=False).ids)
 
     def whole(self, text: str) -> list[int]:
         """Ids as the encoder reads them, cut to the longest that it takes."""
-        ids = list(self._tokenizer.encode(text).ids)
+        return self._cut(list(self._tokenizer.encode(self._beginning(text)).ids))
+
+    def around(self, ids: Sequence[int]) -> list[int]:
+        """Ids of a text (:meth:`plain`) with the special tokens around them, cut in the same way."""
+        none = self._tokenizer.encode("").ids
+        return self._cut([*none[:-1], *ids, *none[-1:]])
+
+    def _cut(self, ids: list[int]) -> list[int]:
         return ids if len(ids) <= self._longest else [*ids[: self._longest - 1], ids[-1]]
 
-    def text(self, ids: Sequence[int]) -> str:
-        return str(self._tokenizer.decode(list(ids)))
+    def _beginning(self, text: str) -> str:
+        """What of a text may be read at all: the rest is not even made tokens."""
+        return text[: LONGEST_PIECE * self._longest]
 
 
 class Session:
@@ -249,7 +265,13 @@ def _dynamic(whole: Path, made: Path) -> None:
 
 
 def _static(encoder: Encoder, whole: Path, made: Path, texts: Sequence[str]) -> None:
-    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+    from onnxruntime.quantization import (
+        CalibrationDataReader,
+        QuantFormat,
+        QuantType,
+        quantize_dynamic,
+        quantize_static,
+    )
 
     tokens = Tokens(encoder)
     given = [tokens.whole(text) for text in texts[:CALIBRATED]]
@@ -261,16 +283,40 @@ def _static(encoder: Encoder, whole: Path, made: Path, texts: Sequence[str]) -> 
         def get_next(self) -> dict[str, Any] | None:
             return next(self._left, None)
 
+    narrowing, fixed = _narrowing(whole), whole.with_name("fixed.onnx")
     quantize_static(
         whole,
-        made,
+        fixed,
         Reader(),
+        nodes_to_exclude=narrowing,
         quant_format=QuantFormat.QDQ,
         per_channel=True,
         weight_type=QuantType.QInt8,
         activation_type=QuantType.QUInt8,
         op_types_to_quantize=QUANTIZED,
     )
+    quantize_dynamic(
+        fixed,
+        made,
+        per_channel=True,
+        weight_type=QuantType.QInt8,
+        op_types_to_quantize=["MatMul"],
+        nodes_to_quantize=narrowing,
+    )
+
+
+def _narrowing(whole: Path) -> list[str]:
+    """Names of the products whose matrices make rows narrower: the second one of every layer's MLP. What goes
+    into it has a few values far out, which one scale for all texts does not fit (docs/edge.md)."""
+    import onnx
+
+    graph = onnx.load(whole).graph
+    shapes = {one.name: one.dims for one in graph.initializer}
+    return [
+        node.name
+        for node in graph.node
+        if node.op_type == "MatMul" and len(dims := shapes.get(node.input[1], ())) == 2 and dims[0] > dims[1]
+    ]
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from quantize.card import ONNX
 from quantize.core.checkpoint import Checkpoint, base_sha256, copy_companions
 from quantize.core.resources import measured
 from quantize.export.encoder import DYNAMIC, FLOAT, MODEL_FILE, STATIC, export_encoder, open_encoder
@@ -22,8 +23,6 @@ if TYPE_CHECKING:
     from quantize.card import Card
     from quantize.registry import Registry
 
-ONNX = "onnxruntime"
-"""The target's name."""
 KINDS = {FLOAT: 32, DYNAMIC: 8, STATIC: 8}
 """Type to bits of a weight."""
 

@@ -45,6 +45,10 @@ class LlamaError(RuntimeError):
     """libllama could not do something; the text shows its own words."""
 
 
+class GrammarError(LlamaError):
+    """A grammar that llama.cpp does not take, or that no token keeps to."""
+
+
 class Library:
     """The bindings, loaded once. What it logs of errors is kept for messages."""
 
@@ -196,7 +200,7 @@ class LlamaModel:
         return bytes(self._of.ffi.buffer(text, size)) if size > 0 else b""
 
     def grammar(self, text: str) -> Grammar:
-        """Raises LlamaError for what is no GBNF grammar."""
+        """Raises GrammarError for what is no GBNF grammar."""
         return Grammar(self._of, self._vocabulary, text)
 
 
@@ -207,7 +211,7 @@ class Grammar:
         self._of = of
         made = of.lib.llama_sampler_init_grammar(vocabulary, text.encode(), b"root")
         if made == of.ffi.NULL:
-            raise LlamaError(f"llama.cpp does not take the grammar: {of.last_words()}")
+            raise GrammarError(f"llama.cpp does not take the grammar: {of.last_words()}")
         self._sampler = of.ffi.gc(made, of.lib.llama_sampler_free)
 
     def allowed(self, tokens: Sequence[int]) -> list[bool]:

@@ -13,7 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantize.card import CardError
+from quantize.card import LLAMA, CardError
 from quantize.core.checkpoint import Checkpoint, base_sha256, copy_companions
 from quantize.core.files import link_or_copy, sha256_of, write_whole
 from quantize.core.resources import measured
@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from quantize.make.calibration import CalibrationSet
     from quantize.registry import Registry
 
-LLAMA = "llama.cpp"
-"""The target's name."""
 MODEL_FILE = "model.gguf"
 IMATRIX, PLAIN = "imatrix", "rtn"
 """What the methods are called by which llama.cpp finds numbers: ranges weighted by E[x²], or not."""

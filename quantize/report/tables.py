@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from quantize.card import Card, Outcome, Paired, Verdict
+from quantize.card import ONNX, Card, Outcome, Paired, Verdict
 from quantize.core.engine_figures import EngineAccount
 from quantize.gate.judgement import drop_upper_bound, wilson_interval
 from quantize.report.reported import reported_rows
@@ -164,12 +164,13 @@ def training_text(card: Card) -> str:
 
 
 def speed_text(card: Card) -> str:
-    """Tokens per second, and per joule where the machine told."""
+    """Tokens per second, of a classifier labels, and per joule where the machine told."""
     if (speed := card.speed) is None:
         return NOTHING
     energy = f"{speed.tokens_per_joule:.3g} per joule ({speed.energy})" if speed.tokens_per_joule else ""
     unknown = f"energy: {speed.energy}" if speed.energy else ""
-    return "; ".join(filter(None, (f"{speed.tokens_per_s:,.0f} tokens/s", energy or unknown)))
+    what = "labels" if card.target == ONNX else "tokens"
+    return "; ".join(filter(None, (f"{speed.tokens_per_s:,.0f} {what}/s", energy or unknown)))
 
 
 def roles_of(cards: Sequence[Card]) -> list[str]:

@@ -14,6 +14,7 @@ import httpx
 import numpy as np
 import pytest
 
+from deploy.engine_server import MOST_BYTES
 from deploy.llama import engine as engine_module
 from deploy.llama.api import make_app
 from deploy.llama.engine import Answering
@@ -25,7 +26,7 @@ from quantize.core.checkpoint import open_checkpoint
 from quantize.evaluate.client import EngineClient
 from quantize.evaluate.reference import Kept
 from quantize.export.gguf import examine, export_gguf
-from quantize.export.llama import last_logits
+from quantize.export.llama import LlamaContext, LlamaError, last_logits
 from tests.quantize.tiny import MODEL, without_added_words
 
 MESSAGES = [
@@ -56,7 +57,7 @@ async def server(gguf: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[S
 
 @pytest.fixture
 async def http(server: Server) -> AsyncIterator[httpx.AsyncClient]:
-    transport = httpx.ASGITransport(make_app(server))
+    transport = httpx.ASGITransport(make_app(server), raise_app_exceptions=False)
     async with httpx.AsyncClient(transport=transport, base_url="http://engine", timeout=60) as client:
         yield client
 
@@ -133,14 +134,135 @@ async def test_what_is_too_long_is_refused_as_openai_refuses_it(http: httpx.Asyn
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content"),
         ({"logit_bias": {"9999999": 1}}, "logit_bias"),
         ({"response_format": {"type": "json_schema", "json_schema": {}}}, "response_format"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"schema": {"$ref": "#"}}}},
+            "response_format",
+        ),
+        ({"response_format": {"type": "json_object", "schema": {"enum": [{}] * 100_000}}}, "response_format"),
+        (
+            {
+                "response_format": {
+                    "type": "json_object",
+                    "schema": {"properties": {str(n): {} for n in range(900)}},
+                }
+            },
+            "response_format",
+        ),
+        ({"messages": "hi"}, "messages"),
+        ({"messages": ["hi"]}, "messages"),
+        ({"temperature": "hot"}, "temperature"),
+        ({"repetition_penalty": 1e-300}, "repetition_penalty"),
+        ({"stop": ["a"] * 65}, "stop"),
+        ({"stream": True, "stream_options": []}, "stream_options"),
+        ({"n": 1000}, "n"),
+        ({"max_tokens": 1e400}, "max_tokens"),
+        ({"messages": [{"role": "user", "content": "a" * (64 * 512 + 1)}]}, "messages"),
     ],
 )
 async def test_what_is_not_served_is_refused_by_its_name(
     more: dict[str, Any], field: str, http: httpx.AsyncClient
 ) -> None:
-    reply = await chat(http, **more)
+    body = {"model": "demo", "messages": MESSAGES, "temperature": 0, "max_tokens": 12, **more}
+    reply = await http.post("/v1/chat/completions", content=json.dumps(body))  # infinities as well
     assert reply.status_code == 400
     assert reply.json()["error"]["param"] == field
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status"),
+    [
+        ("/v1/chat/completions", b"", 400),
+        ("/v1/chat/completions", b"[" * 200_000, 400),
+        ("/v1/chat/completions", b'{"messages": [{"role": "user", "content": "\\ud800"}]}', 400),
+        ("/v1/chat/completions", b" " * (MOST_BYTES + 1), 413),
+        ("/v1/completions", b'{"prompt": []}', 400),
+        ("/v1/completions", b'{"prompt": [[]]}', 400),
+        ("/v1/completions", b'{"prompt": [-1]}', 400),
+        ("/v1/completions", b'{"prompt": [1, "a"]}', 400),
+        ("/v1/completions", b'{"prompt": %b}' % json.dumps(["a"] * 257).encode(), 400),
+        ("/tokenize", b"{}", 400),
+        ("/tiercel/score", b"[" * 200_000, 400),
+        ("/tiercel/score", b'{"tokens": [1, 2], "start": 2}', 400),
+        ("/tiercel/score", b'{"tokens": {}, "start": 1}', 400),
+        ("/v1/embeddings", b"{}", 404),
+        ("/health", b"{}", 405),
+    ],
+)
+async def test_what_is_no_request_is_refused_in_openai_s_form_and_the_next_is_answered(
+    path: str, body: bytes, status: int, http: httpx.AsyncClient
+) -> None:
+    reply = await http.post(path, content=body)
+    assert (reply.status_code, reply.json()["error"]["type"]) == (status, "invalid_request_error")
+    assert (await chat(http)).json()["choices"][0]["message"]["content"] == "bill_due"
+
+
+async def test_settings_without_measure_end_no_answer(http: httpx.AsyncClient) -> None:
+    """What makes numbers that are none: the thread that decodes would end, and with it the engine."""
+    for more in (
+        {"temperature": 1e-300},
+        {"temperature": 1e300},
+        {"logit_bias": {"5": 1e308, "6": -1e308}},
+        {"top_p": 1e-300, "temperature": 1},
+        {"repetition_penalty": 100, "temperature": 1},
+        {"top_k": -5, "min_p": 1, "temperature": 1},
+        {"seed": -(10**40), "temperature": 1},
+    ):
+        reply = await chat(http, **more)
+        assert reply.status_code == 200, (more, reply.text)
+
+
+async def test_an_answer_that_cannot_be_drawn_fails_alone(
+    server: Server, http: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any) -> Any:
+        raise ValueError("probabilities contain NaN")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Sampler, "draw", fails)
+        reply = await chat(http)
+        assert (reply.status_code, reply.json()["error"]["type"]) == (500, "server_error")
+    assert server.engine.running == 0
+    assert (await chat(http)).json()["choices"][0]["message"]["content"] == "bill_due"
+
+
+async def test_an_engine_that_has_ended_keeps_nobody_waiting(
+    server: Server, http: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    server.engine._on_end = lambda: loop.call_soon_threadsafe(ended.set)
+
+    def fails(*_: Any) -> Any:
+        raise LlamaError("llama.cpp could not decode")
+
+    monkeypatch.setattr(LlamaContext, "decode", fails)
+    assert (await chat(http)).status_code == 500
+    await ended.wait()
+    assert (await http.get("/health")).status_code == 503
+    reply = await asyncio.wait_for(chat(http), 30)
+    assert (reply.status_code, reply.json()["error"]["type"]) == (500, "server_error")
+
+
+async def test_clients_that_have_left_do_not_fill_the_line(
+    server: Server, http: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_module, "WAITING", 3)
+    body = {"model": "demo", "prompt": [1, 2, 3], "max_tokens": 400, "ignore_eos": True}
+    asked = [asyncio.create_task(http.post("/v1/completions", json=body)) for _ in range(2)]
+    while server.engine.running < 2:
+        await asyncio.sleep(0.001)
+    asked += [asyncio.create_task(http.post("/v1/completions", json=body)) for _ in range(3)]
+    while server.engine.waiting < 3:
+        await asyncio.sleep(0.001)
+    for task in asked[2:]:
+        task.cancel()
+    await asyncio.gather(*asked[2:], return_exceptions=True)
+    while server.engine.waiting:
+        await asyncio.sleep(0.001)
+    assert server.engine.running == 2, "those before them go on"
+    for task in asked:
+        task.cancel()
+    await asyncio.gather(*asked, return_exceptions=True)
 
 
 async def test_an_answer_keeps_to_a_json_schema(http: httpx.AsyncClient) -> None:

@@ -172,7 +172,8 @@ async def test_an_engine_that_cannot_be_timed_stops_nothing() -> None:
         TestServer(web.Application()) as server,
         EngineClient(str(server.make_url("")).rstrip("/"), "m") as client,
     ):
-        assert await speed_or_none(client, "int8", 1024, said.append) is None
+        card = Card.model_construct(variant="int8", target=None)
+        assert await speed_or_none(client, card, 1024, said.append) is None
     assert "int8: its speed was not measured" in said[0]
     assert "answered 404" in said[0]
 

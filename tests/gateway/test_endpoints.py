@@ -77,6 +77,7 @@ def test_what_invocations_ask_for() -> None:
     endpoint = endpoint_of("/invocations")
     assert endpoint is not None
     for body, form, chat in (
+        (b'{"requestType": "CLOSE"}', Form.PLAIN, False),
         (b'{"messages": []}', Form.COMPLETIONS, True),
         (b'{"prompt": ""}', Form.COMPLETIONS, False),
         (b'{"input": ""}', Form.PLAIN, False),

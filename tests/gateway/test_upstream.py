@@ -5,11 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
 import pytest
 from gateway_stack import Stack, running_gateway
+
+from gateway.config import ApiKey
+from gateway.identity import hash_of
 
 OK = b"HTTP/1.1 200 OK\r\ncontent-type: application/json\r\n"
 ANSWER = json.dumps({"choices": [{"message": {"content": "hi"}}], "usage": {"completion_tokens": 1}}).encode()
@@ -31,7 +34,7 @@ class Raw:
         self.answer = answer
         self.close = close
         self.requests = 0
-        self.head = b""
+        self.head = self.body = b""
         """Of the last request."""
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -42,7 +45,7 @@ class Raw:
                     writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n")
                     continue
                 length = int(head.lower().partition(b"content-length:")[2].split(b"\r\n")[0])
-                await reader.readexactly(length)
+                self.body = await reader.readexactly(length)
                 self.requests += 1
                 self.head = head
                 writer.write(self.answer)
@@ -54,16 +57,18 @@ class Raw:
 
 @asynccontextmanager
 async def raw_engine(
-    answer: bytes, *, close: bool = True, **limits: float
+    answer: bytes, *, close: bool = True, keys: Sequence[ApiKey] = (), **limits: float | str
 ) -> AsyncIterator[tuple[Stack, Raw]]:
     """A gateway whose bf16 engine answers so. Its own probes and scrapes are answered too."""
     engine = Raw(answer, close=close)
     server = await asyncio.start_server(engine.serve, "127.0.0.1", 0)
     url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
     settings = {"first_byte_timeout_s": 1.0, "idle_timeout_s": 0.5, "health_interval_s": 60} | limits
-    async with running_gateway(pools={"bf16": (url,)}, gateway=settings) as stack:
-        yield stack, engine
-    server.close()
+    try:
+        async with running_gateway(pools={"bf16": (url,)}, gateway=settings, keys=keys) as stack:
+            yield stack, engine
+    finally:
+        server.close()
 
 
 FAULTS = [
@@ -182,6 +187,37 @@ async def test_headers_that_belong_to_an_answer_reach_the_client() -> None:
         async with stack.http.post(stack.url + "/v1/embeddings", json=body) as response:
             assert response.status == 200
         assert b"endpoint-load-metrics-format" not in engine.head
+
+
+async def test_sessions_that_an_engine_keeps_are_begun_used_and_ended() -> None:
+    """SageMaker's: engines take these bodies with nothing added, name the session by a header, and answer by
+    a text that has no type."""
+    answer = (
+        b"HTTP/1.1 200 OK\r\nX-Amzn-SageMaker-New-Session-Id: 1f; Expires=2026\r\n"
+        b"X-Amzn-SageMaker-Closed-Session-Id: 0e\r\ncontent-length: 18\r\n\r\nSession 1f created"
+    )
+    tenant = ApiKey(name="k", sha256=hash_of("sk-client"), tenant="theirs", priority=1)
+    async with raw_engine(answer, keys=[tenant]) as (stack, engine):
+        headers = {"x-amzn-sagemaker-session-id": "0e", "content-type": "application/json"}
+        headers |= {"authorization": "Bearer sk-client"}
+        body = b'{"requestType": "NEW_SESSION"}'
+        async with stack.http.post(stack.url + "/invocations", data=body, headers=headers) as response:
+            assert response.status == 200, await response.text()
+            assert response.headers["x-amzn-sagemaker-new-session-id"] == "1f; Expires=2026"
+            assert response.headers["x-amzn-sagemaker-closed-session-id"] == "0e"
+            assert await response.read() == b"Session 1f created"
+        assert engine.body == body
+        assert b"x-amzn-sagemaker-session-id: 0e\r\n" in engine.head
+
+
+async def test_an_engine_is_asked_with_the_key_that_it_wants(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ENGINE_KEY", "sk-engine")
+    answer = OK + b"content-length: %d\r\n\r\n" % len(ANSWER) + ANSWER
+    async with raw_engine(answer, engine_key_env="ENGINE_KEY") as (stack, engine):
+        async with stack.post(headers={"authorization": "Bearer sk-client"}) as response:
+            assert response.status == 200
+        assert b"authorization: Bearer sk-engine\r\n" in engine.head
+        assert b"sk-client" not in engine.head
 
 
 async def test_what_is_held_back_reaches_a_client_whose_answer_breaks_off() -> None:

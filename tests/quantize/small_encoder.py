@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from pathlib import Path
 
 TEXTS = [f"{verb} the {noun} {when}" for verb in ("open", "close", "paint", "sell")
@@ -10,18 +12,18 @@ ROWS = [(text, text.split()[0]) for text in TEXTS]
 """Texts and their labels: the verb."""
 
 
-def make_encoder(directory: Path) -> Path:
-    """Write it, in transformers' form, with a tokenizer of whole words."""
+def make_encoder(directory: Path, texts: Sequence[str] = TEXTS, width: int = 64) -> Path:
+    """Write it, in transformers' form, with a tokenizer of the texts' whole words."""
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import BertConfig, BertModel
 
-    words = sorted({word for text in TEXTS for word in text.split()})
+    words = sorted({word for text in texts for word in re.findall(r"\w+|[^\w\s]+", text)})
     vocabulary = {word: at for at, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *words])}
     torch.manual_seed(0)
     config = BertConfig(
-        vocab_size=512,
-        hidden_size=64,
+        vocab_size=512 if len(vocabulary) <= 512 else max(1024, len(vocabulary)),
+        hidden_size=width,
         num_hidden_layers=2,
         num_attention_heads=4,
         intermediate_size=256,

@@ -74,6 +74,18 @@ async def test_a_load_that_the_context_does_not_hold_is_left_out() -> None:
     assert len(found.points) == 3
 
 
+async def test_a_classifier_is_measured_by_labels_per_second_and_by_texts_that_it_takes() -> None:
+    engine, app = Engine([0.0, 0.1]), web.Application()
+    app.router.add_post("/v1/completions", engine.complete)
+    async with TestServer(app) as server, EngineClient(str(server.make_url("")).rstrip("/"), "m") as client:
+        found = await speed.measure_labels(client, 64)
+    assert {tokens for asked in engine.rounds for tokens in asked} == {1}
+    assert max(map(len, engine.prompts)) == 64 - speed.AROUND
+    assert 0.5 * speed.USUAL.together / 0.1 < found.tokens_per_s <= speed.USUAL.together / 0.1
+    assert [one.together for one in found.points] == [one.together for one in (speed.USUAL, *speed.OTHERS)]
+    assert all(one.step_s < 1e-6 < one.prompt_s for one in found.points)
+
+
 async def test_an_engine_that_cannot_write_says_so() -> None:
     async with TestServer(web.Application()) as server:
         client = EngineClient(str(server.make_url("")).rstrip("/"), "m")

@@ -1,0 +1,164 @@
+"""`/v1/responses` under clients that mean harm: no traceback, and nobody else's response."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+from gateway_stack import Stack, eventually
+from responses_engine import responses_gateway
+from test_keys import bearer, key
+from yarl import URL
+
+PATH = "/v1/responses"
+BACKGROUND = '"background": true'
+ODD_IDS = (
+    "%00", "%0a", "resp_%0d%0ax", "..%2f..%2fetc", "%ff%fe", "%ed%a0%80", "resp_" + "a" * 5000, "%25s", "'--",
+    "resp_%F0%9F%92%A9", ".", "%20", "a" * 129,
+)  # fmt: skip
+DEEP = "[" * 5000 + "]" * 5000
+INPUTS = (
+    '[{"type": {}, "role": "user", "content": "x"}]', '[{"type": "message", "id": {"a": 1}, "content": "x"}]',
+    '[{"type": ["message"], "id": 7, "content": "x"}]', '[1, null, "x", [], {"content": 1e400}]',
+    r'[{"role": "user", "content": "\ud800"}]', '[{"role": "user", "content": ' + DEEP + "}]",
+    '{"a": 1}', "7",
+    '[{"role": "user", "content": 1' + "0" * 400 + "}]",
+)  # fmt: skip
+FIELDS = (
+    '"max_output_tokens": 100000000000000000000000000', r'"user": "\udfff"', '"temperature": 1e400',
+    '"metadata": {"a": "\\ud800"}', '"tools": ' + DEEP, '"text": 1e-400', '"instructions": null',
+    '"top_p": -0.0, "top_p": 3', '"request_id": "resp_\\u0000"', '"request_id": "../../x"',
+)  # fmt: skip
+
+
+@pytest.fixture
+async def stack() -> AsyncIterator[Stack]:
+    async with responses_gateway(keys=[key("any", tenant="a"), key("other", tenant="b")]) as (running,):
+        yield running
+
+
+async def ask(stack: Stack, method: str, path: str, body: str | None = None, who: str = "any") -> Any:
+    """Status and body of an answer, which is JSON whatever was asked."""
+    headers = {**bearer(who), "content-type": "application/json"}
+    url = stack.url + path
+    async with stack.http.request(method, URL(url, encoded=True), data=body, headers=headers) as response:
+        return response.status, json.loads(await response.read())
+
+
+def after(name: str) -> str:
+    return f'"previous_response_id": "{name}"'
+
+
+def asking(*fields: str, given: str = '"x"') -> str:
+    """A request, whose fields are JSON already."""
+    return "{" + ", ".join(('"model": "assistant"', f'"input": {given}', *fields)) + "}"
+
+
+async def made(stack: Stack, *fields: str, who: str = "any") -> str:
+    status, answer = await ask(stack, "POST", PATH, asking(*fields), who)
+    assert status == 200, answer
+    return str(answer["id"])
+
+
+@pytest.mark.parametrize("name", ODD_IDS)
+async def test_odd_ids_are_of_no_response(stack: Stack, name: str) -> None:
+    for method, path in (("GET", ""), ("DELETE", ""), ("GET", "/input_items"), ("POST", "/cancel")):
+        status, answer = await ask(stack, method, f"{PATH}/{name}{path}")
+        assert status in (404, 405), answer
+        assert answer["error"]["message"]
+    body = {"model": "assistant", "input": "x", "previous_response_id": name}
+    status, answer = await ask(stack, "POST", PATH, json.dumps(body))
+    assert (status, answer["error"]["type"]) == (400, "invalid_request_error")
+
+
+async def test_nobody_reaches_what_another_tenant_has_kept(stack: Stack) -> None:
+    theirs = await made(stack, who="other")
+    running = await made(stack, BACKGROUND, who="other")
+    for name in (theirs, running):
+        for method, path in (("GET", ""), ("DELETE", ""), ("GET", "/input_items"), ("POST", "/cancel")):
+            assert (await ask(stack, method, f"{PATH}/{name}{path}"))[0] == 404
+        for more in ("", "/input_tokens", "/compact"):
+            body = {"model": "assistant", "input": "x", "previous_response_id": name}
+            assert (await ask(stack, "POST", PATH + more, json.dumps(body)))[0] == 400
+    taken = await made(stack, f'"request_id": "{theirs}"')
+    assert taken == theirs, "the same name, and another's all the same"
+    assert (await ask(stack, "DELETE", f"{PATH}/{taken}"))[0] == 200
+    assert (await ask(stack, "GET", f"{PATH}/{theirs}", who="other"))[0] == 200
+
+
+async def test_what_is_done_twice_is_done_once(stack: Stack) -> None:
+    name = await made(stack)
+    found = await asyncio.gather(*(ask(stack, "DELETE", f"{PATH}/{name}") for _ in range(8)))
+    assert sorted(status for status, _ in found) == [200, *[404] * 7]
+    for variant in stack.engines.values():
+        variant.held = asyncio.Event()
+    name = await made(stack, BACKGROUND)
+    found = await asyncio.gather(*(ask(stack, "POST", f"{PATH}/{name}/cancel") for _ in range(8)))
+    assert {(status, answer["status"]) for status, answer in found} == {(200, "cancelled")}
+    assert (await ask(stack, "POST", f"{PATH}/{name}/cancel"))[1]["status"] == "cancelled"
+
+
+@pytest.mark.parametrize("background", [False, True])
+@pytest.mark.parametrize("given", INPUTS)
+async def test_any_input_is_answered_and_shown(stack: Stack, given: str, background: bool) -> None:
+    more = (BACKGROUND,) if background else ()
+    status, answer = await ask(stack, "POST", PATH, asking(*more, given=given))
+    assert status in (200, 400, 502), answer
+    if status != 200:
+        return
+    for path in ("", "/input_items", "/input_items?order=asc&limit=1", "/input_items?after=x"):
+        status, shown = await ask(stack, "GET", f"{PATH}/{answer['id']}{path}")
+        assert status in (200, 400, 404), (path, shown)  # not kept: what no reader of JSON takes
+    assert (await ask(stack, "POST", PATH, asking(after(answer["id"]))))[0] in (200, 400, 502)
+
+
+@pytest.mark.parametrize("field", FIELDS)
+async def test_any_field_is_answered_in_the_background(stack: Stack, field: str) -> None:
+    status, answer = await ask(stack, "POST", PATH, asking(BACKGROUND, field))
+    assert status in (200, 400), answer
+    if status == 200:
+        assert (await ask(stack, "GET", f"{PATH}/{answer['id']}"))[0] == 200
+
+
+async def test_what_python_alone_reads_is_kept_no_less(stack: Stack) -> None:
+    """NaN is in no standard: a request with one is still not the engine's to keep, or to look up."""
+    first = await made(stack)
+    body = asking('"seed": NaN', after(first))
+    status, answer = await ask(stack, "POST", PATH, body)
+    assert (status, answer["previous_response_id"]) == (200, first)
+    sent = [body for variant in stack.engines for body in stack.asked(variant)]
+    assert len(sent) == 2
+    assert not any(body["store"] or body.get("previous_response_id") for body in sent)
+    assert (await ask(stack, "GET", f"{PATH}/{answer['id']}"))[0] == 200
+    status, answer = await ask(stack, "POST", PATH, asking('"seed": NaN', BACKGROUND))
+    assert (status, answer["error"]["param"]) == (400, "background")
+
+
+async def test_thousands_of_responses_are_bounded_and_the_newest_found() -> None:
+    async with responses_gateway(responses={"max_responses": 50}, keys=[key("any", tenant="a")]) as (stack,):
+        names = [await made(stack) for _ in range(300)]
+        assert (await ask(stack, "GET", f"{PATH}/{names[-1]}"))[0] == 200
+        store = stack.gateway.responses
+
+        async def bounded() -> bool:
+            kept = store._store
+            return kept is not None and kept.usage()[0] <= 55
+
+        await eventually(bounded)
+
+
+async def test_clients_that_leave_at_once_leave_nothing_running(stack: Stack) -> None:
+    for variant in stack.engines.values():
+        variant.held = asyncio.Event()
+    engines = list(stack.engines.values())
+    for _ in range(10):
+        body = {"model": "assistant", "input": "x", "stream": True}
+        async with stack.http.post(stack.url + PATH, json=body, headers=bearer("any")) as response:
+            assert response.status == 200
+            await eventually(lambda: sum(engine.running for engine in engines) == 1)
+            response.close()
+        await eventually(lambda: not any(engine.running for engine in engines))
+    assert stack.sample("tiercel_responses_stored_total") == 0
