@@ -150,7 +150,7 @@ def test_an_adapter_on_a_smoothed_variant_of_the_base_passes_the_whole_gate(dire
     assert card.adapter is not None
     assert card.evaluation is not None
     assert card.evaluation.text.kl_exact
-    assert card.evaluation.text.kl_mean < 0.02, "on channels that are scaled otherwise it would be far off"
+    assert card.evaluation.text.kl_mean < 0.02
     assert card.gate["intents"].outcome == Outcome.PASSED, said
     assert next(iter(changes(model.variants_dir / "int8-lora/current/adapter"))).a.any()
     unscored = _ended(_started(directory, log, *carrying[:3], "base:bf17", *carrying[4:]), log, 2)
