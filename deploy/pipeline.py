@@ -1,99 +1,166 @@
 """``tiercel train pipeline``: train → merge → plan → QAT → gate → serve, each step a command of its own.
 
-Every step is in a process of its own, which leaves no memory taken, and can be given alone. What is finished
-is not done again: the same command goes on where it was stopped, within a step as well.
+Every step is in a process of its own, which leaves no memory taken, and can be given alone. All that can be
+known is looked at before the first one. What is finished is not done again: the same command goes on where it
+was stopped, within a step as well.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import functools
 import os
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from deploy.models import registry_of
-from deploy.starting import arrive
-from deploy.training import job_of, lines_of
-from gateway.config import load_config
-from quantize.card import CardError, read_card
-from quantize.core.files import write_whole
+from deploy.commands.before import refuse_unmeasurable
+from deploy.identity import identity_of
+from deploy.machine import look
+from deploy.making import role_tasks
+from deploy.measuring import say_hopeless
+from deploy.models import checkpoint_of, registry_of
+from deploy.pipeline_file import TrainedFile, trained_file
+from deploy.planning import refuse_bits
+from deploy.served import who_serves
+from deploy.starting import refuse_before_work
+from deploy.steps import Kept, Say, Step, run_step
+from deploy.training import job_of
+from gateway.config import ModelConfig, load_config
+from quantize.card import Card, CardError, read_card
+from quantize.core.checkpoint import base_sha256
+from quantize.core.files import locked
+from quantize.core.modules import read_modules
 from quantize.core.recipes import RECIPES
-from quantize.train.data import as_item
+from quantize.core.targets import detect, target
+from quantize.evaluate.measure import tasks_sha256
+from quantize.train.adapters import adapter_sha256
 from quantize.train.loop import TrainError
-from quantize.train.run import ADAPTER, MODEL
+from quantize.train.run import ADAPTER, MODEL, Job, finished, fitting
+from quantize.versions import stale
 
-Say = Callable[[str], None]
-
-MERGED, FILE, ITEMS, PLANNED = "merged", "tiercel.yaml", "items.jsonl", "planned"
-ELSEWHERE = ("models", "canary", "record", "like")
-"""Settings of a role that are about the fleet that it was in."""
-
-
-@dataclass(frozen=True)
-class Step:
-    """A command of ``tiercel``, and whether it has been done."""
-
-    name: str
-    arguments: tuple[str, ...]
-    is_done: Callable[[], bool] = lambda: False
+MERGED, PLANNED, INT4 = "merged", "planned", "int4"
+KEPT, LOCK = "pipeline.json", ".pipeline"
+TRAINING_OPTIONS = (
+    *("model", "role", "data", "held_out", "out", "memory", "epochs", "steps", "rate", "batch", "together"),
+    *("length", "rank", "alpha", "dropout", "targets", "judge", "evaluate_every", "keep_every", "seed"),
+    *("device", "checkpointing"),
+)
 
 
 def run_pipeline(options: argparse.Namespace, say: Say) -> None:
-    """All steps that are not done, one after another. Raises TrainError, and before any work whatever the
-    first step refuses."""
-    job_of(options, options.method, lambda _text: None)
-    for step in first_steps(options):
-        _run(step, say)
-    path = _configuration(options, say)
-    for step in last_steps(options, path):
-        _run(step, say)
+    """All steps that are not done, one after another. Raises TrainError, and before any work whatever would
+    stop a step that can be known."""
+    job = job_of(options, options.method, lambda _text: None)
+    file = trained_file(options, job.checkpoint, _trained(options), _more(options), say)
+    _refuse_before_work(options, job, file, say)
+    with locked(options.out / LOCK, f"the pipeline in {options.out}", say):
+        kept = Kept(options.out / KEPT)
+        for step in first_steps(options, job):
+            run_step(step, kept, say)
+        file.begin(kept, say)
+        for step in last_steps(options, file):
+            run_step(step, kept, say)
+        model = file.settle(kept, say)
+    registry = registry_of(model)
+    cards = [read_card(registry.path(name)) for name in file.starter.serve if name in registry.variants()]
+    say(f"\n{who_serves(load_config(file.path), model, cards)}\n")
     if options.serve:
-        os.execv(sys.executable, [sys.executable, "-m", "deploy.cli", "up", "--config", str(path)])
-    say(f"`tiercel up --config {path}` serves it")
+        serving = ("-m", "deploy.cli", "up", "--config", str(file.path))
+        os.execv(sys.executable, [sys.executable, *serving])
+    say(f"`tiercel up --config {file.path}` serves it")
 
 
-def first_steps(options: argparse.Namespace) -> list[Step]:
+def _refuse_before_work(options: argparse.Namespace, job: Job, file: TrainedFile, say: Say) -> None:
+    """Raise an error for what would stop a later step, as far as it can be known."""
+    if finished(job) is None:
+        fitting(job, read_modules(job.checkpoint))
+    merged = options.out / MERGED
+    if options.method != "full" and merged.exists() and Kept(options.out / KEPT).get("merge") is None:
+        raise TrainError(f"{merged} is there and was not made here; remove it, or name another --out")
+    if options.bits is not None and not options.plan:
+        raise TrainError("--bits is of the plan, of which --no-plan makes none; leave one of them out")
+    if options.qat_steps is not None and not options.qat:
+        raise TrainError("--qat-steps is of --qat; give that as well")
+    if options.qat and not options.plan and INT4 not in file.starter.serve:
+        why = file.starter.left_out.get(INT4, "it is not served here")
+        raise TrainError(f"--qat with --no-plan trains {INT4}: {why}; leave --no-plan out")
+    if options.plan:
+        refuse_bits(job.checkpoint, target(detect()), options.bits)
+    with file.of_base(job.checkpoint) as (config, model):
+        refuse_unmeasurable(model)
+        say_hopeless(model, len(file.starter.serve) - 1, say)
+        if file.path.exists():
+            config, model = load_config(file.path), file.model()
+        if options.serve:
+            refuse_before_work(config, model)
+
+
+def first_steps(options: argparse.Namespace, job: Job) -> list[Step]:
     """From the base to a checkpoint."""
     given = _training_arguments(options)
-    steps = [Step("train", ("train", options.method, *given))]
-    if options.method != "full":
-        base = ("--config", str(options.config), *(("--model", options.model) if options.model else ()))
-        adapter, out = options.out / ADAPTER, options.out / MERGED
-        merging = ("train", "merge", str(adapter), "--out", str(out), *base)
-        steps.append(Step("merge", merging, lambda: _is_newer(out, adapter)))
-    return steps
+    training = Step("train", ("train", options.method, *given), lambda: finished(job) is not None)
+    if options.method == "full":
+        return [training]
+    base = ("--config", str(options.config), *(("--model", options.model) if options.model else ()))
+    adapter, out = options.out / ADAPTER, options.out / MERGED
+    arguments = ("train", "merge", str(adapter), "--out", str(out), *base)
+    return [training, Step("merge", arguments, out.is_dir, lambda: adapter_sha256(adapter), makes=out)]
 
 
-def last_steps(options: argparse.Namespace, path: Path) -> list[Step]:
+def last_steps(options: argparse.Namespace, file: TrainedFile) -> list[Step]:
     """From the checkpoint to what is judged: what suits the machine first, whose reference answers what
     calibrates and judges all others."""
-    at = ("--config", str(path))
+    at = ("--config", str(file.path), "--model", file.name)
 
-    def done(*variants: str) -> Callable[[], bool]:
-        return lambda: _are_judged(path, variants)
+    @functools.cache
+    def base() -> str:
+        return base_sha256(checkpoint_of(file.model()))
 
-    recipes = [name for name in load_config(path).each()[0].serve if name in RECIPES]
-    steps = [Step("make", ("quantize", "make", *recipes, *at), done(*recipes))]
+    def judged(*names: str) -> Callable[[], list[Card] | None]:
+        return lambda: _judged(file.model(), base(), names)
+
+    def there(*names: str) -> Callable[[], bool]:
+        return lambda: judged(*names)() is not None
+
+    reference, *made = file.starter.serve
+    recipes = [name for name in made if name in RECIPES]
+    steps = []
+    if recipes:
+        steps.append(Step("make", ("quantize", "make", *recipes, *at), there(reference, *recipes)))
     if options.plan:
-        bits = ("--bits", str(options.bits)) if options.bits else ()
-        steps.append(Step("plan", ("quantize", "plan", "--name", PLANNED, *bits, *at), done(PLANNED)))
+        bits = ("--bits", f"{options.bits:g}") if options.bits is not None else ()
+        arguments = ("quantize", "plan", "--name", PLANNED, *bits, *at)
+        steps.append(Step("plan", arguments, there(PLANNED), lambda: " ".join(bits)))
     if options.qat:
         begin, name = _trained_plan(options)
-        steps.append(Step("qat", ("train", "qat", begin, "--name", name, *at), done(name)))
-    steps.append(Step("gate", ("quantize", "measure", *at), done()))
-    return steps
+        of = ("--steps", str(options.qat_steps)) if options.qat_steps is not None else ()
+
+        def begun() -> str:
+            return " ".join((begin, registry_of(file.model()).current(begin), *of))
+
+        arguments = ("train", "qat", begin, "--name", name, *of, *at)
+        steps.append(Step("qat", arguments, there(name), begun))
+    measuring = ("quantize", "measure", *file.starter.serve, *at)
+    together = judged(*file.starter.serve)
+    return [*steps, Step("gate", measuring, lambda: _as_one_family(together()))]
+
+
+def _trained(options: argparse.Namespace) -> Path:
+    """Where the trained checkpoint will lie."""
+    return Path(options.out / (MODEL if options.method == "full" else MERGED))
+
+
+def _more(options: argparse.Namespace) -> tuple[str, ...]:
+    """Variants beside those of recipes."""
+    planned = (PLANNED,) if options.plan else ()
+    return (*planned, *((_trained_plan(options)[1],) if options.qat else ()))
 
 
 def _trained_plan(options: argparse.Namespace) -> tuple[str, str]:
     """What quantization-aware training begins with, and what it makes."""
-    begin = PLANNED if options.plan else "int4"
+    begin = PLANNED if options.plan else INT4
     return begin, f"{begin}-qat"
 
 
@@ -112,96 +179,29 @@ def _training_arguments(options: argparse.Namespace) -> list[str]:
     return given
 
 
-TRAINING_OPTIONS = (
-    *("model", "role", "data", "held_out", "out", "memory", "epochs", "steps", "rate", "batch", "together"),
-    *("length", "rank", "alpha", "dropout", "targets", "judge", "evaluate_every", "keep_every", "seed"),
-    *("device", "checkpointing"),
-)
-
-
-def _run(step: Step, say: Say) -> None:
-    if step.is_done():
-        say(f"{step.name}: done before")
-        return
-    say(f"{step.name}: tiercel {' '.join(step.arguments)}")
-    process = subprocess.Popen([sys.executable, "-m", "deploy.cli", *step.arguments], stdout=sys.stderr)
-    try:
-        status = process.wait()
-    except KeyboardInterrupt:  # the terminal has told the step as well, which keeps what is done
-        process.wait()
-        raise
-    if status == 130:
-        raise KeyboardInterrupt
-    if status:
-        raise TrainError(f"{step.name} failed, for the reason above; the same command goes on with it")
-
-
-def _is_newer(made: Path, source: Path) -> bool:
-    """Whether a checkpoint was made of an adapter that has not changed since."""
-    weights = source / "adapter_model.safetensors"
-    return made.is_dir() and made.stat().st_mtime >= weights.stat().st_mtime
-
-
-def _are_judged(path: Path, variants: Sequence[str]) -> bool:
-    """Whether these, or all that are there, have been judged for every role, or cannot be loaded."""
-    model = load_config(path).each()[0]
-    registry = registry_of(model)
-    for name in variants or registry.variants():
+def _judged(model: ModelConfig, base: str, variants: Sequence[str]) -> list[Card] | None:
+    """The cards of these variants of the checkpoint ``base``, each judged for every role on the items and the
+    engine at hand, or not to be loaded; None where one is not."""
+    registry, tasks, machine = registry_of(model), tasks_sha256(role_tasks(model)), look()
+    found: list[Card] = []
+    for name in variants:
         try:
             card = read_card(registry.path(name))
         except CardError:
-            return False
-        if card.state == "ready" and not card.gate.keys() >= model.roles.keys():
-            return False
-    return bool(registry.variants())
-
-
-def _configuration(options: argparse.Namespace, say: Say) -> Path:
-    """A file for the trained model: its own variants, and of the roles the one that it was trained for."""
-    path = Path(options.out / FILE).absolute()
-    if path.exists():
-        say(f"going on with {path}, which is there")
-        return path
-    source = (options.out / (MODEL if options.method == "full" else MERGED)).absolute()
-    starter = arrive(str(source), path.parent, say).starter
-    serve = [*starter.serve, *_more(options)]
-    name = f"{options.role or options.data.stem}-{options.method}"
-    made: dict[str, Any] = {
-        "models": {name: {"path": str(source), "serve": serve}},
-        "variants_dir": str(path.parent / "variants"),
-        "roles": _roles(options),
-        "default_role": options.role or "default",
-    }
-    if engine := _engine(options, starter.python):
-        made["engine"] = engine
-    write_whole(path, yaml.safe_dump(made, sort_keys=False, allow_unicode=True))
-    load_config(path)
-    say(f"wrote {path}: variants {', '.join(serve)}")
-    return path
-
-
-def _more(options: argparse.Namespace) -> Sequence[str]:
-    planned = [PLANNED] if options.plan else []
-    return [*planned, _trained_plan(options)[1]] if options.qat else planned
-
-
-def _roles(options: argparse.Namespace) -> dict[str, Any]:
-    """The role that was trained for, with what the configuration says of it; without one, a role of what was
-    held out."""
-    if options.role is not None:
-        role = load_config(options.config).roles[options.role]
-        said = json.loads(role.model_dump_json(exclude_unset=True))
-        return {options.role: {key: value for key, value in said.items() if key not in ELSEWHERE}}
-    items = options.out / ITEMS
-    _, held_out, _ = lines_of(options, None, None)
-    texts = (as_item(line).model_dump_json(exclude_defaults=True) for line in held_out)
-    write_whole(items, "".join(f"{text}\n" for text in texts))
-    return {"default": {"tasks": str(items.absolute())}}
-
-
-def _engine(options: argparse.Namespace, python: Path | None) -> dict[str, Any]:
-    """What the configuration says of engines, and where theirs is if it is not beside the file."""
-    found: dict[str, Any] = {"python": str(python)} if python is not None else {}
-    if options.config.exists():
-        found |= json.loads(load_config(options.config).engine.model_dump_json(exclude_unset=True))
+            return None
+        figures, roles = card.evaluation, model.roles.keys()
+        known = figures is not None and figures.tasks_sha256 == tasks and card.gate.keys() >= roles
+        if card.state == "ready" and (not known or stale(card, identity_of(card, model, machine))):
+            return None
+        if card.base_sha256 != base:
+            return None
+        found.append(card)
     return found
+
+
+def _as_one_family(cards: Sequence[Card] | None) -> bool:
+    """Whether they were judged with each other's gates in mind (Holm's correction)."""
+    if cards is None:
+        return False
+    families = [card.evaluation.p_values for card in cards if card.state == "ready" and card.evaluation]
+    return all(one == families[0] for one in families)

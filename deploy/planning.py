@@ -17,15 +17,16 @@ from deploy.making import all_items
 from deploy.models import checkpoint_of, registry_of
 from deploy.unlabelled import calibration_for, version_in_use
 from gateway.config import ModelConfig
-from quantize.card import Card
+from quantize.card import Calibration, Card
 from quantize.check import kept_rows, refuse_pattern, refuse_short, refuse_unfit
+from quantize.core.checkpoint import Checkpoint
 from quantize.core.files import locked
 from quantize.core.plan import Plan
-from quantize.core.targets import detect, target
+from quantize.core.targets import Target, detect, target
 from quantize.core.tensors import refuse_not_finite
 from quantize.evaluate.bench import Bench, Span
 from quantize.evaluate.tasks import by_first_role
-from quantize.make.calibration import load_tokenizer
+from quantize.make.calibration import CalibrationSet, load_tokenizer
 from quantize.plan import controls
 from quantize.plan.controls import Controls, Kind
 from quantize.plan.cost import estimate_planning
@@ -181,13 +182,21 @@ def plan(
     return card, candidates
 
 
+def refuse_bits(checkpoint: Checkpoint, where: Target, bits: float | None) -> None:
+    """Raise PlanError where no plan of a model on a target takes so few bits per weight: by shapes alone."""
+    nothing = CalibrationSet([], Calibration(source="", sha256="", samples=0, tokens=0))
+    _budget(PlanningSession(Path(), checkpoint, nothing, where, choosing=[]), bits, None, 0, ("auto",))
+
+
 def _budget(
     session: PlanningSession, bits: float | None, budget: int | None, kv_tokens: int, kv: Sequence[str]
 ) -> int:
     """The bytes that are wanted. Raises PlanError where no plan takes so few."""
+    if bits is not None and not 0 < bits <= 16:
+        raise PlanError(f"--bits {bits:g}: bits of a weight lie above 0 and are 16 at most, such as 4.5")
     weights, other = sum(group.weights for group in session.blocks), session.blocks.other_bytes
     if budget is None:
-        budget = other + int((bits or DEFAULT_BITS) * weights / 8)
+        budget = other + int((DEFAULT_BITS if bits is None else bits) * weights / 8)
     if budget < (least := session.least_bytes(kv_tokens, kv)):
         raise PlanError(
             f"a budget of {budget} bytes is below the least possible, {least} bytes "

@@ -12,11 +12,12 @@ from pathlib import Path
 
 from deploy.making import make_variants
 from deploy.models import registry_of
+from deploy.smoothing import smoothing
 from gateway.config import ModelConfig
 from quantize.card import Card
 from quantize.core.checkpoint import Checkpoint, base_sha256
 from quantize.core.methods import SMOOTH, as_trained, parse_method
-from quantize.core.modules import HEAD, Modules, read_modules
+from quantize.core.modules import HEAD, read_modules
 from quantize.core.plan import Plan
 from quantize.core.recipes import RECIPES, usual_method
 from quantize.core.schemes import SchemeError, kv_scheme, scheme
@@ -24,7 +25,6 @@ from quantize.core.targets import Target
 from quantize.make.calibration import CalibrationSet
 from quantize.make.smooth import ScaleStore
 from quantize.make.variant import part_store
-from quantize.plan.session import PlanningSession
 from quantize.train.loop import TrainError
 from quantize.train.qat import refuse_untrainable
 
@@ -123,7 +123,7 @@ def _of_variant(
     transforms = {parse_method(method).transforms for method in methods}
     scales = None
     if transforms == {(SMOOTH,)}:
-        scales = _smoothing(model, checkpoint, where, calibration, card, modules)
+        scales = smoothing(model, checkpoint, where, calibration, card)
     return Beginning(
         wanted.name or f"{card.variant}-qat",
         plan,
@@ -132,25 +132,6 @@ def _of_variant(
         scales,
         transforms == {()} or scales is not None,
     )
-
-
-def _smoothing(
-    model: ModelConfig,
-    checkpoint: Checkpoint,
-    where: Target,
-    calibration: CalibrationSet,
-    card: Card,
-    modules: Modules,
-) -> ScaleStore | None:
-    """The scales that a variant was smoothed by, where they are kept still."""
-    whole = card.calibration is not None and card.calibration.samples == calibration.description.samples
-    if whole:
-        store = part_store(model.variants_dir, checkpoint, modules, calibration).smoothing
-    else:
-        store = PlanningSession(
-            model.variants_dir / ".planning", checkpoint, calibration, where
-        ).parts.smoothing
-    return None if store.missing(modules.layers) else store
 
 
 def _of_scheme(

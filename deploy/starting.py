@@ -27,6 +27,7 @@ from deploy.models import checkpoint_of, registry_of
 from deploy.placement import GIB, Machine, Need, PlacementError, arranged, taken_by
 from deploy.served import who_serves
 from deploy.starter import FILE, REFERENCE, ROLES, Choice, Starter, candidates, choose, model_name
+from deploy.steps import end_with_parent
 from deploy.unlabelled import ask_reference, is_answered, variant_engine
 from gateway.config import Config, ModelConfig, load_config, parse_config
 from gateway.routing.ladders import costs
@@ -203,6 +204,7 @@ async def make_apart(path: Path, model: ModelConfig) -> None:
         *("--config", str(path), "--model", model.name, *wanted),
         stdout=asyncio.subprocess.DEVNULL,
         start_new_session=True,  # the terminal's Ctrl-C is this process's to deal with
+        preexec_fn=end_with_parent(),
     )
     try:
         status = await process.wait()
@@ -219,10 +221,15 @@ def settle(config: Config, path: Path, model: ModelConfig, arrived: Arrived, say
     text = path.read_text(encoding="utf-8")
     if arrived.starter.in_place_of(arrived.starter, text) is None:
         return config
-    choice = _fitting_choice(config, model, say)
-    chosen = dataclasses.replace(arrived.starter, serve=choice.serve, watched=choice.watched)
+    chosen = with_choice(arrived.starter, config, model, say)
     write_whole(path, chosen.in_place_of(arrived.starter, text) or text)
     return load_config(path)
+
+
+def with_choice(starter: Starter, config: Config, model: ModelConfig, say: Say) -> Starter:
+    """The starter with what the roles need of the variants that ``model`` serves and that were judged."""
+    choice = _fitting_choice(config, model, say)
+    return dataclasses.replace(starter, serve=choice.serve, watched=choice.watched)
 
 
 def _fitting_choice(config: Config, model: ModelConfig, say: Say) -> Choice:

@@ -6,22 +6,31 @@ import argparse
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from deploy.making import labelled_items
 from deploy.models import checkpoint_of, one_model, registry_of, variant_of
+from deploy.smoothing import smoothing
+from deploy.unlabelled import calibration_for, version_in_use
 from gateway.config import Config, ConfigError, ModelConfig, load_config
 from quantize.card import Card
 from quantize.check import refuse_unfit
 from quantize.core.checkpoint import Checkpoint, open_checkpoint
 from quantize.core.files import write_whole
 from quantize.core.jsonl import read_lines
+from quantize.core.model_config import first_line
 from quantize.core.modules import read_modules
+from quantize.core.targets import detect, target
 from quantize.core.tensors import refuse_not_finite
+from quantize.register.carried import Carrying, examine_adapter, is_smoothed, refuse_carrier
 from quantize.train.adapters import Lora
 from quantize.train.base import Method, refuse_untrainable
 from quantize.train.data import Line, encode, of_item, read_examples, refuse_overlap, split
 from quantize.train.loop import Settings
 from quantize.train.run import Job
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Say = Callable[[str], None]
 
@@ -47,6 +56,7 @@ def base_of(options: argparse.Namespace) -> tuple[Checkpoint, ModelConfig | None
 
 def job_of(options: argparse.Namespace, method: Method, say: Say) -> Job:
     """What the options ask for, with its data read, encoded and found to be fit. Raises before any work."""
+    _refuse_numbers(options)
     checkpoint, model, config = base_of(options)
     refuse_untrainable(checkpoint, read_modules(checkpoint))
     refuse_unfit(checkpoint)
@@ -54,25 +64,26 @@ def job_of(options: argparse.Namespace, method: Method, say: Say) -> Job:
     train, held_out, sources = lines_of(options, model, config)
     refuse_overlap(train, held_out)
     held_out = drawn(held_out, options.judge)
-    length = options.length or min(LENGTH, checkpoint.max_model_len)
+    length = min(LENGTH, checkpoint.max_model_len) if options.length is None else options.length
     if length > checkpoint.max_model_len:
         raise ConfigError(f"--length {length}: the model takes {checkpoint.max_model_len} tokens; give fewer")
     examples, judged = encode(train, checkpoint, length), encode(held_out, checkpoint, length)
     if examples.cut:
         say(f"{examples.cut} of {len(examples.examples)} examples are cut to {length} tokens")
-    steps = options.steps or math.ceil(options.epochs * len(examples.examples) / options.batch)
+    steps = options.steps
+    if steps is None:
+        steps = math.ceil(options.epochs * len(examples.examples) / options.batch)
     settings = Settings(
         steps=steps,
-        learning_rate=options.rate or RATES[method],
+        learning_rate=RATES[method] if options.rate is None else options.rate,
         batch=options.batch,
         together=min(options.together, options.batch),
         evaluate_every=options.evaluate_every,
         keep_every=options.keep_every,
         seed=options.seed,
     )
-    lora = Lora(
-        options.rank, options.alpha or 2 * options.rank, options.dropout, tuple(options.targets or ())
-    )
+    alpha = 2 * options.rank if options.alpha is None else options.alpha
+    lora = Lora(options.rank, alpha, options.dropout, tuple(options.targets or ()))
     lora.of(read_modules(checkpoint))
     return Job(
         method,
@@ -87,6 +98,35 @@ def job_of(options: argparse.Namespace, method: Method, say: Say) -> Job:
         options.device,
         sources,
     )
+
+
+def _refuse_numbers(options: argparse.Namespace) -> None:
+    """Raise ConfigError for what cannot be of the options that nobody else looks at, and for an ``--out``
+    that is no place for a run."""
+    for name in ("batch", "together", "judge", "length"):
+        if (value := getattr(options, name)) is not None and value < 1:
+            raise ConfigError(f"--{name} {value}: give 1 or more")
+    for name, low in (("epochs", 0.0), ("memory", 0.0), ("alpha", 0.0)):
+        value = getattr(options, name)
+        if value is not None and not low < value < math.inf:
+            raise ConfigError(f"--{name} {value:g}: give a number above 0")
+    if options.held_out is not None and options.data is None:
+        raise ConfigError("--held-out judges what --data trains; a role is judged by its tasks: leave it out")
+    if options.device is not None:
+        _refuse_device(options.device)
+    if options.out.exists() and not options.out.is_dir():
+        raise ConfigError(f"--out {options.out} is a file; name a directory, which may not be there yet")
+
+
+def _refuse_device(name: str) -> None:
+    import torch
+
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise ConfigError(
+            f"--device {name}: {first_line(error)}; give cpu, or cuda where there is one"
+        ) from None
 
 
 def lines_of(
@@ -139,8 +179,11 @@ def split_file(path: Path, one_in: int, say: Say) -> None:
         say(f"{len(lines)} lines are in {out}")
 
 
-def carried(config: Config, options: argparse.Namespace, say: Say) -> dict[str, list[Card]]:
-    """The reference of the merged model, and the variant of the base that carries the adapter, by model."""
+def carried(
+    config: Config, options: argparse.Namespace, say: Say, before: Callable[[ModelConfig], None]
+) -> dict[str, list[Card]]:
+    """The reference of the merged model, and the variant of the base that carries the adapter, by model.
+    ``before`` is what else is looked at before work, for the model."""
     model = one_model(config, options.model)
     base, variant = variant_of(config, options.carrier)
     if base.name == model.name:
@@ -149,9 +192,26 @@ def carried(config: Config, options: argparse.Namespace, say: Say) -> dict[str, 
             "one of the base's"
         )
     of_base, registry = registry_of(base, say), registry_of(model, say)
+    of_base.current(variant)
     carrier = of_base.card(variant)
-    checkpoint = checkpoint_of(model, say)
-    reference = registry.add_reference(checkpoint)
-    directory = of_base.path(variant, carrier.version)
-    card = registry.carry(checkpoint, options.name, carrier, directory, options.adapter)
-    return {model.name: [reference, card]}
+    refuse_carrier(carrier)
+    asked = Carrying(
+        adapter=options.adapter,
+        carrier=carrier,
+        directory=of_base.path(variant, carrier.version),
+        base=checkpoint_of(base, say),
+        merged=checkpoint_of(model, say),
+        scales=_scales(base, carrier) if is_smoothed(carrier) else None,
+    )
+    examine_adapter(asked)
+    before(model)
+    reference = registry.add_reference(asked.merged)
+    return {model.name: [reference, registry.carry(options.name, asked)]}
+
+
+def _scales(base: ModelConfig, carrier: Card) -> dict[str, Tensor] | None:
+    """What a smoothed variant's channels were scaled by; None where that is gone."""
+    checkpoint = checkpoint_of(base)
+    calibration = calibration_for(base, checkpoint, version_in_use(base))
+    store = smoothing(base, checkpoint, target(detect()), calibration, carrier)
+    return None if store is None else store.everything(read_modules(checkpoint).layers)

@@ -25,7 +25,14 @@ from quantize.make.calibration import CalibrationSet
 from quantize.make.compress import versions
 from quantize.make.parts import NUMERICS
 from quantize.make.variant import compress
-from quantize.register.carried import ADAPTER_FILES, CARRIED, adapter_bytes, examine_adapter
+from quantize.register.carried import (
+    CARRIED,
+    SCALED,
+    Carrying,
+    adapter_bytes,
+    examine_adapter,
+    write_carried,
+)
 from quantize.register.examine import examine
 from quantize.variants_dir import FOUND_OUT, VariantsDirectory
 
@@ -152,27 +159,30 @@ class Registry(VariantsDirectory):
         inputs = {"base": base, "registered": contents}
         return self._add(variant, inputs, fill, checkpoint, base, parent=self._reference_version(base))
 
-    def carry(
-        self, checkpoint: Checkpoint, variant: str, carrier: Card, directory: Path, adapter: Path
-    ) -> Card:
-        """Take in a quantized variant of an adapter's base, ``carrier`` in ``directory``, with the adapter on
-        it. ``checkpoint`` is this registry's model: the base with the adapter merged into it. Raises
-        TrainError for an adapter that does not belong there."""
+    def carry(self, variant: str, asked: Carrying) -> Card:
+        """Take in a quantized variant of an adapter's base with the adapter on it, of this registry's model,
+        which is the merged one. Raises TrainError for an adapter that does not belong there."""
         if variant == self.reference:
-            raise CardError(f"{variant!r} is the reference's name; carry {adapter} under another one")
-        carried = examine_adapter(adapter, carrier, directory, checkpoint)
+            raise CardError(f"{variant!r} is the reference's name; carry {asked.adapter} under another one")
+        carried, carrier = examine_adapter(asked), asked.carrier
 
         def fill(partial: Path) -> dict[str, Any]:
-            (partial / ADAPTER).mkdir()
             for name in carrier.files:
                 (partial / name).parent.mkdir(parents=True, exist_ok=True)
-                link_or_copy(directory / name, partial / name)
-            for name in ADAPTER_FILES:
-                link_or_copy(adapter / name, partial / ADAPTER / name)
-            return carrier.model_dump(include=set(CARRIED)) | {"adapter": carried}
+                link_or_copy(asked.directory / name, partial / name)
+            write_carried(asked, partial / ADAPTER)
+            described = carrier.model_dump(include=set(CARRIED)) | {"adapter": carried}
+            if asked.scales is not None:
+                described["notes"] = (*carrier.notes, SCALED)
+            return described
 
-        inputs = {"base": base_sha256(checkpoint), "carrier": carrier.files, "adapter": carried.sha256}
-        return self.take_in(variant, inputs, fill, checkpoint)
+        inputs = {
+            "base": base_sha256(asked.merged),
+            "carrier": carrier.files,
+            "adapter": carried.sha256,
+            "scaled": asked.scales is not None,
+        }
+        return self.take_in(variant, inputs, fill, asked.merged)
 
     def take_in(
         self,

@@ -24,6 +24,11 @@ from quantize.make.compress import QuantizeError
 def refuse_unmeasurable(model: ModelConfig) -> None:
     """Raise an error for what would keep variants from being measured: no items, items that the chat template
     refuses, no engine, no room for the reference's. Imports transformers."""
+    if not model.roles:
+        raise QuantizeError(
+            f"no role may be served by {model.name}, so that nothing judges its variants; name it in "
+            "roles.ROLE.models, or use --no-evaluate"
+        )
     tasks = labelled_items(model)
     python = model.engine.python
     if python is None or not python.exists():

@@ -6,8 +6,9 @@ import argparse
 from pathlib import Path
 
 from deploy.commands import add_command, add_json, print_json, say
-from deploy.commands.quantize import judge, unmeasured
+from deploy.commands.quantize import before_work, judge, unmeasured
 from deploy.commands.train_qat import add_qat
+from gateway.config import ModelConfig, load_config
 
 METHODS = {
     "lora": "train an adapter on a frozen model",
@@ -48,6 +49,7 @@ def add_train(parser: argparse.ArgumentParser) -> None:
     whole.add_argument("--bits", type=float, help="bits per weight of the plan (default: 4.5)")
     whole.add_argument("--no-plan", dest="plan", action="store_false", help="the machine's recipes alone")
     whole.add_argument("--qat", action="store_true", help="train the plan's integers as well")
+    whole.add_argument("--qat-steps", type=int, help="of it, of the whole model (300)")
     whole.add_argument("--no-serve", dest="serve", action="store_false", help="end with the gates")
 
     text = "divide a file of items or conversations into what trains and what judges"
@@ -109,10 +111,13 @@ def merge(options: argparse.Namespace) -> None:
 
 def carry(options: argparse.Namespace) -> None:
     from deploy.training import carried
-    from gateway.config import load_config
 
     config = load_config(options.config)
-    judge(config, carried(config, options, say), options)
+
+    def before(model: ModelConfig) -> None:
+        before_work(model, options)()
+
+    judge(config, carried(config, options, say, before), options)
 
 
 def pipeline(options: argparse.Namespace) -> None:

@@ -75,7 +75,7 @@ class AdapterCarried(Strict):
     """A LoRA adapter that a variant carries: it is served, measured and judged with it."""
 
     rank: int = Field(ge=1)
-    sha256: str = Field(description="of its files")
+    sha256: str = Field(description="of its files, as they were given")
     bytes: int = Field(ge=0)
     carrier: str = Field(description="model:variant that it was put on, and that one's version")
 

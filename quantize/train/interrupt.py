@@ -1,4 +1,4 @@
-"""Ctrl-C as a question that is asked between pieces of work, so that none is left half done."""
+"""Ctrl-C and SIGTERM as a question that is asked between pieces of work, so that none is left half done."""
 
 from __future__ import annotations
 
@@ -9,23 +9,25 @@ from typing import Any
 
 
 class Interrupt:
-    """While the block runs, the first SIGINT sets ``asked``; a second one interrupts at once, as ever.
+    """While the block runs, the first SIGINT or SIGTERM sets ``asked``; a second one interrupts at once.
 
     In a thread that is not the main one signals do not come, and nothing is changed.
     """
 
     def __init__(self) -> None:
         self.asked = False
-        self._before: Any = None
+        self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Interrupt:
         if threading.current_thread() is threading.main_thread():
-            self._before = signal.signal(signal.SIGINT, self._ask)
+            self._before = {
+                number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)
+            }
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._before is not None:
-            signal.signal(signal.SIGINT, self._before)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def _ask(self, _number: int, _frame: FrameType | None) -> None:
         if self.asked:

@@ -365,13 +365,13 @@ def refuse_other_run(path: Path, kept: Mapping[str, str], mine: Mapping[str, str
     other = [name for name in sorted({*kept, *mine}) if kept.get(name) != mine.get(name)]
     if not other:
         return
-    name = other[0]
-    what = ", ".join(other)
+    name, what = other[0], ", ".join(other)
     shown = ""
     if name == "settings" and name in kept and name in mine:
         old, new = json.loads(kept[name]), json.loads(mine[name])
         changed = [key for key in new if json.loads(json.dumps(new[key])) != old.get(key)]
         shown = f" ({changed[0]} was {old.get(changed[0])} and is {new[changed[0]]})" if changed else ""
+    shown = f" (set OMP_NUM_THREADS={kept[name]})" if name == "threads" and name in kept else shown
     raise TrainError(
         f"{path} is of another run: it differs in {what}{shown}; give the same again to go on with it, or "
         "another directory to begin anew"

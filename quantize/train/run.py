@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quantize.core.checkpoint import Checkpoint, base_sha256
+from quantize.core.files import locked
 from quantize.core.modules import Modules, read_modules
 from quantize.core.resources import measured
 from quantize.core.tokenizer import load_tokenizer
-from quantize.train.adapters import Lora, described, trained_tensors, wrapped, write_adapter
+from quantize.train.adapters import WEIGHTS, Lora, described, trained_tensors, wrapped, write_adapter
 from quantize.train.answers import judge, loss_of
 from quantize.train.base import Base, Method, load_base, refuse_untrainable
 from quantize.train.data import Examples
@@ -44,6 +45,8 @@ if TYPE_CHECKING:
 
 ADAPTER, MODEL, RUN = "adapter", "model", "run"
 """Folders of a run's directory: the adapter, the whole model where that was trained, the checkpoint."""
+LOCK = ".training"
+"""File of a run's directory that is held while it is trained in."""
 JUDGE_TOKENS = 2048
 """Padded tokens of held-out examples that go through the model at once."""
 
@@ -75,20 +78,32 @@ def run(job: Job, say: Say) -> Record:
     """
     modules = read_modules(job.checkpoint)
     refuse_untrainable(job.checkpoint, modules)
-    identity = _identity(job, modules)
-    if (job.out / RECORD).is_file():
-        record = read_record(job.out)
-        if record.run == identity:
-            say(f"{job.out}: finished before, with the same model, data and settings")
-            return record
-        changed = next(name for name in identity if record.run.get(name) != identity[name])
-        raise TrainError(
-            f"{job.out} holds another run, with other {changed}; give another --out, or remove it"
-        )
+    if (record := finished(job)) is not None:
+        say(f"{job.out}: finished before, with the same model, data and settings")
+        return record
     shape, need = fitting(job, modules)
-    again = ", with blocks computed again in the backward pass" if shape.checkpointing else ""
-    say(f"{job.method}: {need.total / 1e9:.2f} GB predicted beside the program itself ({need.text()}){again}")
-    return _work(job, modules, identity, shape, need, say)
+    with locked(job.out / LOCK, f"training in {job.out}", say):
+        if (record := finished(job)) is not None:  # by whoever was waited for
+            return record
+        again = ", with blocks computed again in the backward pass" if shape.checkpointing else ""
+        needed = f"{need.total / 1e9:.2f} GB predicted beside the program itself ({need.text()}){again}"
+        say(f"{job.method}: {needed}")
+        return _work(job, modules, _identity(job, modules), shape, need, say)
+
+
+def finished(job: Job) -> Record | None:
+    """The record of the run where it was finished in ``job.out`` and what it made is there. Threads do not
+    matter then. Raises TrainError where another run is there."""
+    if not (job.out / RECORD).is_file():
+        return None
+    record = read_record(job.out)
+    identity = _decides(job, read_modules(job.checkpoint))
+    if changed := [name for name in identity if record.run.get(name) != identity[name]]:
+        raise TrainError(
+            f"{job.out} holds another run, with other {changed[0]}; give another --out, or remove it"
+        )
+    made = job.out / MODEL if job.method == "full" else job.out / ADAPTER / WEIGHTS
+    return record if made.exists() else None
 
 
 def fitting(job: Job, modules: Modules) -> tuple[Shape, Need]:
@@ -177,6 +192,11 @@ def _identity(job: Job, modules: Modules) -> dict[str, str]:
     """What a run's result depends on. Threads are part of it: sums are added in their order."""
     import torch
 
+    return {**_decides(job, modules), "threads": str(torch.get_num_threads())}
+
+
+def _decides(job: Job, modules: Modules) -> dict[str, str]:
+    """What a person has decided of it."""
     found = {
         "method": job.method,
         "model": base_sha256(job.checkpoint),
@@ -189,7 +209,6 @@ def _identity(job: Job, modules: Modules) -> dict[str, str]:
         "schedule": repr(
             dataclasses.replace(job.settings, evaluate_every=0, keep_every=1, learning_rate=1, steps=1)
         ),
-        "threads": str(torch.get_num_threads()),
     }
     if job.method != "full":
         found["lora"] = repr(described(job.lora, modules))

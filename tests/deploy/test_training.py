@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +10,7 @@ import pytest
 import torch
 import yaml
 
-from deploy.cli import main, parser
-from deploy.pipeline import first_steps, last_steps
+from deploy.cli import main
 from quantize.core.checkpoint import open_checkpoint
 from quantize.train.record import read_record
 from tests.quantize.tiny import make_checkpoint
@@ -145,35 +142,3 @@ def test_a_file_is_divided_by_what_its_lines_ask(tmp_path: Path, capsys: pytest.
     assert sorted([*parts[0], *parts[1]]) == sorted(data.read_text(encoding="utf-8").splitlines())
     assert 10 <= len(parts[1]) <= 35
     assert "is there already" in _refused(capsys, "train", "split", str(data))
-
-
-def _pipeline(*more: str) -> argparse.Namespace:
-    return parser().parse_args(["train", "pipeline", *more])
-
-
-def test_the_pipelines_steps_are_commands_that_the_command_line_takes(base: Path, tmp_path: Path) -> None:
-    config = _fleet(tmp_path, base)
-    out = tmp_path / "run"
-    options = _pipeline(
-        *("qlora", "--config", str(config), "--role", "intents", "--out", str(out), "--rank", "4"),
-        *("--targets", "q_proj", "v_proj", "--memory", "1.5", "--no-checkpointing"),
-    )
-    steps = [*first_steps(options), *last_steps(options, config)]
-    assert [step.name for step in steps] == ["train", "merge", "make", "plan", "gate"]
-    for step in steps:
-        parser().parse_args(list(step.arguments))
-    trained = parser().parse_args(list(steps[0].arguments))
-    for name in ("role", "out", "rank", "targets", "memory", "checkpointing", "epochs", "judge"):
-        assert getattr(trained, name) == getattr(options, name)
-
-
-def test_a_step_that_is_done_is_not_done_again(base: Path, tmp_path: Path) -> None:
-    options = _pipeline("lora", "--data", "x", "--out", str(tmp_path))
-    merging = first_steps(options)[1]
-    adapter, merged = tmp_path / "adapter", tmp_path / "merged"
-    adapter.mkdir()
-    (adapter / "adapter_model.safetensors").write_bytes(b"")
-    assert not merging.is_done()
-    shutil.copytree(base, merged)
-    merged.touch()
-    assert merging.is_done()

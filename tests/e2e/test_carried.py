@@ -20,6 +20,9 @@ from quantize.core.modules import read_modules
 from quantize.core.plan import uniform
 from quantize.evaluate.client import EngineClient
 from quantize.evaluate.tasks import Item
+from quantize.make.calibration import read_calibration
+from quantize.make.variant import part_store
+from quantize.register.carried import Carrying
 from quantize.registry import Registry
 from quantize.train.adapters import Lora
 from quantize.train.data import Examples, encode, of_item
@@ -59,16 +62,19 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Checkpoint, Check
 
 
 def _carried(
-    base: Checkpoint, merged: Checkpoint, adapter: Path, scheme: str, out: Path
+    base: Checkpoint, merged: Checkpoint, adapter: Path, scheme: str, method: str, out: Path
 ) -> tuple[Card, Path]:
     of_base, registry = Registry(out / "base", "base", "bf16"), Registry(out / "merged", "merged", "bf16")
-    carrier = of_base.add_reference(base)
+    carrier, scales, modules = of_base.add_reference(base), None, read_modules(base)
     if scheme != "bf16":
-        plan = uniform(read_modules(base), scheme, method="rtn")
-        carrier = of_base.add(base, "small", plan, None)
+        calibration = read_calibration(ROOT / "deploy/assistant/data/calibration.jsonl", base)
+        carrier = of_base.add(base, "small", uniform(modules, scheme, method=method), calibration)
+        if method != "rtn":
+            store = part_store(of_base.directory, base, modules, calibration).smoothing
+            scales = store.everything(modules.layers)
     registry.add_reference(merged)
     directory = of_base.path(carrier.variant, carrier.version)
-    card = registry.carry(merged, "carried", carrier, directory, adapter)
+    card = registry.carry("carried", Carrying(adapter, carrier, directory, base, merged, scales))
     return card, registry.path("carried", card.version)
 
 
@@ -82,12 +88,15 @@ def _by_torch(checkpoint: Checkpoint, tokens: list[int]) -> NDArray[np.float64]:
     return np.asarray(came.double().numpy())
 
 
-@pytest.mark.parametrize("scheme", ["bf16", "w8a8", "w4a16-g64"])
+@pytest.mark.parametrize(
+    ("scheme", "method"),
+    [("bf16", "none"), ("w8a8", "rtn"), ("w4a16-g64", "rtn"), ("w8a8", "smooth+rtn")],
+)
 async def test_a_variant_is_served_and_scored_with_the_adapter_that_it_carries(
-    trained: tuple[Checkpoint, Checkpoint, Path, list[int]], scheme: str, tmp_path: Path
+    trained: tuple[Checkpoint, Checkpoint, Path, list[int]], scheme: str, method: str, tmp_path: Path
 ) -> None:
     base, merged, adapter, tokens = trained
-    card, directory = _carried(base, merged, adapter, scheme, tmp_path)
+    card, directory = _carried(base, merged, adapter, scheme, method, tmp_path)
     assert card.adapter is not None
     settings = one_model(load_config(ROOT / "tiercel.yaml")).engine
     spec = EngineSpec(card, directory, settings, free_port("127.0.0.1"), tmp_path / "engine.log")

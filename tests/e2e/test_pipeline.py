@@ -1,0 +1,157 @@
+"""`tiercel train pipeline` and `train carry` with real engines: killed, gone on with, judged, served."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import psutil
+import pytest
+import yaml
+
+from deploy.engine import free_port
+from gateway.config import ModelConfig, load_config
+from quantize.card import Card, Outcome, read_card
+from quantize.train.adapters import changes
+from tests.e2e.conftest import ROOT
+from tests.e2e.test_starting import ENVIRONMENT, TIERCEL, until, words
+
+pytestmark = pytest.mark.engine
+
+DATA = ROOT / "deploy/assistant/data"
+JUDGED = 24
+
+
+def _fleet(directory: Path) -> dict[str, Any]:
+    lines = (DATA / "intent_classifier.jsonl").read_text(encoding="utf-8").splitlines()[: 3 * JUDGED]
+    for name, part in (("tasks", lines[:JUDGED]), ("training", lines[JUDGED:])):
+        (directory / f"{name}.jsonl").write_text("\n".join(part) + "\n", encoding="utf-8")
+    role = {
+        "tasks": "tasks.jsonl",
+        "training": "training.jsonl",
+        "budget": {"max_accuracy_drop": 0.5, "max_kl": 1.0},
+    }
+    settings = yaml.safe_load((ROOT / "tiercel.yaml").read_text(encoding="utf-8"))
+    model = {"path": str(ROOT / "deploy/assistant/model"), "serve": ["bf16"]}
+    return {
+        "models": {"base": {**model, "calibration": str(DATA / "calibration.jsonl")}},
+        "variants_dir": "variants",
+        "roles": {"intents": role},
+        "default_role": "intents",
+        "gateway": {"port": free_port("127.0.0.1")},
+        "engine": {
+            **settings["engine"],
+            "python": str(ROOT / ".venv-engine/bin/python"),
+            "base_port": free_port("127.0.0.1", together=4),
+        },
+    }
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("pipeline")
+    (directory / "tiercel.yaml").write_text(yaml.safe_dump(_fleet(directory)), encoding="utf-8")
+    return directory
+
+
+PIPELINE = (
+    *("train", "pipeline", "qlora", "--role", "intents", "--out", "run", "--no-plan"),
+    *("--steps", "6", "--rank", "4", "--rate", "0.001", "--keep-every", "1", "--length", "256"),
+)
+
+
+def _started(directory: Path, log: Path, *arguments: str) -> subprocess.Popen[bytes]:
+    with log.open("wb") as output:
+        command, environment = [*TIERCEL, *arguments], {**ENVIRONMENT, "OMP_NUM_THREADS": "1"}
+        return subprocess.Popen(command, cwd=directory, env=environment, stdout=output, stderr=output)
+
+
+def _ended(process: subprocess.Popen[bytes], log: Path, status: int = 0) -> str:
+    assert process.wait(timeout=600) == status, words(log)
+    return words(log)
+
+
+def _trained(directory: Path) -> ModelConfig:
+    return load_config(directory / "run/tiercel.yaml").of("intents-qlora")
+
+
+def _cards(model: ModelConfig, *names: str) -> dict[str, Card]:
+    return {name: read_card(model.variants_dir / name / "current") for name in names}
+
+
+def _killed_while_variants_are_made(directory: Path) -> None:
+    first = _started(directory, directory / "first.log", *PIPELINE, "--no-serve")
+    deadline = time.monotonic() + 300
+    while not list(directory.glob("run/variants/*/int8/current")):
+        assert first.poll() is None, words(directory / "first.log")
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    below = psutil.Process(first.pid).children(recursive=True)
+    first.kill()
+    first.wait()
+    _, alive = psutil.wait_procs(below, timeout=60)
+    assert not alive, "steps and engines end with what started them"
+
+
+async def test_a_killed_pipeline_goes_on_and_ends_with_a_gateway_that_answers(directory: Path) -> None:
+    _killed_while_variants_are_made(directory)
+    adapter = (directory / "run/adapter/adapter_model.safetensors").stat().st_mtime_ns
+
+    log = directory / "second.log"
+    said = _ended(_started(directory, log, *PIPELINE, "--no-serve"), log)
+    assert "train: done before" in said
+    assert "merge: done before" in said
+    assert (directory / "run/adapter/adapter_model.safetensors").stat().st_mtime_ns == adapter
+    model = _trained(directory)
+    cards = _cards(model, "bf16", "int8", "int4")
+    assert all(card.state == "ready" and "intents" in card.gate for card in cards.values())
+    assert set(model.serve) <= set(cards)
+    assert all("intents" in cards[name].passed for name in model.serve)
+
+    log = directory / "third.log"
+    up = _started(directory, log, *PIPELINE)
+    try:
+        until(up, log, "Tiercel is up at")
+        assert [line for line in words(log).splitlines() if "done before" in line] == [
+            f"{name}: done before" for name in ("train", "merge", "make", "gate")
+        ]
+        port = load_config(directory / "run/tiercel.yaml").gateway.port
+        url = f"http://127.0.0.1:{port}/v1/chat/completions"
+        item = json.loads((directory / "tasks.jsonl").read_text(encoding="utf-8").splitlines()[0])
+        body = {"model": "intents", "messages": item["messages"], "max_tokens": 16, "temperature": 0}
+        timeout = aiohttp.ClientTimeout(total=120)
+        async with aiohttp.ClientSession(timeout=timeout) as http, http.post(url, json=body) as answer:
+            assert answer.status == 200, await answer.text()
+            assert answer.headers["x-tiercel-variant"].startswith("intents-qlora:")
+    finally:
+        up.send_signal(signal.SIGINT)
+        up.wait(timeout=120)
+
+
+def test_an_adapter_on_a_smoothed_variant_of_the_base_passes_the_whole_gate(directory: Path) -> None:
+    """After the pipeline: its adapter, and its merged model."""
+    settings = yaml.safe_load((directory / "tiercel.yaml").read_text(encoding="utf-8"))
+    settings["models"]["trained"] = {**settings["models"]["base"], "path": "run/merged"}
+    settings["roles"]["intents"]["models"] = ["trained"]
+    (directory / "both.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
+    log, at = directory / "carry.log", ("--config", "both.yaml")
+    making = ("quantize", "make", "base:int8", "--no-evaluate", *at)
+    _ended(_started(directory, log, *making), log)
+    carrying = ("train", "carry", "run/adapter", "base:int8", "int8-lora", "--model", "trained", *at)
+    said = _ended(_started(directory, log, *carrying), log)
+    model = load_config(directory / "both.yaml").of("trained")
+    card = _cards(model, "int8-lora")["int8-lora"]
+    assert card.method == "smooth+rtn"
+    assert card.adapter is not None
+    assert card.evaluation is not None
+    assert card.evaluation.text.kl_exact
+    assert card.evaluation.text.kl_mean < 0.02, "on channels that are scaled otherwise it would be far off"
+    assert card.gate["intents"].outcome == Outcome.PASSED, said
+    assert next(iter(changes(model.variants_dir / "int8-lora/current/adapter"))).a.any()
+    unscored = _ended(_started(directory, log, *carrying[:3], "base:bf17", *carrying[4:]), log, 2)
+    assert "there is no variant 'bf17'" in unscored
