@@ -17,18 +17,23 @@ from deploy.models import checkpoint_of, registry_of
 from deploy.qat_beginning import Beginning, Wanted, beginning
 from deploy.unlabelled import calibration_for
 from gateway.config import ModelConfig
-from quantize.card import Card
+from quantize.card import ADAPTER, Card
 from quantize.check import refuse_pattern, refuse_unfit
 from quantize.compact.compare import Compared, compare
 from quantize.compact.compensate import Compensation, compensate, refuse_uncompensated
 from quantize.compact.simulated import write_simulated
 from quantize.compact.steps import CompactError
 from quantize.core.checkpoint import Checkpoint, open_checkpoint
+from quantize.core.engine_figures import AdapterCarried
+from quantize.core.files import link_or_copy
 from quantize.core.modules import Modules, read_modules
 from quantize.core.targets import detect, target
 from quantize.core.tensors import refuse_not_finite
 from quantize.evaluate.bench import Span
 from quantize.plan.session import split
+from quantize.register.carried import ADAPTER_FILES, CARRIED
+from quantize.registry import Registry
+from quantize.train.adapters import adapter_sha256
 
 Say = Callable[[str], None]
 ADAPTERS = ".compensation"
@@ -114,8 +119,32 @@ def make_compensated(model: ModelConfig, wanted: Wanted, rank: int, say: Say) ->
             f"{wanted.begin}` makes one, which is then named in its place"
         )
         return made
-    carrier = registry.card(wanted.begin)
-    return replace(made, card=registry.carry(checkpoint, found.name, carrier, found.directory, adapter))
+    return replace(made, card=_carried(registry, checkpoint, made, registry.card(wanted.begin), found))
+
+
+def _carried(
+    registry: Registry, checkpoint: Checkpoint, made: Compensated, carrier: Card, found: Beginning
+) -> Card:
+    """The carrier with the adapter on it, one more variant of the same model. The adapter stands in the
+    carrier's basis already, and is of no model that could be merged."""
+    carried = AdapterCarried(
+        rank=made.found.rank,
+        sha256=adapter_sha256(made.adapter),
+        bytes=made.found.bytes,
+        carrier=f"{carrier.id}@{carrier.version}",
+    )
+
+    def fill(partial: Path) -> dict[str, Any]:
+        (partial / ADAPTER).mkdir()
+        for name in carrier.files:
+            (partial / name).parent.mkdir(parents=True, exist_ok=True)
+            link_or_copy(found.directory / name, partial / name)
+        for name in ADAPTER_FILES:
+            link_or_copy(made.adapter / name, partial / ADAPTER / name)
+        return carrier.model_dump(include=set(CARRIED)) | {"adapter": carried}
+
+    inputs = {"carrier": carrier.files, "compensated": carried.sha256}
+    return registry.take_in(found.name, inputs, fill, checkpoint)
 
 
 def _compared(

@@ -47,6 +47,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "variants_dir": "variants",
         "roles": {"specialist": role},
         "default_role": "specialist",
+        "watch": {"reference": "none"},
         "engine": engine,
     }
     (out / "tiercel.yaml").write_text(yaml.safe_dump(written), encoding="utf-8")
