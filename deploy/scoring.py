@@ -145,7 +145,7 @@ class _Scoring:
 
     async def run(self, waiting: Sequence[_Waiting]) -> None:
         door = self._reached.door
-        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=2.0, ssl=not door.local)
+        connector = aiohttp.TCPConnector(limit=0, force_close=True, ssl=not door.local)
         timeout = aiohttp.ClientTimeout(total=self._timeout_s)
         slots = asyncio.Semaphore(AT_ONCE)
         try:

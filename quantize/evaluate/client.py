@@ -61,8 +61,9 @@ class EngineClient:
         self._session: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> EngineClient:
-        # vLLM closes a connection that was idle for 5 s; ours must be the shorter patience.
-        connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=2.0, ssl=self._verify)
+        # A connection each: vLLM closes one that is idle for 5 s, and a loop that computes meanwhile sees
+        # it only when it has sent the next request, of which nobody knows then whether it was begun.
+        connector = aiohttp.TCPConnector(limit=0, force_close=True, ssl=self._verify)
         self._session = aiohttp.ClientSession(
             timeout=aiohttp.ClientTimeout(total=TIMEOUT_S), connector=connector, headers=self._headers
         )

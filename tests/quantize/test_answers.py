@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -197,3 +201,39 @@ async def test_the_reference_itself_changes_nothing(tmp_path: Path) -> None:
     assert (role.items, role.correct, role.reference_correct, role.flips_to_wrong) == (40, 40, 40, 0)
     assert (role.text.other_choices, role.text.other_choices_se) == (0, 0)
     assert role.text.kl_mean == pytest.approx(0, abs=1e-9)
+
+
+async def test_a_connection_that_the_engine_closed_meanwhile_is_not_asked_again() -> None:
+    """The loop computes for longer than an idle connection is kept, and then asks."""
+    asked = 0
+
+    async def engine(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal asked
+        head = await reader.readuntil(b"\r\n\r\n")
+        await reader.readexactly(int(head.lower().partition(b"content-length: ")[2].partition(b"\r\n")[0]))
+        asked += 1
+        told = b'{"tokens": [1, 2]}'
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % len(told) + told)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(0.2):
+                await reader.read(1)
+        writer.close()
+
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    try:
+        begun = asyncio.run_coroutine_threadsafe(asyncio.start_server(engine, "127.0.0.1", 0), loop)
+        server = await asyncio.wrap_future(begun)
+        port = server.sockets[0].getsockname()[1]
+        async with EngineClient(f"http://127.0.0.1:{port}", "demo") as client:
+            for number in range(3):
+                messages = [{"role": "user", "content": "x" * 400_000}]
+                assert await client.tokenize(messages) == [1, 2], number
+                time.sleep(0.5)  # noqa: ASYNC251 - what computes in the loop
+        assert asked == 3
+        loop.call_soon_threadsafe(server.close)
+    finally:
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()
