@@ -166,7 +166,7 @@ def distilled(out: Path, records: Sequence[str]) -> None:
             look: dict[str, Any] = {"color": PALETTE[number % len(PALETTE)], "ms": 3.5, "lw": 1.6}
             loss.plot(steps, [one for _, one, _ in record.evaluations], "-o", label=name, **look)
             right.plot(steps, [100 * one for _, _, one in record.evaluations], "-o", label=name, **look)
-        loss.set_yscale("log")
+        loss.set_ylim(bottom=0)
         loss.set_ylabel("loss, nats per token of the answer")
         right.set_ylabel("right answers, %")
         right.legend(frameon=False)
