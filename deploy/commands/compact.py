@@ -25,7 +25,7 @@ HELD_OUT = 4
 """One in so many of them is kept for the comparison."""
 KINDS = (
     "magnitude:0.5, wanda:0.5 or wanda:2:4 (masks), neurons:0.25, heads:1, layers:2 (smaller matrices), "
-    "svd:0.5 (low rank)"
+    "svd:0.5 (low rank), outliers:0.01:int3-g32-asym-importance (sparse beside quantized)"
 )
 
 
@@ -145,6 +145,11 @@ def format_taken(done: Sequence[Taken], compared: Compared) -> str:
             ]
         )
     lines = [align(rows), *(f"{one.step}: an engine exploits {one.exploited}" for one in done)]
+    lines += [
+        f"{one.step}: {one.bytes_named:,} bytes as it is named, {one.bytes_after:,} as it is stored"
+        for one in done
+        if one.bytes_named is not None
+    ]
     lines.append(
         f"loss {compared.loss_before:.4f} -> {compared.loss_after:.4f} nats per token, "
         f"KL {compared.kl:.4g}, same first choice {100 * compared.agreement:.1f} %, on "

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from deploy.commands import add_command, add_json, print_json, say
 from deploy.commands.quantize import before_work, judge, unmeasured
+from deploy.commands.train_compensate import add_compensate
+from deploy.commands.train_distill import add_distill
 from deploy.commands.train_qat import add_qat
 from gateway.config import ModelConfig, load_config
 
@@ -27,7 +29,9 @@ def add_train(parser: argparse.ArgumentParser) -> None:
         training.set_defaults(method=name)
         add_json(training)
 
+    add_distill(commands, add_training)
     add_qat(commands)
+    add_compensate(commands)
     text = "write a model with an adapter merged into it, as a checkpoint like any other"
     merging = add_command(commands, "merge", merge, text)
     merging.add_argument("adapter", type=Path, help="a directory in PEFT's format")

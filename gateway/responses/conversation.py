@@ -222,7 +222,7 @@ def _resource(raw: Raw, name: str) -> dict[str, Any]:
     kind = item.get("type") or "message"
     if not isinstance(kind, str):
         kind = "unknown"
-    full = {"id": f"{_PREFIXES.get(kind, 'item')}_{name}", "type": kind}
+    full: dict[str, Any] = {"id": f"{_PREFIXES.get(kind, 'item')}_{name}", "type": kind}
     if kind in ("message", "function_call", "function_call_output"):
         full["status"] = "completed"
     full.update({field: value for field, value in item.items() if value is not None or field not in full})

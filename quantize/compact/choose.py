@@ -8,6 +8,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
+DAMPING = 1e-4
+"""Share of the mean of E[x²] that is added to each, so that E[x xᵀ] of few tokens has an inverse."""
+
 
 def scores(weight: Tensor, importance: Tensor | None) -> Tensor:
     """How much a weight (N, K) matters: |w|, times sqrt(E[x²]) of its input (K,) where that is known."""
@@ -73,19 +76,40 @@ class LowRank:
         return self.left.numel() + self.right.numel()
 
 
-def low_rank(weight: Tensor, rank: int, importance: Tensor | None = None) -> LowRank:
-    """The factors of that rank with the least Σ E[x_k²] (ŵ - w)²: truncated singular values of
-    W diag(sqrt(E[x²])), or of W itself without ``importance`` (Eckart and Young)."""
+def low_rank(weight: Tensor, rank: int, inputs: Tensor | None = None) -> LowRank:
+    """The factors of that rank with the least error of outputs, E|(Ŵ - W) x|² (Eckart and Young).
+
+    ``inputs`` are E[x xᵀ] (K, K), or E[x²] (K,) where inputs are taken for uncorrelated; without them the
+    error is that of the weights. With E[x xᵀ] = L Lᵀ these are the truncated singular values of W L, with
+    L⁻¹ in the right factor. What is least is exact but for :data:`DAMPING` on E[x xᵀ].
+    """
     import torch
 
     wide = weight.float()
-    columns = torch.ones(weight.shape[1], device=weight.device)
-    if importance is not None:
-        columns = importance.float().clamp_min(1e-12).sqrt()
-        columns = columns / columns.mean()
-    u, s, vt = torch.linalg.svd(wide * columns, full_matrices=False)
-    root = s[:rank].sqrt()
-    return LowRank(u[:, :rank] * root, root.unsqueeze(1) * vt[:rank] / columns)
+    if inputs is not None and inputs.ndim == 2:
+        lower = root(inputs)
+        u, s, vt = torch.linalg.svd(wide @ lower, full_matrices=False)
+        right = torch.linalg.solve_triangular(lower, vt[:rank], upper=False, left=False)
+    else:
+        columns = torch.ones(weight.shape[1], device=weight.device)
+        if inputs is not None:
+            columns = inputs.float().clamp_min(1e-12).sqrt()
+            columns = columns / columns.mean()
+        u, s, vt = torch.linalg.svd(wide * columns, full_matrices=False)
+        right = vt[:rank] / columns
+    half = s[:rank].sqrt()
+    return LowRank(u[:, :rank] * half, half.unsqueeze(1) * right)
+
+
+def root(moments: Tensor) -> Tensor:
+    """The lower triangle L (K, K), float32, of E[x xᵀ] = L Lᵀ, with :data:`DAMPING` on its diagonal."""
+    import torch
+
+    damped = moments.double()
+    more = DAMPING * damped.diagonal().mean().clamp_min(1e-30)
+    damped = damped + more * torch.eye(len(damped), dtype=damped.dtype, device=damped.device)
+    found: Tensor = torch.linalg.cholesky(damped).float()
+    return found
 
 
 def rank_for(shape: tuple[int, int], share: float) -> int:
@@ -94,10 +118,20 @@ def rank_for(shape: tuple[int, int], share: float) -> int:
     return max(1, int(share * n * k / (n + k)))
 
 
-def relative_error(weight: Tensor, other: Tensor, importance: Tensor | None = None) -> float:
-    """sqrt(Σ E[x²] (ŵ - w)² / Σ E[x²] w²): of outputs on uncorrelated inputs; of weights without E[x²]."""
-    import torch
+def relative_error(weight: Tensor, other: Tensor, inputs: Tensor | None = None) -> float:
+    """sqrt(E|(Ŵ - W) x|² / E|W x|²) by E[x xᵀ] (K, K), or E[x²] (K,) of inputs that are taken for
+    uncorrelated; of weights without either."""
+    wide = weight.float()
+    noise, signal = (_energy(one, inputs) for one in (other.float() - wide, wide))
+    return float((noise / max(signal, 1e-30)) ** 0.5)
 
-    columns = torch.ones(weight.shape[1], device=weight.device) if importance is None else importance.float()
-    noise = ((other.float() - weight.float()).square() * columns).sum()
-    return float((noise / (weight.float().square() * columns).sum().clamp_min(1e-30)).sqrt())
+
+def _energy(weight: Tensor, inputs: Tensor | None) -> float:
+    """E|W x|², at least 0."""
+    if inputs is None:
+        found = weight.square().sum()
+    elif inputs.ndim == 1:
+        found = (weight.square() * inputs.float()).sum()
+    else:
+        found = ((weight @ inputs.float()) * weight).sum()
+    return max(0.0, float(found))

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from tqdm import tqdm
 
 from quantize.compact import choose
+from quantize.compact.outliers import kept_high
 from quantize.compact.steps import CompactError, Step
 from quantize.core.architectures import architecture
 from quantize.core.checkpoint import Checkpoint, copy_companions
@@ -22,6 +23,7 @@ from quantize.core.tensors import Part, read_file_parts, read_parts, write_shard
 from quantize.make.blocks import Blocks, States
 from quantize.make.smooth import DOWN, GATE_UP, OUT, QKV, save_whole
 from quantize.make.statistics import InputStatistics, first_of, observe
+from quantize.numerics.quantizers import quantizer
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -44,7 +46,9 @@ class GroupTaken(_Frozen):
     kind: str
     layer: int
     left: float = Field(description="weights that are not zero or gone; of factors, the numbers they hold")
-    error: float = Field(description="|W'x - Wx| / |Wx| on inputs that are taken for uncorrelated")
+    error: float = Field(
+        description="|W'x - Wx| / |Wx|; but for svd, inputs are taken for uncorrelated there"
+    )
 
 
 class Taken(_Frozen):
@@ -57,6 +61,9 @@ class Taken(_Frozen):
     zeros: int = Field(description="of them")
     bytes_before: int
     bytes_after: int
+    bytes_named: int | None = Field(
+        default=None, description="that a format would take which no engine here has: of sparse beside dense"
+    )
     what: str = Field(description="what went, in words")
     groups: tuple[GroupTaken, ...]
 
@@ -95,7 +102,7 @@ def refuse(checkpoint: Checkpoint, modules: Modules, step: Step, out: Path) -> N
     if step.kind in ("neurons", "heads") and not kinds <= set(KNOWN):
         other = ", ".join(sorted(kinds - set(KNOWN)))
         raise CompactError(f"{step.name}: {other} is not cut here; take a mask, or layers")
-    if step.kind in ("wanda", "svd") and any(kind.endswith("experts") for kind in kinds):
+    if step.kind in ("wanda", "svd", "outliers") and any(kind.endswith("experts") for kind in kinds):
         raise CompactError(f"{step.name}: experts are not looked at here; take magnitude, or layers")
     config = checkpoint.text_config
     if step.kind == "layers" and step.amount >= config["num_hidden_layers"]:
@@ -123,7 +130,9 @@ class _Work:
         self.directory = blocks
         self.parts: dict[str, Part] = read_parts(checkpoint.path)
         self.rows: list[GroupTaken] = []
-        self.zeros = 0
+        self.zeros = self.outliers = 0
+        self.named_bits = 0.0
+        """Of quantized matrices and the outliers beside them."""
 
     def layers(self, sequences: Sequence[Sequence[int]]) -> tuple[dict[str, Part], dict[str, Any], str]:
         """The model without the layers whose output is most like their input."""
@@ -164,6 +173,10 @@ class _Work:
                 left = neurons_left(config["intermediate_size"], self.step.amount)
                 size, config["intermediate_size"] = config["intermediate_size"], left
                 what = f"{size - left} of {size} MLP channels a layer"
+            case "outliers":
+                count = sum(linear.weights for linear in self.modules.linears)
+                bits = self.named_bits / count
+                what = f"{self.outliers:,} weights stay in 16 bits; {bits:.2f} bits a weight in all"
             case "heads":
                 heads = int(config.get("num_key_value_heads") or config["num_attention_heads"])
                 left = heads - int(self.step.amount)
@@ -181,9 +194,10 @@ class _Work:
         before = []
         if states is not None:
             before = [states.room(batch.hidden).copy_(batch.hidden) for batch in states.batches]
-            inputs = observe(blocks, layer, states, mine, ()).inputs
+            whole = {group.name for group in mine} if self.step.kind == "svd" else set()
+            inputs = observe(blocks, layer, states, mine, whole).inputs
         importance = {
-            member.name: inputs[first].importance
+            member.name: inputs[first].moments
             for group in mine
             for member in group.members
             if (first := first_of(group, member.name)) in inputs
@@ -221,6 +235,11 @@ class _Work:
             shape = (weight.shape[0], weight.shape[1])
             found = choose.low_rank(weight, choose.rank_for(shape, self.step.amount), importance)
             return found.product(), found.numbers
+        if self.step.kind == "outliers":
+            both = kept_high(weight, quantizer(self.step.quantizer), self.step.amount, importance)
+            self.outliers += both.outliers
+            self.named_bits += both.bits
+            return both.weight, weight.numel()
         of = choose.scores(weight, importance if self.step.kind == "wanda" else None)
         mask = choose.kept_of_four(of) if self.step.of_four else choose.kept(of, self.step.amount)
         stays = int(mask.sum())
@@ -318,6 +337,11 @@ def _account(checkpoint: Checkpoint, step: Step, parts: Mapping[str, Part], what
         return total
 
     before = read_parts(checkpoint.path)
+    named = None
+    if step.kind == "outliers":
+        linears = {f"{linear.name}.weight" for linear in work.modules.linears}
+        others = sum(part.bytes for name, part in before.items() if name not in linears)
+        named = others + round(work.named_bits / 8)
     return Taken(
         step=step.name,
         exploited=step.exploited,
@@ -326,6 +350,7 @@ def _account(checkpoint: Checkpoint, step: Step, parts: Mapping[str, Part], what
         zeros=work.zeros,
         bytes_before=sum(part.bytes for part in before.values()),
         bytes_after=sum(part.bytes for part in parts.values()),
+        bytes_named=named,
         what=what,
         groups=tuple(work.rows),
     )

@@ -9,7 +9,11 @@
 ``heads:1``          one key-value head of every layer goes, with the query heads that read it
 ``layers:2``         two layers go, those that turn their input least (Men et al., arXiv:2403.03853)
 ``svd:0.5``          each matrix at the rank at which two factors would hold half of its numbers, by the
-                     singular values of W diag(sqrt(E[x²]))
+                     singular values of W L, where E[x xᵀ] = L Lᵀ (Wang et al., arXiv:2403.07378)
+``outliers:0.01:int3-g32-asym-importance``
+                     every matrix by a quantizer (:mod:`quantize.numerics.quantizers`) but for the hundredth
+                     of its weights with the largest weighted error, which stay in 16 bits and out of the
+                     quantizer's ranges (Dettmers et al., arXiv:2306.03078); ``outliers:0:…`` without any
 ==================== =====================================================================================
 """
 
@@ -19,9 +23,17 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
-Kind = Literal["magnitude", "wanda", "neurons", "heads", "layers", "svd"]
-KINDS = "magnitude:0.5, wanda:0.5, wanda:2:4, neurons:0.25, heads:1, layers:2, svd:0.5"
-_STEP = re.compile(r"(magnitude|wanda|neurons|heads|layers|svd):(\d+(?:\.\d+)?|2:4)")
+from quantize.numerics.formats import FormatError
+from quantize.numerics.quantizers import quantizer
+
+Kind = Literal["magnitude", "wanda", "neurons", "heads", "layers", "svd", "outliers"]
+KINDS = (
+    "magnitude:0.5, wanda:0.5, wanda:2:4, neurons:0.25, heads:1, layers:2, svd:0.5, "
+    "outliers:0.01:int3-g32-asym-importance"
+)
+_STEP = re.compile(
+    r"(magnitude|wanda|neurons|heads|layers|svd|outliers):(2:4|\d+(?:\.\d+)?)(?::([a-z0-9-]+))?"
+)
 
 
 class CompactError(ValueError):
@@ -35,10 +47,13 @@ class Step:
     kind: Kind
     amount: float
     of_four: bool = False
+    quantizer: str = ""
+    """Of ``outliers``: what the other weights are stored by."""
 
     @property
     def name(self) -> str:
-        return f"{self.kind}:{'2:4' if self.of_four else f'{self.amount:g}'}"
+        more = f":{self.quantizer}" if self.quantizer else ""
+        return f"{self.kind}:{'2:4' if self.of_four else f'{self.amount:g}'}{more}"
 
     @property
     def masks(self) -> bool:
@@ -59,6 +74,11 @@ class Step:
                 "nothing: vLLM has no linear module of two factors, so the product is stored; what stands "
                 "here is the error and the ratio that factors would have"
             )
+        if self.kind == "outliers":
+            return (
+                "nothing: no engine here adds a sparse matrix to a quantized one, so their sum is stored in "
+                "16 bits; what stands here is the error, and the bytes that both would take"
+            )
         if self.of_four:
             return (
                 "nothing on vLLM 0.32, which has taken 2:4 kernels out and refuses a checkpoint that says it "
@@ -73,14 +93,29 @@ def parse_step(text: str) -> Step:
     if found is None:
         raise CompactError(f"unknown step {text!r}; known, with other figures as well: {KINDS}")
     kind: Kind = found[1]  # type: ignore[assignment]
+    if (kind == "outliers") != (found[3] is not None):
+        example = "outliers:0.01:int3-g32-asym-importance"
+        raise CompactError(f"{text}: outliers, and nothing else, name a quantizer; write such as {example}")
     if found[2] == "2:4":
         if kind not in ("magnitude", "wanda"):
             raise CompactError(f"{text}: 2:4 is of masks; write magnitude:2:4 or wanda:2:4")
         return Step(kind, 0.5, of_four=True)
     amount = float(found[2])
+    if kind == "outliers":
+        return _outliers(text, amount, found[3])
     if kind in ("heads", "layers"):
         if not amount.is_integer() or amount < 1:
             raise CompactError(f"{text}: {kind} are counted; write {kind}:1 or more")
     elif not 0 < amount < 1:
         raise CompactError(f"{text}: a share is between 0 and 1; write {kind}:0.5")
     return Step(kind, amount)
+
+
+def _outliers(text: str, share: float, name: str) -> Step:
+    if not 0 <= share < 1:
+        raise CompactError(f"{text}: a share is from 0 to below 1; write outliers:0.01:{name}")
+    try:
+        quantizer(name)
+    except FormatError as error:
+        raise CompactError(f"{text}: {error}") from None
+    return Step("outliers", share, quantizer=name)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -93,12 +93,16 @@ def write_adapter(model: Any, directory: Path) -> None:
     """Write the adapter of a model that :func:`wrapped` made, in PEFT's format."""
     from peft import get_peft_model_state_dict
 
+    write_files(directory, model.peft_config["default"].to_dict(), get_peft_model_state_dict(model))
+
+
+def write_files(directory: Path, settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Write an adapter's ``settings``, those of PEFT's configuration, and ``tensors``, by PEFT's names."""
     directory.mkdir(parents=True, exist_ok=True)
-    config = {**model.peft_config["default"].to_dict(), "inference_mode": True}
+    config = {**settings, "inference_mode": True}
     config = {name: sorted(value) if isinstance(value, set) else value for name, value in config.items()}
     config.pop("runtime_config", None)
-    tensors = {name: tensor.contiguous() for name, tensor in get_peft_model_state_dict(model).items()}
-    write_state(directory / WEIGHTS, tensors, {})
+    write_state(directory / WEIGHTS, {name: tensor.contiguous() for name, tensor in tensors.items()}, {})
     write_whole(directory / CONFIG, json.dumps(config, indent=2, sort_keys=True, default=str) + "\n")
 
 

@@ -61,6 +61,9 @@ class Record(Strict):
     held_out_data: DataUsed
     settings: dict[str, Any]
     lora: dict[str, Any] | None = None
+    teaching: dict[str, Any] | None = Field(
+        default=None, description="who taught it, and what of that counts"
+    )
     curve: list[tuple[int, float, float, float]] = Field(
         description="step, loss, length of the gradient, rate"
     )

@@ -25,6 +25,7 @@ from quantize.train.adapters import WEIGHTS, Lora, described, trained_tensors, w
 from quantize.train.answers import judge, loss_of
 from quantize.train.base import Base, Method, load_base, refuse_untrainable
 from quantize.train.data import Examples
+from quantize.train.distill import Lessons, Teaching, refuse_unlike, with_teacher
 from quantize.train.identity import tokenizer_sha256
 from quantize.train.loop import Outcome, Place, Settings, TrainError, train
 from quantize.train.memory import Need, Shape, predict, refuse_beyond
@@ -69,6 +70,12 @@ class Job:
     """None: where the budget asks for it."""
     device: str | None = None
     sources: tuple[str, str] = ("", "")
+    teaching: Teaching | None = None
+    """Whom the model learns from, where it is not from right answers alone."""
+
+    @property
+    def label(self) -> str:
+        return "distill" if self.teaching is not None else self.method
 
 
 def run(job: Job, say: Say) -> Record:
@@ -78,6 +85,8 @@ def run(job: Job, say: Say) -> Record:
     """
     modules = read_modules(job.checkpoint)
     refuse_untrainable(job.checkpoint, modules)
+    if job.teaching is not None:
+        refuse_unlike(job.checkpoint, job.teaching)
     if (record := finished(job)) is not None:
         say(f"{job.out}: finished before, with the same model, data and settings")
         return record
@@ -87,7 +96,7 @@ def run(job: Job, say: Say) -> Record:
             return record
         again = ", with blocks computed again in the backward pass" if shape.checkpointing else ""
         needed = f"{need.total / 1e9:.2f} GB predicted beside the program itself ({need.text()}){again}"
-        say(f"{job.method}: {needed}")
+        say(f"{job.label}: {needed}")
         return _work(job, modules, _identity(job, modules), shape, need, say)
 
 
@@ -98,7 +107,8 @@ def finished(job: Job) -> Record | None:
         return None
     record = read_record(job.out)
     identity = _decides(job, read_modules(job.checkpoint))
-    if changed := [name for name in identity if record.run.get(name) != identity[name]]:
+    names = [*identity, *(name for name in record.run if name != "threads")]
+    if changed := [name for name in names if record.run.get(name) != identity.get(name)]:
         raise TrainError(
             f"{job.out} holds another run, with other {changed[0]}; give another --out, or remove it"
         )
@@ -115,11 +125,15 @@ def fitting(job: Job, modules: Modules) -> tuple[Shape, Need]:
     for checkpointing in (False, True) if job.checkpointing is None else (job.checkpointing,):
         shape = Shape(together, longest, keep, checkpointing)
         need = predict(job.checkpoint, modules, job.method, job.lora, shape, width)
+        if job.teaching is not None:
+            of_teacher = read_modules(job.teaching.teacher)
+            need = with_teacher(need, job.teaching, of_teacher, shape, width)
         if job.memory is None or need.total <= job.memory * 1e9:
             return shape, need
     smaller = "" if together == 1 else f", --together {max(1, together // 2)}"
     other = {"full": "lora or qlora", "lora": "qlora", "qlora": "a smaller --rank or --length"}
-    refuse_beyond(need, job.memory, f"try {other[job.method]}{smaller}, or give more")
+    tried = other[job.method] if job.teaching is None else "a smaller --length"
+    refuse_beyond(need, job.memory, f"try {tried}{smaller}, or give more")
     return shape, need
 
 
@@ -166,9 +180,11 @@ def _work(
 def _train(job: Job, base: Base, model: Any, identity: Mapping[str, str]) -> Outcome:
     tokenizer = load_tokenizer(job.checkpoint.path)
     examples = job.examples.examples
+    lessons = Lessons(job.teaching, model, base.device) if job.teaching is not None else None
 
     def loss(_step: int, numbers: Sequence[int]) -> tuple[Tensor, float]:
-        return loss_of(model, [examples[number] for number in numbers], base.device)
+        some = [examples[number] for number in numbers]
+        return lessons.loss(model, some) if lessons is not None else loss_of(model, some, base.device)
 
     def evaluate(_step: int) -> dict[str, Any]:
         found = judge(model, job.held_out.examples, tokenizer, base.device, JUDGE_TOKENS)
@@ -177,7 +193,7 @@ def _train(job: Job, base: Base, model: Any, identity: Mapping[str, str]) -> Out
     place = Place(job.out / RUN, identity)
     trained = trained_tensors(model)
     return train(
-        trained, loss, len(examples), job.settings, place, evaluate, label=f"{job.method} {job.out.name}"
+        trained, loss, len(examples), job.settings, place, evaluate, label=f"{job.label} {job.out.name}"
     )
 
 
@@ -212,6 +228,8 @@ def _decides(job: Job, modules: Modules) -> dict[str, str]:
     }
     if job.method != "full":
         found["lora"] = repr(described(job.lora, modules))
+    if job.teaching is not None:
+        found |= job.teaching.identity()
     return found
 
 
@@ -244,6 +262,7 @@ def _record(
         held_out_data=_used(job.held_out, job.sources[1]),
         settings=asdict(job.settings),
         lora=described(job.lora, modules) if job.method != "full" else None,
+        teaching=job.teaching.described() if job.teaching is not None else None,
         curve=[(point.step, point.loss, point.norm, point.rate) for point in outcome.points],
         evaluations=[
             (one.step, one.figures["loss"], one.figures["right"].count("1") / len(one.figures["right"]))

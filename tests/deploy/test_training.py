@@ -142,3 +142,31 @@ def test_a_file_is_divided_by_what_its_lines_ask(tmp_path: Path, capsys: pytest.
     assert sorted([*parts[0], *parts[1]]) == sorted(data.read_text(encoding="utf-8").splitlines())
     assert 10 <= len(parts[1]) <= 35
     assert "is there already" in _refused(capsys, "train", "split", str(data))
+
+
+def test_a_student_is_trained_by_its_teacher_and_is_a_checkpoint(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, judged = (
+        _write(tmp_path / "train.jsonl", range(24)),
+        _write(tmp_path / "held.jsonl", range(100, 109)),
+    )
+    student, out = tmp_path / "student", tmp_path / "run"
+    main(("quantize", "compact", str(base), str(student), "layers:1"))
+    given = ("--data", str(data), "--held-out", str(judged), "--out", str(out), *SHORT)
+    learned = ("--hidden", "1", "--attention", "1", "--temperature", "2")
+    main(("train", "distill", str(base), "--model", str(student), *given, *learned))
+    assert "a checkpoint as any other" in capsys.readouterr().out
+    assert open_checkpoint(out / "model").config["num_hidden_layers"] == 1
+    assert read_record(out).teaching == {
+        "teacher": "tiny",
+        "responses": 1.0,
+        "hidden": 1.0,
+        "attention": 1.0,
+        "answers": 0.0,
+        "temperature": 2.0,
+    }
+    again = ("train", "distill", str(base), "--model", str(base), *given)
+    assert "is the teacher itself" in _refused(capsys, *again)
+    nothing = ("train", "distill", str(base), "--model", str(student), *given, "--responses", "0")
+    assert "nothing is to be learned" in _refused(capsys, *nothing)
