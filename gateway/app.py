@@ -67,7 +67,7 @@ from quantize.card import Card
 CHECKS_START_S = 10.0
 """Seconds that the start waits for the checks that answers may have to pass before they are sent."""
 LEAST_DRAIN_S = 2.0
-"""Seconds for prompts that are still to be counted, where requests have taken all of the time to stop."""
+"""Seconds for answers to be looked at and prompts to be counted, where requests took all the time there was."""
 
 
 class Gateway:
@@ -325,7 +325,7 @@ class Gateway:
     async def _finish(self) -> None:
         """End what runs, and write down what is left to be said of it, as long as the jobs still run."""
         stop_by = (self.stopping_since or time.monotonic()) + self._gateway_settings().shutdown_timeout_s
-        await self.plane.close()
+        await self.plane.close(max(LEAST_DRAIN_S, stop_by - time.monotonic()))
         left_s = max(LEAST_DRAIN_S, stop_by - time.monotonic())
         settled = asyncio.create_task(self.settlement.drain(left_s))
         await self._background.close()

@@ -173,13 +173,14 @@ class DataPlane:
             replica.connections.sweep()
         self.log.flush()
 
-    async def close(self) -> None:
-        """The server has waited for requests as long as it would."""
+    async def close(self, within_s: float) -> None:
+        """The server has waited for requests as long as it would. What was answered is looked at ``within_s``
+        seconds, or not at all."""
         self.stopping = True
         for exchange in tuple(self.active):
             error = ShuttingDownError("The gateway is shutting down; try again.")
             exchange.pipeline.fail(exchange, error)
-        await self.snapshot.observer.drain()
+        await self.snapshot.observer.drain(within_s)
         for replica in self.snapshot.pools.replicas():
             replica.connections.close()
         self.log.flush()

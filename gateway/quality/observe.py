@@ -52,8 +52,6 @@ LONGEST_WAITED_FOR = 1 << 20
 """The same where a client waits for what is found."""
 ESCALATION_S = 0.25
 """Seconds that a client waits for it; then it gets the answer as it is."""
-DRAIN_S = 1.0
-"""Seconds that a gateway that stops waits for the last answers to be looked at."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,10 +157,10 @@ class Observer:
             limit_s = CLASSIFIER_STEP_S if classifier else STEP_S
         self._checks.submit(task, kept.record, partial(self._looked, kept), limit_s, classifier)
 
-    async def drain(self) -> None:
-        """Wait until all is looked at that was offered, for a while."""
+    async def drain(self, within_s: float) -> None:
+        """Wait until all is looked at that was offered, but no longer than that."""
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(DRAIN_S):
+            async with asyncio.timeout(within_s):
                 await self._checks.settled()
 
     async def insufficient(self, role: str, body: bytes, answer: Answer, salt: str) -> str | None:

@@ -52,6 +52,8 @@ class Script:
     """Cut the connection after so many chunks of a stream; an answer that is not streamed, at 0."""
     end_after: int | None = None
     """End a stream properly, as HTTP goes, after so many chunks."""
+    until: asyncio.Event | None = None
+    """Cut or end a stream no sooner than this is set."""
     garbage: bool = False
     endless: bool = False
     """Stream text for ever, as fast as it is taken."""
@@ -308,6 +310,8 @@ class ProviderServer:
                 await response.write(answer[1])
                 self.sent += 1
         for index, chunk in enumerate(answer):
+            if index in (script.die_after, script.end_after) and script.until is not None:
+                await script.until.wait()
             if index == script.die_after:
                 return _die(request, response)
             if index == script.end_after:

@@ -98,7 +98,7 @@ async def test_a_plane_that_is_closed_ends_what_is_under_way_with_a_reason(stack
     stack.engines["bf16"].script.hold = asyncio.Event()
     asking = asyncio.ensure_future(stack.post().__aenter__())
     await eventually(lambda: stack.engines["bf16"].running)
-    await stack.gateway.plane.close()
+    await stack.gateway.plane.close(1.0)
     async with await asking as response:
         assert response.status == 503
         assert (await response.json())["error"]["code"] == "shutting_down"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator
@@ -138,18 +139,23 @@ async def test_what_is_no_answer(providers: Providers) -> None:
 
 async def test_half_a_stream(providers: Providers) -> None:
     """Cut off, or merely at an end too early: LiteLLM says ``stop`` in the provider's place."""
-    for model in DIALECTS:
-        providers.set(die_after=3, chunk_delay_s=0.01, text="a b c d e f g h")
+
+    async def cut(model: str, **how: int) -> list[Any]:
+        """The events of a stream that is cut once the client has its beginning."""
+        begun = asyncio.Event()
+        providers.set(until=begun, text="a b c d e f g h", **how)
         async with providers.stack.post({"model": model, "stream": True}) as response:
             assert response.status == 200
-            events = await providers.stack.events(response)
+            begun.set()
+            return list(await providers.stack.events(response))
+
+    for model in DIALECTS:
+        events = await cut(model, die_after=3)
         assert "error" in events[-1], (model, events)
         assert not any(c["finish_reason"] for e in events[:-1] for c in e["choices"])
         if model == GEMINI:  # whose dialect has no end but this
             continue
-        providers.set(end_after=4, text="a b c d e f g h")
-        async with providers.stack.post({"model": model, "stream": True}) as response:
-            events = await providers.stack.events(response)
+        events = await cut(model, end_after=4)
         assert "error" in events[-1], (model, events)
         providers.stack.gateway.plane.snapshot.pools.providers[model].breaker.answered()
 
