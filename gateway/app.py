@@ -67,7 +67,7 @@ from quantize.card import Card
 CHECKS_START_S = 10.0
 """Seconds that the start waits for the checks that answers may have to pass before they are sent."""
 LEAST_DRAIN_S = 2.0
-"""Seconds for answers to be looked at and prompts to be counted, where requests took all the time there was."""
+"""Seconds for answers to be looked at and prompts to be counted, where requests took all of the time."""
 
 
 class Gateway:
