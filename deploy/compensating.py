@@ -31,7 +31,7 @@ from quantize.core.targets import detect, target
 from quantize.core.tensors import refuse_not_finite
 from quantize.evaluate.bench import Span
 from quantize.plan.session import split
-from quantize.register.carried import ADAPTER_FILES, CARRIED
+from quantize.register.carried import ADAPTER_FILES, CARRIED, refuse_carrier
 from quantize.registry import Registry
 from quantize.train.adapters import adapter_sha256
 
@@ -84,8 +84,8 @@ def make_compensated(model: ModelConfig, wanted: Wanted, rank: int, say: Say) ->
     if wanted.name == model.reference:
         raise CompactError(f"--name {wanted.name}: is the reference's name; give another one")
     known = registry.card(wanted.begin) if wanted.begin in registry.variants() else None
-    if known is not None and known.adapter is not None:
-        raise CompactError(f"{wanted.begin} carries an adapter already; name {known.adapter.carrier}")
+    if known is not None:
+        refuse_carrier(known)
     reference = registry.add_reference(checkpoint)
     calibration = calibration_for(model, checkpoint, reference.version)
     calibrating, spans = split(calibration)

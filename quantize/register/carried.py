@@ -66,7 +66,7 @@ def refuse_carrier(card: Card) -> None:
     """Raise TrainError for a variant that carries no adapter, by its card alone."""
     where = f"{card.id} ({card.version})"
     if card.adapter is not None:
-        raise TrainError(f"{where} carries an adapter already; name the variant that it was put on")
+        raise TrainError(f"{where} carries an adapter already; name {card.adapter.carrier}")
     if card.state == "broken":
         raise TrainError(f"{where} is broken, the engine cannot load it; name another variant")
     if card.target is not None and not card.target.startswith(SERVED_BY):
