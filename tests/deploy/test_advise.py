@@ -70,17 +70,10 @@ def technique(found: Advice) -> list[str]:
 KNOWN = next(a.choices for a in parser()._actions if isinstance(a, argparse._SubParsersAction)) or {}
 
 
-COMING = ("train", "export", "explore", "compact")
-"""Commands that may not be there yet; where they are, they are read as any other."""
-
-
 def refuse_unknown(command: str) -> None:
     """Let the real parser read it."""
     words = shlex.split(command)
     assert words[0] == "tiercel"
-    if words[1] not in KNOWN:
-        assert words[1] in COMING, f"{command}: no such command"
-        return
     parsed(words[1:])
 
 
@@ -364,8 +357,6 @@ def refuse_no_command(words: Sequence[str]) -> None:
     above: Any = KNOWN
     for word in words:
         if not above or not word.islower() or not word.isalpha():
-            return
-        if word in COMING and word not in above:
             return
         assert word in above, f"{' '.join(words)}: no such command"
         below = above[word]._actions
