@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import random
 from typing import Any
 
@@ -9,6 +10,7 @@ from gateway_stack import make_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gateway.proxy.endpoints import CHAT
 from gateway.routing.policies import PickQuery, RoundRobin
 from gateway.routing.pools import Pool, Pools
 from gateway.routing.replicas import Lease, Reading, Replica
@@ -111,6 +113,15 @@ def test_replicas_that_stay_keep_what_is_known_of_them() -> None:
 def test_a_replica_is_named_without_its_password() -> None:
     replica = Replica("assistant:int8", "assistant:int8-0", "http://me:pw@10.0.0.1:8000", Clock())
     assert replica.where == "assistant:int8-0 at http://me:…@10.0.0.1:8000"
+
+
+def test_a_name_and_a_password_in_a_url_go_with_every_request() -> None:
+    replica = Replica("a:int8", "a:int8-0", "http://me%40here:p%3Aw@10.0.0.1:8000", Clock(), key="sk-engine")
+    head = replica.request_head(CHAT)
+    assert b"authorization: Basic " + base64.b64encode(b"me@here:p:w") + b"\r\n" in head
+    assert b"host: 10.0.0.1:8000\r\n" in head
+    assert b"sk-engine" not in head
+    assert replica.credentials == {}, "clients take them from the URL"
 
 
 def test_an_engine_says_how_many_tokens_it_has_read_and_written() -> None:

@@ -105,6 +105,15 @@ async def test_a_prompt_is_booked_as_the_engine_took_it_in(path: str, body: Any)
         assert books.unreported == 1
 
 
+async def test_an_engine_that_asks_for_a_key_is_given_it() -> None:
+    async with running() as (books, engine, url):
+        engine.script.key = "sk-engine"
+        known = unreported(url, headers={"authorization": "Bearer sk-engine"})
+        assert "sk-engine" not in repr(known)
+        books.settlement.report(known)
+        await eventually(lambda: books.settled("booked"))
+
+
 async def test_what_is_known_is_not_asked_for() -> None:
     async with running() as (books, _, url):
         books.settlement.report(unreported(url, usage=Usage(5, 0, 2, exact=False)))

@@ -228,6 +228,18 @@ async def test_an_engine_that_knows_no_priorities_is_asked_without() -> None:
         await eventually(lambda: stack.sample("tiercel_shadow_compared_total", **labels) == 3)
 
 
+async def test_engines_that_ask_for_a_key_are_given_it_by_the_watch_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("ENGINE_KEY", "sk-engine")
+    async with watching(gateway={"engine_key_env": "ENGINE_KEY"}) as stack:
+        for engine in stack.engines.values():
+            engine.script.key = "sk-engine"
+        await ask(stack, 3)
+        labels = {"role": "intent_classifier", "variant": "int4-kv8", "result": "agreed"}
+        await eventually(lambda: stack.sample("tiercel_shadow_compared_total", **labels) == 3)
+
+
 async def test_the_watch_gives_way_to_users() -> None:
     async with watching(watch={"busy_at": 1, "queue": 2}) as stack:
         reference = stack.engines["bf16"]

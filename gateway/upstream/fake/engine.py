@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import struct
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -62,7 +62,7 @@ class FakeEngine:
         self.preemptions = 0
 
     def app(self) -> web.Application:
-        app = web.Application(client_max_size=64 << 20)
+        app = web.Application(client_max_size=64 << 20, middlewares=[self._admit])
         for path in _ANSWERED:
             app.router.add_post(path, self._complete)
         for path in _POOLED:
@@ -85,6 +85,15 @@ class FakeEngine:
             yield await listen(runner, port, host, also)
         finally:
             await runner.cleanup()
+
+    @web.middleware
+    async def _admit(
+        self, request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
+    ) -> web.StreamResponse:
+        key, asked = self.script.key, request.path not in ("/health", "/metrics")
+        if asked and key is not None and request.headers.get("authorization") != f"Bearer {key}":
+            return web.json_response({"error": "Unauthorized"}, status=401)
+        return await handler(request)
 
     async def _health(self, _: web.Request) -> web.Response:
         return web.Response(status=200 if self.script.healthy else 503)

@@ -39,6 +39,8 @@ class Script:
     garbage: bool = False
     """Answer 200 with what is neither JSON nor an event."""
     healthy: bool = True
+    key: str | None = None
+    """What it asks for, as vLLM does with ``--api-key``: of all but ``/health`` and ``/metrics``."""
     echo: bool = False
     """Say the number in the last message, as ``<7>``, so that answers can be told apart."""
     disputes: str = ""
