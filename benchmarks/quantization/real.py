@@ -214,9 +214,10 @@ def ratios(rows: Sequence[Row], reported: PairedKl) -> list[dict[str, Any]]:
     by_label = {row.label: row for row in rows}
     for row in rows:
         scheme = row.label.partition(" ")[0]
-        best = by_label.get(f"{scheme.removesuffix('-asym')} {BEST}")
-        if row.kind == "uniform" and best is not None and best is not row:
-            add(row, best, "method")
+        for name in dict.fromkeys((scheme, scheme.removesuffix("-asym"))):
+            best = by_label.get(f"{name} {BEST}")
+            if row.kind == "uniform" and best is not None and best is not row:
+                add(row, best, "method")
     for row in (one for one in rows if one.kind in ("planned", "given")):
         for kinds in (("uniform",), ("heuristic",), ("random",)):
             smaller = [one for one in rows if one.kind in kinds and one.megabytes <= row.megabytes + 1e-6]
