@@ -39,7 +39,7 @@ def distill(options: argparse.Namespace) -> None:
     teacher, _, _ = base_of(argparse.Namespace(model=options.teacher, config=options.config))
     teaching = Teaching(teacher, weights)
     refuse_unlike(base_of(options)[0], teaching)
-    options.rate = options.rate or RATE
+    options.rate = RATE if options.rate is None else options.rate
     job = dataclasses.replace(job_of(options, "full", say), teaching=teaching)
     record = run(job, say)
     if options.json:

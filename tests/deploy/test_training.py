@@ -168,5 +168,7 @@ def test_a_student_is_trained_by_its_teacher_and_is_a_checkpoint(
     }
     again = ("train", "distill", str(base), "--model", str(base), *given)
     assert "is the teacher itself" in _refused(capsys, *again)
+    still = ("train", "distill", str(base), "--model", str(student), *given, "--rate", "0")
+    assert "learning_rate: 0" in _refused(capsys, *still)
     nothing = ("train", "distill", str(base), "--model", str(student), *given, "--responses", "0")
     assert "nothing is to be learned" in _refused(capsys, *nothing)
