@@ -45,7 +45,7 @@ KEPT, LOCK = "pipeline.json", ".pipeline"
 TRAINING_OPTIONS = (
     *("model", "role", "data", "held_out", "out", "memory", "epochs", "steps", "rate", "batch", "together"),
     *("length", "rank", "alpha", "dropout", "targets", "judge", "evaluate_every", "keep_every", "seed"),
-    *("device", "checkpointing"),
+    *("device", "checkpointing", "nf4"),
 )
 
 

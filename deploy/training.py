@@ -57,6 +57,7 @@ def base_of(options: argparse.Namespace) -> tuple[Checkpoint, ModelConfig | None
 def job_of(options: argparse.Namespace, method: Method, say: Say) -> Job:
     """What the options ask for, with its data read, encoded and found to be fit. Raises before any work."""
     _refuse_numbers(options)
+    _refuse_nf4(options, method)
     checkpoint, model, config = base_of(options)
     refuse_untrainable(checkpoint, read_modules(checkpoint))
     refuse_unfit(checkpoint)
@@ -97,6 +98,7 @@ def job_of(options: argparse.Namespace, method: Method, say: Say) -> Job:
         options.checkpointing,
         options.device,
         sources,
+        nf4=options.nf4,
     )
 
 
@@ -116,6 +118,15 @@ def _refuse_numbers(options: argparse.Namespace) -> None:
         _refuse_device(options.device)
     if options.out.exists() and not options.out.is_dir():
         raise ConfigError(f"--out {options.out} is a file; name a directory, which may not be there yet")
+
+
+def _refuse_nf4(options: argparse.Namespace, method: Method) -> None:
+    """Raise for a choice of 4-bit modules that means nothing, or is not to be had."""
+    from quantize.train.nf4 import whose
+
+    if options.nf4 is not None and method != "qlora":
+        raise ConfigError(f"--nf4 {options.nf4}: is of qlora alone, whose base is in 4 bits; leave it out")
+    whose(options.nf4, options.device or "cpu")
 
 
 def _refuse_device(name: str) -> None:

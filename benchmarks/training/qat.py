@@ -2,9 +2,11 @@
 
     python -m benchmarks.training.qat text qat-text.jsonl
     tiercel train qat int4 --data qat-text.jsonl
+    python -m benchmarks.training.qat real-text var/benchmarks/real/model real-text.jsonl --each 150
     python -m benchmarks.training.qat draw docs/images/qat.png "4 bits=var/variants/.training/…/report.json"
 
-The text is of the demo's training utterances, and of records of seeds that nothing else has.
+The text is of the demo's training utterances, and of records of seeds that nothing else has; of a real
+model its own greedy answers to prompts that no set of :mod:`benchmarks.quantization.real_data` holds.
 """
 
 from __future__ import annotations
@@ -20,8 +22,10 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from benchmarks.quantization import real_data
 from deploy.assistant.corpus import intent_messages, own_utterances, record_conversation
 from deploy.report_figure import STYLE
+from quantize.make.calibration import load_tokenizer
 from quantize.report.page import GRID, MUTED, PALETTE, PAPER
 
 SEEDS = 43_000_000
@@ -39,6 +43,27 @@ def text(path: Path) -> None:
     ]
     records = [record_conversation(SEEDS + number) for number in range(EACH)]
     lines = (json.dumps({"messages": one}, ensure_ascii=False) + "\n" for one in [*intents, *records])
+    path.write_text("".join(lines), encoding="utf-8")
+
+
+def real_text(directory: Path, path: Path, each: int) -> None:
+    """Write prompts, ``each`` of every kind that are left, with the BF16 model's own greedy answers."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    used = sum(real_data.SIZES.values())
+    asked = [one for kind in real_data.prompts() for one in kind[used : used + each]]
+    model = AutoModelForCausalLM.from_pretrained(
+        real_data.real_model(directory), dtype=torch.bfloat16, local_files_only=True
+    ).eval()
+    tokenizer = load_tokenizer(directory)
+    lines = []
+    for messages, (ids, start) in zip(asked, real_data.answered(model, tokenizer, asked), strict=True):
+        said = tokenizer.decode(ids[start:], skip_special_tokens=True)
+        if not said.strip():  # the model ended its turn at once
+            continue
+        conversation = [*messages, {"role": "assistant", "content": said}]
+        lines.append(json.dumps({"messages": conversation}, ensure_ascii=False) + "\n")
     path.write_text("".join(lines), encoding="utf-8")
 
 
@@ -98,12 +123,19 @@ def main() -> None:
     commands = parser.add_subparsers(required=True, dest="command")
     writing = commands.add_parser("text")
     writing.add_argument("out", type=Path)
+    real = commands.add_parser("real-text")
+    real.add_argument("model", type=Path, help="made where it is missing")
+    real.add_argument("out", type=Path)
+    real.add_argument("--each", type=int, default=150, help="prompts of each of the four kinds")
     drawing = commands.add_parser("draw")
     drawing.add_argument("out", type=Path)
     drawing.add_argument("reports", nargs="+", help="NAME=FILE")
     options = parser.parse_args()
     if options.command == "text":
         text(options.out)
+        return
+    if options.command == "real-text":
+        real_text(options.model, options.out, options.each)
         return
     named = dict(one.split("=", 1) for one in options.reports)
     draw(

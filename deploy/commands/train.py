@@ -86,6 +86,11 @@ def add_training(command: argparse.ArgumentParser) -> None:
     command.add_argument("--seed", type=int, default=0)
     command.add_argument("--device", help="such as cpu or cuda (default: the accelerator if there is one)")
     command.add_argument(
+        "--nf4",
+        choices=("tiercel", "bitsandbytes"),
+        help="whose 4-bit modules qlora keeps the base in (bitsandbytes' on a GPU where it is installed)",
+    )
+    command.add_argument(
         "--checkpointing",
         action=argparse.BooleanOptionalAction,
         help="compute blocks again instead of keeping their values (default: where --memory asks for it)",

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     import torch
 
     from quantize.make.blocks import Blocks
+    from quantize.train.nf4 import Whose
 
 Method = Literal["lora", "qlora", "full"]
 
@@ -47,16 +48,24 @@ def refuse_untrainable(checkpoint: Checkpoint, modules: Modules) -> None:
         raise TrainError(f"{checkpoint.path} has experts, which are not trained here; give a dense model")
 
 
-def load_base(checkpoint: Checkpoint, method: Method, device: torch.device | str | None = None) -> Base:
+def load_base(
+    checkpoint: Checkpoint,
+    method: Method,
+    device: torch.device | str | None = None,
+    nf4: str | None = None,
+) -> Base:
     """The model for a method: all of it trainable in 32 bits for ``full``; frozen for ``lora``; frozen with
-    linear modules in NF4 for ``qlora``. Raises TrainError for one that cannot be trained."""
+    linear modules in NF4 for ``qlora``, ``nf4`` saying whose (:func:`quantize.train.nf4.whose`). Raises
+    TrainError for one that cannot be trained."""
     import torch
 
     from quantize.make.blocks import Blocks, best_device, put, serving_dtype
+    from quantize.train.nf4 import whose
 
     modules = read_modules(checkpoint)
     refuse_untrainable(checkpoint, modules)
     where = torch.device(device) if device is not None else best_device()
+    by = whose(nf4, where)
     wide = method == "full" or where.type == "cpu"
     dtype = torch.float32 if wide else serving_dtype(checkpoint)
     blocks = Blocks(checkpoint, modules, where, dtype)
@@ -68,7 +77,7 @@ def load_base(checkpoint: Checkpoint, method: Method, device: torch.device | str
             continue
         tensor = blocks.files[stored].to(where)
         if stored.removesuffix(".weight") in packed:
-            _pack(model, name, tensor, blocks)
+            _pack(model, name, tensor, blocks, by)
         elif f"{stored.rpartition('.')[0]}" not in packed:  # a bias goes with its matrix
             put(model, name, tensor.to(dtype))
     if blocks.stored("lm_head.weight") is not None and not model.config.tie_word_embeddings:
@@ -82,12 +91,12 @@ def load_base(checkpoint: Checkpoint, method: Method, device: torch.device | str
     return Base(checkpoint, modules, model, blocks, where)
 
 
-def _pack(model: Any, name: str, weight: torch.Tensor, blocks: Blocks) -> None:
+def _pack(model: Any, name: str, weight: torch.Tensor, blocks: Blocks, by: Whose) -> None:
     """Put a linear module in NF4 in place of the skeleton's."""
-    from quantize.train.nf4 import Nf4Linear
+    from quantize.train.nf4 import packed
 
     path = name.removesuffix(".weight")
     parent, _, leaf = path.rpartition(".")
     bias = blocks.tensor(f"{path}.bias")
     bias = None if bias is None else bias.to(weight.device, blocks.dtype)
-    setattr(model.get_submodule(parent), leaf, Nf4Linear(weight, bias))
+    setattr(model.get_submodule(parent), leaf, packed(weight, bias, blocks.dtype, by))

@@ -4,12 +4,16 @@ What ``quantizer("nf4-dq")`` comes to is kept as it is packed: two 4-bit codes a
 weights for what they are scaled by, and a 32-bit scale per 256 of those, after their mean is taken off:
 4 + 8/64 + 32/(64 * 256) = 4.127 bits a weight. The matrix is made whole in each forward and backward pass, in
 the type that is computed in, and is gone after it.
+
+On a GPU bitsandbytes' module of the same format is taken where it is installed (:func:`whose`), whose kernels
+write the matrix in one go. Its scales are kept in another 8-bit type, so that numbers differ a little.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import nn
@@ -19,10 +23,13 @@ from quantize.numerics.codebooks import NF4
 from quantize.numerics.formats import E4M3
 from quantize.numerics.granularity import Granularity
 from quantize.numerics.quantizers import DOUBLE_BLOCK, NF_BLOCK, Quantizer, quantizer
+from quantize.train.loop import TrainError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+Whose = Literal["tiercel", "bitsandbytes"]
+"""Whose modules a base in NF4 is kept in."""
 INNER = Quantizer(E4M3, Granularity("group", DOUBLE_BLOCK))
 """What scales are quantized by once more."""
 
@@ -95,6 +102,40 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Any) -> tuple[Tensor, None]:
         (gradient,) = gradients
         return gradient @ ctx.module.dequantized(gradient.dtype), None
+
+
+def whose(asked: str | None, device: torch.device | str) -> Whose:
+    """Whose modules are taken: what is ``asked`` for, else bitsandbytes' on an accelerator where it is
+    installed. Raises TrainError for an unknown name, and where it is not installed."""
+    there = find_spec("bitsandbytes") is not None
+    if asked is not None and asked not in get_args(Whose):
+        raise TrainError(f"--nf4 {asked}: is unknown; give {' or '.join(get_args(Whose))}")
+    if asked == "bitsandbytes" and not there:
+        raise TrainError(
+            "--nf4 bitsandbytes: it is not installed; pip install 'tiercel[qlora]', or leave the option out"
+        )
+    if asked is None:
+        return "bitsandbytes" if there and torch.device(device).type != "cpu" else "tiercel"
+    return "bitsandbytes" if asked == "bitsandbytes" else "tiercel"
+
+
+def packed(weight: Tensor, bias: Tensor | None, dtype: torch.dtype, by: Whose) -> nn.Linear:
+    """The frozen module for a (N, K) ``weight``, on its device; bitsandbytes' computes in ``dtype``."""
+    if by == "tiercel":
+        return Nf4Linear(weight, bias)
+    import bitsandbytes
+
+    rows, columns = weight.shape
+    format_of: dict[str, Any] = {"compress_statistics": True, "quant_type": "nf4"}
+    module: nn.Linear = bitsandbytes.nn.Linear4bit(
+        columns, rows, bias=False, compute_dtype=dtype, device="meta", **format_of
+    )
+    module.weight = bitsandbytes.nn.Params4bit(
+        weight, requires_grad=False, blocksize=NF_BLOCK, module=module, **format_of
+    )
+    if bias is not None:
+        module.bias = nn.Parameter(bias, requires_grad=False)
+    return module.to(weight.device)  # which is where it rounds
 
 
 BITS = 4 + 8 / NF_BLOCK + 32 / (NF_BLOCK * DOUBLE_BLOCK)

@@ -72,6 +72,8 @@ class Job:
     sources: tuple[str, str] = ("", "")
     teaching: Teaching | None = None
     """Whom the model learns from, where it is not from right answers alone."""
+    nf4: str | None = None
+    """Whose modules ``qlora`` keeps the base in; None: as :func:`quantize.train.nf4.whose` chooses."""
 
     @property
     def label(self) -> str:
@@ -148,7 +150,7 @@ def _work(
 ) -> Record:
     program = _program_bytes(job.checkpoint)
     with measured() as taken:
-        base = load_base(job.checkpoint, job.method, job.device)
+        base = load_base(job.checkpoint, job.method, job.device, job.nf4)
         model = base.model
         if job.method != "full":
             model = wrapped(model, job.lora, modules, job.checkpoint.path, job.settings.seed)
@@ -230,7 +232,17 @@ def _decides(job: Job, modules: Modules) -> dict[str, str]:
         found["lora"] = repr(described(job.lora, modules))
     if job.teaching is not None:
         found |= job.teaching.identity()
+    if _of_bitsandbytes(job):
+        found["nf4"] = "bitsandbytes"
     return found
+
+
+def _of_bitsandbytes(job: Job) -> bool:
+    """Whether the base is kept in bitsandbytes' modules."""
+    from quantize.make.blocks import best_device
+    from quantize.train.nf4 import whose
+
+    return job.method == "qlora" and whose(job.nf4, job.device or best_device()) == "bitsandbytes"
 
 
 def _program_bytes(checkpoint: Checkpoint) -> int:
@@ -253,7 +265,7 @@ def _record(
 ) -> Record:
     before, after = outcome.evaluations[0].figures, outcome.evaluations[-1].figures
     flags = [[one == "1" for one in figures["right"]] for figures in (after, before)]
-    names = ("torch", "transformers", "peft", "tiercel")
+    names = ["torch", "transformers", "peft", "tiercel", *["bitsandbytes"] * _of_bitsandbytes(job)]
     return Record(
         method=job.method,
         base=job.checkpoint.path.resolve().name,
