@@ -41,8 +41,12 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests of a group stay together (``--dist loadgroup``)."""
     for item in items:
+        item.add_marker(pytest.mark.xdist_group(group_of(item)))
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    for item in session.items:
         group = group_of(item)
-        item.add_marker(pytest.mark.xdist_group(group))
         _needed[group] = max(_needed.get(group, 0), engines_of(item))
 
 

@@ -23,7 +23,9 @@ STACK = "stack"
 
 def group_of(item: pytest.Item) -> str:
     """Tests that one worker runs one after another: a file's, or those of the session's stack."""
-    return STACK if STACK in getattr(item, "fixturenames", ()) else item.nodeid.partition("::")[0]
+    file = item.nodeid.partition("::")[0]
+    whole = file.startswith("tests/e2e/") and STACK in getattr(item, "fixturenames", ())
+    return STACK if whole else file
 
 
 def engines_of(item: pytest.Item) -> int:
