@@ -255,7 +255,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
         pytest.skip("this machine's CPU is no known target")
     log, site = tmp_path_factory.mktemp("bench") / "log", ROOT / "deploy/engine_site"
     with Bench(
-        ROOT / ".venv-engine/bin/python", log, max_model_len=128, site=site, env=ENVIRONMENT, timeout_s=120
+        ROOT / ".venv-engine/bin/python", log, max_model_len=128, site=site, env=ENVIRONMENT
     ) as opened:
         yield opened
 

@@ -188,7 +188,7 @@ def matrix(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Matrix]:
         pytest.skip(f"the rules of {HERE.name} have not all been tried on the engine; {TRY}=1 tries them")
     directory = tmp_path_factory.mktemp("matrix")
     python, site = ROOT / ".venv-engine/bin/python", ROOT / "deploy/engine_site"
-    with Bench(python, directory / "bench.log", max_model_len=256, site=site, timeout_s=120) as bench:
+    with Bench(python, directory / "bench.log", max_model_len=256, site=site) as bench:
         yield Matrix(bench, directory)
 
 
