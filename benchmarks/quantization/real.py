@@ -7,6 +7,7 @@
     python -m benchmarks.quantization.real --groups 20             # single groups: estimated and measured
     python -m benchmarks.quantization.real --plan "planned 4.5=plan.json"
     python -m benchmarks.quantization.real --checkpoint "w4a16-g32-asym awq=DIRECTORY"  # made elsewhere
+    python -m benchmarks.quantization.real --only none --checkpoint …              # and nothing else
 
 Rows are uniform variants by every method, heuristics (the ends of the model or every down projection in
 more bits), and at each of ``--budgets``, in bits per weight of the linear modules, the planner's plan and
@@ -316,8 +317,9 @@ def main() -> None:
         return
     stages = Stages(WORK / "stages.jsonl")
     estimates: Sequence[Estimate] = ()
-    with stages("parts"):
-        session.parts.make(choices(session, rows), label="parts")
+    if rows or options.make or options.budgets or options.groups:  # not for what was made elsewhere alone
+        with stages("parts"):
+            session.parts.make(choices(session, rows), label="parts")
     if options.make or options.budgets or options.groups:
         with stages("estimates"):
             known = session.directory / "rows.jsonl"
