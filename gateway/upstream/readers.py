@@ -15,7 +15,8 @@ from gateway.proxy.endpoints import Form
 from gateway.proxy.record import NO_USAGE, Usage
 from gateway.quality.answer import Answer
 from gateway.upstream.completions import StreamReader, TappedStreamReader, listen
-from gateway.upstream.options import OutputOptions, without_logprobs
+from gateway.upstream.logprobs import without_logprobs
+from gateway.upstream.options import OutputOptions
 from gateway.upstream.refusals import raise_if_error, refusal
 from gateway.upstream.sse import UNREADABLE, EventSplitter, fields_of, garbage, object_of
 from gateway.upstream.usage import NOT_GIVEN, Counts, Raw, counted, is_null, usage_of
@@ -151,13 +152,12 @@ class TappedWholeReader(WholeReader):
 
     def feed(self, data: bytes, at: float) -> bytes:
         super().feed(data, at)
-        if not is_json(self.content_type):
+        if not is_json(self.content_type) or data.startswith(b"["):
             self.confused = True
             return data
         whole = object_of(data)
         self.confused = not listen(self.answer, whole, at, data)
-        kept = without_logprobs(whole, self._options)
-        return data if kept is whole else msgspec.json.encode(kept)
+        return without_logprobs(data, whole, self._options)
 
 
 TappedReader = TappedStreamReader | TappedWholeReader
