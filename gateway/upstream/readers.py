@@ -65,7 +65,7 @@ def reader_for(
     if form is Form.COMPLETIONS and tapped:
         return TappedStreamReader(options) if options.stream else TappedWholeReader(options, content_type)
     if not options.stream:
-        return WholeReader(content_type)
+        return (CompletionReader if form is Form.COMPLETIONS else WholeReader)(content_type)
     return StreamReader(options) if form is Form.COMPLETIONS else NamedStreamReader()
 
 
@@ -93,6 +93,8 @@ class WholeReader:
     """
 
     __slots__ = ("began", "content_type", "done", "usage")
+    _LISTS = True
+    """A list is an answer: what an engine renders of several prompts, which has no usage."""
 
     def __init__(self, content_type: bytes | None = None) -> None:
         self.content_type = content_type
@@ -123,8 +125,8 @@ class WholeReader:
 
     def _read(self, data: bytes) -> None:
         try:
-            if data.startswith(b"["):
-                _LIST.decode(data)  # what an engine renders of several prompts, which has no usage
+            if self._LISTS and data.startswith(b"["):
+                _LIST.decode(data)
                 return
             whole = _WHOLE.decode(data)
         except UNREADABLE:
@@ -136,7 +138,14 @@ class WholeReader:
             self.usage = counted(whole.meta.billed_units)
 
 
-class TappedWholeReader(WholeReader):
+class CompletionReader(WholeReader):
+    """An answer of completions, which is an object."""
+
+    __slots__ = ()
+    _LISTS = False
+
+
+class TappedWholeReader(CompletionReader):
     """An answer that is listened to and not streamed: ``answer`` has all of it.
 
     What cannot be understood passes all the same; ``confused`` says so.
@@ -152,7 +161,7 @@ class TappedWholeReader(WholeReader):
 
     def feed(self, data: bytes, at: float) -> bytes:
         super().feed(data, at)
-        if not is_json(self.content_type) or data.startswith(b"["):
+        if not is_json(self.content_type):
             self.confused = True
             return data
         whole = object_of(data)

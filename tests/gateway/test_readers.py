@@ -482,6 +482,15 @@ def test_not_a_byte_tells_whether_an_answer_is_listened_to(
     assert read(listened, tapped=True) == read(others[asked], tapped=False)
 
 
+@pytest.mark.parametrize("tapped", [False, True])
+def test_a_list_is_no_answer_of_a_chat(tapped: bool) -> None:
+    for kind in (None, b"application/json"):
+        reader = reader_for(Form.COMPLETIONS, OutputOptions(True, stream=False), kind, tapped=tapped)
+        with pytest.raises(UpstreamError):
+            reader.feed(b"[]", 0.0)
+    assert reader_for(Form.PLAIN, OutputOptions(False, stream=False)).feed(b"[]", 0.0) == b"[]"
+
+
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-16", "utf-32", "utf-8-sig"])
 def test_what_only_python_reads_is_cut_no_less(encoding: str) -> None:
     """And says what it said: another encoding, half a character, NaN, names that come twice."""
