@@ -6,6 +6,7 @@ import asyncio
 import base64
 import contextlib
 import logging
+import socket
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import pytest
 import yaml
 from aiohttp import web
-from gateway_stack import CHAT, Stack, eventually, free_port, make_config, running_gateway
+from gateway_stack import CHAT, Stack, eventually, make_config, running_gateway
 from pydantic import ValidationError
 from test_keys import bearer, key
 
@@ -62,10 +63,12 @@ async def keyed(
         urls = {name: await exits.enter_async_context(engine.serving()) for name, engine in engines.items()}
         for name in "ab":
             urls[name] = urls[name].replace("http://", f"http://me:{WORDS[name].replace(':', '%3A')}@")
-        dead = f"http://me:pw-of-nobody@127.0.0.1:{free_port()}"
+        dead = exits.enter_context(socket.socket())  # nobody listens there, and nobody else can
+        dead.bind(("127.0.0.1", 0))
+        nobody = f"http://me:pw-of-nobody@127.0.0.1:{dead.getsockname()[1]}"
         gateway = {"engine_key_env": "ENGINE_KEY", "policy": "round_robin", "health_interval_s": 0.05}
         roles = {"core": {"hedge": True}}
-        pools = {"bf16": (urls["a"], dead, urls["b"], urls["c"])}
+        pools = {"bf16": (urls["a"], nobody, urls["b"], urls["c"])}
         settings = {"pools": pools, "keys": KEYS, "roles": roles, "serve": ("bf16",), "gateway": gateway}
         stack = await exits.enter_async_context(running_gateway(**settings | changes))
         yield stack, engines
