@@ -170,9 +170,9 @@ async def test_probation_judges_copies_that_no_client_gets() -> None:
         await order(stack, "demote")
         await eventually(lambda: on_probation(stack))
         assert set(await ask(stack, 6)) == {"assistant:int8"}
-        await eventually(lambda: failed(stack))
+        await eventually(lambda: failed(stack), within_s=120)
         stack.engines["int4-kv8"].script.text = "The total is $277."
-        await eventually(lambda: restored(stack), within_s=90)
+        await eventually(lambda: restored(stack), within_s=300)
         assert (await cell(stack))["verdict"] in ("healthy", "no evidence")
 
 
