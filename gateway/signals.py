@@ -40,6 +40,8 @@ _PARENT_OF = {
     "session_id": _CODEX_PARENT,
 }
 """A session's header to that of its parent, by the same client."""
+_OPENS = "x-amzn-sagemaker-session-id"
+"""Names a session that an engine keeps, which whoever knows the name may use."""
 _LATER = ("session-id", "session_id", "x-session-affinity", "x-opencode-session", "x-kilocode-taskid")
 
 
@@ -107,6 +109,8 @@ class SignalReader:
     def lineage(self, headers: Mapping[str, str], baggage: Mapping[str, str]) -> Lineage:
         """The session by the headers, and its parent."""
         session, parent = self._session(headers)
+        if session is not None and session == _text(headers, _OPENS):
+            session = _hashed(session)
         if session is None:
             session = baggage.get(BAGGAGE_SESSION) or baggage.get("session.id") or None
         if parent is None:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field
 
-from gateway.config.section import Secret, Section
+from gateway.config.section import Secret, Section, Variable
 
 MOST_PRIORITY = 100
 PRIORITY = Field(
@@ -53,4 +53,4 @@ class Provider(Section):
     model: str = Field(description="the id that clients ask for")
     litellm_model: str = Field(description="LiteLLM's name, such as openai/gpt-4o or ollama/llama3")
     api_base: Annotated[str | None, Secret.URL] = None
-    api_key_env: str | None = Field(default=None, description="environment variable that holds the key")
+    api_key_env: Variable | None = Field(default=None, description="environment variable that holds the key")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pydantic import Field, field_validator, model_validator
 
-from gateway.config.section import ConfigError, Section, is_loopback
+from gateway.config.section import ConfigError, Section, Variable, is_loopback
 
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[a-z0-9._\-\[\]:]+")
 POLICIES = ("round_robin", "least_in_flight", "least_load", "session_affinity", "prefix_aware")
@@ -38,7 +38,7 @@ class GatewaySettings(Section):
         default=128 << 20, ge=1024, description="of these, one tenant's"
     )
     connect_timeout_s: float = Field(default=2.0, gt=0)
-    engine_key_env: str | None = Field(
+    engine_key_env: Variable | None = Field(
         default=None,
         description="environment variable with the key that the engines ask for (vLLM's --api-key)",
     )

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field, field_validator, model_validator
 
-from gateway.config.section import Secret, Section
+from gateway.config.section import Secret, Section, Variable
 from gateway.kept.patterns import PatternError
 from gateway.kept.redact import own_pattern
 
@@ -29,7 +29,7 @@ class Recording(Section):
 class KeptSettings(Section):
     """Where kept conversations lie. Without this section nothing is kept."""
 
-    key_env: str | None = Field(
+    key_env: Variable | None = Field(
         default=None,
         description="environment variable with the key, 32 bytes in base64; default: a file in run_dir that "
         "its owner alone can read, made at first use",
@@ -37,7 +37,7 @@ class KeptSettings(Section):
     store: Annotated[str | None, Secret.URL] = Field(
         default=None, description="SQLAlchemy URL of what all gateways share; default: SQLite in run_dir"
     )
-    store_env: str | None = Field(
+    store_env: Variable | None = Field(
         default=None, description="environment variable that holds that URL, where it has a password"
     )
     days: float = Field(default=30.0, gt=0, description="until a conversation is forgotten")

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import Field, field_validator, model_validator
 
-from gateway.config.section import Secret, Section
+from gateway.config.section import Secret, Section, Variable
 
 STORES = ("sqlite", "postgresql")
 
@@ -23,7 +23,7 @@ class ResponsesSettings(Section):
         "process's memory, since prompts and answers are nobody's to find on a disk; only with several "
         "workers, any of which may be asked next, a SQLite file in run_dir that its owner alone can read",
     )
-    store_env: str | None = Field(
+    store_env: Variable | None = Field(
         default=None, description="environment variable that holds that URL, where it has a password"
     )
     by_default: bool = Field(

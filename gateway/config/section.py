@@ -6,13 +6,14 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from enum import Enum
 from ipaddress import ip_address
-from typing import Any
+from typing import Annotated, Any
 from urllib.parse import urlsplit, urlunsplit
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict
 
 HIDDEN = "…"
 """What is shown in a secret's place."""
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _SECRET_OPTION = re.compile(
     r"(--?[\w-]*(?:api[-_]?key|[-_]key|token|secret|password|credentials?))(=.+)?", re.IGNORECASE | re.DOTALL
 )
@@ -20,6 +21,19 @@ _SECRET_OPTION = re.compile(
 
 class ConfigError(ValueError):
     """The configuration cannot be used. The text names the file, the key, the value and the fix."""
+
+
+def _variable(name: str) -> str:
+    """What is no name may be the secret itself, and is not shown."""
+    if not _VARIABLE.fullmatch(name):
+        raise ValueError(
+            "is no name of an environment variable; give its name (letters, digits, _), not what it holds"
+        )
+    return name
+
+
+Variable = Annotated[str, AfterValidator(_variable)]
+"""The name of an environment variable that holds a secret."""
 
 
 class Secret(Enum):

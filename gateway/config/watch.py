@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from gateway.config.section import Secret, Section
+from gateway.config.section import Secret, Section, Variable
 
 WATCHED = ("shadow", "regenerated", "signals", "rules", "grounded", "judge")
 """Checks by which the watch acts."""
@@ -49,7 +49,7 @@ class WatchSettings(Section):
     store: Annotated[str | None, Secret.URL] = Field(
         default=None, description="SQLAlchemy URL of what all gateways share; default: SQLite in run_dir"
     )
-    store_env: str | None = Field(
+    store_env: Variable | None = Field(
         default=None, description="environment variable that holds that URL, where it has a password"
     )
     rate: float = Field(

@@ -200,7 +200,7 @@ class Settle:
                 record.role,
                 replica.labels,
                 record.key,
-                replica.url,
+                replica.base,
                 path,
                 body,
                 usage,

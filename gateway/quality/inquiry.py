@@ -158,7 +158,7 @@ class Inquiry:
             raise UnansweredError("nobody is there to ask")
         timeout = aiohttp.ClientTimeout(total=self.settings.timeout_s)
         headers = {"content-type": "application/json", **replica.credentials}
-        url = replica.url + path
+        url = replica.base + path
         try:
             async with self._session.post(url, data=body, headers=headers, timeout=timeout) as response:
                 parts, size = [], 0

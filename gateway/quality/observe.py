@@ -9,7 +9,6 @@ variants on probation; both when there is time (:mod:`gateway.quality.inquiry`).
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 from dataclasses import dataclass
 from functools import partial
@@ -158,10 +157,8 @@ class Observer:
         self._checks.submit(task, kept.record, partial(self._looked, kept), limit_s, classifier)
 
     async def drain(self, within_s: float) -> None:
-        """Wait until all is looked at that was offered, but no longer than that."""
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(within_s):
-                await self._checks.settled()
+        """Wait until all is looked at that was offered, but no longer than that; the rest is dropped."""
+        await self._checks.drain(within_s)
 
     async def insufficient(self, role: str, body: bytes, answer: Answer, salt: str) -> str | None:
         """The check that an answer fails so plainly that a more precise variant should be asked; None where

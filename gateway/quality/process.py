@@ -22,7 +22,7 @@ from typing import Any, TypeVar, cast
 import msgspec
 
 import gateway
-from gateway.quality.records import HEADER, Forget, Prepare, Step, Task, decode_step, encode
+from gateway.quality.records import HEADER, Prepare, Step, Task, decode_step, encode
 from gateway.quality.schemas import NONE, Deadly, Mark
 from gateway.telemetry.logs import EVENTS
 from gateway.telemetry.metrics import Metrics
@@ -63,6 +63,8 @@ class _Job:
     """Called with None where there will be no step."""
     limit_s: float
     classifier: str | None
+    counted: bool = False
+    """It is counted as dropped where it cannot be done, and ``done`` is not called then."""
     cancelled: bool = False
 
     @property
@@ -85,6 +87,11 @@ class CheckProcess:
         self._timer: asyncio.TimerHandle | None = None
         self._wanted = asyncio.Event()
         self._ready = asyncio.Event()
+        self._quiet = asyncio.Event()
+        """It has nothing to do."""
+        self._quiet.set()
+        self._closed = False
+        """It takes nothing more: its gateway ends."""
         self._process: subprocess.Popen[bytes] | None = None
         self._connection: _Connection | None = None
         self._classifier: str | None = None
@@ -103,12 +110,22 @@ class CheckProcess:
     def idle(self) -> bool:
         return self._current is None and not self._queue
 
-    async def settled(self) -> None:
-        """Wait until it has nothing to do."""
-        if not self.idle:
-            with contextlib.suppress(LostError):
-                # The queue is in order: what is done last is done after everything else.
-                await self.step(Forget(0))
+    async def drain(self, within_s: float) -> None:
+        """Before ``run`` is cancelled for good: what there is to do has so many seconds. What is not done by
+        then is dropped, as is whatever comes later."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(within_s):
+                await self._quiet.wait()
+        self._closed = True
+        left = [job for job in (self._taken(), *self._queue) if job is not None and not job.cancelled]
+        self._queue.clear()
+        self._bytes = 0
+        self._quiet.set()
+        for job in left:
+            if job.counted:
+                self.drop("stopping")
+            else:
+                self._finish(job, None)
 
     @property
     def pid(self) -> int | None:
@@ -134,17 +151,19 @@ class CheckProcess:
         counted: bool = True,
     ) -> _Job | None:
         """Have a task done about an encoded ``AnswerRecord``; ``done`` is called with its step, or with None
-        where the process was lost. None where the queue is full: that is counted as dropped unless its caller
-        counts it, and ``done`` is not called.
+        where the process was lost. None where the queue is full, or the gateway ends: that is counted as
+        dropped unless its caller counts it, and ``done`` is not called.
 
         ``classifier``: the one that the process must have loaded."""
-        job = _Job(encode(task), record, done, limit_s, classifier)
-        if len(self._queue) >= MOST_WAITING or self._bytes + job.size > MOST_WAITING_BYTES:
+        job = _Job(encode(task), record, done, limit_s, classifier, counted)
+        full = len(self._queue) >= MOST_WAITING or self._bytes + job.size > MOST_WAITING_BYTES
+        if full or self._closed:
             if counted:
-                self.drop("full")
+                self.drop("stopping" if self._closed else "full")
             return None
         self._queue.append(job)
         self._bytes += job.size
+        self._quiet.clear()
         self._next()
         return job
 
@@ -156,9 +175,10 @@ class CheckProcess:
             if not future.done():
                 future.set_result(step)
 
-        job = self.submit(task, record, done, limit_s)
+        job = self.submit(task, record, done, limit_s, counted=False)
         if job is None:
-            raise LostError("there is too much to do")
+            self.drop("stopping" if self._closed else "full")
+            raise LostError("the gateway ends" if self._closed else "there is too much to do")
         try:
             step = await future
         finally:
@@ -221,6 +241,8 @@ class CheckProcess:
                     self.deadly.add(begun)
                     self._log.warning("checks: a schema over which a process was lost is not looked at again")
                 self._finish(job, None)
+            if self.idle:
+                self._quiet.set()
         return status
 
     def _spawn(self, descriptor: int) -> None:
@@ -258,6 +280,8 @@ class CheckProcess:
             self._bytes -= job.size
             if not job.cancelled:
                 self._send(job)
+        if self.idle:
+            self._quiet.set()
 
     def _send(self, job: _Job) -> None:
         assert self._connection

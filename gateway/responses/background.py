@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from gateway.errors import StoreDownError, TooManyInBackgroundError
+from gateway.errors import GatewayError, StoreDownError, TooManyInBackgroundError, envelope
 from gateway.proxy.reply import Reply
 from gateway.responses import conversation
 from gateway.responses.conversation import Previous
@@ -87,7 +87,10 @@ class Background:
         head = RequestHead("POST", head.path, "", headers, len(body), keep_alive=True)
         client = StoreClient(stored, self._ended)
         self._running[owner, stored.id] = client
-        client.call = self._serve(client, head, body)
+        try:
+            client.call = self._serve(client, head, body)
+        except GatewayError as error:  # its key is not known any more, say
+            client.send_whole(b"", msgspec.json.encode(envelope(error)))
 
     async def cancel(self, stored: Stored) -> Stored:
         """End it, wherever it is worked on; gives what it has become, which may be whole by now. Raises

@@ -109,7 +109,8 @@ class ContinueResponse:
                     f"previous_response_id: the conversation has {last.depth} responses, of which "
                     f"responses.max_turns allows {settings.max_turns}; begin another one"
                 )
-            context = last.context + last.size
+            # A response that took the place of another under the same id may be larger than that was.
+            context = sum(stored.size for stored in chain)
             if context + len(new) > settings.max_conversation_bytes:
                 raise ConversationTooLongError(
                     f"previous_response_id: the conversation has {context + len(new)} bytes, of which "

@@ -65,4 +65,5 @@ class Discovery:
             logging.getLogger(EVENTS).warning("%s cannot be resolved: %s", shown_url(name), error)
             return
         hosts = [f"[{address}]" if ":" in address else address for address in addresses]
-        self._found[name] = tuple(f"{parts.scheme}://{host}:{port}{parts.path}" for host in hosts)
+        who, at, _ = parts.netloc.rpartition("@")  # each is asked with the name and password of all
+        self._found[name] = tuple(f"{parts.scheme}://{who}{at}{host}:{port}{parts.path}" for host in hosts)

@@ -16,7 +16,9 @@ async def probe(session: aiohttp.ClientSession, replica: Replica) -> None:
     """Ask one replica. Silence changes nothing: an engine at full load answers late and still works."""
     timeout = aiohttp.ClientTimeout(total=PROBE_TIMEOUT_S)
     try:
-        async with session.get(replica.url + "/health", timeout=timeout) as response:
+        async with session.get(
+            replica.base + "/health", headers=replica.credentials, timeout=timeout
+        ) as response:
             healthy = response.status == 200
     except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError):
         healthy = False

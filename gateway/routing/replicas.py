@@ -108,10 +108,11 @@ class Replica:
         """When something last came of it: a byte of an answer, or tokens by its own count."""
         self._clock = clock
         self.connections = ConnectionPool(url, connect_timeout_s)
-        basic = _basic(url)
-        self.credentials = {"authorization": f"Bearer {key}"} if key is not None and not basic else {}
-        """Headers that let a request in. What the URL itself has for that, HTTP clients take from there."""
-        self._authorization = basic or self.credentials.get("authorization", "")
+        self.base = f"{urlsplit(url).scheme}://{self.connections.netloc}{self.connections.base_path}"
+        """Its URL without a name or password, which HTTP clients would send in ways of their own."""
+        authorization = _basic(url) or (f"Bearer {key}" if key is not None else "")
+        self.credentials = {"authorization": authorization} if authorization else {}
+        """Headers that let a request in."""
         self.heads: dict[str, bytes] = {}
         """What requests begin with, by endpoint, as far as ``request_head`` was asked."""
 
@@ -160,7 +161,7 @@ class Replica:
             host = self.connections.netloc
             target = self.connections.base_path + endpoint.engine_path
             lines = [f"POST {target} HTTP/1.1", f"host: {host}", "content-type: application/json"]
-            lines += [f"authorization: {self._authorization}"] if self._authorization else []
+            lines += [f"{name}: {value}" for name, value in self.credentials.items()]
             head = self.heads[endpoint.path] = "".join(f"{line}\r\n" for line in lines).encode()
         return head
 

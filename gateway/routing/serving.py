@@ -35,6 +35,10 @@ _NO_GRAMMAR = re.compile(
     rb'|unevaluatedProperties|contains|minContains|maxContains|uniqueItems|prefixItems)"\s*:'
 )
 """Of JSON schemas what llama.cpp's grammars do not have."""
+_NO_TEXT = re.compile(
+    rb'"(?:image_url|image_pil|image_embeds|input_image|audio_url|audio_embeds|input_audio|video_url)"'
+)
+"""In messages: what a classifier would pass over, and llama.cpp's engines refuse."""
 _SHORT = 64
 """Bytes of a field that may be one of those that ask for nothing."""
 
@@ -54,6 +58,8 @@ class Serves:
         if endpoint.path not in self.paths or any(asks_for(body, name) for name in self.lacks):
             return False
         if self.no_grammar is not None and self.no_grammar.search(body.view("response_format")):
+            return False
+        if _NO_TEXT.search(body.view("messages")):
             return False
         return self.most_answers is None or (body.fields.n or 1) <= self.most_answers
 
@@ -78,6 +84,7 @@ def asks_for(body: Body, name: str) -> bool:
     value = body.view(name)
     if len(value) > _SHORT:
         return True
-    if bytes(value).strip() in _NOTHING:
+    said = bytes(value).strip()
+    if said in _NOTHING and not (name == "prompt_logprobs" and said == b"0"):  # those of the prompt alone
         return False
     return name != "response_format" or body.get(name) != _TEXT

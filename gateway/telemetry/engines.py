@@ -136,7 +136,9 @@ class EngineReader:
     async def _read(self, replica: Replica, pid: int | None) -> None:
         timeout = aiohttp.ClientTimeout(total=SCRAPE_TIMEOUT_S)
         try:
-            async with self._session.get(replica.url + "/metrics", timeout=timeout) as response:
+            async with self._session.get(
+                replica.base + "/metrics", headers=replica.credentials, timeout=timeout
+            ) as response:
                 reading = parse_reading(await response.text() if response.status == 200 else "")
         except (aiohttp.ClientError, TimeoutError, ValueError):
             reading = Reading()

@@ -206,7 +206,7 @@ class Metrics:
         )
         self.quality_dropped = make.counter(
             "tiercel_quality_dropped_total",
-            "Answers that were not looked at: full, too_long; or not in time to hold them back: late",
+            "Answers not looked at: full, too_long, stopping; or not in time to hold them back: late",
             "reason",
         )
         self.quality_errors = make.counter(

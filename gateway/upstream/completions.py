@@ -23,7 +23,8 @@ import msgspec
 from gateway.errors import UpstreamError
 from gateway.proxy.record import NO_USAGE, Usage
 from gateway.quality.answer import Answer
-from gateway.upstream.options import OutputOptions, without_logprobs
+from gateway.upstream.logprobs import without_logprobs
+from gateway.upstream.options import OutputOptions
 from gateway.upstream.refusals import raise_if_error
 from gateway.upstream.sse import LONGEST_EVENT_BYTES, UNREADABLE, EventSplitter, fields_of, object_of
 from gateway.upstream.usage import NOT_GIVEN, Raw, is_null, usage_of
@@ -270,12 +271,12 @@ class TappedStreamReader(StreamReader):
         data = object_of(payload)
         if not self.confused:
             self.confused = not listen(self.answer, data, at, payload)
-        kept = without_logprobs(data, self._options)
-        if kept is data:
-            return shown
         seen, others = fields_of(shown)
-        fields = {**_FIELDS.decode(seen), "choices": Raw(msgspec.json.encode(kept["choices"]))}
-        return _written(others, fields)
+        kept = without_logprobs(seen, data, self._options)
+        if kept is seen:
+            return shown
+        before, line, after = shown.partition(seen)
+        return before + kept + after if line else _event(others, kept)
 
     def _usage_event(self, event: bytes, payload: bytes, usage: Raw, at: float) -> bytes:
         if not self.confused:
@@ -339,8 +340,12 @@ def _with(event: bytes, more: dict[str, Raw]) -> bytes:
 
 
 def _written(others: bytes, fields: dict[str, Any]) -> bytes:
-    """An event. What came in several lines goes in several lines."""
-    return others + b"data: " + msgspec.json.encode(fields).replace(b"\n", b"\ndata: ") + b"\n\n"
+    return _event(others, msgspec.json.encode(fields))
+
+
+def _event(others: bytes, payload: bytes) -> bytes:
+    """What came in several lines goes in several lines."""
+    return others + b"data: " + payload.replace(b"\n", b"\ndata: ") + b"\n\n"
 
 
 def _fields_of(payload: bytes) -> dict[str, Raw]:

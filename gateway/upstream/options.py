@@ -101,35 +101,3 @@ def changes_for_engine(
         changes["logprobs"] = b"true"
         changes["top_logprobs"] = b"%d" % (EVERY_TOKEN if options.top_logprobs == EVERY_TOKEN else most)
     return changes
-
-
-def without_logprobs(data: dict[str, Any], options: OutputOptions) -> dict[str, Any]:
-    """An answer, or an event of one, with no more log-probabilities than the client asked for. The same
-    object if nothing has to go."""
-    choices = data.get("choices")
-    if not options.chat or not isinstance(choices, list):
-        return data
-    kept = [_trim_choice(choice, options) for choice in choices]
-    if all(new is old for new, old in zip(kept, choices, strict=True)):
-        return data
-    return {**data, "choices": kept}
-
-
-def _trim_choice(choice: Any, options: OutputOptions) -> Any:
-    logprobs = choice.get("logprobs") if isinstance(choice, dict) else None
-    if not isinstance(logprobs, dict):
-        return choice
-    if not options.logprobs:
-        return {**choice, "logprobs": None}
-    content, n = logprobs.get("content"), options.top_logprobs
-    if n == EVERY_TOKEN or not isinstance(content, list):
-        return choice
-    trimmed = [_trim_token(token, n) for token in content]
-    if all(new is old for new, old in zip(trimmed, content, strict=True)):
-        return choice
-    return {**choice, "logprobs": {**logprobs, "content": trimmed}}
-
-
-def _trim_token(token: Any, n: int) -> Any:
-    likely = token.get("top_logprobs") if isinstance(token, dict) else None
-    return {**token, "top_logprobs": likely[:n]} if isinstance(likely, list) and len(likely) > n else token

@@ -15,7 +15,8 @@ from gateway.proxy.endpoints import Form
 from gateway.proxy.record import NO_USAGE, Usage
 from gateway.quality.answer import Answer
 from gateway.upstream.completions import StreamReader, TappedStreamReader, listen
-from gateway.upstream.options import OutputOptions, without_logprobs
+from gateway.upstream.logprobs import without_logprobs
+from gateway.upstream.options import OutputOptions
 from gateway.upstream.refusals import raise_if_error, refusal
 from gateway.upstream.sse import UNREADABLE, EventSplitter, fields_of, garbage, object_of
 from gateway.upstream.usage import NOT_GIVEN, Counts, Raw, counted, is_null, usage_of
@@ -64,7 +65,7 @@ def reader_for(
     if form is Form.COMPLETIONS and tapped:
         return TappedStreamReader(options) if options.stream else TappedWholeReader(options, content_type)
     if not options.stream:
-        return WholeReader(content_type)
+        return (CompletionReader if form is Form.COMPLETIONS else WholeReader)(content_type)
     return StreamReader(options) if form is Form.COMPLETIONS else NamedStreamReader()
 
 
@@ -92,6 +93,8 @@ class WholeReader:
     """
 
     __slots__ = ("began", "content_type", "done", "usage")
+    _LISTS = True
+    """A list is an answer: what an engine renders of several prompts, which has no usage."""
 
     def __init__(self, content_type: bytes | None = None) -> None:
         self.content_type = content_type
@@ -122,8 +125,8 @@ class WholeReader:
 
     def _read(self, data: bytes) -> None:
         try:
-            if data.startswith(b"["):
-                _LIST.decode(data)  # what an engine renders of several prompts, which has no usage
+            if self._LISTS and data.startswith(b"["):
+                _LIST.decode(data)
                 return
             whole = _WHOLE.decode(data)
         except UNREADABLE:
@@ -135,7 +138,14 @@ class WholeReader:
             self.usage = counted(whole.meta.billed_units)
 
 
-class TappedWholeReader(WholeReader):
+class CompletionReader(WholeReader):
+    """An answer of completions, which is an object."""
+
+    __slots__ = ()
+    _LISTS = False
+
+
+class TappedWholeReader(CompletionReader):
     """An answer that is listened to and not streamed: ``answer`` has all of it.
 
     What cannot be understood passes all the same; ``confused`` says so.
@@ -156,8 +166,7 @@ class TappedWholeReader(WholeReader):
             return data
         whole = object_of(data)
         self.confused = not listen(self.answer, whole, at, data)
-        kept = without_logprobs(whole, self._options)
-        return data if kept is whole else msgspec.json.encode(kept)
+        return without_logprobs(data, whole, self._options)
 
 
 TappedReader = TappedStreamReader | TappedWholeReader

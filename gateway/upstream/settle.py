@@ -87,7 +87,7 @@ class Unreported(msgspec.Struct, frozen=True, gc=False):
     key: str | None
     """The API key's name."""
     url: str
-    """The engine's, without a path."""
+    """The engine's, without a path of its own, and without a password."""
     path: str
     """Of the endpoint, as the engine was asked."""
     body: tuple[bytes | memoryview, ...] | None
@@ -98,7 +98,7 @@ class Unreported(msgspec.Struct, frozen=True, gc=False):
     """Without which the engine lets nobody in."""
 
     def __repr__(self) -> str:
-        """Without what is secret: prompts, passwords and keys."""
+        """Without what is secret: prompts and keys."""
         return f"Unreported({':'.join(self.labels)}, {self.path})"
 
 

@@ -32,6 +32,8 @@ COMPLETIONS = Form.COMPLETIONS
 LARGEST_ANSWER_BYTES = 256 << 20
 TEXT = b"text/plain; charset=utf-8"
 """What a body is that nobody says anything of."""
+_OUR_KEY = frozenset({401, 403, 407})
+"""No client's fault: its own key is not sent to engines."""
 _MOST_TAILS = 1024
 _HEAD = b"%bx-request-id: %b\r\n%bcontent-length: %d\r\n\r\n%b"
 _LONGEST_WAIT_DIGITS = 6
@@ -258,9 +260,17 @@ class EngineAttempt(msgspec.Struct, eq=False):
                 "type": "invalid_request_error",
             }
             error = UpstreamRefusedError(404, {"error": said})
+        elif head.status in _OUR_KEY:
+            error = UpstreamError(
+                f"The engine does not take the key that it is asked with (status {head.status}); whoever "
+                "runs this gateway has to look at gateway.engine_key_env, and at the engine's URL in pools.",
+                internal=self._where(
+                    f"it refused our key with status {head.status} (gateway.engine_key_env)"
+                ),
+            )
         else:
             error = refusal(head.status, body)
-        if isinstance(error, UpstreamRefusedError):
+        if 400 <= head.status < 500:
             self.replica.breaker.answered()
         else:
             self.replica.breaker.errored(self._blamed)

@@ -163,7 +163,7 @@ async def _plain_chats_go_to_the_classifier(http: aiohttp.ClientSession, url: st
     labels = {"role": ROLE, "model": "intents", "variant": DYNAMIC}
     assert await metric(http, url, "tiercel_requests_total", outcome="200", **labels) == len(texts)
     assert await metric(http, url, "tiercel_tokens_total", kind="completion", **labels) == len(texts)
-    async with asyncio.timeout(30):  # the reference is asked when there is time
+    async with asyncio.timeout(180):  # the reference is asked when there is time
         while await metric(http, url, "tiercel_shadow_compared_total", **labels) < len(texts):
             await asyncio.sleep(0.1)
     assert await metric(http, url, "tiercel_shadow_compared_total", result="error", **labels) == 0
@@ -246,7 +246,7 @@ async def up(path: Path, tiercel: list[str]) -> AsyncIterator[str]:
             [*tiercel, "up", "--config", str(path)], stdout=output, stderr=output
         )
     try:
-        async with asyncio.timeout(120):
+        async with asyncio.timeout(300):
             while b"Tiercel is up" not in log.read_bytes():
                 assert process.poll() is None, log.read_text(encoding="utf-8")
                 await asyncio.sleep(0.2)

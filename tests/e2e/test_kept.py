@@ -85,7 +85,7 @@ async def send(url: str, session: aiohttp.ClientSession, items: list[dict[str, A
 
 
 async def until(condition: Any) -> None:
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(180):
         while not await condition():
             await asyncio.sleep(0.2)
 

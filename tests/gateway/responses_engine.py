@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
@@ -146,29 +146,38 @@ class ResponsesEngine(FakeEngine):
 
 
 @asynccontextmanager
-async def responses_gateway(gateways: int = 1, **changes: Any) -> AsyncIterator[list[Stack]]:
-    """Gateways over the same engines: two replicas of bf16 (``a``, ``b``), and one of int8."""
-    cards = {name: card for name, card in make_cards().items() if name != "int4-kv8"}
+async def gateways_over(
+    engines: Mapping[str, FakeEngine],
+    pools: Mapping[str, Sequence[str]],
+    changes: Iterable[Mapping[str, Any]],
+    **common: Any,
+) -> AsyncIterator[list[Stack]]:
+    """A gateway for each of ``changes`` over the same engines. ``pools``: names of engines by variant."""
+    cards = {card.id: card for card in make_cards().values() if card.variant in pools}
     async with AsyncExitStack() as exits:
-        engines = {name: ResponsesEngine(name) for name in ("a", "b", "int8")}
         urls = {name: await exits.enter_async_context(engine.serving()) for name, engine in engines.items()}
-        pools = {"bf16": (urls["a"], urls["b"]), "int8": (urls["int8"],)}
         stacks = []
-        for _ in range(gateways):
-            config = make_config(
-                **{
-                    "pools": pools,
-                    "serve": ("bf16", "int8"),
-                    "gateway": {"policy": "round_robin"},
-                    "watch": {"enabled": False},
-                }
-                | changes
-            )
+        for own in changes:
+            placed = {variant: tuple(urls[name] for name in names) for variant, names in pools.items()}
             registry = CollectorRegistry()
-            gateway = Gateway(config, cards, registry)
+            gateway = Gateway(make_config(**{"pools": placed, **common, **own}), cards, registry)
             url = await exits.enter_async_context(serving(gateway.app, http=gateway.protocol))
             http = await exits.enter_async_context(aiohttp.ClientSession())
             stack = Stack(url, http, registry, gateway)
             stack.engines.update(engines)
             stacks.append(stack)
+        yield stacks
+
+
+@asynccontextmanager
+async def responses_gateway(gateways: int = 1, **changes: Any) -> AsyncIterator[list[Stack]]:
+    """Gateways over the same engines: two replicas of bf16 (``a``, ``b``), and one of int8."""
+    engines = {name: ResponsesEngine(name) for name in ("a", "b", "int8")}
+    common = {
+        "serve": ("bf16", "int8"),
+        "gateway": {"policy": "round_robin"},
+        "watch": {"enabled": False},
+    } | changes
+    pools = {"bf16": ("a", "b"), "int8": ("int8",)}
+    async with gateways_over(engines, pools, [{}] * gateways, **common) as stacks:
         yield stacks

@@ -38,10 +38,10 @@ async def test_the_books_balance(sample_rate: float, requests: int) -> None:
         async with running_gateway(pools=pools, quality=quality, **configuration()) as stack:
             connector = aiohttp.TCPConnector(limit=0)
             async with aiohttp.ClientSession(connector=connector) as http:
-                until = time.monotonic() + 60
+                until = time.monotonic() + 600  # however busy the machine is
                 assert await trial.run(stack.url, http, range(requests), 32, until) == requests
             plane = stack.gateway.plane
-            await eventually(lambda: not plane.active and stack.gateway.settlement.idle, within_s=30)
+            await eventually(lambda: not plane.active and stack.gateway.settlement.idle, within_s=120)
             text = generate_latest(stack.registry).decode()
             assert differences(read_books(text), trial.expected(replicas)) == {}
             assert without_outcome(read_books(text), read_outcomes(text)) == {}

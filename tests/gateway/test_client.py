@@ -6,7 +6,6 @@ import asyncio
 import json
 import random
 import socket
-import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from urllib.parse import urlsplit
@@ -244,21 +243,17 @@ async def test_a_client_that_does_not_read_holds_the_engine_back() -> None:
 @pytest.mark.parametrize("when", ["mid-stream", "before the first token", "not streamed"])
 async def test_a_client_that_leaves_frees_the_engine_at_once(stack: Stack, when: str) -> None:
     engine = stack.engines["bf16"]
-    engine.script.first_token_delay_s = 0 if when == "mid-stream" else 30
-    engine.script.token_delay_s = 30
+    engine.script.first_token_delay_s = 0 if when == "mid-stream" else 600
+    engine.script.token_delay_s = 600
     body = QUESTION if when == "not streamed" else QUESTION[:-1] + b', "stream": true}'
-    took = []
-    for _ in range(3):  # the best of three: this machine may be busy
-        async with connected(stack) as client:
-            await client.send(request(body))
-            await eventually(lambda: engine.running == 1)
-            if when == "mid-stream":
-                await client.reader.readuntil(b"data: ")
-            client.writer.transport.abort()
-            left = time.monotonic()
-            await eventually(lambda: engine.running == 0)
-            took.append(time.monotonic() - left)
-    assert min(took) < 1.0, "the engine would be busy for half a minute"
+    async with connected(stack) as client:
+        await client.send(request(body))
+        await eventually(lambda: engine.running == 1)
+        if when == "mid-stream":
+            await client.reader.readuntil(b"data: ")
+        client.writer.transport.abort()
+        await eventually(lambda: engine.running == 0)
+    assert engine.aborted == 1
 
 
 async def test_idle_connections_keep_no_large_heads() -> None:

@@ -9,7 +9,7 @@ import json
 from typing import Any
 
 import pytest
-from gateway_stack import CHAT, Stack
+from gateway_stack import CHAT, Stack, eventually
 from hypothesis import given
 from test_body import OURS, bodies, same
 
@@ -199,7 +199,7 @@ async def test_the_engine_gets_all_of_it_and_ours(stack: Stack, chunked: bool) -
         async with stack.http.post(stack.url + CHAT, data=sent, headers=headers) as response:
             assert response.status == 200, await response.text()
             assert (await stack.events(response))[-1] == "[DONE]"
-        asked = stack.engines["bf16"].requests[-1]
+        asked = stack.asked("bf16")[-1]
         assert {name: asked[name] for name in question} == question
         assert asked["stream_options"]["include_usage"] is True
     assert stack.gateway.plane.intake.buffered == 0
@@ -217,6 +217,6 @@ async def test_a_large_request_that_is_left_ends_at_once(stack: Stack) -> None:
         writer.transport.abort()
     async with stack.post() as response:
         assert response.status == 200
-    while stack.gateway.plane.active or stack.gateway.plane.intake.connections > 1:
-        await asyncio.sleep(0.01)
+    plane = stack.gateway.plane
+    await eventually(lambda: not plane.active and plane.intake.connections <= 1)
     assert stack.gateway.plane.intake.buffered == 0

@@ -121,7 +121,8 @@ def test_a_name_and_a_password_in_a_url_go_with_every_request() -> None:
     assert b"authorization: Basic " + base64.b64encode(b"me@here:p:w") + b"\r\n" in head
     assert b"host: 10.0.0.1:8000\r\n" in head
     assert b"sk-engine" not in head
-    assert replica.credentials == {}, "clients take them from the URL"
+    assert replica.credentials == {"authorization": "Basic " + base64.b64encode(b"me@here:p:w").decode()}
+    assert replica.base == "http://10.0.0.1:8000"
 
 
 def test_an_engine_says_how_many_tokens_it_has_read_and_written() -> None:

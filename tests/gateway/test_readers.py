@@ -423,6 +423,16 @@ def test_log_probabilities_are_cut_to_what_was_asked_for(
 
 # answers that are not streamed, and every protocol's usage
 
+
+@pytest.mark.parametrize("tapped", [False, True])
+def test_a_list_is_no_answer_of_a_chat(tapped: bool) -> None:
+    for kind in (None, b"application/json"):
+        reader = reader_for(Form.COMPLETIONS, OutputOptions(True, stream=False), kind, tapped=tapped)
+        with pytest.raises(UpstreamError):
+            reader.feed(b"[]", 0.0)
+    assert reader_for(Form.PLAIN, OutputOptions(False, stream=False)).feed(b"[]", 0.0) == b"[]"
+
+
 WHOLE = [
     ("completions", {"usage": usage(12, 7)}, Usage(12, 0, 7, True)),
     ("completions, cached", {"usage": usage(12, 7, 8)}, Usage(12, 8, 7, True)),

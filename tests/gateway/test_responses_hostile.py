@@ -13,6 +13,8 @@ from responses_engine import responses_gateway
 from test_keys import bearer, key
 from yarl import URL
 
+from gateway.errors import UnauthenticatedError
+
 PATH = "/v1/responses"
 BACKGROUND = '"background": true'
 ODD_IDS = (
@@ -162,3 +164,99 @@ async def test_clients_that_leave_at_once_leave_nothing_running(stack: Stack) ->
             response.close()
         await eventually(lambda: not any(engine.running for engine in engines))
     assert stack.sample("tiercel_responses_stored_total") == 0
+
+
+async def test_a_response_that_takes_anothers_place_makes_no_conversation_too_long() -> None:
+    """A client names its responses (`request_id`), so each may be made larger once others go on from it."""
+    limits = {"max_conversation_bytes": 8000}
+    async with responses_gateway(responses=limits, keys=[key("any", tenant="a")]) as (stack,):
+        names = ["resp_a", "resp_b", "resp_c"]
+        before: tuple[str, ...] = ()
+        for name in names:
+            await made(stack, f'"request_id": "{name}"', *before)
+            before = (after(name),)
+        large = json.dumps("x" * 3000)
+        for name, earlier in reversed(list(zip(names, [None, *names[:-1]], strict=True))):
+            fields = [f'"request_id": "{name}"', *([after(earlier)] if earlier else [])]
+            assert (await ask(stack, "POST", PATH, asking(*fields, given=large)))[0] == 200
+        status, answer = await ask(stack, "POST", PATH, asking(after("resp_c")))
+        assert (status, answer["error"]["code"]) == (400, "context_length_exceeded")
+        sent = [body for engine in stack.engines.values() for body in engine.requests]
+        assert max(len(json.dumps(body["input"])) for body in sent) < 8000
+
+
+async def test_ids_that_name_each_other_come_to_an_end(stack: Stack) -> None:
+    """A response that goes on from one that goes on from it, and one that goes on from itself."""
+    await made(stack, '"request_id": "resp_a"')
+    await made(stack, '"request_id": "resp_b"', after("resp_a"))
+    await made(stack, '"request_id": "resp_a"', after("resp_b"))
+    for name in ("resp_a", "resp_b"):
+        status, answer = await ask(stack, "POST", PATH, asking(after(name)))
+        assert (status, answer["error"]["code"]) == (400, "previous_response_not_found")
+        assert (await ask(stack, "GET", f"{PATH}/{name}/input_items"))[0] == 200
+    await made(stack, '"request_id": "resp_s"')
+    await made(stack, '"request_id": "resp_s"', after("resp_s"))
+    assert (await ask(stack, "POST", PATH, asking(after("resp_s"))))[0] == 400
+
+
+async def test_a_conversation_has_an_end() -> None:
+    async with responses_gateway(responses={"max_turns": 40}, keys=[key("any", tenant="a")]) as (stack,):
+        name = await made(stack)
+        for _ in range(39):
+            name = await made(stack, after(name))
+        status, answer = await ask(stack, "POST", PATH, asking(after(name)))
+        assert (status, answer["error"]["code"]) == (400, "context_length_exceeded")
+        assert "responses.max_turns" in answer["error"]["message"]
+        status, items = await ask(stack, "GET", f"{PATH}/{name}/input_items?limit=100&order=asc")
+        assert (status, len(items["data"])) == (200, 79)
+
+
+async def test_a_key_that_is_gone_meanwhile_leaves_no_response_under_way(
+    stack: Stack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A reload may come between what is asked in the background and its beginning."""
+    background = stack.gateway._background
+
+    def serve(*_: Any) -> None:
+        raise UnauthenticatedError("authorization: this key is not known; ask for one")
+
+    monkeypatch.setattr(background, "_serve", serve)
+    name = await made(stack, BACKGROUND)
+
+    async def failed() -> bool:
+        answer = (await ask(stack, "GET", f"{PATH}/{name}"))[1]
+        return bool(answer["status"] == "failed" and "not known" in answer["error"]["message"])
+
+    await eventually(failed)
+    assert not background._running
+    assert not background._count
+
+
+async def test_streams_that_are_left_and_responses_that_are_cancelled_end_their_engines_work(
+    stack: Stack,
+) -> None:
+    """Whoever asks for the end of another tenant's response changes nothing."""
+    for engine in stack.engines.values():
+        engine.held = asyncio.Event()  # type: ignore[attr-defined]
+    engines = list(stack.engines.values())
+    names = [await made(stack, BACKGROUND) for _ in range(4)]
+    await eventually(lambda: sum(engine.running for engine in engines) == 4)
+    for name in names:
+        assert (await ask(stack, "POST", f"{PATH}/{name}/cancel", who="other"))[0] == 404
+        assert (await ask(stack, "DELETE", f"{PATH}/{name}", who="other"))[0] == 404
+    assert sum(engine.running for engine in engines) == 4
+    await ask(stack, "POST", f"{PATH}/{names[0]}/cancel")
+    await ask(stack, "DELETE", f"{PATH}/{names[1]}")
+    await eventually(lambda: sum(engine.running for engine in engines) == 2)
+    taken = f'"request_id": "{names[2]}"'
+    for engine in stack.engines.values():
+        engine.held.set()  # type: ignore[attr-defined]
+    assert await made(stack, taken, who="other") == names[2]
+
+    async def done(name: str, who: str) -> bool:
+        return bool((await ask(stack, "GET", f"{PATH}/{name}", who=who))[1]["status"] == "completed")
+
+    await eventually(lambda: done(names[2], "any"))
+    assert await done(names[2], "other")
+    assert (await ask(stack, "GET", f"{PATH}/{names[0]}"))[1]["status"] == "cancelled"
+    assert (await ask(stack, "GET", f"{PATH}/{names[1]}"))[0] == 404

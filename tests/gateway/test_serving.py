@@ -88,12 +88,14 @@ def at(path: str) -> Endpoint:
 
 def test_a_classifier_is_the_cheapest_of_its_role_and_gets_plain_chats(routing: Routing) -> None:
     assert routing.router.ladder(ROLE) == (CLASSIFIER, "intents:fp32", GGUF, WHOLE)
+    text = [{"role": "user", "content": [{"type": "text", "text": 'the words "image_url": and so on'}]}]
     for more in ({}, {"stream": True}, {"n": 1, "tools": []}, {"response_format": {"type": "text"}}):
-        route = routing.route(messages=[], **more)
+        route = routing.route(messages=text, **more)
         assert (route.variant, route.reason) == (CLASSIFIER, Reason.CHEAPEST_IN_BUDGET), more
     assert routing.route(at("/v1/classify"), input="hi").variant == CLASSIFIER
 
 
+IMAGE = [{"type": "text", "text": "what is this"}, {"type": "image_url", "image_url": {"url": "data:,"}}]
 TOOLS = [{"type": "function", "function": {"name": "f"}}]
 SCHEMA = {"type": "object", "properties": {"a": {"enum": ["x", "y"]}}, "required": ["a"]}
 
@@ -115,6 +117,9 @@ def formatted(schema: dict[str, Any]) -> dict[str, Any]:
             WHOLE,
         ),
         ("/v1/chat/completions", {"messages": [], "prompt_logprobs": 1}, WHOLE),
+        ("/v1/chat/completions", {"messages": [], "prompt_logprobs": 0}, WHOLE),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": IMAGE}]}, WHOLE),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": [{"image_url": "x"}]}]}, WHOLE),
         ("/v1/completions", {"prompt": "a"}, GGUF),
         ("/v1/completions", {"prompt": "a", "echo": True}, WHOLE),
         ("/v1/completions", {"prompt": "a", "echo": False, "suffix": None}, GGUF),

@@ -151,7 +151,7 @@ async def test_what_waits_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 async def test_an_engine_that_is_up_again_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(settle, "AGAIN_AFTER_S", (0.01,) * 100)
+    monkeypatch.setattr(settle, "AGAIN_AFTER_S", (0.01,) * 100_000)
     async with running() as (books, engine, _):
         with socket.socket() as kept:  # nobody listens there, and nobody else can
             kept.bind(("127.0.0.1", 0))
@@ -201,7 +201,7 @@ async def test_what_is_to_be_asked_for_again_is_asked_for_once_more_at_the_end(
     monkeypatch.setattr(settle, "AGAIN_AFTER_S", (1000.0,))
     async with running() as (books, _, _):
         books.settlement.report(unreported("http://127.0.0.1:1"))
-        await asyncio.sleep(0.1)
+        await eventually(lambda: books.settlement._later)
         assert not books.settlement.idle
         await books.settlement.drain(20.0)
         assert books.settled("failed") == 1

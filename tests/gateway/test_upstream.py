@@ -189,16 +189,20 @@ async def test_headers_that_belong_to_an_answer_reach_the_client() -> None:
         assert b"endpoint-load-metrics-format" not in engine.head
 
 
-async def test_sessions_that_an_engine_keeps_are_begun_used_and_ended() -> None:
+async def test_sessions_that_an_engine_keeps_are_begun_used_and_ended(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     """SageMaker's: engines take these bodies with nothing added, name the session by a header, and answer by
-    a text that has no type."""
+    a text that has no type. Whoever has its name may use it, so nobody else is shown it."""
     answer = (
         b"HTTP/1.1 200 OK\r\nX-Amzn-SageMaker-New-Session-Id: 1f; Expires=2026\r\n"
         b"X-Amzn-SageMaker-Closed-Session-Id: 0e\r\ncontent-length: 18\r\n\r\nSession 1f created"
     )
     tenant = ApiKey(name="k", sha256=hash_of("sk-client"), tenant="theirs", priority=1)
     async with raw_engine(answer, keys=[tenant]) as (stack, engine):
-        headers = {"x-amzn-sagemaker-session-id": "0e", "content-type": "application/json"}
+        lines: list[object] = []
+        monkeypatch.setattr(stack.gateway.plane.log, "write", lines.append)
+        headers = {"x-amzn-sagemaker-session-id": "0e-own", "content-type": "application/json"}
         headers |= {"authorization": "Bearer sk-client"}
         body = b'{"requestType": "NEW_SESSION"}'
         async with stack.http.post(stack.url + "/invocations", data=body, headers=headers) as response:
@@ -207,7 +211,13 @@ async def test_sessions_that_an_engine_keeps_are_begun_used_and_ended() -> None:
             assert response.headers["x-amzn-sagemaker-closed-session-id"] == "0e"
             assert await response.read() == b"Session 1f created"
         assert engine.body == body
-        assert b"x-amzn-sagemaker-session-id: 0e\r\n" in engine.head
+        assert b"x-amzn-sagemaker-session-id: 0e-own\r\n" in engine.head
+        del headers["x-amzn-sagemaker-session-id"]
+        async with stack.http.post(stack.url + "/invocations", data=body, headers=headers) as response:
+            assert response.status == 200
+        assert b"sagemaker" not in engine.head.lower(), "of another request, over the same connection"
+        assert len(lines) == 2
+        assert "0e-own" not in repr(lines) + caplog.text
 
 
 async def test_an_engine_is_asked_with_the_key_that_it_wants(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -86,10 +86,9 @@ async def test_harm_is_noticed_and_routed_around() -> None:
         await eventually(stack.settled)
         await eventually(lambda: healthy(stack))
         harm(stack)
-        for _ in range(300):
-            if "assistant:int8" in await ask(stack, 2):
-                break
-            await asyncio.sleep(0.1)
+        async with asyncio.timeout(120):
+            while "assistant:int8" not in await ask(stack, 2):
+                await asyncio.sleep(0.1)
         assert set(await ask(stack, 3)) == {"assistant:int8"}
         found = await cell(stack)
         assert (found["status"], found["serves"], found["verdict"]) == ("demoted", False, "demoted")
@@ -171,9 +170,9 @@ async def test_probation_judges_copies_that_no_client_gets() -> None:
         await order(stack, "demote")
         await eventually(lambda: on_probation(stack))
         assert set(await ask(stack, 6)) == {"assistant:int8"}
-        await eventually(lambda: failed(stack))
+        await eventually(lambda: failed(stack), within_s=120)
         stack.engines["int4-kv8"].script.text = "The total is $277."
-        await eventually(lambda: restored(stack), within_s=90)
+        await eventually(lambda: restored(stack), within_s=300)
         assert (await cell(stack))["verdict"] in ("healthy", "no evidence")
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from gateway.upstream.fake.script import Call, Script
 
 TOKEN_P = 0.9
-"""Probability of every token that a fake engine says; its alternatives share half of the rest."""
+"""Probability of every token that a fake engine says; each alternative has half of what is left."""
 _numbers = itertools.count(1)
 
 
@@ -63,8 +63,8 @@ def _row(token: str, unlikely: bool) -> dict[str, Any]:
 
 
 def logprob(token: str, k: int) -> dict[str, Any]:
-    rest = (1 - TOKEN_P) / 2 / max(1, k - 1)
-    others = [{"token": f"alt{i}", "logprob": math.log(rest), "bytes": None} for i in range(1, k)]
+    left = 1 - TOKEN_P
+    others = [{"token": f"alt{i}", "logprob": math.log(left / 2**i), "bytes": None} for i in range(1, k)]
     chosen = {"token": token, "logprob": math.log(TOKEN_P), "bytes": list(token.encode())}
     return {**chosen, "top_logprobs": [chosen, *others] if k else []}
 
