@@ -98,6 +98,8 @@ def _refuse_options(options: argparse.Namespace, file: TrainedFile) -> None:
     for name in ("bits", "schemes", "tries"):
         if getattr(options, name) is not None and not options.plan:
             raise TrainError(f"--{name} is of the plan, of which --no-plan makes none; leave one of them out")
+    if not options.tune and not options.plan:
+        raise TrainError("--no-tune is of the plan, of which --no-plan makes none; leave one of them out")
     for name in ("qat-steps", "qat-block-steps"):
         if getattr(options, name.replace("-", "_")) is not None and not options.qat:
             raise TrainError(f"--{name} is of --qat; give that as well")
@@ -140,6 +142,7 @@ def last_steps(options: argparse.Namespace, file: TrainedFile) -> list[Step]:
         steps.append(Step("make", ("quantize", "make", *recipes, *at), there(reference, *recipes)))
     if options.plan:
         wanted = _given(options, bits="--bits", schemes="--schemes", tries="--tries")
+        wanted = wanted if options.tune else (*wanted, "--no-tune")
         arguments = ("quantize", "plan", "--name", PLANNED, *wanted, *at)
         steps.append(Step("plan", arguments, there(PLANNED), lambda: " ".join(wanted)))
     if options.qat:
