@@ -265,7 +265,11 @@ class EngineProcess:
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                env={"VLLM_RPC_BASE_PATH": self._sockets, **environment(self.spec)},
+                env={
+                    "VLLM_RPC_BASE_PATH": self._sockets,
+                    **environment(self.spec),
+                    "TIERCEL_STARTED_BY": str(os.getpid()),
+                },
                 start_new_session=True,
             )
 

@@ -21,26 +21,27 @@ from deploy.machine import look
 from deploy.making import role_tasks
 from deploy.measuring import say_hopeless
 from deploy.models import checkpoint_of, registry_of
+from deploy.pipeline_before import INT4, refuse_unmakable
 from deploy.pipeline_file import TrainedFile, trained_file
-from deploy.planning import refuse_bits
 from deploy.served import who_serves
 from deploy.starting import refuse_before_work
 from deploy.steps import Kept, Say, Step, run_step
 from deploy.training import job_of
+from deploy.unlabelled import calibration_for
 from gateway.config import ModelConfig, load_config
 from quantize.card import Card, CardError, read_card
+from quantize.check import refuse_pattern
 from quantize.core.checkpoint import base_sha256
 from quantize.core.files import locked
 from quantize.core.modules import read_modules
 from quantize.core.recipes import RECIPES
-from quantize.core.targets import detect, target
 from quantize.evaluate.measure import tasks_sha256
 from quantize.train.adapters import adapter_sha256
 from quantize.train.loop import TrainError
 from quantize.train.run import ADAPTER, MODEL, Job, finished, fitting
 from quantize.versions import stale
 
-MERGED, PLANNED, INT4 = "merged", "planned", "int4"
+MERGED, PLANNED = "merged", "planned"
 KEPT, LOCK = "pipeline.json", ".pipeline"
 TRAINING_OPTIONS = (
     *("model", "role", "data", "held_out", "out", "memory", "epochs", "steps", "rate", "batch", "together"),
@@ -76,25 +77,35 @@ def _refuse_before_work(options: argparse.Namespace, job: Job, file: TrainedFile
     """Raise an error for what would stop a later step, as far as it can be known."""
     if finished(job) is None:
         fitting(job, read_modules(job.checkpoint))
-    merged = options.out / MERGED
-    if options.method != "full" and merged.exists() and Kept(options.out / KEPT).get("merge") is None:
+    merged, kept = options.out / MERGED, Kept(options.out / KEPT)
+    if options.method != "full" and merged.exists() and kept.get("merge") is None:
         raise TrainError(f"{merged} is there and was not made here; remove it, or name another --out")
-    if options.bits is not None and not options.plan:
-        raise TrainError("--bits is of the plan, of which --no-plan makes none; leave one of them out")
-    if options.qat_steps is not None and not options.qat:
-        raise TrainError("--qat-steps is of --qat; give that as well")
-    if options.qat and not options.plan and INT4 not in file.starter.serve:
-        why = file.starter.left_out.get(INT4, "it is not served here")
-        raise TrainError(f"--qat with --no-plan trains {INT4}: {why}; leave --no-plan out")
-    if options.plan:
-        refuse_bits(job.checkpoint, target(detect()), options.bits)
+    refuse_pattern(options.out.absolute(), "--out")
+    _refuse_options(options, file)
     with file.of_base(job.checkpoint) as (config, model):
         refuse_unmeasurable(model)
         say_hopeless(model, len(file.starter.serve) - 1, say)
+        calibration = calibration_for(model, job.checkpoint, "")
+        refuse_unmakable(options, job.checkpoint, calibration, file.starter, kept)
         if file.path.exists():
             config, model = load_config(file.path), file.model()
         if options.serve:
             refuse_before_work(config, model)
+
+
+def _refuse_options(options: argparse.Namespace, file: TrainedFile) -> None:
+    """Raise TrainError for options that are of a step that is left out."""
+    for name in ("bits", "schemes", "tries"):
+        if getattr(options, name) is not None and not options.plan:
+            raise TrainError(f"--{name} is of the plan, of which --no-plan makes none; leave one of them out")
+    if not options.tune and not options.plan:
+        raise TrainError("--no-tune is of the plan, of which --no-plan makes none; leave one of them out")
+    for name in ("qat-steps", "qat-block-steps"):
+        if getattr(options, name.replace("-", "_")) is not None and not options.qat:
+            raise TrainError(f"--{name} is of --qat; give that as well")
+    if options.qat and not options.plan and INT4 not in file.starter.serve:
+        why = file.starter.left_out.get(INT4, "it is not served here")
+        raise TrainError(f"--qat with --no-plan trains {INT4}: {why}; leave --no-plan out")
 
 
 def first_steps(options: argparse.Namespace, job: Job) -> list[Step]:
@@ -130,12 +141,13 @@ def last_steps(options: argparse.Namespace, file: TrainedFile) -> list[Step]:
     if recipes:
         steps.append(Step("make", ("quantize", "make", *recipes, *at), there(reference, *recipes)))
     if options.plan:
-        bits = ("--bits", f"{options.bits:g}") if options.bits is not None else ()
-        arguments = ("quantize", "plan", "--name", PLANNED, *bits, *at)
-        steps.append(Step("plan", arguments, there(PLANNED), lambda: " ".join(bits)))
+        wanted = _given(options, bits="--bits", schemes="--schemes", tries="--tries")
+        wanted = wanted if options.tune else (*wanted, "--no-tune")
+        arguments = ("quantize", "plan", "--name", PLANNED, *wanted, *at)
+        steps.append(Step("plan", arguments, there(PLANNED), lambda: " ".join(wanted)))
     if options.qat:
         begin, name = _trained_plan(options)
-        of = ("--steps", str(options.qat_steps)) if options.qat_steps is not None else ()
+        of = _given(options, qat_steps="--steps", qat_block_steps="--block-steps")
 
         def begun() -> str:
             return " ".join((begin, registry_of(file.model()).current(begin), *of))
@@ -177,6 +189,19 @@ def _training_arguments(options: argparse.Namespace) -> list[str]:
         elif value is not None:
             given += [flag, str(value)]
     return given
+
+
+def _given(options: argparse.Namespace, **flags: str) -> tuple[str, ...]:
+    """Those of the options that were given, as flags of a step's command."""
+    given: list[str] = []
+    for name, flag in flags.items():
+        value = getattr(options, name)
+        if value is not None:
+            values = (
+                value if isinstance(value, list) else [f"{value:g}" if isinstance(value, float) else value]
+            )
+            given += [flag, *map(str, values)]
+    return tuple(given)
 
 
 def _judged(model: ModelConfig, base: str, variants: Sequence[str]) -> list[Card] | None:

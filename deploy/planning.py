@@ -17,11 +17,12 @@ from deploy.making import all_items
 from deploy.models import checkpoint_of, registry_of
 from deploy.unlabelled import calibration_for, version_in_use
 from gateway.config import ModelConfig
-from quantize.card import Calibration, Card
+from quantize.card import Card
 from quantize.check import kept_rows, refuse_pattern, refuse_short, refuse_unfit
 from quantize.core.checkpoint import Checkpoint
-from quantize.core.files import locked
+from quantize.core.files import locked, write_whole
 from quantize.core.plan import Plan
+from quantize.core.schemes import scheme
 from quantize.core.targets import Target, detect, target
 from quantize.core.tensors import refuse_not_finite
 from quantize.evaluate.bench import Bench, Span
@@ -140,6 +141,7 @@ def plan(
         raise PlanError(f"--kv {' '.join(kv)} has no meaning with --loss, which is of the weights; drop one")
     if kv_tokens and budget is None:
         raise PlanError("--concurrency and --context count in a budget of bytes; give it with --bytes")
+    _refuse_tries(tries)
     if before is not None:
         before()
     session = open_session(model, target_name, methods or METHODS, schemes)
@@ -156,6 +158,7 @@ def plan(
             candidates = session.within(bench, within, kv_tokens, kv, tries)
     best = candidates[0]
     wanted = best.plan.model_copy(update={"tuned": steps > 0})
+    steps, begun = _steps_begun(session, wanted, steps)
     say(format_candidates(candidates))
 
     def make(chosen: Plan, out: Path) -> None:
@@ -175,6 +178,7 @@ def plan(
         target=session.target.name,
         predicted_kl=best.predicted_kl,
     )
+    begun.unlink(missing_ok=True)
     if compare_with:
         compared = compare(model, session, card, wanted, registry.path(name), compare_with, say)
         say(format_controls(compared))
@@ -182,10 +186,31 @@ def plan(
     return card, candidates
 
 
-def refuse_bits(checkpoint: Checkpoint, where: Target, bits: float | None) -> None:
-    """Raise PlanError where no plan of a model on a target takes so few bits per weight: by shapes alone."""
-    nothing = CalibrationSet([], Calibration(source="", sha256="", samples=0, tokens=0))
-    _budget(PlanningSession(Path(), checkpoint, nothing, where, choosing=[]), bits, None, 0, ("auto",))
+def planning_before(
+    checkpoint: Checkpoint,
+    where: Target,
+    calibration: CalibrationSet,
+    schemes: Sequence[str] | None = None,
+) -> PlanningSession:
+    """What planning a model would be, for a look before there is one: ``checkpoint`` has its shapes. Raises
+    SchemeError, PlanError for schemes that the target serves nowhere, QuantizeError for too few
+    conversations."""
+    for name in schemes or ():
+        scheme(name)
+    session = PlanningSession(Path(), checkpoint, calibration, where, schemes=schemes)
+    session.choices()
+    return session
+
+
+def refuse_wanted(session: PlanningSession, bits: float | None, tries: int) -> None:
+    """Raise PlanError where no plan takes so few bits per weight, and for tries that find none."""
+    _refuse_tries(tries)
+    _budget(session, bits, None, 0, ("auto",))
+
+
+def _refuse_tries(tries: int) -> None:
+    if tries < 1:
+        raise PlanError(f"--tries {tries}: plans that are measured on the engine; give 1 or more")
 
 
 def _budget(
@@ -221,6 +246,18 @@ def _tuning_steps(session: PlanningSession, say: Say) -> int:
         f"{free / 1e9:.1f} GB) and {seconds / 60:.0f} minutes (at most {TUNING_S / 60:.0f} are spent on it)"
     )
     return 0
+
+
+def _steps_begun(session: PlanningSession, plan: Plan, steps: int) -> tuple[int, Path]:
+    """The steps that tuning a plan was begun with, so that a run that was killed ends as it would have, and
+    the file that keeps them until it is done."""
+    digest = hashlib.sha256(plan.model_dump_json().encode()).hexdigest()[:12]
+    begun = session.directory / f"tuning-{digest}"
+    if steps and begun.is_file():
+        return int(begun.read_text(encoding="utf-8")), begun
+    if steps:
+        write_whole(begun, f"{steps}\n")
+    return steps, begun
 
 
 def compare(

@@ -152,10 +152,15 @@ def _trained(work: Work, settings: QatSettings, say: Say) -> tuple[Student, Repo
     student, report = train_variant(work, settings)
     work.directory.mkdir(parents=True, exist_ok=True)
     write_whole(work.directory / REPORT, report.as_json())
+    what = f"{report.recovered:.0%} recovered"
+    if report.after > report.before:
+        what = (
+            f"{-report.recovered:.0%} worse than what it was begun with; more steps or a lower rate may help"
+        )
     say(
         f"KL on {len(work.choosing.sequences)} conversations that it was not trained on, in torch: "
-        f"{report.before:.5f} -> {report.after:.5f} ({report.recovered:.0%} recovered); {report.moved} of "
-        f"{report.weights} stored weights are others now"
+        f"{report.before:.5f} -> {report.after:.5f} ({what}); {report.moved} of {report.weights} stored "
+        "weights are others now"
     )
     for role, of in report.items.items():
         say(

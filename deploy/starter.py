@@ -45,7 +45,9 @@ class Starter:
     @property
     def watch(self) -> str:
         """The lines that say whether the reference is asked."""
-        return _WATCHED if self.watched else _UNWATCHED
+        if self.watched:
+            return _WATCHED
+        return _ALONE if REFERENCE in self.serve else _UNWATCHED
 
     def in_place_of(self, other: Starter, text: str) -> str | None:
         """``text`` with what this one serves where it says what ``other`` does; None where somebody has
@@ -108,6 +110,10 @@ watch: { reference: live }"""
 _UNWATCHED = """\
 # The 16-bit model is not served, since no role needs it. With live, and bf16 in serve, quantized answers
 # would be compared with it while they are served.
+watch: { reference: none }"""
+
+_ALONE = """\
+# The 16-bit model alone is served: there are no quantized answers to be compared with its own.
 watch: { reference: none }"""
 
 

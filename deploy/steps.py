@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -71,6 +72,7 @@ def run_step(step: Step, kept: Kept, say: Say) -> None:
         return
     if step.makes is not None:
         if step.makes.exists():
+            kept.put(step.name, "")  # first: what is half removed was made of nothing
             shutil.rmtree(step.makes)
         kept.put(step.name, asked)  # first: where it is there, it was made whole
     say(f"{step.name}: tiercel {' '.join(step.arguments)}")
@@ -112,9 +114,16 @@ def _status(command: Sequence[str]) -> tuple[int, bool]:
             signal.signal(number, handler)
 
 
-def end_with_parent() -> Callable[[], object] | None:
-    """What a new process does before all else, so that it ends when this one is killed outright."""
-    if not sys.platform.startswith("linux"):
-        return None
-    libc = ctypes.CDLL(None)
-    return lambda: libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+def end_with_parent() -> Callable[[], object]:
+    """What a new process does before all else, so that it ends when this one is killed outright. SIGINT ends
+    it as well, even where a shell has set that to be ignored here (a job in the background)."""
+    parent, libc = os.getpid(), ctypes.CDLL(None)
+
+    def begin() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        if sys.platform.startswith("linux"):
+            libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+            if os.getppid() != parent:  # it was killed meanwhile
+                os._exit(128 + signal.SIGTERM)
+
+    return begin

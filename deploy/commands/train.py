@@ -51,9 +51,13 @@ def add_train(parser: argparse.ArgumentParser) -> None:
     whole.add_argument("method", choices=tuple(METHODS), help="how it is trained")
     add_training(whole)
     whole.add_argument("--bits", type=float, help="bits per weight of the plan (default: 4.5)")
+    whole.add_argument("--schemes", nargs="+", help="what the plan chooses from (the target's usual)")
+    whole.add_argument("--tries", type=int, help="plans that are measured on the engine (12)")
+    whole.add_argument("--no-tune", dest="tune", action="store_false", help="keep the plan's scales as found")
     whole.add_argument("--no-plan", dest="plan", action="store_false", help="the machine's recipes alone")
     whole.add_argument("--qat", action="store_true", help="train the plan's integers as well")
     whole.add_argument("--qat-steps", type=int, help="of it, of the whole model (300)")
+    whole.add_argument("--qat-block-steps", type=int, help="of it, of each block before that (60)")
     whole.add_argument("--no-serve", dest="serve", action="store_false", help="end with the gates")
 
     text = "divide a file of items or conversations into what trains and what judges"

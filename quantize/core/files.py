@@ -136,6 +136,39 @@ def whole_file(path: Path, size: int) -> Iterator[BinaryIO]:
             raise
 
 
+@contextlib.contextmanager
+def whole_directory(path: Path) -> Iterator[Path]:
+    """A directory to fill, which lies at ``path`` at the end of the block, on the disk for good; nothing is
+    left of one that fails, and the next one removes what a process that was killed left. Nothing may be at
+    ``path``. Raises BlockingIOError while another process fills one there."""
+    partial = path.with_name(f".partial-{path.name}")
+    partial.mkdir(parents=True, exist_ok=True)
+    place = os.open(partial, os.O_RDONLY)
+    try:
+        fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel lets go of it when the process ends
+        try:
+            for left in partial.iterdir():
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+            yield partial
+            for file in partial.rglob("*"):
+                _sync(file)
+            partial.rename(path)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+    finally:
+        os.close(place)
+
+
+def _sync(path: Path) -> None:
+    """Have what was written to a file or directory on the disk for good."""
+    place = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(place)
+    finally:
+        os.close(place)
+
+
 def write_whole(path: Path, text: str) -> None:
     """Write a file as a whole (:func:`whole_file`)."""
     raw = text.encode()

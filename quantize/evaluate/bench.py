@@ -93,6 +93,7 @@ class Bench:
             "PYTHONUNBUFFERED": "1",
             "PYTHONWARNINGS": "ignore",
             "PYTHONPATH": str(self._site),
+            "TIERCEL_STARTED_BY": str(os.getpid()),
         }
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(

@@ -7,14 +7,13 @@ travels with weights are copied byte for byte. What comes out is a model as any 
 from __future__ import annotations
 
 import shutil
-import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from quantize.core.checkpoint import Checkpoint, base_sha256, copy_companions, open_checkpoint
 from quantize.core.dequantize import read_tensor
-from quantize.core.files import writing
+from quantize.core.files import whole_directory, writing
 from quantize.core.modules import read_modules
 from quantize.core.tensors import Part, overwrite, read_parts, refuse_not_finite
 from quantize.train.adapters import changes
@@ -97,25 +96,21 @@ def _write(checkpoint: Checkpoint, out: Path, changed: Iterable[tuple[str, Tenso
     """The checkpoint's files in ``out`` with some tensors changed, one of them in memory at a time."""
     if out.exists():
         raise TrainError(f"{out} is there already; remove it, or name another directory")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".partial-{out.name}-", dir=out.parent))
     try:
-        copy_companions(checkpoint, partial)
-        for file in checkpoint.files:
-            if not (partial / file).exists():
-                source = checkpoint.path / file
-                with writing(partial / file, source.stat().st_size):
-                    shutil.copyfile(source, partial / file)
-        parts = read_parts(partial)
-        for name, tensor in changed:
-            overwrite(parts, {name: tensor})
-        refuse_not_finite(partial)
-        open_checkpoint(partial)
-        partial.chmod(0o755)
-        partial.rename(out)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
+        with whole_directory(out) as partial:
+            copy_companions(checkpoint, partial)
+            for file in checkpoint.files:
+                if not (partial / file).exists():
+                    source = checkpoint.path / file
+                    with writing(partial / file, source.stat().st_size):
+                        shutil.copyfile(source, partial / file)
+            parts = read_parts(partial)
+            for name, tensor in changed:
+                overwrite(parts, {name: tensor})
+            refuse_not_finite(partial)
+            open_checkpoint(partial)
+    except BlockingIOError:
+        raise TrainError(f"{out} is being written by another process; wait until it is there") from None
 
 
 def record_of(adapter: Path) -> Record | None:

@@ -72,9 +72,13 @@ class QatSettings:
 
     def __post_init__(self) -> None:
         if self.steps < 0 or self.block_steps < 0 or not self.steps + self.block_steps:
-            raise TrainError("steps and block_steps must be 0 or more, and one of them above 0")
+            raise TrainError(
+                f"steps: {self.steps}, block_steps: {self.block_steps}; both must be 0 or more, and one of "
+                f"them above 0, such as {STEPS} and {BLOCK_STEPS}"
+            )
         if self.hidden < 0:
             raise TrainError(f"hidden: {self.hidden}; is a weight, 0 or more")
+        self.whole(1)  # which refuses a rate or a batch that cannot be
 
     def rate(self, weights: int) -> float:
         return RATE / max(1.0, weights / RATE_OF) ** 0.5 if self.learning_rate is None else self.learning_rate
@@ -212,13 +216,14 @@ def memory(work: Work, settings: QatSettings) -> int:
     return LIBRARIES_BYTES + 22 * work.weights + 4 * others + activations + states + logits
 
 
-def refuse_no_room(work: Work, settings: QatSettings) -> int:
-    """The bytes that training will take. Raises TrainError where they are not free."""
+def refuse_no_room(work: Work, settings: QatSettings, fix: str = "") -> int:
+    """The bytes that training will take. Raises TrainError, which tells ``fix``, where they are not free."""
     needed, free = memory(work, settings), psutil.virtual_memory().available
     if needed > free:
         raise TrainError(
             f"training {work.weights / 1e6:.0f} M weights would take about {needed / 1e9:.1f} GB of memory, "
-            f"and {free / 1e9:.1f} GB are free; lower --batch (now {settings.batch}), or free some"
+            f"and {free / 1e9:.1f} GB are free; "
+            + (fix or f"lower --batch (now {settings.batch}), or free some")
         )
     return needed
 

@@ -23,7 +23,7 @@ import pytest
 import torch
 import yaml
 
-from deploy import pipeline_file
+from deploy import pipeline_before, pipeline_file
 from deploy.cli import main, parser
 from deploy.pipeline import first_steps, last_steps
 from deploy.pipeline_file import TrainedFile, trained_file
@@ -31,6 +31,7 @@ from deploy.steps import Kept, Step, run_step
 from deploy.training import job_of
 from gateway.config import load_config
 from quantize.core.checkpoint import open_checkpoint
+from quantize.train import qat as training
 from quantize.train.loop import TrainError
 from tests.quantize.tiny import make_checkpoint
 
@@ -112,7 +113,14 @@ def _refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (("--bits", "0.5"), "is below the least possible"),
         (("--bits", "99"), "--bits 99: bits of a weight lie above 0 and are 16 at most"),
         (("--bits", "4", "--no-plan"), "--bits is of the plan, of which --no-plan makes none"),
+        (("--tries", "3", "--no-plan"), "--tries is of the plan"),
+        (("--no-tune", "--no-plan"), "--no-tune is of the plan"),
+        (("--tries", "0"), "--tries 0: "),
+        (("--schemes", "w9a9"), "unknown scheme 'w9a9'; known: "),
+        (("--schemes", "w3a16-g32-asym"), "loads no quantized scheme for any module of this model"),
         (("--qat-steps", "3"), "--qat-steps is of --qat"),
+        (("--qat-block-steps", "3"), "--qat-block-steps is of --qat"),
+        (("--qat", "--qat-steps", "-1"), "--qat-steps, --qat-block-steps: steps: -1, block_steps: 60; "),
         (("--batch", "0"), "--batch 0: give 1 or more"),
         (("--steps", "0"), "steps: 0"),
         (("--judge", "0"), "--judge 0: give 1 or more"),
@@ -151,6 +159,39 @@ def test_what_a_later_step_needs_is_looked_at_first(config: Path, capsys: pytest
     (out / "tiercel.yaml").write_text(config.read_text("utf-8"), "utf-8")
     assert "tiercel.yaml is there and has no model intents-lora" in _refused(capsys, *asked)
     assert sorted(one.name for one in out.iterdir()) == ["tiercel.yaml"]
+
+
+def test_a_plan_needs_conversations_to_be_chosen_on_and_a_path_that_engines_read(
+    config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    few = config.with_name("few.jsonl")
+    few.write_text(f"{json.dumps({'messages': [{'role': 'user', 'content': 'hello'}]})}\n" * 20, "utf-8")
+    said = yaml.safe_load(config.read_text("utf-8"))
+    said["models"]["tiny"]["calibration"] = "few.jsonl"
+    config.write_text(yaml.safe_dump(said), "utf-8")
+    asked = _command(config, "--role", "intents")
+    assert "few.jsonl has 20 conversations; planning needs 32 or more" in _refused(capsys, *asked)
+    few.write_text("what is this\n" * 40, "utf-8")
+    assert "few.jsonl:1: not a conversation" in _refused(capsys, *asked)
+    elsewhere = ("--out", str(config.with_name("run[1]")))
+    assert "--out" in (why := _refused(capsys, *asked, *elsewhere))
+    assert "has [ in its path, which vLLM reads as a pattern" in why
+    assert not (config.parent / "run").exists()
+
+
+def test_what_a_plan_may_have_and_nobody_trains_is_refused_before_anything_is_trained(
+    config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline_before, "detect", lambda: "vllm-cuda-hopper")
+    asked = _command(config, "--role", "intents", "--schemes", "fp8-block", "w4a16-g64")
+    said = _refused(capsys, *asked, "--qat")
+    assert "--qat, of a plan that may have fp8-block: fp8-block is not trained here" in said
+
+    monkeypatch.setattr(training, "memory", lambda *_: 10**15)
+    said = _refused(capsys, *_command(config, "--role", "intents", "--no-plan", "--qat"))
+    assert "1000000.0 GB of memory" in said
+    assert "free some, or leave --qat out" in said
+    assert not (config.parent / "run").exists()
 
 
 def _run(config: Path, *more: str) -> subprocess.Popen[str]:
@@ -219,6 +260,24 @@ def test_sigterm_is_passed_on_and_what_was_trained_is_kept(config: Path) -> None
     assert (out / "run/checkpoint.safetensors").stat().st_mtime_ns > written
 
 
+def test_a_step_can_be_stopped_where_a_shell_ignores_ctrl_c(tmp_path: Path) -> None:
+    """A job in the background of a script: SIGTERM is passed on as SIGINT."""
+    script = (
+        "import signal, sys; from pathlib import Path; from deploy.steps import _status\n"
+        "signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
+        "step = 'import sys, time; open(sys.argv[1], \"w\").close(); time.sleep(600)'\n"
+        "print(_status([sys.executable, '-c', step, sys.argv[1]]))\n"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path / "began")]
+    process = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, text=True)
+    while not (tmp_path / "began").exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    said, _ = process.communicate(timeout=300)
+    assert said.split() == [f"({-signal.SIGINT},", "True)"]
+
+
 def test_the_steps_are_commands_that_the_command_line_takes(config: Path) -> None:
     options = _options(
         config, "--targets", "q_proj", "v_proj", "--memory", "1.5", "--no-checkpointing", "--qat"
@@ -233,6 +292,14 @@ def test_the_steps_are_commands_that_the_command_line_takes(config: Path) -> Non
     for name in ("role", "out", "rank", "targets", "memory", "checkpointing", "epochs", "judge"):
         assert getattr(trained, name) == getattr(options, name)
     assert {"planned", "planned-qat"} < set(steps[-1].arguments), "all are judged together"
+    planning = ("--bits", "5", "--schemes", "w8a8", "w4a16-g64", "--tries", "2", "--no-tune")
+    bounded = _options(config, *planning, "--qat", "--qat-steps", "1000000", "--qat-block-steps", "0")
+    *_, plan, qat, _ = last_steps(bounded, file)
+    said = parser().parse_args(list(plan.arguments))
+    assert (said.bits, said.schemes, said.tries, said.tune) == (5, ["w8a8", "w4a16-g64"], 2, False)
+    assert plan.asks().split()[1:3] == ["5", "--schemes"], "other options are another plan"
+    said = parser().parse_args(list(qat.arguments))
+    assert (said.begin, said.steps, said.block_steps) == ("planned", 1000000, 0)
 
 
 def test_the_file_has_the_role_and_the_engine_and_moves_with_its_directory(config: Path) -> None:

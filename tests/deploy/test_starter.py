@@ -95,7 +95,10 @@ def test_every_role_is_there_and_no_path_breaks_the_file() -> None:
 
 
 def test_without_the_reference_nothing_is_put_before_it() -> None:
+    alone = Starter("m", "/m", False, "t", ("bf16",), watched=False)
+    assert "16-bit model alone is served" in alone.text()
     unwatched = Starter("m", "/m", False, "t", ("int8",), watched=False)
+    assert "16-bit model is not served" in unwatched.text()
     assert parse_config(unwatched.text(), "x", Path("/tmp")).watch.reference == "none"
     with pytest.raises(ConfigError, match="must contain the reference"):
         parse_config(Starter("m", "/m", False, "t", ("int8",)).text(), "x", Path("/tmp"))

@@ -6,6 +6,7 @@ import json
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -60,9 +61,12 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 PIPELINE = (
-    *("train", "pipeline", "qlora", "--role", "intents", "--out", "run", "--no-plan"),
+    *("train", "pipeline", "qlora", "--role", "intents", "--out", "run"),
     *("--steps", "6", "--rank", "4", "--rate", "0.001", "--keep-every", "1", "--length", "256"),
+    *("--schemes", "w4a16-g32-asym", "w8a8", "--bits", "5", "--tries", "2", "--no-tune"),
+    *("--qat", "--qat-steps", "3", "--qat-block-steps", "2"),
 )
+STEPS = ("train", "merge", "make", "plan", "qat", "gate")
 
 
 def _started(directory: Path, log: Path, *arguments: str) -> subprocess.Popen[bytes]:
@@ -84,42 +88,74 @@ def _cards(model: ModelConfig, *names: str) -> dict[str, Card]:
     return {name: read_card(model.variants_dir / name / "current") for name in names}
 
 
-def _killed_while_variants_are_made(directory: Path) -> None:
-    first = _started(directory, directory / "first.log", *PIPELINE, "--no-serve")
-    deadline = time.monotonic() + 300
-    while not list(directory.glob("run/variants/*/int8/current")):
-        assert first.poll() is None, words(directory / "first.log")
+def _killed_when(directory: Path, log: str, is_so: Callable[[], object], of_step: bool = False) -> str:
+    """What the pipeline said until it, or the step that runs, was killed outright as soon as ``is_so``."""
+    process = _started(directory, directory / log, *PIPELINE, "--no-serve")
+    deadline = time.monotonic() + 600
+    while not is_so():
+        assert process.poll() is None, words(directory / log)
         assert time.monotonic() < deadline
         time.sleep(0.1)
-    below = psutil.Process(first.pid).children(recursive=True)
-    first.kill()
-    first.wait()
+    itself = psutil.Process(process.pid)
+    below = itself.children(recursive=True)
+    (itself.children()[0] if of_step else itself).kill()
     _, alive = psutil.wait_procs(below, timeout=60)
     assert not alive, "steps and engines end with what started them"
+    assert process.wait(timeout=60) == (2 if of_step else -signal.SIGKILL)
+    return words(directory / log)
+
+
+def _done_before(said: str) -> tuple[str, ...]:
+    return tuple(line.partition(":")[0] for line in said.splitlines() if line.endswith(": done before"))
+
+
+def _files(directory: Path, *places: str) -> dict[Path, int]:
+    """When files were written."""
+    found = (path for place in places for path in directory.glob(place) if path.is_file())
+    return {path: path.stat().st_mtime_ns for path in found}
 
 
 async def test_a_killed_pipeline_goes_on_and_ends_with_a_gateway_that_answers(directory: Path) -> None:
-    _killed_while_variants_are_made(directory)
-    adapter = (directory / "run/adapter/adapter_model.safetensors").stat().st_mtime_ns
+    """Killed while variants are made, while plans are measured, and in the gate of a trained plan."""
+    variants = directory / "run/variants/intents-qlora"
+    _killed_when(directory, "make.log", lambda: (variants / "int8/current").exists())
+    adapter = _files(directory, "run/adapter/*", "run/merged/*")
 
-    log = directory / "second.log"
+    served = ".planning/*/served/served.jsonl"
+    said = _killed_when(directory, "plan.log", lambda: list(variants.glob(served)), of_step=True)
+    assert _done_before(said) == STEPS[:2]
+    assert "plan was killed by SIGKILL" in said
+    made = _files(
+        variants, "int[48]/*/model.safetensors", ".planning/*/rows.jsonl", ".planning/*/served/*.npz"
+    )
+
+    measured = variants / ".measurements"
+    said = _killed_when(directory, "qat.log", lambda: list(measured.glob("planned-qat-*")))
+    assert _done_before(said) == STEPS[:3]
+    trained = _files(variants, "planned*/current/model.safetensors")
+    assert {path.parents[1].name for path in trained} == {"planned", "planned-qat"}
+
+    log = directory / "end.log"
     said = _ended(_started(directory, log, *PIPELINE, "--no-serve"), log)
-    assert "train: done before" in said
-    assert "merge: done before" in said
-    assert (directory / "run/adapter/adapter_model.safetensors").stat().st_mtime_ns == adapter
+    assert _done_before(said) == STEPS[:4]
+    assert "block 1/4" not in said, "what was trained is not trained again"
+    assert _files(directory, "run/adapter/*", "run/merged/*") == adapter
+    assert {path: path.stat().st_mtime_ns for path in (*made, *trained)} == {**made, **trained}
+    assert _files(directory, "**/.partial*", "**/.partial*/*", "**/.training/*/[bw]*/*") == {}
     model = _trained(directory)
-    cards = _cards(model, "bf16", "int8", "int4")
+    cards = _cards(model, "bf16", "int8", "int4", "planned", "planned-qat")
     assert all(card.state == "ready" and "intents" in card.gate for card in cards.values())
+    assert {"w4a16-g32-asym", "w8a8"} <= set(cards["planned"].schemes.values()), "a mixture was trained"
+    assert cards["planned-qat"].training is not None
+    assert cards["planned-qat"].training.base == f"planned@{cards['planned'].version}"
     assert set(model.serve) <= set(cards)
     assert all("intents" in cards[name].passed for name in model.serve)
 
-    log = directory / "third.log"
+    log = directory / "served.log"
     up = _started(directory, log, *PIPELINE)
     try:
         until(up, log, "Tiercel is up at")
-        assert [line for line in words(log).splitlines() if "done before" in line] == [
-            f"{name}: done before" for name in ("train", "merge", "make", "gate")
-        ]
+        assert _done_before(words(log)) == STEPS
         port = load_config(directory / "run/tiercel.yaml").gateway.port
         url = f"http://127.0.0.1:{port}/v1/chat/completions"
         item = json.loads((directory / "tasks.jsonl").read_text(encoding="utf-8").splitlines()[0])

@@ -263,9 +263,18 @@ def test_memory_that_will_not_do_is_said_before_work(tmp_path: Path, monkeypatch
         refuse_no_room(one, QUICK)
 
 
-@pytest.mark.parametrize("given", [{"steps": 0, "block_steps": 0}, {"steps": -1}, {"hidden": -0.1}])
-def test_settings_that_cannot_be_are_refused(given: dict[str, float]) -> None:
-    with pytest.raises(TrainError):
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"steps": 0, "block_steps": 0}, "steps: 0, block_steps: 0"),
+        ({"steps": -1}, "steps: -1"),
+        ({"hidden": -0.1}, "hidden: -0.1"),
+        ({"batch": 0}, "batch: 0"),
+        ({"learning_rate": float("nan")}, "learning_rate: nan"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(given: dict[str, float], said: str) -> None:
+    with pytest.raises(TrainError, match=said):
         QatSettings(**given)  # type: ignore[arg-type]
 
 
