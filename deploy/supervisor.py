@@ -16,6 +16,7 @@ from tqdm import tqdm
 from deploy.engine import EngineProcess, EngineSpec, EngineStartError, port_in_use
 from deploy.engine_account import refuse_otherwise
 from deploy.engine_failures import EngineLoadError
+from deploy.fleet.choice import ladders_of
 from deploy.fleet.engines import Version, engine_specs, placed_again, served_here, version_of
 from deploy.following import Following
 from deploy.gateway_process import GatewayProcess, UpError
@@ -78,6 +79,8 @@ class Stack:
                 f"port {gateway.port} on {gateway.host} is in use; stop what listens there, "
                 "or set gateway.port to another"
             )
+        if self._before_gateway is None:  # which may be what judges them
+            ladders_of(self.config)  # refused now, and not by the gateway when all engines are loaded
         for log in (self.gateway.log, *(spec.log for spec in self._specs)):
             log.parent.mkdir(parents=True, exist_ok=True)
             log.write_bytes(b"")

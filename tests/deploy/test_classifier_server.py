@@ -11,6 +11,7 @@ import httpx
 import numpy as np
 import pytest
 
+from deploy.encoder import classifier as classifier_module
 from deploy.encoder.api import make_app
 from deploy.encoder.classifier import Classifier
 from deploy.engine_server import MOST_BYTES, FullError
@@ -160,6 +161,26 @@ async def test_paths_and_methods_that_there_are_not_are_told_in_openai_s_form(
 async def test_of_a_text_without_end_the_beginning_is_read(http: httpx.AsyncClient) -> None:
     reply = await chat(http, "close the window " + "now " * 1_000_000)
     assert reply.json()["usage"]["prompt_tokens"] == 64, "the encoder's longest"
+
+
+async def test_a_pass_of_long_texts_holds_few_of_them(
+    http: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """32 of 512 tokens would take 1.1 GiB, more than the engine is placed with."""
+    run, sizes = Session.run, list[tuple[int, int]]()
+
+    def seen(session: Session, ids: Any) -> Any:
+        sizes.append((len(ids), max(map(len, ids))))
+        return run(session, ids)
+
+    monkeypatch.setattr(Session, "run", seen)
+    monkeypatch.setattr(classifier_module, "TOKENS", 256)
+    texts = ["open the door " + "now " * 100, *["close the window"] * 8] * 5
+    reply = (await http.post("/classify", json={"input": texts})).json()
+    assert [one["label"] for one in reply["data"][1:9]] == ["close"] * 8
+    assert len(reply["data"]) == len(texts) == sum(count for count, _ in sizes)
+    assert max(count * longest for count, longest in sizes) == 256, "four of the longest, 64"
+    assert max(count for count, _ in sizes) >= 4, "together all the same"
 
 
 async def test_an_engine_that_fails_fails_one_request_and_says_so(

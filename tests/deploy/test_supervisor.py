@@ -26,7 +26,7 @@ from deploy.cli import main
 from deploy.engine import EngineProcess, EngineStartError, command, environment, free_port
 from deploy.fleet.engines import engine_specs
 from deploy.supervisor import Stack
-from gateway.config import Config, load_config
+from gateway.config import Config, ConfigError, load_config
 from gateway.kept.store import About, Row
 from quantize.card import Outcome, Verdict
 from quantize.core.checkpoint import open_checkpoint
@@ -100,6 +100,21 @@ async def test_serves_restarts_a_crashed_engine_and_stops_cleanly(config_path: P
         family = {psutil.Process(engine.pid), *psutil.Process().children(recursive=True)} - others
     assert not [p for p in family if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
     assert not (config_path.parent / "run/engines.json").exists()
+
+
+async def test_a_role_that_nothing_may_serve_is_said_before_an_engine_is_started(config_path: Path) -> None:
+    """With large models it would be said after minutes, by a gateway that did not start."""
+    with_a_version_that_fails(config_path)
+
+    def without_reference(settings: dict[str, Any]) -> None:
+        settings["models"]["assistant"]["serve"] = ["int4"]
+        settings["watch"] = {"reference": "none"}
+
+    changed(config_path, without_reference)
+    stack = Stack(load_config(config_path), config_path, lambda _text: None)
+    with pytest.raises(ConfigError, match=r"roles\.core: the reference assistant:bf16 is not served"):
+        await stack.__aenter__()
+    assert all(engine.pid is None for engine in stack.engines.values())
 
 
 async def test_what_waits_for_the_reference_is_scored_from_time_to_time(config_path: Path) -> None:
