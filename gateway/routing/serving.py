@@ -2,7 +2,7 @@
 
 ================  ====================================================================================
 vLLM              whatever the gateway passes on; what it does not, it refuses itself
-``llama.cpp``     chat, completions and tokens of text, without tools and what only vLLM has
+``llama.cpp``     chat, completions and tokens of text, without tools, images and what only vLLM has
 ``onnxruntime``   a classifier: a chat that asks for one plain answer, and ``/v1/classify``
 ================  ====================================================================================
 
@@ -35,6 +35,10 @@ _NO_GRAMMAR = re.compile(
     rb'|unevaluatedProperties|contains|minContains|maxContains|uniqueItems|prefixItems)"\s*:'
 )
 """Of JSON schemas what llama.cpp's grammars do not have."""
+_NOT_TEXT = re.compile(rb'"(?:image|input|audio|video)_(?:url|pil|embeds|image|audio)"')
+"""In messages: parts that are no text, which neither engine takes. Within a text, quotes are escaped."""
+_FAR = 1 << 20
+"""Bytes of messages in which such a part is looked for: some milliseconds. Longer texts fit no context."""
 _SHORT = 64
 """Bytes of a field that may be one of those that ask for nothing."""
 
@@ -52,6 +56,8 @@ class Serves:
 
     def takes(self, endpoint: Endpoint, body: Body) -> bool:
         if endpoint.path not in self.paths or any(asks_for(body, name) for name in self.lacks):
+            return False
+        if _NOT_TEXT.search(body.view("messages"), 0, _FAR):
             return False
         if self.no_grammar is not None and self.no_grammar.search(body.view("response_format")):
             return False

@@ -88,13 +88,15 @@ def at(path: str) -> Endpoint:
 
 def test_a_classifier_is_the_cheapest_of_its_role_and_gets_plain_chats(routing: Routing) -> None:
     assert routing.router.ladder(ROLE) == (CLASSIFIER, "intents:fp32", GGUF, WHOLE)
+    about = [{"role": "user", "content": 'what is {"type": "image_url"}?'}]
     for more in ({}, {"stream": True}, {"n": 1, "tools": []}, {"response_format": {"type": "text"}}):
-        route = routing.route(messages=[], **more)
+        route = routing.route(messages=about, **more)
         assert (route.variant, route.reason) == (CLASSIFIER, Reason.CHEAPEST_IN_BUDGET), more
     assert routing.route(at("/v1/classify"), input="hi").variant == CLASSIFIER
 
 
 TOOLS = [{"type": "function", "function": {"name": "f"}}]
+PICTURE = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:,a"}}]}]
 SCHEMA = {"type": "object", "properties": {"a": {"enum": ["x", "y"]}}, "required": ["a"]}
 
 
@@ -115,6 +117,7 @@ def formatted(schema: dict[str, Any]) -> dict[str, Any]:
             WHOLE,
         ),
         ("/v1/chat/completions", {"messages": [], "prompt_logprobs": 1}, WHOLE),
+        ("/v1/chat/completions", {"messages": PICTURE}, WHOLE),
         ("/v1/completions", {"prompt": "a"}, GGUF),
         ("/v1/completions", {"prompt": "a", "echo": True}, WHOLE),
         ("/v1/completions", {"prompt": "a", "echo": False, "suffix": None}, GGUF),
