@@ -87,8 +87,16 @@ async def _bad(_: Request, error: Exception) -> Response:
 
 async def _invalid(_: Request, error: Exception) -> Response:
     assert isinstance(error, ValidationError)
-    place = error.errors(include_url=False)[0]["loc"]
-    return error_reply(400, first_fault(error, "the body"), str(place[0]) if place else None)
+    faults = error.errors(include_url=False)
+    if not (place := faults[0]["loc"]):
+        return error_reply(400, first_fault(error, "the body"))
+    alike = [one for one in faults if one["loc"][0] == place[0]]
+    if len(alike) == 1:
+        return error_reply(400, first_fault(error, "the body"), str(place[0]))
+    # of one type or another: what is wrong with the one that it is, not that it is not the other
+    told = max(alike, key=lambda one: (not one["type"].endswith("_type"), len(one["loc"])))
+    items = [str(part) for part in told["loc"][1:] if isinstance(part, int)]
+    return error_reply(400, f"{'.'.join([str(place[0]), *items])}: {told['msg']}", str(place[0]))
 
 
 async def _full(_: Request, error: Exception) -> Response:

@@ -79,6 +79,14 @@ class CompletionAsked(BaseModel):
     prompt: list[int] = Field(min_length=1)
     max_tokens: int = Field(ge=1, le=1)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _is_no_text(cls, given: Any) -> Any:
+        if isinstance(given, dict) and not isinstance(given.get("prompt"), list):
+            text = "prompt: a classifier completes no text; ask /v1/classify, or a chat"
+            raise BadRequestError(text, "prompt")
+        return given
+
 
 class TokenizeAsked(BaseModel):
     prompt: str | None = None

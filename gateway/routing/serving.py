@@ -2,7 +2,7 @@
 
 ================  ====================================================================================
 vLLM              whatever the gateway passes on; what it does not, it refuses itself
-``llama.cpp``     chat, completions and tokens of text, without tools and what only vLLM has
+``llama.cpp``     chat, completions and tokens of text, without tools, images and what only vLLM has
 ``onnxruntime``   a classifier: a chat that asks for one plain answer, and ``/v1/classify``
 ================  ====================================================================================
 
@@ -38,7 +38,9 @@ _NO_GRAMMAR = re.compile(
 _NO_TEXT = re.compile(
     rb'"(?:image_url|image_pil|image_embeds|input_image|audio_url|audio_embeds|input_audio|video_url)"'
 )
-"""In messages: what a classifier would pass over, and llama.cpp's engines refuse."""
+"""In messages: parts that are no text, which neither engine takes. Within a text, quotes are escaped."""
+_FAR = 1 << 20
+"""Bytes of messages in which such a part is looked for: some milliseconds. Longer texts fit no context."""
 _SHORT = 64
 """Bytes of a field that may be one of those that ask for nothing."""
 
@@ -59,7 +61,7 @@ class Serves:
             return False
         if self.no_grammar is not None and self.no_grammar.search(body.view("response_format")):
             return False
-        if _NO_TEXT.search(body.view("messages")):
+        if _NO_TEXT.search(body.view("messages"), 0, _FAR):
             return False
         return self.most_answers is None or (body.fields.n or 1) <= self.most_answers
 

@@ -147,6 +147,15 @@ async def test_bodies_that_are_none_are_refused_and_the_next_is_answered(
     assert (await chat(http, "sell the gate")).json()["choices"][0]["message"]["content"] == "sell"
 
 
+async def test_of_several_types_the_fault_of_the_one_that_came_is_told(http: httpx.AsyncClient) -> None:
+    """And not that a list is no text."""
+    for texts, said in ((["a"] * 257, "input: List should have at most 256 items"), (["a", 5], "input.1: ")):
+        error = (await http.post("/classify", json={"input": texts})).json()["error"]
+        assert (error["message"].startswith(said), error["param"]) == (True, "input"), error
+    error = (await http.post("/v1/completions", json={"prompt": "once", "max_tokens": 9})).json()["error"]
+    assert error["message"] == "prompt: a classifier completes no text; ask /v1/classify, or a chat"
+
+
 async def test_paths_and_methods_that_there_are_not_are_told_in_openai_s_form(
     http: httpx.AsyncClient,
 ) -> None:
