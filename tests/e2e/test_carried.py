@@ -31,7 +31,7 @@ from quantize.train.merge import merge
 from quantize.train.run import Job, run
 from tests.deploy.test_supervisor import ROOT
 
-pytestmark = pytest.mark.engine(2)
+pytestmark = pytest.mark.engine
 
 
 def _examples(checkpoint: Checkpoint, first: int) -> Examples:

@@ -20,7 +20,7 @@ from quantize.make.calibration import read_calibration
 from tests.deploy.test_supervisor import ROOT
 from tests.e2e.test_carried import _by_torch
 
-pytestmark = pytest.mark.engine(2)
+pytestmark = pytest.mark.engine
 
 DATA = ROOT / "deploy/assistant/data"
 
