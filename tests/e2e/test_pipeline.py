@@ -167,10 +167,11 @@ async def test_a_killed_pipeline_goes_on_and_ends_with_a_gateway_that_answers(di
     finally:
         up.send_signal(signal.SIGINT)
         up.wait(timeout=120)
+    _carried_by_a_smoothed_variant(directory)
 
 
-def test_an_adapter_on_a_smoothed_variant_of_the_base_passes_the_whole_gate(directory: Path) -> None:
-    """After the pipeline: its adapter, and its merged model."""
+def _carried_by_a_smoothed_variant(directory: Path) -> None:
+    """The pipeline's adapter on a smoothed variant of the base passes the whole gate of its merged model."""
     settings = yaml.safe_load((directory / "tiercel.yaml").read_text(encoding="utf-8"))
     settings["models"]["trained"] = {**settings["models"]["base"], "path": "run/merged"}
     settings["roles"]["intents"]["models"] = ["trained"]
