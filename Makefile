@@ -42,7 +42,7 @@ one-framework: setup
 	@.venv/bin/python -m tests.frameworks.environments --if-possible openai-agents
 
 test: servers one-framework check quick
-	.venv/bin/pytest -m "engine or network" -n 2 --dist loadgroup
+	.venv/bin/pytest -m "engine or network"
 
 # Trains the shipped demo model again: make train CLINC150=/path/to/clinc150.json
 train: setup

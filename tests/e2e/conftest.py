@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +18,6 @@ from deploy.assistant.prompts import SYSTEM_PROMPTS
 from deploy.engine import free_port
 from gateway.config import Config, ModelConfig, load_config
 from quantize.card import Card, read_card, variant_directory
-from tests.slots import STACK, group_of
 
 ROOT = Path(__file__).resolve().parents[2]
 CLINC150 = ROOT.parent / "shared/data/clinc150.json"
@@ -99,18 +98,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def _turn(item: pytest.Item) -> int:
     """Tests of the session's stack first, then those that stop it, of which some read its configuration."""
-    if group_of(item) != STACK:
+    if "stack" not in getattr(item, "fixturenames", ()):
         return 2
     return 1 if item.path.name in STOPPING else 0
 
 
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> Generator[None, bool, bool]:
-    """After the last test of the session's stack it is stopped: its engines are all that may run."""
-    done = yield
-    if group_of(item) == STACK and (nextitem is None or group_of(nextitem) != STACK):
+@pytest.fixture(autouse=True)
+def _no_more_than_three_engines(request: pytest.FixtureRequest) -> None:
+    if "stack" not in request.fixturenames:
         stop_stack()
-    return done
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,7 @@ from gateway.routing.ladders import Ladders
 from quantize.card import Outcome
 from tests.deploy.test_supervisor import ROOT
 
-pytestmark = pytest.mark.engine(2)
+pytestmark = pytest.mark.engine
 
 DATA = ROOT / "deploy/assistant/data"
 ITEMS = 60

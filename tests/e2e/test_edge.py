@@ -41,7 +41,7 @@ from tests.e2e.test_stack import metric
 from tests.quantize.small_encoder import make_encoder
 from tests.quantize.tiny import MODEL, without_added_words
 
-pytestmark = pytest.mark.engine(3)
+pytestmark = pytest.mark.engine
 
 ROLE, ITEMS = "intent_classifier", ROOT / "deploy/assistant/data/intent_classifier.jsonl"
 CLASSIFIER, REFERENCE = "intents:int8-dynamic", "assistant:bf16"

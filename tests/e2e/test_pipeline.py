@@ -22,7 +22,7 @@ from quantize.train.adapters import changes
 from tests.e2e.conftest import ROOT
 from tests.e2e.test_starting import ENVIRONMENT, TIERCEL, until, words
 
-pytestmark = pytest.mark.engine(3)
+pytestmark = pytest.mark.engine
 
 DATA = ROOT / "deploy/assistant/data"
 JUDGED = 24

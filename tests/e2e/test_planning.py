@@ -30,7 +30,7 @@ from tests.quantize.tiny import VOCABULARY, make_checkpoint
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = ROOT / "deploy/assistant/model"
 
-pytestmark = pytest.mark.engine(2)
+pytestmark = pytest.mark.engine
 
 
 @pytest.fixture(scope="module")

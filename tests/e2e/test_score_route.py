@@ -25,7 +25,7 @@ from quantize.evaluate.scores import Likeliest, from_rows
 from quantize.registry import Registry
 from tests.deploy.test_supervisor import ROOT
 
-pytestmark = pytest.mark.engine(2)
+pytestmark = pytest.mark.engine
 PROMPTS = ([1, 5, 9, 200, 31, 77, 2000, 8], list(range(300, 500)), [1, 2], list(range(700, 764)))
 SMALL_CHUNK = "64"
 """Tokens of a forward pass, so that long prompts take several and several prompts share one."""

@@ -20,7 +20,7 @@ from quantize.card import Card, read_card, variant_directory
 from tests.e2e.conftest import ROOT
 from tests.quantize.tiny import make_checkpoint
 
-pytestmark = pytest.mark.engine(3)
+pytestmark = pytest.mark.engine
 TIERCEL = (sys.executable, "-m", "deploy.cli")
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
 

@@ -53,7 +53,7 @@ TOKENS = 300
 """Of the answer that an engine is to finish after it was told to stop."""
 WITHIN_S = 240.0
 
-pytestmark = pytest.mark.engine(2)
+pytestmark = pytest.mark.engine
 
 
 @pytest.fixture(scope="module")
