@@ -11,9 +11,11 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import itertools
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 GIB = 1 << 30
 GPU_OVERHEAD = 3 * GIB // 2
@@ -174,6 +176,23 @@ def taken_by(need: Need) -> int:
 
 
 _OWN_SHARE = ("--gpu-memory-utilization", "--kv-cache-memory-bytes", "--tensor-parallel-size", "-tp")
+
+
+def share_options(arguments: Sequence[str]) -> dict[str, Any]:
+    """What of an engine's ``arguments`` says how much it takes of which GPUs, as options of vLLM's ``LLM``.
+
+    >>> share_options(["--gpu-memory-utilization", "0.05", "-tp=2", "--max-num-seqs", "8"])
+    {'gpu_memory_utilization': 0.05, 'tensor_parallel_size': 2, 'distributed_executor_backend': 'mp'}
+    """
+    found: dict[str, Any] = {}
+    words = [part for word in arguments for part in (word.split("=", 1) if word.startswith("-") else [word])]
+    for name, value in itertools.pairwise(words):
+        if name in _OWN_SHARE:
+            option = "tensor_parallel_size" if name == "-tp" else name.removeprefix("--").replace("-", "_")
+            found[option] = float(value) if option == "gpu_memory_utilization" else int(value)
+    if found.get("tensor_parallel_size", 1) > 1:
+        found["distributed_executor_backend"] = "mp"
+    return found
 
 
 def visible(gpus: Sequence[Gpu], env: Mapping[str, str]) -> tuple[Gpu, ...]:

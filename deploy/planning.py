@@ -6,27 +6,29 @@ import contextlib
 import hashlib
 import itertools
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import psutil
-
-from deploy.engine import SITE
+from deploy.engine import SITE, attention_heads
+from deploy.machine import look
 from deploy.making import all_items
 from deploy.models import checkpoint_of, registry_of
+from deploy.placement import Need, place, share_options
 from deploy.unlabelled import calibration_for, version_in_use
 from gateway.config import ModelConfig
 from quantize.card import Card
 from quantize.check import kept_rows, refuse_pattern, refuse_short, refuse_unfit
 from quantize.core.checkpoint import Checkpoint
 from quantize.core.files import locked, write_whole
+from quantize.core.modules import read_modules
 from quantize.core.plan import Plan
-from quantize.core.schemes import scheme
+from quantize.core.schemes import BF16_BYTES, scheme
 from quantize.core.targets import Target, detect, target
 from quantize.core.tensors import refuse_not_finite
 from quantize.evaluate.bench import Bench, Span
 from quantize.evaluate.tasks import by_first_role
+from quantize.make.blocks import best_device, free_memory
 from quantize.make.calibration import CalibrationSet, load_tokenizer
 from quantize.plan import controls
 from quantize.plan.controls import Controls, Kind
@@ -40,6 +42,8 @@ from quantize.report.tables import align, kl_text, megabytes
 
 Say = Callable[[str], None]
 
+LEAST_CACHE = 256 << 20
+"""Bytes of a bench engine's KV cache on a GPU, at least."""
 BENCH_CONTEXT = 1024
 """Tokens of a conversation that planning measures, where engine.max_model_len says nothing else."""
 TUNING_S = 600.0
@@ -76,17 +80,42 @@ def open_bench(model: ModelConfig) -> Iterator[Bench]:
     """
     if model.engine.python is None:
         raise PlanError("engine.python is not set; planning measures on the engine, run `make setup`")
+    env, options = _place(model)
     with (
         locked(model.variants_dir / ".planning" / ".lock", "planning", _say_aside),
         Bench(
             model.engine.python,
             model.variants_dir / ".logs" / "bench.log",
             max_model_len=bench_context(model),
-            env=model.engine.env,
+            env={**model.engine.env, **env},
             site=SITE,
+            options=options,
         ) as bench,
     ):
         yield bench
+
+
+def _place(model: ModelConfig) -> tuple[Mapping[str, str], dict[str, Any]]:
+    """Environment and options of a bench engine on a GPU, by which it takes what the 16-bit model needs and
+    no more, since parts are made there too; empty on a CPU. Raises PlacementError."""
+    machine = look()
+    if not machine.gpus:
+        return {}, {}
+    checkpoint = checkpoint_of(model, _say_aside)
+    modules = read_modules(checkpoint)
+    cache = max(LEAST_CACHE, 2 * bench_context(model) * checkpoint.kv_bytes_per_token(BF16_BYTES))
+    need = Need(
+        name=f"planning {model.name}",
+        weight_bytes=modules.other_bytes + BF16_BYTES * sum(group.weights for group in modules),
+        kv_bytes=cache,
+        heads=attention_heads(checkpoint.path),
+        env=model.engine.env,
+        arguments=model.engine.extra_args,
+    )
+    placed = place(machine, need, (), 1)
+    if placed is None:
+        return {}, {}
+    return placed.env, share_options(placed.arguments or model.engine.extra_args)
 
 
 def bench_context(model: ModelConfig) -> int:
@@ -236,7 +265,7 @@ def _tuning_steps(session: PlanningSession, say: Say) -> int:
     if why := untunable(session.checkpoint, session.modules):
         say(f"scales are not tuned: {why}")
         return 0
-    free = psutil.virtual_memory().available
+    free = free_memory(best_device())
     for steps in STEPS:
         memory, seconds = session.tuning_cost(steps)
         if memory <= free and seconds <= TUNING_S:

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 ENGINE_SIDE = Path(__file__).with_name("bench_engine.py")
 START_TIMEOUT_S = 300.0
+WHERE = frozenset(("CUDA_VISIBLE_DEVICES", "gpu_memory_utilization", "kv_cache_memory_bytes"))
+"""Of environment and options: where an engine runs and what it may take there, which decides no number."""
 
 Span = tuple[Sequence[int], int]
 """Token ids, and the index of the first that is scored (at least 1)."""
@@ -128,8 +130,8 @@ class Bench:
     @property
     def identity(self) -> str:
         """What decides the numbers besides the checkpoint: the engine's version, environment and options."""
-        decides = {**self._env, **self._options}
-        return " ".join((self.version, *(f"{name}={value}" for name, value in sorted(decides.items()))))
+        decides = sorted({**self._env, **self._options}.items())
+        return " ".join((self.version, *(f"{name}={value}" for name, value in decides if name not in WHERE)))
 
     def score(
         self,

@@ -40,5 +40,5 @@ def importance_of(source: Source, sequences: Sequence[Sequence[int]]) -> Importa
             for member in group.members:
                 inputs = found.inputs.get(first_of(group, member.name))
                 if inputs is not None:
-                    made[theirs[f"{member.name}.weight"]] = inputs.importance.float().numpy().copy()
+                    made[theirs[f"{member.name}.weight"]] = inputs.importance.float().cpu().numpy().copy()
     return made

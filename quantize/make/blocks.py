@@ -310,6 +310,20 @@ def best_device() -> torch.device:
     return found or torch.device("cpu")
 
 
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free on a device, or of the machine's memory for the processor.
+
+    What torch keeps for later tensors on an accelerator is given back first.
+    """
+    import psutil
+    import torch
+
+    if device.type != "cuda":
+        return int(psutil.virtual_memory().available)
+    torch.cuda.empty_cache()
+    return int(torch.cuda.mem_get_info(device)[0])
+
+
 def serving_dtype(checkpoint: Checkpoint) -> torch.dtype:
     """The type that an engine computes in, as torch has it."""
     import torch

@@ -126,9 +126,9 @@ class Backward:
     ) -> dict[tuple[str, Choice], Sums]:
         """Sums of a block's groups; ``gradients`` become those with respect to its inputs."""
         sums = {(group.name, choice): Sums() for group in groups for choice in wanted[group.name]}
-        changes = {
-            group.name: [self._changes(group, choice) for choice in wanted[group.name]] for group in groups
-        }
+        by_name = {group.name: group for group in groups}
+        changes = {group.name: self._changes(group, wanted[group.name]) for group in groups}
+        scales = {(name, choice): self.parts.scales(by_name[name], choice) for name, choice in sums}
         places = {m.name: self.blocks.places[m.name] for group in groups for m in group.members}
         firsts = {first_of(group, m.name) for group in groups for m in group.members}
         weights = {id(parameter): parameter for parameter in map(_parameter, places.values())}
@@ -141,6 +141,7 @@ class Backward:
 
         def work(number: int) -> None:
             running.inputs = {}
+            rounding: dict[tuple[str, Choice], Tensor] = {}
             for draw, found in enumerate(
                 self._sequence(layer, batches[number], before[number], gradients[number], weights, running)
             ):
@@ -148,14 +149,17 @@ class Backward:
                     n: _flat(place, found.weights[id(_parameter(place))]) for n, place in places.items()
                 }
                 for group in groups:
-                    for choice, change in zip(wanted[group.name], changes[group.name], strict=True):
-                        smooth = self.parts.scales(group, choice)
-                        added = _product(group, choice, change, found.inputs, slopes, smooth) ** 2
+                    products = _products(
+                        group, wanted[group.name], changes[group.name], found.inputs, slopes, scales, rounding
+                    )
+                    for at, (choice, product) in enumerate(zip(wanted[group.name], products, strict=True)):
                         energies = (0.0, 0.0)
                         if number in noisy and draw == 0:
+                            change = {name: of[at] for name, of in changes[group.name].items()}
+                            smooth = scales[group.name, choice]
                             energies = _energies(self.blocks, group, choice, change, found.inputs, smooth)
                         with lock:
-                            sums[group.name, choice].add(added, *energies)
+                            sums[group.name, choice].add(product**2, *energies)
 
         for weight in weights.values():
             weight.requires_grad_(True)
@@ -167,15 +171,20 @@ class Backward:
             weight.requires_grad_(False)
         return sums
 
-    def _changes(self, group: Group, choice: Choice) -> dict[str, Tensor]:
-        """Ŵ - W of a group's members, float32; of smoothed parts, as they act in the plain model."""
-        tensors = self.parts.tensors(self.parts.file(group.name, choice))
-        scales = self.parts.scales(group, choice)
+    def _changes(self, group: Group, choices: Sequence[Choice]) -> dict[str, Tensor]:
+        """Ŵ - W of a group's members, float32 (choices, N, K); of smoothed parts, as they act in the plain
+        model."""
+        import torch
+
         found = {}
         for member in group.members:
-            quantized = linear_weight(tensors, member.name, scheme(choice[0])).to(self.blocks.device)
-            quantized = unfolded(member, quantized, scales)
-            found[member.name] = quantized.sub_(self.blocks.places[member.name].weight.float())
+            weight = self.blocks.places[member.name].weight.float()
+            found[member.name] = torch.empty((len(choices), *weight.shape), device=weight.device)
+            for at, choice in enumerate(choices):
+                tensors = self.parts.tensors(self.parts.file(group.name, choice))
+                quantized = linear_weight(tensors, member.name, scheme(choice[0])).to(self.blocks.device)
+                quantized = unfolded(member, quantized, self.parts.scales(group, choice))
+                torch.sub(quantized, weight, out=found[member.name][at])
         return found
 
     def _sequence(
@@ -254,30 +263,39 @@ def _flat(place: Place, gradient: Tensor | None) -> Tensor | None:
     return None if mine is None else mine.float().reshape(-1)
 
 
-def _product(
+def _products(
     group: Group,
-    choice: Choice,
-    change: Mapping[str, Tensor],
+    choices: Sequence[Choice],
+    changes: Mapping[str, Tensor],
     inputs: Mapping[str, tuple[Tensor, Tensor | None]],
     slopes: Mapping[str, Tensor | None],
-    scales: Scales,
-) -> float:
-    """Σ_t g_t·e_t of one sequence: the errors of all members act together. ``slopes`` are flat."""
+    scales: Mapping[tuple[str, Choice], Scales],
+    rounding: dict[tuple[str, Choice], Tensor],
+) -> list[float]:
+    """Σ_t g_t·e_t of one sequence at every choice: the errors of all members act together.
+
+    ``slopes`` are flat. ``rounding`` keeps what rounding the sequence's inputs changes, which is the same in
+    every draw. An accelerator is waited for once.
+    """
     import torch
 
-    total = 0.0
+    total = torch.zeros(len(choices), device=next(iter(changes.values())).device)
     for member in group.members:
         slope = slopes[member.name]
-        if slope is not None:  # a dot product reads both once; their product would be written and read again
-            total += float(torch.dot(slope, change[member.name].reshape(-1)))
-    how = scheme(choice[0]).activations
-    if how is not None:
-        for first in {first_of(group, member.name) for member in group.members}:
+        if slope is not None:
+            total += changes[member.name].flatten(1) @ slope
+    for at, choice in enumerate(choices):
+        how = scheme(choice[0]).activations
+        for first in {first_of(group, member.name): None for member in group.members} if how else ():
             x, slope = inputs.get(first, (None, None))
-            if x is not None and slope is not None:
-                rounded = round_inputs(x, how, scales.get(f"{first}.columns"))
-                total += float((slope.float() * (rounded - x).float()).sum())
-    return total
+            if how is None or x is None or slope is None:
+                continue
+            if (first, choice) not in rounding:
+                columns = scales[group.name, choice].get(f"{first}.columns")
+                rounding[first, choice] = (round_inputs(x, how, columns) - x).float()
+            total[at] += torch.dot(slope.float().reshape(-1), rounding[first, choice].reshape(-1))
+    found: list[float] = total.tolist()
+    return found
 
 
 def _energies(

@@ -24,7 +24,7 @@ from quantize.evaluate.bench import Bench, Span
 from quantize.make.calibration import CalibrationSet
 from quantize.make.compress import QuantizeError
 from quantize.make.parts import NUMERICS, PartStore
-from quantize.make.rate import matmul_rate, usable_cores
+from quantize.make.rate import machine_rates
 from quantize.make.streaming import streams
 from quantize.plan.planner import Candidate, PlanError, Planner
 from quantize.plan.search import search
@@ -223,12 +223,13 @@ class PlanningSession:
             return None
         tuned = tune(self.simulated, plan, out, self.calibration.sequences, steps)
         write_tuned(tuned, out)
+        self._simulated = None  # an engine may need its memory
         return tuned
 
     def tuning_cost(self, steps: int) -> tuple[int, float]:
-        """Bytes of memory and seconds that tuning takes: the model in 32 bits with the gradients of a pass,
-        the reference's log-probabilities of the calibration tokens; forward and backward passes of every
-        step at this machine's rate of matrix products, its cores being idle."""
+        """Bytes of memory, of the accelerator where there is one, and seconds that tuning takes: the model in
+        32 bits with the gradients of a pass, the reference's log-probabilities of the calibration tokens;
+        forward and backward passes of every step at the rate of matrix products, all being idle."""
         weights = sum(group.weights for group in self.modules)
         all_weights = weights + self.modules.other_bytes // BF16_BYTES
         tokens = sum(map(len, self.calibration.sequences))
@@ -236,7 +237,8 @@ class PlanningSession:
         vocabulary = int(self.checkpoint.text_config["vocab_size"])
         memory = 4 * (3 * all_weights + int(tokens + 3 * TOGETHER * of_one) * vocabulary)
         operations = 6.0 * all_weights * SEQUENCES * of_one * steps + 2.0 * all_weights * tokens
-        return memory, operations / (matmul_rate("float32", "cpu") * usable_cores())
+        rates = machine_rates()
+        return memory, operations / (rates.wide * (1 if rates.accelerator else rates.cores))
 
     def _served(self, bench: Bench) -> ServedKl:
         return ServedKl(self.parts, bench, self.choosing, self.directory / "served")

@@ -17,6 +17,7 @@ from quantize.core.modules import Group, Modules
 from quantize.core.plan import Plan
 from quantize.core.schemes import Numbers, scheme
 from quantize.evaluate.bench import Span
+from quantize.make.blocks import best_device
 from quantize.make.linears import exchanged, find_linears, observing
 from quantize.make.parts import PartStore
 from quantize.make.ranges import round_inputs
@@ -33,12 +34,19 @@ BATCH_TOKENS = 512
 class SimulatedModel:
     """The reference in torch, and any plan over it. ``choice`` is (scheme, method) of a group."""
 
-    def __init__(self, parts: PartStore, spans: Sequence[Span], dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self,
+        parts: PartStore,
+        spans: Sequence[Span],
+        dtype: torch.dtype | None = None,
+        device: torch.device | None = None,
+    ) -> None:
+        """``device`` is the accelerator by default, where there is one."""
         import torch
 
         self.parts, self.modules = parts, parts.modules
-        self.spans = spans
-        self.model: Any = load_model(parts.checkpoint, dtype or torch.float32)
+        self.spans, self.device = spans, device or best_device()
+        self.model: Any = load_model(parts.checkpoint, dtype or torch.float32).to(self.device)
         for parameter in self.model.parameters():
             parameter.requires_grad_(False)
         self.places = find_linears(self.model, self.modules.linears)
@@ -55,7 +63,7 @@ class SimulatedModel:
                 unfolded(member, dequantized(tensors, member.name, scheme(scheme_name)), scales)
                 for member in group.members
             ]
-            self._quantized[key] = [weight.to(self.model.dtype) for weight in found]
+            self._quantized[key] = [weight.to(self.device, self.model.dtype) for weight in found]
         return self._quantized[key]
 
     @contextlib.contextmanager
@@ -96,7 +104,7 @@ class SimulatedModel:
                 for line, number in enumerate(batch):
                     tokens = wanted[number][0]
                     ids[line, : len(tokens)] = torch.tensor(list(tokens))
-                logits = self.model(ids, use_cache=False).logits
+                logits = self.model(ids.to(self.device), use_cache=False).logits
                 for line, number in enumerate(batch):
                     tokens, start = wanted[number]
                     scored = logits[line, start - 1 : len(tokens) - 1]

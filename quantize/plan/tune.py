@@ -3,8 +3,8 @@
 The stored integers stay as they are; scales, and the weights of norms, are trained by gradient descent to
 lower the KL divergence from the reference on the calibration data (the second stage of EfficientQAT,
 arXiv:2407.11062, with soft labels). No byte is added. The choosing conversations, which training does not
-see, say when to stop. Memory: the model in 32 bits, its gradients for one batch, and the reference's
-log-probabilities of the calibration tokens.
+see, say when to stop. Memory, of the accelerator where there is one: the model in 32 bits, its gradients for
+one batch, and the reference's log-probabilities of the calibration tokens.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from quantize.make.ranges import round_inputs
 from quantize.plan.simulated import SimulatedModel, mean_kl, plan_choices
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 STEPS = (240, 120, 60, 30)
@@ -71,7 +72,7 @@ def untunable(checkpoint: Checkpoint, modules: Modules) -> str:
 class _Scaled:
     """A quantized linear module: fixed integers, trained scales."""
 
-    def __init__(self, tensors: Mapping[str, Part], module: str, how: Scheme) -> None:
+    def __init__(self, tensors: Mapping[str, Part], module: str, how: Scheme, device: torch.device) -> None:
         import torch
 
         assert how.weights is not None
@@ -80,7 +81,7 @@ class _Scaled:
             for name in ("weight", "weight_packed", "weight_zero_point", "weight_shape")
             if f"{module}.{name}" in tensors
         }
-        self.scale = read_tensor(tensors[f"{module}.weight_scale"])
+        self.scale = read_tensor(tensors[f"{module}.weight_scale"]).to(device)
         if "weight_packed" in part:
             n, k = (int(size) for size in part["weight_shape"])
             values = unpack(part["weight_packed"], how.weights.bits, k)
@@ -89,7 +90,7 @@ class _Scaled:
                 values = values - zero.repeat_interleave(-(-k // zero.shape[1]), 1)[:, :k]
         else:
             values = part["weight"].float()
-        self.values, self.inputs = values, how.activations
+        self.values, self.inputs = values.to(device), how.activations
         wide = self.scale.float()
         start = torch.where(wide == 0, 0.0, (spread(self.scale) / wide).log())
         self.change = start.requires_grad_()
@@ -119,7 +120,8 @@ def spread(stored: Tensor) -> Tensor:
     if bits is None:
         return wide
     step = torch.exp2(torch.floor(torch.log2(wide.abs().clamp_min(torch.finfo(torch.float32).tiny))) - bits)
-    drawn = wide + (torch.rand(wide.shape, generator=torch.Generator().manual_seed(0)) - 0.5) * step
+    share = torch.rand(wide.shape, generator=torch.Generator().manual_seed(0)).to(wide.device)
+    drawn = wide + (share - 0.5) * step
     return torch.where(drawn.to(stored.dtype) == stored, drawn, wide)
 
 
@@ -144,7 +146,7 @@ def tune(
     reference = model.log_probabilities()
     before = model.kl(plan_choices(plan, model.modules), reference)
     linears = {
-        member.name: _Scaled(tensors, member.name, scheme(plan.groups[group.name]))
+        member.name: _Scaled(tensors, member.name, scheme(plan.groups[group.name]), model.device)
         for group in model.modules
         if scheme(plan.groups[group.name]).weights is not None
         for member in group.members
@@ -208,7 +210,7 @@ def _unquantized(model: Any, tensors: Mapping[str, Part], trained: set[str]) -> 
     for name, parameter in model.named_parameters():
         module, _, leaf = name.rpartition(".")
         if name in tensors and (leaf == "bias" or module not in trained):
-            found[name] = read_tensor(tensors[name]).to(parameter.dtype)
+            found[name] = read_tensor(tensors[name]).to(parameter.device, parameter.dtype)
     return found
 
 
@@ -220,7 +222,7 @@ def _norms(model: Any, tensors: Mapping[str, Part]) -> dict[str, tuple[Tensor, T
     for name, module in model.named_modules():
         weight = getattr(module, "weight", None)
         if weight is not None and weight.ndim == 1 and f"{name}.weight" in tensors:
-            stored = read_tensor(tensors[f"{name}.weight"])
+            stored = read_tensor(tensors[f"{name}.weight"]).to(weight.device)
             wide = stored.float()
             start = torch.where(wide == 0, 0.0, spread(stored) / wide - 1)
             found[name] = (stored, start.requires_grad_())
@@ -257,7 +259,7 @@ def _stored(linears: Mapping[str, _Scaled], norms: Mapping[str, tuple[Tensor, Te
         found = {f"{name}.weight_scale": one.scales().to(one.scale.dtype) for name, one in linears.items()}
         for name, (stored, change) in norms.items():
             found[f"{name}.weight"] = _norm_weight(stored, change).to(stored.dtype)
-    return found
+    return {name: tensor.cpu() for name, tensor in found.items()}
 
 
 def _loss(model: Any, spans: Sequence[Span], labels: Sequence[Tensor]) -> Tensor:
@@ -268,7 +270,7 @@ def _loss(model: Any, spans: Sequence[Span], labels: Sequence[Tensor]) -> Tensor
     ids = torch.zeros(len(spans), width, dtype=torch.long)
     for line, (tokens, _) in enumerate(spans):
         ids[line, : len(tokens)] = torch.tensor(list(tokens))
-    logits = model(ids, use_cache=False).logits
+    logits = model(ids.to(model.device), use_cache=False).logits
     total, count = torch.zeros(()), 0
     for line, ((tokens, start), p) in enumerate(zip(spans, labels, strict=True)):
         q = torch.log_softmax(logits[line, start - 1 : len(tokens) - 1].float(), -1)

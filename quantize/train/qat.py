@@ -18,8 +18,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import psutil
-
 from quantize.core.checkpoint import Checkpoint
 from quantize.core.legality import is_experts
 from quantize.core.modules import HEAD, Linear, Modules
@@ -217,8 +215,11 @@ def memory(work: Work, settings: QatSettings) -> int:
 
 
 def refuse_no_room(work: Work, settings: QatSettings, fix: str = "") -> int:
-    """The bytes that training will take. Raises TrainError, which tells ``fix``, where they are not free."""
-    needed, free = memory(work, settings), psutil.virtual_memory().available
+    """The bytes that training will take, of the accelerator's memory where there is one. Raises TrainError,
+    which tells ``fix``, where they are not free."""
+    from quantize.make.blocks import best_device, free_memory
+
+    needed, free = memory(work, settings), free_memory(best_device())
     if needed > free:
         raise TrainError(
             f"training {work.weights / 1e6:.0f} M weights would take about {needed / 1e9:.1f} GB of memory, "
@@ -338,7 +339,7 @@ def figures(whole: Distillation, text: Text, aims: Sequence[Tensor]) -> dict[str
         p, q = torch.log_softmax(theirs, -1), torch.log_softmax(mine, -1)
         total, tokens = total + float((p.exp() * (p - q)).sum()), tokens + len(p)
         if text.starts is not None:
-            aim = torch.tensor(list(text.sequences[number][text.starts[number] :]))
+            aim = torch.tensor(list(text.sequences[number][text.starts[number] :])).to(mine.device)
             right += int((mine.argmax(-1) == aim).all())
             reference += int((theirs.argmax(-1) == aim).all())
             count += 1

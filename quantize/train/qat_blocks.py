@@ -62,7 +62,7 @@ def reconstruct(
         groups = [group for group in modules if group.layer == layer]
         with blocks.loaded(layer) as block:
             norms = norm_names(blocks.model, block)
-            mine = begin(tensors, groups, plan, norms, original, saturating)
+            mine = begin(tensors, groups, plan, norms, original, saturating, blocks.device)
             student.add(mine)
             if settings is None:
                 continue

@@ -167,7 +167,7 @@ class Distillation:
             return (given[0] + (round_inputs(given[0], inputs) - given[0]).detach(), *given[1:])
 
         hook = module.register_forward_pre_hook(rounding) if inputs is not None else None
-        module.weight = torch.nn.Parameter(weight.to(before.dtype), requires_grad=False)
+        module.weight = torch.nn.Parameter(weight.to(before), requires_grad=False)
         try:
             yield
         finally:

@@ -26,6 +26,7 @@ def stored(student: Student) -> dict[str, Tensor]:
             if how.activations is not None:  # fixed scales of inputs come below
                 how = replace(how, activations=replace(how.activations, dynamic=True))
             dtype = one.scale.stored.dtype
+            # Where they were trained: another processor's arithmetic could round one differently.
             made = stored_tensors(one.codes(), one.grid(), how, None, dtype)
             found |= {f"{name}.{leaf}": tensor for leaf, tensor in made.items()}
         for name, first in student.firsts.items():
@@ -35,7 +36,7 @@ def stored(student: Student) -> dict[str, Tensor]:
             found[f"{name}.weight"] = norm.value().to(norm.stored.dtype)
         for name, scale in student.cache.items():
             found[name] = scale.value().to(scale.stored.dtype)
-    return found
+    return {name: tensor.cpu() for name, tensor in found.items()}
 
 
 def export(student: Student, directory: Path) -> int:
@@ -61,7 +62,7 @@ def prove(student: Student, directory: Path) -> int:
     compared = 0
     with torch.no_grad():
         for name, one in student.weights.items():
-            refuse(name, torch.equal(dequantized(parts, name, student.schemes[name]), one.fake()))
+            refuse(name, torch.equal(dequantized(parts, name, student.schemes[name]), one.fake().cpu()))
             compared += 1
         values = {f"{name}.weight": norm.value() for name, norm in student.norms.items()}
         values |= {name: scale.value() for name, scale in student.cache.items()}
@@ -69,6 +70,6 @@ def prove(student: Student, directory: Path) -> int:
             if first in student.inputs:
                 values[f"{name}.input_scale"] = student.inputs[first].value()
         for name, value in values.items():
-            refuse(name, torch.equal(read_tensor(parts[name]).float(), value))
+            refuse(name, torch.equal(read_tensor(parts[name]).float(), value.cpu()))
             compared += 1
     return compared

@@ -97,11 +97,16 @@ def begin(
     norms: Iterable[str],
     original: Original,
     saturating: bool = True,
+    device: torch.device | str = "cpu",
 ) -> Student:
-    """The student's part that is of ``groups``, from a checkpoint's stored ``tensors``.
+    """The student's part that is of ``groups``, from a checkpoint's stored ``tensors``, on ``device``.
 
     ``norms`` are names of norm modules that are trained with them. A head is left as it is.
     """
+
+    def read(name: str) -> Tensor:
+        return read_tensor(tensors[name]).to(device)
+
     student, attention = Student(), set[str]()
     for group in groups:
         how = scheme(plan.groups[group.name])
@@ -110,30 +115,34 @@ def begin(
         if how.weights is None or group.kind == HEAD:
             continue
         for member in group.members:
-            codes, scale, grid = stored_grid(tensors, member.name, how)
-            start = StoredScale(scale, spread(scale))
-            one = TrainedWeight.begin(codes, start, grid, original(member), saturating)
+            codes, scale, grid = stored_grid(tensors, member.name, how, device)
+            start, whole = StoredScale(scale, spread(scale)), original(member)
+            whole = None if whole is None else whole.to(device)
+            one = TrainedWeight.begin(codes, start, grid, whole, saturating)
             student.weights[member.name], student.schemes[member.name] = one, how
             first = first_of(group, member.name)
             student.firsts[member.name] = first
             if how.needs_calibration and first not in student.inputs:
-                fixed = read_tensor(tensors[f"{first}.input_scale"])
+                fixed = read(f"{first}.input_scale")
                 student.inputs[first] = StoredScale(fixed, spread(fixed))
     for name in norms:
-        stored = read_tensor(tensors[f"{name}.weight"])
+        stored = read(f"{name}.weight")
         wide = stored.float()
         change = torch.where(wide == 0, 0.0, spread(stored) / wide - 1)
         same = (wide * (1 + change)).to(stored.dtype) == stored
         student.norms[name] = TrainedNorm(stored, torch.where(same, change, 0.0))
     if kv_scheme(plan.kv).calibrated:
         for name in (f"{one}{leaf}" for one in attention for leaf in KV_SCALES):
-            fixed = read_tensor(tensors[name])
+            fixed = read(name)
             student.cache[name] = StoredScale(fixed, spread(fixed))
     return student
 
 
-def stored_grid(tensors: Mapping[str, Part], module: str, how: Scheme) -> tuple[Tensor, Tensor, Grid]:
-    """A quantized module as it is stored: q (N, K), its scales in their type (N, groups), and the grid."""
+def stored_grid(
+    tensors: Mapping[str, Part], module: str, how: Scheme, device: torch.device | str = "cpu"
+) -> tuple[Tensor, Tensor, Grid]:
+    """A quantized module as it is stored: q (N, K), its scales in their type (N, groups), and the grid; on
+    ``device``."""
     assert how.weights is not None
     w = how.weights
     scale = read_tensor(tensors[f"{module}.weight_scale"])
@@ -147,7 +156,8 @@ def stored_grid(tensors: Mapping[str, Part], module: str, how: Scheme) -> tuple[
     if not w.symmetric:
         zero = read_tensor(tensors[f"{module}.weight_zero_point"])
         zero = unpack(zero.T, w.bits, n).T if zero.dtype == torch.int32 else zero.float()
-    scale = scale.reshape(n, -1)
+    codes, scale = codes.to(device), scale.reshape(n, -1).to(device)
+    zero = None if zero is None else zero.to(device)
     bits = how.range_bits or w.bits
     low, high = (None, None) if w.kind == "float" else (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
     return codes, scale, Grid(scale.float(), zero, low, high, w.group_size or k)
