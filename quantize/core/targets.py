@@ -59,8 +59,10 @@ _TRIED_ON_AMX = _INT4 - {"w4a16-g16", "w4a16-g16-asym"} | {
 }
 _TRIED_ON_AN_H100 = frozenset(
     (
-        *("w4a16", "w4a16-g128", "w4a16-g64", "w4a16-g64-asym", "w4a16-g32", "w8a16-g128"),
-        *("w8a8", "w8a8-asym", "fp8-dynamic", "fp8-block", "fp8a16"),
+        *("w4a16", "w4a16-asym", "w4a16-g128", "w4a16-g128-asym", "w4a16-g64"),
+        *("w4a16-g64-asym", "w4a16-g32", "w4a16-g32-asym", "w8a16", "w8a16-g128"),
+        *("w8a8", "w8a8-r7", "w8a8-asym", "fp8", "fp8-dynamic", "fp8-block", "fp8a16"),
+        *("nvfp4", "nvfp4a16", "mxfp4"),
         *("auto", "fp8", "int8_per_token_head", "int4_per_token_head"),
     )
 )
@@ -118,11 +120,12 @@ def _cuda(
 ) -> Target:
     marlin = Rule("Marlin", bits=(4, 8), groups=(32, 64, 128), zero_points=(4,))
     machete = Rule("Machete", bits=(4, 8), groups=(64, 128), zero_points=(4, 8), k=64, n=128)
+    triton = Rule("Triton", bits=(4,), groups=(32, 64, 128, 256), zero_points=(4,), n=8)
     cutlass, weights = Rule("CUTLASS"), Rule("Marlin")
     as16 = Rule("Marlin", computes=_FP8_16, same_as="fp8a16")
     blocks16 = Rule("Marlin", blocks=True, computes=_FP8_16, same_as="fp8a16")
     rules: dict[Kind, tuple[Rule, ...]] = {
-        Kind.INT_WEIGHTS: (marlin, machete) if capability == 90 else (marlin,),
+        Kind.INT_WEIGHTS: (marlin, machete, triton) if capability == 90 else (marlin, triton),
         Kind.FP8_TENSOR: (cutlass if capability >= 89 else as16,),
         Kind.FP8_TOKEN: (cutlass if capability >= 89 else as16,),
         Kind.FP8_BLOCK: (Rule("block-scaled FP8", blocks=True) if capability >= 90 else blocks16,),
