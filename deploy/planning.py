@@ -14,7 +14,7 @@ from deploy.engine import SITE, attention_heads
 from deploy.machine import look
 from deploy.making import all_items
 from deploy.models import checkpoint_of, registry_of
-from deploy.placement import Need, place, share_options
+from deploy.placement import Machine, Need, place, share_options
 from deploy.unlabelled import calibration_for, version_in_use
 from gateway.config import ModelConfig
 from quantize.card import Card
@@ -80,7 +80,7 @@ def open_bench(model: ModelConfig) -> Iterator[Bench]:
     """
     if model.engine.python is None:
         raise PlanError("engine.python is not set; planning measures on the engine, run `make setup`")
-    env, options = _place(model)
+    env, options = bench_place(model, look())
     with (
         locked(model.variants_dir / ".planning" / ".lock", "planning", _say_aside),
         Bench(
@@ -95,10 +95,9 @@ def open_bench(model: ModelConfig) -> Iterator[Bench]:
         yield bench
 
 
-def _place(model: ModelConfig) -> tuple[Mapping[str, str], dict[str, Any]]:
+def bench_place(model: ModelConfig, machine: Machine) -> tuple[Mapping[str, str], dict[str, Any]]:
     """Environment and options of a bench engine on a GPU, by which it takes what the 16-bit model needs and
     no more, since parts are made there too; empty on a CPU. Raises PlacementError."""
-    machine = look()
     if not machine.gpus:
         return {}, {}
     checkpoint = checkpoint_of(model, _say_aside)

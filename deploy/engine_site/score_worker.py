@@ -15,8 +15,8 @@ fingerprint :meth:`ScoreWorker.tiercel_describe` gives. For a variant with anoth
 reference's is read from its checkpoint and stands in for it (:meth:`ScoreWorker.tiercel_load_head`).
 
 Run: the V1 runner on a CPU, with chunked prompts, several requests at once beside ones that decode, and
-prefix caching. Read in vLLM's source, and tried with its declared state filled by hand: the V2 runner, which
-needs Triton. Read alone: CUDA, tensor and pipeline parallelism.
+prefix caching; the V2 runner on an H100 (it needs Triton, and is tried here with its declared state filled by
+hand). Read in vLLM's source alone: tensor and pipeline parallelism.
 
 Where vLLM is not as expected here, nothing is measured and the reason is returned: see :func:`refusal`, and
 :func:`disagreement`, which compares the last row with the token that the engine drew from it.

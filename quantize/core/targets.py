@@ -7,7 +7,7 @@ are of the fused matrix that one shard holds (q, k and v together; N outputs, K 
 Where the rules come from. They were read in vLLM 0.32's sources: ``compressed_tensors`` and its schemes,
 ``kernels/linear`` (which kernel takes a layer), ``fused_moe/oracle``, the attention backends. The CPU
 ones with AVX-512, VNNI and AVX2 were then tried on the engine, and ``tests/e2e/test_matrix.py`` tries them
-again. Of AMX and Hopper (an H100) some were tried, of the other GPUs **none was run**:
+again. Of AMX some and of Hopper (an H100) most were tried, of the other GPUs **none was run**:
 :attr:`~quantize.core.legality.Target.measured` lists which, for linear modules; of experts on AMX and on
 GPUs none was. Where the sources leave a case open, the rule is the narrower one. Optional kernel packages
 (Humming, Conch) are taken as absent. Blackwell stands for compute capability 10 and 12 together.

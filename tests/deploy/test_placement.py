@@ -1,18 +1,33 @@
 """Engines get cores, devices and memory; what does not fit side by side goes one after another."""
 
 import asyncio
-from dataclasses import replace
+import dataclasses
+from pathlib import Path
 
 import pytest
 
 from deploy.machine import find_gpus
-from deploy.placement import GIB, GPU_OVERHEAD, Machine, Need, Placed, PlacementError, Seats, place
+from deploy.placement import (
+    GIB,
+    GPU_OVERHEAD,
+    Machine,
+    Need,
+    Placed,
+    PlacementError,
+    Seats,
+    place,
+    share_options,
+)
+from deploy.planning import LEAST_CACHE, bench_place
+from gateway.config import load_config
+from quantize.evaluate.bench import Bench
 
 H100 = "0, NVIDIA H100 80GB HBM3, 81559, 81079, 570.124.06\n"
 FOUR = "".join(f"{i}, NVIDIA H100 80GB HBM3, 81559, 81079, 570.124.06\n" for i in range(4))
 L4_BUSY = "0, NVIDIA L4, 23034, 11800, 550.90.07\n1, NVIDIA L4, 23034, 22553, 550.90.07\n"
 MIG = "0, NVIDIA A100-SXM4-80GB, [N/A], [N/A], 550.90.07\n"
 
+ROOT = Path(__file__).resolve().parents[2]
 SMALL = Need("bf16", 16 * GIB, 4 * GIB, (32, 8))
 LARGE = Need("bf16", 132 * GIB, 4 * GIB, (64, 8))
 TWO_CORES = Machine({0: (0, 1)}, 20 * GIB)
@@ -48,17 +63,54 @@ def test_engines_share_a_gpu_by_bytes_and_not_by_a_share_of_it() -> None:
     assert first.memory == round(16 * GIB * 1.05) + 4 * GIB + GPU_OVERHEAD
 
 
+def test_a_share_of_a_gpu_as_options_of_the_engine_in_python() -> None:
+    placed = place(gpus(FOUR), LARGE, [], 1)
+    assert placed is not None
+    assert share_options(placed.arguments) == {
+        "gpu_memory_utilization": 0.05,
+        "kv_cache_memory_bytes": 2 * GIB,
+        "tensor_parallel_size": 2,
+        "distributed_executor_backend": "mp",
+    }
+    users = ["--max-num-seqs", "8", "--gpu-memory-utilization=0.4", "-tp", "2"]
+    assert share_options(users) == {
+        "gpu_memory_utilization": 0.4,
+        "tensor_parallel_size": 2,
+        "distributed_executor_backend": "mp",
+    }
+
+
+def test_planning_measures_in_what_the_model_needs_of_a_gpu(tmp_path: Path) -> None:
+    """Left alone it would take 92 % of a card on which parts are made and scales are tuned as well."""
+    python, model = tmp_path / "python", load_config(ROOT / "tiercel.yaml").of("assistant")
+    model = dataclasses.replace(
+        model, variants_dir=tmp_path, engine=model.engine.model_copy(update={"extra_args": []})
+    )
+    env, options = bench_place(model, gpus(L4_BUSY))
+    assert env == {"CUDA_VISIBLE_DEVICES": "1"}
+    assert options == {"gpu_memory_utilization": 0.05, "kv_cache_memory_bytes": LEAST_CACHE}
+    assert bench_place(model, TWO_CORES) == ({}, {})
+    own = model.engine.model_copy(update={"extra_args": ["--gpu-memory-utilization=0.4", "-cc", "{}"]})
+    env, options = bench_place(dataclasses.replace(model, engine=own), gpus(L4_BUSY))
+    assert (env, options) == ({}, {"gpu_memory_utilization": 0.4})
+    one = Bench(
+        python, tmp_path / "log", env={"CUDA_VISIBLE_DEVICES": "1", "A": "b"}, site=tmp_path, options=options
+    )
+    other = Bench(python, tmp_path / "log", env={"A": "b"}, site=tmp_path)
+    assert one.identity == other.identity
+
+
 def test_the_emptier_gpu_is_taken_and_the_users_choice_of_devices_holds() -> None:
     machine, need = gpus(L4_BUSY), Need("int8", 8 * GIB, GIB)
     free = place(machine, need, [], 2)
     assert free is not None
     assert free.gpus == (1,)
-    first = replace(need, env={"CUDA_VISIBLE_DEVICES": "0"})
+    first = dataclasses.replace(need, env={"CUDA_VISIBLE_DEVICES": "0"})
     named = place(machine, first, [], 2)
     assert named is not None
     assert named.gpus == (0,)
     assert place(machine, first, [named], 2) is None
-    own = place(machine, replace(need, arguments=("--gpu-memory-utilization=0.4",)), [], 2)
+    own = place(machine, dataclasses.replace(need, arguments=("--gpu-memory-utilization=0.4",)), [], 2)
     assert own is not None
     assert not own.arguments
     assert not own.env
@@ -108,7 +160,7 @@ def test_threads_that_the_user_sets_are_kept_and_counted() -> None:
     assert first is not None
     assert not first.env
     assert place(TWO_CORES, need, [first], 2) is None
-    assert place(TWO_CORES, replace(need, env={"OMP_NUM_THREADS": "1"}), [first], 2) is not None
+    assert place(TWO_CORES, dataclasses.replace(need, env={"OMP_NUM_THREADS": "1"}), [first], 2) is not None
 
 
 def test_engines_that_want_more_memory_than_there_is() -> None:
