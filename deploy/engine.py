@@ -9,10 +9,8 @@ import json
 import math
 import os
 import random
-import shutil
 import signal
 import socket
-import tempfile
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
@@ -31,6 +29,7 @@ from deploy.launches import environment as own_environment
 from deploy.launches import launch_of
 from deploy.machine import find_gpus
 from deploy.placement import CPU_OVERHEAD, Need, Placed
+from deploy.scratch import Scratch
 from gateway.config import Engine as EngineSettings
 from gateway.telemetry.engines import parse_reading
 from quantize.card import ADAPTER, Card
@@ -44,6 +43,7 @@ LAST_LINES = 12
 DRAIN = "/tiercel/drain"
 WITHOUT_ADAPTER = "--without-adapter"
 """After the model's name: what the engine calls its weights where the variant carries an adapter."""
+SOCKETS = "tiercel-engine-"
 STOP_MARGIN_S = 5.0
 """For an engine that has finished what it had begun to end."""
 PORT_FREE_S = 10.0
@@ -228,7 +228,7 @@ class EngineProcess:
         """Whether it has been ready: before that it has nothing to finish."""
         self._log_from = 0
         """Where in the log this start begins: what an earlier one said is no reason for this one."""
-        self._sockets: str | None = None
+        self._sockets: Scratch | None = None
         """The folder of those that the engine's processes talk through, and leave behind."""
 
     @property
@@ -258,7 +258,7 @@ class EngineProcess:
         self.spec.log.parent.mkdir(parents=True, exist_ok=True)
         self._log_from = self.spec.log.stat().st_size if self.spec.log.exists() else 0
         self._forget_sockets()
-        self._sockets = tempfile.mkdtemp(prefix="tiercel-engine-")
+        self._sockets = Scratch(SOCKETS)
         with self.spec.log.open("ab") as log:
             self._process = await asyncio.create_subprocess_exec(
                 *command(self.spec),
@@ -266,7 +266,7 @@ class EngineProcess:
                 stdout=log,
                 stderr=log,
                 env={
-                    "VLLM_RPC_BASE_PATH": self._sockets,
+                    "VLLM_RPC_BASE_PATH": str(self._sockets.path),
                     **environment(self.spec),
                     "TIERCEL_STARTED_BY": str(os.getpid()),
                 },
@@ -362,7 +362,7 @@ class EngineProcess:
 
     def _forget_sockets(self) -> None:
         if self._sockets is not None:
-            shutil.rmtree(self._sockets, ignore_errors=True)
+            self._sockets.close()
             self._sockets = None
 
     def last_words(self) -> str:
