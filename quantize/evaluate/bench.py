@@ -56,6 +56,7 @@ class Scores:
 class Bench:
     """One process of the engine environment. Use as a context manager; one request at a time.
 
+    An engine that shows no sign of life for ``timeout_s`` (it loads, or scores a sequence) is ended.
     ``site`` is the folder of ``score_worker.py``; ``options`` are further ones of vLLM's ``LLM``, such as
     ``{"gpu_memory_utilization": 0.5}``, or ``{"tensor_parallel_size": 2, "distributed_executor_backend":
     "mp"}``.
