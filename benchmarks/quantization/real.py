@@ -7,6 +7,7 @@
     python -m benchmarks.quantization.real --groups 20             # single groups: estimated and measured
     python -m benchmarks.quantization.real --plan "planned 4.5=plan.json"
     python -m benchmarks.quantization.real --checkpoint "w4a16-g32-asym awq=DIRECTORY"  # made elsewhere
+    python -m benchmarks.quantization.real --checkpoint "planned, tuned=var/variants/m/planned/current"
     python -m benchmarks.quantization.real --only none --checkpoint …              # and nothing else
 
 Rows are uniform variants by every method, heuristics (the ends of the model or every down projection in
@@ -31,6 +32,7 @@ from typing import Any
 
 from benchmarks.quantization import real_data, show
 from benchmarks.quantization.stages import Stages
+from quantize.card import CARD_NAME, read_card
 from quantize.core.checkpoint import open_checkpoint
 from quantize.core.modules import Modules
 from quantize.core.plan import Plan, uniform
@@ -158,14 +160,22 @@ def given_plans(arguments: Sequence[str]) -> Rows:
 
 
 def checkpoints(arguments: Sequence[str], modules: Modules) -> dict[str, tuple[Wanted, Path]]:
-    """Uniform variants of ``SCHEME METHOD=DIRECTORY`` arguments, made elsewhere, by label; ends the program
-    where there is no checkpoint."""
+    """Variants of ``LABEL=DIRECTORY`` arguments that Tiercel made, as their cards say, and uniform ones of
+    ``SCHEME METHOD=DIRECTORY`` that were made elsewhere, by label; ends the program where there is no
+    checkpoint."""
     found = {}
     for argument in arguments:
         label, _, path = argument.partition("=")
+        if path and (Path(path) / CARD_NAME).is_file():
+            card = read_card(Path(path))
+            found[label] = Wanted("given", Plan(groups=card.schemes, kv=card.kv, method=label)), Path(path)
+            continue
         name, _, method = label.partition(" ")
         if not method or not (Path(path) / "config.json").is_file():
-            sys.exit(f"--checkpoint {argument!r}: write SCHEME METHOD=DIRECTORY, a checkpoint's directory")
+            sys.exit(
+                f"--checkpoint {argument!r}: write LABEL=DIRECTORY of a variant with its card, or SCHEME "
+                "METHOD=DIRECTORY of a checkpoint without one"
+            )
         found[label] = Wanted("uniform", uniform(modules, name, method=method)), Path(path)
     return found
 

@@ -12,6 +12,7 @@ import pytest
 
 from benchmarks.quantization import real, real_data
 from benchmarks.quantization.stages import Stages
+from quantize.card import write_card
 from quantize.core.checkpoint import open_checkpoint
 from quantize.core.modules import read_modules
 from quantize.core.plan import Plan
@@ -19,6 +20,7 @@ from quantize.core.targets import target
 from quantize.plan.paired_kl import PairedKl, Ratio
 from quantize.plan.sensitivity import Row
 from quantize.plan.served import ServedKl
+from tests.quantize.test_report import make_card
 from tests.quantize.tiny import make_checkpoint
 
 
@@ -144,6 +146,25 @@ def test_rows_are_such_as_the_target_loads_and_all_parts_are_asked_for_once(tmp_
     assert {ends.method_of(name) for name, scheme in ends.groups.items() if scheme == "w8a8"} == {
         "smooth+rtn"
     }
+
+
+def test_a_variant_is_measured_as_its_card_says(tmp_path: Path) -> None:
+    modules = read_modules(open_checkpoint(make_checkpoint(tmp_path / "model", hidden_size=192, head_dim=64)))
+    schemes = {group.name: "w8a8" for group in modules}
+    card = make_card("planned", "mixed", 4, 1, schemes=schemes, method="smooth+imatrix+gptq")
+    made, elsewhere = tmp_path / "made", tmp_path / "elsewhere"
+    for directory in (made, elsewhere):
+        directory.mkdir()
+        (directory / "config.json").write_text("{}")
+    write_card(card, made)
+    found = real.checkpoints([f"planned, tuned={made}", f"w4a16-g64 awq={elsewhere}"], modules)
+    (one, where), (other, there) = found["planned, tuned"], found["w4a16-g64 awq"]
+    assert (one.kind, one.plan.groups, where) == ("given", schemes, made)
+    assert PairedKl.key(one.plan) != PairedKl.key(one.plan.model_copy(update={"method": card.method}))
+    assert (other.kind, set(other.plan.groups.values()), there) == ("uniform", {"w4a16-g64"}, elsewhere)
+    for wrong in (f"planned={elsewhere}", "planned", f"w4a16-g64 awq={tmp_path}"):
+        with pytest.raises(SystemExit, match="write LABEL=DIRECTORY of a variant with its card"):
+            real.checkpoints([wrong], modules)
 
 
 def test_single_groups_are_spread_over_the_estimates() -> None:
