@@ -180,6 +180,7 @@ _OWN_SHARE = ("--gpu-memory-utilization", "--kv-cache-memory-bytes", "--tensor-p
 
 def share_options(arguments: Sequence[str]) -> dict[str, Any]:
     """What of an engine's ``arguments`` says how much it takes of which GPUs, as options of vLLM's ``LLM``.
+    Raises PlacementError for what is no number.
 
     >>> share_options(["--gpu-memory-utilization", "0.05", "-tp=2", "--max-num-seqs", "8"])
     {'gpu_memory_utilization': 0.05, 'tensor_parallel_size': 2, 'distributed_executor_backend': 'mp'}
@@ -189,7 +190,10 @@ def share_options(arguments: Sequence[str]) -> dict[str, Any]:
     for name, value in itertools.pairwise(words):
         if name in _OWN_SHARE:
             option = "tensor_parallel_size" if name == "-tp" else name.removeprefix("--").replace("-", "_")
-            found[option] = float(value) if option == "gpu_memory_utilization" else int(value)
+            try:
+                found[option] = float(value) if option == "gpu_memory_utilization" else int(value)
+            except ValueError:
+                raise PlacementError(f"{name} {value}: is no plain number; write it out") from None
     if found.get("tensor_parallel_size", 1) > 1:
         found["distributed_executor_backend"] = "mp"
     return found

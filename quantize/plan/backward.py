@@ -284,11 +284,13 @@ def _products(
         slope = slopes[member.name]
         if slope is not None:
             total += changes[member.name].flatten(1) @ slope
+    firsts = dict.fromkeys(first_of(group, member.name) for member in group.members)
     for at, choice in enumerate(choices):
-        how = scheme(choice[0]).activations
-        for first in {first_of(group, member.name): None for member in group.members} if how else ():
+        if (how := scheme(choice[0]).activations) is None:
+            continue
+        for first in firsts:
             x, slope = inputs.get(first, (None, None))
-            if how is None or x is None or slope is None:
+            if x is None or slope is None:
                 continue
             if (first, choice) not in rounding:
                 columns = scales[group.name, choice].get(f"{first}.columns")

@@ -72,6 +72,8 @@ def test_a_share_of_a_gpu_as_options_of_the_engine_in_python() -> None:
         "tensor_parallel_size": 2,
         "distributed_executor_backend": "mp",
     }
+    with pytest.raises(PlacementError, match="--kv-cache-memory-bytes 4G: is no plain number"):
+        share_options(["--kv-cache-memory-bytes", "4G"])
     users = ["--max-num-seqs", "8", "--gpu-memory-utilization=0.4", "-tp", "2"]
     assert share_options(users) == {
         "gpu_memory_utilization": 0.4,
