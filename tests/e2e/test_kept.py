@@ -61,7 +61,15 @@ def path(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-async def stack(path: Path) -> AsyncIterator[Stack]:
+def served(path: Path, tmp_path: Path) -> Path:
+    """Where the variant is served from: what lies there has been harmed, and was moved away before."""
+    directory = variant_directory(tmp_path / "variants/assistant", VARIANT).resolve()
+    directory.rename(tmp_path / "healthy")
+    return damaged(tmp_path / "healthy", directory, "two-bits")
+
+
+@pytest.fixture
+async def stack(path: Path, served: Path) -> AsyncIterator[Stack]:
     async with Stack(load_config(path), path, print) as running:
         yield running
 
@@ -91,13 +99,10 @@ async def until(condition: Any) -> None:
 
 
 async def test_what_was_kept_demotes_a_harmed_variant_and_judges_it(
-    path: Path, stack: Stack, tmp_path: Path
+    path: Path, served: Path, stack: Stack, tmp_path: Path
 ) -> None:
     lines = (ROOT / f"deploy/assistant/data/{ROLE}.jsonl").read_text(encoding="utf-8").splitlines()
     items = [json.loads(line) for line in itertools.islice(lines, ANSWERS)]
-    spec = stack.engines[QUANTIZED].spec
-    healthy = variant_directory(stack.config.of("assistant").variants_dir, VARIANT, spec.card.version)
-    await stack.swap(QUANTIZED, damaged(healthy, tmp_path / "harmed", "two-bits"))
     timeout = aiohttp.ClientTimeout(total=120)
     async with aiohttp.ClientSession(timeout=timeout) as session:
 
@@ -129,6 +134,8 @@ async def test_what_was_kept_demotes_a_harmed_variant_and_judges_it(
     kept = json.loads(await done(path, "tasks", "show", "--json"))
     assert {one["kind"] for one in kept} == {"request"}, "what was scored is gone"
     await stack.stop()
+    shutil.rmtree(served)
+    (tmp_path / "healthy").rename(served)
 
     out = tmp_path / "items.jsonl"
     await done(path, "tasks", "record", ROLE, "--out", str(out))
