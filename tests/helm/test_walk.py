@@ -116,6 +116,12 @@ def fill(directory: Path, config: Config) -> None:
 
 
 @pytest.fixture(scope="module")
+def seen(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the engines of all scenarios found out about the model's class."""
+    return tmp_path_factory.mktemp("seen")
+
+
+@pytest.fixture(scope="module")
 def filled(tmp_path_factory: pytest.TempPathFactory) -> dict[frozenset[str], Path]:
     """Claims that were filled already, by what is in them."""
     return {}
@@ -202,10 +208,10 @@ class Door:
         return variant
 
 
-def given_for(values: dict[str, Any], place: Path, hub: str, tasks: Path) -> Given:
+def given_for(values: dict[str, Any], place: Path, hub: str, tasks: Path, seen: Path) -> Given:
     """What a person has put into the cluster before they install a scenario."""
     (place / "checkpoints").mkdir()
-    given = Given(world={"HF_ENDPOINT": hub})
+    given = Given(world={"HF_ENDPOINT": hub}, seen=seen)
     given.directories = {"tiercel-tasks": tasks, "tasks": tasks, "checkpoints": place / "checkpoints"}
     if (dated := values.get("quantize", {}).get("tasks", {}).get("path")) is not None:
         given.directories["tasks"] = place / "dated"
@@ -234,20 +240,20 @@ def cluster_for(values: dict[str, Any], place: Path, given: Given) -> Cluster:
     return cluster
 
 
-def test_a_job_that_cannot_succeed_fails_here(tmp_path: Path, hub: str, tasks: Path) -> None:
+def test_a_job_that_cannot_succeed_fails_here(tmp_path: Path, hub: str, tasks: Path, seen: Path) -> None:
     making = {"make": ["bf16", "int4-kv8", "int2"]}
     values = changed(values_of("two-precisions"), {"models": {"llama": {"quantize": making}}})
-    cluster = cluster_for(values, tmp_path, given_for(values, tmp_path, hub, tasks))
+    cluster = cluster_for(values, tmp_path, given_for(values, tmp_path, hub, tasks, seen))
     with pytest.raises(AssertionError, match="unknown variant 'int2'"):
         run_jobs(cluster)
 
 
 @pytest.mark.parametrize("name", SCENARIOS)
 async def test_a_scenario_from_its_job_to_an_answer_for_every_role(
-    name: str, tmp_path: Path, hub: str, tasks: Path, filled: dict[frozenset[str], Path]
+    name: str, tmp_path: Path, hub: str, tasks: Path, seen: Path, filled: dict[frozenset[str], Path]
 ) -> None:
     values = values_of(name)
-    given = given_for(values, tmp_path, hub, tasks)
+    given = given_for(values, tmp_path, hub, tasks, seen)
     cluster = cluster_for(values, tmp_path, given)
     config = gateway_config(cluster.objects)
     if "quantize" in values:
