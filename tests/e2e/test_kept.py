@@ -61,16 +61,13 @@ def path(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def served(path: Path, tmp_path: Path) -> Path:
-    """Where the variant is served from: what lies there has been harmed, and was moved away before."""
-    directory = variant_directory(tmp_path / "variants/assistant", VARIANT).resolve()
-    directory.rename(tmp_path / "healthy")
-    return damaged(tmp_path / "healthy", directory, "two-bits")
-
-
-@pytest.fixture
-async def stack(path: Path, served: Path) -> AsyncIterator[Stack]:
-    async with Stack(load_config(path), path, print) as running:
+async def stack(path: Path, tmp_path: Path) -> AsyncIterator[Stack]:
+    """The variant's files are harmed after they were compared with its card, and before they are loaded."""
+    stack = Stack(load_config(path), path, print)
+    served = stack.engines[QUANTIZED].spec.directory
+    served.rename(tmp_path / "healthy")
+    damaged(tmp_path / "healthy", served, "two-bits")
+    async with stack as running:
         yield running
 
 
@@ -99,7 +96,7 @@ async def until(condition: Any) -> None:
 
 
 async def test_what_was_kept_demotes_a_harmed_variant_and_judges_it(
-    path: Path, served: Path, stack: Stack, tmp_path: Path
+    path: Path, stack: Stack, tmp_path: Path
 ) -> None:
     lines = (ROOT / f"deploy/assistant/data/{ROLE}.jsonl").read_text(encoding="utf-8").splitlines()
     items = [json.loads(line) for line in itertools.islice(lines, ANSWERS)]
@@ -134,7 +131,7 @@ async def test_what_was_kept_demotes_a_harmed_variant_and_judges_it(
     kept = json.loads(await done(path, "tasks", "show", "--json"))
     assert {one["kind"] for one in kept} == {"request"}, "what was scored is gone"
     await stack.stop()
-    shutil.rmtree(served)
+    shutil.rmtree(served := stack.engines[QUANTIZED].spec.directory)
     (tmp_path / "healthy").rename(served)
 
     out = tmp_path / "items.jsonl"
