@@ -1,6 +1,8 @@
 # The two commands are `make demo` and `make test`; everything else is for daily work.
 .PHONY: setup demo test quick check servers frameworks one-framework up train clean
 .DEFAULT_GOAL := help
+# Environments are installed without bytecode; what a command compiles is to be there for the next one.
+unexport PYTHONDONTWRITEBYTECODE
 
 help:
 	@echo "make demo   set up, quantize, gate, serve, run the demo team; report in var/demo"

@@ -33,7 +33,7 @@ def make_variants(
     variants: Sequence[str],
     say: Say,
     target_name: str | None = None,
-    before: Callable[[], None] | None = None,
+    before: Callable[[bool], None] | None = None,
 ) -> list[Card]:
     """Make the reference and the named ``variants`` if they are not there yet. Returns their cards."""
     unknown = [name for name in variants if name not in RECIPES and name != model.reference]
@@ -54,7 +54,7 @@ def make_one(
     kv: str,
     say: Say,
     target_name: str | None = None,
-    before: Callable[[], None] | None = None,
+    before: Callable[[bool], None] | None = None,
 ) -> list[Card]:
     """Make the reference and one uniform variant, called after what it is unless ``name`` says otherwise."""
     where = target(target_name or detect())
@@ -69,16 +69,16 @@ def make_plans(
     plans: Mapping[str, Plan],
     where: Target,
     say: Say,
-    before: Callable[[], None] | None = None,
+    before: Callable[[bool], None] | None = None,
     *,
     sparing: bool = False,
 ) -> list[Card]:
     """Make the reference and a variant per plan. A plan that would not load on the target is left out, which
     is said. Raises QuantizeError where none is left.
 
-    ``before`` is what else is done before work, such as having the reference answer what calibrates: after
-    what is quicker. ``sparing``: what writes a massive activation stays in 16 bits where its inputs
-    would be rounded (:mod:`quantize.make.massive`).
+    ``before`` is what else is done before work, after what is quicker; it is told whether any plan is made by
+    calibration data, which the reference may have to answer. ``sparing``: what writes a massive activation
+    stays in 16 bits where its inputs would be rounded (:mod:`quantize.make.massive`).
     """
     checkpoint = checkpoint_of(model, say)
     modules = read_modules(checkpoint)
@@ -105,7 +105,7 @@ def make_plans(
         say(f"smoothing leaves {', '.join(left)} as they are: their scales cannot be folded in exactly")
     needs_data = any(parse_method(plan.method).needs_data(plan) for plan in plans.values())
     if before is not None:
-        before()
+        before(needs_data)
     reference = registry.add_reference(checkpoint)
     calibration = calibration_for(model, checkpoint, reference.version) if needs_data else None
     tokens = [len(sequence) for sequence in calibration.sequences] if calibration else [0]

@@ -96,7 +96,7 @@ def gguf(options: argparse.Namespace) -> None:
     checkpoint = checkpoint_of(model, say)
     _refuse(checkpoint)
     wants = how.wants_importance and options.importance
-    before_work(model, options, to_calibrate=wants)()
+    before_work(model, options)(wants)
     reference = reference_card(model)
     calibration = calibration_for(model, checkpoint, reference.version) if wants else None
     name = options.name or f"gguf-{how.name}"

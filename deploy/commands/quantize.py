@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,6 @@ COMMANDS = (
     *("robustness", "soak"),
     *("-h", "--help"),
 )
-WITHOUT_DATA = ("rtn", "mse")
-"""Methods that look at weights alone."""
 TARGET_HELP = "where it is to be loaded (default: this machine)"
 
 
@@ -175,7 +174,7 @@ def make(options: argparse.Namespace) -> None:
         kv_scheme(options.kv)
         method = options.method or usual_method(options.scheme)
         refuse_trained(method)
-        before = before_work(model, options, to_calibrate=method not in WITHOUT_DATA)
+        before = before_work(model, options)
         name, kv = options.name, options.kv
         cards = {model.name: make_one(model, name, options.scheme, method, kv, say, options.target, before)}
     else:
@@ -191,7 +190,7 @@ def make(options: argparse.Namespace) -> None:
                 say(encoder)
                 continue
             wanted = variants or unasked(target(options.target or detect()))
-            before = before_work(model, options, len(wanted), to_calibrate=True)
+            before = before_work(model, options, len(wanted))
             cards[name] = make_variants(model, wanted, say, options.target, before)
     if not cards:
         raise ConfigError(encoder)
@@ -255,7 +254,7 @@ def plan(options: argparse.Namespace) -> None:
         schemes=options.schemes,
         tuned=options.tune,
         compare_with=KINDS if options.controls == [] else options.controls or (),
-        before=before_work(model, options, to_calibrate=True),
+        before=partial(before_work(model, options), True),
     )
     judge(config, {model.name: [reference_card(model), card]}, options)
 
@@ -269,7 +268,7 @@ def register(options: argparse.Namespace) -> None:
     refuse_unfit(checkpoint)
     for note in checkpoint.notes:
         say(note)
-    before_work(model, options)()
+    before_work(model, options)(False)
     reference = reference_card(model)
     registry = registry_of(model, say)
     if options.directory.suffix == ".gguf":
@@ -287,13 +286,12 @@ def register(options: argparse.Namespace) -> None:
     judge(config, {model.name: [reference, card]}, options)
 
 
-def before_work(
-    model: ModelConfig, options: argparse.Namespace, variants: int = 1, to_calibrate: bool = False
-) -> Callable[[], None]:
+def before_work(model: ModelConfig, options: argparse.Namespace, variants: int = 1) -> Callable[[bool], None]:
     """What is done before work, for so many variants that are to be measured: a look at what may stop it, and
-    the reference's answers to what judges them and, if wanted, calibrates them."""
+    the reference's answers to what judges them and, where it is told that they are needed, calibrates them.
+    """
 
-    def look() -> None:
+    def look(to_calibrate: bool) -> None:
         from deploy.measuring import say_hopeless
         from deploy.unlabelled import ask_reference
 
@@ -301,7 +299,7 @@ def before_work(
         say_hopeless(model, variants, say)
         run_engines(ask_reference(model, say, to_calibrate=to_calibrate))
 
-    return look if options.evaluate else lambda: None
+    return look if options.evaluate else lambda _to_calibrate: None
 
 
 def reference_card(model: ModelConfig) -> Card:

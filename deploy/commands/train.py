@@ -128,7 +128,7 @@ def carry(options: argparse.Namespace) -> None:
     config = load_config(options.config)
 
     def before(model: ModelConfig) -> None:
-        before_work(model, options)()
+        before_work(model, options)(False)
 
     judge(config, carried(config, options, say, before), options)
 

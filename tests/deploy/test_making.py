@@ -9,7 +9,7 @@ from aiohttp import web
 from aiohttp.test_utils import TestServer
 
 from deploy.demo import with_what_was_made
-from deploy.making import make_plans, make_variants, role_tasks
+from deploy.making import make_one, make_plans, make_variants, role_tasks
 from deploy.measuring import Turns, answering_at_once, speed_or_none
 from deploy.models import one_model, registry_of
 from deploy.placement import Machine
@@ -89,13 +89,26 @@ def test_what_the_target_refuses_is_left_out_and_the_rest_is_made(
     looked: list[int] = []
     plans = plans_of(model)
     avx2 = target("vllm-cpu-avx2")
-    cards = make_plans(model, plans, avx2, said.append, lambda: looked.append(len(made)))
+    cards = make_plans(model, plans, avx2, said.append, lambda _: looked.append(len(made)))
     assert [card.variant for card in cards] == ["bf16", "int8"]
     assert made == ["int8"]
     assert looked == [0]  # before any work
     assert said[0].startswith("int4 is left out, vllm-cpu-avx2 does not serve it: model.layers.0.")
     with pytest.raises(QuantizeError, match=r"^int4: model\.layers\.0\."):
         make_plans(model, {"int4": plans["int4"]}, avx2, said.append)
+
+
+def test_the_reference_answers_only_what_calibrates_something(
+    model: ModelConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("deploy.making.calibration_for", lambda *_: None)
+    monkeypatch.setattr(Registry, "add", lambda self, *_, **__: self.card("bf16"))
+    asked: list[bool] = []
+    for variants in (["bf16"], ["bf16", "int4"]):
+        make_variants(model, variants, lambda _: None, "vllm-cpu-vnni", asked.append)
+    for method in ("rtn", "gptq"):
+        make_one(model, None, "w4a16-g64", method, "auto", lambda _: None, "vllm-cpu-vnni", asked.append)
+    assert asked == [False, True, False, True]
 
 
 def test_eight_bits_are_smoothed(model: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:

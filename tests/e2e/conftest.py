@@ -21,8 +21,11 @@ from quantize.card import Card, read_card, variant_directory
 
 ROOT = Path(__file__).resolve().parents[2]
 CLINC150 = ROOT.parent / "shared/data/clinc150.json"
-INTENT_ITEMS = 600
-RECORD_ITEMS = 120
+INTENT_ITEMS = 300
+RECORD_ITEMS = {"intent_classifier": 120, "specialist": 120, "summarizer": 60, "core": 30}
+"""So many as the gates need: the specialist's limit is the strictest, and core takes 16 bits or nothing."""
+LONG_ITEMS = 10
+"""Of which each takes as long as many others, and no limit is on them."""
 STOPPING = ("test_kept.py", "test_vectors.py", "test_watch.py")
 """Tests that read the stack's configuration, and stop it: they start engines of their own."""
 
@@ -109,6 +112,17 @@ def _no_more_than_three_engines(request: pytest.FixtureRequest) -> None:
         stop_stack()
 
 
+def shipped_items(name: str) -> list[str]:
+    """Lines of one of the demo's files."""
+    return (ROOT / f"deploy/assistant/data/{name}.jsonl").read_text(encoding="utf-8").splitlines()
+
+
+def written(path: Path, lines: list[str]) -> str:
+    """The name of a file with such lines, which is written."""
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path.name
+
+
 @pytest.fixture(scope="session")
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     directory = tmp_path_factory.mktemp("stack")
@@ -118,23 +132,20 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     model["calibration"] = str(ROOT / "deploy/assistant/data/calibration.jsonl")
     # Made once per checkout: a variant is kept while everything that it is made from is the same.
     settings["variants_dir"] = str(ROOT / "var/e2e-variants")
-    settings["roles"]["core"]["long_context"] = str(ROOT / "deploy/assistant/data/long_context.jsonl")
     settings["gateway"] = {"port": free_port("127.0.0.1")}
     settings["engine"]["python"] = str(ROOT / ".venv-engine/bin/python")
     settings["engine"]["base_port"] = free_port("127.0.0.1", together=4)
-    for role in ("intent_classifier", "summarizer", "core"):
-        source = ROOT / f"deploy/assistant/data/{role}.jsonl"
-        lines = source.read_text(encoding="utf-8").splitlines()[:RECORD_ITEMS]
+    for role, count in RECORD_ITEMS.items():
+        lines = shipped_items("core" if role == "specialist" else role)[:count]
         if role == "intent_classifier" and CLINC150.exists():
             lines = [json.dumps(item) for item in clinc150_items()]
-        (directory / source.name).write_text("\n".join(lines) + "\n", encoding="utf-8")
-        settings["roles"][role]["tasks"] = source.name
-        if role == "core":
-            settings["roles"]["specialist"]["tasks"] = source.name
-        if role != "core":  # wide, so that every variant may be asked for by name
-            settings["roles"][role]["budget"] = {"max_accuracy_drop": 0.2, "max_kl": 0.1}
-    items = [json.dumps(item) for item in extraction_items()]
-    (directory / "extractor.jsonl").write_text("\n".join(items) + "\n", encoding="utf-8")
+        settings["roles"][role]["tasks"] = written(directory / f"{role}.jsonl", lines)
+    settings["roles"]["core"]["long_context"] = written(
+        directory / "long_context.jsonl", shipped_items("long_context")[:LONG_ITEMS]
+    )
+    for role in ("intent_classifier", "summarizer"):  # wide, so that every variant may be asked for by name
+        settings["roles"][role]["budget"] = {"max_accuracy_drop": 0.2, "max_kl": 0.1}
+    written(directory / "extractor.jsonl", [json.dumps(item) for item in extraction_items()])
     settings["roles"]["extractor"] = {"tasks": "extractor.jsonl"}
     path = directory / "tiercel.yaml"
     path.write_text(yaml.safe_dump(settings), encoding="utf-8")

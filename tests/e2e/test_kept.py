@@ -61,8 +61,13 @@ def path(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-async def stack(path: Path) -> AsyncIterator[Stack]:
-    async with Stack(load_config(path), path, print) as running:
+async def stack(path: Path, tmp_path: Path) -> AsyncIterator[Stack]:
+    """The variant's files are harmed after they were compared with its card, and before they are loaded."""
+    stack = Stack(load_config(path), path, print)
+    served = stack.engines[QUANTIZED].spec.directory
+    served.rename(tmp_path / "healthy")
+    damaged(tmp_path / "healthy", served, "two-bits")
+    async with stack as running:
         yield running
 
 
@@ -95,9 +100,6 @@ async def test_what_was_kept_demotes_a_harmed_variant_and_judges_it(
 ) -> None:
     lines = (ROOT / f"deploy/assistant/data/{ROLE}.jsonl").read_text(encoding="utf-8").splitlines()
     items = [json.loads(line) for line in itertools.islice(lines, ANSWERS)]
-    spec = stack.engines[QUANTIZED].spec
-    healthy = variant_directory(stack.config.of("assistant").variants_dir, VARIANT, spec.card.version)
-    await stack.swap(QUANTIZED, damaged(healthy, tmp_path / "harmed", "two-bits"))
     timeout = aiohttp.ClientTimeout(total=120)
     async with aiohttp.ClientSession(timeout=timeout) as session:
 
@@ -129,6 +131,8 @@ async def test_what_was_kept_demotes_a_harmed_variant_and_judges_it(
     kept = json.loads(await done(path, "tasks", "show", "--json"))
     assert {one["kind"] for one in kept} == {"request"}, "what was scored is gone"
     await stack.stop()
+    shutil.rmtree(served := stack.engines[QUANTIZED].spec.directory)
+    (tmp_path / "healthy").rename(served)
 
     out = tmp_path / "items.jsonl"
     await done(path, "tasks", "record", ROLE, "--out", str(out))

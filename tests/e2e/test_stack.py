@@ -16,7 +16,6 @@ from deploy.assistant.records import HELD_OUT_SEED, make_record
 from deploy.team.run import run_team
 from deploy.team.tickets import read_tickets
 from quantize.card import Outcome, variant_directory, verify_files
-from quantize.gate.judgement import wilson_interval
 from tests.e2e.conftest import CLINC150, ROOT, Stack, clinc150_items
 
 pytestmark = pytest.mark.engine
@@ -203,10 +202,10 @@ async def test_accuracy_through_the_gateway_is_the_cards(
     evaluation = stack.cards[variant].evaluation
     assert evaluation is not None
     figures = evaluation.roles["intent_classifier"]
-    low, high = wilson_interval(figures.correct, figures.items)
-    assert low <= sum(answers) / len(answers) <= high
+    assert figures.items == len(answers)
+    assert abs(sum(answers) - figures.correct) <= 0.02 * len(answers)  # other requests were in the batches
     if variant == "bf16":
-        assert sum(answers) / len(answers) > 0.88  # 92 % on the whole split, on 600 items
+        assert sum(answers) / len(answers) > 0.88  # 92 % on the whole split
 
 
 async def test_adk_team(stack: Stack) -> None:

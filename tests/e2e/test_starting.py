@@ -14,6 +14,7 @@ from pathlib import Path
 import aiohttp
 import pytest
 
+from deploy.cli import main
 from deploy.engine import free_port
 from gateway.config import load_config
 from quantize.card import Card, read_card, variant_directory
@@ -72,8 +73,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def path(model: Path, tmp_path: Path) -> Path:
     """The file that the command would write, with fewer conversations and ports that are free."""
-    subprocess.run([*TIERCEL, "init", str(model)], cwd=tmp_path, env=ENVIRONMENT, check=True, timeout=120)
     path = tmp_path / "tiercel.yaml"
+    main(["init", str(model), "--out", str(path)])
     port, base = free_port("127.0.0.1"), free_port("127.0.0.1", together=3)
     few = f"conversations: {{ count: 100, max_tokens: 16 }}\ngateway: {{ port: {port} }}\n"
     text = path.read_text(encoding="utf-8").replace("\nengine:\n", f"\nengine:\n  base_port: {base}\n")

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shutil
 import signal
 import stat
 import subprocess
@@ -44,11 +45,16 @@ VLLM = f'#!/bin/sh\nshift\nmodel=$1\nshift\nexec {ENGINE_PYTHON} {SITE}/serve_vl
 @dataclass
 class Given:
     """What a person has put into the cluster: claims and config maps that the release does not make, images,
-    values of secrets by name and key, and variables of the world around (a hub of another address)."""
+    values of secrets by name and key, and variables of the world around (a hub of another address).
+
+    ``seen`` is what vLLM found out about classes of models, at which it looks in a process of its own: that
+    takes as long as the rest of a start, and is known to the next pod here, wherever that one's cache lies.
+    """
 
     directories: dict[str, Path] = field(default_factory=dict)
     secrets: dict[tuple[str, str], str] = field(default_factory=dict)
     world: dict[str, str] = field(default_factory=dict)
+    seen: Path | None = None
 
 
 class Cluster:
@@ -142,14 +148,28 @@ class Cluster:
         mounts = self.mounts(owner, pod, container)
         line = [self._here(word, mounts) for word in (*container["command"], *container.get("args", ()))]
         line[0] = sys.executable if line[0] == "python" else line[0]
-        return subprocess.run(
-            line,
-            cwd=self.place,
-            env=self.environment(container, mounts),
-            capture_output=True,
-            text=True,
-            timeout=timeout_s,
-        )
+        environment = self.environment(container, mounts)
+        with self._seen(environment):
+            return subprocess.run(
+                line,
+                cwd=self.place,
+                env=environment,
+                capture_output=True,
+                text=True,
+                timeout=timeout_s,
+            )
+
+    @contextlib.contextmanager
+    def _seen(self, environment: Mapping[str, str]) -> Iterator[None]:
+        """What was seen is in the cache of a container, and what that one saw is kept."""
+        cache, seen = environment.get("VLLM_CACHE_ROOT"), self.given.seen
+        if cache is None or seen is None:
+            yield
+            return
+        own = Path(cache) / "modelinfos"
+        shutil.copytree(seen, own, dirs_exist_ok=True)
+        yield
+        shutil.copytree(own, seen, dirs_exist_ok=True)
 
     @contextlib.contextmanager
     def process(self, owner: str, pod: Object) -> Iterator[Process]:
@@ -168,12 +188,13 @@ class Cluster:
             line = [sys.executable, *_entry_point(ROOT / "deploy/containers/gateway.Dockerfile")[1:], *line]
             environment["PYTHONPATH"] = str(ROOT)
         log = self.place / f"{owner}.log"
-        with log.open("wb") as output:
-            started = Process(line, environment, self.place, output, log)
-        try:
-            yield started
-        finally:
-            started.kill()
+        with self._seen(environment):
+            with log.open("wb") as output:
+                started = Process(line, environment, self.place, output, log)
+            try:
+                yield started
+            finally:
+                started.kill()
 
 
 def _on_a_cpu(arguments: list[str], port: int) -> list[str]:
