@@ -1,6 +1,8 @@
 # The two commands are `make demo` and `make test`; everything else is for daily work.
 .PHONY: setup demo test quick check servers frameworks one-framework up train clean
 .DEFAULT_GOAL := help
+# Every process of hundreds would compile whatever it imports.
+unexport PYTHONDONTWRITEBYTECODE
 
 help:
 	@echo "make demo   set up, quantize, gate, serve, run the demo team; report in var/demo"
