@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, settings
 settings.register_profile("tiercel", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("tiercel")
 
-# Tests start hundreds of processes. Each would compile whatever it imports, torch and all, where a shell says so.
+# Where a shell says so, each of hundreds of processes would compile whatever it imports, torch and all.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
 
