@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -12,6 +13,10 @@ from hypothesis import HealthCheck, settings
 # How long an example takes says what else the machine does.
 settings.register_profile("tiercel", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("tiercel")
+
+# Where a shell says so, each of hundreds of processes would compile whatever it imports, torch and all.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 
 # LiteLLM fetches its price list from the net when it is imported, unless it is told not to.
 os.environ.setdefault("LITELLM_LOCAL_MODEL_COST_MAP", "True")

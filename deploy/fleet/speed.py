@@ -12,9 +12,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
-from scipy.optimize import nnls
-
 from quantize.card import Card
 from quantize.core.engine_figures import SpeedPoint
 
@@ -60,6 +57,9 @@ def speed_of(card: Card) -> EngineSpeed:
 
 def fit(points: Sequence[SpeedPoint]) -> EngineSpeed:
     """Coefficients that are not negative, by least squares of relative errors."""
+    import numpy as np
+    from scipy.optimize import nnls  # takes longer to import than the command line
+
     rows, seconds = [], []
     for point in points:
         n, prompt = point.together, point.prompt_tokens

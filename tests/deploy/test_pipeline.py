@@ -199,6 +199,18 @@ def _run(config: Path, *more: str) -> subprocess.Popen[str]:
     return subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True, cwd=config.parent)
 
 
+def _trains(process: subprocess.Popen[str], out: Path) -> subprocess.Popen[str]:
+    """The process, when it has written a checkpoint."""
+    deadline = time.monotonic() + 600
+    while not (out / "run/checkpoint.safetensors").exists():
+        assert process.poll() is None, process.communicate()
+        if time.monotonic() > deadline:
+            process.kill()
+            pytest.fail(f"no checkpoint within 600 s: {process.communicate()[1]}")
+        time.sleep(0.05)
+    return process
+
+
 def _said(process: subprocess.Popen[str], status: int) -> str:
     _, said = process.communicate(timeout=300)
     assert process.returncode == status, said
@@ -206,16 +218,11 @@ def _said(process: subprocess.Popen[str], status: int) -> str:
 
 
 def test_a_killed_run_goes_on_to_the_same_result_and_does_nothing_twice(
-    config: Path, capfd: pytest.CaptureFixture[str]
+    config: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = config.parent / "run"
     long = ("--steps", "40", "--keep-every", "1", "--no-plan")
-    first = _run(config, *long)
-    deadline = time.monotonic() + 120
-    while not (out / "run/checkpoint.safetensors").exists():
-        assert first.poll() is None, first.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    first = _trains(_run(config, *long), out)
     (training,) = psutil.Process(first.pid).children()
     first.kill()
     _, alive = psutil.wait_procs([training], timeout=120)
@@ -223,7 +230,9 @@ def test_a_killed_run_goes_on_to_the_same_result_and_does_nothing_twice(
     first.communicate()
     assert not (out / "record.json").exists()
 
-    said = _said(_run(config, *long), 2)
+    for name in ("PYTHONPATH", "OMP_NUM_THREADS"):  # of the steps' processes
+        monkeypatch.setenv(name, ENVIRONMENT[name])
+    said = _refused(capfd, *_command(config, "--role", "intents", *long))
     assert "make failed, for the reason above; the same command goes on with it" in said
     assert "no engine here" in said, "the engine's own words are told"
     adapter = (out / "adapter/adapter_model.safetensors").read_bytes()
@@ -248,12 +257,7 @@ def test_a_killed_run_goes_on_to_the_same_result_and_does_nothing_twice(
 
 def test_sigterm_is_passed_on_and_what_was_trained_is_kept(config: Path) -> None:
     out = config.parent / "run"
-    process = _run(config, "--steps", "4000", "--keep-every", "4000")
-    deadline = time.monotonic() + 120
-    while not (out / "run/checkpoint.safetensors").exists():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    process = _trains(_run(config, "--steps", "4000", "--keep-every", "4000"), out)
     written = (out / "run/checkpoint.safetensors").stat().st_mtime_ns
     process.send_signal(signal.SIGTERM)
     assert "interrupted; what was finished is kept" in _said(process, 130)

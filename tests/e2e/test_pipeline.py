@@ -26,12 +26,16 @@ pytestmark = pytest.mark.engine
 
 DATA = ROOT / "deploy/assistant/data"
 JUDGED = 24
+CALIBRATING = 48
+"""Conversations; planning needs 32."""
 
 
 def _fleet(directory: Path) -> dict[str, Any]:
     lines = (DATA / "intent_classifier.jsonl").read_text(encoding="utf-8").splitlines()[: 3 * JUDGED]
     for name, part in (("tasks", lines[:JUDGED]), ("training", lines[JUDGED:])):
         (directory / f"{name}.jsonl").write_text("\n".join(part) + "\n", encoding="utf-8")
+    lines = (DATA / "calibration.jsonl").read_text(encoding="utf-8").splitlines()[:CALIBRATING]
+    (directory / "calibration.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     role = {
         "tasks": "tasks.jsonl",
         "training": "training.jsonl",
@@ -40,7 +44,7 @@ def _fleet(directory: Path) -> dict[str, Any]:
     settings = yaml.safe_load((ROOT / "tiercel.yaml").read_text(encoding="utf-8"))
     model = {"path": str(ROOT / "deploy/assistant/model"), "serve": ["bf16"]}
     return {
-        "models": {"base": {**model, "calibration": str(DATA / "calibration.jsonl")}},
+        "models": {"base": {**model, "calibration": "calibration.jsonl"}},
         "variants_dir": "variants",
         "roles": {"intents": role},
         "default_role": "intents",
@@ -67,6 +71,7 @@ PIPELINE = (
     *("--qat", "--qat-steps", "3", "--qat-block-steps", "2"),
 )
 STEPS = ("train", "merge", "make", "plan", "qat", "gate")
+AT = ("--config", "both.yaml")
 
 
 def _started(directory: Path, log: Path, *arguments: str) -> subprocess.Popen[bytes]:
@@ -151,6 +156,7 @@ async def test_a_killed_pipeline_goes_on_and_ends_with_a_gateway_that_answers(di
     assert set(model.serve) <= set(cards)
     assert all("intents" in cards[name].passed for name in model.serve)
 
+    making = _making_a_smoothed_variant(directory)  # meanwhile
     log = directory / "served.log"
     up = _started(directory, log, *PIPELINE)
     try:
@@ -167,20 +173,28 @@ async def test_a_killed_pipeline_goes_on_and_ends_with_a_gateway_that_answers(di
     finally:
         up.send_signal(signal.SIGINT)
         up.wait(timeout=120)
+        making.wait(timeout=600)
+    _ended(making, directory / "making.log")
     _carried_by_a_smoothed_variant(directory)
 
 
-def _carried_by_a_smoothed_variant(directory: Path) -> None:
-    """The pipeline's adapter on a smoothed variant of the base passes the whole gate of its merged model."""
+def _making_a_smoothed_variant(directory: Path) -> subprocess.Popen[bytes]:
+    """Of the base, in a configuration that has the merged model as well."""
     settings = yaml.safe_load((directory / "tiercel.yaml").read_text(encoding="utf-8"))
     settings["models"]["trained"] = {**settings["models"]["base"], "path": "run/merged"}
     settings["roles"]["intents"]["models"] = ["trained"]
     (directory / "both.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
-    log, at = directory / "carry.log", ("--config", "both.yaml")
-    making = ("quantize", "make", "base:int8", "--no-evaluate", *at)
-    _ended(_started(directory, log, *making), log)
-    carrying = ("train", "carry", "run/adapter", "base:int8", "int8-lora", "--model", "trained", *at)
-    said = _ended(_started(directory, log, *carrying), log)
+    making = ("quantize", "make", "base:int8", "--no-evaluate", *AT)
+    return _started(directory, directory / "making.log", *making)
+
+
+def _carried_by_a_smoothed_variant(directory: Path) -> None:
+    """The pipeline's adapter on a smoothed variant of the base passes the whole gate of its merged model."""
+    log, other = directory / "carry.log", directory / "other.log"
+    carrying = ("train", "carry", "run/adapter", "base:int8", "int8-lora", "--model", "trained", *AT)
+    process = _started(directory, log, *carrying)
+    unscored = _ended(_started(directory, other, *carrying[:3], "base:bf17", *carrying[4:]), other, 2)
+    said = _ended(process, log)
     model = load_config(directory / "both.yaml").of("trained")
     card = _cards(model, "int8-lora")["int8-lora"]
     assert card.method == "smooth+rtn"
@@ -190,5 +204,4 @@ def _carried_by_a_smoothed_variant(directory: Path) -> None:
     assert card.evaluation.text.kl_mean < 0.02
     assert card.gate["intents"].outcome == Outcome.PASSED, said
     assert next(iter(changes(model.variants_dir / "int8-lora/current/adapter"))).a.any()
-    unscored = _ended(_started(directory, log, *carrying[:3], "base:bf17", *carrying[4:]), log, 2)
     assert "there is no variant 'bf17'" in unscored

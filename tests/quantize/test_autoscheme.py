@@ -12,6 +12,7 @@ from quantize.core.targets import target
 from quantize.make.calibration import read_calibration
 from quantize.plan import autoscheme, controls
 from quantize.plan.session import PlanningSession
+from tests.quantize.tiny import make_checkpoint
 
 ROOT = Path(__file__).parents[2]
 SCHEMES = ("w4a16-g64", "w4a16-g64-asym", "w4a16-g32-asym", "w8a8")
@@ -28,9 +29,9 @@ def test_every_scheme_of_integers_has_settings_of_its_own() -> None:
 
 def test_what_it_takes_is_a_plan_within_the_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(autoscheme, "SAMPLES", 2)
-    checkpoint = open_checkpoint(ROOT / "deploy/assistant/model")
+    checkpoint = open_checkpoint(make_checkpoint(tmp_path / "tiny"))
     calibration = read_calibration(ROOT / "deploy/assistant/data/calibration.jsonl", checkpoint)
-    session = PlanningSession(tmp_path, checkpoint, calibration, target("vllm-cpu-vnni"))
+    session = PlanningSession(tmp_path / "work", checkpoint, calibration, target("vllm-cpu-vnni"))
     weights = sum(group.weights for group in session.blocks)
     budget = session.blocks.other_bytes + int(5.0 * weights / 8)
     ((label, kind, plan),) = controls.plans(session, None, budget, ["autoscheme"], print)  # type: ignore[arg-type]
