@@ -218,7 +218,7 @@ class Watch:
         settings = self._watched.config.watch
         known = judge is not None and settings.judge is not None and judge["model"] == settings.judge.model
         errors = JudgeErrors.model_validate(judge) if known else None
-        self.cells = cells
+        self._obey(cells)
         return {
             "time": self._clock(),
             "leading": self.leading,
@@ -305,11 +305,14 @@ class Watch:
 
         decisions, cells = await self._in_thread(read)
         if cells is not None:
-            self.cells = cells
-            self._show()
-        if decisions != self._decisions:
-            self._decisions = decisions
-            self._changed(self.demoted())
+            self._obey(cells)
+        self._decisions = decisions
+
+    def _obey(self, cells: dict[CellKey, Cell]) -> None:
+        """What is told, by reports and figures, is what routing does from now on."""
+        self.cells = cells
+        self._show()
+        self._changed(self.demoted())
 
     def _show(self) -> None:
         for (variant, role), key in self._watched.keys.items():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from gateway.identity import hash_of
 from gateway.quality import observe
 from gateway.quality import watch as watches
 from gateway.quality.cells import Cell, Track
+from gateway.quality.folding import Action
 from gateway.quality.store import Store
 from gateway.quality.watch import Watch, store_url
 from gateway.telemetry.metrics import Metrics
@@ -200,6 +201,23 @@ async def test_two_gateways_obey_one_store_and_a_restart_forgets_nothing(tmp_pat
         assert await ask(one) == ["assistant:int8"]
     async with watching(watch=shared) as again:
         await eventually(lambda: moved(again))
+
+
+async def test_what_is_reported_is_what_routing_does(tmp_path: Path) -> None:
+    """Another process may have written it, or this one's round, that routing has not been told of yet."""
+    config = make_config(watch={"store": f"sqlite:///{tmp_path / 'watch.db'}"})
+    avoided: list[Mapping[tuple[str, str], str]] = []
+    one, other = (
+        Watch(config, make_cards(), Metrics(CollectorRegistry(), config.roles), told)
+        for told in (avoided.append, lambda _: None)
+    )
+    pair = full("int4-kv8"), "intent_classifier"
+    orders: tuple[tuple[Action, bool], ...] = (("demote", False), ("restore", True))
+    for action, serves in orders:
+        await other.act(action, *pair, "odd")
+        cells = (await one.report())["cells"]
+        assert [c["serves"] for c in cells if (c["variant"], c["role"]) == pair] == [serves]
+        assert (pair not in avoided[-1]) is serves
 
 
 async def moved(stack: Stack) -> bool:
