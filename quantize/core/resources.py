@@ -1,8 +1,11 @@
-"""What a piece of work took: seconds, the process's largest resident size, an accelerator's memory."""
+"""What a piece of work took: seconds, the process's largest resident size, an accelerator's memory; and how
+memory that is freed goes back to the system.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import resource
 import sys
 import time
@@ -13,6 +16,11 @@ from pathlib import Path
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 RESET_PEAK = "5"
 """What makes the kernel forget the largest resident size so far (proc(5))."""
+
+_MMAP_THRESHOLD = -3
+"""``M_MMAP_THRESHOLD`` of glibc's ``mallopt`` (malloc.h)."""
+APART_BYTES, MOST_APART_BYTES = 256 << 10, 32 << 20
+"""What is mapped apart within :func:`freed_at_once`, and what glibc comes to by itself."""
 
 
 @dataclass
@@ -39,6 +47,29 @@ def measured() -> Iterator[Taken]:
         taken.seconds = time.monotonic() - start
         taken.peak_memory_bytes = peak_memory()
         taken.peak_device_bytes = _peak_device()
+
+
+@contextlib.contextmanager
+def freed_at_once() -> Iterator[None]:
+    """Within the block, arrays above ``APART_BYTES`` go back to the system when they are freed.
+
+    glibc keeps arrays of up to 32 MB in its heap once one such has been freed, where tensors of many sizes
+    leave holes: half a gigabyte of them under a model of 135 M parameters that is trained. Mapped apart each
+    costs the system's time, so this is for whoever would rather have the memory. Without glibc nothing
+    changes.
+    """
+    try:
+        libc = ctypes.CDLL(None)
+        trim, set_option = libc.malloc_trim, libc.mallopt
+    except (OSError, AttributeError):
+        yield
+        return
+    trim(0)
+    set_option(_MMAP_THRESHOLD, APART_BYTES)
+    try:
+        yield
+    finally:
+        set_option(_MMAP_THRESHOLD, MOST_APART_BYTES)
 
 
 def peak_memory() -> int:

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
 import os
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from quantize.core.checkpoint import Checkpoint, base_sha256
 from quantize.core.files import locked
 from quantize.core.modules import Modules, read_modules
-from quantize.core.resources import measured
+from quantize.core.resources import freed_at_once, measured
 from quantize.core.tokenizer import load_tokenizer
 from quantize.train.adapters import WEIGHTS, Lora, described, trained_tensors, wrapped, write_adapter
 from quantize.train.answers import judge, loss_of
@@ -149,7 +150,9 @@ def _work(
     job: Job, modules: Modules, identity: Mapping[str, str], shape: Shape, need: Need, say: Say
 ) -> Record:
     program = _program_bytes(job.checkpoint)
-    with measured() as taken:
+    # Blocks that are computed again save memory for time; what the heap would keep is a part of that.
+    sparing = shape.checkpointing and _on_processor(job)
+    with freed_at_once() if sparing else contextlib.nullcontext(), measured() as taken:
         base = load_base(job.checkpoint, job.method, job.device, job.nf4)
         model = base.model
         if job.method != "full":
