@@ -109,6 +109,7 @@ ENGINE = _object(
         "extraArgs": _list(TEXT),
         "shm": SIZE,
         "cache": SIZE,
+        "cacheClaim": NAME,
         "startupSeconds": _number("integer", 30),
         "runtimeClassName": NAME,
         "autoscaling": _object(

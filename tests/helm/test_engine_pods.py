@@ -74,6 +74,18 @@ def test_vllm_understands_the_arguments() -> None:
     assert all(line["shutdown_timeout"] == 600 for line in parsed.values())
 
 
+def test_what_engines_compile_is_kept_while_a_pod_lives_or_in_a_claim() -> None:
+    def caches(values: dict[str, Any]) -> list[dict[str, Any]]:
+        found = [pod["spec"] for _, pod in pods(render(changed(scenario("multi-node"), values)))]
+        volumes = [one for spec in found for one in spec.get("volumes", ()) if one["name"] == "cache"]
+        return [{key: found for key, found in volume.items() if key != "name"} for volume in volumes]
+
+    own, kept = caches({}), caches({"engine": {"cacheClaim": "engine-cache"}})
+    assert len(own) == len(kept) == 3
+    assert own == [{"emptyDir": {"sizeLimit": "10Gi"}}] * 3
+    assert kept == [{"persistentVolumeClaim": {"claimName": "engine-cache"}}] * 3
+
+
 def test_large_numbers_stay_numbers() -> None:
     """Helm's are floats, and its own way of writing a million is 1e+06."""
     large = {"engine": {"maxNumSeqs": 1_000_000, "maxModelLen": 1_048_576}}
