@@ -77,9 +77,11 @@ def _refuse_before_work(options: argparse.Namespace, job: Job, file: TrainedFile
     """Raise an error for what would stop a later step, as far as it can be known."""
     if finished(job) is None:
         fitting(job, read_modules(job.checkpoint))
-    merged, kept = options.out / MERGED, Kept(options.out / KEPT)
-    if options.method != "full" and merged.exists() and kept.get("merge") is None:
-        raise TrainError(f"{merged} is there and was not made here; remove it, or name another --out")
+    kept = Kept(options.out / KEPT)
+    made = {} if options.method == "full" else {MERGED: "merge"}
+    for name, step in (made | dict.fromkeys(file.beside, "train")).items():
+        if (there := options.out / name).exists() and kept.get(step) is None:
+            raise TrainError(f"{there} is there and was not made here; remove it, or name another --out")
     refuse_pattern(options.out.absolute(), "--out")
     _refuse_options(options, file)
     with file.of_base(job.checkpoint) as (config, model):
