@@ -78,10 +78,12 @@ def _refuse_before_work(options: argparse.Namespace, job: Job, file: TrainedFile
     if finished(job) is None:
         fitting(job, read_modules(job.checkpoint))
     kept = Kept(options.out / KEPT)
-    made = {} if options.method == "full" else {MERGED: "merge"}
-    for name, step in (made | dict.fromkeys(file.beside, "train")).items():
-        if (there := options.out / name).exists() and kept.get(step) is None:
-            raise TrainError(f"{there} is there and was not made here; remove it, or name another --out")
+    merged = options.out / MERGED
+    foreign = [merged] if options.method != "full" and merged.exists() and kept.get("merge") is None else []
+    if kept.get("train") is None:
+        foreign += file.in_the_way()
+    if foreign:
+        raise TrainError(f"{foreign[0]} is there and was not made here; remove it, or name another --out")
     refuse_pattern(options.out.absolute(), "--out")
     _refuse_options(options, file)
     with file.of_base(job.checkpoint) as (config, model):

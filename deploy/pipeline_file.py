@@ -108,6 +108,15 @@ class TrainedFile:
             write_whole(self.path, chosen.in_place_of(self.starter, text) or text)
         return load_config(self.path).of(self.name)
 
+    def in_the_way(self) -> list[Path]:
+        """What lies where files beside this one will, and is something else."""
+        there = {self.path.with_name(name): text.encode() for name, text in self.beside.items()}
+        return [
+            path
+            for path, text in there.items()
+            if path.exists() and not (path.is_file() and path.read_bytes() == text)
+        ]
+
     def _write_beside(self, directory: Path) -> None:
         for name, text in self.beside.items():
             write_whole(directory / name, text)
