@@ -25,6 +25,7 @@ from deploy.training import base_of, drawn, lines_of
 from gateway.config import Config, ModelConfig, load_config, parse_config
 from quantize.core.checkpoint import Checkpoint
 from quantize.core.files import write_whole
+from quantize.make.calibration import TEMPLATE_MARK
 from quantize.train.data import Line, as_item
 from quantize.train.loop import TrainError
 
@@ -159,13 +160,19 @@ def calibrating(lines: Sequence[Line]) -> str | None:
     """Of what is trained on, conversations for calibration: nothing is more like what will be served. None
     where too few of them are texts as the model's own template has them."""
     texts, letters = list[str](), 0
-    for line in drawn([one for one in lines if one.is_plain], MOST_LINES):
+    plain = [one for one in lines if one.is_plain and not any(map(_is_marked, one.messages))]
+    for line in drawn(plain, MOST_LINES):
         messages = [{name: one[name] for name in ("role", "content")} for one in line.messages]
         texts.append(json.dumps({"messages": messages}, ensure_ascii=False) + "\n")
         letters += len(texts[-1])
         if letters > MOST_LETTERS and len(texts) >= LEAST_LINES:
             break
     return "".join(texts) if len(texts) >= LEAST_LINES else None
+
+
+def _is_marked(message: Mapping[str, Any]) -> bool:
+    """Whether a message has a chat template's marks as text, which calibration refuses in most of them."""
+    return TEMPLATE_MARK.search(message["content"]) is not None
 
 
 def _roles(options: argparse.Namespace, held_out: Sequence[Line]) -> tuple[dict[str, Any], dict[str, str]]:

@@ -342,6 +342,10 @@ def test_what_was_trained_on_calibrates_where_it_is_enough_text(config: Path, tm
     ):
         asked = [{"messages": [{"role": "system", "content": str(n)}, *plain], **more} for n in range(lines)]
         assert _calibrating_of(tmp_path, asked) == calibrate
+    marked = [
+        {"messages": [{"role": "user", "content": f"### Instruction: {n}"}, plain[1]]} for n in range(40)
+    ]
+    assert _calibrating_of(tmp_path, marked) is None
     longer = [{"messages": [{"role": "system", "content": f"{n}{'x' * 3000}"}, *plain]} for n in range(99)]
     assert _calibrating_of(tmp_path, longer) == 32, "letters are bounded"
     short = [{"messages": [{"role": "system", "content": str(n)}, *plain]} for n in range(400)]
