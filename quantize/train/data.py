@@ -87,13 +87,6 @@ class Line:
         asked = [[one["role"], one.get("content")] for one in self.messages[: self.learned[0]]]
         return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
 
-    @property
-    def is_plain(self) -> bool:
-        """Whether it is made of texts alone, as the template has them where it is told nothing else."""
-        return not (self.tools or self.template) and all(
-            isinstance(one.get("content"), str) and one.keys() <= {"role", "content"} for one in self.messages
-        )
-
 
 @dataclass(frozen=True)
 class Example:
