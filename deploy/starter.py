@@ -79,7 +79,7 @@ models:
     {key}: {source}
     # Of these `tiercel up MODEL` makes and judges all, and then leaves those that the roles need:
 {served}{left_out}\
-    # Conversations like those to be served calibrate better than those that ship with Tiercel:
+    # Conversations of yours, as varied as what is served, calibrate in place of those that ship with Tiercel:
     # calibration: calibration.jsonl
 variants_dir: var/variants
 
