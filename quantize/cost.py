@@ -9,6 +9,7 @@ bfloat16 and in float32. What is made block by block (:mod:`quantize.make.stream
     pass     2 operations per weight and calibration token, in bfloat16, and what goes on between products
     moments  2 K² per token and kind of input; the factor of GPTQ 4/3 K³
     scales   of smoothing: steps times sampled rows of inputs and weights
+    in order (gptaq) six passes, and moments twice; see :mod:`quantize.make.asymmetric`
     parts    per weight and choice: rounding; 20 steps of a search for ranges; GPTQ's K operations and walk
 
 Times per number were measured on a model of 106 M weights on two cores of an AVX-512 CPU, and go by the
@@ -33,11 +34,12 @@ from itertools import chain
 from quantize.core.checkpoint import Checkpoint
 from quantize.core.cost import Cost, active_weights
 from quantize.core.legality import is_experts
-from quantize.core.methods import Method, parse_method
+from quantize.core.methods import parse_method
 from quantize.core.modules import Group, Modules
 from quantize.core.plan import Plan
 from quantize.core.schemes import BF16_BYTES, scheme
 from quantize.cost_whole import estimate_whole
+from quantize.make.asymmetric import PASSES as IN_ORDER_PASSES
 from quantize.make.blocks import BATCH_TOKENS, GPU_BATCH_TOKENS, MAPPED_BYTES
 from quantize.make.rate import Rates, machine_rates
 from quantize.make.smooth import ROWS, SAMPLED_TOKENS, STEPS, WEIGHT_ROWS, smoothable
@@ -130,15 +132,18 @@ def making(
 ) -> Work:
     """What making the parts takes, all in one pass."""
     tokens = pass_tokens(choices, lengths)
-    work = Work(together=PASS * 2.0 * active_weights(checkpoint, modules) * tokens / rates.narrow)
+    passes = IN_ORDER_PASSES if _in_order(choices) else 1.0
+    work = Work(together=passes * PASS * 2.0 * active_weights(checkpoint, modules) * tokens / rates.narrow)
     slower = CORE_RATE / rates.wide
     for group in modules:
         many = [(scheme(name), parse_method(method)) for name, method in choices[group.name]]
         quantized = [method for how, method in many if how.weights is not None]
         widest = max(member.in_features for member in group.members)
-        walks = sum(method.solver == "gptq" for method in quantized)
+        walks = sum(method.by_columns for method in quantized)
         if walks:
-            work.together += (2.0 * widest**2 * tokens + 4 / 3 * widest**3) / rates.wide
+            corrected = any(method.asymmetric for method in quantized)
+            work.together += ((1 + corrected) * 2.0 * widest**2 * tokens + 4 / 3 * widest**3) / rates.wide
+            work.together += corrected * 4.0 * group.weights * widest / rates.wide
             work.together += _walks(group, walks, slower, rates)
         for method in quantized:
             steps = 0 if method.observer == "memoryless_minmax" else SEARCH_STEPS
@@ -175,7 +180,7 @@ def making_memory(
     moments: dict[int, int] = {}
     for group in modules:
         blocks[group.layer] = blocks.get(group.layer, 0) + BF16_BYTES * group.weights
-        if any(_walked(parse_method(method)) for _, method in choices[group.name]):
+        if any(parse_method(method).by_columns for _, method in choices[group.name]):
             kinds = len(group.members) if is_experts(group) else 1
             squares = 4 * kinds * max(m.in_features for m in group.members) ** 2
             moments[group.layer] = moments.get(group.layer, 0) + squares
@@ -184,9 +189,12 @@ def making_memory(
     states = min(2 * tokens * hidden * BF16_BYTES, 2 * MAPPED_BYTES)
     widest = max(group.weights for group in modules)
     copies = 3 + max(len(many) for many in choices.values())
-    memory = LIBRARIES_BYTES + max(blocks.values()) + copies * 4 * widest + states + inner
+    streams_through = 2 if _in_order(choices) else 1
+    memory = LIBRARIES_BYTES + copies * 4 * widest + inner
+    memory += streams_through * (max(blocks.values()) + states)
     return memory + 3 * max(moments.values(), default=0)
 
 
-def _walked(method: Method) -> bool:
-    return method.solver == "gptq"
+def _in_order(choices: Mapping[str, Sequence[Choice]]) -> bool:
+    """Whether a plan is made group behind group."""
+    return any(parse_method(method).asymmetric for many in choices.values() for _, method in many)

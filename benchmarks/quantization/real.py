@@ -34,6 +34,7 @@ from benchmarks.quantization import real_data, show
 from benchmarks.quantization.stages import Stages
 from quantize.card import CARD_NAME, read_card
 from quantize.core.checkpoint import open_checkpoint
+from quantize.core.methods import in_order, parse_method
 from quantize.core.modules import Modules
 from quantize.core.plan import Plan, uniform
 from quantize.core.targets import Target, detect, target
@@ -48,11 +49,12 @@ from quantize.plan.session import PlanningSession
 WORK = Path("var/benchmarks/real")
 EIGHT = ("rtn", "gptq", "smooth+rtn")
 SLOW_EIGHT = ("smoothquant+rtn", "rotation+rtn")
-FOUR = ("rtn", "imatrix", "gptq", "imatrix+gptq", "smooth+imatrix+gptq")
-GROUPS = ("w4a16-g128", "w4a16-g64", "w4a16-g32", "w4a16-g16")
-ASYMMETRIC = ("w4a16-g64-asym", "w4a16-g32-asym", "w4a16-g16-asym")
 BEST = "smooth+imatrix+gptq"
 """The method of plans and heuristics."""
+ORDERED = in_order(BEST)
+FOUR = ("rtn", "imatrix", "gptq", "imatrix+gptq", BEST, ORDERED)
+GROUPS = ("w4a16-g128", "w4a16-g64", "w4a16-g32", "w4a16-g16")
+ASYMMETRIC = ("w4a16-g64-asym", "w4a16-g32-asym", "w4a16-g16-asym")
 SLOW_FOUR = ("awq+rtn", "awq+imatrix+gptq", "autoround")
 """Made by llm-compressor in minutes or tens of minutes on two cores: at one group size, and only with
 ``--slow``."""
@@ -109,7 +111,7 @@ def rows_at_8_bits(modules: Modules, where: Target, slow: bool = False) -> Rows:
 def rows_at_4_bits(modules: Modules, where: Target, slow: bool = False) -> Rows:
     """Uniform ``w4a16`` by group size and method, and heuristics: ends or down projections in more bits."""
     pairs = [(scheme, method) for scheme in GROUPS for method in FOUR]
-    pairs += [(scheme, method) for scheme in ASYMMETRIC for method in ("imatrix+gptq", BEST)]
+    pairs += [(scheme, method) for scheme in ASYMMETRIC for method in ("imatrix+gptq", BEST, ORDERED)]
     pairs += [(SLOW_GROUP, method) for method in SLOW_FOUR if slow]
     found = {
         f"{scheme} {method}": Wanted("uniform", uniform(modules, scheme, method=method))
@@ -181,11 +183,12 @@ def checkpoints(arguments: Sequence[str], modules: Modules) -> dict[str, tuple[W
 
 
 def choices(session: PlanningSession, rows: Rows) -> dict[str, list[Choice]]:
-    """Everything that is streamed for the rows and the planner, by group: one pass makes it all."""
+    """What is streamed for the rows and the planner, by group, in one pass; not what is of one plan alone."""
     found = {name: list(known) for name, known in session.choices().items()}
     for wanted in rows.values():
         for name, scheme in wanted.plan.groups.items():
-            found[name].append((scheme, wanted.plan.method_of(name)))
+            if not parse_method(method := wanted.plan.method_of(name)).asymmetric:
+                found[name].append((scheme, method))
     return {name: list(dict.fromkeys(many)) for name, many in found.items()}
 
 

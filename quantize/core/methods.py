@@ -8,6 +8,8 @@ model into an equal one that quantizes better:
 ``mse``         solver       round to nearest, ranges of least squared error; needs no data
 ``imatrix``     solver       ranges of least squared error weighted by E[x²] of each input
 ``gptq``        solver       error of each column passed on to the next ones (arXiv:2210.17323)
+``gptaq``       solver       the same, on the inputs that the groups quantized before it give
+                             (arXiv:2504.02692, :mod:`quantize.make.asymmetric`)
 ``autoround``   solver       rounding and clipping learned block by block (arXiv:2309.05516)
 ``qat``         last word    trained from what the words before it gave (:mod:`quantize.train.qat`)
 ``smooth``      transform    scales per input channel of least expected error of 8-bit inputs and weights
@@ -20,7 +22,8 @@ model into an equal one that quantizes better:
 
 Ranges, GPTQ and ``smooth`` are made block by block (:mod:`quantize.make.streaming`), ranges and GPTQ with
 llm-compressor's numbers. The other transforms and AutoRound are llm-compressor's, and what follows them.
-``imatrix+gptq`` is GPTQ with importance-weighted ranges.
+``imatrix+gptq`` is GPTQ with importance-weighted ranges. What ``gptaq`` makes of a group depends on all
+groups before it, so it is of one plan and no part of others.
 """
 
 from __future__ import annotations
@@ -36,9 +39,11 @@ SOLVERS: Mapping[str, str] = {
     "mse": "memoryless_mse",
     "imatrix": "imatrix_mse",
     "gptq": "memoryless_minmax",
+    "gptaq": "memoryless_minmax",
     "autoround": "memoryless_minmax",
 }
 """Solver to llm-compressor's observer of weight ranges."""
+GPTQ, GPTAQ = "gptq", "gptaq"
 QAT = "qat"
 """The last word of a variant that was trained; what comes before it says from what."""
 SMOOTH = "smooth"
@@ -61,6 +66,16 @@ class Method:
     solver: str
     observer: str
     trained: bool = False
+
+    @property
+    def by_columns(self) -> bool:
+        """Whether integers are found column by column, from whole second moments of inputs."""
+        return self.solver in (GPTQ, GPTAQ)
+
+    @property
+    def asymmetric(self) -> bool:
+        """Whether the integers depend on what the groups before became."""
+        return self.solver == GPTAQ
 
     def needs_data(self, plan: Plan) -> bool:
         """Whether calibration data are used at all."""
@@ -100,9 +115,27 @@ def parse_method(name: str) -> Method:
             f"method {name!r}: smooth goes before rtn, mse, imatrix and gptq, and with no other"
         )
     *ranges, solver = solvers
-    if len(ranges) > 1 or (ranges and (solver != "gptq" or ranges[0] not in ("imatrix", "mse"))):
-        raise MethodError(f"method {name!r}: of two solvers, the first must be imatrix or mse, the last gptq")
+    by_columns = solver in (GPTQ, GPTAQ)
+    if len(ranges) > 1 or (ranges and (not by_columns or ranges[0] not in ("imatrix", "mse"))):
+        raise MethodError(
+            f"method {name!r}: of two solvers, the first must be imatrix or mse, the last gptq or gptaq"
+        )
+    if solver == GPTAQ and transforms not in ([], [SMOOTH]):
+        raise MethodError(f"method {name!r}: gptaq goes after smooth or no transform; take gptq")
     return Method(name, tuple(transforms), solver, SOLVERS[ranges[0] if ranges else solver], trained)
+
+
+def independent(name: str) -> str:
+    """The method whose parts do not depend on each other, in place of one by ``gptaq``."""
+    return "+".join(GPTQ if word == GPTAQ else word for word in name.split("+"))
+
+
+def in_order(name: str) -> str:
+    """The method by which a plan's groups are made one behind the other, in place of one by ``gptq``; others
+    as they are."""
+    after = "+".join(GPTAQ if word == GPTQ else word for word in name.split("+"))
+    transforms = parse_method(name).transforms
+    return after if transforms in ((), (SMOOTH,)) else name
 
 
 def refuse_trained(name: str) -> None:

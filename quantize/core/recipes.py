@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from quantize.core.methods import SMOOTH
+from quantize.core.methods import GPTAQ, SMOOTH
 from quantize.core.modules import Group, Modules
 from quantize.core.plan import Plan
 from quantize.core.schemes import scheme
 from quantize.core.targets import Target
 
-BEST_RANGES = f"{SMOOTH}+imatrix+gptq"
+BEST_RANGES = f"{SMOOTH}+imatrix+{GPTAQ}"
 """The method of weights below 8 bits."""
 FOUR_BITS = ("w4a16-g32-asym", "w4a16-g64-asym", "w4a16-g64")
 """4-bit schemes, the first that a group may have is taken."""

@@ -8,6 +8,8 @@ directory/
   kept-<transforms>-<key>/kept.safetensors       embeddings, norms, head, biases, as a variant stores them
   kv-<scheme>-…-<key>/kv.safetensors             scales of the KV cache
   smooth-<key>/<block>.safetensors               smoothing scales (:mod:`quantize.make.smooth`)
+  ordered-<key>/<group>.safetensors              a group of one plan, made behind those before it
+                                                 (:mod:`quantize.make.asymmetric`)
   massive-<key>/blocks.json                      blocks that write a massive activation, and by how much
   .lock                                          held while parts are made
 
@@ -23,7 +25,7 @@ import hashlib
 import json
 import shutil
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -39,11 +41,12 @@ from quantize.core.quantization_config import quantization_config
 from quantize.core.schemes import kv_scheme, scheme
 from quantize.core.tensors import Part, read_file_parts, read_parts, write_shards, write_tensors
 from quantize.core.weights import INDEX
+from quantize.make.asymmetric import as_made, asymmetric_groups, make_in_order
 from quantize.make.calibration import CalibrationSet
 from quantize.make.compress import compress_whole
 from quantize.make.massive import massive_blocks
 from quantize.make.smooth import Scales, ScaleStore, folded, save_whole
-from quantize.make.streaming import Choice, make_parts, needs_data, smoothed, streams
+from quantize.make.streaming import Choice, QuantizeError, make_parts, needs_data, smoothed, streams
 from quantize.numerics.formats import E4M3
 
 if TYPE_CHECKING:
@@ -300,19 +303,55 @@ class PartStore:
     def files(self, plan: Plan) -> dict[str, Path]:
         """Every file of ``plan`` by its name in a linked directory; parts that are missing are made."""
         transforms = self._transforms(plan)
-        choices = {group.name: self._choice(plan, group.name, transforms) for group in self.modules}
+        choices = {group.name: self._choice(plan, group, transforms) for group in self.modules}
         calibrated = kv_scheme(plan.kv).calibrated
         if calibrated and transforms not in ((), (SMOOTH,)):
             raise MethodError(
                 f"a calibrated KV cache ({plan.kv}) is made together with transforms only in a uniform plan"
             )
-        wanted = {name: [choice] for name, choice in choices.items()}
+        ordered = {group.name for group in asymmetric_groups(self.modules, choices)}
+        wanted = {name: [choice] for name, choice in choices.items() if name not in ordered}
         self.make(wanted, kv=[plan.kv], label=plan.describe(), transforms=transforms)
-        found = {f"{name}.safetensors": self.file(name, choice) for name, choice in choices.items()}
+        files = {name: self.file(name, choices[name]) for name in wanted}
+        if ordered:
+            files |= self._in_order(choices, ordered, plan.describe())
+        found = {f"{name}.safetensors": files[name] for name in choices}
         found["kept.safetensors"] = self._kept(transforms)
         if calibrated:
             found["kv.safetensors"] = self.kv_file(plan.kv, transforms)
         return found
+
+    def _in_order(
+        self, choices: Mapping[str, Choice], ordered: Collection[str], label: str
+    ) -> dict[str, Path]:
+        """The files of the groups ``ordered`` of a plan; what is missing is made."""
+        if self.calibration is None:
+            raise QuantizeError("gptaq needs calibration data; set calibration in the YAML")
+        plan = hashlib.sha256(json.dumps(sorted(choices.items())).encode()).hexdigest()[:12]
+        directory = self._place(f"ordered-{plan}", data=True)
+        files = {name: directory / f"{name}.safetensors" for name in ordered}
+        if not _absent(files):
+            return files
+
+        def stored(group: Group) -> Mapping[str, Part] | None:
+            file = files.get(group.name) or self.file(group.name, choices[group.name])
+            return self.tensors(file) if file.exists() else None
+
+        smooth = any(map(smoothed, choices.values()))
+        with self._locked():
+            if smooth and self.smoothing.missing(self.modules.layers):
+                self._stream({}, {}, label, True, False)
+            make_in_order(
+                self.checkpoint,
+                self.modules,
+                choices,
+                self.calibration.sequences,
+                stored,
+                lambda group, tensors: save_whole(tensors, files[group.name]),
+                lambda group: self.scales(group, choices[group.name]),
+                label,
+            )
+        return files
 
     def link(self, plan: Plan, out: Path) -> None:
         """Put ``plan`` together in ``out`` from hard links; what was there before is removed."""
@@ -347,11 +386,11 @@ class PartStore:
         write_whole(out / "config.json", json.dumps(config, indent=2) + "\n")
         copy_companions(self.checkpoint, out)
 
-    def _choice(self, plan: Plan, group: str, transforms: tuple[str, ...]) -> Choice:
-        name = plan.groups[group]
+    def _choice(self, plan: Plan, group: Group, transforms: tuple[str, ...]) -> Choice:
+        name = plan.groups[group.name]
         if scheme(name).weights is None:
             return ("bf16", "+".join((*transforms, "rtn")))
-        return (name, plan.method_of(group))
+        return as_made(group, (name, plan.method_of(group.name)))
 
     def _transforms(self, plan: Plan) -> tuple[str, ...]:
         names = {plan.method_of(g.name) for g in self.modules if scheme(plan.groups[g.name]).weights}

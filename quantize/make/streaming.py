@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from tqdm import tqdm
 
 from quantize.core.checkpoint import Checkpoint
-from quantize.core.methods import SMOOTH, Method, MethodError, parse_method
+from quantize.core.methods import SMOOTH, Method, MethodError, independent, parse_method
 from quantize.core.modules import HEAD, Group, Modules
 from quantize.core.schemes import Scheme, scheme
 from quantize.make.blocks import Blocks, Files, best_device, serving_dtype
@@ -56,7 +56,7 @@ def streams(choice: Choice) -> bool:
     if how.weights is None:
         return True
     if how.weights.kind == "float":
-        return how.weights.bits == 8 and method.solver != "gptq"
+        return how.weights.bits == 8 and not method.by_columns
     return True
 
 
@@ -64,7 +64,7 @@ def needs_data(choice: Choice) -> bool:
     """Whether calibration data decide anything of the part."""
     how, method = scheme(choice[0]), parse_method(choice[1])
     return how.weights is not None and (
-        how.needs_calibration or method.solver == "gptq" or method.observer == "imatrix_mse"
+        how.needs_calibration or method.by_columns or method.observer == "imatrix_mse"
     )
 
 
@@ -116,7 +116,7 @@ def make_parts(
     states = blocks.start(sequences)
     last = max(missing | {g.layer for g in groups if g.name in data}, default=-1)
     last = last if keep_kv is None else len(blocks) - 1
-    full = {name for name in data if any(parse_method(m).solver == "gptq" for _, m in wanted[name])}
+    full = {name for name in data if any(parse_method(m).by_columns for _, m in wanted[name])}
     for layer in tqdm(range(len(blocks)), desc=label, unit="block", file=sys.stderr):
         mine = [group for group in groups if group.layer == layer]
         found = None
@@ -150,6 +150,11 @@ def _refuse(
         if group.kind == HEAD and group.name in data:
             raise QuantizeError("the head is quantized by ranges alone, without data: rtn or mse")
         for name, method in wanted[group.name]:
+            if parse_method(method).asymmetric:
+                raise MethodError(
+                    f"{name} by {method} is made for one plan, in its order; parts that plans share are made "
+                    f"by {independent(method)}"
+                )
             if smoothed((name, method)) and scheme(name).needs_calibration:
                 raise MethodError(
                     f"{name} by {method}: fixed scales of inputs are not measured behind smoothing; take a "
@@ -202,13 +207,13 @@ def _make_choices(
         if inputs is not None and (columns := scales.get(f"{first}.columns")) is not None:
             inputs = inputs.divided(columns.to(device))
         tasks = [(name, choice) for choice in quantized for name in names]
-        for (_, choice), made in zip(tasks, _solved(tasks, weights, inputs, dtype), strict=True):
+        for (_, choice), made in zip(tasks, solved(tasks, weights, inputs, dtype), strict=True):
             tensors[choice] |= made
     for choice, made in tensors.items():
         keep(group, choice, made)
 
 
-def _solved(
+def solved(
     tasks: Sequence[tuple[str, Choice]],
     weights: Mapping[str, Tensor],
     inputs: InputStatistics | None,
@@ -221,16 +226,16 @@ def _solved(
         return _grid(weights[name], scheme(scheme_name), parse_method(method), inputs, dtype)
 
     grids = side_by_side(grid_of, tasks)
-    solved = {}
+    integers = {}
     if inputs is not None:
-        numbers = [n for n, (_, choice) in enumerate(tasks) if parse_method(choice[1]).solver == "gptq"]
+        numbers = [n for n, (_, choice) in enumerate(tasks) if parse_method(choice[1]).by_columns]
         if numbers:
             found = gptq([(weights[tasks[n][0]], grids[n]) for n in numbers], inputs.moments)
-            solved = dict(zip(numbers, found, strict=True))
+            integers = dict(zip(numbers, found, strict=True))
 
     def stored(number: int) -> dict[str, Tensor]:
         (name, choice), grid = tasks[number], grids[number]
-        q = solved[number] if number in solved else rounded(weights[name], grid)
+        q = integers[number] if number in integers else rounded(weights[name], grid)
         return _checked(name, weights[name], q, grid, scheme(choice[0]), inputs, dtype)
 
     return side_by_side(stored, range(len(tasks)))

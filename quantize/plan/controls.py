@@ -10,6 +10,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 from quantize.core.files import write_whole
+from quantize.core.methods import in_order
 from quantize.core.modules import HEAD
 from quantize.core.plan import Plan
 from quantize.core.schemes import scheme
@@ -17,7 +18,7 @@ from quantize.plan import autoscheme
 from quantize.plan.paired_kl import PairedKl
 from quantize.plan.planner import Planner
 from quantize.plan.served import KEPT, plan_of
-from quantize.plan.session import PlanningSession
+from quantize.plan.session import PlanningSession, made_in_order
 
 Kind = Literal["uniform", "random", "ends", "autoscheme"]
 KINDS: tuple[Kind, ...] = ("uniform", "random", "ends", "autoscheme")
@@ -99,7 +100,7 @@ def plans(
     }
     for kind in kinds:
         fitting = {
-            label: plan
+            label: plan if kind == "uniform" else made_in_order(plan)
             for label, plan in made[kind]().items()
             if plan.weight_bytes(session.modules) <= budget
         }
@@ -118,7 +119,7 @@ def _uniform(session: PlanningSession) -> dict[str, Plan]:
     """Every scheme that all groups may have, by every method that the planner mixes, and by rounding."""
     made = {}
     for name in _for_all(session):
-        for method in dict.fromkeys(("rtn", *session.methods)):
+        for method in dict.fromkeys(("rtn", *session.methods, *map(in_order, session.methods))):
             made[f"{name} {method}"] = Plan(groups=_all(session, name), method=method)
     return made
 

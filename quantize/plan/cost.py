@@ -3,6 +3,7 @@
     parts       one pass over the model for all of them (:mod:`quantize.cost`)
     estimates   a pass forwards, and for every drawn label one backwards, in bfloat16; per weight, choice and
                 sequence the product of two gradients; per weight and choice the noise of some tokens
+    in order    the best plan once more, group behind group
     engine      its start; the reference, a uniform variant per scheme and every plan that is tried are
                 loaded, and score the conversations that plans are chosen on
 
@@ -15,6 +16,7 @@ from collections.abc import Mapping, Sequence
 
 from quantize.core.checkpoint import Checkpoint
 from quantize.core.cost import Cost, active_weights
+from quantize.core.methods import in_order
 from quantize.core.modules import Modules
 from quantize.core.schemes import BF16_BYTES, scheme
 from quantize.cost import CORE_RATE, FILE_S, PASS, SPREAD, START_S, making, making_memory, pass_tokens
@@ -31,8 +33,9 @@ ENGINE_BYTES = 1_100_000_000
 """Resident memory of an engine with a model of no size, beside its KV cache."""
 KV_BYTES = 1 << 30
 """Of the engine's KV cache."""
-OTHER_PLANS = 3
-"""Loads beside the uniform variants and the plans that are tried: the reference, and some to spare."""
+OTHER_PLANS = 4
+"""Loads beside the uniform variants and the plans that are tried: the reference, the best plan made in order,
+and some to spare."""
 
 
 def estimate_planning(session: PlanningSession, tries: int = TRIES) -> Cost:
@@ -56,7 +59,9 @@ def planning_cost(
     tokens, chosen = pass_tokens(choices, lengths), sum(choosing)
     weights = sum(group.weights for group in modules)
     model = modules.other_bytes + BF16_BYTES * weights
+    ordered = {name: [(one, in_order(method)) for one, method in many[:1]] for name, many in choices.items()}
     work = making(checkpoint, modules, choices, lengths, rates)
+    work.together += making(checkpoint, modules, ordered, lengths, rates).together
     work.alone += START_S + FILE_S * model
     active = active_weights(checkpoint, modules)
     rows = sum(group.weights * len(choices[group.name]) for group in modules)
@@ -74,7 +79,7 @@ def planning_cost(
     parts = modules.other_bytes + sum(
         group.stored_bytes(scheme(name)) for group in modules for name, _ in choices[group.name]
     )
-    memory = making_memory(checkpoint, modules, choices, tokens, rates)
+    memory = max(making_memory(checkpoint, modules, many, tokens, rates) for many in (choices, ordered))
     return Cost(
         what=f"a plan, {tries} tried on the engine",
         tokens=tokens + chosen,

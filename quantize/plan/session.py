@@ -15,7 +15,7 @@ from pathlib import Path
 
 from quantize.core.checkpoint import Checkpoint, base_sha256
 from quantize.core.files import write_whole
-from quantize.core.methods import SMOOTH, parse_method
+from quantize.core.methods import SMOOTH, in_order, independent, parse_method
 from quantize.core.modules import Modules, read_modules
 from quantize.core.plan import Plan
 from quantize.core.schemes import BF16_BYTES, kv_scheme, scheme
@@ -29,7 +29,7 @@ from quantize.make.streaming import streams
 from quantize.plan.planner import Candidate, PlanError, Planner
 from quantize.plan.search import search
 from quantize.plan.sensitivity import Sensitivity, analyse, calibrated
-from quantize.plan.served import KEPT, Choice, ServedKl
+from quantize.plan.served import KEPT, Choice, ServedKl, plan_of
 from quantize.plan.simulated import SimulatedModel
 from quantize.plan.tune import SEQUENCES, STEPS, TOGETHER, Tuned, tune, write_tuned
 
@@ -81,6 +81,12 @@ def choices_on(
 ) -> dict[str, Sequence[Choice]]:
     """What a planner may give each group: ``schemes`` that are legal, those below 8 bits by ``methods``,
     others by ranges alone, after the same transforms. Raises PlanError where there is none."""
+    for method in methods:
+        if parse_method(method).asymmetric:
+            raise PlanError(
+                f"--methods {method}: is made when a plan is known, and is tried on the best one; plans mix "
+                f"parts that do not depend on each other: {independent(method)}"
+            )
     plain = "+".join((*parse_method(methods[0]).transforms, "rtn"))
     found: dict[str, Sequence[Choice]] = {}
     for group in modules:
@@ -194,6 +200,7 @@ class PlanningSession:
         chosen = min(fitting, key=lambda name: fitting[name])
         left = budget - kv_tokens * per_token[chosen] - self._kv_scale_bytes(chosen)
         found = search(planner, served, left, tries=tries)
+        found = sorted([*found, *self._in_order(found[0], served)], key=lambda one: one.served_kl or 0.0)
         return [self._with_kv(candidate, chosen, losses[chosen], served) for candidate in found]
 
     def for_loss(self, bench: Bench, loss: float) -> Candidate:
@@ -203,14 +210,18 @@ class PlanningSession:
         wanted = loss
         for _ in range(LOSS_ROUNDS):
             choices = planner.for_loss(wanted)
-            measured = served(choices)
+            found = Candidate(
+                plan=planner.plan(choices),
+                weight_bytes=planner.weight_bytes(choices),
+                predicted_kl=planner.predicted(choices),
+                served_kl=(measured := served(choices)),
+            )
             if measured <= loss:
-                return Candidate(
-                    plan=planner.plan(choices),
-                    weight_bytes=planner.weight_bytes(choices),
-                    predicted_kl=planner.predicted(choices),
-                    served_kl=measured,
-                )
+                return found
+            for better in self._in_order(found, served):
+                measured = min(measured, better.served_kl or measured)
+                if measured <= loss:
+                    return better
             wanted *= min(0.95, loss / measured)
         raise PlanError(
             f"no plan was measured at a loss of {loss:g} or less after {LOSS_ROUNDS} attempts; raise --loss"
@@ -256,6 +267,15 @@ class PlanningSession:
     def _kv_scale_bytes(self, kv: str) -> int:
         return 4 * self.modules.layers if kv_scheme(kv).calibrated else 0
 
+    def _in_order(self, candidate: Candidate, served: ServedKl) -> list[Candidate]:
+        """The plan with its groups made one behind the other, measured; none where that changes nothing."""
+        plan = made_in_order(candidate.plan)
+        if plan == candidate.plan:
+            return []
+        choices = {name: (one, plan.method_of(name)) for name, one in plan.groups.items()}
+        changed = {"plan": plan_of(choices, plan.kv), "served_kl": served(choices, plan.kv)}
+        return [candidate.model_copy(update=changed)]
+
     def _with_kv(self, candidate: Candidate, kv: str, loss: float, served: ServedKl) -> Candidate:
         if kv == "auto":
             return candidate
@@ -269,6 +289,12 @@ class PlanningSession:
             predicted_kl=candidate.predicted_kl + loss,
             served_kl=served(choices, kv),
         )
+
+
+def made_in_order(plan: Plan) -> Plan:
+    """The same with what is by ``gptq`` made one group behind the other."""
+    methods = {name: in_order(method) for name, method in plan.methods.items()}
+    return plan.model_copy(update={"method": in_order(plan.method), "methods": methods})
 
 
 def split(calibration: CalibrationSet) -> tuple[CalibrationSet, list[Span]]:

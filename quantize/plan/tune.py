@@ -29,7 +29,7 @@ from quantize.core.schemes import Numbers, Scheme, scheme
 from quantize.core.tensors import Part, overwrite, read_parts
 from quantize.evaluate.bench import Span
 from quantize.make.ranges import round_inputs
-from quantize.plan.simulated import SimulatedModel, mean_kl, plan_choices
+from quantize.plan.simulated import SimulatedModel, mean_kl
 
 if TYPE_CHECKING:
     import torch
@@ -144,7 +144,6 @@ def tune(
     spans: list[Span] = [(tokens, 1) for tokens in calibration if len(tokens) > 1]
     labels = model.log_probabilities(spans)
     reference = model.log_probabilities()
-    before = model.kl(plan_choices(plan, model.modules), reference)
     linears = {
         member.name: _Scaled(tensors, member.name, scheme(plan.groups[group.name]), model.device)
         for group in model.modules
@@ -163,7 +162,6 @@ def tune(
     every = max(1, steps // CHECKS)
     kept_values: dict[str, Tensor] = {}
     rng, order = random.Random(seed), list(range(len(spans)))
-    best, found = before, {}
     hooks = [
         model.model.get_submodule(name).register_forward_pre_hook(_rounding(one.inputs))
         for name, one in linears.items()
@@ -173,6 +171,8 @@ def tune(
         kept_values[name] = model.model.get_parameter(name).data
         model.model.get_parameter(name).data = tensor
     try:
+        before = _now(model, reference, linears, norms)
+        best, found = before, dict[str, "Tensor"]()
         with tqdm(range(1, steps + 1), desc="tune", unit="step", file=sys.stderr) as bar:
             for step in bar:
                 picked = rng.sample(order, min(SEQUENCES, len(order)))
@@ -185,9 +185,7 @@ def tune(
                 optimizer.step()
                 schedule.step()
                 if step % every == 0 or step == steps:
-                    with torch.no_grad():
-                        _set(model.model, linears, norms)
-                        now = mean_kl(reference, model.log_probabilities())
+                    now = _now(model, reference, linears, norms)
                     bar.set_postfix(kl=f"{now:.5f}", before=f"{before:.5f}")
                     if now < best:
                         best, found = now, _stored(linears, norms)
@@ -199,6 +197,20 @@ def tune(
         for name, tensor in kept_values.items():
             model.model.get_parameter(name).data = tensor
     return Tuned(found, before, best)
+
+
+def _now(
+    model: SimulatedModel,
+    reference: Sequence[Tensor],
+    linears: Mapping[str, _Scaled],
+    norms: Mapping[str, tuple[Tensor, Tensor]],
+) -> float:
+    """The loss on the choosing conversations with scales and norms as they would be stored."""
+    import torch
+
+    with torch.no_grad():
+        _set(model.model, linears, norms)
+        return mean_kl(reference, model.log_probabilities())
 
 
 def _unquantized(model: Any, tensors: Mapping[str, Part], trained: set[str]) -> dict[str, Tensor]:

@@ -120,7 +120,7 @@ def test_eight_bits_are_smoothed(model: ModelConfig, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr("deploy.making.make_plans", plans)
     make_variants(model, ["bf16", "int8", "int4"], lambda _: None, "vllm-cpu-vnni")
-    assert seen == {"int8": "smooth+rtn", "int4": "smooth+imatrix+gptq"}
+    assert seen == {"int8": "smooth+rtn", "int4": "smooth+imatrix+gptaq"}
 
 
 def test_the_demo_goes_on_with_what_was_made(config: Config, model: ModelConfig, tmp_path: Path) -> None:

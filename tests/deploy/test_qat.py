@@ -68,7 +68,7 @@ def test_a_variant_is_trained_from_another_and_its_card_says_so(
     told = capsys.readouterr()
     assert "stored tensors are what was trained, bit for bit" in told.err
     begun, card = registry(place).card("four"), registry(place).card("four-qat")
-    assert card.method == "smooth+imatrix+gptq+qat"
+    assert card.method == "smooth+imatrix+gptaq+qat"
     assert card.schemes == begun.schemes
     assert card.weight_bytes == begun.weight_bytes
     assert card.training is not None
@@ -80,7 +80,7 @@ def test_a_variant_is_trained_from_another_and_its_card_says_so(
     run(place, "variants", "list")
     assert "four-qat" in capsys.readouterr().out
     run(place, "variants", "show", "four-qat")
-    assert "smooth+imatrix+gptq+qat" in capsys.readouterr().out
+    assert "smooth+imatrix+gptaq+qat" in capsys.readouterr().out
     run(place, "train", "qat", "four", *QUICK)
     assert registry(place).versions("four-qat") == (card.version,), "the same is not trained twice"
     assert not list((place / "variants/.training").glob("*/whole")), "checkpoints are not kept"

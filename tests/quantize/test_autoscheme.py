@@ -41,7 +41,7 @@ def test_what_it_takes_is_a_plan_within_the_budget(tmp_path: Path, monkeypatch: 
     assert {plan.groups[group.name] for group in session.blocks} <= {*SCHEMES, "w4a16-g128", "w4a16-g16-asym"}
     for group in session.blocks:
         of_four = scheme(plan.groups[group.name]).weight_bits == 4
-        assert plan.method_of(group.name) == ("smooth+imatrix+gptq" if of_four else "smooth+rtn")
+        assert plan.method_of(group.name) == ("smooth+imatrix+gptaq" if of_four else "smooth+rtn")
     # asked again, it is read from where it was kept
     again = list(controls.plans(session, None, budget, ["autoscheme"], print))  # type: ignore[arg-type]
     assert again[0][2] == plan

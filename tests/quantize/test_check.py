@@ -248,7 +248,7 @@ def test_each_recipe_and_a_plan_are_told_with_how_it_is_known(tmp_path: Path) ->
     text = format_check(report(checkpoint, calibration=[100] * 40))
     for words in (
         "w8a8 by smooth+rtn",
-        "w4a16-g32-asym by smooth+imatrix+gptq",
+        "w4a16-g32-asym by smooth+imatrix+gptaq",
         "a plan, 12 tried on the engine",
         "40 conversations, 4,000 tokens (as given)",
         "2 cores, taken to be idle",
