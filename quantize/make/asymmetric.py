@@ -84,7 +84,8 @@ def make_in_order(
     if not missing:
         return
     device = best_device()
-    plain, changed = (Blocks(checkpoint, modules, device) for _ in range(2))
+    plain = Blocks(checkpoint, modules, device)
+    changed = Blocks(checkpoint, modules, device, files=plain.files)
     before, after = (blocks.start(sequences, copies=2) for blocks in (plain, changed))
     last = max(group.layer for group in missing)
     for layer in tqdm(range(last + 1), desc=label, unit="block", file=sys.stderr):

@@ -108,7 +108,8 @@ class States:
 
 
 class Blocks:
-    """The skeleton and the files. ``dtype`` is what blocks compute in; the type served by default."""
+    """The skeleton and the files. ``dtype`` is what blocks compute in; the type served by default. ``files``
+    may be those of another of the same checkpoint, so that they are mapped once."""
 
     def __init__(
         self,
@@ -116,12 +117,13 @@ class Blocks:
         modules: Modules,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        files: Files | None = None,
     ) -> None:
         import torch
 
         self.device = torch.device(device) if device is not None else best_device()
         self.dtype = dtype or serving_dtype(checkpoint)
-        self.files = Files(checkpoint.path)
+        self.files = files or Files(checkpoint.path)
         self.model = skeleton(checkpoint, self.dtype)
         self.layers: Any = decoder_layers(self.model)
         self.linears = modules.linears
