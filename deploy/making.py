@@ -23,6 +23,7 @@ from quantize.evaluate.tasks import Item, read_items
 from quantize.make.compress import QuantizeError
 from quantize.make.massive import rounds_inputs, spared
 from quantize.make.smooth import unsmoothed
+from quantize.make.streaming import refuse_choice
 from quantize.make.variant import part_store
 
 Say = Callable[[str], None]
@@ -92,6 +93,9 @@ def make_plans(
     for name, why in refused.items():
         say(f"{name} is left out, {where.name} does not serve it: {why}")
     plans = {name: plan for name, plan in plans.items() if name not in refused}
+    for plan in plans.values():
+        for group, scheme_name in plan.groups.items():
+            refuse_choice((scheme_name, plan.method_of(group)))
     refuse_pattern(model.variants_dir)
     refuse_unfit(checkpoint)
     for note in checkpoint.notes:

@@ -21,6 +21,7 @@ from quantize.card import Card
 from quantize.check import kept_rows, refuse_pattern, refuse_short, refuse_unfit
 from quantize.core.checkpoint import Checkpoint
 from quantize.core.files import locked, write_whole
+from quantize.core.methods import parse_method
 from quantize.core.modules import read_modules
 from quantize.core.plan import Plan
 from quantize.core.schemes import BF16_BYTES, scheme
@@ -309,7 +310,8 @@ def compare(
         paired = PairedKl(session.checkpoint.path, bench, spans, work, session.make)
         paired.take(plan, directory)
         budget = plan.weight_bytes(session.modules)
-        rivals = list(controls.plans(session, session.planner(bench), budget, kinds, say))
+        ordered = any(parse_method(plan.method_of(name)).asymmetric for name in plan.groups)
+        rivals = list(controls.plans(session, session.planner(bench), budget, kinds, say, ordered=ordered))
         rows = controls.measure(session, paired, card.variant, plan, rivals)
     return Controls(
         variant=card.variant,

@@ -112,7 +112,7 @@ def parse_method(name: str) -> Method:
         solvers = [ALONE[transforms[-1]]]
     if SMOOTH in transforms and (len(transforms) > 1 or "autoround" in solvers):
         raise MethodError(
-            f"method {name!r}: smooth goes before rtn, mse, imatrix and gptq, and with no other"
+            f"method {name!r}: smooth goes before rtn, mse, imatrix, gptq and gptaq, and with no other"
         )
     *ranges, solver = solvers
     by_columns = solver in (GPTQ, GPTAQ)

@@ -101,8 +101,9 @@ def make_in_order(
                     part = stored(group)
                     assert part is not None
                 _quantize(quantized, changed, group, choice[0], part, mine_scales)
-            plain.forward(layer, before)
-            changed.forward(layer, after)
+            if layer < last:
+                plain.forward(layer, before)
+                changed.forward(layer, after)
 
 
 def _as_computed(blocks: Blocks, layer: int, batch: Batch, groups: Sequence[Group]) -> list[Group]:

@@ -8,7 +8,7 @@ directory/
   kept-<transforms>-<key>/kept.safetensors       embeddings, norms, head, biases, as a variant stores them
   kv-<scheme>-…-<key>/kv.safetensors             scales of the KV cache
   smooth-<key>/<block>.safetensors               smoothing scales (:mod:`quantize.make.smooth`)
-  ordered-<key>/<group>.safetensors              a group of one plan, made behind those before it
+  ordered-<plan>-<key>/<group>.safetensors       a group of one plan, made behind those before it
                                                  (:mod:`quantize.make.asymmetric`)
   massive-<key>/blocks.json                      blocks that write a massive activation, and by how much
   .lock                                          held while parts are made
@@ -46,7 +46,15 @@ from quantize.make.calibration import CalibrationSet
 from quantize.make.compress import compress_whole
 from quantize.make.massive import massive_blocks
 from quantize.make.smooth import Scales, ScaleStore, folded, save_whole
-from quantize.make.streaming import Choice, QuantizeError, make_parts, needs_data, smoothed, streams
+from quantize.make.streaming import (
+    Choice,
+    QuantizeError,
+    make_parts,
+    needs_data,
+    refuse_choice,
+    smoothed,
+    streams,
+)
 from quantize.numerics.formats import E4M3
 
 if TYPE_CHECKING:
@@ -304,6 +312,8 @@ class PartStore:
         """Every file of ``plan`` by its name in a linked directory; parts that are missing are made."""
         transforms = self._transforms(plan)
         choices = {group.name: self._choice(plan, group, transforms) for group in self.modules}
+        for choice in choices.values():
+            refuse_choice(choice)
         calibrated = kv_scheme(plan.kv).calibrated
         if calibrated and transforms not in ((), (SMOOTH,)):
             raise MethodError(

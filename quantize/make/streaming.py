@@ -68,6 +68,18 @@ def needs_data(choice: Choice) -> bool:
     )
 
 
+def refuse_choice(choice: Choice) -> None:
+    """Raise MethodError, before any work, for a scheme that a method does not make."""
+    name, method = choice
+    if smoothed(choice) and scheme(name).needs_calibration:
+        raise MethodError(
+            f"{name} by {method}: fixed scales of inputs are not measured behind smoothing; take a scheme "
+            "that scales inputs by token, such as w8a8 or fp8-dynamic"
+        )
+    if parse_method(method).asymmetric and not streams(choice):
+        raise MethodError(f"{name} by {method}: gptaq rounds to integers alone; take {independent(method)}")
+
+
 def smoothed(choice: Choice) -> bool:
     """Whether the part is of the model with smoothing scales."""
     return SMOOTH in parse_method(choice[1]).transforms
@@ -155,11 +167,7 @@ def _refuse(
                     f"{name} by {method} is made for one plan, in its order; parts that plans share are made "
                     f"by {independent(method)}"
                 )
-            if smoothed((name, method)) and scheme(name).needs_calibration:
-                raise MethodError(
-                    f"{name} by {method}: fixed scales of inputs are not measured behind smoothing; take a "
-                    "scheme that scales inputs by token, such as w8a8 or fp8-dynamic"
-                )
+            refuse_choice((name, method))
             if smoothed((name, method)) and scales is None:
                 raise ValueError("smoothed parts need a store of scales")
 

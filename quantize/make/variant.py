@@ -11,7 +11,7 @@ from quantize.core.plan import Plan
 from quantize.make.calibration import CalibrationSet
 from quantize.make.compress import compress_whole
 from quantize.make.parts import PartStore
-from quantize.make.streaming import QuantizeError, streams
+from quantize.make.streaming import QuantizeError, refuse_choice, streams
 
 PARTS = ".parts"
 """Directory of parts beside the variants; it can be removed at any time."""
@@ -39,6 +39,8 @@ def compress(
     ``out``; the rest is llm-compressor's, whose output goes to ``log``. Raises QuantizeError when the weights
     are damaged, or when a module was not quantized as intended.
     """
+    for group, name in plan.groups.items():
+        refuse_choice((name, plan.method_of(group)))
     method = parse_method(plan.method)
     if method.needs_data(plan) and calibration is None:
         raise QuantizeError(f"method {method.name} needs calibration data; set calibration in the YAML")

@@ -10,10 +10,11 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict
 
 from quantize.core.files import write_whole
-from quantize.core.methods import in_order
+from quantize.core.methods import SMOOTH, in_order, parse_method
 from quantize.core.modules import HEAD
 from quantize.core.plan import Plan
 from quantize.core.schemes import scheme
+from quantize.make.streaming import streams
 from quantize.plan import autoscheme
 from quantize.plan.paired_kl import PairedKl
 from quantize.plan.planner import Planner
@@ -90,17 +91,19 @@ def plans(
     kinds: Sequence[Kind],
     say: Callable[[str], None],
     seed: int = 0,
+    ordered: bool = False,
 ) -> Iterator[tuple[str, Kind, Plan]]:
-    """The controls that take at most ``budget`` bytes. ``say`` hears which kinds have none."""
+    """The controls that take at most ``budget`` bytes. ``say`` hears which kinds have none. ``ordered``: they
+    are made group behind group as the planned variant is, uniform ones in both ways."""
     made: dict[Kind, Callable[[], Mapping[str, Plan]]] = {
-        "uniform": lambda: _uniform(session),
+        "uniform": lambda: _uniform(session, ordered),
         "random": lambda: _random(planner, budget, seed),
         "ends": lambda: _ends(session, budget),
         "autoscheme": lambda: _autoscheme(session, budget),
     }
     for kind in kinds:
         fitting = {
-            label: plan if kind == "uniform" else made_in_order(plan)
+            label: made_in_order(plan) if ordered and kind != "uniform" else plan
             for label, plan in made[kind]().items()
             if plan.weight_bytes(session.modules) <= budget
         }
@@ -115,11 +118,15 @@ def _random(planner: Planner, budget: int, seed: int) -> dict[str, Plan]:
     return {f"random {n}": random_plan(planner, budget, rng) for n in range(1, RANDOM_PLANS + 1)}
 
 
-def _uniform(session: PlanningSession) -> dict[str, Plan]:
+def _uniform(session: PlanningSession, ordered: bool) -> dict[str, Plan]:
     """Every scheme that all groups may have, by every method that the planner mixes, and by rounding."""
     made = {}
+    methods = [*session.methods, *(map(in_order, session.methods) if ordered else ())]
     for name in _for_all(session):
-        for method in dict.fromkeys(("rtn", *session.methods, *map(in_order, session.methods))):
+        for method in dict.fromkeys(("rtn", *methods)):
+            by = parse_method(method)
+            if (by.asymmetric or SMOOTH in by.transforms) and not streams((name, method)):
+                continue
             made[f"{name} {method}"] = Plan(groups=_all(session, name), method=method)
     return made
 

@@ -59,9 +59,10 @@ def planning_cost(
     tokens, chosen = pass_tokens(choices, lengths), sum(choosing)
     weights = sum(group.weights for group in modules)
     model = modules.other_bytes + BF16_BYTES * weights
-    ordered = {name: [(one, in_order(method)) for one, method in many[:1]] for name, many in choices.items()}
+    ordered = _made_in_order(choices)
     work = making(checkpoint, modules, choices, lengths, rates)
-    work.together += making(checkpoint, modules, ordered, lengths, rates).together
+    if ordered:
+        work.together += making(checkpoint, modules, ordered, lengths, rates).together
     work.alone += START_S + FILE_S * model
     active = active_weights(checkpoint, modules)
     rows = sum(group.weights * len(choices[group.name]) for group in modules)
@@ -79,7 +80,9 @@ def planning_cost(
     parts = modules.other_bytes + sum(
         group.stored_bytes(scheme(name)) for group in modules for name, _ in choices[group.name]
     )
-    memory = max(making_memory(checkpoint, modules, many, tokens, rates) for many in (choices, ordered))
+    memory = making_memory(checkpoint, modules, choices, tokens, rates)
+    if ordered:
+        memory = max(memory, making_memory(checkpoint, modules, ordered, tokens, rates))
     return Cost(
         what=f"a plan, {tries} tried on the engine",
         tokens=tokens + chosen,
@@ -89,3 +92,15 @@ def planning_cost(
         seconds=seconds,
         seconds_range=(seconds / SPREAD, seconds * SPREAD),
     )
+
+
+def _made_in_order(choices: Mapping[str, Sequence[Choice]]) -> dict[str, Sequence[Choice]]:
+    """A choice of each group that can be made behind those before it, else its first; nothing where no group
+    has one."""
+    found: dict[str, Sequence[Choice]] = {}
+    any_of_them = False
+    for name, many in choices.items():
+        ordered = [(one, after) for one, method in many if (after := in_order(method)) != method]
+        any_of_them = any_of_them or bool(ordered)
+        found[name] = ordered[:1] or many[:1]
+    return found if any_of_them else {}

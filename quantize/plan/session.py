@@ -39,6 +39,8 @@ CHOOSING_SHARE = 4
 """One conversation in so many is kept from calibration, and plans are chosen on it."""
 MIN_CHOOSING = 8
 LOSS_ROUNDS = 6
+NEAR = 2.0
+"""Times a wanted loss from which making a plan's groups in order may get there."""
 DEFAULT_BITS = 4.5
 """Bits per weight of the linear modules, where no budget is given."""
 TRIES = 12
@@ -218,7 +220,8 @@ class PlanningSession:
             )
             if measured <= loss:
                 return found
-            for better in self._in_order(found, served):
+            near = measured <= NEAR * loss
+            for better in self._in_order(found, served) if near else ():
                 measured = min(measured, better.served_kl or measured)
                 if measured <= loss:
                     return better

@@ -220,6 +220,15 @@ async def test_a_worker_that_does_not_answer_is_counted_and_its_age_shown(
     ):
         for _ in range(12):
             assert await ask(gateway.url) == 200
+
+        def counted(found: list[str]) -> float:
+            lines = [one for one in found if one.startswith("tiercel_requests_total")]
+            return sum(float(line.rpartition(" ")[2]) for line in lines)
+
+        async def all_counted() -> bool:  # an answer is sent before it is counted
+            return counted(await metrics_of(gateway.url)) == 12
+
+        await eventually(all_counted)
         silent = gateway.workers()[0]
         silent.suspend()
         try:
@@ -243,8 +252,7 @@ async def test_a_worker_that_does_not_answer_is_counted_and_its_age_shown(
                 return max(float(line.rpartition(" ")[2]) for line in lines) > 1
 
             await eventually(old, within_s=60)
-            lines = [one for one in await looked() if one.startswith("tiercel_requests_total")]
-            assert sum(float(line.rpartition(" ")[2]) for line in lines) == 12
+            assert counted(await looked()) == 12
         finally:
             silent.resume()
 

@@ -166,6 +166,10 @@ def test_what_depends_on_a_plan_is_no_part_of_others(
         store.make({name: [(SCHEME, METHOD)]})
     with pytest.raises(PlanError, match="is tried on the best one"):
         choices_on(target("vllm-cpu-vnni"), modules, ["w4a16-g64"], [METHOD])
+    for how, method in (("fp8-dynamic", "imatrix+gptaq"), ("w8a8-static", METHOD)):
+        with pytest.raises(MethodError, match=r"integers alone; take imatrix|not measured behind smoothing"):
+            store.files(uniform(modules, how, method=method))
+    assert [one.name for one in (tmp_path / "parts").rglob("*") if one.is_file()] == [".lock"]
     with pytest.raises(MethodError, match="gptaq goes after smooth or no transform"):
         parse_method("awq+imatrix+gptaq")
 
