@@ -34,16 +34,16 @@ from dataclasses import dataclass
 from quantize.core.plan import Plan
 from quantize.core.schemes import kv_scheme, scheme
 
+GPTQ, GPTAQ = "gptq", "gptaq"
 SOLVERS: Mapping[str, str] = {
     "rtn": "memoryless_minmax",
     "mse": "memoryless_mse",
     "imatrix": "imatrix_mse",
-    "gptq": "memoryless_minmax",
-    "gptaq": "memoryless_minmax",
+    GPTQ: "memoryless_minmax",
+    GPTAQ: "memoryless_minmax",
     "autoround": "memoryless_minmax",
 }
 """Solver to llm-compressor's observer of weight ranges."""
-GPTQ, GPTAQ = "gptq", "gptaq"
 QAT = "qat"
 """The last word of a variant that was trained; what comes before it says from what."""
 SMOOTH = "smooth"
