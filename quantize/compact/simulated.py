@@ -15,7 +15,7 @@ from quantize.core.plan import Plan
 from quantize.core.schemes import scheme
 from quantize.core.tensors import read_file_parts, read_parts, write_shards
 from quantize.make.blocks import serving_dtype
-from quantize.make.parts import KV_SCALES
+from quantize.make.kv_scales import KV_SCALES
 from quantize.make.smooth import save_whole
 from quantize.train.adapters import changes
 

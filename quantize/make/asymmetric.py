@@ -34,7 +34,7 @@ from quantize.make.linears import exchanged, observing
 from quantize.make.ranges import round_inputs
 from quantize.make.smooth import Scales, folded, unfolded
 from quantize.make.statistics import InputStatistics
-from quantize.make.streaming import Choice, solved
+from quantize.make.streaming import Choice, refuse_choice, solved
 from quantize.make.threads import InOrder, side_by_side
 
 if TYPE_CHECKING:
@@ -230,5 +230,8 @@ def _inputs(blocks: Blocks, layer: int, batch: Batch) -> Tensor:
 
 
 def asymmetric_groups(modules: Modules, choices: Mapping[str, Choice]) -> list[Group]:
-    """The groups of a plan that are made in order."""
-    return [group for group in modules if parse_method(choices[group.name][1]).asymmetric]
+    """The groups of a plan that are made in order. Raises MethodError for a scheme that is not made so."""
+    found = [group for group in modules if parse_method(choices[group.name][1]).asymmetric]
+    for group in found:
+        refuse_choice(choices[group.name])
+    return found

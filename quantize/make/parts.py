@@ -44,23 +44,14 @@ from quantize.core.weights import INDEX
 from quantize.make.asymmetric import as_made, asymmetric_groups, make_in_order
 from quantize.make.calibration import CalibrationSet
 from quantize.make.compress import compress_whole
+from quantize.make.kv_scales import kv_scales
 from quantize.make.massive import massive_blocks
 from quantize.make.smooth import Scales, ScaleStore, folded, save_whole
-from quantize.make.streaming import (
-    Choice,
-    QuantizeError,
-    make_parts,
-    needs_data,
-    refuse_choice,
-    smoothed,
-    streams,
-)
-from quantize.numerics.formats import E4M3
+from quantize.make.streaming import Choice, QuantizeError, make_parts, needs_data, smoothed, streams
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-KV_SCALES = (".k_scale", ".v_scale")
 NUMERICS = 2
 """Raised whenever the same inputs would give other parts."""
 
@@ -215,22 +206,9 @@ class PartStore:
             label=label,
             scales=self.smoothing if smooth else None,
         )
-        attention = {group.layer: _attention(group) for group in self.modules if ".self_attn." in group.name}
+        smoothing = self.smoothing if smooth_cache else None
         for file in caches.values():
-            found = {
-                attention[layer]: (keys, self._largest(layer, attention[layer], most, smooth_cache))
-                for layer, (keys, most) in values.items()
-            }
-            save_whole(_kv_tensors(found, self.checkpoint), file)
-
-    def _largest(self, layer: int, attention: str, values: Tensor, smooth: bool) -> float:
-        """The largest |value| of a block, in the model that has been smoothed if that is so."""
-        if smooth:
-            scales = self.smoothing.of(layer)
-            for leaf in ("v_proj", "qkv_proj"):
-                if (rows := scales.get(f"{attention}.{leaf}.rows")) is not None:
-                    values = values.cpu() / rows[-values.numel() :].view(values.shape)
-        return float(values.amax())
+            save_whole(kv_scales(values, self.modules, self.checkpoint, smoothing), file)
 
     def _split(self, choice: Choice, groups: set[str]) -> None:
         """Let llm-compressor make the whole model at a choice, and keep the parts of it."""
@@ -312,8 +290,6 @@ class PartStore:
         """Every file of ``plan`` by its name in a linked directory; parts that are missing are made."""
         transforms = self._transforms(plan)
         choices = {group.name: self._choice(plan, group, transforms) for group in self.modules}
-        for choice in choices.values():
-            refuse_choice(choice)
         calibrated = kv_scheme(plan.kv).calibrated
         if calibrated and transforms not in ((), (SMOOTH,)):
             raise MethodError(
@@ -423,21 +399,3 @@ def _of(group: Group, tensors: Mapping[str, Part]) -> dict[str, Part]:
     return {
         name: part for name, part in tensors.items() if name.startswith(names) and not name.endswith(".bias")
     }
-
-
-def _attention(group: Group) -> str:
-    return group.name.partition(".self_attn.")[0] + ".self_attn"
-
-
-def _kv_tensors(scales: Mapping[str, tuple[float, float]], checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """Scales of E4M3 keys and values, one per block, as llm-compressor stores them."""
-    import torch
-
-    from quantize.make.blocks import serving_dtype
-
-    dtype = serving_dtype(checkpoint)
-    found = {}
-    for name, pair in scales.items():
-        for leaf, most in zip(KV_SCALES, pair, strict=True):
-            found[name + leaf] = torch.tensor([max(most, 1e-6) / E4M3.top], dtype=torch.float32).to(dtype)
-    return found

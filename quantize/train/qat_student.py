@@ -22,7 +22,7 @@ from quantize.core.plan import Plan
 from quantize.core.schemes import Numbers, Scheme, kv_scheme, scheme
 from quantize.core.tensors import Part
 from quantize.make.blocks import Blocks
-from quantize.make.parts import KV_SCALES
+from quantize.make.kv_scales import KV_SCALES
 from quantize.make.ranges import Grid, restored, round_inputs
 from quantize.make.statistics import first_of
 from quantize.numerics.formats import E4M3, Integer, integer
