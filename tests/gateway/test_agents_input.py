@@ -106,6 +106,7 @@ async def test_what_an_engine_says_to_it_is_what_the_client_reads(stack: Stack, 
 
 async def test_a_thousand_agents_make_no_labels() -> None:
     async with running_gateway(quality={"sample_rate": 0.0}, watch={"enabled": False}) as stack:
+        sent: set[str] = set()
 
         async def ask(number: int) -> None:
             headers = {
@@ -114,6 +115,7 @@ async def test_a_thousand_agents_make_no_labels() -> None:
                 "baggage": f"gen_ai.agent.name=other{number}",
             }
             metadata = {"agent_role": f"role{number}", "session_id": f"s{number}"}
+            sent.update((*headers.values(), *metadata.values(), f"other{number}", f"u{number}"))
             async with stack.post({"metadata": metadata, "user": f"u{number}"}, headers=headers) as response:
                 assert response.status == 200
 
@@ -129,8 +131,8 @@ async def test_a_thousand_agents_make_no_labels() -> None:
         for number in range(1, 1000):
             await ask(number)
         new = [labels for _, labels in series() - before]
-        assert not [value for labels in new for _, value in labels if any(map(str.isdigit, value))]
-        assert len(new) < 20, "whatever is new is not of an agent"
+        assert not [value for labels in new for _, value in labels if value in sent]
+        assert len(new) < 100, "besides what a first reading of the engines brings"
         labels = {"role": "core", "requested": "assistant", "variant": "bf16", "outcome": "200"}
         assert stack.sample("tiercel_requests_total", **labels) == 1000
 
