@@ -9,7 +9,8 @@ bfloat16 and in float32. What is made block by block (:mod:`quantize.make.stream
     pass     2 operations per weight and calibration token, in bfloat16, and what goes on between products
     moments  2 K² per token and kind of input; the factor of GPTQ 4/3 K³
     scales   of smoothing: steps times sampled rows of inputs and weights
-    in order (gptaq) six passes, and moments twice; see :mod:`quantize.make.asymmetric`
+    in order (gptaq) a pass of two states, three where nothing of it is kept (:mod:`quantize.make.halting`),
+             and moments twice; of the correction, factors and products (:mod:`quantize.make.asymmetric`)
     parts    per weight and choice: rounding; 20 steps of a search for ranges; GPTQ's K operations and walk
 
 Times per number were measured on a model of 106 M weights on two cores of an AVX-512 CPU, and go by the
@@ -39,8 +40,9 @@ from quantize.core.modules import Group, Modules
 from quantize.core.plan import Plan
 from quantize.core.schemes import BF16_BYTES, scheme
 from quantize.cost_whole import estimate_whole
-from quantize.make.asymmetric import PASSES as IN_ORDER_PASSES
+from quantize.make.asymmetric import SOLVED, SOLVED_PRODUCTS, STATES
 from quantize.make.blocks import BATCH_TOKENS, GPU_BATCH_TOKENS, MAPPED_BYTES
+from quantize.make.halting import ANEW, held_bytes, kept_bytes
 from quantize.make.rate import Rates, machine_rates
 from quantize.make.smooth import ROWS, SAMPLED_TOKENS, STEPS, WEIGHT_ROWS, smoothable
 from quantize.make.streaming import Choice, needs_data, smoothed, streams
@@ -132,7 +134,10 @@ def making(
 ) -> Work:
     """What making the parts takes, all in one pass."""
     tokens = pass_tokens(choices, lengths)
-    passes = IN_ORDER_PASSES if _in_order(choices) else 1.0
+    passes = 1.0
+    if _in_order(choices):
+        held = _held(modules, tokens, rates) / max(1, tokens * kept_bytes(modules.linears))
+        passes = STATES * (held + ANEW * (1 - held))
     work = Work(together=passes * PASS * 2.0 * active_weights(checkpoint, modules) * tokens / rates.narrow)
     slower = CORE_RATE / rates.wide
     for group in modules:
@@ -143,7 +148,9 @@ def making(
         if walks:
             corrected = any(method.asymmetric for method in quantized)
             work.together += ((1 + corrected) * 2.0 * widest**2 * tokens + 4 / 3 * widest**3) / rates.wide
-            work.together += corrected * 4.0 * group.weights * widest / rates.wide
+            if corrected:
+                solved = SOLVED * widest**3 / 3 + SOLVED_PRODUCTS * group.weights * widest
+                work.together += solved / rates.wide
             work.together += _walks(group, walks, slower, rates)
         for method in quantized:
             steps = 0 if method.observer == "memoryless_minmax" else SEARCH_STEPS
@@ -189,10 +196,16 @@ def making_memory(
     states = min(2 * tokens * hidden * BF16_BYTES, 2 * MAPPED_BYTES)
     widest = max(group.weights for group in modules)
     copies = 3 + max(len(many) for many in choices.values())
-    streams_through = 2 if _in_order(choices) else 1
-    memory = LIBRARIES_BYTES + copies * 4 * widest + inner
-    memory += streams_through * (max(blocks.values()) + states)
-    return memory + 3 * max(moments.values(), default=0)
+    through = max(blocks.values()) + states
+    if _in_order(choices):
+        through = STATES * (through + _held(modules, tokens, rates))
+    memory = LIBRARIES_BYTES + copies * 4 * widest + inner + through
+    return memory + (7 if _in_order(choices) else 3) * max(moments.values(), default=0)
+
+
+def _held(modules: Modules, tokens: int, rates: Rates) -> int:
+    """Bytes that the halting passes of a state keep."""
+    return min(tokens * kept_bytes(modules.linears), held_bytes(rates.accelerator))
 
 
 def _in_order(choices: Mapping[str, Sequence[Choice]]) -> bool:

@@ -5,12 +5,14 @@ groups quantized before it give, x̂, while its outputs are still to be what the
 
     E|W x - Ŵ x̂|²  =  E|(W' - Ŵ) x̂|² + what Ŵ does not change,    W' = W + W E[(x - x̂) x̂ᵀ] E[x̂ x̂ᵀ]⁻¹
 
-so GPTQ of W' with the moments of x̂ is all that it takes. The inverse is damped far more than GPTQ's own: a
-few thousand calibration tokens do not tell more of W', and with little damping a model loses more by it than
-it gains (``docs/benchmarks/quantization.md``). Smoothing scales are of the unquantized model, as everywhere.
+so GPTQ of W' with the moments of x̂ is all that it takes. A few thousand calibration tokens do not tell all
+of W': taken as it is, a model may lose more by it than it gains (``docs/benchmarks/quantization.md``). So the
+inverse is damped, and a share of W' - W is taken, each as half of the conversations would have it after the
+other half has told W'. Smoothing scales are of the unquantized model, as everywhere.
 
-Two states go through the blocks, the model's and the variant's; both stop at the group that is looked at. So
-a block is passed about six times. Memory: two blocks, and the second moments of one group, twice.
+Two states go through the blocks, the model's and the variant's, and halt at every group until it is made
+(:mod:`quantize.make.halting`). Memory: two blocks, of one group six matrices of second moments, and what
+halts.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tqdm import tqdm
@@ -27,33 +30,30 @@ from quantize.core.dequantize import dequantized
 from quantize.core.legality import is_experts
 from quantize.core.methods import independent, parse_method
 from quantize.core.modules import HEAD, Group, Modules
+from quantize.core.resources import freed_at_once
 from quantize.core.schemes import Numbers, scheme
 from quantize.core.tensors import Part
 from quantize.make.blocks import Batch, Blocks, States, best_device
+from quantize.make.halting import Halting
 from quantize.make.linears import exchanged, observing
 from quantize.make.ranges import round_inputs
 from quantize.make.smooth import Scales, folded, unfolded
 from quantize.make.statistics import InputStatistics
 from quantize.make.streaming import Choice, refuse_choice, solved
-from quantize.make.threads import InOrder, side_by_side
+from quantize.make.threads import InOrder
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-DAMPING = 0.1
-"""Share of the mean of E[x̂²] that is added to the diagonal before W' is solved for."""
-PASSES = 6.0
-"""Passes of a block that this takes: of two states, up to each of four groups and through the whole."""
+DAMPINGS = (0.03, 0.1, 0.3, 1.0)
+"""Shares of the mean of E[x̂²] one of which is added to the diagonal before W' is solved for."""
+STATES = 2
+"""That go through the blocks."""
+SOLVED, SOLVED_PRODUCTS = 2 * len(DAMPINGS) + 1, 4.0 * (2 * len(DAMPINGS) + 1)
+"""Factors of (K, K) that a group takes, and operations per weight and column."""
 
 Stored = Callable[[Group], "Mapping[str, Part] | None"]
 """A group's part, by tensor name; None where it is still to be made."""
-
-
-class _ReachedError(Exception):
-    """A forward pass has come to the linear that is looked at; it goes no further."""
-
-    def __init__(self, inputs: Tensor) -> None:
-        self.inputs = inputs
 
 
 def as_made(group: Group, choice: Choice) -> Choice:
@@ -64,6 +64,7 @@ def as_made(group: Group, choice: Choice) -> Choice:
     return choice
 
 
+@freed_at_once()
 def make_in_order(
     checkpoint: Checkpoint,
     modules: Modules,
@@ -90,143 +91,199 @@ def make_in_order(
     last = max(group.layer for group in missing)
     for layer in tqdm(range(last + 1), desc=label, unit="block", file=sys.stderr):
         mine = [group for group in modules if group.layer == layer]
-        with plain.loaded(layer), changed.loaded(layer), contextlib.ExitStack() as quantized:
-            for group in _as_computed(plain, layer, before.batches[0], mine):
-                choice, mine_scales = choices[group.name], scales(group)
+        with contextlib.ExitStack() as stack:
+            for blocks in (plain, changed):
+                stack.enter_context(blocks.loaded(layer))
+            ordered = _as_computed(plain, layer, before.batches[0], mine)
+            halts = [first for group, first in ordered if stored(group) is None]
+            model = stack.enter_context(Halting(plain, layer, before, halts))
+            variant = stack.enter_context(Halting(changed, layer, after, halts))
+            becoming = stack.enter_context(_Becoming(changed, mine, choices))
+            for group, first in ordered:
                 part = stored(group)
                 if part is None:
-                    first = group.members[0].name
-                    moments, mismatch = _moments((plain, before), (changed, after), layer, first)
-                    keep(group, _made(group, choice, plain, moments, mismatch, mine_scales))
+                    halves = _moments(model, variant, before, first)
+                    keep(group, _made(group, choices[group.name], plain, halves, scales(group)))
                     part = stored(group)
                     assert part is not None
-                _quantize(quantized, changed, group, choice[0], part, mine_scales)
+                becoming.quantized(group, part, scales(group))
             if layer < last:
-                plain.forward(layer, before)
-                changed.forward(layer, after)
+                model.finish()
+                variant.finish()
 
 
-def _as_computed(blocks: Blocks, layer: int, batch: Batch, groups: Sequence[Group]) -> list[Group]:
-    """The groups of a loaded block in the order in which it computes them; experts that no token of the batch
-    came to are last."""
+def _as_computed(
+    blocks: Blocks, layer: int, batch: Batch, groups: Sequence[Group]
+) -> list[tuple[Group, str]]:
+    """The groups of a loaded block, each with the first of its linears, in the order in which it computes
+    them; experts that no token of the batch came to are last."""
     seen: list[str] = []
     places = {member.name: blocks.places[member.name] for group in groups for member in group.members}
     with observing(places, lambda name, _x: seen.append(name)):
         blocks.through(layer, batch, batch.hidden)
     at = {name: number for number, name in reversed(list(enumerate(seen)))}
 
-    def first(group: Group) -> int:
-        return min((at[member.name] for member in group.members if member.name in at), default=len(seen))
+    def place(name: str) -> int:
+        return at.get(name, len(seen))
 
-    return sorted(groups, key=first)
-
-
-def _quantize(
-    stack: contextlib.ExitStack,
-    blocks: Blocks,
-    group: Group,
-    scheme_name: str,
-    part: Mapping[str, Part],
-    scales: Scales,
-) -> None:
-    """For as long as ``stack`` is open, the block's group is as its part says, its inputs rounded."""
-    how = scheme(scheme_name)
-    if how.weights is None:
-        return
-    weights = {
-        member.name: unfolded(member, dequantized(part, member.name, how), scales).to(
-            blocks.device, blocks.dtype
-        )
-        for member in group.members
-    }
-    stack.enter_context(exchanged(blocks.places, weights))
-    if how.activations is not None:
-        places = {member.name: blocks.places[member.name] for member in group.members}
-        stack.enter_context(observing(places, _rounding(how.activations, scales)))
+    firsts = [(group, min((member.name for member in group.members), key=place)) for group in groups]
+    return sorted(firsts, key=lambda pair: place(pair[1]))
 
 
-def _rounding(how: Numbers, scales: Scales) -> Callable[[str, Tensor], Tensor]:
-    return lambda name, x: round_inputs(x, how, scales.get(f"{name}.columns"))
+class _Becoming(contextlib.ExitStack):
+    """A loaded block that is the variant's group by group, for as long as this is open."""
+
+    def __init__(self, blocks: Blocks, groups: Sequence[Group], choices: Mapping[str, Choice]) -> None:
+        super().__init__()
+        self._blocks = blocks
+        self._how = {group.name: scheme(choices[group.name][0]) for group in groups}
+        self._columns: dict[str, tuple[Numbers, Tensor | None]] = {}
+        """By linear whose inputs are rounded by now."""
+        rounding = [group for group in groups if self._how[group.name].activations is not None]
+        names = [member.name for group in rounding for member in group.members]
+        # Before any pass: one that halts at a linear does not see the hooks that come to it meanwhile.
+        self.enter_context(observing({name: blocks.places[name] for name in names}, self._rounded))
+
+    def quantized(self, group: Group, part: Mapping[str, Part], scales: Scales) -> None:
+        """From now on the group is as its part says, and its inputs are rounded."""
+        how = self._how[group.name]
+        if how.weights is None:
+            return
+        blocks = self._blocks
+        weights = {
+            member.name: unfolded(member, dequantized(part, member.name, how), scales).to(
+                blocks.device, blocks.dtype
+            )
+            for member in group.members
+        }
+        self.enter_context(exchanged(blocks.places, weights))
+        if how.activations is not None:
+            for name in weights:
+                self._columns[name] = how.activations, scales.get(f"{name}.columns")
+
+    def _rounded(self, name: str, x: Tensor) -> Tensor | None:
+        found = self._columns.get(name)
+        return None if found is None else round_inputs(x, *found)
 
 
-def _made(
-    group: Group, choice: Choice, plain: Blocks, moments: InputStatistics, mismatch: Tensor, scales: Scales
-) -> Mapping[str, Tensor]:
-    """The stored tensors of a group whose members share inputs."""
-    weights = {}
-    for member in group.members:
-        weight = plain.files[f"{member.name}.weight"].to(plain.device).float()
-        weight = corrected(weight, moments.moments, mismatch)
-        weights[member.name] = folded(f"{member.name}.weight", weight, scales)
-    columns = scales.get(f"{group.members[0].name}.columns")
-    inputs = moments if columns is None else moments.divided(columns.to(plain.device))
-    tasks = [(name, choice) for name in weights]
-    tensors: dict[str, Tensor] = {}
-    for made in solved(tasks, weights, inputs, plain.dtype):
-        tensors |= made
-    return tensors
+@dataclass
+class Moments:
+    """Of what goes into a linear, in some of the conversations, float32."""
+
+    inputs: InputStatistics
+    """Of x̂."""
+    mismatch: Tensor
+    """E[(x - x̂) x̂ᵀ], (K, K)."""
+
+    def add(self, other: Moments) -> None:
+        """Take in sums over other tokens; both are not yet divided by their count."""
+        self.inputs.add(other.inputs)
+        self.mismatch += other.mismatch
+
+    def divided(self) -> Moments:
+        """Means instead of sums."""
+        sums, tokens = self.inputs, max(1, self.inputs.tokens)
+        means = InputStatistics(sums.tokens, sums.moments / tokens, sums.least, sums.most)
+        return Moments(means, self.mismatch / tokens)
 
 
-def corrected(weight: Tensor, moments: Tensor, mismatch: Tensor) -> Tensor:
-    """W' (N, K), float32, of the text above for a ``weight`` (N, K), E[x̂ x̂ᵀ] and E[(x - x̂) x̂ᵀ], (K, K)."""
+def _moments(model: Halting, variant: Halting, before: States, first: str) -> tuple[Moments, ...]:
+    """Sums over either half of the conversations, of the linear ``first``; passes halt there."""
     import torch
 
-    damped = moments.clone()
-    damped.diagonal().add_(DAMPING * damped.diagonal().mean())
-    factor, failed = torch.linalg.cholesky_ex(damped)
-    if failed:  # no input at all
-        return weight
-    return weight + torch.cholesky_solve((weight @ mismatch).T, factor).T
-
-
-def _moments(
-    model: tuple[Blocks, States], variant: tuple[Blocks, States], layer: int, first: str
-) -> tuple[InputStatistics, Tensor]:
-    """E[x̂ x̂ᵀ], and E[(x - x̂) x̂ᵀ] (K, K), of what goes into the linear ``first``."""
-    import torch
-
-    (plain, before), (changed, after) = model, variant
-    sums: list[tuple[InputStatistics, Tensor]] = []
+    sums: dict[int, Moments] = {}
     order = InOrder()
 
     def work(number: int) -> None:
         batch = before.batches[number]
+        odd = torch.tensor([n % 2 for n in batch.numbers], device=batch.hidden.device).unsqueeze(1)
         with order.piece(number):
-            x = _inputs(plain, layer, batch)[batch.real].float()
-            seen = _inputs(changed, layer, after.batches[number])[batch.real].float()
-            found = InputStatistics(len(seen), seen.T @ seen, float(seen.min()), float(seen.max()))
-            mismatch = x.sub_(seen).T @ seen
+            x, seen = model.inputs(number, first), variant.inputs(number, first)
+            found = {}
+            for half in (0, 1):
+                mine = batch.real & (odd == half)
+                if mine.any():
+                    found[half] = _sums(x[mine].float(), seen[mine].float())
             with order.turn("", number):
-                if sums:
-                    sums[0][0].add(found)
-                    sums[0][1].add_(mismatch)
-                else:
-                    sums.append((found, mismatch))
+                for half, added in found.items():
+                    if half in sums:
+                        sums[half].add(added)
+                    else:
+                        sums[half] = added
 
-    def reached(_name: str, x: Tensor) -> None:
-        raise _ReachedError(x)
-
-    with (
-        observing({first: plain.places[first]}, reached),
-        observing({first: changed.places[first]}, reached),
-        torch.no_grad(),
-    ):
-        numbers = range(len(before.batches))
-        side_by_side(work, numbers) if plain.device.type == "cpu" else list(map(work, numbers))
-    moments, mismatch = sums[0]
-    moments.moments /= moments.tokens
-    return moments, mismatch / moments.tokens
+    model.each(work)
+    return tuple(sums[half] for half in sorted(sums))
 
 
-def _inputs(blocks: Blocks, layer: int, batch: Batch) -> Tensor:
+def _sums(x: Tensor, seen: Tensor) -> Moments:
+    inputs = InputStatistics(len(seen), seen.T @ seen, float(seen.min()), float(seen.max()))
+    return Moments(inputs, x.sub_(seen).T @ seen)
+
+
+def _made(
+    group: Group, choice: Choice, plain: Blocks, sums: Sequence[Moments], scales: Scales
+) -> Mapping[str, Tensor]:
+    """The stored tensors of a group whose members share inputs."""
+    halves = [half.divided() for half in sums]
+    whole = sums[0]
+    for half in sums[1:]:
+        whole.add(half)
+    whole = whole.divided()
+    members = [member.name for member in group.members]
+    weights = [plain.files[f"{name}.weight"].to(plain.device).float() for name in members]
+    meant = {
+        name: folded(f"{name}.weight", weight, scales)
+        for name, weight in zip(members, corrected(weights, whole, halves), strict=True)
+    }
+    columns = scales.get(f"{members[0]}.columns")
+    inputs = whole.inputs if columns is None else whole.inputs.divided(columns.to(plain.device))
+    tensors: dict[str, Tensor] = {}
+    for made in solved([(name, choice) for name in members], meant, inputs, plain.dtype):
+        tensors |= made
+    return tensors
+
+
+def corrected(weights: Sequence[Tensor], whole: Moments, halves: Sequence[Moments]) -> list[Tensor]:
+    """W' of the text above for ``weights`` (N, K), float32, that share inputs.
+
+    Of the corrections D from either half, the share ``a`` of them that is best for the other half, by
+    E|W (x - x̂) - a D x̂|², is a least squares fit; the damping is the one that leaves least.
+    """
+    best = [(0.0, 0.0, 0.0)] * len(weights)
+    """Of each: what is gained, the damping and the share."""
+    missed = [[weight @ half.mismatch for half in halves] for weight in weights]
+    for damping in DAMPINGS if len(halves) == 2 else ():
+        factors = [_factor(half, damping) for half in halves]
+        for place, products in enumerate(missed):
+            along = size = 0.0
+            for mine, other in ((0, 1), (1, 0)):
+                change, tokens = _solved(factors[mine], products[mine]), halves[other].inputs.tokens
+                along += tokens * float((change * products[other]).sum())
+                size += tokens * float(((change @ halves[other].inputs.moments) * change).sum())
+            share = min(1.0, max(0.0, along / size)) if size > 0 else 0.0
+            best[place] = max(best[place], (share * (2 * along - share * size), damping, share))
+    factors_of = {damping: _factor(whole, damping) for _, damping, share in best if share}
+    return [
+        weight + share * _solved(factors_of[damping], weight @ whole.mismatch) if share else weight
+        for weight, (_, damping, share) in zip(weights, best, strict=True)
+    ]
+
+
+def _factor(of: Moments, damping: float) -> Tensor | None:
+    """The Cholesky factor of E[x̂ x̂ᵀ], damped; None where there is no input at all."""
     import torch
 
-    with torch.no_grad():  # threads have a mode of their own
-        try:
-            blocks.through(layer, batch, batch.hidden)
-        except _ReachedError as reached:
-            return reached.inputs
-    raise RuntimeError(f"block {layer} does not come to the linear that is looked at")
+    damped = of.inputs.moments.clone()
+    damped.diagonal().add_(damping * damped.diagonal().mean())
+    factor, failed = torch.linalg.cholesky_ex(damped)
+    return None if failed else factor
+
+
+def _solved(factor: Tensor | None, product: Tensor) -> Tensor:
+    """``product`` (N, K) times the inverse that ``factor`` is of."""
+    import torch
+
+    return torch.zeros_like(product) if factor is None else torch.cholesky_solve(product.T, factor).T
 
 
 def asymmetric_groups(modules: Modules, choices: Mapping[str, Choice]) -> list[Group]:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +25,7 @@ from quantize.core.checkpoint import Checkpoint, weight_files
 from quantize.core.files import writing
 from quantize.core.modules import Modules
 from quantize.make.linears import LinearError, Place, decoder_layers, find_linears, stored_names
-from quantize.make.threads import side_by_side
+from quantize.make.threads import R, T, side_by_side
 
 if TYPE_CHECKING:
     import torch
@@ -286,11 +286,11 @@ class Blocks:
             with torch.no_grad():
                 batch.hidden.copy_(self.through(layer, batch, batch.hidden, kv))
 
-        if self.device.type == "cpu":
-            side_by_side(work, states.batches)
-        else:
-            for batch in states.batches:
-                work(batch)
+        self.each(work, states.batches)
+
+    def each(self, work: Callable[[T], R], pieces: Iterable[T]) -> list[R]:
+        """``work`` of every piece, in order: side by side on a processor, which an accelerator is not."""
+        return side_by_side(work, pieces) if self.device.type == "cpu" else list(map(work, pieces))
 
     def through(self, layer: int, batch: Batch, hidden: Tensor, kv: Any = None) -> Tensor:
         """The block's output for one batch."""

@@ -52,7 +52,7 @@ from quantize.make.streaming import Choice, QuantizeError, make_parts, needs_dat
 if TYPE_CHECKING:
     from torch import Tensor
 
-NUMERICS = 2
+NUMERICS = 3
 """Raised whenever the same inputs would give other parts."""
 
 

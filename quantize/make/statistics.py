@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from quantize.core.modules import Group
 from quantize.make.blocks import Batch, Blocks, States
 from quantize.make.linears import observing
-from quantize.make.threads import InOrder, side_by_side
+from quantize.make.threads import InOrder
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -138,10 +138,8 @@ def observe(
             batch.hidden.copy_(blocks.through(layer, batch, batch.hidden, cache))
         return cache.keys, cache.values
 
-    numbers = range(len(states.batches))
     with observing({name: blocks.places[name] for name in (*wanted, *kept)}, seen):
-        on_processor = blocks.device.type == "cpu"
-        largest = side_by_side(work, numbers) if on_processor else list(map(work, numbers))
+        largest = blocks.each(work, range(len(states.batches)))
     for one in found.values():
         one.moments /= max(1, one.tokens)
     return BlockStatistics(

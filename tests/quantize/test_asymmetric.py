@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,11 @@ from quantize.core.plan import Plan, uniform
 from quantize.core.schemes import scheme
 from quantize.core.targets import target
 from quantize.core.tensors import read_file_parts
-from quantize.make.asymmetric import DAMPING, corrected
+from quantize.make import asymmetric, blocks, halting
+from quantize.make.asymmetric import DAMPINGS, Moments, corrected
 from quantize.make.calibration import CalibrationSet
 from quantize.make.parts import PartStore
+from quantize.make.statistics import InputStatistics
 from quantize.plan.planner import PlanError
 from quantize.plan.session import choices_on
 from tests.quantize.tiny import VOCABULARY, make_checkpoint
@@ -45,27 +48,69 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Checkpoint, Modules]
     return checkpoint, read_modules(checkpoint)
 
 
+def moments_of(x: Any, seen: Any) -> Moments:
+    inputs = InputStatistics(len(x), seen.T @ seen / len(x), float(seen.min()), float(seen.max()))
+    return Moments(inputs, (x - seen).T @ seen / len(x))
+
+
+def halved(x: Any, seen: Any) -> tuple[Moments, list[Moments]]:
+    """Of all rows, and of either half of them."""
+    return moments_of(x, seen), [moments_of(x[half::2], seen[half::2]) for half in (0, 1)]
+
+
 def test_what_is_rounded_gives_on_changed_inputs_what_the_weight_gives_on_its_own() -> None:
-    """W' is the ridge regression of W x on x̂."""
+    """W' - W is a share of what the ridge regression of W x on x̂ says, which other inputs confirm."""
     generator = torch.Generator().manual_seed(1)
-    x = torch.randn(400, 24, generator=generator)
+    x = torch.randn(800, 24, generator=generator)
     changed = x @ (torch.eye(24) + 0.2 * torch.randn(24, 24, generator=generator))
     weight = torch.randn(8, 24, generator=generator)
-    moments = changed.T @ changed / 400
-    found = corrected(weight, moments, (x - changed).T @ changed / 400)
-    damping = DAMPING * float(moments.diagonal().mean())
-    rows = torch.cat([changed, (400 * damping) ** 0.5 * torch.eye(24)])
-    wanted = torch.cat([x @ weight.T, (400 * damping) ** 0.5 * weight.T])
-    assert torch.allclose(found, torch.linalg.lstsq(rows, wanted).solution.T, atol=1e-4)
-    before, after = ((x @ weight.T - changed @ w.T).square().mean() for w in (weight, found))
+    whole, halves = halved(x[:400], changed[:400])
+    (found,) = corrected([weight], whole, halves)
+
+    def ridge(damping: float) -> Any:
+        added = damping * float(whole.inputs.moments.diagonal().mean())
+        rows = torch.cat([changed[:400], (400 * added) ** 0.5 * torch.eye(24)])
+        wanted = torch.cat([x[:400] @ weight.T, (400 * added) ** 0.5 * weight.T])
+        return torch.linalg.lstsq(rows, wanted).solution.T
+
+    regression = ridge(min(DAMPINGS))
+    share = float((found - weight).norm() / (regression - weight).norm())
+    assert 0.9 < share <= 1, "little noise: the least damping and nearly all of it"
+    assert torch.allclose(found, weight + share * (regression - weight), atol=1e-4)
+    before, after = ((x[400:] @ weight.T - changed[400:] @ w.T).square().mean() for w in (weight, found))
     assert after < 0.2 * before
 
 
-def test_inputs_that_did_not_change_or_are_all_zero_change_no_weight() -> None:
-    weight = torch.randn(8, 24, generator=torch.Generator().manual_seed(1))
-    moments = torch.eye(24)
-    assert torch.equal(corrected(weight, moments, torch.zeros(24, 24)), weight)
-    assert torch.equal(corrected(weight, torch.zeros(24, 24), torch.zeros(24, 24)), weight)
+def test_a_correction_that_the_other_half_does_not_bear_out_is_not_made() -> None:
+    """Few rows, and changes that have nothing to do with the inputs: a regression of them is noise."""
+    generator = torch.Generator().manual_seed(2)
+    weight = torch.randn(8, 64, generator=generator)
+    x, other = torch.randn(2, 96, 64, generator=generator)
+    whole, halves = halved(x + other, x)
+    (found,) = corrected([weight], whole, halves)
+    factor = whole.inputs.moments + min(DAMPINGS) * torch.eye(64)
+    unchecked = weight @ whole.mismatch @ torch.linalg.inv(factor)
+    fresh_x, fresh_other = torch.randn(2, 4000, 64, generator=generator)
+
+    def error(changed: Any) -> float:
+        return float(((fresh_x + fresh_other) @ weight.T - fresh_x @ changed.T).square().mean())
+
+    assert (found - weight).norm() < 0.3 * unchecked.norm()
+    assert error(found) < 1.05 * error(weight) < 1.3 * error(weight) < error(weight + unchecked)
+
+
+def test_inputs_that_did_not_change_are_all_zero_or_of_one_half_change_no_weight() -> None:
+    generator = torch.Generator().manual_seed(1)
+    weight, x = torch.randn(8, 24, generator=generator), torch.randn(400, 24, generator=generator)
+    other = torch.randn(5, 24, generator=generator)
+    for inputs in (x, torch.zeros_like(x)):
+        found = corrected([weight, other], *halved(inputs, inputs))
+        assert all(map(torch.equal, found, (weight, other)))
+    whole, halves = halved(x, 0.5 * x)
+    (changed,) = corrected([weight], whole, halves)
+    assert not torch.equal(changed, weight)
+    (alone,) = corrected([weight], whole, halves[:1])
+    assert torch.equal(alone, weight)
 
 
 def bytes_of(files: dict[str, Path]) -> dict[str, bytes]:
@@ -92,6 +137,68 @@ def test_the_first_group_is_gptqs_and_a_killed_run_ends_with_the_same_bytes(
     assert bytes_of(again.files(uniform(modules, SCHEME, method=METHOD))) == whole
     afresh = store_of(tmp_path / "others", checkpoint, modules)
     assert bytes_of(afresh.files(uniform(modules, SCHEME, method=METHOD))) == whole
+
+
+def test_what_halts_makes_the_same_whether_it_is_kept_or_begun_anew(
+    tiny: tuple[Checkpoint, Modules], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kept, a block is passed once by each of two states and once for the order of its groups."""
+    checkpoint, modules = tiny
+    plan = uniform(modules, SCHEME, method=METHOD)
+    monkeypatch.setattr(blocks, "BATCH_TOKENS", 128)
+    passes: list[int] = []
+    through = blocks.Blocks.through
+
+    def counted(self: blocks.Blocks, layer: int, *rest: Any) -> Any:
+        passes.append(layer)
+        return through(self, layer, *rest)
+
+    found, counts, threads = {}, {}, threading.active_count()
+    some = 200 * halting.kept_bytes(modules.linears)
+    for held in (1 << 30, some, 0):
+        store = store_of(tmp_path / str(held), checkpoint, modules)
+        with monkeypatch.context() as patch:
+            patch.setattr(halting, "HELD_BYTES", held)
+            patch.setattr(blocks.Blocks, "through", counted)
+            found[held] = bytes_of(store.files(plan))
+        counts[held] = passes.count(0)
+        passes.clear()
+    assert found[1 << 30] == found[some] == found[0]
+    batches = len(list(blocks.batched(list(map(len, sequences(0))), 128)))
+    smoothing = batches
+    assert batches > 2
+    assert counts[1 << 30] == smoothing + 1 + 2 * batches
+    assert counts[0] == smoothing + 1 + 2 * batches * 5, "up to four groups and through the whole"
+    assert counts[1 << 30] < counts[some] < counts[0]
+    assert threading.active_count() == threads, "no pass is left that halts"
+
+
+def test_an_error_in_a_halting_pass_is_told_and_leaves_no_thread(
+    tiny: tuple[Checkpoint, Modules], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint, modules = tiny
+    store = store_of(tmp_path / "parts", checkpoint, modules)
+    threads = threading.active_count()
+    real = asymmetric.solved
+
+    def fails(tasks: Any, *rest: Any) -> Any:
+        if "down_proj" in tasks[0][0]:
+            raise OSError("no room is left")
+        return real(tasks, *rest)
+
+    monkeypatch.setattr(asymmetric, "solved", fails)
+    with pytest.raises(OSError, match="no room is left"):
+        store.files(uniform(modules, SCHEME, method=METHOD))
+    assert threading.active_count() == threads
+    monkeypatch.setattr(asymmetric, "solved", real)
+
+    def breaks(*_: Any) -> Any:
+        raise ValueError("rounded wrongly")
+
+    monkeypatch.setattr(asymmetric, "round_inputs", breaks)
+    with pytest.raises(ValueError, match="rounded wrongly"):
+        store.files(uniform(modules, "w8a8", method=METHOD))
+    assert threading.active_count() == threads
 
 
 def outputs(model: Any, plan: Plan, store: PartStore, tokens: list[list[int]]) -> Any:
