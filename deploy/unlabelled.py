@@ -37,9 +37,12 @@ from quantize.evaluate.journal import Journal
 from quantize.evaluate.tasks import Item
 from quantize.make.calibration import CALIBRATION_LENGTH, CalibrationSet, calibration_of, read_calibration
 
-CPU_COUNT, CPU_TOKENS, GPU_TOKENS = 192, 64, 256
-"""Conversations and tokens of an answer, where the configuration says nothing: a small model on two cores has
-answered and scored so many within two minutes."""
+CPU_CALIBRATING, CPU_JUDGING = 192, 96
+"""Conversations on a processor, where the configuration says nothing. Variants of a small model gained by
+twice as many to calibrate with as to judge (docs/benchmarks/quantization.md); two cores answer them in four
+minutes."""
+CPU_TOKENS, GPU_TOKENS = 64, 256
+"""Of an answer, where the configuration says nothing."""
 
 Say = Callable[[str], None]
 
@@ -77,30 +80,31 @@ def questions(model: ModelConfig, version: str, role: RoleSettings | None = None
     )
     context = model.engine.context(checkpoint.max_model_len, checkpoint.kv_bytes_per_token(2))
     fits = _fitting(checkpoint.path, context, asking.max_tokens)
-    half = _half(model, machine)
+    calibrating, judging = _counts(model, machine)
     directory = model.variants_dir
     engine = identity(model, machine)
     return Questions(
         asking=asking,
-        calibration=tuple(chosen(fits, "calibration", half)),
-        held_out=tuple(chosen(fits, "held_out", half)),
+        calibration=tuple(chosen(fits, "calibration", calibrating)),
+        held_out=tuple(chosen(fits, "held_out", judging)),
         left_out=len(everything) - len(fits),
         calibrating=Journal(answers_path(directory, version, asking, everything, {})),
         judging=Journal(answers_path(directory, version, asking, everything, engine)),
     )
 
 
-def _half(model: ModelConfig, machine: Machine) -> int | None:
-    """Conversations of each part; None for all."""
-    count = model.conversations.count or (None if machine.gpus else CPU_COUNT)
-    return None if count is None else count // 2
+def _counts(model: ModelConfig, machine: Machine) -> tuple[int | None, int | None]:
+    """Conversations that calibrate and that judge; None for all."""
+    if (count := model.conversations.count) is not None:
+        return count // 2, count // 2
+    return (None, None) if machine.gpus else (CPU_CALIBRATING, CPU_JUDGING)
 
 
 def usual_lengths(checkpoint: Checkpoint) -> list[int]:
     """Tokens of the conversations that calibrate where nothing is configured, with answers as long as they
     may be. Raises CheckpointError."""
     gpus, tokenizer = look().gpus, load_tokenizer(checkpoint.path)
-    tokens, count = (GPU_TOKENS, None) if gpus else (CPU_TOKENS, CPU_COUNT // 2)
+    tokens, count = (GPU_TOKENS, None) if gpus else (CPU_TOKENS, CPU_CALIBRATING)
     fits = _fitting(checkpoint.path, checkpoint.max_model_len, tokens)
     asked = (
         encode_messages(tokenizer, one.messages, checkpoint.path)

@@ -13,7 +13,7 @@ from quantize.cost import estimate
 from quantize.make.rate import Rates
 from quantize.plan.cost import planning_cost
 from quantize.plan.planner import PlanError
-from quantize.plan.session import CHOOSING_SHARE, choices_on, shortlist, with_served_head
+from quantize.plan.session import choices_on, choosing_places, shortlist, with_served_head
 
 
 def recipe_costs(
@@ -28,7 +28,8 @@ def recipe_costs(
             found[name] = str(problems[0])
         else:
             found[name] = estimate(checkpoint, modules, plan, lengths, rates)
-    left = [length for number, length in enumerate(lengths) if number % CHOOSING_SHARE]
+    places = choosing_places(len(lengths))
+    left = [length for number, length in enumerate(lengths) if number not in places]
     try:
         schemes = shortlist(where, modules)
         planned = with_served_head(where, modules, schemes)
@@ -36,7 +37,7 @@ def recipe_costs(
     except PlanError as error:
         found["plan"] = str(error)
     else:
-        chosen = lengths[::CHOOSING_SHARE]
+        chosen = [lengths[number] for number in places]
         found["plan"] = planning_cost(checkpoint, planned, choices, left, chosen, rates=rates)
     return found
 

@@ -8,10 +8,13 @@ from gateway.config.section import Section
 
 
 class Conversations(Section):
-    """The conversations that ship with the product: half of them calibrate, half judge."""
+    """The conversations that ship with the product: some calibrate, others judge."""
 
     count: int | None = Field(
-        default=None, ge=2, description="how many the reference answers; default: all on GPUs, 192 on a CPU"
+        default=None,
+        ge=2,
+        description="how many the reference answers, half to calibrate, half to judge; "
+        "default: all on GPUs, 192 to calibrate and 96 to judge on a CPU",
     )
     max_tokens: int | None = Field(
         default=None, ge=1, description="of an answer; default: 256 on GPUs, 64 on a CPU"

@@ -21,6 +21,7 @@ from quantize.core.plan import Plan
 from quantize.core.schemes import BF16_BYTES, kv_scheme, scheme
 from quantize.core.targets import Target
 from quantize.evaluate.bench import Bench, Span
+from quantize.make.blocks import best_device
 from quantize.make.calibration import CalibrationSet
 from quantize.make.compress import QuantizeError
 from quantize.make.parts import NUMERICS, PartStore
@@ -31,13 +32,14 @@ from quantize.plan.search import search
 from quantize.plan.sensitivity import Sensitivity, analyse, calibrated
 from quantize.plan.served import KEPT, Choice, ServedKl, plan_of
 from quantize.plan.simulated import SimulatedModel
-from quantize.plan.tune import SEQUENCES, STEPS, TOGETHER, Tuned, tune, write_tuned
+from quantize.plan.tune import SEQUENCES, STEPS, TOGETHER, Tuned, labelled, tune, write_tuned
 
 METHODS = ("smooth+imatrix+gptq",)
 """Whose parts below 8 bits a plan may mix, unless told otherwise; all parts are of the smoothed model."""
 CHOOSING_SHARE = 4
 """One conversation in so many is kept from calibration, and plans are chosen on it."""
-MIN_CHOOSING = 8
+MIN_CHOOSING, MOST_CHOOSING = 8, 40
+"""Every plan is measured on these; more of them take its time, and calibration's text."""
 LOSS_ROUNDS = 6
 NEAR = 2.0
 """Times a wanted loss from which making a plan's groups in order may get there."""
@@ -235,24 +237,30 @@ class PlanningSession:
         self.parts.assemble(plan, out)
         if not plan.tuned:
             return None
-        tuned = tune(self.simulated, plan, out, self.calibration.sequences, steps)
+        tuned = tune(self.simulated, plan, out, self._tuned_on(), steps)
         write_tuned(tuned, out)
         self._simulated = None  # an engine may need its memory
         return tuned
 
     def tuning_cost(self, steps: int) -> tuple[int, float]:
         """Bytes of memory, of the accelerator where there is one, and seconds that tuning takes: the model in
-        32 bits with the gradients of a pass, the reference's log-probabilities of the calibration tokens;
-        forward and backward passes of every step at the rate of matrix products, all being idle."""
+        32 bits with the gradients of a pass, the reference's log-probabilities of the tokens; forward and
+        backward passes of every step at the rate of matrix products, all being idle."""
         weights = sum(group.weights for group in self.modules)
         all_weights = weights + self.modules.other_bytes // BF16_BYTES
-        tokens = sum(map(len, self.calibration.sequences))
-        of_one = tokens / len(self.calibration.sequences)
+        sequences = self._tuned_on()
+        tokens = sum(map(len, sequences))
+        of_one = tokens / len(sequences)
         vocabulary = int(self.checkpoint.text_config["vocab_size"])
         memory = 4 * (3 * all_weights + int(tokens + 3 * TOGETHER * of_one) * vocabulary)
         operations = 6.0 * all_weights * SEQUENCES * of_one * steps + 2.0 * all_weights * tokens
         rates = machine_rates()
         return memory, operations / (rates.wide * (1 if rates.accelerator else rates.cores))
+
+    def _tuned_on(self) -> list[list[int]]:
+        """Conversations of calibration, as many as the reference's log-probabilities have room for."""
+        vocabulary = int(self.checkpoint.text_config["vocab_size"])
+        return labelled(self.calibration.sequences, vocabulary, best_device().type != "cpu")
 
     def _served(self, bench: Bench) -> ServedKl:
         return ServedKl(self.parts, bench, self.choosing, self.directory / "served")
@@ -300,11 +308,18 @@ def made_in_order(plan: Plan) -> Plan:
     return plan.model_copy(update={"method": in_order(plan.method), "methods": methods})
 
 
+def choosing_places(count: int) -> range:
+    """Which of so many conversations are kept from calibration."""
+    return range(0, count, max(CHOOSING_SHARE, -(-count // MOST_CHOOSING)))
+
+
 def split(calibration: CalibrationSet) -> tuple[CalibrationSet, list[Span]]:
-    """Keep one conversation in four from calibration, to choose plans on. Raises QuantizeError."""
+    """Keep a quarter of the conversations from calibration, but not many, to choose plans on. Raises
+    QuantizeError."""
     everything = calibration.sequences
-    chosen = [(sequence, 1) for sequence in everything[::CHOOSING_SHARE] if len(sequence) > 1]
-    left = [sequence for number, sequence in enumerate(everything) if number % CHOOSING_SHARE]
+    places = choosing_places(len(everything))
+    chosen = [(everything[number], 1) for number in places if len(everything[number]) > 1]
+    left = [sequence for number, sequence in enumerate(everything) if number not in places]
     if len(chosen) < MIN_CHOOSING:
         raise QuantizeError(
             f"{calibration.description.source} has {len(everything)} conversations; planning needs "

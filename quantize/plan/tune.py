@@ -12,8 +12,10 @@ from __future__ import annotations
 import math
 import random
 import sys
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -43,6 +45,8 @@ WARM_UP = 5
 """Steps in which the rate rises: Adam's first ones are as long as any, whatever the gradient."""
 SEQUENCES, TOGETHER = 8, 4
 """Conversations of a step, and of one forward and backward pass."""
+LABEL_BYTES, GPU_LABEL_BYTES = 5 << 29, 12 << 30
+"""Of the reference's log-probabilities, all of which are kept."""
 RATE, RATE_OF = 2e-3, 4e6
 """Adam's learning rate of the logarithms of scales, and of norms' weights relative to what they were, for a
 model of so many weights: all of them change at once, so it falls with the root of their number."""
@@ -123,6 +127,14 @@ def spread(stored: Tensor) -> Tensor:
     share = torch.rand(wide.shape, generator=torch.Generator().manual_seed(0)).to(wide.device)
     drawn = wide + (share - 0.5) * step
     return torch.where(drawn.to(stored.dtype) == stored, drawn, wide)
+
+
+def labelled(sequences: Sequence[list[int]], vocabulary: int, accelerator: bool) -> list[list[int]]:
+    """The first of ``sequences``, as many as there is room for the reference's log-probabilities of all their
+    tokens, and at least those of one step."""
+    room = (GPU_LABEL_BYTES if accelerator else LABEL_BYTES) // (4 * vocabulary)
+    reached = list(accumulate(map(len, sequences)))
+    return list(sequences[: max(SEQUENCES, bisect_right(reached, room))])
 
 
 def tune(

@@ -136,7 +136,10 @@ def test_how_many_are_asked_depends_on_the_machine(
 ) -> None:
     free = replace(model, conversations=Conversations())
     on_cpu = questions(free, "")
-    assert (len(on_cpu.held_out), on_cpu.asking.max_tokens) == (module.CPU_COUNT // 2, module.CPU_TOKENS)
+    assert (len(on_cpu.held_out), on_cpu.asking.max_tokens) == (module.CPU_JUDGING, module.CPU_TOKENS)
+    assert len(on_cpu.calibration) == module.CPU_CALIBRATING
+    said = questions(replace(model, conversations=Conversations(count=50)), "")
+    assert (len(said.calibration), len(said.held_out)) == (25, 25)
     gpu = Machine({0: (0, 1)}, 1 << 40, (Gpu(0, "some", 1 << 36, 1 << 36),), "1")
     monkeypatch.setattr(module, "look", lambda: gpu)
     on_gpu = questions(free, "")

@@ -13,7 +13,8 @@ from quantize.core.plan import Plan
 from quantize.core.targets import target
 from quantize.make.calibration import read_calibration
 from quantize.plan.planner import PlanError
-from quantize.plan.session import PlanningSession
+from quantize.plan.session import PlanningSession, choosing_places
+from quantize.plan.tune import LABEL_BYTES, SEQUENCES, labelled
 
 ROOT = Path(__file__).parents[2]
 
@@ -52,3 +53,18 @@ def test_a_budget_below_it_is_refused_before_any_engine(tmp_path: Path) -> None:
     config = config.model_copy(update={"engine": engine, "run_dir": tmp_path, "variants_dir": tmp_path})
     with pytest.raises(PlanError, match=r"below the least possible, \d+ bytes \(--bits 2.803, with all"):
         plan(config.of("assistant"), "planned", print, target_name="vllm-cpu-avx512", bits=2.0)
+
+
+def test_a_quarter_of_few_conversations_chooses_and_of_many_no_more_than_are_measured_in_time() -> None:
+    found = {count: len(choosing_places(count)) for count in (32, 96, 160, 161, 192, 249, 5000)}
+    assert found == {32: 8, 96: 24, 160: 40, 161: 33, 192: 39, 249: 36, 5000: 40}
+
+
+def test_tuning_keeps_log_probabilities_of_as_many_conversations_as_there_is_room_for() -> None:
+    conversations = [[1] * length for length in (100, 50, 200, 70, 80, 90, 30, 60, 400, 300)]
+    vocabulary = LABEL_BYTES // 4 // 1100
+    found = labelled(conversations, vocabulary, accelerator=False)
+    assert found == conversations[:9]
+    assert labelled(conversations, vocabulary, accelerator=True) == conversations
+    assert labelled(conversations, 1 << 30, accelerator=False) == conversations[:SEQUENCES]
+    assert labelled(conversations[:3], 1 << 30, accelerator=False) == conversations[:3]
