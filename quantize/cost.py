@@ -136,7 +136,8 @@ def making(
     tokens = pass_tokens(choices, lengths)
     passes = 1.0
     if _in_order(choices):
-        held = _held(modules, tokens, rates) / max(1, tokens * kept_bytes(modules.linears))
+        whole = tokens * _kept(checkpoint, modules)
+        held = min(whole, held_bytes(rates.accelerator)) / max(1, whole)
         passes = STATES * (held + ANEW * (1 - held))
     work = Work(together=passes * PASS * 2.0 * active_weights(checkpoint, modules) * tokens / rates.narrow)
     slower = CORE_RATE / rates.wide
@@ -198,14 +199,15 @@ def making_memory(
     copies = 3 + max(len(many) for many in choices.values())
     through = max(blocks.values()) + states
     if _in_order(choices):
-        through = STATES * (through + _held(modules, tokens, rates))
+        kept = tokens * _kept(checkpoint, modules)
+        through = STATES * (through + min(kept, held_bytes(rates.accelerator)))
     memory = LIBRARIES_BYTES + copies * 4 * widest + inner + through
     return memory + (7 if _in_order(choices) else 3) * max(moments.values(), default=0)
 
 
-def _held(modules: Modules, tokens: int, rates: Rates) -> int:
-    """Bytes that the halting passes of a state keep."""
-    return min(tokens * kept_bytes(modules.linears), held_bytes(rates.accelerator))
+def _kept(checkpoint: Checkpoint, modules: Modules) -> int:
+    """Bytes of a token that the halting passes of a state keep."""
+    return kept_bytes(int(checkpoint.text_config["hidden_size"]), modules.linears)
 
 
 def _in_order(choices: Mapping[str, Sequence[Choice]]) -> bool:

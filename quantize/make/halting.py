@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 HELD_BYTES = 128 << 20
 """What the halting passes of one state may keep on a processor."""
 GPU_HELD_BYTES = 4 << 30
+HELD_PASSES = 256
+"""Each has a thread."""
 ANEW = 3.0
 """Times that a block is passed where nothing is kept: up to each of four groups, and to its end."""
 
@@ -134,10 +136,11 @@ class Halting:
     def __init__(self, blocks: Blocks, layer: int, states: States, names: Collection[str]) -> None:
         self._blocks, self._layer = blocks, layer
         self._passes = []
-        of_token, left = kept_bytes(blocks.linears), held_bytes(blocks.device.type != "cpu")
-        for batch in states.batches:
-            left -= batch.hidden[..., 0].numel() * of_token
-            self._passes.append(_Pass(self._work(batch), held=left >= 0))
+        left = held_bytes(blocks.device.type != "cpu")
+        for number, batch in enumerate(states.batches):
+            sequences, tokens, hidden = batch.hidden.shape
+            left -= sequences * tokens * kept_bytes(hidden, blocks.linears)
+            self._passes.append(_Pass(self._work(batch), held=left >= 0 and number < HELD_PASSES))
         self._hook = observing({name: blocks.places[name] for name in names}, _reached)
 
     def __enter__(self) -> Halting:
@@ -185,8 +188,7 @@ def held_bytes(accelerator: bool) -> int:
     return GPU_HELD_BYTES if accelerator else HELD_BYTES
 
 
-def kept_bytes(linears: Iterable[Linear]) -> int:
-    """Bytes that a halting pass keeps of a token at most: the hidden state, that after attention, and what
-    goes into a linear."""
-    widths = [linear.in_features for linear in linears]
-    return BF16_BYTES * (2 * min(widths) + max(widths))
+def kept_bytes(hidden: int, linears: Iterable[Linear]) -> int:
+    """Bytes that a halting pass keeps of a token, about: two hidden states, and what goes into the widest
+    linear."""
+    return BF16_BYTES * (2 * hidden + max(linear.in_features for linear in linears))

@@ -154,7 +154,7 @@ def test_what_halts_makes_the_same_whether_it_is_kept_or_begun_anew(
         return through(self, layer, *rest)
 
     found, counts, threads = {}, {}, threading.active_count()
-    some = 200 * halting.kept_bytes(modules.linears)
+    some = 200 * halting.kept_bytes(int(checkpoint.text_config["hidden_size"]), modules.linears)
     for held in (1 << 30, some, 0):
         store = store_of(tmp_path / str(held), checkpoint, modules)
         with monkeypatch.context() as patch:
