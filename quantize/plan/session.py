@@ -20,6 +20,7 @@ from quantize.core.modules import Modules, read_modules
 from quantize.core.plan import Plan
 from quantize.core.schemes import BF16_BYTES, kv_scheme, scheme
 from quantize.core.targets import Target
+from quantize.cost import PASS
 from quantize.evaluate.bench import Bench, Span
 from quantize.make.blocks import best_device
 from quantize.make.calibration import CalibrationSet
@@ -245,7 +246,7 @@ class PlanningSession:
     def tuning_cost(self, steps: int) -> tuple[int, float]:
         """Bytes of memory, of the accelerator where there is one, and seconds that tuning takes: the model in
         32 bits with the gradients of a pass, the reference's log-probabilities of the tokens; forward and
-        backward passes of every step at the rate of matrix products, all being idle."""
+        backward passes of every step, matrix products and what goes on between them, all being idle."""
         weights = sum(group.weights for group in self.modules)
         all_weights = weights + self.modules.other_bytes // BF16_BYTES
         sequences = self._tuned_on()
@@ -255,7 +256,7 @@ class PlanningSession:
         memory = 4 * (3 * all_weights + int(tokens + 3 * TOGETHER * of_one) * vocabulary)
         operations = 6.0 * all_weights * SEQUENCES * of_one * steps + 2.0 * all_weights * tokens
         rates = machine_rates()
-        return memory, operations / (rates.wide * (1 if rates.accelerator else rates.cores))
+        return memory, PASS * operations / (rates.wide * (1 if rates.accelerator else rates.cores))
 
     def _tuned_on(self) -> list[list[int]]:
         """Conversations of calibration, as many as the reference's log-probabilities have room for."""

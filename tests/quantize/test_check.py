@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from quantize.card import Calibration
 from quantize.check import (
     CheckReport,
     check_report,
@@ -26,7 +27,9 @@ from quantize.core.modules import Group, Linear, Modules, read_modules
 from quantize.core.plan import uniform
 from quantize.core.targets import TARGETS
 from quantize.cost import estimate
+from quantize.make.calibration import CalibrationSet
 from quantize.make.rate import Rates, matmul_rate, usable_cores
+from quantize.plan import session
 from quantize.plan.cost import planning_cost
 from quantize.plan.session import choices_on
 
@@ -244,6 +247,25 @@ def test_the_estimate_of_a_plan_is_within_a_factor_of_two_of_what_was_recorded(t
     found = planning_cost(checkpoint, modules, choices, LENGTHS[:75], LENGTHS[:25], rates=IDLE)
     assert 242 / 2 < found.seconds < 2 * 242
     assert 2476e6 < found.memory_bytes + found.mapped_bytes < 2 * 2476e6
+
+
+def test_tuning_is_told_as_long_as_it_was_recorded_to_take(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """120 steps took 22 minutes beside much else."""
+    monkeypatch.setattr(session, "machine_rates", lambda: IDLE)
+    found = [[1] * length for length in (154,) * 26 + (155,) * 46]
+    described = Calibration(source="x", sha256="0" * 64, samples=len(found), tokens=sum(map(len, found)))
+    planning = session.PlanningSession(
+        tmp_path / "plans",
+        smol(tmp_path / "model"),
+        CalibrationSet(found, described),
+        TARGETS["vllm-cpu-vnni"],
+        choosing=[([1, 1], 1)],
+    )
+    memory, seconds = planning.tuning_cost(120)
+    assert 22 * 60 / 1.6 < seconds < 22 * 60 * 1.6
+    assert memory > sum(map(len, found)) * 4 * 49_152
 
 
 def test_each_recipe_and_a_plan_are_told_with_how_it_is_known(tmp_path: Path) -> None:
