@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-import yaml
 from prometheus_client.parser import text_string_to_metric_families
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from gateway.config.yaml_text import YamlError, read_yaml
 
 DEFAULT_PROMPT_TOKENS, DEFAULT_ANSWER_TOKENS = 512, 64
 """Of roles that nothing is known of."""
@@ -53,9 +54,9 @@ class Traffic(_Strict):
 def read_traffic(path: Path, roles: Iterable[str]) -> Traffic:
     """Traffic from a YAML file. Raises TrafficError."""
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        raw = read_yaml(path.read_text(encoding="utf-8"))
         traffic = Traffic.model_validate(raw)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except (OSError, UnicodeDecodeError, YamlError) as error:
         raise TrafficError(f"traffic {path} cannot be read: {' '.join(str(error).split())}") from None
     except ValidationError as error:
         first = error.errors()[0]

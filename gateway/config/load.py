@@ -7,11 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from gateway.config.file import Config, names_of
 from gateway.config.section import ConfigError, Section, secret_of
+from gateway.config.yaml_text import YamlError, read_yaml
 
 
 def load_config(path: Path) -> Config:
@@ -29,9 +29,9 @@ def parse_config(text: str, source: str, directory: Path) -> Config:
     """Validate YAML. ``source`` is what errors call it; relative paths are relative to ``directory``.
     Raises ConfigError."""
     try:
-        raw = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{source} is not valid YAML: {' '.join(str(error).split())}") from None
+        raw = read_yaml(text)
+    except YamlError as error:
+        raise ConfigError(f"{source} is not valid YAML: {error}") from None
     if not isinstance(raw, dict):
         raise ConfigError(f"{source} must be a mapping of settings, got {type(raw).__name__}")
     try:

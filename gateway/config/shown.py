@@ -9,6 +9,7 @@ import yaml
 
 from gateway.config.file import Config
 from gateway.config.section import HIDDEN, ConfigError, Section, secret_of
+from gateway.config.yaml_text import YamlError, read_yaml
 
 _Place = tuple[str, ...]
 """The way to a value: keys, and of lists the names of their members, or positions."""
@@ -24,8 +25,8 @@ def with_secrets(text: str, config: Config) -> str:
     """YAML in which what was hidden is again what ``config`` has in that place: members of lists are known by
     their name or model, addresses by what was shown of them. Raises ConfigError for what it cannot know."""
     try:
-        raw = yaml.safe_load(text) if HIDDEN in text or ascii(HIDDEN)[1:-1] in text else None
-    except yaml.YAMLError:
+        raw = read_yaml(text) if HIDDEN in text or ascii(HIDDEN)[1:-1] in text else None
+    except YamlError:
         return text  # whoever reads it next says what is wrong with it
     if not isinstance(raw, dict):
         return text

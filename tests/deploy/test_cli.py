@@ -72,7 +72,8 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         ),
         ("model: /models/x", "write models: { NAME: { path: /models/x } }"),
         ("reference: fp32", "write models: { NAME: { path: …, reference: fp32 } }"),
-        ("engine: [", "is not valid YAML"),
+        ("engine: [", "is not valid YAML: line "),
+        ("watch: {}\nwatch: {}", "the key 'watch' is in line "),
     ],
 )
 def test_configuration_errors(capsys, write_config, extra: str, sentence: str) -> None:
