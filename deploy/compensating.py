@@ -93,8 +93,9 @@ def make_compensated(model: ModelConfig, wanted: Wanted, rank: int, say: Say) ->
     modules = read_modules(checkpoint).holding(found.plan.groups)
     if not found.original:
         raise CompactError(
-            f"{wanted.begin} stands under scales of {found.plan.method} that are not kept, so that its error "
-            "is not known; make it again by smooth+imatrix+gptq, imatrix+gptq or rtn"
+            f"{wanted.begin} stands under scales of {found.plan.method} that are not kept, since it was made "
+            "from other calibration or they were removed, so that its error is not known; make it again with "
+            "`tiercel quantize make`, or by imatrix+gptq or rtn"
         )
     adapter = model.variants_dir / ADAPTERS / found.name
     done = compensate(

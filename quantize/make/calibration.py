@@ -25,6 +25,8 @@ __all__ = [
 ]
 
 MIN_CALIBRATION_SAMPLES = 16
+MORE = "give more in models.NAME.calibration, or by conversations.count where that is set"
+"""What to do where there are too few."""
 TEMPLATE_MARK = re.compile(
     r"<\|\w+\|>|\[/?INST\]|<(?:start|end)_of_turn>|^#+ ?(?:Instruction|Response|Human|Assistant):",
     re.MULTILINE,
@@ -100,7 +102,7 @@ def calibration_of(
 def _refuse_few(count: int, source: str) -> None:
     if count < MIN_CALIBRATION_SAMPLES:
         raise CalibrationError(
-            f"{source} has {count} conversations; calibration needs {MIN_CALIBRATION_SAMPLES} or more"
+            f"{source} has {count} conversations; calibration needs {MIN_CALIBRATION_SAMPLES} or more: {MORE}"
         )
 
 

@@ -16,6 +16,10 @@ from quantize.make.compress import quiet
 SAMPLES, LENGTH = 32, 64
 
 
+class UnreachableError(ValueError):
+    """No mixture of the schemes has the average that was asked for."""
+
+
 def assign(
     model_dir: Path,
     modules: Modules,
@@ -27,7 +31,7 @@ def assign(
     """The scheme, of ``options``, of every module group at so many bits per weight on average.
 
     Fused groups are given as its shared layers. ``sequences`` are the token ids that it measures on; what it
-    found is kept in ``work``.
+    found is kept in ``work``. Raises UnreachableError.
     """
     kept = work / "autoscheme.json"
     known: dict[str, dict[str, str]] = {}
@@ -92,7 +96,12 @@ def _assign(
         enable_torch_compile=False,
     )
     names = [linear.name for linear in modules.linears]
-    made = GenScheme(wanted, model, names, {}, str(data), tokenizer=tokenizer, enable_torch_compile=False)
+    try:
+        made = GenScheme(wanted, model, names, {}, str(data), tokenizer=tokenizer, enable_torch_compile=False)
+    except ValueError as error:
+        if "avg_bits" not in str(error):
+            raise
+        raise UnreachableError(f"no mixture of {', '.join(options)} has {average:g} bits") from error
     layers = made.get_layer_config()
     by_layout = {layout(described(name)): name for name in options}
     return {group.name: by_layout[layout(layers[group.members[0].name])] for group in modules}

@@ -102,9 +102,14 @@ def plans(
         "autoscheme": lambda: _autoscheme(session, budget),
     }
     for kind in kinds:
+        try:
+            found = made[kind]()
+        except autoscheme.UnreachableError as error:
+            say(f"controls: {kind}: {error}")
+            continue
         fitting = {
             label: made_in_order(plan) if ordered and kind != "uniform" else plan
-            for label, plan in made[kind]().items()
+            for label, plan in found.items()
             if plan.weight_bytes(session.modules) <= budget
         }
         if not fitting:
@@ -160,7 +165,7 @@ def _in(session: PlanningSession, layers: set[int], outside: bool = False) -> st
 
 def _autoscheme(session: PlanningSession, budget: int) -> dict[str, Plan]:
     """AutoRound's own choice, of the schemes that every group may have, at the average that is left."""
-    names = [name for name in _for_all(session) if name.startswith(("w4a16", "w8a8"))]
+    names = [name for name in _for_all(session) if name.startswith(("w4a16", "w8a16", "w8a8"))]
     if len(names) < 2:
         return {}
     weights = sum(group.weights for group in session.blocks)

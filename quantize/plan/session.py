@@ -23,7 +23,7 @@ from quantize.core.targets import Target
 from quantize.cost import PASS
 from quantize.evaluate.bench import Bench, Span
 from quantize.make.blocks import best_device
-from quantize.make.calibration import CalibrationSet
+from quantize.make.calibration import MORE, CalibrationSet
 from quantize.make.compress import QuantizeError
 from quantize.make.parts import NUMERICS, PartStore
 from quantize.make.rate import machine_rates
@@ -324,7 +324,7 @@ def split(calibration: CalibrationSet) -> tuple[CalibrationSet, list[Span]]:
     if len(chosen) < MIN_CHOOSING:
         raise QuantizeError(
             f"{calibration.description.source} has {len(everything)} conversations; planning needs "
-            f"{CHOOSING_SHARE * MIN_CHOOSING} or more, a quarter of which plans are chosen on"
+            f"{CHOOSING_SHARE * MIN_CHOOSING} or more, a quarter of which plans are chosen on: {MORE}"
         )
     described = calibration.description.model_copy(
         update={"samples": len(left), "tokens": sum(len(sequence) for sequence in left)}

@@ -46,3 +46,8 @@ def test_what_it_takes_is_a_plan_within_the_budget(tmp_path: Path, monkeypatch: 
     # asked again, it is read from where it was kept
     again = list(controls.plans(session, None, budget, ["autoscheme"], print))  # type: ignore[arg-type]
     assert again[0][2] != plan == made_in_order(again[0][2])
+    said: list[str] = []
+    low = session.blocks.other_bytes + int(3.9 * weights / 8)
+    assert not list(controls.plans(session, None, low, ["autoscheme"], said.append))  # type: ignore[arg-type]
+    assert said[0].startswith("controls: autoscheme: no mixture of w4a16")
+    assert said[0].endswith("has 3.899 bits")
