@@ -98,7 +98,7 @@ class States:
         """
         import torch
 
-        if not self.many or like.is_cuda:
+        if not self.many or like.device.type != "cpu":
             return torch.empty_like(like)
         with tempfile.NamedTemporaryFile(prefix="tiercel-states-") as file:
             with writing(Path(file.name), like.nbytes):

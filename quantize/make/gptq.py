@@ -65,7 +65,7 @@ def gptq(tasks: Sequence[tuple[Tensor, Grid]], moments: Tensor) -> list[Tensor]:
 
     order, upper, dead = factor(moments)
     inverse = torch.argsort(order)
-    limit = GPU_ROWS if moments.is_cuda else ROWS
+    limit = GPU_ROWS if moments.device.type != "cpu" else ROWS
 
     def walked(batch: list[tuple[int, slice]]) -> list[tuple[int, int, Tensor]]:
         columns = []
@@ -78,7 +78,11 @@ def gptq(tasks: Sequence[tuple[Tensor, Grid]], moments: Tensor) -> list[Tensor]:
         return [(number, rows.start, piece.T) for (number, rows), piece in zip(batch, pieces, strict=True)]
 
     batches = _batches([len(weight) for weight, _ in tasks], limit)
-    done = [walked(batch) for batch in batches] if moments.is_cuda else side_by_side(walked, batches)
+    done = (
+        [walked(batch) for batch in batches]
+        if moments.device.type != "cpu"
+        else side_by_side(walked, batches)
+    )
     found = sorted((entry for entries in done for entry in entries), key=lambda entry: entry[:2])
     return [
         torch.cat([part for owner, _, part in found if owner == number]).contiguous()

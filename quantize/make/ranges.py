@@ -81,9 +81,9 @@ def find_grid(
         rows = torch.nn.functional.pad(rows, (0, groups * size - k)).reshape(len(rows), groups, size)
         return _search(rows, w.symmetric, low, high, ranges, importance, stored)
 
-    step = max(1, (GPU_CHUNK if weight.is_cuda else CHUNK) // k)
+    step = max(1, (GPU_CHUNK if weight.device.type != "cpu" else CHUNK) // k)
     pieces = torch.split(weight, step)
-    found = [search(rows) for rows in pieces] if weight.is_cuda else side_by_side(search, pieces)
+    found = [search(rows) for rows in pieces] if weight.device.type != "cpu" else side_by_side(search, pieces)
     scales, zeros = ([pair[number] for pair in found] for number in (0, 1))
     return Grid(torch.cat(scales), None if w.symmetric else torch.cat(zeros), low, high, size)
 

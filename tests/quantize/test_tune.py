@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+import random
+from pathlib import Path
+
 import pytest
 import torch
 
-from quantize.plan.tune import spread
+from quantize.card import Calibration
+from quantize.core.checkpoint import open_checkpoint
+from quantize.core.modules import read_modules
+from quantize.core.plan import uniform
+from quantize.make.calibration import CalibrationSet
+from quantize.make.parts import PartStore
+from quantize.plan.simulated import SimulatedModel
+from quantize.plan.tune import spread, tune
+from tests.quantize.tiny import VOCABULARY, make_checkpoint
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -30,3 +41,18 @@ def test_a_small_change_of_all_values_moves_the_share_of_them_that_it_should() -
 def test_values_in_32_bits_stay() -> None:
     stored = torch.randn(64)
     assert torch.equal(spread(stored), stored)
+
+
+def test_tuning_takes_off_some_of_the_loss_and_leaves_the_model_as_it_was(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(make_checkpoint(tmp_path / "model"))
+    modules = read_modules(checkpoint)
+    rng = random.Random(0)
+    sequences = [[rng.randrange(3, VOCABULARY) for _ in range(16)] for _ in range(24)]
+    described = Calibration(source="random", sha256="0" * 64, samples=24, tokens=24 * 16)
+    parts = PartStore(tmp_path / "parts", checkpoint, modules, CalibrationSet(sequences, described))
+    plan = uniform(modules, "w4a16-g128", method="rtn")
+    parts.assemble(plan, tmp_path / "out")
+    model = SimulatedModel(parts, [(sequence, 1) for sequence in sequences])
+    tuned = tune(model, plan, tmp_path / "out", sequences, steps=12)
+    assert tuned.after < 0.97 * tuned.before
+    assert model.kl({}, model.log_probabilities()) == 0.0
