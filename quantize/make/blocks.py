@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from quantize.core.checkpoint import Checkpoint, weight_files
+from quantize.core.checkpoint import Checkpoint, read_header, weight_files
 from quantize.core.files import writing
 from quantize.core.modules import Modules
 from quantize.make.linears import LinearError, Place, decoder_layers, find_linears, stored_names
@@ -42,25 +42,27 @@ class Files:
     """Tensors of a checkpoint, mapped from its files and not read before they are used."""
 
     def __init__(self, directory: Path) -> None:
-        from safetensors import safe_open
-
-        self._of: dict[str, Any] = {}
-        for file in weight_files(directory):
-            opened: Any = safe_open(file, framework="pt")
-            self._of.update(dict.fromkeys(opened.keys(), opened))
+        self._file_of = {name: file for file in weight_files(directory) for name in read_header(file)}
+        self._mapped: dict[Path, Any] = {}
 
     def __contains__(self, name: str) -> bool:
-        return name in self._of
+        return name in self._file_of
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._of)
+        return iter(self._file_of)
 
     def close(self) -> None:
-        """Give the mapped pages back; names stay known."""
-        self._of = dict.fromkeys(self._of)
+        """Give back the pages of tensors that nobody holds; what is asked for after it is mapped anew."""
+        self._mapped.clear()
 
     def __getitem__(self, name: str) -> Tensor:
-        tensor: Tensor = self._of[name].get_tensor(name)
+        from safetensors import safe_open
+
+        file = self._file_of[name]
+        mapped = self._mapped.get(file)
+        if mapped is None:
+            mapped = self._mapped[file] = safe_open(file, framework="pt")
+        tensor: Tensor = mapped.get_tensor(name)
         return tensor
 
 
@@ -175,7 +177,8 @@ class Blocks:
 
     @contextlib.contextmanager
     def loaded(self, layer: int, dtype: torch.dtype | None = None) -> Iterator[Any]:
-        """The block of that number with its weights, in ``dtype``; afterwards they are gone."""
+        """The block of that number with its weights, in ``dtype``; afterwards they are gone, with the
+        pages of the files."""
         import torch
 
         block = self.layers[layer]
@@ -199,6 +202,7 @@ class Blocks:
             for name, parameter in empty.items():
                 parent, _, leaf = name.rpartition(".")
                 block.get_submodule(parent)._parameters[leaf] = parameter
+            self.files.close()
 
     def start(self, sequences: Sequence[Sequence[int]], copies: int = 1, alone: bool = False) -> States:
         """Hidden states before the first block. ``copies`` is how many of them will be kept at once;

@@ -48,6 +48,33 @@ def loss(weight: Any, other: Any, moments: Any) -> float:
     return float(((change @ moments) * change).sum())
 
 
+def resident(file: Path) -> int:
+    """Bytes of this process's mappings of a file that are in memory."""
+    found, mine = 0, False
+    for line in Path("/proc/self/smaps").read_text(encoding="utf-8").splitlines():
+        if not line[0].isupper():
+            mine = line.endswith(str(file))
+        elif mine and line.startswith("Rss:"):
+            found += int(line.split()[1]) << 10
+    return found
+
+
+def test_one_block_of_the_files_is_in_memory_at_a_time(tmp_path: Path) -> None:
+    directory = make_checkpoint(
+        tmp_path / "model", hidden_size=256, intermediate_size=1024, num_hidden_layers=8
+    )
+    checkpoint, file = open_checkpoint(directory), directory / "model.safetensors"
+    blocks = Blocks(checkpoint, read_modules(checkpoint), "cpu")
+    seen = []
+    for number in range(len(blocks)):
+        with blocks.loaded(number) as block:
+            assert all(bool(parameter.isfinite().all()) for parameter in block.parameters())
+            seen.append(resident(file))
+        assert float(blocks.files[f"model.layers.{number}.mlp.up_proj.weight"].abs().sum()) > 0
+    assert file.stat().st_size > 15_000_000
+    assert 0 < min(seen) <= max(seen) < 6_000_000, seen
+
+
 @pytest.mark.parametrize("name", ["w4a16-g64", "w4a16", "w4a16-g32-asym", "w8a16-g64"])
 def test_gptq_is_llm_compressors(name: str) -> None:
     from compressed_tensors.quantization import QuantizationArgs
