@@ -49,6 +49,8 @@ def load_tokenizer(path: Path) -> Any:
         raise CheckpointError(
             f"{path}: the tokenizer has no chat template; add chat_template.jinja beside it"
         )
+    # Sequences are cut where they are too long; transformers would warn of errors that do not come.
+    tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
     return tokenizer
 
 

@@ -258,3 +258,9 @@ def test_a_model_that_is_loaded_keeps_its_directory_as_its_name(copy: Path) -> N
     (copy / "consolidated.safetensors").write_bytes(b"{}")
     model = load_model(open_checkpoint(copy), torch.float32)
     assert (model.name_or_path, model.dtype) == (str(copy), torch.float32)
+
+
+def test_text_that_is_cut_later_brings_no_warning(capfd: pytest.CaptureFixture[str]) -> None:
+    tokenizer = load_tokenizer(Path(__file__).parents[2] / "deploy/assistant/model")
+    assert len(tokenizer.encode("a record " * 1200)) > tokenizer.model_max_length
+    assert "longer than" not in "".join(capfd.readouterr())
