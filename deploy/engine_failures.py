@@ -32,7 +32,8 @@ _CAUSES: tuple[tuple[Cause, re.Pattern[str]], ...] = (
             r"No available memory for the cache blocks|[Mm]emory on (?:device|node) .*less than"
             r"|out of memory|OutOfMemoryError|which is larger than the available KV cache"
             r"|Cannot allocate memory|can't allocate memory|std::bad_alloc|\bMemoryError\b"
-            r"|No space left on device"
+            r"|No space left on device|CUBLAS_STATUS_(?:ALLOC_FAILED|NOT_INITIALIZED)"
+            r"|Error in memory profiling"
         ),
     ),
     ("port", re.compile(r"[Aa]ddress already in use|EADDRINUSE|\[Errno 98\]")),
@@ -41,6 +42,9 @@ _CAUSES: tuple[tuple[Cause, re.Pattern[str]], ...] = (
         re.compile(
             r"No CUDA GPUs are available|CUDA driver version is insufficient|invalid device ordinal"
             r"|device\(s\) is/are busy or unavailable|Failed to infer device type"
+            # A kernel to which a variant's shapes are wrong fails as those do that are left out.
+            r"|CUDA error: (?!an illegal memory|device-side assert|invalid (?:argument|config)|CUBLAS_)"
+            r"|CUDA unknown error|cudaGetDeviceCount|NCCL error|NVMLError|NVML_|GPU is lost|ECC error"
         ),
     ),
     ("killed", re.compile(r"Failed core proc\(s\): \{.*-(?:9|15|4|7|11)\b|Illegal instruction|Killed\b")),
@@ -58,7 +62,8 @@ _FIXES: dict[Cause, str] = {
     "memory": "free memory on the machine or the device, lower engine.kv_cache_gib or engine.max_model_len, "
     "or serve fewer variants here",
     "port": "stop what listens on its port, or set engine.base_port to another range",
-    "device": "see `tiercel doctor`; engine.env may name another device (CUDA_VISIBLE_DEVICES)",
+    "device": "see `tiercel doctor` and `nvidia-smi`; engine.env may name another device "
+    "(CUDA_VISIBLE_DEVICES)",
     "killed": "another process ended it, as the kernel does when memory is short; see `dmesg`",
     "settings": "correct engine.extra_args or engine.max_model_len",
     "environment": "run `make setup`, or set engine.python to an environment that has vLLM",

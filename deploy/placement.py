@@ -39,6 +39,8 @@ class Gpu:
     name: str
     total: int
     free: int
+    uuid: str = ""
+    """Empty where it was not asked for, as of the only one."""
 
 
 @dataclass(frozen=True)
@@ -145,7 +147,8 @@ def _on_gpus(machine: Machine, need: Need, busy: Sequence[Placed]) -> Placed | N
         )
     taken = {gpu.index: sum(one.memory for one in busy if gpu.index in one.gpus) for gpu in gpus}
     for ranks in _possible_ranks(need, len(gpus)):
-        share = round(need.weight_bytes * WEIGHTS_FACTOR / ranks) + need.kv_bytes // ranks + GPU_OVERHEAD
+        cache = need.kv_bytes // min((ranks, *need.heads))  # fewer KV heads than ranks are repeated
+        share = round(need.weight_bytes * WEIGHTS_FACTOR / ranks) + cache + GPU_OVERHEAD
         if sum(share <= gpu.free for gpu in gpus) < ranks:
             continue  # not even alone: more ranks
         free = sorted((gpu for gpu in gpus if share <= gpu.free - taken[gpu.index]), key=lambda g: -g.free)
@@ -153,11 +156,12 @@ def _on_gpus(machine: Machine, need: Need, busy: Sequence[Placed]) -> Placed | N
             return None
         chosen = tuple(sorted(gpu.index for gpu in free[:ranks]))
         added: tuple[str, ...] = ("--gpu-memory-utilization", "0.05")
-        added += ("--kv-cache-memory-bytes", str(need.kv_bytes // ranks))
+        added += ("--kv-cache-memory-bytes", str(cache))
         if ranks > 1:
             added += ("--tensor-parallel-size", str(ranks))
         listed = ",".join(map(str, chosen))
-        return Placed({"CUDA_VISIBLE_DEVICES": listed}, added, chosen, (), share, f"GPU {listed}")
+        numbered = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": listed}  # as nvidia-smi does
+        return Placed(numbered, added, chosen, (), share, f"GPU {listed}")
     have = ", ".join(
         f"GPU {gpu.index} {gpu.free / GIB:.1f} of {gpu.total / GIB:.1f} GiB free" for gpu in gpus
     )
@@ -167,7 +171,7 @@ def _on_gpus(machine: Machine, need: Need, busy: Sequence[Placed]) -> Placed | N
     )
 
 
-_NONE_VISIBLE = "no GPU that is visible (engine.env CUDA_VISIBLE_DEVICES)"
+_NONE_VISIBLE = "no GPU that is visible (CUDA_VISIBLE_DEVICES, here or in engine.env)"
 
 
 def taken_by(need: Need) -> int:
@@ -200,12 +204,19 @@ def share_options(arguments: Sequence[str]) -> dict[str, Any]:
 
 
 def visible(gpus: Sequence[Gpu], env: Mapping[str, str]) -> tuple[Gpu, ...]:
-    """The GPUs that CUDA_VISIBLE_DEVICES leaves, by index; all without it. UUIDs leave all."""
+    """The GPUs that CUDA_VISIBLE_DEVICES leaves, by index or by UUID, up to the first that there is not, as
+    CUDA has it; all without it. Parts of GPUs (MIG) leave all."""
     named = env.get("CUDA_VISIBLE_DEVICES")
-    if named is None or any(not part.strip().isdigit() for part in named.split(",") if part.strip()):
+    if named is None or "MIG-" in named:
         return tuple(gpus)
-    wanted = [int(part) for part in named.split(",") if part.strip()]
-    return tuple(gpu for gpu in gpus if gpu.index in wanted)
+    found: list[Gpu] = []
+    for entry in map(str.strip, named.split(",")):
+        by_id = (gpu for gpu in gpus if entry.startswith("GPU-") and (gpu.uuid or entry).startswith(entry))
+        one = next(by_id, None) or next((gpu for gpu in gpus if str(gpu.index) == entry), None)
+        if one is None:
+            break
+        found.append(one)
+    return tuple(dict.fromkeys(found))
 
 
 def _possible_ranks(need: Need, gpus: int) -> list[int]:

@@ -19,7 +19,7 @@ from deploy.unlabelled import calibration_for, version_in_use
 from gateway.config import ModelConfig
 from quantize.card import Card
 from quantize.check import kept_rows, refuse_pattern, refuse_short, refuse_unfit
-from quantize.core.checkpoint import Checkpoint
+from quantize.core.checkpoint import Checkpoint, weight_bytes
 from quantize.core.files import locked, write_whole
 from quantize.core.methods import parse_method
 from quantize.core.modules import read_modules
@@ -43,6 +43,8 @@ from quantize.report.tables import align, kl_text, megabytes
 
 Say = Callable[[str], None]
 
+BENCH_S = 300.0
+"""Without a sign of life of planning's engine, beside what a model of its size takes to load."""
 LEAST_CACHE = 256 << 20
 """Bytes of a bench engine's KV cache on a GPU, at least."""
 BENCH_CONTEXT = 1024
@@ -91,6 +93,7 @@ def open_bench(model: ModelConfig) -> Iterator[Bench]:
             env={**model.engine.env, **env},
             site=SITE,
             options=options,
+            timeout_s=model.engine.patience_s(weight_bytes(checkpoint_of(model, _say_aside).path)) + BENCH_S,
         ) as bench,
     ):
         yield bench

@@ -32,6 +32,7 @@ from quantize.card import CardError
 from quantize.compact.steps import CompactError
 from quantize.core.checkpoint import CheckpointError
 from quantize.core.files import NoRoomError, is_full
+from quantize.core.gpus import GpuError
 from quantize.core.methods import MethodError
 from quantize.core.model_config import first_line
 from quantize.core.schemes import SchemeError
@@ -64,6 +65,7 @@ USER_ERRORS = (
     FormatError,
     ShapeError,
     TargetError,
+    GpuError,
     BenchError,
     TaskError,
     EngineStartError,

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import combinations
 
 from deploy.placement import GIB, Machine, Need, Placed, PlacementError, arranged, place, taken_by
+from gateway.config.engine import cache_for, tokens_held
 
 _MIB = 1 << 20
 LEAST_CONTEXT = 1024
@@ -61,7 +62,7 @@ def _shorter(needs: Sequence[Need], fits: Fits) -> Iterator[str]:
         if not fits(changed):
             continue
         shortened = [one for one in needs if one.kv_bytes > gib * GIB and one.token_bytes]
-        tokens = {one.name: min(one.context, gib * GIB // one.token_bytes // 64 * 64) for one in shortened}
+        tokens = {one.name: min(one.context, tokens_held(gib * GIB, one.token_bytes)) for one in shortened}
         if tokens and min(tokens.values()) >= LEAST_CONTEXT:
             first = min(shortened, key=lambda one: tokens[one.name])
             held, cache = tokens[first.name], f"a KV cache of {gib} GiB instead of {most}"
@@ -83,7 +84,7 @@ def _eight_bits(needs: Sequence[Need], fits: Fits) -> Iterator[str]:
 
 
 def _halved(need: Need) -> Need:
-    cache = max(1, -(-need.context * (need.token_bytes // 2) // GIB)) * GIB
+    cache = cache_for(need.context, need.token_bytes // 2)
     return dataclasses.replace(need, kv_bytes=min(need.kv_bytes, cache))
 
 

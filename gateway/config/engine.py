@@ -12,6 +12,21 @@ from gateway.config.section import Secret, Section
 GIB = 1 << 30
 MOST_KV_GIB = 4
 """KV cache that an engine gets by itself at most; a longer context than it holds must be asked for."""
+SPARE_TOKENS = 256
+"""Of a KV cache, that no prompt gets: vLLM keeps one block to itself and gives a prompt whole blocks, of 128
+tokens on a CPU and fewer on GPUs."""
+
+
+def tokens_held(cache_bytes: int, token_bytes: int) -> int:
+    """The longest prompt that a KV cache holds, in steps of 64 tokens; 0 or less where it is none."""
+    return (cache_bytes // max(1, token_bytes) - SPARE_TOKENS) // 64 * 64
+
+
+def cache_for(tokens: int, token_bytes: int) -> int:
+    """Bytes of the KV cache that holds a prompt of so many tokens, a whole number of GiB."""
+    return max(1, -(-(tokens + SPARE_TOKENS) * token_bytes // GIB)) * GIB
+
+
 _GIVEN = {
     "--port": "engine.base_port",
     "--host": "engine.host",
@@ -48,7 +63,7 @@ class Engine(Section):
         default=None,
         ge=1,
         description="KV-cache space per engine, GiB; default: what one longest prompt needs, 1 to "
-        f"{MOST_KV_GIB}",
+        f"{MOST_KV_GIB}, or more where max_model_len asks for it",
     )
     max_num_seqs: int = Field(default=64, ge=1)
     start_timeout_s: float | None = Field(
@@ -68,14 +83,13 @@ class Engine(Section):
         if self.max_model_len is not None:
             return min(self.max_model_len, longest)
         room = (self.kv_cache_gib or MOST_KV_GIB) * GIB
-        return min(longest, max(64, room // max(1, kv_bytes_per_token) // 64 * 64))
+        return min(longest, max(64, tokens_held(room, kv_bytes_per_token)))
 
     def kv_bytes(self, longest: int, kv_bytes_per_token: int) -> int:
-        """Bytes of the KV cache of one engine, a whole number of GiB."""
+        """Bytes of the KV cache of one engine, a whole number of GiB that holds one longest prompt."""
         if self.kv_cache_gib is not None:
             return self.kv_cache_gib * GIB
-        needed = self.context(longest, kv_bytes_per_token) * kv_bytes_per_token
-        return min(MOST_KV_GIB, max(1, -(-needed // GIB))) * GIB
+        return cache_for(self.context(longest, kv_bytes_per_token), kv_bytes_per_token)
 
     def changed(self, changes: EngineChanges) -> Engine:
         """With a model's own settings: its arguments come after the shared ones, its environment on top."""

@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 
-from quantize.core.gpus import ask_gpus
+from quantize.core.gpus import GpuError, ask_gpus
 
 POWERCAP = Path("/sys/class/powercap")
 EVERY_S = 1.0
@@ -95,10 +95,11 @@ class Meter:
 
     def _power(self) -> float | None:
         """Watts of all GPUs together; None where none tells."""
-        told = []
-        for (text,) in ask_gpus(["power.draw"], self._command):
-            with contextlib.suppress(ValueError):
-                told.append(float(text))
+        told: list[float] = []
+        with contextlib.suppress(GpuError):
+            for (text,) in ask_gpus(["power.draw"], self._command):
+                with contextlib.suppress(ValueError):
+                    told.append(float(text))
         return sum(told) if told else None
 
 

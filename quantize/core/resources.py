@@ -6,12 +6,14 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import resource
 import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 RESET_PEAK = "5"
@@ -41,6 +43,8 @@ def measured() -> Iterator[Taken]:
     taken, start = Taken(), time.monotonic()
     with contextlib.suppress(OSError):
         CLEAR.write_text(RESET_PEAK)
+    for device in _devices():
+        _cuda().reset_peak_memory_stats(device)
     try:
         yield taken
     finally:
@@ -81,13 +85,25 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
 
 
-def _peak_device() -> int | None:
-    """Of all accelerators that torch has used in this process; None where there is none.
+def give_back() -> None:
+    """What torch keeps of GPUs' memory for later tensors goes back, for an engine that is to have it."""
+    if _devices():
+        gc.collect()
+        _cuda().empty_cache()
 
-    Torch is asked only where it was imported, so that nothing is started for the question.
-    """
-    torch = sys.modules.get("torch")
-    if torch is None or not torch.cuda.is_initialized():
-        return None
-    devices = range(torch.cuda.device_count())
-    return sum(int(torch.cuda.max_memory_allocated(device)) for device in devices)
+
+def _peak_device() -> int | None:
+    """Of all accelerators that torch has used in this process; None where there is none."""
+    found = [int(_cuda().max_memory_allocated(device)) for device in _devices()]
+    return sum(found) if found else None
+
+
+def _cuda() -> Any:
+    return sys.modules["torch"].cuda
+
+
+def _devices() -> range:
+    """Those that torch has used. It is asked only where it was imported, so that nothing is started for the
+    question."""
+    used = "torch" in sys.modules and _cuda().is_initialized()
+    return range(_cuda().device_count() if used else 0)

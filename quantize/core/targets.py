@@ -20,6 +20,7 @@ to it; so they stay at 16 bits, and so does a head that is the embeddings.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -249,10 +250,13 @@ _WITHOUT_RULES = {7: "Volta or Turing", 6: "Pascal", 5: "Maxwell"}
 
 
 def detect_cuda(command: Sequence[str] | None = None) -> str | None:
-    """By the GPUs' compute capability; None without a GPU. ``command`` stands for ``nvidia-smi``.
+    """By the GPUs' compute capability; None without a GPU, or where CUDA_VISIBLE_DEVICES hides them all.
+    ``command`` stands for ``nvidia-smi``.
 
-    Raises TargetError for GPUs that there are no rules for, or of several kinds.
+    Raises TargetError for GPUs that there are no rules for, or of several kinds, and GpuError.
     """
+    if os.environ.get("CUDA_VISIBLE_DEVICES", "0").partition(",")[0].strip() in ("", "-1"):
+        return None
     found = {_capability_target(row[0]) for row in ask_gpus(["compute_cap"], command)}
     if len(found) > 1:
         raise TargetError(

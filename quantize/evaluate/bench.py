@@ -21,6 +21,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from quantize.core.files import no_room, write_whole
+from quantize.core.resources import give_back
 
 if TYPE_CHECKING:
     import numpy as np
@@ -28,7 +29,9 @@ if TYPE_CHECKING:
 
 ENGINE_SIDE = Path(__file__).with_name("bench_engine.py")
 START_TIMEOUT_S = 300.0
-WHERE = frozenset(("CUDA_VISIBLE_DEVICES", "gpu_memory_utilization", "kv_cache_memory_bytes"))
+WHERE = frozenset(
+    ("CUDA_DEVICE_ORDER", "CUDA_VISIBLE_DEVICES", "gpu_memory_utilization", "kv_cache_memory_bytes")
+)
 """Of environment and options: where an engine runs and what it may take there, which decides no number."""
 
 Span = tuple[Sequence[int], int]
@@ -210,6 +213,7 @@ class Bench:
             "timeout_s": self._timeout_s,
             **more,
         }
+        give_back()  # it may be on the card that this process computes on
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
         reply = self._reply()

@@ -25,7 +25,7 @@ from quantize.core.checkpoint import Checkpoint, read_header, weight_files
 from quantize.core.files import writing
 from quantize.core.modules import Modules
 from quantize.make.linears import LinearError, Place, decoder_layers, find_linears, stored_names
-from quantize.make.threads import R, T, side_by_side
+from quantize.make.threads import R, T, each_on
 
 if TYPE_CHECKING:
     import torch
@@ -293,8 +293,8 @@ class Blocks:
         self.each(work, states.batches)
 
     def each(self, work: Callable[[T], R], pieces: Iterable[T]) -> list[R]:
-        """``work`` of every piece, in order: side by side on a processor, which an accelerator is not."""
-        return side_by_side(work, pieces) if self.device.type == "cpu" else list(map(work, pieces))
+        """``work`` of every piece, in order, side by side where that helps."""
+        return each_on(self.device, work, pieces)
 
     def through(self, layer: int, batch: Batch, hidden: Tensor, kv: Any = None) -> Tensor:
         """The block's output for one batch."""

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from quantize.make.ranges import Grid
-from quantize.make.threads import side_by_side
+from quantize.make.threads import each_on
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -78,11 +78,7 @@ def gptq(tasks: Sequence[tuple[Tensor, Grid]], moments: Tensor) -> list[Tensor]:
         return [(number, rows.start, piece.T) for (number, rows), piece in zip(batch, pieces, strict=True)]
 
     batches = _batches([len(weight) for weight, _ in tasks], limit)
-    done = (
-        [walked(batch) for batch in batches]
-        if moments.device.type != "cpu"
-        else side_by_side(walked, batches)
-    )
+    done = each_on(moments.device, walked, batches)
     found = sorted((entry for entries in done for entry in entries), key=lambda entry: entry[:2])
     return [
         torch.cat([part for owner, _, part in found if owner == number]).contiguous()

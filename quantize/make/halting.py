@@ -31,6 +31,8 @@ HELD_BYTES = 128 << 20
 GPU_HELD_BYTES = 4 << 30
 HELD_PASSES = 256
 """Each has a thread."""
+GPU_HELD_PASSES = 16
+"""Each thread that lives has a workspace of cuBLAS' of its own there, 32 MB on Hopper."""
 ANEW = 3.0
 """Times that a block is passed where nothing is kept: up to each of four groups, and to its end."""
 
@@ -136,11 +138,12 @@ class Halting:
     def __init__(self, blocks: Blocks, layer: int, states: States, names: Collection[str]) -> None:
         self._blocks, self._layer = blocks, layer
         self._passes = []
-        left = held_bytes(blocks.device.type != "cpu")
+        on_accelerator = blocks.device.type != "cpu"
+        left, most = held_bytes(on_accelerator), GPU_HELD_PASSES if on_accelerator else HELD_PASSES
         for number, batch in enumerate(states.batches):
             sequences, tokens, hidden = batch.hidden.shape
             left -= sequences * tokens * kept_bytes(hidden, blocks.linears)
-            self._passes.append(_Pass(self._work(batch), held=left >= 0 and number < HELD_PASSES))
+            self._passes.append(_Pass(self._work(batch), held=left >= 0 and number < most))
         self._hook = observing({name: blocks.places[name] for name in names}, _reached)
 
     def __enter__(self) -> Halting:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from quantize.core.schemes import BLOCK, Numbers, Scheme
-from quantize.make.threads import side_by_side
+from quantize.make.threads import each_on
 from quantize.numerics.formats import E4M3, Format, integer
 from quantize.numerics.quantizers import Quantizer
 
@@ -83,7 +83,7 @@ def find_grid(
 
     step = max(1, (GPU_CHUNK if weight.device.type != "cpu" else CHUNK) // k)
     pieces = torch.split(weight, step)
-    found = [search(rows) for rows in pieces] if weight.device.type != "cpu" else side_by_side(search, pieces)
+    found = each_on(weight.device, search, pieces)
     scales, zeros = ([pair[number] for pair in found] for number in (0, 1))
     return Grid(torch.cat(scales), None if w.symmetric else torch.cat(zeros), low, high, size)
 

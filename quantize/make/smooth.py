@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any, Union
 from quantize.core.checkpoint import Checkpoint
 from quantize.core.files import READ_ONLY, writing
 from quantize.core.modules import HEAD, Group, Linear, Modules
-from quantize.make.threads import side_by_side
+from quantize.make.threads import each_on
 
 if TYPE_CHECKING:
     import torch
@@ -159,7 +159,8 @@ def block_scales(
         return best_scales(inputs, energy[group.members[0].name], weights, tied)
 
     found: dict[str, Tensor] = {}
-    for group, scale in zip(groups, side_by_side(of, groups), strict=True):
+    made = each_on(next(iter(rows.values())).device, of, groups) if groups else []
+    for group, scale in zip(groups, made, strict=True):
         if _maker(group) is None:
             norm, scale = _folded_norm(config, group, scale, tensors, stored)
             found |= norm

@@ -27,7 +27,7 @@ from quantize.make.ranges import Grid, find_grid, restored, rounded
 from quantize.make.smooth import Scales, ScaleStore, block_scales, folded, places, smoothable
 from quantize.make.statistics import BlockStatistics, InputStatistics, first_of, observe
 from quantize.make.storage import stored_tensors
-from quantize.make.threads import side_by_side
+from quantize.make.threads import each_on
 
 if TYPE_CHECKING:
     import torch
@@ -118,7 +118,7 @@ def make_parts(
                 _make_group(group, wanted[group.name], files, None, where, dtype, keep, scales)
                 bar.update()
 
-            side_by_side(work, groups)
+            each_on(where, work, groups)
         return
     chosen = places([len(sequence) for sequence in sequences])
     if not data and keep_kv is None:  # the rows that are sampled are all that is wanted
@@ -233,7 +233,8 @@ def solved(
         name, (scheme_name, method) = task
         return _grid(weights[name], scheme(scheme_name), parse_method(method), inputs, dtype)
 
-    grids = side_by_side(grid_of, tasks)
+    device = weights[tasks[0][0]].device if tasks else best_device()
+    grids = each_on(device, grid_of, tasks)
     integers = {}
     if inputs is not None:
         numbers = [n for n, (_, choice) in enumerate(tasks) if parse_method(choice[1]).by_columns]
@@ -246,7 +247,7 @@ def solved(
         q = integers[number] if number in integers else rounded(weights[name], grid)
         return _checked(name, weights[name], q, grid, scheme(choice[0]), inputs, dtype)
 
-    return side_by_side(stored, range(len(tasks)))
+    return each_on(device, stored, range(len(tasks)))
 
 
 def _weight(files: Files, name: str, device: torch.device, scales: Scales) -> Tensor:

@@ -28,7 +28,6 @@ from quantize.make.ranges import round_inputs
 from quantize.make.smooth import Scales, unfolded
 from quantize.make.statistics import first_of
 from quantize.make.streaming import Choice
-from quantize.make.threads import side_by_side
 from quantize.plan.head_loss import HeadLoss
 from quantize.plan.sums import Sums
 
@@ -164,9 +163,7 @@ class Backward:
         for weight in weights.values():
             weight.requires_grad_(True)
         with observing(places, see):
-            on_processor = self.blocks.device.type == "cpu"
-            numbers = range(len(batches))
-            side_by_side(work, numbers) if on_processor else list(map(work, numbers))
+            self.blocks.each(work, range(len(batches)))
         for weight in weights.values():
             weight.requires_grad_(False)
         return sums

@@ -253,7 +253,8 @@ class PlanningSession:
         tokens = sum(map(len, sequences))
         of_one = tokens / len(sequences)
         vocabulary = int(self.checkpoint.text_config["vocab_size"])
-        memory = 4 * (3 * all_weights + int(tokens + 3 * TOGETHER * of_one) * vocabulary)
+        labels = tokens + sum(len(chosen) for chosen, _ in self.choosing)
+        memory = 4 * (3 * all_weights + int(labels + 3 * TOGETHER * of_one) * vocabulary)
         operations = 6.0 * all_weights * SEQUENCES * of_one * steps + 2.0 * all_weights * tokens
         rates = machine_rates()
         return memory, PASS * operations / (rates.wide * (1 if rates.accelerator else rates.cores))

@@ -93,28 +93,44 @@ class SimulatedModel:
 
         Spans of like length share a batch, padded on the right, which a causal model does not look at.
         """
-        import torch
-
         wanted = self.spans if spans is None else spans
         rows: dict[int, Tensor] = {}
-        with torch.inference_mode():
-            for batch in _batches([len(tokens) for tokens, _ in wanted]):
-                width = max(len(wanted[number][0]) for number in batch)
-                ids = torch.zeros(len(batch), width, dtype=torch.long)
-                for line, number in enumerate(batch):
-                    tokens = wanted[number][0]
-                    ids[line, : len(tokens)] = torch.tensor(list(tokens))
-                logits = self.model(ids.to(self.device), use_cache=False).logits
-                for line, number in enumerate(batch):
-                    tokens, start = wanted[number]
-                    scored = logits[line, start - 1 : len(tokens) - 1]
-                    rows[number] = torch.log_softmax(scored.float(), -1)
+        for batch in _batches([len(tokens) for tokens, _ in wanted]):
+            rows |= self._rows(wanted, batch)
         return [rows[number] for number in range(len(wanted))]
+
+    def divergence(self, reference: Sequence[Tensor]) -> float:
+        """Mean KL(reference || the model as it is now) in nats per scored token of its own spans, whose
+        :meth:`log_probabilities` the reference's are; those of one batch are in memory beside them."""
+        total = 0.0
+        for batch in _batches([len(tokens) for tokens, _ in self.spans]):
+            for number, q in self._rows(self.spans, batch).items():
+                p = reference[number]
+                total += float((p.exp() * (p - q)).sum())
+        return total / sum(len(p) for p in reference)
+
+    def _rows(self, wanted: Sequence[Span], batch: Sequence[int]) -> dict[int, Tensor]:
+        """Log-probabilities of the spans of one batch, by number."""
+        import torch
+
+        width = max(len(wanted[number][0]) for number in batch)
+        ids = torch.zeros(len(batch), width, dtype=torch.long)
+        for line, number in enumerate(batch):
+            tokens = wanted[number][0]
+            ids[line, : len(tokens)] = torch.tensor(list(tokens))
+        rows = {}
+        with torch.inference_mode():
+            logits = self.model(ids.to(self.device), use_cache=False).logits
+            for line, number in enumerate(batch):
+                tokens, start = wanted[number]
+                scored = logits[line, start - 1 : len(tokens) - 1]
+                rows[number] = torch.log_softmax(scored.float(), -1)
+        return rows
 
     def kl(self, choices: Mapping[str, tuple[str, str]], reference: Sequence[Tensor]) -> float:
         """Mean KL(reference || quantized) in nats per scored token."""
         with self.swapped(choices):
-            return mean_kl(reference, self.log_probabilities())
+            return self.divergence(reference)
 
 
 def _batches(lengths: Sequence[int]) -> Iterator[list[int]]:
@@ -131,8 +147,3 @@ def _batches(lengths: Sequence[int]) -> Iterator[list[int]]:
 
 def plan_choices(plan: Plan, modules: Modules) -> dict[str, tuple[str, str]]:
     return {group.name: (plan.groups[group.name], plan.method_of(group.name)) for group in modules}
-
-
-def mean_kl(reference: Sequence[Tensor], other: Sequence[Tensor]) -> float:
-    total = sum(float((p.exp() * (p - q)).sum()) for p, q in zip(reference, other, strict=True))
-    return total / sum(len(p) for p in reference)

@@ -31,7 +31,7 @@ from quantize.core.schemes import Numbers, Scheme, scheme
 from quantize.core.tensors import Part, overwrite, read_parts
 from quantize.evaluate.bench import Span
 from quantize.make.ranges import round_inputs
-from quantize.plan.simulated import SimulatedModel, mean_kl
+from quantize.plan.simulated import SimulatedModel
 
 if TYPE_CHECKING:
     import torch
@@ -222,7 +222,7 @@ def _now(
 
     with torch.no_grad():
         _set(model.model, linears, norms)
-        return mean_kl(reference, model.log_probabilities())
+        return model.divergence(reference)
 
 
 def _unquantized(model: Any, tensors: Mapping[str, Part], trained: set[str]) -> dict[str, Tensor]:

@@ -30,6 +30,20 @@ TAKEN = "OSError: [Errno 98] Address already in use\n"
 TYPO = "usage: serve_vllm.py [options]\nserve_vllm.py: error: unrecognized arguments: --max-modle-len 5\n"
 NO_VLLM = "Traceback (most recent call last):\nModuleNotFoundError: No module named 'vllm'\n"
 NO_GPU = CORE + "RuntimeError: No CUDA GPUs are available\n" + SERVER
+SICK_GPUS = (
+    "torch.AcceleratorError: CUDA error: unspecified launch failure",
+    "torch.AcceleratorError: CUDA error: uncorrectable ECC error encountered",
+    "torch.AcceleratorError: CUDA error: the launch timed out and was terminated",
+    "RuntimeError: Unexpected error from cudaGetDeviceCount(). Error 802: system not yet initialized",
+    "RuntimeError: CUDA unknown error - this may be due to an incorrectly set up environment",
+    "torch.AcceleratorError: CUDA error: no kernel image is available for execution on the device",
+    "RuntimeError: NCCL error: unhandled system error (run with NCCL_DEBUG=INFO for details)",
+    "pynvml.NVMLError_GpuIsLost: GPU is lost",
+)
+
+
+def core(words: str) -> str:
+    return CORE + words + "\n" + SERVER
 
 
 @pytest.mark.parametrize(
@@ -45,6 +59,15 @@ NO_GPU = CORE + "RuntimeError: No CUDA GPUs are available\n" + SERVER
         (NO_GPU, 1, EngineRoomError, "device"),
         (TYPO, 2, EngineSetupError, "settings"),
         (NO_VLLM, 1, EngineSetupError, "environment"),
+        *((core(words), 1, EngineRoomError, "device") for words in SICK_GPUS),
+        (core("RuntimeError: CUDA error: CUBLAS_STATUS_ALLOC_FAILED"), 1, EngineRoomError, "memory"),
+        (
+            core("AssertionError: Error in memory profiling. Initial free memory …"),
+            1,
+            EngineRoomError,
+            "memory",
+        ),
+        (core("RuntimeError: CUDA error: an illegal memory access …"), 1, EngineLoadError, "files"),
         (SHAPE, 1, EngineLoadError, "files"),
         (CONFIG, 1, EngineLoadError, "files"),
     ],

@@ -10,6 +10,7 @@ from deploy.machine import find_gpus
 from deploy.placement import (
     GIB,
     GPU_OVERHEAD,
+    Gpu,
     Machine,
     Need,
     Placed,
@@ -17,9 +18,11 @@ from deploy.placement import (
     Seats,
     place,
     share_options,
+    visible,
 )
 from deploy.planning import LEAST_CACHE, bench_place
 from gateway.config import load_config
+from gateway.config.engine import Engine
 from quantize.evaluate.bench import Bench
 
 H100 = "0, NVIDIA H100 80GB HBM3, 81559, 81079, 570.124.06\n"
@@ -58,7 +61,7 @@ def test_engines_share_a_gpu_by_bytes_and_not_by_a_share_of_it() -> None:
         busy.append(placed)
     assert len(busy) == 3  # 16.8 + 4 + 1.5 GiB each, of 79.2
     first = busy[0]
-    assert first.env == {"CUDA_VISIBLE_DEVICES": "0"}
+    assert first.env == {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": "0"}
     assert first.arguments == ("--gpu-memory-utilization", "0.05", "--kv-cache-memory-bytes", str(4 * GIB))
     assert first.memory == round(16 * GIB * 1.05) + 4 * GIB + GPU_OVERHEAD
 
@@ -89,15 +92,14 @@ def test_planning_measures_in_what_the_model_needs_of_a_gpu(tmp_path: Path) -> N
         model, variants_dir=tmp_path, engine=model.engine.model_copy(update={"extra_args": []})
     )
     env, options = bench_place(model, gpus(L4_BUSY))
-    assert env == {"CUDA_VISIBLE_DEVICES": "1"}
+    assert env == {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": "1"}
     assert options == {"gpu_memory_utilization": 0.05, "kv_cache_memory_bytes": LEAST_CACHE}
+    env_of_place = env
     assert bench_place(model, TWO_CORES) == ({}, {})
     own = model.engine.model_copy(update={"extra_args": ["--gpu-memory-utilization=0.4", "-cc", "{}"]})
     env, options = bench_place(dataclasses.replace(model, engine=own), gpus(L4_BUSY))
     assert (env, options) == ({}, {"gpu_memory_utilization": 0.4})
-    one = Bench(
-        python, tmp_path / "log", env={"CUDA_VISIBLE_DEVICES": "1", "A": "b"}, site=tmp_path, options=options
-    )
+    one = Bench(python, tmp_path / "log", env={**env_of_place, "A": "b"}, site=tmp_path, options=options)
     other = Bench(python, tmp_path / "log", env={"A": "b"}, site=tmp_path)
     assert one.identity == other.identity
 
@@ -116,6 +118,52 @@ def test_the_emptier_gpu_is_taken_and_the_users_choice_of_devices_holds() -> Non
     assert own is not None
     assert not own.arguments
     assert not own.env
+
+
+def test_gpus_are_chosen_by_index_or_uuid_as_cuda_chooses_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    a, b = (Gpu(index, "L4", GIB, GIB, f"GPU-{name}c0ffee") for index, name in enumerate("ab"))
+    for named, chosen in {
+        "1": (b,),
+        "1,0": (b, a),
+        "GPU-b": (b,),
+        "GPU-a, 1": (a, b),
+        "": (),
+        "-1": (),
+        "0,7,1": (a,),
+        "GPU-zz": (),
+        "MIG-4b5c": (a, b),
+    }.items():
+        assert visible((a, b), {"CUDA_VISIBLE_DEVICES": named}) == chosen, named
+    assert visible((a, b), {}) == (a, b)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    assert [gpu.index for gpu in gpus(L4_BUSY).gpus] == [1], (
+        "what this process may not use it does not place on"
+    )
+
+
+def test_kv_heads_that_are_fewer_than_ranks_are_repeated_with_their_cache() -> None:
+    wide = Need("bf16", 470 * GIB, 4 * GIB, (64, 4))
+    eight = gpus("".join(f"{i}, NVIDIA H100 80GB HBM3, 81559, 81079, 570.124.06\n" for i in range(8)))
+    placed = place(eight, wide, [], 1)
+    assert placed is not None
+    assert placed.arguments[-4:] == ("--kv-cache-memory-bytes", str(GIB), "--tensor-parallel-size", "8")
+
+
+@pytest.mark.parametrize("per_token", [131_072, 114_688, 28_672, 2_048, 524_288])
+def test_the_cache_holds_a_longest_prompt_and_what_the_engine_keeps(per_token: int) -> None:
+    """vLLM takes one block away first, and gives a prompt whole blocks (of up to 128 tokens)."""
+    for settings in (
+        Engine(),
+        Engine(max_model_len=4096),
+        Engine(max_model_len=65536),
+        Engine(kv_cache_gib=2),
+    ):
+        for longest in (1024, 4096, 32_768, 131_072):
+            context, cache = settings.context(longest, per_token), settings.kv_bytes(longest, per_token)
+            if settings.max_model_len is None or settings.kv_cache_gib is None:
+                assert (-(-context // 128) + 1) * 128 * per_token <= cache, (settings, longest)
+            assert cache % GIB == 0
+            assert context == min(longest, settings.max_model_len or longest) or cache >= 2 * GIB
 
 
 def test_what_fits_no_gpu_is_split_over_the_fewest_that_hold_it() -> None:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from quantize.core.gpus import ask_gpus
+from quantize.core.gpus import GpuError, ask_gpus
 from quantize.core.legality import LADDER, Kind, kind_of, shards
 from quantize.core.modules import Group, Linear, Modules
 from quantize.core.plan import Plan, uniform
@@ -371,6 +371,26 @@ def test_gpus_without_rules_are_said_and_not_taken_for_a_processor(
 def test_fields_of_gpus() -> None:
     script = ("sh", "-c", "printf 'NVIDIA L4, 8.9\nNVIDIA L4, 8.9\nan odd line\n'")
     assert ask_gpus(["name", "compute_cap"], script) == [("NVIDIA L4", "8.9")] * 2
+
+
+def test_gpus_that_are_there_and_cannot_be_asked_are_not_taken_for_none() -> None:
+    def answering(status: int, said: str = "") -> tuple[str, ...]:
+        return ("sh", "-c", f"printf '{said}'; exit {status}")
+
+    one_lost = answering(15, "NVIDIA L4\\nUnable to determine the device handle, GPU is lost\\n")
+    assert ask_gpus(["name"], one_lost)[0] == ("NVIDIA L4",)
+    assert ask_gpus(["name", "uuid"], answering(9, "NVIDIA-SMI has failed")) == []
+    assert ask_gpus(["name", "uuid"], answering(6, "No devices were found")) == []
+    with pytest.raises(GpuError, match=r"status 15: Unable to determine .*; mend the GPU"):
+        ask_gpus(["name", "uuid"], answering(15, "Unable to determine the device handle"))
+
+
+def test_hidden_gpus_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    there = ("sh", "-c", "echo 9.0")
+    assert detect_cuda(there) == "vllm-cuda-hopper"
+    for hidden in ("", "-1"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+        assert detect_cuda(there) is None
 
 
 def test_a_head_is_planned_at_8_bits_or_more() -> None:
