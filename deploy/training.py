@@ -108,6 +108,8 @@ def _refuse_numbers(options: argparse.Namespace) -> None:
     for name in ("batch", "together", "judge", "length"):
         if (value := getattr(options, name)) is not None and value < 1:
             raise ConfigError(f"--{name} {value}: give 1 or more")
+    if not 0 <= options.seed < 1 << 63:
+        raise ConfigError(f"--seed {options.seed}: give a number from 0 to {(1 << 63) - 1}")
     for name, low in (("epochs", 0.0), ("memory", 0.0), ("alpha", 0.0)):
         value = getattr(options, name)
         if value is not None and not low < value < math.inf:

@@ -131,6 +131,8 @@ def sentence(error: BaseException, fullest: Path | None = None) -> str | None:
         return f"the disk{f' of {named}' if named else ''} is full; make room{missing}. {FILES}"
     if getattr(error, "errno", None) == errno.EFBIG:
         return f"a file would be larger than this process may write; raise the limit (`ulimit -f`). {FILES}"
+    if getattr(error, "errno", None) == errno.ENAMETOOLONG:
+        return f"{str(place or text)[:60]}…: the name is too long; give a path"
     if isinstance(error, MemoryError) or any(word in text for word in MEMORY_WORDS):
         return (
             f"memory ran out ({first_line(error)}); use fewer calibration tokens, method rtn, or a larger "
@@ -139,6 +141,8 @@ def sentence(error: BaseException, fullest: Path | None = None) -> str | None:
     if isinstance(error, PermissionError) or getattr(error, "errno", None) == errno.EROFS:
         why = getattr(error, "strerror", None) or text
         return f"{place or 'a file'}: {why}; change its permissions or choose another place"
+    if isinstance(error, RecursionError):
+        return "a file is nested too deeply to be read; give another"
     if isinstance(error, FileNotFoundError | NotADirectoryError | IsADirectoryError) and place:
         return f"{place}: {error.strerror}; check the path"
     if isinstance(error, UnicodeDecodeError):
@@ -175,7 +179,8 @@ def write_traceback(error: BaseException, options: argparse.Namespace) -> Path |
             directory.mkdir(parents=True, exist_ok=True)
             (directory / name).write_text(text, encoding="utf-8")
         except OSError:
-            (directory / name).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                (directory / name).unlink(missing_ok=True)
         else:
             return directory / name
     return None
@@ -184,6 +189,6 @@ def write_traceback(error: BaseException, options: argparse.Namespace) -> Path |
 def _places(options: argparse.Namespace) -> Iterator[Path]:
     path = getattr(options, "config", None)
     if isinstance(path, Path):
-        with contextlib.suppress(ConfigError, OSError):
+        with contextlib.suppress(Exception):  # nothing may go wrong where it is said what went wrong
             yield load_config(path).variants_dir / ".logs"
     yield Path(tempfile.gettempdir())

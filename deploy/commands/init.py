@@ -36,6 +36,8 @@ def init(options: argparse.Namespace) -> None:
     from deploy.starting import arrive, room_note
     from quantize.core.files import write_whole
 
+    if options.out.is_dir() or not options.out.absolute().parent.is_dir():
+        raise UpError(f"--out {options.out}: name a file, in a directory that is there")
     if options.out.exists():
         raise UpError(f"{options.out} is there already; remove it, or name another file with --out")
     arrived = arrive(options.model, options.out.absolute().parent, say)

@@ -16,6 +16,7 @@ from deploy.commands.explore import add_explore
 from deploy.commands.stress import add_stress
 from deploy.commands.variants import card_as_json
 from deploy.models import checkpoint_of, one_model, registry_of, some_models, variant_of, variants_to_make
+from deploy.placement import MOST_RANKS
 from gateway.config import Config, ConfigError, ModelConfig, load_config
 from quantize.card import Card
 from quantize.core.checkpoint import open_checkpoint
@@ -144,6 +145,8 @@ def check(options: argparse.Namespace) -> None:
     from quantize.check import check_report, format_check, refuse_unfit
     from quantize.make.calibration import read_calibration
 
+    if not 1 <= options.tensor_parallel <= MOST_RANKS:
+        raise ConfigError(f"--tensor-parallel {options.tensor_parallel}: give 1 to {MOST_RANKS}")
     checkpoint = open_checkpoint(options.model)
     refuse_unfit(checkpoint)
     if options.calibration:
@@ -268,7 +271,8 @@ def register(options: argparse.Namespace) -> None:
     refuse_unfit(checkpoint)
     for note in checkpoint.notes:
         say(note)
-    before_work(model, options)(False)
+    if options.evaluate:
+        refuse_unmeasurable(model)
     reference = reference_card(model)
     registry = registry_of(model, say)
     if options.directory.suffix == ".gguf":
@@ -283,6 +287,7 @@ def register(options: argparse.Namespace) -> None:
         )
         for problem in found:
             say(f"{options.name} may not load here: {problem}")
+    before_work(model, options)(False)
     judge(config, {model.name: [reference, card]}, options)
 
 

@@ -9,7 +9,9 @@ from ipaddress import ip_address
 from typing import Annotated, Any
 from urllib.parse import urlsplit, urlunsplit
 
-from pydantic import AfterValidator, BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, ConfigDict, model_validator
+
+from quantize.gate.flags import refuse_flags
 
 HIDDEN = "…"
 """What is shown in a secret's place."""
@@ -119,6 +121,11 @@ class Section(BaseModel):
     """Secrets are masked in its repr."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, hide_input_in_errors=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _numbers(cls, given: Any) -> Any:
+        return refuse_flags(cls, given)
 
     def __repr_args__(self) -> Iterable[tuple[str | None, Any]]:
         for name, value in super().__repr_args__():

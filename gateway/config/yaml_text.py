@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import yaml
 
 _MERGE = "tag:yaml.org,2002:merge"
+_DECIMAL = {
+    "tag:yaml.org,2002:int": re.compile(r"[-+]?(?:0b[01_]+|0x[\da-fA-F_]+|0[0-7_]*|[1-9][\d_]*)$"),
+    "tag:yaml.org,2002:float": re.compile(
+        r"(?:[-+]?\d[\d_]*\.[\d_]*(?:[eE][-+]\d+)?|\.\d[\d_]*(?:[eE][-+]\d+)?"
+        r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
+    ),
+}
+"""PyYAML's own patterns without numbers to base 60."""
 
 
 class YamlError(ValueError):
@@ -14,7 +23,13 @@ class YamlError(ValueError):
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a mapping that names a key twice, of which YAML libraries keep the last alone."""
+    """Refuses a mapping that names a key twice, of which YAML libraries keep the last alone. Times of day and
+    the like (1:30) are text, and no numbers to base 60."""
+
+    yaml_implicit_resolvers = {
+        first: [(tag, _DECIMAL[tag] if tag in _DECIMAL else pattern) for tag, pattern in resolvers]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
@@ -41,3 +56,7 @@ def read_yaml(text: str) -> Any:
         raise YamlError(where + said) from None
     except yaml.YAMLError as error:
         raise YamlError(" ".join(str(error).split())) from None
+    except RecursionError:
+        raise YamlError("it is nested too deeply") from None
+    except ValueError as error:  # a number of thousands of digits
+        raise YamlError(str(error).partition(";")[0]) from None

@@ -6,9 +6,12 @@ Where it has none, the reference's own answers to conversations take their place
 
 from __future__ import annotations
 
+from typing import Any
+
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from quantize.card import Evidence
+from quantize.gate.flags import refuse_flags
 
 LEAST_REFERENCE_ACCURACY = 0.1
 FIRST_CHOICES = 0.88
@@ -22,7 +25,7 @@ LOST_JSON = 0.25
 class QualityBudget(BaseModel):
     """What a role tolerates. Every limit that is set must hold; the reference itself always may serve."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     max_accuracy_drop: float | None = Field(
         default=0.02,
@@ -73,6 +76,11 @@ class QualityBudget(BaseModel):
         description="largest loss of log-probability of right answers from a full context, nats per token",
     )
     min_weight_bits: int | None = Field(default=None, ge=1, le=32, description="policy, whatever is measured")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _numbers(cls, given: Any) -> Any:
+        return refuse_flags(cls, given)
 
     @model_validator(mode="after")
     def _sets_a_limit(self) -> QualityBudget:

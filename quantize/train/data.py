@@ -147,6 +147,11 @@ def read_examples(path: Path) -> list[Line]:
 def _line(where: str, text: str) -> Line:
     try:
         raw = json.loads(text)
+        json.dumps(raw, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise DataError(f"{where}: holds half of a surrogate pair, which is no text; remove it") from None
+    except RecursionError:
+        raise DataError(f"{where}: is not JSON (nested too deeply)") from None
     except ValueError as error:
         raise DataError(f"{where}: is not JSON ({error})") from None
     if not isinstance(raw, dict):

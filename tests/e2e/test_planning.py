@@ -23,7 +23,7 @@ from quantize.make.calibration import CalibrationSet, read_calibration
 from quantize.plan.planner import Planner
 from quantize.plan.served import ServedKl
 from quantize.plan.session import PlanningSession
-from quantize.plan.simulated import SimulatedModel, mean_kl, plan_choices
+from quantize.plan.simulated import SimulatedModel, plan_choices
 from quantize.plan.tune import tune, write_tuned
 from tests.quantize.tiny import VOCABULARY, make_checkpoint
 
@@ -127,7 +127,7 @@ def test_torch_and_engine_agree_on_four_bit_weights(session: PlanningSession, be
     fake: SimulatedModel = session.simulated
     reference = fake.log_probabilities()
     with fake.swapped(plan_choices(plan, session.modules)):
-        torch = mean_kl(reference, fake.log_probabilities())
+        torch = fake.divergence(reference)
     served = served_kl(session, bench)
     engine = served(plan_choices(plan, session.modules))
     if session.target.name == "vllm-cpu-amx":

@@ -49,3 +49,29 @@ def test_what_was_shown_and_is_sent_back_keeps_its_error() -> None:
     """Secrets are put back into a copy that is written anew; of a key given twice it would hold the last."""
     text = f"a: '{HIDDEN}'\n{TWICE}"
     assert with_secrets(text, None) == text  # type: ignore[arg-type]  # nothing is looked up
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("roles: {core: {budget: {max_kl: yes}}}", r"roles\.core\.budget: max_kl: true is a yes or no"),
+        ("gateway: {port: on}", "gateway: port: true is a yes or no"),
+        ("roles: {core: {budget: {max_kl: 1:30}}}", r"max_kl: .* got '1:30'"),
+        ("roles: {core: {budget: {max_kl: .inf}}}", r"max_kl: .*finite"),
+        ("a: " + "9" * 5000, "Exceeds the limit"),
+        ("[" * 5000, "nested too deeply"),
+    ],
+)
+def test_numbers_are_what_a_person_takes_them_for(text: str, said: str, tmp_path: Path) -> None:
+    path = tmp_path / "tiercel.yaml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError, match=said):
+        load_config(path)
+
+
+def test_other_numbers_are_read_as_ever() -> None:
+    text = "{a: 12e45, b: 1.5, c: 0x10, d: -7, e: 1_000, f: .5, g: 2.0e-3, h: 12:30:00, i: 010, j: -.inf, k: 1.0e-6}"
+    assert read_yaml(text) == {
+        **{"a": "12e45", "b": 1.5, "c": 16, "d": -7, "e": 1000, "f": 0.5, "g": 0.002, "h": "12:30:00"},
+        **{"i": 8, "j": float("-inf"), "k": 1e-6},
+    }
