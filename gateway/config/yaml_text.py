@@ -26,11 +26,6 @@ class _Loader(yaml.SafeLoader):
     """Refuses a mapping that names a key twice, of which YAML libraries keep the last alone. Times of day and
     the like (1:30) are text, and no numbers to base 60."""
 
-    yaml_implicit_resolvers = {
-        first: [(tag, _DECIMAL[tag] if tag in _DECIMAL else pattern) for tag, pattern in resolvers]
-        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-
     def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
         seen: dict[tuple[str, str], int] = {}
@@ -43,6 +38,12 @@ class _Loader(yaml.SafeLoader):
                 raise yaml.composer.ComposerError(None, None, first, key.start_mark)
             seen[named] = key.start_mark.line + 1
         return node
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, _DECIMAL.get(tag, pattern)) for tag, pattern in resolvers]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
 
 
 def read_yaml(text: str) -> Any:

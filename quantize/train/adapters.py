@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -120,13 +121,17 @@ def read_config(directory: Path) -> dict[str, Any]:
         raise TrainError(f"{directory} holds no adapter ({CONFIG} and {WEIGHTS}); give a directory of PEFT's")
     try:
         config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        rank, kind = int(config["r"]), str(config.get("peft_type"))
-    except (ValueError, KeyError, TypeError) as error:
+        kind, numbers = str(config.get("peft_type")), {name: config[name] for name in ("r", "lora_alpha")}
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise TrainError(f"{path} is no adapter's ({type(error).__name__}: {error})") from None
+    for name, number in numbers.items():
+        kinds = (int,) if name == "r" else (int, float)
+        if type(number) not in kinds or not 0 < number < math.inf:
+            raise TrainError(f"{path}: {name}: {number!r}; must be a number above 0, and r a whole one")
     other = [
         name for name in ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern") if config.get(name)
     ]
-    if kind != "LORA" or rank < 1 or other or config.get("bias", "none") != "none":
+    if kind != "LORA" or other or config.get("bias", "none") != "none":
         plain = f"peft_type {kind}" if kind != "LORA" else f"bias {config.get('bias')}"
         named = other[0] if other else plain
         raise TrainError(f"{path}: {named} is not served or merged here; train a plain LoRA adapter")

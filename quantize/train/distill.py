@@ -15,6 +15,7 @@ answers    the negative log-probability of the right answer, as any training has
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
@@ -47,8 +48,8 @@ class Weights:
 
     def __post_init__(self) -> None:
         for one in fields(self):
-            if getattr(self, one.name) < 0:
-                raise TrainError(f"{one.name}: {getattr(self, one.name)}; must be 0 or more")
+            if not 0 <= getattr(self, one.name) < math.inf:
+                raise TrainError(f"{one.name}: {getattr(self, one.name)}; must be a number, 0 or more")
         if self.temperature == 0:
             raise TrainError("temperature: 0; must be above 0, such as 1")
         if not self.responses + self.hidden + self.attention + self.answers:

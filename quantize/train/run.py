@@ -123,7 +123,7 @@ def fitting(job: Job, modules: Modules) -> tuple[Shape, Need]:
     """How examples go through the model, and what that takes. Raises TrainError beyond the budget."""
     longest = max(len(one.ids) for one in job.examples.examples)
     together = min(job.settings.together, job.settings.batch, len(job.examples.examples))
-    keep = job.examples.most_labels
+    keep, free = job.examples.most_labels, _free(job)
     width = 4 if job.method == "full" or _on_processor(job) else 2
     for checkpointing in (False, True) if job.checkpointing is None else (job.checkpointing,):
         shape = Shape(together, longest, keep, checkpointing)
@@ -131,13 +131,27 @@ def fitting(job: Job, modules: Modules) -> tuple[Shape, Need]:
         if job.teaching is not None:
             of_teacher = read_modules(job.teaching.teacher)
             need = with_teacher(need, job.teaching, of_teacher, shape, width)
-        if job.memory is None or need.total <= job.memory * 1e9:
+        if need.total <= (free if job.memory is None else job.memory * 1e9):
             return shape, need
     smaller = "" if together == 1 else f", --together {max(1, together // 2)}"
     other = {"full": "lora or qlora", "lora": "qlora", "qlora": "a smaller --rank or --length"}
     tried = other[job.method] if job.teaching is None else "a smaller --length"
+    if job.memory is None:
+        raise TrainError(
+            f"{need.total / 1e9:,.2f} GB are needed beside the program itself ({need.text()}), and "
+            f"{free / 1e9:.1f} GB are free; try {tried}{smaller}; --memory says what may be taken anyway"
+        )
     refuse_beyond(need, job.memory, f"try {tried}{smaller}, or give more")
     return shape, need
+
+
+def _free(job: Job) -> int:
+    """Bytes that are free where the job runs, which a job without a budget is held to."""
+    import torch
+
+    from quantize.make.blocks import best_device, free_memory
+
+    return free_memory(torch.device(job.device) if job.device else best_device())
 
 
 def _on_processor(job: Job) -> bool:

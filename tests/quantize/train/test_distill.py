@@ -187,7 +187,7 @@ def test_who_cannot_learn_from_whom_is_said_before_work(
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"responses": -1}, "responses: -1; must be 0 or more"),
+        ({"responses": -1}, "responses: -1; must be a number, 0 or more"),
         ({"temperature": 0}, "temperature: 0; must be above 0"),
         ({"responses": 0}, "nothing is to be learned"),
     ],

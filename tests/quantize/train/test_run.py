@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ from quantize.core.modules import read_modules
 from quantize.core.tensors import read_parts, same_bytes
 from quantize.evaluate.tasks import Item
 from quantize.train import loop
-from quantize.train.adapters import Lora, changes
+from quantize.train import run as running
+from quantize.train.adapters import Lora, changes, read_config
 from quantize.train.answers import judge
 from quantize.train.base import load_base
 from quantize.train.data import Line, encode, of_item
@@ -222,6 +224,15 @@ def test_a_budget_that_will_not_do_is_refused_with_the_numbers(base: Path, tmp_p
     assert not list(tmp_path.iterdir())
 
 
+def test_without_a_budget_what_is_free_is_one(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(running, "_free", lambda _job: 1_000_000)
+    with pytest.raises(TrainError, match=r"GB are needed .* 0\.0 GB are free; try lora or qlora.*--memory"):
+        run(_job(base, tmp_path, "full"), _say)
+    assert not list(tmp_path.iterdir())
+
+
 def test_what_cannot_be_trained_is_refused_before_work(base: Path, tmp_path: Path) -> None:
     quantized = tmp_path / "quantized"
     shutil.copytree(base, quantized)
@@ -303,3 +314,23 @@ def test_an_answer_is_right_exactly_where_it_is_what_the_model_writes(base: Path
     examples = encode(lines, open_checkpoint(base), 64).examples
     found = judge(model, examples, tokenizer, torch.device("cpu"), 512)
     assert found.right == (True, False, False)
+
+
+@pytest.mark.parametrize(
+    ("entry", "said"),
+    [
+        ({"r": 0}, "r: 0"),
+        ({"r": "16"}, "r: '16'"),
+        ({"r": True}, "r: True"),
+        ({"lora_alpha": "x"}, "lora_alpha: 'x'"),
+        ({"lora_alpha": math.nan}, "lora_alpha: nan"),
+    ],
+)
+def test_adapters_of_no_size_are_refused_by_the_field(
+    base: Path, adapter: Path, tmp_path: Path, entry: dict[str, Any], said: str
+) -> None:
+    shutil.copytree(adapter / "adapter", tmp_path / "adapter")
+    path = tmp_path / "adapter" / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **entry}), encoding="utf-8")
+    with pytest.raises(TrainError, match=f"{said}; must be a number above 0"):
+        read_config(tmp_path / "adapter")
