@@ -17,6 +17,7 @@ from deploy.models import checkpoint_of, registry_of
 from deploy.placement import Machine, Need, place, share_options
 from deploy.unlabelled import calibration_for, version_in_use
 from gateway.config import ModelConfig
+from gateway.config.engine import cache_for
 from quantize.card import Card
 from quantize.check import kept_rows, refuse_pattern, refuse_short, refuse_unfit
 from quantize.core.checkpoint import Checkpoint, weight_bytes
@@ -100,13 +101,15 @@ def open_bench(model: ModelConfig) -> Iterator[Bench]:
 
 
 def bench_place(model: ModelConfig, machine: Machine) -> tuple[Mapping[str, str], dict[str, Any]]:
-    """Environment and options of a bench engine on a GPU, by which it takes what the 16-bit model needs and
-    no more, since parts are made there too; empty on a CPU. Raises PlacementError."""
-    if not machine.gpus:
-        return {}, {}
+    """Environment and options of a bench engine: on a GPU those by which it takes what the 16-bit model needs
+    and no more, since parts are made there too; on a CPU a KV cache for its context. Raises
+    PlacementError."""
     checkpoint = checkpoint_of(model, _say_aside)
+    per_token = checkpoint.kv_bytes_per_token(BF16_BYTES)
+    if not machine.gpus:
+        return {"VLLM_CPU_KVCACHE_SPACE": str(cache_for(bench_context(model), per_token) >> 30)}, {}
     modules = read_modules(checkpoint)
-    cache = max(LEAST_CACHE, 2 * bench_context(model) * checkpoint.kv_bytes_per_token(BF16_BYTES))
+    cache = max(LEAST_CACHE, 2 * bench_context(model) * per_token)
     need = Need(
         name=f"planning {model.name}",
         weight_bytes=modules.other_bytes + BF16_BYTES * sum(group.weights for group in modules),

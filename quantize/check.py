@@ -10,7 +10,6 @@ import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-import psutil
 from pydantic import BaseModel, ConfigDict
 
 from quantize.check_costs import basis, cost_rows, recipe_costs, size
@@ -24,6 +23,7 @@ from quantize.core.modules import Modules, read_modules
 from quantize.core.plan import uniform
 from quantize.core.schemes import KV_SCHEMES, scheme
 from quantize.core.tokenizer import refuse_bad_tokenizer
+from quantize.make.blocks import free_room
 from quantize.make.rate import Rates, machine_rates
 from quantize.plan.session import SHORTLIST
 
@@ -134,7 +134,7 @@ def check_report(
     modules = read_modules(checkpoint)
     rates, lengths = rates or machine_rates(), tuple(calibration)
     costs = recipe_costs(checkpoint, modules, target, lengths, rates)
-    memory = psutil.virtual_memory().available if memory_free is None else memory_free
+    memory = free_room() if memory_free is None else memory_free
     disk = shutil.disk_usage(_existing(out or checkpoint.path)).free
     ranks = {ranks: _fits(checkpoint, target, modules, ranks) for ranks in sorted({*RANKS, tensor_parallel})}
     rows = tuple(_scheme_row(checkpoint, target, modules, name, tensor_parallel) for name in SHOWN)
@@ -286,7 +286,7 @@ def refuse_short(
     sum of their bytes count. ``more_bytes`` are taken beside them, such as a copy of the reference.
     """
     together = [costs] if isinstance(costs, Cost) else list(costs)
-    memory = psutil.virtual_memory().available if memory_free is None else memory_free
+    memory = free_room() if memory_free is None else memory_free
     disk = shutil.disk_usage(_existing(out)).free if disk_free is None else disk_free
     needed = sum(cost.disk_bytes for cost in together) + more_bytes
     if found := list(_shortages(together, needed, memory, disk)):

@@ -30,7 +30,13 @@ if TYPE_CHECKING:
 ENGINE_SIDE = Path(__file__).with_name("bench_engine.py")
 START_TIMEOUT_S = 300.0
 WHERE = frozenset(
-    ("CUDA_DEVICE_ORDER", "CUDA_VISIBLE_DEVICES", "gpu_memory_utilization", "kv_cache_memory_bytes")
+    {
+        "CUDA_DEVICE_ORDER",
+        "CUDA_VISIBLE_DEVICES",
+        "VLLM_CPU_KVCACHE_SPACE",
+        "gpu_memory_utilization",
+        "kv_cache_memory_bytes",
+    }
 )
 """Of environment and options: where an engine runs and what it may take there, which decides no number."""
 

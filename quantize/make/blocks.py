@@ -330,6 +330,16 @@ def free_memory(device: torch.device) -> int:
     return int(torch.cuda.mem_get_info(device)[0])
 
 
+def free_room() -> int:
+    """Bytes that are free where models are computed: of all GPUs together, which a model's engine may be
+    spread over, or of the machine's memory."""
+    import torch
+
+    if best_device().type != "cuda":
+        return free_memory(torch.device("cpu"))
+    return sum(free_memory(torch.device("cuda", number)) for number in range(torch.cuda.device_count()))
+
+
 def serving_dtype(checkpoint: Checkpoint) -> torch.dtype:
     """The type that an engine computes in, as torch has it."""
     import torch

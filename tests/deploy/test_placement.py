@@ -95,7 +95,7 @@ def test_planning_measures_in_what_the_model_needs_of_a_gpu(tmp_path: Path) -> N
     assert env == {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": "1"}
     assert options == {"gpu_memory_utilization": 0.05, "kv_cache_memory_bytes": LEAST_CACHE}
     env_of_place = env
-    assert bench_place(model, TWO_CORES) == ({}, {})
+    assert bench_place(model, TWO_CORES) == ({"VLLM_CPU_KVCACHE_SPACE": "1"}, {})
     own = model.engine.model_copy(update={"extra_args": ["--gpu-memory-utilization=0.4", "-cc", "{}"]})
     env, options = bench_place(dataclasses.replace(model, engine=own), gpus(L4_BUSY))
     assert (env, options) == ({}, {"gpu_memory_utilization": 0.4})
