@@ -4,6 +4,7 @@ found to be unwell is status 1 (docs/commands.md). See :mod:`deploy.commands.err
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import signal
 import sys
@@ -83,6 +84,9 @@ def parsed(arguments: Sequence[str]) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal of another character set gets what it can show
+            stream.reconfigure(errors="backslashreplace")
     options = parsed(sys.argv[1:] if arguments is None else arguments)
     try:
         options.run(options)

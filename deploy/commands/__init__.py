@@ -42,6 +42,13 @@ def add_json(command: argparse.ArgumentParser) -> None:
     command.add_argument("--json", action="store_true", help="machine-readable")
 
 
+def file_to_write(text: str) -> Path:
+    """An ``--out`` that is a file. For argparse."""
+    if not text.strip() or Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} is a directory; name a file")
+    return Path(text)
+
+
 def print_json(found: Any) -> None:
     """One document on standard output, and nothing else there. Pydantic models are shown by their fields."""
 

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from deploy.commands import add_json, print_json, say
+from deploy.commands import add_json, file_to_write, print_json, say
 from gateway.config import Config, ModelConfig, load_config
 
 GOALS = ("deploy", "finetune")
@@ -54,7 +54,7 @@ def add_advise(commands: Any) -> None:
     command.add_argument(
         "--config", type=Path, default=Path("tiercel.yaml"), help="the YAML file, if there is one"
     )
-    command.add_argument("--out", type=Path, help="write a page with pictures, too")
+    command.add_argument("--out", type=file_to_write, help="write a page with pictures, too")
     command.add_argument("--brief", action="store_true", help="without the tables of memory")
     add_json(command)
     command.set_defaults(run=advise)

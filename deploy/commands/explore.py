@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import deploy.assistant
-from deploy.commands import add_json, print_json, say
+from deploy.commands import add_json, file_to_write, print_json, say
 from gateway.config import ConfigError, load_config
 from quantize.core.checkpoint import open_checkpoint
 from quantize.evaluate.tasks import Item, read_items
@@ -25,7 +25,7 @@ def add_explore(commands: Any) -> None:
     exploring = commands.add_parser("explore", help=text, description=text)
     exploring.add_argument("model", type=Path, help="a checkpoint directory")
     exploring.add_argument("--config", type=Path, help="the YAML file whose roles are asked")
-    exploring.add_argument("--out", type=Path, help="the page (default: var/explore/NAME.html)")
+    exploring.add_argument("--out", type=file_to_write, help="the page (default: var/explore/NAME.html)")
     exploring.add_argument("--bits", default=BITS, help=f"of weights, inputs and KV cache (default: {BITS})")
     exploring.add_argument(
         "--roles",

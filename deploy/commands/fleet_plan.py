@@ -8,7 +8,7 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
-from deploy.commands import add_command, add_json, print_json, say
+from deploy.commands import add_command, add_json, file_to_write, print_json, say
 from deploy.fleet.apply import apply
 from deploy.fleet.choice import beside, candidates_of, ladders_of, targets, with_all_variants
 from deploy.fleet.layouts import layouts
@@ -39,7 +39,7 @@ def add_fleet_plan(commands: Any) -> None:
     planning.add_argument(
         "--sessions", type=int, help=f"at the same time (default: the traffic's, else {SESSIONS})"
     )
-    planning.add_argument("--out", type=Path, help="write a page with a picture, too")
+    planning.add_argument("--out", type=file_to_write, help="write a page with a picture, too")
     planning.add_argument("--apply", action="store_true", help="serve what was chosen: change the YAML file")
     add_json(planning)
 

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from deploy.commands import add_command, say
+from deploy.commands import add_command, file_to_write, say
 from deploy.gateway_process import UpError
 from deploy.supervisor import run_until_stopped
 from gateway.config import load_config
@@ -21,7 +21,9 @@ def add_init(commands: Any) -> None:
     text = "write a configuration for a model: what this machine can make of it, and roles to begin with"
     command = commands.add_parser("init", help=text, description=text)
     command.add_argument("model", metavar="MODEL", help=MODEL_HELP)
-    command.add_argument("--out", type=Path, default=Path("tiercel.yaml"), help="the YAML file to write")
+    command.add_argument(
+        "--out", type=file_to_write, default=Path("tiercel.yaml"), help="the YAML file to write"
+    )
     command.set_defaults(run=init)
 
 
@@ -36,8 +38,8 @@ def init(options: argparse.Namespace) -> None:
     from deploy.starting import arrive, room_note
     from quantize.core.files import write_whole
 
-    if options.out.is_dir() or not options.out.absolute().parent.is_dir():
-        raise UpError(f"--out {options.out}: name a file, in a directory that is there")
+    if not options.out.absolute().parent.is_dir():
+        raise UpError(f"--out {options.out}: its directory is not there; make it first")
     if options.out.exists():
         raise UpError(f"{options.out} is there already; remove it, or name another file with --out")
     arrived = arrive(options.model, options.out.absolute().parent, say)

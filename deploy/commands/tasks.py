@@ -5,10 +5,9 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from datetime import datetime
-from pathlib import Path
 from typing import Any
 
-from deploy.commands import add_command, add_json, print_json, run_engines, say
+from deploy.commands import add_command, add_json, file_to_write, print_json, run_engines, say
 from deploy.commands.asking import add_asking, door
 from gateway.config import Config, ConfigError, load_config
 from quantize.report.tables import align
@@ -26,7 +25,9 @@ def add_tasks(commands: Any) -> None:
     text = "write a role's kept conversations as items, answered by the reference"
     recording = add_asking(kinds, "record", record, text)
     recording.add_argument("role")
-    recording.add_argument("--out", type=Path, required=True, help="the file of items (JSON Lines) to write")
+    recording.add_argument(
+        "--out", type=file_to_write, required=True, help="the file of items (JSON Lines) to write"
+    )
     recording.add_argument("--most", type=int, help="the newest so many (default: all)")
     forgetting = add_command(kinds, "forget", forget, "delete what is kept of a role, or with --all of all")
     forgetting.add_argument("role", nargs="?")

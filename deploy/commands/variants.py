@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from deploy.commands import NOT_WELL, add_command, add_json, add_model, print_json, say
+from deploy.commands import NOT_WELL, add_command, add_json, add_model, file_to_write, print_json, say
 from deploy.models import checkpoint_of, one_model, registry_of, some_models, variant_of
 from gateway.config import ModelConfig, load_config, variant_id
 from quantize.card import Card, CardError, has_seal, read_card
@@ -39,7 +39,7 @@ def add_variants(parser: argparse.ArgumentParser) -> None:
     deleting.add_argument("variant", help=NAMED)
     deleting.add_argument("version", nargs="?")
     reporting = add_command(commands, "report", report, "write one HTML file with pictures of all variants")
-    reporting.add_argument("--out", type=Path, default=Path("var/variants.html"))
+    reporting.add_argument("--out", type=file_to_write, default=Path("var/variants.html"))
     reporting.add_argument("--no-distributions", dest="distributions", action="store_false")
     add_model(listing, "all")
     for command in (showing, comparing, using, deleting, reporting):

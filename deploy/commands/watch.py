@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, ValidationError
 from tqdm import tqdm
 
-from deploy.commands import add_json, print_json, run_engines, say
+from deploy.commands import add_json, file_to_write, print_json, run_engines, say
 from deploy.commands.asking import GatewayClient, add_asking, client, door
 from gateway.config import ConfigError, load_config, variant_id
 from gateway.quality.judge import JudgeError, read, request
@@ -27,7 +27,7 @@ def add_watch(parser: argparse.ArgumentParser) -> None:
     add_json(showing)
     showing.add_argument("--hours", type=float, default=1.0, help="for the sums over time in the JSON")
     writing = add_asking(commands, "report", report, "write one HTML file with charts over time")
-    writing.add_argument("--out", type=Path, default=Path("var/watch.html"))
+    writing.add_argument("--out", type=file_to_write, default=Path("var/watch.html"))
     writing.add_argument("--hours", type=float, default=24.0)
     texts = {
         "demote": "take a variant out of a role's choice; probation may bring it back",

@@ -22,6 +22,9 @@ FLOATS = ("BF16", "F16", "F32", "F64")
 SHOWN = 3
 """Tensors that a refusal names."""
 HEAD = "lm_head.weight"
+MOST_MISSING_LAYERS = 1000
+"""Up to which their tensors are named."""
+_LAYER = re.compile(r"\blayers\.(\d+)\.")
 EMBEDDINGS = re.compile(r"(^|.*\.)(embed_tokens|wte|word_embeddings)\.weight")
 
 
@@ -37,6 +40,7 @@ def refuse_other_tensors(checkpoint: Checkpoint) -> None:
             f"{checkpoint.path}: {_listed(packed)} in {one.dtype}, and config.json has no "
             "quantization_config: a quantized checkpoint without its configuration; give the 16-bit original"
         )
+    _refuse_more_layers(checkpoint)
     config = read_config(checkpoint.path)
     _refuse_second_head(checkpoint, bool(getattr(config.get_text_config(), "tie_word_embeddings", False)))
     found = _loaded(checkpoint, config)
@@ -67,6 +71,17 @@ def _missing_fix(missing: list[str]) -> str:
         )
     them = "it" if len(missing) == 1 else "they"
     return f": {them} would be random numbers. Download the checkpoint again"
+
+
+def _refuse_more_layers(checkpoint: Checkpoint) -> None:
+    """Before a model of as many is built, were it only of names: a billion of them takes hours."""
+    said = int(checkpoint.text_config["num_hidden_layers"])
+    stored = 1 + max((int(n) for name in checkpoint.tensors for n in _LAYER.findall(name)), default=-1)
+    if said > stored + MOST_MISSING_LAYERS:
+        raise CheckpointError(
+            f"{checkpoint.path}: config.json has num_hidden_layers {said}, and tensors of {stored} are "
+            "stored; download the checkpoint again"
+        )
 
 
 def _listed(names: list[str]) -> str:

@@ -1,7 +1,10 @@
 """Bad input at the command line: one sentence with the fix, status 2, no traceback."""
 
 import json
+import os
 import socket
+import subprocess
+import sys
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
@@ -190,3 +193,26 @@ def test_check_explains_a_model_on_a_target(capsys) -> None:
 )
 def test_a_variant_that_is_not_there(capsys, write_config, arguments: tuple[str, ...], sentence: str) -> None:
     assert sentence in run(capsys, *arguments, "--config", str(write_config()))
+
+
+@pytest.mark.parametrize("out", ["", "DIRECTORY"])
+def test_an_out_that_is_no_file_is_refused_before_work(
+    out: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = out.replace("DIRECTORY", str(tmp_path))
+    with pytest.raises(SystemExit) as ended:
+        main(["advise", "--parameters", "7B", "--out", given])
+    assert ended.value.code == 2
+    assert f"argument --out: {given!r} is a directory; name a file" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_terminal_of_another_character_set_is_shown_what_it_can_show() -> None:
+    said = subprocess.run(
+        [sys.executable, "-m", "deploy.cli", "advise", "--parameters", "7B", "--brief"],
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+        check=True,
+        cwd=Path(__file__).parents[2],
+    )
+    assert said.stdout.decode("ascii")

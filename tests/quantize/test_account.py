@@ -91,6 +91,8 @@ def test_a_layer_more_or_less_than_is_stored_is_refused(copy: Path) -> None:
     configured(copy, num_hidden_layers=3)
     assert "model.layers.2.input_layernorm.weight, " in refused(copy)
     assert "and 6 more are missing" in refused(copy)
+    configured(copy, num_hidden_layers=1_000_000_000)
+    assert "has num_hidden_layers 1000000000, and tensors of 2 are stored" in refused(copy)
     configured(copy, num_hidden_layers=1)
     assert "and 6 more are stored, which the model in MODEL/config.json has no place for" in refused(copy)
 
