@@ -53,13 +53,15 @@ class Hardware:
         return sum(gpu.free for gpu in self.machine.gpus) or self.machine.memory_free
 
 
-def described_gpus(text: str, target_name: str | None = None) -> Hardware:
-    """``24GB``, ``H100``, ``4xH100`` or ``2x24GB``. Sizes are GiB, as cards have them. Raises ShapeError and
-    TargetError."""
+def described_gpus(text: str, target_name: str | None = None, option: str = "--gpu") -> Hardware:
+    """``24GB``, ``H100``, ``4xH100`` or ``2x24GB``. Sizes are GiB, as cards have them. ``option`` is where it
+    was given. Raises ShapeError and TargetError."""
     found = _GPUS.fullmatch(text.strip())
     count = int(found[1] or 1) if found else 0
     if not found or not 0 < count <= MOST_GPUS:
-        raise ShapeError(f"--gpu {text}: give a size or a name, and how many, such as 24GB, H100 or 4xH100")
+        raise ShapeError(
+            f"{option} {text}: give a size or a name, and how many, such as 24GB, H100 or 4xH100"
+        )
     what = found[2].upper().replace("GIB", "GB")
     note = ""
     if sized := _SIZE.fullmatch(what):
@@ -70,18 +72,18 @@ def described_gpus(text: str, target_name: str | None = None) -> Hardware:
         known = {one.replace("-", ""): one for one in GPUS}
         if (plain := what.replace("-", "").removesuffix("80GB")) not in known:
             raise ShapeError(
-                f"--gpu {text}: {found[2]} is not known; give its memory, such as 24GB, or one of "
+                f"{option} {text}: {found[2]} is not known; give its memory, such as 24GB, or one of "
                 f"{', '.join(GPUS)}"
             )
         size, name = GPUS[known[plain]]
     if not 1 <= size <= MOST_GIB:
-        raise ShapeError(f"--gpu {text}: {size:g} GB is no GPU's memory; give at least 1GB")
-    where = _on(target_name or name, "vllm-cuda", "--gpu")
+        raise ShapeError(f"{option} {text}: {size:g} GB is no GPU's memory; give at least 1GB")
+    where = _on(target_name or name, "vllm-cuda", option)
     each = round(size * GIB)
     gpus = tuple(Gpu(index, found[2], each, each) for index in range(count))
     title = f"{count} x {found[2]}" if count > 1 else f"one GPU, {found[2]}"
-    option = f"--gpu {text.strip().replace(' ', '')}" + (f" --target {target_name}" if target_name else "")
-    return Hardware("gpu", Machine({0: (0,)}, each * count, gpus), title, where, note=note, option=option)
+    again = f"--gpu {text.strip().replace(' ', '')}" + (f" --target {target_name}" if target_name else "")
+    return Hardware("gpu", Machine({0: (0,)}, each * count, gpus), title, where, note=note, option=again)
 
 
 def described_cpu(text: str, target_name: str | None = None) -> Hardware:

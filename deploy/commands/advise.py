@@ -197,7 +197,11 @@ def _wish(options: argparse.Namespace, longest: int, hardware: Any) -> Any:
         nothing = options.train_on == "none" or options.goal == "deploy" or hardware.kind == "edge"
         training = None if nothing else hardware
     else:
-        training = this_machine() if options.train_on == "here" else described_gpus(options.train_on)
+        training = (
+            this_machine()
+            if options.train_on == "here"
+            else described_gpus(options.train_on, option="--train-on")
+        )
     return Wish(options.goal, options.loss, context, concurrency, training)
 
 
