@@ -17,6 +17,7 @@ from quantize.core.modules import read_modules
 from quantize.registry import Registry
 from tests.deploy.test_supervisor import ROOT
 from tests.e2e.conftest import Stack
+from tests.quantize.tiny import make_checkpoint
 
 
 @pytest.mark.engine
@@ -64,6 +65,23 @@ async def refuse_cutting(engine: EngineProcess) -> None:
         async with await begun as answer:
             assert answer.status == 200
             assert (await answer.json())["usage"]["completion_tokens"] == 60
+
+
+@pytest.mark.engine
+async def test_an_engine_starts_whose_longest_prompt_would_just_fill_a_cache(tmp_path: Path) -> None:
+    """131,072 tokens of 8 KiB are a GiB, of which vLLM keeps a block to itself."""
+    shape = {"num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 128}
+    directory = make_checkpoint(tmp_path / "wide", max_position_embeddings=131_072, **shape)
+    checkpoint, registry = open_checkpoint(directory), Registry(tmp_path / "variants", "wide", "bf16")
+    card = registry.add_reference(checkpoint)
+    assert card.max_model_len * card.kv_bytes_per_token == 1 << 30
+    settings = load_config(ROOT / "tiercel.yaml").engine.model_copy(update={"max_model_len": None})
+    settings = settings.model_copy(update={"kv_cache_gib": None})
+    port = free_port(settings.host)
+    spec = EngineSpec(card, registry.path("bf16"), settings, port, tmp_path / "engine.log")
+    async with running(spec, print) as engine, aiohttp.ClientSession() as http:
+        async with http.get(engine.spec.url + "/v1/models") as models:
+            assert (await models.json())["data"][0]["max_model_len"] == 131_072
 
 
 @pytest.mark.engine
