@@ -79,9 +79,12 @@ async def test_an_engine_starts_whose_longest_prompt_would_just_fill_a_cache(tmp
     settings = settings.model_copy(update={"kv_cache_gib": None})
     port = free_port(settings.host)
     spec = EngineSpec(card, registry.path("bf16"), settings, port, tmp_path / "engine.log")
-    async with running(spec, print) as engine, aiohttp.ClientSession() as http:
-        async with http.get(engine.spec.url + "/v1/models") as models:
-            assert (await models.json())["data"][0]["max_model_len"] == 131_072
+    async with (
+        running(spec, print) as engine,
+        aiohttp.ClientSession() as http,
+        http.get(engine.spec.url + "/v1/models") as models,
+    ):
+        assert (await models.json())["data"][0]["max_model_len"] == 131_072
 
 
 @pytest.mark.engine
