@@ -21,6 +21,28 @@ def read_lines(path: Path) -> list[tuple[int, str]]:
     return [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip(" \t\r")]
 
 
+def read_json(text: str) -> Any:
+    """The value that a line says. Raises ValueError for what is no JSON, and for what Python's reader takes
+    and nobody means: a key that is given twice, half of a surrogate pair, levels beyond its stack."""
+    try:
+        found = json.loads(text, object_pairs_hook=_object)
+        json.dumps(found, ensure_ascii=False).encode()
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    except UnicodeEncodeError:
+        raise ValueError("it holds half of a surrogate pair, which is no text") from None
+    return found
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {twice!r} is given twice; keep one")
+    return found
+
+
 def read_kept(path: Path) -> list[Any]:
     """The entries of a file to which one process at a time appends a line each; none where there is no file.
 

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from quantize.core.jsonl import read_lines
+from quantize.core.jsonl import read_json, read_lines
 from quantize.core.refusals import first_fault
 from quantize.evaluate.schemas import is_valid, refuse_bad_schema
 
@@ -112,9 +112,11 @@ def read_items(path: Path, role: str, suite: Suite = "task") -> list[Item]:
     items = []
     for number, line in lines:
         try:
-            item = Item.model_validate_json(line)
+            item = Item.model_validate(read_json(line))
         except ValidationError as error:
             raise TaskError(f"{path}:{number}: {first_fault(error, 'the line')}") from None
+        except ValueError as error:
+            raise TaskError(f"{path}:{number}: is not JSON ({error})") from None
         items.append(item if item.suite == suite else item.model_copy(update={"suite": suite}))
     if not items:
         raise TaskError(f"tasks of role {role}: {path} is empty; a gate needs held-out items")

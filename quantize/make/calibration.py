@@ -13,7 +13,7 @@ from pathlib import Path
 from quantize.card import Calibration
 from quantize.core.checkpoint import Checkpoint
 from quantize.core.files import sha256_of
-from quantize.core.jsonl import read_lines
+from quantize.core.jsonl import read_json, read_lines
 from quantize.core.tokenizer import encode_messages, load_tokenizer
 
 __all__ = [
@@ -63,7 +63,7 @@ def read_calibration(path: Path, checkpoint: Checkpoint) -> CalibrationSet:
     sequences, marks = [], list[str]()
     for number, line in lines:
         try:
-            messages = json.loads(line)["messages"]
+            messages = read_json(line)["messages"]
             encoded = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)
         except Exception as error:  # whatever a template raises, the line is at fault
             raise CalibrationError(

@@ -21,7 +21,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from quantize.core.checkpoint import Checkpoint
-from quantize.core.jsonl import read_lines
+from quantize.core.jsonl import read_json, read_lines
 from quantize.core.refusals import first_fault
 from quantize.core.tokenizer import load_tokenizer
 from quantize.evaluate.tasks import Item
@@ -146,12 +146,7 @@ def read_examples(path: Path) -> list[Line]:
 
 def _line(where: str, text: str) -> Line:
     try:
-        raw = json.loads(text)
-        json.dumps(raw, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        raise DataError(f"{where}: holds half of a surrogate pair, which is no text; remove it") from None
-    except RecursionError:
-        raise DataError(f"{where}: is not JSON (nested too deeply)") from None
+        raw = read_json(text)
     except ValueError as error:
         raise DataError(f"{where}: is not JSON ({error})") from None
     if not isinstance(raw, dict):

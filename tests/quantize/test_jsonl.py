@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from quantize.core.jsonl import read_kept, read_lines
+from quantize.core.jsonl import read_json, read_kept, read_lines
 from quantize.evaluate.tasks import TaskError, read_items
+from quantize.train.data import DataError, read_examples
 
 
 @pytest.mark.parametrize("inside", ["\u2028", "\u2029", "\u0085", "\x0b", "\x0c", "\x1c"])
@@ -37,3 +38,24 @@ def test_what_a_killed_process_left_is_cut_off_and_the_next_entry_is_whole(tmp_p
     with file.open("a", encoding="utf-8") as opened:
         opened.write('["c", 3]\n')
     assert read_kept(file) == [["a", 1.5], ["b\u2028", 2], ["c", 3]]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('{"messages": [], "messages": [1]}', "the key 'messages' is given twice"),
+        ('{"a": [{"role": "user", "content": "a", "content": "b"}]}', "the key 'content' is given twice"),
+        ('{"a": "\\ud800"}', "half of a surrogate pair"),
+        ("[" * 100_000, "nested too deeply"),
+        ("{", "Expecting property name"),
+    ],
+)
+def test_what_nobody_means_is_no_json(text: str, said: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=said):
+        read_json(text)
+    path = tmp_path / "tasks.jsonl"
+    path.write_text(f"{text}\n", encoding="utf-8")
+    with pytest.raises(TaskError, match=rf"tasks\.jsonl:1: is not JSON \(.*{said}"):
+        read_items(path, "core")
+    with pytest.raises(DataError, match=rf"tasks\.jsonl:1: is not JSON \(.*{said}"):
+        read_examples(path)
