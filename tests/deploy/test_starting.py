@@ -111,11 +111,12 @@ def test_a_port_that_is_taken_is_said_before_work(
     path = tmp_path / "tiercel.yaml"
     port, base = free_port("127.0.0.1"), free_port("127.0.0.1", together=3)
     text = path.read_text(encoding="utf-8").replace("\nengine:\n", f"\nengine:\n  base_port: {base}\n")
+    text = text.replace("gateway: { ", f"gateway: {{ port: {port}, ")
     for wanted, key in ((port, "gateway.port"), (base + 1, "engine.base_port")):
         with socket.socket() as other:
             other.bind(("127.0.0.1", wanted))
             other.listen()
-            path.write_text(text + f"gateway: {{ port: {port} }}\n", encoding="utf-8")
+            path.write_text(text, encoding="utf-8")
             with pytest.raises(UpError, match=f"port {wanted} on 127.0.0.1 is in use; .* set {key} to"):
                 bring_up(str(model_dir), path, lambda _text: None)
 

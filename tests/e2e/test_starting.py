@@ -76,9 +76,9 @@ def path(model: Path, tmp_path: Path) -> Path:
     path = tmp_path / "tiercel.yaml"
     main(["init", str(model), "--out", str(path)])
     port, base = free_port("127.0.0.1"), free_port("127.0.0.1", together=3)
-    few = f"conversations: {{ count: 100, max_tokens: 16 }}\ngateway: {{ port: {port} }}\n"
+    few = "conversations: { count: 100, max_tokens: 16 }\n"
     text = path.read_text(encoding="utf-8").replace("\nengine:\n", f"\nengine:\n  base_port: {base}\n")
-    path.write_text(text + few, encoding="utf-8")
+    path.write_text(text.replace("gateway: { ", f"gateway: {{ port: {port}, ") + few, encoding="utf-8")
     return path
 
 
