@@ -22,6 +22,7 @@ from deploy.fleet.room import side_by_side
 from deploy.machine import find_gpus, look
 from deploy.placement import Need, PlacementError, taken_by
 from quantize.card import CardError, read_card, variant_directory
+from quantize.core.gpus import GpuError
 from quantize.core.legality import ENGINE
 from quantize.core.targets import TargetError, detect
 
@@ -99,7 +100,7 @@ def check_engine(subject: Subject) -> Findings:
 def check_processor(subject: Subject) -> Findings:
     try:
         target = detect()
-    except TargetError as error:
+    except (TargetError, GpuError) as error:
         if subject.local():
             yield failure(str(error), "start engines elsewhere, and give their addresses in pools")
         else:

@@ -119,13 +119,19 @@ def unsealed_lines(registry: Registry, cards: Sequence[Card]) -> list[str]:
 def stale_variants(model: ModelConfig, cards: Sequence[Card]) -> dict[str, tuple[str, ...]]:
     """Per variant how the engine that it was measured on differs from the one of this configuration.
 
-    Empty where this machine has no engine environment: then nothing is measured here.
+    Empty where this machine has no engine environment: then nothing is measured here. Where its GPUs cannot
+    be asked, which is said, nothing is known of it.
     """
     from deploy.identity import identity, identity_of
     from deploy.machine import look
+    from quantize.core.gpus import GpuError
     from quantize.versions import stale
 
-    machine = look()
+    try:
+        machine = look()
+    except GpuError as error:
+        say(f"whether measurements are stale is not known: {error}")
+        return {card.variant: () for card in cards}
     if "engine" not in identity(model, machine):
         return {card.variant: () for card in cards}
     return {card.variant: stale(card, identity_of(card, model, machine)) for card in cards}

@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+_QUOTED = re.compile(r"'[^'<\s][^'\s]+'")
 _MERGE = "tag:yaml.org,2002:merge"
 _DECIMAL = {
     "tag:yaml.org,2002:int": re.compile(r"[-+]?(?:0b[01_]+|0x[\da-fA-F_]+|0[0-7_]*|[1-9][\d_]*)$"),
@@ -22,6 +23,10 @@ class YamlError(ValueError):
     """What is wrong with the text and where, without the text itself, which may hold a secret."""
 
 
+class _TwiceError(yaml.composer.ComposerError):
+    """A mapping names a key twice."""
+
+
 class _Loader(yaml.SafeLoader):
     """Refuses a mapping that names a key twice, of which YAML libraries keep the last alone. Times of day and
     the like (1:30) are text, and no numbers to base 60."""
@@ -35,7 +40,7 @@ class _Loader(yaml.SafeLoader):
             named = key.tag, key.value
             if named in seen:
                 first = f"the key {key.value!r} is in line {seen[named]} already; put both together"
-                raise yaml.composer.ComposerError(None, None, first, key.start_mark)
+                raise _TwiceError(None, None, first, key.start_mark)
             seen[named] = key.start_mark.line + 1
         return node
 
@@ -54,6 +59,9 @@ def read_yaml(text: str) -> Any:
         mark = error.problem_mark or error.context_mark
         where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
         said = ", ".join(part for part in (error.context, error.problem) if part)
+        if not isinstance(error, _TwiceError):
+            # PyYAML quotes what it stumbles over: a password that begins with * or ! is an alias or a tag.
+            said = _QUOTED.sub("'…'", said)
         raise YamlError(where + said) from None
     except yaml.YAMLError as error:
         raise YamlError(" ".join(str(error).split())) from None

@@ -33,8 +33,9 @@ def nvidia_smi() -> tuple[str, ...]:
 def ask_gpus(fields: Sequence[str], command: Sequence[str] | None = None) -> list[tuple[str, ...]]:
     """The ``fields`` (of ``nvidia-smi --help-query-gpu``) of every GPU, units left out; empty without any.
 
-    Of GPUs one of which fails those are told that do not. Raises GpuError where it is not known: to take such
-    a machine for one without GPUs would be to quantize for its processor.
+    Of GPUs one of which fails those are told that do not: in its place stands a sentence. Raises GpuError
+    where it is not known: to take such a machine for one without GPUs would be to quantize for its
+    processor.
     """
     asked = [*(command or nvidia_smi()), f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"]
     try:
@@ -50,6 +51,8 @@ def ask_gpus(fields: Sequence[str], command: Sequence[str] | None = None) -> lis
         return []
     lines = (tuple(part.strip() for part in line.split(",")) for line in done.stdout.splitlines())
     rows = [row for row in lines if len(row) == len(fields)]
+    if done.returncode:
+        rows = [row for row in rows if not any(": " in part for part in row)]
     if not rows and done.returncode:
         words = " ".join((done.stdout + done.stderr).split())[:300]
         raise GpuError(f"nvidia-smi ended with status {done.returncode}: {words}; mend the GPU or its driver")

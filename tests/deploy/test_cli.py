@@ -8,10 +8,13 @@ import sys
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from deploy.cli import main
+from deploy.commands.variants import stale_variants
+from quantize.core.gpus import GpuError
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -216,3 +219,15 @@ def test_a_terminal_of_another_character_set_is_shown_what_it_can_show() -> None
         cwd=Path(__file__).parents[2],
     )
     assert said.stdout.decode("ascii")
+
+
+def test_variants_are_listed_where_gpus_cannot_be_asked(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def sick() -> None:
+        raise GpuError("nvidia-smi ended with status 15")
+
+    monkeypatch.setattr("deploy.machine.look", sick)
+    found = stale_variants(None, [SimpleNamespace(variant="int8")])  # type: ignore[arg-type, list-item]
+    assert found == {"int8": ()}
+    assert "whether measurements are stale is not known: nvidia-smi" in capsys.readouterr().err

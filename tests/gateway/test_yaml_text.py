@@ -38,7 +38,16 @@ def test_what_is_merged_may_be_set_anew() -> None:
     }
 
 
-@pytest.mark.parametrize("text", ['password: "open-sesame', "{key: open-sesame", "a: open-sesame\x00"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        'password: "open-sesame',
+        "{key: open-sesame",
+        "a: open-sesame\x00",
+        "a: *open-sesame",
+        "a: !open-sesame x",
+    ],
+)
 def test_an_error_shows_nothing_of_the_text(text: str) -> None:
     with pytest.raises(YamlError) as raised:
         read_yaml(text)

@@ -377,8 +377,10 @@ def test_gpus_that_are_there_and_cannot_be_asked_are_not_taken_for_none() -> Non
     def answering(status: int, said: str = "") -> tuple[str, ...]:
         return ("sh", "-c", f"printf '{said}'; exit {status}")
 
-    one_lost = answering(15, "NVIDIA L4\\nUnable to determine the device handle, GPU is lost\\n")
-    assert ask_gpus(["name"], one_lost)[0] == ("NVIDIA L4",)
+    lost = "Unable to determine the device handle for GPU0000:01:00.0: GPU is lost"
+    assert detect_cuda(answering(15, f"9.0\\n{lost}\\n")) == "vllm-cuda-hopper"
+    with pytest.raises(GpuError, match="GPU is lost; mend the GPU"):
+        detect_cuda(answering(15, f"{lost}\\n"))
     assert ask_gpus(["name", "uuid"], answering(9, "NVIDIA-SMI has failed")) == []
     assert ask_gpus(["name", "uuid"], answering(6, "No devices were found")) == []
     with pytest.raises(GpuError, match=r"status 15: Unable to determine .*; mend the GPU"):
