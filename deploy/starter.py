@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from gateway.config.model import LONGEST_NAME
 from quantize.core.legality import Target
 from quantize.core.modules import Modules
 from quantize.core.recipes import RECIPES
@@ -126,7 +127,7 @@ def model_name(source: Path | str) -> str:
     """What clients will call the model: the directory's name, or the hub's without its owner."""
     parts = [part for part in reversed(Path(source).parts) if part != "/"]
     cached = next((found[1] for part in parts if (found := _SNAPSHOT.fullmatch(part))), None)
-    name = _UNFIT.sub("-", cached or next(iter(parts), "")).strip("-._")
+    name = _UNFIT.sub("-", cached or next(iter(parts), "")).strip("-._")[:LONGEST_NAME]
     return f"my-{name or 'model'}" if name in _GENERIC else name
 
 

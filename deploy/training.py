@@ -71,14 +71,16 @@ def job_of(options: argparse.Namespace, method: Method, say: Say) -> Job:
     examples, judged = encode(train, checkpoint, length), encode(held_out, checkpoint, length)
     if examples.cut:
         say(f"{examples.cut} of {len(examples.examples)} examples are cut to {length} tokens")
-    steps = options.steps
+    batch, steps = min(options.batch, len(examples.examples)), options.steps
+    if batch < options.batch:
+        say(f"a step takes all {batch} examples: there are no {options.batch}")
     if steps is None:
-        steps = math.ceil(options.epochs * len(examples.examples) / options.batch)
+        steps = math.ceil(options.epochs * len(examples.examples) / batch)
     settings = Settings(
         steps=steps,
         learning_rate=RATES[method] if options.rate is None else options.rate,
-        batch=options.batch,
-        together=min(options.together, options.batch),
+        batch=batch,
+        together=min(options.together, batch),
         evaluate_every=options.evaluate_every,
         keep_every=options.keep_every,
         seed=options.seed,
@@ -135,7 +137,7 @@ def _refuse_device(name: str) -> None:
     import torch
 
     try:
-        torch.empty(0, device=name)
+        torch.zeros(1, device=name).cpu()  # what has no memory of its own, such as meta, does not come back
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ConfigError(
             f"--device {name}: {first_line(error)}; give cpu, or cuda where there is one"

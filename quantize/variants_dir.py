@@ -92,12 +92,15 @@ class VariantsDirectory:
         name = self.path(variant).name
         if name == CURRENT:
             known = ", ".join(self.variants()) or "none"
-            raise CardError(f"there is no variant {variant!r} in {self.directory}; known: {known}")
+            raise CardError(
+                f"there is no variant {variant!r} in {self.directory}, known: {known}; "
+                "make the variant with `tiercel quantize`"
+            )
         return name
 
     def card(self, variant: str, version: str | None = None) -> Card:
         """The card, after checking that the files beside it are the ones it lists. Raises CardError."""
-        directory = self.path(variant, version)
+        directory = self.path(variant, self.current(variant) if version is None else version)
         card = read_card(directory)
         if card.variant != variant or card.model != self.model:
             raise CardError(

@@ -84,6 +84,8 @@ MENDABLE = 2
 UNFORESEEN = 3
 """Exit status for what nobody foresaw."""
 MEMORY_WORDS = ("out of memory", "can't allocate memory", "Cannot allocate memory", "not enough memory")
+PLENTY = 1 << 30
+"""Bytes of room with which it is hardly this disk that is full."""
 FILES = "Files that were being written are gone; what was finished is kept. Run the command again then."
 
 
@@ -128,7 +130,9 @@ def sentence(error: BaseException, fullest: Path | None = None) -> str | None:
     if is_full(error):
         named = place or fullest
         missing = f" for at least {_size(error.missing)} more" if isinstance(error, NoRoomError) else ""
-        return f"the disk{f' of {named}' if named else ''} is full; make room{missing}. {FILES}"
+        if named is None:
+            return f"what is written to (standard output, a disk or its quota) is full; make room. {FILES}"
+        return f"the disk of {named} is full; make room{missing}. {FILES}"
     if getattr(error, "errno", None) == errno.EFBIG:
         return f"a file would be larger than this process may write; raise the limit (`ulimit -f`). {FILES}"
     if getattr(error, "errno", None) == errno.ENAMETOOLONG:
@@ -161,13 +165,14 @@ def _size(count: int) -> str:
 
 
 def _fullest(options: argparse.Namespace) -> Path | None:
-    """Of the places that a command writes to the one with the least room."""
+    """Of the places that a command writes to the one with the least room; None where all have plenty."""
     free: dict[Path, int] = {}
     for place in _places(options):
         there = next((one for one in (place, *place.parents) if one.exists()), place)
         with contextlib.suppress(OSError):
             free[there] = shutil.disk_usage(there).free
-    return min(free, key=free.__getitem__, default=None)
+    least = min(free, key=free.__getitem__, default=None)
+    return least if least is not None and free[least] < PLENTY else None
 
 
 def write_traceback(error: BaseException, options: argparse.Namespace) -> Path | None:

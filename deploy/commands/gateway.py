@@ -37,6 +37,8 @@ def add_gateway(commands: Any) -> None:
 
 
 def new_key(options: argparse.Namespace) -> None:
+    if options.role == "":
+        raise ConfigError("--role: '' names no role; leave it out, or give one of the file's")
     secret = "tk-" + secrets.token_urlsafe(32)
     entry: dict[str, Any] = {"name": options.name, "sha256": hash_of(secret)}
     entry |= {name: value for name in ("tenant", "role", "admin") if (value := getattr(options, name))}

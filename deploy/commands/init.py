@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -48,10 +49,8 @@ def init(options: argparse.Namespace) -> None:
     write_whole(options.out, arrived.starter.text())
     if note := room_note(arrived, options.out):
         say(note)
-    say(
-        f"wrote {options.out}; `tiercel up {options.model} --config {options.out}` makes, judges and serves "
-        "what it says"
-    )
+    again = ["tiercel", "up", options.model, "--config", str(options.out)]
+    say(f"wrote {options.out}; `{shlex.join(again)}` makes, judges and serves what it says")
 
 
 def up(options: argparse.Namespace) -> None:

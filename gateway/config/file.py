@@ -156,6 +156,12 @@ class Config(Section):
                         f"pools.{variant}: {shown_url(url)!r} is no URL of an engine; give http://HOST:PORT, "
                         "or dns+http://NAME:PORT for every address of a name"
                     )
+                try:
+                    _address(url)
+                except ValueError as error:  # brackets without an IPv6 address, a port beyond 65535
+                    raise ValueError(
+                        f"pools.{variant}: {shown_url(url)!r} is no URL ({error}); give http://HOST:PORT"
+                    ) from None
         self._check_addresses()
         self._check_roles()
         self._check_keys()

@@ -16,8 +16,10 @@ from gateway.config.roles import RoleSettings
 from gateway.config.section import Section
 
 MODEL_NAME = r"^[A-Za-z0-9][A-Za-z0-9._/-]*$"
-ModelName = Annotated[str, Field(pattern=MODEL_NAME)]
-"""What clients call a model. It may be a hub id, and never has the colon that parts it from a variant."""
+LONGEST_NAME = 128
+ModelName = Annotated[str, Field(pattern=MODEL_NAME, max_length=LONGEST_NAME)]
+"""What clients call a model, and its files. It may be a hub id, and never has the colon that parts it from a
+variant."""
 _HUB_ID = r"^[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*$"
 
 

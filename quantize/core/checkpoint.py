@@ -168,7 +168,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
     Reads headers and small files only. Raises CheckpointError.
     """
     if not path.is_dir():
-        raise CheckpointError(f"model directory {path} does not exist; set model.path to a local checkpoint")
+        why = "is a file" if path.exists() else "does not exist"
+        raise CheckpointError(f"model directory {path} {why}; give the directory of a checkpoint")
     config_path = path / "config.json"
     if not config_path.is_file():
         raise CheckpointError(f"{path} has no config.json; give the directory of a Hugging Face checkpoint")

@@ -91,7 +91,10 @@ def chat_template(path: Path) -> str | None:
     """
     file = path / "chat_template.jinja"
     if file.is_file():
-        return file.read_text(encoding="utf-8") or None
+        try:
+            return file.read_text(encoding="utf-8") or None
+        except UnicodeDecodeError as error:
+            raise CheckpointError(f"{file} is not UTF-8 ({error.reason}); save it as UTF-8") from None
     for name in ("tokenizer_config.json", "chat_template.json"):
         found = read_object(path / name).get("chat_template")
         if isinstance(found, str) and found:

@@ -66,6 +66,8 @@ def is_encoder(config: Mapping[str, Any]) -> bool:
 def open_encoder(path: Path) -> Encoder:
     """Raises ExportError for what is no encoder that is known here."""
     config = read_object(path / "config.json")
+    if not config:
+        raise ExportError(f"{path} has no config.json; give the directory of an encoder's checkpoint")
     if not is_encoder(config):
         kind = config.get("model_type")
         raise ExportError(

@@ -128,6 +128,9 @@ def read_config(directory: Path) -> dict[str, Any]:
         kinds = (int,) if name == "r" else (int, float)
         if type(number) not in kinds or not 0 < number < math.inf:
             raise TrainError(f"{path}: {name}: {number!r}; must be a number above 0, and r a whole one")
+    modules = config.get("target_modules")
+    if not (isinstance(modules, str) or (isinstance(modules, list) and all(type(m) is str for m in modules))):
+        raise TrainError(f"{path}: target_modules: {modules!r}; must be names of modules, such as ['q_proj']")
     other = [
         name for name in ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern") if config.get(name)
     ]
@@ -140,12 +143,16 @@ def read_config(directory: Path) -> dict[str, Any]:
 
 def changes(directory: Path) -> Iterator[Change]:
     """What an adapter adds to each matrix, by the matrix's name on disk. Raises TrainError."""
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
     config = read_config(directory)
     rank = int(config["r"])
     scale = float(config["lora_alpha"]) / (rank**0.5 if config.get("use_rslora") else rank)
-    with safe_open(str(directory / WEIGHTS), framework="pt", device="cpu") as file:
+    try:
+        opened = safe_open(str(directory / WEIGHTS), framework="pt", device="cpu")
+    except SafetensorError as error:
+        raise TrainError(f"{directory / WEIGHTS} cannot be read ({error}); copy the adapter again") from None
+    with opened as file:
         names = sorted(file.keys())
         for name in names:
             if not name.endswith(".lora_A.weight"):

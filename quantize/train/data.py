@@ -137,7 +137,9 @@ def read_examples(path: Path) -> list[Line]:
         lines = read_lines(path)
     except FileNotFoundError:
         raise DataError(f"{path} does not exist; give a file of JSON Lines") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({error.strerror}); give a file of JSON Lines") from None
+    except UnicodeDecodeError as error:
         raise DataError(f"{path} cannot be read ({error}); save it as UTF-8") from None
     if not lines:
         raise DataError(f'{path} is empty; give lines {{"messages": [{{"role": "user", …}}, …]}}')

@@ -37,6 +37,8 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 """What AdamW keeps of each tensor, by torch's names."""
 FASTEST = 1e30
 """A learning rate that no 32-bit number overflows by."""
+MOST_STEPS = 10_000_000
+"""More than anybody waits for; beyond it a number has slipped."""
 RECENT = 5
 """Steps whose mean loss is looked at, to see that it explodes without ever being infinite."""
 EXPLODED = 10.0
@@ -85,6 +87,10 @@ class Settings:
         for name in ("steps", "batch", "together", "keep_every"):
             if getattr(self, name) < 1:
                 raise TrainError(f"{name}: {getattr(self, name)}; must be 1 or more")
+        if self.steps > MOST_STEPS:
+            raise TrainError(f"steps: {self.steps:.3g}; give at most {MOST_STEPS:,}, or fewer epochs")
+        if self.evaluate_every < 0:
+            raise TrainError(f"evaluate_every: {self.evaluate_every}; give a number of steps, or 0 for none")
         if not (0 < self.learning_rate <= FASTEST):
             raise TrainError(
                 f"learning_rate: {self.learning_rate}; must be above 0 and at most {FASTEST:g}, such as 2e-4"

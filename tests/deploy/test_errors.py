@@ -35,7 +35,10 @@ def temporary_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             FULL,
             "the disk of /data/variants/model.safetensors is full; make room. Files that were being",
         ),
-        (SafetensorError("I/O error: No space left on device (os error 28)"), "the disk is full; make room"),
+        (
+            SafetensorError("I/O error: No space left on device (os error 28)"),
+            "(standard output, a disk or its quota) is full",
+        ),
         (OSError(errno.EDQUOT, "Disk quota exceeded", "/home/me"), "the disk of /home/me is full"),
         (OSError(errno.EFBIG, "File too large"), "larger than this process may write; raise the limit"),
         (MemoryError(), "memory ran out (MemoryError); use fewer calibration tokens"),

@@ -31,6 +31,9 @@ def test_a_new_key_fits_the_file(capsys: pytest.CaptureFixture[str]) -> None:
         main(["keys", "new", "team a"])
     assert ended.value.code == 2
     assert "'team a' cannot be used" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["keys", "new", "team-a", "--role", ""])
+    assert "--role: '' names no role" in capsys.readouterr().err
 
 
 def test_a_route_is_explained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

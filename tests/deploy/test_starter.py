@@ -72,6 +72,7 @@ def test_unasked_the_same_variants_are_made(where: str) -> None:
         ("/models/core", "my-core"),
         ("/", "my-model"),
         ("/models/_x", "x"),
+        ("/models/" + "x" * 300, "x" * 128),
     ],
 )
 def test_a_model_is_called_by_what_a_person_would(source: str, name: str) -> None:

@@ -187,6 +187,8 @@ BAD = [
     ({"keys": [key("a", priority=1000)]}, "priority"),
     ({"keys": [{"name": "a", "sha256": "sk-plain-text"}]}, "sha256"),
     ({"pools": {"int8": ["10.0.0.1:8000"]}}, "is no URL of an engine; give http://HOST:PORT"),
+    ({"pools": {"int8": ["http://[::1"]}}, "pools.assistant:int8: '…' is no URL .Invalid IPv6 URL"),
+    ({"pools": {"int8": ["http://h:99999"]}}, "pools.assistant:int8: 'http://h:99999' is no URL"),
     ({"gateway": {"policy": "fastest"}}, "is not a policy; use one of: round_robin"),
     ({"gateway": {"tls_key": "a.pem"}}, "belong together"),
     ({"roles": {"core": {"canary": {"variant": "w2", "percent": 5}}}, "default_role": "core"}, "'w2' is not"),

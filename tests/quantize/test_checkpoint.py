@@ -98,7 +98,7 @@ def lose_a_shard(path: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "sentence"),
     [
-        (shutil.rmtree, "does not exist; set model.path"),
+        (shutil.rmtree, "does not exist; give the directory"),
         (lambda p: (p / "tokenizer.json").unlink(), "has no tokenizer"),
         (lambda p: (p / "config.json").unlink(), "has no config.json"),
         (lambda p: (p / "config.json").write_text("{", encoding="utf-8"), "not valid JSON"),
@@ -126,6 +126,10 @@ def lose_a_shard(path: Path) -> None:
         (configured(num_hidden_layers=0), "num_hidden_layers is 0"),
         (written("config.json", "[]"), "holds no JSON object"),
         (lambda p: (p / "chat_template.jinja").unlink(), r"has no chat template .* add the model's"),
+        (
+            lambda p: (p / "chat_template.jinja").write_text("Gr\xf6\xdfe", encoding="latin-1"),
+            r"chat_template\.jinja is not UTF-8",
+        ),
         (written("generation_config.json", "{"), "generation_config.json is not valid JSON"),
         (lambda p: (p / "tokenizer.json").rename(p / "vocab.json"), "vocab.json without merges.txt"),
     ],

@@ -94,6 +94,8 @@ def test_what_is_no_encoder_is_refused(directory: Path, tmp_path: Path) -> None:
     (other / "config.json").write_text(json.dumps({"model_type": "llama"}), encoding="utf-8")
     with pytest.raises(ExportError, match="'llama' is no encoder"):
         open_encoder(other)
+    with pytest.raises(ExportError, match=r"nothing has no config\.json"):
+        open_encoder(tmp_path / "nothing")
     encoder = open_encoder(directory)
     with pytest.raises(ExportError, match="needs texts"):
         export_encoder(encoder, STATIC, tmp_path / "model.onnx")

@@ -213,6 +213,8 @@ def test_every_example_comes_once_before_any_comes_again() -> None:
     ("more", "said"),
     [
         ({"steps": 0}, "steps: 0"),
+        ({"steps": 10**300}, r"steps: 1e\+300; give at most 10,000,000"),
+        ({"evaluate_every": -1}, "evaluate_every: -1"),
         ({"learning_rate": 0.0}, r"learning_rate: 0\.0"),
         ({"learning_rate": float("inf")}, "learning_rate: inf"),
         ({"warm_up": 1.0}, "warm_up"),

@@ -285,6 +285,8 @@ def test_an_adapter_is_not_merged_into_what_it_was_not_trained_on(
         ({"r": True}, "r: True; must be"),
         ({"lora_alpha": "x"}, "lora_alpha: 'x'; must be"),
         ({"lora_alpha": math.nan}, "lora_alpha: nan; must be"),
+        ({"target_modules": 5}, "target_modules: 5; must be names"),
+        ({"target_modules": ["q_proj", 1]}, "target_modules: .*must be names"),
     ],
 )
 def test_adapters_of_other_kinds_or_of_no_size_are_refused(
@@ -295,6 +297,17 @@ def test_adapters_of_other_kinds_or_of_no_size_are_refused(
     path.write_text(json.dumps({**json.loads(path.read_text()), **entry}), encoding="utf-8")
     with pytest.raises(TrainError, match=said):
         merge(open_checkpoint(base), tmp_path / "adapter", tmp_path / "out")
+
+
+def test_a_cut_adapter_is_named(base: Path, adapter: Path, tmp_path: Path) -> None:
+    shutil.copytree(adapter / "adapter", tmp_path / "adapter")
+    weights = tmp_path / "adapter" / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    with pytest.raises(
+        TrainError, match=r"adapter_model\.safetensors cannot be read .*copy the adapter again"
+    ):
+        merge(open_checkpoint(base), tmp_path / "adapter", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_answer_is_right_exactly_where_it_is_what_the_model_writes(base: Path) -> None:
