@@ -160,7 +160,6 @@ class ContinueResponse:
             response=b"",
             previous=previous.id if previous else None,
             depth=previous.depth + 1 if previous else 1,
-            context=previous.context if previous else 0,
         )
 
     def _refuse(self, asked: Asked) -> None:

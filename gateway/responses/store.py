@@ -18,6 +18,7 @@ from sqlalchemy import (
     BindParameter,
     Boolean,
     Column,
+    Connection,
     Float,
     Index,
     Integer,
@@ -29,6 +30,7 @@ from sqlalchemy import (
     bindparam,
     delete,
     func,
+    inspect,
     or_,
     select,
     tuple_,
@@ -61,13 +63,14 @@ RESPONSES = Table(
     Column("background", Boolean, nullable=False),
     Column("used", Float, nullable=False),
     Column("size", BigInteger, nullable=False),
-    Column("context", BigInteger, nullable=False),
     Column("input", LargeBinary, nullable=False),
     Column("response", LargeBinary, nullable=False),
     Column("runner", String(64)),
     Column("beat", Float),
     Index("tiercel_responses_used", "used"),
 )
+_DROPPED = "context"
+"""A column that earlier versions wrote and nobody read; it has no default, so nothing is kept beside it."""
 _C = RESPONSES.c
 _OWN_COLUMNS = tuple(column.name for column in _C if column.name != "used")
 _INSERT: dict[str, Callable[[Table], Any]] = {"sqlite": sqlite.insert, "postgresql": postgresql.insert}
@@ -87,8 +90,6 @@ class Stored:
     previous: str | None = None
     depth: int = 1
     """Responses in the conversation up to this one."""
-    context: int = 0
-    """Bytes of the conversation before this one."""
     background: bool = False
     runner: str | None = None
     """The process that works on it in the background."""
@@ -118,7 +119,7 @@ class ResponseStore:
         self._lock = threading.Lock()
         self._added = self._added_bytes = 0
         self._pruned_at = clock()
-        self._database.create(_META)
+        self._database.create(_META, _without_dropped)
         self._statements = _Statements(_INSERT[self._database.dialect])
 
     def close(self) -> None:
@@ -291,6 +292,11 @@ class _Statements:
         self.chain = select(RESPONSES).where(_C.owner == whose, in_chain).order_by(_C.depth)
 
 
+def _without_dropped(connection: Connection) -> None:
+    if _DROPPED in {column["name"] for column in inspect(connection).get_columns(RESPONSES.name)}:
+        connection.exec_driver_sql(f"ALTER TABLE {RESPONSES.name} DROP COLUMN {_DROPPED}")
+
+
 def _stored(row: Row[Any]) -> Stored:
     return Stored(
         owner=row.owner,
@@ -300,7 +306,6 @@ def _stored(row: Row[Any]) -> Stored:
         response=bytes(row.response),
         previous=row.previous,
         depth=row.depth,
-        context=row.context,
         background=row.background,
         runner=row.runner,
         beat=row.beat,

@@ -12,9 +12,10 @@ import hypothesis
 import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+from sqlalchemy import inspect
 
 from gateway.config import ResponsesSettings
-from gateway.responses.store import SILENT_S, ResponseStore, Stored
+from gateway.responses.store import RESPONSES, SILENT_S, ResponseStore, Stored
 from gateway.store.database import StoreError
 
 
@@ -66,7 +67,6 @@ def turn(name: str, owner: str = "a", previous: Stored | None = None, **changes:
         "response": b'{"id":"%b"}' % name.encode(),
         "previous": previous.id if previous else None,
         "depth": previous.depth + 1 if previous else 1,
-        "context": previous.context + previous.size if previous else 0,
     }
     return Stored(**fields | changes)
 
@@ -230,6 +230,23 @@ def test_two_gateways_share_one_database(opened: Open) -> None:
         thread.join()
     assert not failures
     assert one.usage()[0] == 42
+
+
+def test_a_table_of_earlier_versions_goes_on_with_what_is_in_it(opened: Open) -> None:
+    before = opened()
+    before.put(turn("1"))
+    table = RESPONSES.name
+    with before._database.begin() as connection:
+        connection.exec_driver_sql(f"ALTER TABLE {table} ADD COLUMN context BIGINT NOT NULL DEFAULT 0")
+        if before._database.dialect == "postgresql":
+            connection.exec_driver_sql(f"ALTER TABLE {table} ALTER COLUMN context DROP DEFAULT")
+    if not before.shared:
+        return  # nothing is left of memory to be opened again
+    after = opened()
+    after.put(turn("2", previous=turn("1")))
+    assert [one.id for one in after.chain("a", "2")] == ["1", "2"]
+    with after._database.begin() as connection:
+        assert "context" not in {column["name"] for column in inspect(connection).get_columns(table)}
 
 
 def test_a_file_is_its_owners_alone(tmp_path: Path) -> None:
