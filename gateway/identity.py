@@ -42,6 +42,14 @@ class Caller:
         return self.key.tenant if self.key else ""
 
 
+def owner_of(key: ApiKey | None) -> str:
+    """Whose something is: all keys' of one tenant. A key without a tenant is a tenant of its own: neither
+    what it kept nor the room that it takes is another key's. Empty where no keys are asked for."""
+    if key is None:
+        return ""
+    return f"tenant:{key.tenant}" if key.tenant else f"key:{key.name}"
+
+
 class Identities:
     """Knows keys and roles."""
 
@@ -128,9 +136,9 @@ class Sender:
         self._callers: dict[str, Caller] = {}
 
     @property
-    def tenant(self) -> str:
-        """Whose it is; empty where nobody's is kept apart."""
-        return self._key.tenant if self._key else ""
+    def owner(self) -> str:
+        """Whose it is, see :func:`owner_of`."""
+        return owner_of(self._key)
 
     def caller(self, asked: RequestFields) -> Caller:
         """Who makes a request with this body.

@@ -5,7 +5,8 @@ An exchange has one attempt at a time, or two while it is hedged. Which ones may
 ==================  ===========================================================================
 retry               after an attempt that provably did no work (:func:`may_try_again`)
 hedge               beside a first one that is slower than nearly all are, within a budget
-escalation          after a whole answer of a cheaper variant that fails a check
+escalation          after a whole answer of a cheaper variant that fails a check; where nothing comes of
+                    it, the client gets that answer
 ==================  ===========================================================================
 
 The first attempt that gives a part of an answer wins, and the other one is cancelled.
@@ -16,6 +17,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 from collections.abc import Callable, Coroutine
+from functools import partial
 from typing import Any, Protocol
 
 import msgspec
@@ -217,10 +219,13 @@ class Attempts:
                 breaker.answered()
             self._reply.end(exchange)
             exchange.pipeline.finish(exchange)
-        else:
-            breaker.errored()
-            error = UpstreamError("The engine ended its answer before it was complete.")
+            return
+        breaker.errored()
+        error = UpstreamError("The engine ended its answer before it was complete.")
+        if exchange.winner is attempt:
             exchange.pipeline.fail(exchange, error)
+        else:  # nothing but comments: the other one of a hedged pair may still answer
+            self.broke(attempt, error)
 
     def whole(self, attempt: Attempt, body: bytes, content_type: bytes | None = None) -> None:
         """All of an answer that is not streamed."""
@@ -247,7 +252,7 @@ class Attempts:
                 self._reply.whole(exchange, out, content_type or JSON)
                 exchange.pipeline.finish(exchange)
         except GatewayError as error:
-            exchange.pipeline.fail(exchange, error)
+            self._fail(exchange, error)
         except Exception as error:
             exchange.pipeline.defect(exchange, error)
 
@@ -260,8 +265,8 @@ class Attempts:
                 exchange.owing = (*exchange.owing, attempt)
         if exchange.finished or exchange.attempts:
             return
-        if not may_try_again(exchange, error):
-            exchange.pipeline.fail(exchange, error)
+        if exchange.spare is not None or not may_try_again(exchange, error):
+            self._fail(exchange, error)
             return
         exchange.tries += 1
         try:
@@ -324,37 +329,48 @@ class Attempts:
         exchange.escalated, exchange.route = why, higher
         if attempt in exchange.attempts:
             exchange.attempts.remove(attempt)
+        exchange.spare = partial(self._keep_to, exchange, attempt, exchange.reader, route, spent, out)
         exchange.reader = exchange.tapped = exchange.winner = None
-        self._ask(exchange)
+        try:
+            self._ask(exchange)
+        except GatewayError as error:
+            self._fail(exchange, error)
+
+    def _keep_to(
+        self,
+        exchange: Exchange,
+        attempt: Attempt,
+        reader: Reader | None,
+        route: Route,
+        spent: Spent,
+        out: bytes,
+    ) -> None:
+        """Nothing better has come: the client gets the answer that was to be bettered. It has been looked at
+        already, and is booked as what it is now."""
+        exchange.winner, exchange.reader, exchange.tapped = attempt, reader, None
+        exchange.route, exchange.escalated = route, None
+        exchange.spent = tuple(one for one in exchange.spent if one is not spent)
+        self._reply.whole(exchange, out)
+        exchange.pipeline.finish(exchange)
+
+    def _fail(self, exchange: Exchange, error: GatewayError) -> None:
+        """No attempt is left: end with the answer that was there before an escalation, or with ``error``."""
+        spare, exchange.spare = exchange.spare, None
+        if spare is None or exchange.begun or exchange.finished:
+            exchange.pipeline.fail(exchange, error)
+        else:
+            spare()
 
     # from time to time
 
     def sweep(self, exchange: Exchange, now: float) -> None:
         """End what takes too long."""
-        limits, silence = self._limits, now - exchange.heard_at
-        if now - exchange.received > limits.total_s:
-            self._time_out(
-                exchange, now, f"The answer took longer than {limits.total_s:g} s", "total_timeout_s"
-            )
-        elif exchange.paused_at is not None:
-            if now - exchange.paused_at > limits.idle_s:
-                gone = ClientGoneError("The client does not read its answer.")
-                exchange.pipeline.fail(exchange, gone)
-        elif exchange.begun:
-            if silence > limits.idle_s:
-                said = f"The engine fell silent for {limits.idle_s:g} s"
-                self._time_out(exchange, now, said, "idle_timeout_s")
-        elif not exchange.attempts or exchange.attempts[0].over:
-            pass
-        elif exchange.options.stream:
-            if silence > limits.first_byte_s:
-                said = f"The engine gave no token within {limits.first_byte_s:g} s"
-                self._time_out(exchange, now, said, "first_byte_timeout_s")
-        elif silence > limits.answer_s:
-            said = f"The engine gave no answer within {limits.answer_s:g} s"
-            self._time_out(exchange, now, said, "answer_timeout_s")
+        if exchange.paused_at is not None and now - exchange.paused_at > self._limits.idle_s:
+            exchange.pipeline.fail(exchange, ClientGoneError("The client does not read its answer."))
+        elif (overdue := self._limits.overdue(exchange, now)) is not None:
+            self._time_out(exchange, *overdue)
 
-    def _time_out(self, exchange: Exchange, now: float, said: str, setting: str) -> None:
+    def _time_out(self, exchange: Exchange, said: str, setting: str) -> None:
         """A replica that was not heard of at all meanwhile counts as silent; one that works on long answers,
         this one's or others', does not."""
         for attempt in exchange.attempts:
@@ -362,7 +378,7 @@ class Attempts:
                 attempt.replica.breaker.silent()
         names = ", ".join(attempt.replica.where for attempt in exchange.attempts)
         error = UpstreamTimeoutError(f"{said} (gateway.{setting}).", internal=f"{said} ({setting}): {names}")
-        exchange.pipeline.fail(exchange, error)
+        self._fail(exchange, error)
 
 
 def may_try_again(exchange: Exchange, error: UpstreamError) -> bool:

@@ -11,6 +11,7 @@ import asyncio
 import itertools
 import os
 import re
+from collections.abc import Callable
 from typing import Any, Protocol
 
 from gateway.errors import GatewayError
@@ -121,6 +122,7 @@ class Exchange:
         "request_id",
         "route",
         "span",
+        "spare",
         "spent",
         "tapped",
         "task",
@@ -170,6 +172,7 @@ class Exchange:
         self.carried = b""  # header lines that the engine's answer brings along for the client
         self.escalated: str | None = None
         """The check that a cheaper variant's answer failed, which nobody got."""
+        self.spare: Callable[[], None] | None = None  # sends that answer after all
         self.spent: tuple[Spent, ...] = ()
         """Answers that nobody got."""
         self.owing: tuple[Attempt, ...] = ()

@@ -9,7 +9,7 @@ import msgspec
 
 from gateway.config import Config
 from gateway.errors import BadRequestError, MethodNotAllowedError, NoWebSocketError
-from gateway.identity import Identities, Sender
+from gateway.identity import Identities, Sender, owner_of
 from gateway.kept.keeper import Keeper
 from gateway.proxy.body import Body
 from gateway.proxy.endpoints import INVOCATIONS, Endpoint, Form, endpoint_of
@@ -81,11 +81,10 @@ class Admit:
                     f"{head.method[:20]} {head.path[:80]}: this endpoint takes POST only."
                 )
             sender = self._identities.sender(head.headers)
-            tenant = sender.tenant
+            tenant = sender.owner
         elif head.length:
             # The application looks at keys itself; a body is kept only for somebody who has one.
-            key = self._identities.key(head.headers)
-            tenant = key.tenant if key is not None else ""
+            tenant = owner_of(self._identities.key(head.headers))
         more = self.cors.lines(head.path, head.headers) if self.cors is not None else b""
         most = self._max_body_bytes if endpoint is not None else min(PAGE_BODY_BYTES, self._max_body_bytes)
         admission = Admission(tenant, most if preflight is None else 0)
@@ -138,7 +137,10 @@ class ReadBody:
     async def _read(self, exchange: Exchange, admitted: Admitted) -> None:
         raw, exchange.raw = exchange.raw, b""
         limit, reads = admitted.admission.max_body_bytes, exchange.endpoint.reads
-        _ask(exchange, await self._large.read(raw, admitted.coding, limit, reads))
+        body = await self._large.read(raw, admitted.coding, limit, reads)
+        if admitted.coding:
+            exchange.client.grow(body.size)
+        _ask(exchange, body)
 
 
 def _ask(exchange: Exchange, body: Body) -> None:

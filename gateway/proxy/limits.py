@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from gateway.config import Config
+
+if TYPE_CHECKING:
+    from gateway.proxy.exchange import Exchange
 
 
 class Limits(msgspec.Struct, frozen=True):
@@ -28,6 +32,25 @@ class Limits(msgspec.Struct, frozen=True):
     """There are targets, for which it is learned how soon pools answer."""
     adapters: frozenset[str] = frozenset()
     """Their answers are not listened to: the reference without the adapter would say something else."""
+
+    def overdue(self, exchange: Exchange, now: float) -> tuple[str, str] | None:
+        """What of its engine's takes too long, as a sentence, and the setting that says so."""
+        silence = now - exchange.heard_at
+        if now - exchange.received > self.total_s:
+            return f"The answer took longer than {self.total_s:g} s", "total_timeout_s"
+        if exchange.paused_at is not None:  # then it is the client's
+            return None
+        if exchange.begun:
+            if silence > self.idle_s:
+                return f"The engine fell silent for {self.idle_s:g} s", "idle_timeout_s"
+        elif not exchange.attempts or exchange.attempts[0].over:
+            pass
+        elif exchange.options.stream:
+            if silence > self.first_byte_s:
+                return f"The engine gave no token within {self.first_byte_s:g} s", "first_byte_timeout_s"
+        elif silence > self.answer_s:
+            return f"The engine gave no answer within {self.answer_s:g} s", "answer_timeout_s"
+        return None
 
 
 def limits_of(config: Config) -> Limits:

@@ -147,7 +147,7 @@ class Pipeline:
                 self._log.error("a hop after a request failed", exc_info=error, extra={"fields": fields})
         # Attempts know their exchange: as a ring, all of it would be left to the garbage collector.
         exchange.attempts = []
-        exchange.winner = exchange.task = None
+        exchange.winner = exchange.task = exchange.spare = None
 
     def _record(self, exchange: Exchange) -> Record:
         caller, route, reader, error = exchange.caller, exchange.route, exchange.reader, exchange.error

@@ -50,8 +50,12 @@ class WaitingLines:
                         await woken.wait()
                 woken.clear()
                 if next(iter(line)) is exchange:
-                    with contextlib.suppress(NoReplicaError):
+                    try:
                         attempt(exchange)
+                    except NoReplicaError as error:
+                        if not error.may_wait:  # the pool is up, and full: the role refuses then
+                            raise
+                    else:
                         return
             if next(iter(line)) is not exchange:
                 raise NoReplicaError("Requests that came before still wait for a replica; try again later.")

@@ -155,6 +155,12 @@ class ClientConnection(AnswerWriter, asyncio.Protocol):
         elif self._reader.data:
             self._advance()
 
+    def grow(self, size: int) -> None:
+        """The request that is being answered takes ``size`` bytes by now: it was compressed, or is a whole
+        conversation. Raises OverloadedError or TenantOverloadedError where there is no room for them."""
+        if self.state is ANSWERING or self.state is STREAMING:
+            self._reader.grow(size)
+
     def shutdown(self) -> None:
         """The server stops: finish the present answer, take no further request."""
         self._closes = True

@@ -110,7 +110,7 @@ class Admission(NamedTuple):
     """A request's leave to send its body."""
 
     tenant: str
-    """Whose bytes they are; empty where there are no tenants, and then only the limits for all apply."""
+    """Whose bytes they are; empty where there are no keys, and then only the limits for all apply."""
     max_body_bytes: int
     setting: str = "gateway.max_body_bytes"
     """What would have to be changed for a larger body."""

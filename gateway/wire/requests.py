@@ -161,6 +161,12 @@ class RequestReader:
         if size > UNCOUNTED_BYTES:
             self.held.resize(admission.tenant, size)
 
+    def grow(self, size: int) -> None:
+        """What has become of the body takes ``size`` bytes: hold room for so much until it is answered.
+        Raises what ``Intake.reserve`` raises, and then the body must be dropped."""
+        if size > max(UNCOUNTED_BYTES, self.held.size):
+            self.held.resize(self.admission.tenant, size)
+
     def await_body(self, head: RequestHead, admission: Admission) -> None:
         """The body is to come. Raises BodyTooLargeError."""
         self.admission = admission

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import json
 import socket
 from collections.abc import AsyncIterator
@@ -150,7 +151,7 @@ async def test_bodies_beyond_the_limits_are_refused_and_not_kept() -> None:
 
         async with connected(stack) as first, connected(stack) as second, connected(stack) as third:
             await part(first, "a")
-            await eventually(lambda: intake.by_tenant.get("a") == 50_000)
+            await eventually(lambda: intake.by_tenant.get("tenant:a") == 50_000)
             await part(second, "a")
             answer = await second.answer()
             assert (answer[0], answer[1]["connection"], answer[1]["retry-after"]) == (429, "close", "1")
@@ -165,6 +166,40 @@ async def test_bodies_beyond_the_limits_are_refused_and_not_kept() -> None:
         await eventually(lambda: intake.buffered == 0)
         async with stack.post(headers={"authorization": "Bearer a"}) as response:
             assert response.status == 200
+
+
+async def test_a_key_without_a_tenant_has_room_of_its_own() -> None:
+    keys = {"keys": [{"name": name, "sha256": hash_of(name)} for name in ("a", "b")]}
+    async with running_gateway(gateway=LIMITS, **keys) as stack:
+        intake = stack.gateway.plane.intake
+        async with connected(stack) as first, connected(stack) as second, connected(stack) as third:
+            lines = ("authorization: Bearer a", "content-length: 70000")
+            await first.send(request(b" " * 50_000, *lines))
+            await eventually(lambda: intake.by_tenant == {"key:a": 50_000})
+            await second.send(request(b" " * 50_000, *lines))
+            assert (await second.answer())[0] == 429
+            await third.send(request(b" " * 50_000, "authorization: Bearer b", lines[1]))
+            await eventually(lambda: intake.by_tenant == {"key:a": 50_000, "key:b": 50_000})
+
+
+async def test_a_compressed_body_takes_the_room_that_it_becomes() -> None:
+    keys = {"keys": [{"name": "a", "sha256": hash_of("a"), "tenant": "a"}]}
+    messages = [{"role": "user", "content": "x" * 50_000}]
+    packed = gzip.compress(json.dumps({"model": "assistant", "messages": messages}).encode())
+    lines = ("authorization: Bearer a", "content-encoding: gzip", f"content-length: {len(packed)}")
+    async with running_gateway(gateway=LIMITS | {"max_buffered_bytes": 400_000}, **keys) as stack:
+        intake, engine = stack.gateway.plane.intake, stack.engines["bf16"]
+        engine.script.hold = asyncio.Event()
+        async with connected(stack) as first, connected(stack) as second:
+            await first.send(request(packed, *lines))
+            await eventually(lambda: intake.by_tenant.get("tenant:a", 0) > 50_000)
+            await second.send(request(packed, *lines))
+            answer = await second.answer()
+            assert answer[0] == 429
+            assert "gateway.max_buffered_bytes_per_tenant" in said(answer)
+            engine.script.hold.set()
+            assert (await first.answer())[0] == 200
+        await eventually(lambda: intake.buffered == 0)
 
 
 async def test_requests_behind_one_that_is_answered_are_counted_too() -> None:

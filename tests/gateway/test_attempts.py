@@ -105,6 +105,18 @@ async def test_a_comment_wins_no_hedge() -> None:
     assert trial.exchange.won == "second"
 
 
+async def test_an_empty_stream_leaves_a_hedged_pair_to_the_other() -> None:
+    trial = Trial(stream=True)
+    await hedged(trial)
+    first, second = trial.engines.made
+    trial.attempts.arrived(first, b": keep-alive\n\n")
+    first.over = True
+    trial.attempts.ended(first)
+    assert trial.driver.errors == []
+    trial.attempts.arrived(second, CHUNK)
+    assert (trial.exchange.won, trial.exchange.owing) == ("second", (first,))
+
+
 async def test_a_hedged_pair_fails_when_both_have() -> None:
     trial = Trial(stream=True)
     await hedged(trial)

@@ -21,13 +21,14 @@ class Full:
         self.clock = Clock()
         self.lines = WaitingLines(self.clock)
         self.free = 0
+        self.may_wait = True
         self.served: list[Exchange] = []
         self.tried: list[Exchange] = []
 
     def attempt(self, one: Exchange) -> None:
         self.tried.append(one)
         if not self.free:
-            raise NoReplicaError("full")
+            raise NoReplicaError("full", may_wait=self.may_wait)
         self.free -= 1
         self.served.append(one)
 
@@ -65,6 +66,16 @@ async def test_who_leaves_lets_the_next_one_try() -> None:
     first.cancel()
     await task
     assert full.served == [second]
+    assert not full.lines.lines
+
+
+async def test_who_waits_is_refused_at_once_where_a_pool_comes_up_that_nobody_may_wait_for() -> None:
+    full = Full()
+    full.may_wait = False
+    (_, first), (_, second) = full.wait(), full.wait()
+    for waiting in (first, second):
+        with pytest.raises(NoReplicaError, match="full"):
+            await waiting
     assert not full.lines.lines
 
 

@@ -383,6 +383,32 @@ async def test_an_answer_that_fails_a_check_is_asked_of_a_higher_precision() -> 
         await eventually(lambda: rules_seen(stack))
 
 
+@pytest.mark.parametrize("fault", ["unreachable", "breaks", "garbage", "silent"])
+async def test_where_nothing_better_comes_the_client_gets_the_answer_that_was_there(fault: str) -> None:
+    times = {"answer_timeout_s": 1.0} if fault == "silent" else {}
+    async with watching(gateway=times, **escalating()) as stack:
+        stack.engines["int4-kv8"].script.text = "no json"
+        higher = stack.gateway.plane.snapshot.pools.by_variant["assistant:int8"].replicas[0]
+        if fault == "unreachable":
+            higher.connections._port = 1
+            higher.connections.discard_idle()
+        elif fault == "garbage":
+            stack.engines["int8"].script.garbage = True
+        elif fault == "breaks":
+            stack.engines["int8"].script.status = 500
+        else:
+            stack.engines["int8"].script.hold = asyncio.Event()
+        async with stack.post(JSON, headers=ROLE) as response:
+            answer = await response.json()
+            assert (response.status, response.headers["x-tiercel-variant"]) == (200, "assistant:int4-kv8")
+            assert response.headers["x-tiercel-route-reason"] != "escalated"
+        assert answer["choices"][0]["message"]["content"] == "no json"
+        labels = {"role": "intent_classifier", "variant": "int4-kv8"}
+        assert len(stack.asked("int4-kv8")) == 1, "it is not asked again"
+        assert stack.sample("tiercel_tokens_total", kind="completion", **labels) == 2, "booked once"
+        await eventually(lambda: rules_seen(stack))
+
+
 async def rules_seen(stack: Stack) -> bool:
     found = (await cell(stack))["checks"].get("rules")
     return found is not None and (found["answers"], found["bad"]) == (1, 1)
