@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 from collections.abc import Callable, MutableMapping
 from typing import Any
 from urllib.parse import unquote
 
 from starlette.types import ASGIApp
 
+from gateway.errors import UnexpectedError
 from gateway.telemetry.logs import EVENTS
 from gateway.wire.client import STATUS_LINES, ClientConnection
 from gateway.wire.heads import RequestHead
 
 _OURS = frozenset((b"content-length", b"transfer-encoding", b"connection"))
 """Headers of an answer that the client writes itself."""
+_NOT_ASCII = re.compile(rb"[\x80-\xff]")
 
 
 class AsgiCall:
@@ -57,9 +60,10 @@ class AsgiCall:
     async def _run(self, app: ASGIApp, scope: dict[str, Any]) -> None:
         try:
             await app(scope, self._receive, self._send)
-        except Exception:
+        except Exception as error:
             # The application's own handler has answered by now, if it could; Starlette raises again.
-            logging.getLogger(EVENTS).exception("a page failed", extra={"fields": {"path": scope["path"]}})
+            fields = {"path": scope["path"], "cause": UnexpectedError(error).internal}
+            logging.getLogger(EVENTS).error("a page failed", extra={"fields": fields})
         if not self._sent and not self._gone.is_set():
             self._status, self._headers, self._parts = 500, [], [b"The gateway failed; its log says why.\n"]
             self._finish()
@@ -89,6 +93,10 @@ class AsgiCall:
         self._client.send_whole(b"".join(lines), b"".join(self._parts), no_body=self._no_body)
 
 
+def _quoted(byte: re.Match[bytes]) -> bytes:
+    return b"%%%02X" % byte[0][0]
+
+
 def _scope(connection: ClientConnection, head: RequestHead) -> dict[str, Any]:
     transport = connection.transport
     client, server = transport.get_extra_info("peername"), transport.get_extra_info("sockname")
@@ -101,7 +109,7 @@ def _scope(connection: ClientConnection, head: RequestHead) -> dict[str, Any]:
         "scheme": "https" if transport.get_extra_info("sslcontext") else "http",
         "path": unquote(head.path),
         "raw_path": head.path.encode("latin-1"),
-        "query_string": head.query.encode("latin-1"),
+        "query_string": _NOT_ASCII.sub(_quoted, head.query.encode("latin-1")),
         "root_path": "",
         "headers": [
             (name.encode("latin-1"), value.encode("latin-1")) for name, value in head.headers.items()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from gateway.wire.heads import CHUNKED, UNTIL_CLOSE
+from gateway.wire.heads import CHUNKED, UNTIL_CLOSE, has_controls, refuse_bad_trailers
 
 LAST_CHUNK = b"0\r\n\r\n"
 _LONGEST_SIZE_LINE = 256
@@ -134,8 +134,9 @@ class ChunkedBody:
                 raise ValueError("the size of a chunk never ends")
             self._pending = data[at:]
             return len(data)
-        digits = data[at:line_end].split(b";", 1)[0].rstrip(b" \t")
-        if not 0 < len(digits) <= 15 or digits.translate(None, _HEX) or b"\n" in data[at:line_end]:
+        line = data[at:line_end]
+        digits = line.split(b";", 1)[0].rstrip(b" \t")
+        if not 0 < len(digits) <= 15 or digits.translate(None, _HEX) or has_controls(line):
             raise ValueError(f"the size of a chunk is {digits[:20]!r}")
         size = int(digits, 16)
         if size:
@@ -145,12 +146,13 @@ class ChunkedBody:
         return line_end + 2
 
     def _skip_trailers(self, data: bytes, at: int) -> int:
-        """Trailers are read over: nobody here has a use for them."""
+        """Trailers are held to the rules of heads, and read over: nobody here has a use for them."""
         if data.startswith(b"\r\n", at):
             self.done = True
             return at + 2
         trailers_end = data.find(b"\r\n\r\n", at, at + _LONGEST_TRAILERS + 4)
         if trailers_end >= 0:
+            refuse_bad_trailers(data[at:trailers_end])
             self.done = True
             return trailers_end + 4
         if len(data) - at > _LONGEST_TRAILERS:

@@ -14,6 +14,11 @@ from gateway.errors import BadRequestError, BodyTooLargeError, UnsupportedCoding
 CODINGS = ("gzip", "deflate", "zstd", "identity")
 _GZIP, _ZLIB, _RAW = 31, 15, -15
 """Window bits, as zlib tells the three formats apart."""
+MOST_MEMBERS = 1024
+"""A body may be made of several; bgzip begins one every 64 kB. An empty one has 9 bytes, or 20."""
+_TOO_MANY = f"it has more than {MOST_MEMBERS} members"
+_WINDOW = 64 << 10
+"""Bytes that a decoder is given at once: it copies what of them is left at the end of a member."""
 _SMALLEST_WINDOW = 8 << 20
 """Of a zstd frame, what RFC 8878 asks every decoder to take."""
 
@@ -53,37 +58,44 @@ def _is_zlib(body: bytes) -> bool:
 
 
 def _inflated(body: bytes, window_bits: int, limit: int) -> bytes:
-    parts, size = [], 0
-    while True:
+    rest, parts, size = memoryview(body), [], 0
+    for _ in range(MOST_MEMBERS):
         decoder = zlib.decompressobj(window_bits)
-        part = decoder.decompress(body, limit - size + 1)
-        size += len(part)
-        if size > limit:
-            raise _too_large(limit)
-        parts.append(part)
-        if not decoder.eof:
-            raise EOFError("it is cut off")
-        body = decoder.unused_data
-        if not body:
+        while not decoder.eof:
+            window, rest = rest[:_WINDOW], rest[_WINDOW:]
+            if not window:
+                raise EOFError("it is cut off")
+            part = decoder.decompress(window, limit - size + 1)
+            size += len(part)
+            if size > limit:
+                raise _too_large(limit)
+            parts.append(part)
+        rest = memoryview(body)[len(body) - len(rest) - len(decoder.unused_data) :]
+        if not rest:
             return b"".join(parts)
         if window_bits != _GZIP:
             raise EOFError("something follows its end")
+    raise EOFError(_TOO_MANY)
 
 
 def _zstd(body: bytes, limit: int) -> bytes:
     """Twice: its reader can be bounded, and does not say whether the end has come."""
     decoder = zstandard.ZstdDecompressor(max_window_size=max(limit, _SMALLEST_WINDOW))
-    if len(decoder.stream_reader(body, read_across_frames=True).read(limit + 1)) > limit:
+    found = decoder.stream_reader(body, read_across_frames=True).read(limit + 1)
+    if len(found) > limit:
         raise _too_large(limit)
-    parts = []
-    while True:
+    rest = memoryview(body)
+    for _ in range(MOST_MEMBERS):
         frame = decoder.decompressobj()
-        parts.append(frame.decompress(body))
-        if not frame.eof:
-            raise EOFError("it is cut off")
-        body = frame.unused_data
-        if not body:
-            return b"".join(parts)
+        while not frame.eof:
+            window, rest = rest[:_WINDOW], rest[_WINDOW:]
+            if not window:
+                raise EOFError("it is cut off")
+            frame.decompress(window)
+        rest = memoryview(body)[len(body) - len(rest) - len(frame.unused_data) :]
+        if not rest:
+            return found
+    raise EOFError(_TOO_MANY)
 
 
 def _too_large(limit: int) -> BodyTooLargeError:

@@ -200,6 +200,19 @@ def _split(head: bytes) -> tuple[str, dict[str, str]]:
     return first, headers
 
 
+def has_controls(line: bytes) -> bool:
+    """Whether there are control characters other than a tab in one line, line ends included."""
+    return len(line.translate(None, _CONTROLS + b"\r\n")) != len(line)
+
+
+def refuse_bad_trailers(lines: bytes) -> None:
+    """Raise ValueError where trailers, without the empty line at their end, are not as headers are to be."""
+    try:
+        _split(b"\r\n" + lines)
+    except MalformedRequestError as error:
+        raise ValueError(f"of its trailers: {error}") from None
+
+
 def _request_length(headers: dict[str, str], old: bool) -> int:
     coding, given = headers.get("transfer-encoding"), headers.get("content-length")
     if coding is not None:

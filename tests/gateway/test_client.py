@@ -267,3 +267,13 @@ async def test_idle_connections_keep_no_large_heads() -> None:
         await client.send(head + request())
         assert [(await client.answer())[0] for _ in range(2)] == [200, 200]
         assert connection._reader.head is not None
+
+
+@pytest.mark.parametrize("path", ["/readiness", "/v1/models/zz", "/v1/responses/x", "/admin/config/"])
+async def test_bytes_that_are_no_text_in_a_query_are_no_failure(stack: Stack, path: str) -> None:
+    async with connected(stack) as client:
+        statuses = []
+        for query in (b"", b"?stream=\xff&\xc3\xa9"):
+            await client.send(b"GET " + path.encode() + query + b" HTTP/1.1\r\nhost: a\r\n\r\n")
+            statuses.append((await client.answer())[0])
+    assert max(statuses) < 500

@@ -153,6 +153,8 @@ def test_any_chunks_are_read_or_refused(pieces: list[bytes]) -> None:
         b"f" * 300,
         b"f" * 16 + b"\r\n",
         b"5\n;\r\nhello\r\n",
+        b"5;x\ry\r\nhello\r\n",
+        b"5;x=\0\r\nhello\r\n",
     ],
 )
 def test_bad_chunks(wire: bytes) -> None:
@@ -164,6 +166,29 @@ def test_bad_chunks(wire: bytes) -> None:
 
     for size in (1, 3, len(wire)):
         with pytest.raises(ValueError, match="chunk"):
+            read_in_pieces_of(size)
+
+
+@pytest.mark.parametrize(
+    "trailers",
+    [
+        b"x: y\n\nGET /version HTTP/1.1\r\nhost: a\r\n\r\n",  # some servers end them at the empty line
+        b"GET /version HTTP/1.1\r\n\r\n",
+        b"x: y\rz\r\n\r\n",
+        b"x: \0\r\n\r\n",
+        b" folded: y\r\n\r\n",
+        b": y\r\n\r\n",
+    ],
+)
+def test_trailers_are_held_to_the_rules_of_heads(trailers: bytes) -> None:
+    def read_in_pieces_of(size: int) -> None:
+        body = ChunkedBody()
+        body.feed(b"5\r\nhello\r\n0\r\n")
+        for at in range(0, len(trailers), size):
+            body.feed(trailers[at : at + size])
+
+    for size in (1, len(trailers)):
+        with pytest.raises(ValueError, match="of its trailers"):
             read_in_pieces_of(size)
 
 
