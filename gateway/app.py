@@ -116,7 +116,7 @@ class Gateway:
         )
         self.plane = DataPlane(self.metrics, clock, self.log)
         self.responses = Responses(config.responses, store_url(config), self.metrics)
-        self._background = Background(self.responses, self.plane.serve)
+        self._background = Background(self.responses, self.plane.serve, self.plane.intake)
         self.settlement = Settlement(self.metrics, self.plane.ledger.spend)
         self.plane.snapshot = self.make_snapshot(config, cards)
         self._show(cards)

@@ -14,6 +14,7 @@ because the schema itself is (a hundred thousand names in an ``enum``) is left t
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Awaitable, Iterator, Sequence
@@ -39,21 +40,42 @@ MOST_KNOWN = 4096
 """Sets of schemas that are known to be small enough."""
 _AT_ONCE = 500
 """Values, or letters of a pattern, in one step."""
-_SIGNS = tuple(
-    re.compile(sign)
-    for sign in (rb"\{\s{0,8}\d", rb"~\s{0,8}\d", rb"Items\"\s{0,8}:", rb"multipleOf", rb"\\u00")
+_SPACE = rb"(?:[\s,\x80-\xff]++|(?:\\[tnrf])++|\\++[tnrf])*+"
+"""What may stand before a count, however much of it: any white space, also as JSON within JSON has it."""
+_SPELLED = rb"\\++u(?:0085|00[aA]0|1680|20[0-6]|3000)"
+"""White space beyond ASCII."""
+_SIGNS = (
+    re.compile(rb"\{(?=[^\"{}\[])" + _SPACE + rb"(?:[\d#]|" + _SPELLED + rb")"),
+    re.compile(rb"~(?=[^~])" + _SPACE + rb"(?:[\d+]|" + _SPELLED + rb")"),
+    re.compile(rb"Items(?<=m(?:in|ax)Items)"),
+    re.compile(rb"O(?<=multipleO)f"),
+    re.compile(rb"\\u00[0-7]"),
 )
-"""One by one they are searched for at a byte per half a nanosecond."""
+"""Of counts, of a comment before one, and of letters that are spelled otherwise. One by one they are searched
+for at a byte per half a nanosecond, and never for longer than in proportion to the bytes."""
+_OPEN = re.compile(_SPACE + rb"(?:\\*(\\(?:u[0-9a-fA-F]{0,3})?))?")
 _SPAN = 16
-"""Bytes that one may take."""
+"""Bytes that any other may take."""
 _LEVELS, _LONGEST_SHOWN = 32, 64
 """Of a place that is shown, and letters of a name or a value."""
-_TOKEN = re.compile(
-    r"\\.|\[(?:\\.|[^\]\\])*+\]|\{\s*(\d*)\s*(,?)\s*(\d*)\s*\}|~\s*(\d+)(?:\s*\.\.\s*(\d+))?|.",
-    re.DOTALL,
+_CLASS = r"\[(?:\\.|[^\]\\])*+\]|"
+_BUT_CLASSES = (
+    r"\\.|\{[\s,]*+(\d++)(?:[\s,]*+(\d++))?[\s,]*+\}?|\n(?:[^\S\n]|,)*+(\d++)(?:[\s,]*+(\d++))?[\s,]*+[}#]"
+    r"|~\s*+\+?(\d++)(?:\s*+\.\.\s*+\+?(\d++))?|."
 )
-_PATTERNS = ("pattern", "regex", "grammar", "definition", "whitespace_pattern")
+"""A count at the beginning of a line goes on behind a comment: no other line begins so. Nothing is read more
+than a few times, whatever it is."""
+_TOKEN, _TOKEN_BUT_CLASSES = (re.compile(token, re.DOTALL) for token in (_CLASS + _BUT_CLASSES, _BUT_CLASSES))
+_VERBOSE = re.compile(r"\(\?[imsuUR]*+x")
+_GRAMMARS = ("grammar", "definition")
+_SEPARATORS = ("whitespace_pattern", "item_separator", "key_separator")
+"""Patterns too, of guidance alone."""
+_PATTERNS = ("pattern", "regex", *_GRAMMARS, *_SEPARATORS)
 """Names whose text is a pattern, or a grammar that may repeat as one does."""
+_SCHEMA_WITHIN = re.compile(r"%json\s*+(?=[\[{])")
+_NO_SCHEMA = "%json"
+"""Instead of a name: before what is no JSON."""
+_JSON_AT = json.JSONDecoder(parse_int=lambda digits: int(digits) if len(digits) < 20 else MOST).raw_decode
 _JSON = ("json", "structural_tag")
 """Names whose text is a schema."""
 _ITEMS, _MULTIPLE = ("minItems", "maxItems"), "multipleOf"
@@ -61,14 +83,16 @@ TOGETHER = 4
 """All patterns of a request may be so many times as large as one."""
 
 
-def expanded(pattern: str) -> Steps[int]:
+def expanded(pattern: str, *, spaced: bool = False) -> Steps[int]:
     """How many letters, classes and groups' parts a pattern has with its counted repetitions written out; not
-    more than ``MOST``. Of a repetition without an end its beginning counts. Takes time in proportion to the
-    pattern's length, whatever it is."""
+    more than ``MOST``. Of a repetition without an end its beginning counts. ``spaced``: white space and
+    comments may stand between a part and its repetition. Takes time in proportion to the pattern's length,
+    whatever it is."""
+    spaced = spaced or _VERBOSE.search(pattern) is not None
     outer: list[tuple[int, int]] = []
     whole = last = 0
     """Of the group that is being read: all of it, and its last part, which what follows may repeat."""
-    for count, token in enumerate(_TOKEN.finditer(pattern), 1):
+    for count, token in enumerate(_tokens(pattern), 1):
         if not count % _AT_ONCE:
             yield
         text = token.group()
@@ -84,19 +108,28 @@ def expanded(pattern: str) -> Steps[int]:
             last = 0
         elif text in "*+?^$":
             pass
-        elif token.lastindex and (times := _times(token)) is not None:
+        elif token.lastindex:
+            times = _times(token)
+            last = whole if text[0] == "\n" else last  # of what: that was before a comment
             whole, last = min(whole + last * (times - 1), MOST), min(last * times, MOST)
+        elif spaced and text.isspace():
+            whole, last = whole + 1, whole if text == "\n" else last
         else:
             whole, last = whole + 1, 1
     return min(whole + sum(before for before, _ in outer), MOST)
 
 
-def _times(token: re.Match[str]) -> int | None:
-    """How often the part before it may come; None where it is no counted repetition."""
-    counts = [digits for digits in token.group(1, 3, 4, 5) if digits]
-    if not counts:
-        return None
-    return max(1, *(MOST if len(digits) > 12 else int(digits) for digits in counts))
+def _tokens(pattern: str) -> Iterator[re.Match[str]]:
+    for token in _TOKEN.finditer(pattern):
+        yield token
+        if token.group() == "[":  # nothing ends a class any more, and nobody looks for it again
+            yield from _TOKEN_BUT_CLASSES.finditer(pattern, token.end())
+            return
+
+
+def _times(token: re.Match[str]) -> int:
+    """How often the part before it may come."""
+    return max(1, *(MOST if len(digits) > 12 else int(digits) for digits in token.groups() if digits))
 
 
 class BoundGrammars:
@@ -160,7 +193,9 @@ class Look:
         yield
         for count, (place, name, found) in enumerate(_found(value)):
             if name in _PATTERNS:
-                yield from self._pattern(field, place, found)
+                yield from self._pattern(field, place, found, spaced=name in _GRAMMARS)
+            elif name == _NO_SCHEMA:
+                raise self._unreadable(field, place)
             elif name in _ITEMS:
                 self._items += found
                 if self._items > self._bounds.counted:
@@ -173,10 +208,11 @@ class Look:
             if not count % _AT_ONCE:
                 yield
 
-    def _pattern(self, field: str, place: _Place, pattern: str) -> Steps[None]:
+    def _pattern(self, field: str, place: _Place, pattern: str, *, spaced: bool) -> Steps[None]:
         most = self._bounds.pattern
         # One that is long enough is too large by that alone, and reading it would take its time.
-        size = len(pattern) if len(pattern) > TOGETHER * most else (yield from expanded(pattern))
+        long = len(pattern) > TOGETHER * most
+        size = len(pattern) if long else (yield from expanded(pattern, spaced=spaced))
         self._size += size
         if size <= most and self._size <= TOGETHER * most:
             return
@@ -192,6 +228,12 @@ class Look:
             internal="a pattern of a schema is too large",
         )
 
+    def _unreadable(self, field: str, place: _Place) -> BadRequestError:
+        """Not all engines are as strict as ``json``, so that they might read what was not looked at."""
+        where = _where(field, place)
+        said = "has a %json before what is no JSON as RFC 8259 has it; send a schema there"
+        return BadRequestError(f"{where}: {said}", param=where)
+
     def _too_many(self, field: str, place: _Place, found: int, said: str) -> BadRequestError:
         where = _where(field, place)
         return BadRequestError(
@@ -205,12 +247,21 @@ class Look:
 def _counts(raw: Buffer) -> Steps[bool]:
     """Whether there may be a pattern with a counted repetition, or a number that counts, in a JSON text,
     whatever it is spelled like."""
+    held = b""
     for at in range(0, len(raw), WINDOW):
-        window = bytes(raw[at : at + WINDOW + _SPAN])
+        window = held + bytes(raw[at : at + WINDOW])
         if any(sign.search(window) for sign in _SIGNS):
             return True
+        held = _unfinished(window)
         yield
     return False
+
+
+def _unfinished(window: bytes) -> bytes:
+    """What of it the next one may go on with: of a brace that only space has followed so far, no space."""
+    begin = max(window.rfind(b"{"), window.rfind(b"~"))
+    found = _OPEN.fullmatch(window, begin + 1) if begin >= 0 else None
+    return window[-_SPAN:] if found is None else window[begin : begin + 1] + (found.group(1) or b"")
 
 
 _Place = tuple["_Place", str | int] | None
@@ -238,8 +289,22 @@ def _found(value: Any) -> Iterator[tuple[_Place, str, Any]]:
             yield place, name, _digits(value)
         elif name in _PATTERNS:
             yield place, name, value
+            if name in _GRAMMARS:
+                for schema in _schemas(value):
+                    yield place, _NO_SCHEMA if schema is None else "", None
+                    left.append((place, "", schema))
         elif name in _ITEMS and value > 0:
             yield place, name, int(min(MOST, value))
+
+
+def _schemas(grammar: str) -> Iterator[Any]:
+    """Those that a grammar of Lark's has within it; None for what is no JSON."""
+    at = 0
+    while (found := _SCHEMA_WITHIN.search(grammar, at)) is not None:
+        schema, at = None, found.end()
+        with suppress(ValueError, RecursionError):
+            schema, at = _JSON_AT(grammar, at)
+        yield schema
 
 
 def _matters(name: str, item: Any) -> bool:

@@ -160,7 +160,9 @@ class Inquiry:
         headers = {"content-type": "application/json", **replica.credentials}
         url = replica.base + path
         try:
-            async with self._session.post(url, data=body, headers=headers, timeout=timeout) as response:
+            async with self._session.post(  # no engine sends what it was asked, and its key, elsewhere
+                url, data=body, headers=headers, timeout=timeout, allow_redirects=False
+            ) as response:
                 parts, size = [], 0
                 async for part in response.content.iter_any():
                     parts.append(part)

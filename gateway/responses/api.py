@@ -9,12 +9,15 @@ from fastapi import FastAPI, Query, Request, Response
 from pydantic import BaseModel
 
 from gateway.errors import BadRequestError, UnknownResponseError
-from gateway.identity import Identities
+from gateway.identity import Identities, owner_of
 from gateway.proxy.plane import DataPlane
 from gateway.responses import conversation
 from gateway.responses.background import Background
-from gateway.responses.service import Responses, owner_of
+from gateway.responses.conversation import ItemPage
+from gateway.responses.service import Responses
 from gateway.responses.store import Stored
+
+_NO_ENDS = {"first_id": None, "last_id": None}
 
 
 class Deleted(BaseModel):
@@ -76,22 +79,15 @@ class ResponseRoutes:
         after: str | None = None,
     ) -> Response:
         """What a response was made from: the whole conversation before it."""
-        found = None
-        if conversation.is_id(response_id):
-            owner = self._owner(request)
-            found = await self._responses.chain(owner, response_id, conversation.shown_items)
-        if found is None:
+        owner = self._owner(request)
+        page = ItemPage(response_id, limit, after, newest_first=order == "desc")
+        known = conversation.is_id(response_id) and await self._responses.items(owner, response_id, page)
+        if not known:
             raise _unknown(response_id)
-        items = found if order == "asc" else found[::-1]
-        start = 0
-        if after is not None:
-            ids = [item["id"] for item in items]
-            if after not in ids:
-                raise BadRequestError(f"after: {after[:80]!r} is no item of this response", param="after")
-            start = ids.index(after) + 1
-        page = items[start : start + limit]
-        ends = {"first_id": page[0]["id"] if page else None, "last_id": page[-1]["id"] if page else None}
-        shown = {"object": "list", "data": page, **ends, "has_more": start + limit < len(items)}
+        if not page.begun:
+            raise BadRequestError(f"after: {(after or '')[:80]!r} is no item of this response", param="after")
+        ends = {"first_id": page.ids[0], "last_id": page.ids[-1]} if page.ids else _NO_ENDS
+        shown = {"object": "list", "data": page.items, **ends, "has_more": page.has_more}
         return Response(msgspec.json.encode(shown), media_type="application/json")
 
     async def cancel(self, response_id: str, request: Request) -> Response:

@@ -15,13 +15,14 @@ import msgspec
 
 from gateway.config import ApiKey
 from gateway.errors import BadRequestError, ConversationTooLongError, PreviousResponseError
+from gateway.identity import owner_of
 from gateway.proxy.body import LARGE_BYTES
 from gateway.proxy.reply import Reply
 from gateway.responses import conversation
 from gateway.responses.background import Background
 from gateway.responses.conversation import Asked, Previous, flag
 from gateway.responses.reader import ResponseObjects
-from gateway.responses.service import Responses, owner_of
+from gateway.responses.service import Responses
 from gateway.responses.store import Stored
 
 if TYPE_CHECKING:
@@ -52,7 +53,6 @@ class ContinueResponse:
             return None
         body = exchange.body
         asked = conversation.read(body.only(conversation.ASKED))
-        plain = asked is not None
         if asked is None:
             asked = Asked(**{name: body.get(name) for name in conversation.ASKED})
         self._refuse(asked)
@@ -66,7 +66,7 @@ class ContinueResponse:
             return None
         keeps = (settings.by_default if store is None else store) and settings.enabled
         if background:
-            self._check_background(asked, store, plain=plain)
+            self._check_background(asked, store)
         elif asked.previous_response_id is None:
             if not keeps or asked.previous_input_messages is not None:
                 return None
@@ -78,9 +78,12 @@ class ContinueResponse:
     async def _continue(self, exchange: Exchange, asked: Asked, *, keeps: bool, background: bool) -> None:
         # Megabytes take long to be copied; joining them leaves the interpreter to others.
         new = conversation.own_input(await asyncio.to_thread(b"".join, (exchange.body.view("input"),)))
+        if (keeps or background) and len(new) > conversation.MOST_ITEMS:
+            keeps = await self._may_keep(new, background=background)
         previous = None
         if asked.previous_response_id is not None:
             previous = await self._previous(owner_of(_key(exchange)), asked.previous_response_id, new)
+            exchange.client.grow(exchange.body.size + len(previous.input))
         if background:
             await self._background.begin(
                 exchange, self._stored(exchange, new, previous), previous, self._reply
@@ -88,8 +91,21 @@ class ContinueResponse:
         else:
             self._begin(exchange, new, previous, keeps=keeps)
 
+    async def _may_keep(self, new: bytes, *, background: bool) -> bool:
+        """Whether it is few enough items. Raises BadRequestError where it must be."""
+        many = await asyncio.to_thread(conversation.has_too_many_items, new)
+        if many and background:
+            raise BadRequestError(
+                f"input: has more than {conversation.MOST_ITEMS:,} items, which are more than are kept; send "
+                "fewer, or send it without background",
+                param="input",
+            )
+        if many:
+            self._responses.dropped("too_large")
+        return not many
+
     async def _previous(self, owner: str, response_id: str, new: bytes) -> Previous:
-        """Raises PreviousResponseError, ConversationTooLongError and StoreDownError."""
+        """Raises PreviousResponseError, ConversationTooLongError, and what ``Responses.chain`` raises."""
         settings = self._responses.settings
 
         def read(chain: list[Stored]) -> Previous:
@@ -187,7 +203,7 @@ class ContinueResponse:
                 param="previous_response_id",
             )
 
-    def _check_background(self, asked: Asked, store: bool | None, *, plain: bool) -> None:
+    def _check_background(self, asked: Asked, store: bool | None) -> None:
         settings = self._responses.settings
         why = None
         if not settings.enabled or settings.max_background == 0:
@@ -197,8 +213,6 @@ class ContinueResponse:
             why = "can only be used when `store` is true, since its answer is asked for later"
         elif flag(asked.stream, "stream"):
             why = "cannot be streamed here; leave `stream` out and ask GET /v1/responses/{id} for the answer"
-        elif not plain:
-            why = "needs a request in JSON as RFC 8259 has it, since it is kept; send no NaN and no Infinity"
         if why is not None:
             raise BadRequestError(f"background {why}", param="background")
 

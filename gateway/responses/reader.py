@@ -26,8 +26,8 @@ _OBJECT = msgspec.json.Decoder(dict[str, Raw])
 
 
 class KeptReader:
-    """Reads an answer with ``reader``, whose ``feed`` gives whole events, and has ``objects`` set it right.
-    Everything but ``feed`` is the reader's own."""
+    """Reads an answer with ``reader``, which gives whole events, and has ``objects`` set them right.
+    Everything else is the reader's own."""
 
     def __init__(self, reader: Reader, objects: ResponseObjects, *, stream: bool) -> None:
         self._reader = reader
@@ -36,6 +36,10 @@ class KeptReader:
     def feed(self, data: bytes, at: float) -> bytes:
         """What the client gets."""
         return self._set_right(self._reader.feed(data, at))
+
+    def flush(self) -> bytes:
+        """What came together with what broke the answer off."""
+        return self._set_right(self._reader.flush())
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._reader, name)
@@ -104,7 +108,8 @@ class ResponseObjects:
         changed = msgspec.json.encode(fields)
         if last and not self.done:
             self.done = True
-            self._keep(self._id, status, changed)
+            # Nothing more comes of it, whatever an engine calls that.
+            self._keep(self._id, status if status in FINAL else "incomplete", changed)
         return changed
 
 

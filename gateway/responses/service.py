@@ -3,6 +3,9 @@
 All of the database's work is done in threads. One that fails or hangs is tried again once a second by
 ``tend`` alone: whoever needs it meanwhile gets a StoreDownError at once, and whoever does not goes on without
 being kept.
+
+Threads are taken in turns (``turns.py``). To wait for one is not to wait for the database, whose time begins
+when a thread has the call; what is made of its answer afterwards is no fault of its either.
 """
 
 from __future__ import annotations
@@ -11,27 +14,35 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
-from gateway.config import ApiKey, Config, ResponsesSettings
-from gateway.errors import StoreDownError
+from gateway.config import Config, ResponsesSettings
+from gateway.errors import GatewayError, OverloadedError, StoreDownError, TenantOverloadedError
+from gateway.responses.conversation import ItemPage
 from gateway.responses.store import ResponseStore, Stored
+from gateway.responses.turns import Shares, Turn, Turns
 from gateway.store.database import MEMORY, StoreError, configured_url
 from gateway.telemetry.logs import EVENTS
 from gateway.telemetry.metrics import Metrics
 
 TIMEOUT_S = 5.0
 """For one answer of the database."""
+TURN_S, WRITE_TURN_S = 5.0, 30.0
+"""How long is waited for a thread: by what a client waits for, and by what is written."""
 PRUNE_S = 60.0
-MOST_WAITING = 256
+MOST_READING = 512
+"""Calls that clients wait for."""
+MOST_WAITING = 512
 MOST_WAITING_BYTES = 64 << 20
-"""Of calls that wait for the database, and of responses that wait to be written."""
+"""Of responses that wait to be written."""
+PAGE_BYTES = 1 << 20
+"""Of a conversation, read at a time where its beginning or its end may do."""
 _LOOK_AGAIN_S = (0.05, 0.2)
 """Another process may still be writing what its client has just been given the id of."""
 _THREADS = 4
 _DOWN = "The store of responses cannot be used now; try again, or send the whole conversation as `input`."
+_BUSY = "The store of responses has much to do now; try again."
 
 T = TypeVar("T")
 
@@ -54,11 +65,11 @@ class Responses:
         self._clock = clock
         self._store: ResponseStore | None = None
         # A database in memory is one connection, which is one thread's at a time.
-        self._threads = ThreadPoolExecutor(1 if url == MEMORY else _THREADS, "responses")
+        self._turns = Turns(1 if url == MEMORY else _THREADS, "responses")
         self._opening = asyncio.Lock()
         self._writes: dict[tuple[str, str], asyncio.Task[None]] = {}
-        self._writing_bytes = 0
-        self._calls = 0
+        self._reading = Shares(MOST_READING)
+        self._writing, self._writing_bytes = Shares(MOST_WAITING), Shares(MOST_WAITING_BYTES)
         self._down = self._closed = False
         self._pruned_at = time.monotonic()
 
@@ -71,7 +82,7 @@ class Responses:
     @property
     def usable(self) -> bool:
         """Whether the database is not known to fail."""
-        return self._calls < MOST_WAITING and not self._down
+        return not self._down
 
     def now(self) -> float:
         """Unix time."""
@@ -79,75 +90,127 @@ class Responses:
 
     def keep(self, stored: Stored) -> None:
         """Write it when the database can; count it as dropped if that cannot be."""
-        if stored.size > self.settings.max_tenant_bytes:
+        owner, size = stored.owner, stored.size
+        if size > self.settings.max_tenant_bytes:
             self.dropped("too_large")
         elif not self.usable:
             self.dropped("store_down")
-        elif len(self._writes) >= MOST_WAITING or self._writing_bytes + stored.size > MOST_WAITING_BYTES:
+        elif not self._writing.take(owner):
+            self.dropped("busy")
+        elif not self._writing_bytes.take(owner, size):
+            self._writing.give_back(owner)
             self.dropped("busy")
         else:
-            key = (stored.owner, stored.id)
+            key = (owner, stored.id)
             before = self._writes.get(key)
-            self._writing_bytes += stored.size
             self._writes[key] = asyncio.get_running_loop().create_task(self._write(stored, before))
 
     async def _write(self, stored: Stored, before: asyncio.Task[None] | None) -> None:
         try:
             if before is not None:
                 await before
-            await self.put(stored)
-        except StoreDownError:
-            self.dropped("store_down")
+            await self._put(stored, writes=True)
+        except GatewayError as error:
+            self.not_kept(error)
         finally:
-            self._writing_bytes -= stored.size
+            self._writing.give_back(stored.owner)
+            self._writing_bytes.give_back(stored.owner, stored.size)
             if self._writes.get(key := (stored.owner, stored.id)) is asyncio.current_task():
                 del self._writes[key]
 
-    async def put(self, stored: Stored) -> None:
-        """Write it now. Raises StoreDownError."""
-        await self._call(lambda store: store.put(stored))
+    async def _put(self, stored: Stored, *, writes: bool) -> None:
+        await self._call(stored.owner, lambda store: store.put(stored), writes=writes)
         self._metrics.responses_stored.labels().inc()
 
+    # What follows raises StoreDownError, OverloadedError, and TenantOverloadedError where too much is asked
+    # for one owner.
+
+    async def put(self, stored: Stored) -> None:
+        """Write it now."""
+        with self._counted(stored.owner):
+            await self._put(stored, writes=False)
+
     async def get(self, owner: str, response_id: str) -> Stored | None:
-        """One response. Raises StoreDownError."""
-        return await self._look(owner, response_id, lambda store: store.get(owner, response_id))
+        """One response."""
+        with self._counted(owner):
+            return await self._look(owner, response_id, lambda store: store.get(owner, response_id))
 
     async def chain(self, owner: str, response_id: str, read: Callable[[list[Stored]], T]) -> T | None:
         """What ``read`` makes, in a thread, of a response and those before it; None where there is none.
-        Raises StoreDownError, and whatever ``read`` raises."""
+        Raises whatever ``read`` raises as well."""
+        with self._counted(owner):
+            chain = await self._look(
+                owner, response_id, lambda store: store.chain(owner, response_id) or None
+            )
+            return await self._make(owner, lambda: read(chain)) if chain is not None else None
 
-        def found(store: ResponseStore) -> T | None:
-            chain = store.chain(owner, response_id)
-            return read(chain) if chain else None
+    async def items(self, owner: str, response_id: str, page: ItemPage) -> bool:
+        """Give ``page``, in a thread, what it needs of a response and those before it; whether there is such
+        a response."""
+        with self._counted(owner):
+            links = await self._look(
+                owner, response_id, lambda store: store.links(owner, response_id) or None
+            )
+            if links is None:
+                return False
+            for ids in _by_size(links[::-1] if page.newest_first else links):
+                if await self._fill(owner, ids, page):
+                    break
+        return True
 
-        return await self._look(owner, response_id, found)
+    async def _fill(self, owner: str, ids: Sequence[str], page: ItemPage) -> bool:
+        some = await self._call(owner, lambda store: store.some(owner, ids))
+        return await self._make(owner, lambda: page.take(some))
 
     async def delete(self, owner: str, response_id: str) -> bool:
-        """Whether there was one. Raises StoreDownError."""
-        gone = await self._look(owner, response_id, lambda store: store.delete(owner, response_id) or None)
+        """Whether there was one."""
+        with self._counted(owner):
+            gone = await self._look(
+                owner, response_id, lambda store: store.delete(owner, response_id) or None
+            )
         return bool(gone)
+
+    @contextlib.contextmanager
+    def _counted(self, owner: str) -> Iterator[None]:
+        """A call that a client waits for."""
+        reading = self._reading
+        if not reading.take(owner):
+            if not reading.left:
+                raise OverloadedError(_BUSY)
+            raise TenantOverloadedError(
+                f"{reading.taken[owner]} requests of this tenant wait for the store of responses already; "
+                "wait for their answers"
+            )
+        try:
+            yield
+        finally:
+            reading.give_back(owner)
+
+    # in the background
 
     async def finish(self, owner: str, response_id: str, status: str, response: bytes) -> bool:
         """Write what has become of a response in the background; whether it was still under way. Raises
-        StoreDownError."""
-        return await self._call(lambda store: store.finish(owner, response_id, status, response))
+        StoreDownError and OverloadedError."""
+        return await self._call(
+            owner, lambda store: store.finish(owner, response_id, status, response), writes=True
+        )
 
     async def beat(self, runner: str, ids: list[tuple[str, str]]) -> set[tuple[str, str]]:
-        """See ``ResponseStore.beat``. Raises StoreDownError."""
-        return await self._call(lambda store: store.beat(runner, ids))
+        """See ``ResponseStore.beat``. Raises StoreDownError and OverloadedError."""
+        return await self._call(None, lambda store: store.beat(runner, ids))
 
-    async def silent(self, stored: Stored) -> bool:
-        """See ``ResponseStore.silent``. Raises StoreDownError."""
-        return await self._call(lambda store: store.silent(stored))
+    def silent(self, stored: Stored) -> bool:
+        """See ``ResponseStore.silent``; of a response that has been read."""
+        return self._store is not None and self._store.silent(stored)
 
     async def tend(self) -> None:
         """From time to time: open the database, look whether it is back, and have what has expired not only
-        not found, but gone. Raises StoreDownError."""
+        not found, but gone. Raises StoreDownError and OverloadedError."""
         if self._store is None or self._down:
-            await self._ask(lambda store: store.ping())
+            await self._call(None, lambda store: store.ping(), tries=True)
         elif time.monotonic() - self._pruned_at > PRUNE_S:
             self._pruned_at = time.monotonic()
-            await self._call(lambda store: store.prune())
+            await self._call(None, lambda store: store.prune())
 
     async def close(self) -> None:
         """Write what is left, for a moment. Whoever asks afterwards finds the store down."""
@@ -156,35 +219,44 @@ class Responses:
         self._closed = True
         store, self._store = self._store, None
         if store is not None:
+            turn = Turn(self._turns.threads)
             with contextlib.suppress(TimeoutError):
-                await self._in_thread(store.close)
-        self._threads.shutdown(wait=False, cancel_futures=True)
+                await turn.within(TIMEOUT_S, store.close)
+            turn.end()
+        self._turns.threads.shutdown(wait=False, cancel_futures=True)
 
     async def _look(
         self, owner: str, response_id: str, work: Callable[[ResponseStore], T | None]
     ) -> T | None:
         """Read what may just be being written, here or elsewhere."""
         if (writing := self._writes.get((owner, response_id))) is not None:
-            await asyncio.wait([writing])
-        found = await self._call(work)
+            await asyncio.wait([writing], timeout=TURN_S)
+            if not (writing.done() or self._down):
+                raise OverloadedError(_BUSY)
+        found = await self._call(owner, work)
         if found is None and self._store is not None and self._store.shared:
             for wait_s in _LOOK_AGAIN_S:
                 await asyncio.sleep(wait_s)
-                if (found := await self._call(work)) is not None:
+                if (found := await self._call(owner, work)) is not None:
                     break
         return found
 
-    async def _call(self, work: Callable[[ResponseStore], T]) -> T:
-        if not self.usable:
-            raise StoreDownError(_DOWN)
-        return await self._ask(work)
-
-    async def _ask(self, work: Callable[[ResponseStore], T]) -> T:
-        if self._closed:
-            raise StoreDownError(_DOWN, internal="the gateway is shutting down")
+    async def _call(
+        self,
+        owner: str | None,
+        work: Callable[[ResponseStore], T],
+        *,
+        writes: bool = False,
+        tries: bool = False,
+    ) -> T:
+        """What the database gives. ``owner``: None for what is everybody's. ``tries``: also while it is
+        down."""
+        self._refuse(tries=tries)
+        turn = await self._turn(owner, WRITE_TURN_S if writes else TURN_S)
         try:
-            store = await self._opened()
-            result = await self._in_thread(lambda: work(store))
+            self._refuse(tries=tries)  # it may be down by now
+            store = await self._opened(turn, tries=tries)
+            result = await turn.within(TIMEOUT_S, lambda: work(store))
         except TimeoutError:
             why = f"responses.store: no answer within {TIMEOUT_S:g} s"
         except StoreError as error:
@@ -192,8 +264,32 @@ class Responses:
         else:
             self._set_down(None)
             return result
+        finally:
+            turn.end()
         self._set_down(why)
         raise StoreDownError(_DOWN, internal=why)
+
+    async def _make(self, owner: str, work: Callable[[], T]) -> T:
+        """In a thread, and however long that takes."""
+        turn = await self._turn(owner, TURN_S)
+        try:
+            self._refuse(tries=True)
+            return await turn.do(work)
+        finally:
+            turn.end()
+
+    def _refuse(self, *, tries: bool) -> None:
+        if self._closed:
+            raise StoreDownError(_DOWN, internal="the gateway is shutting down")
+        if self._down and not tries:
+            raise StoreDownError(_DOWN)
+
+    async def _turn(self, owner: str | None, wait_s: float) -> Turn:
+        """Raises OverloadedError, or StoreDownError where it is the database that all wait for."""
+        try:
+            return await self._turns.wait(owner, wait_s)
+        except TimeoutError:
+            raise (StoreDownError(_DOWN) if self._down else OverloadedError(_BUSY)) from None
 
     def _set_down(self, why: str | None) -> None:
         if self._down == (why is not None):
@@ -205,43 +301,37 @@ class Responses:
         else:
             log.info("responses are kept again")
 
-    async def _opened(self) -> ResponseStore:
+    async def _opened(self, turn: Turn, *, tries: bool) -> ResponseStore:
         if self._store is None:
             async with self._opening:
                 if self._store is None:
+                    self._refuse(tries=tries)  # another one may have tried meanwhile
                     url, settings, clock = self._url, self.settings, self._clock
-                    self._store = await self._in_thread(lambda: ResponseStore(url, settings, clock))
+                    self._store = await turn.within(TIMEOUT_S, lambda: ResponseStore(url, settings, clock))
                     self._store.limits = self.settings
         return self._store
 
-    async def _in_thread(self, work: Callable[[], T]) -> T:
-        """A thread that hangs is not waited for, but goes on being counted. Raises TimeoutError."""
-        work_done = self._threads.submit(work)
-        future = asyncio.wrap_future(work_done)
-        self._calls += 1
-        future.add_done_callback(self._called)
-        await asyncio.wait((future,), timeout=TIMEOUT_S)
-        # Asked of the thread itself: the loop may have been kept from hearing of it in time.
-        if not work_done.done():
-            raise TimeoutError
-        return work_done.result()
-
-    def _called(self, future: asyncio.Future[T]) -> None:
-        self._calls -= 1
-        if not future.cancelled():
-            future.exception()  # of one that nobody waits for any more
+    def not_kept(self, error: GatewayError) -> None:
+        """Count a response that could not be written."""
+        self.dropped("store_down" if isinstance(error, StoreDownError) else "busy")
 
     def dropped(self, reason: str) -> None:
         """Count a response that should have been kept."""
         self._metrics.responses_dropped.labels(reason).inc()
 
 
-def owner_of(key: ApiKey | None) -> str:
-    """Whose a response is: all keys' of one tenant. A key without a tenant is a tenant of its own: what it
-    kept is no other key's to read."""
-    if key is None:
-        return ""
-    return f"tenant:{key.tenant}" if key.tenant else f"key:{key.name}"
+def _by_size(links: Iterable[tuple[str, int]]) -> Iterator[list[str]]:
+    """Ids, so many together as have ``PAGE_BYTES``, and one at least."""
+    ids: list[str] = []
+    size = 0
+    for name, more in links:
+        if ids and size + more > PAGE_BYTES:
+            yield ids
+            ids, size = [], 0
+        ids.append(name)
+        size += more
+    if ids:
+        yield ids
 
 
 def store_url(config: Config) -> str:

@@ -27,10 +27,12 @@ from sqlalchemy import (
     Row,
     String,
     Table,
+    and_,
     bindparam,
     delete,
     func,
     inspect,
+    not_,
     or_,
     select,
     tuple_,
@@ -156,14 +158,29 @@ class ResponseStore:
     def chain(self, owner: str, response_id: str) -> list[Stored]:
         """A response and those before it, the first one first. Where one of those is gone, the ones after it
         alone: ``chain[0].depth`` is 1 when it is whole. Empty where there is no such response."""
+        return [_stored(row) for row in self._used(self._statements.chain, owner, response_id)]
+
+    def links(self, owner: str, response_id: str) -> list[tuple[str, int]]:
+        """The ids of such a chain and their bytes, without what they hold."""
+        return [(row.id, row.size) for row in self._used(self._statements.links, owner, response_id)]
+
+    def some(self, owner: str, ids: Sequence[str]) -> list[Stored]:
+        """Those of the responses of one chain that are there, the first one first."""
+        wanted = select(RESPONSES).where(_C.owner == owner, _C.id.in_(ids)).order_by(_C.depth)
+        with self._database.begin() as connection:
+            rows = connection.execute(wanted).all()
+        return [_stored(row) for row in rows]
+
+    def _used(self, chain: Any, owner: str, response_id: str) -> Sequence[Row[Any]]:
+        """The rows of a chain, which count as used now."""
         now = self._clock()
         with self._database.begin() as connection:
-            rows = connection.execute(self._statements.chain, self._asked(owner, response_id)).all()
+            rows = connection.execute(chain, self._asked(owner, response_id)).all()
             if any(row.used < now - _TOUCH_S for row in rows):
                 ids = [row.id for row in rows]
                 touched = update(RESPONSES).where(_C.owner == owner, _C.id.in_(ids)).values(used=now)
                 connection.execute(touched)
-        return [_stored(row) for row in rows]
+        return rows
 
     def delete(self, owner: str, response_id: str) -> bool:
         """Whether there was one."""
@@ -234,12 +251,14 @@ class ResponseStore:
         return int(count), int(size)
 
     def _too_much(self) -> Any:
-        """Rows over a limit, counted from the one that was used last."""
+        """Rows over a limit, counted from the one that was used last. What somebody works on stays."""
         newest = (_C.used.desc(), _C.depth.desc(), _C.owner, _C.id)
         ranked = select(
             _C.owner,
             _C.id,
-            _C.status,
+            and_(_C.status.in_(RUNNING), _C.runner.is_not(None), _C.beat >= self._clock() - SILENT_S).label(
+                "worked_on"
+            ),
             func.row_number().over(partition_by=_C.owner, order_by=newest).label("number"),
             func.sum(_C.size).over(partition_by=_C.owner, order_by=newest).label("bytes"),
             func.sum(_C.size).over(order_by=newest).label("all_bytes"),
@@ -248,7 +267,7 @@ class ResponseStore:
         return (
             select(found.owner, found.id)
             .where(
-                found.status.not_in(RUNNING),
+                not_(func.coalesce(found.worked_on, False)),
                 or_(
                     found.number > limits.max_responses,
                     found.bytes > limits.max_tenant_bytes,
@@ -288,8 +307,9 @@ class _Statements:
             fresh,
         )
         linked = linked.union_all(before)
-        in_chain = _C.id.in_(select(linked.c.id))
-        self.chain = select(RESPONSES).where(_C.owner == whose, in_chain).order_by(_C.depth)
+        in_chain = (_C.owner == whose, _C.id.in_(select(linked.c.id)))
+        self.chain = select(RESPONSES).where(*in_chain).order_by(_C.depth)
+        self.links = select(_C.id, _C.size, _C.used).where(*in_chain).order_by(_C.depth)
 
 
 def _without_dropped(connection: Connection) -> None:

@@ -17,7 +17,7 @@ async def probe(session: aiohttp.ClientSession, replica: Replica) -> None:
     timeout = aiohttp.ClientTimeout(total=PROBE_TIMEOUT_S)
     try:
         async with session.get(
-            replica.base + "/health", headers=replica.credentials, timeout=timeout
+            replica.base + "/health", headers=replica.credentials, timeout=timeout, allow_redirects=False
         ) as response:
             healthy = response.status == 200
     except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError):

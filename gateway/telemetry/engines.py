@@ -137,7 +137,7 @@ class EngineReader:
         timeout = aiohttp.ClientTimeout(total=SCRAPE_TIMEOUT_S)
         try:
             async with self._session.get(
-                replica.base + "/metrics", headers=replica.credentials, timeout=timeout
+                replica.base + "/metrics", headers=replica.credentials, timeout=timeout, allow_redirects=False
             ) as response:
                 reading = parse_reading(await response.text() if response.status == 200 else "")
         except (aiohttp.ClientError, TimeoutError, ValueError):

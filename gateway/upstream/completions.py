@@ -16,6 +16,7 @@ Nothing here looks at what an answer says.
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from typing import Any
 
 import msgspec
@@ -27,7 +28,7 @@ from gateway.upstream.logprobs import without_logprobs
 from gateway.upstream.options import OutputOptions
 from gateway.upstream.refusals import raise_if_error
 from gateway.upstream.sse import LONGEST_EVENT_BYTES, UNREADABLE, EventSplitter, fields_of, object_of
-from gateway.upstream.usage import NOT_GIVEN, Raw, is_null, usage_of
+from gateway.upstream.usage import NOT_GIVEN, Raw, is_null, sane, usage_of
 
 MOST_CHOICES = 1 << 16
 
@@ -123,9 +124,10 @@ class StreamReader:
             completion += one.completion
             prompts[index // self._options.n if self._options.prompts > 1 else 0] = one
         if len(prompts) < self._options.prompts or any(one.prompt is None for one in prompts.values()):
-            return Usage(None, 0, completion, False)
-        prompt = sum(one.prompt or 0 for one in prompts.values())
-        return Usage(prompt, sum(one.cached for one in prompts.values()), completion, self.done)
+            return Usage(None, 0, sane(completion), False)
+        prompt = sane(sum(one.prompt or 0 for one in prompts.values()))
+        cached = min(prompt, sum(one.cached for one in prompts.values()))
+        return Usage(prompt, cached, sane(completion), self.done)
 
     def feed(self, data: bytes, at: float) -> bytes:
         splitter = self._splitter
@@ -163,7 +165,7 @@ class StreamReader:
         if not event.endswith(tail) or not choices or len(choices) > 1 or chunk.error is not NOT_GIVEN:
             return None
         choice = choices[0]
-        if choice.finish_reason is not None or usage == _NULL:
+        if choice.finish_reason is not None or usage == _NULL or choice.index not in self._by_choice:
             return None
         self._by_choice[choice.index] = usage
         self._last = event
@@ -197,6 +199,7 @@ class StreamReader:
             return shown
         if _ends(choices):
             self._ended.update([choice.index for choice in choices])
+            _refuse_many(self._ended)
             self._usual = False  # from here on anything may come
         return shown if options.include_usage or not self._ended else self._hold(choices, shown)
 
@@ -218,8 +221,7 @@ class StreamReader:
         self._usual = self._SHORTCUT and not self._each and not self._ended
         index = choices[0].index
         self._by_choice[index] = usage
-        if len(self._by_choice) > MOST_CHOICES:
-            raise UpstreamError("The engine answered with more choices than anybody can have asked for.")
+        _refuse_many(self._by_choice)
 
     def _usage_event(self, event: bytes, payload: bytes, usage: Raw, at: float) -> bytes:
         """The event that has the usage of the whole answer and nothing of the answer."""
@@ -301,8 +303,13 @@ def _chunk_of(payload: bytes) -> _Chunk:
             (choice.get("index"), choice.get("finish_reason")) if isinstance(choice, dict) else (0, 0)
         )
         read.append(_Choice(index if isinstance(index, int) else 0, str(reason) if reason else None))
-    usage = Raw(msgspec.json.encode(data["usage"])) if "usage" in data else NOT_GIVEN
+    usage = Raw(_encoded(data["usage"])) if "usage" in data else NOT_GIVEN
     return _Chunk(read, usage, Raw(b"{}") if "error" in data else NOT_GIVEN)
+
+
+def _refuse_many(choices: Collection[int]) -> None:
+    if len(choices) > MOST_CHOICES:
+        raise UpstreamError("The engine answered with more choices than anybody can have asked for.")
 
 
 def _ends(choices: list[_Choice]) -> bool:
@@ -340,7 +347,16 @@ def _with(event: bytes, more: dict[str, Raw]) -> bytes:
 
 
 def _written(others: bytes, fields: dict[str, Any]) -> bytes:
-    return _event(others, msgspec.json.encode(fields))
+    return _event(others, _encoded(fields))
+
+
+def _encoded(value: Any) -> bytes:
+    """Raises UpstreamError for what ``json`` reads and nobody should write: halves of characters, numbers
+    without bounds."""
+    try:
+        return msgspec.json.encode(value)
+    except (*UNREADABLE, OverflowError):
+        raise UpstreamError("The engine sent something that is no answer.") from None
 
 
 def _event(others: bytes, payload: bytes) -> bytes:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import Any
@@ -21,6 +22,7 @@ import msgspec
 
 from gateway.config import GatewaySettings, Provider
 from gateway.errors import BadRequestError, UpstreamError, UpstreamTimeoutError
+from gateway.proxy.body import LARGEST_READ_BYTES
 from gateway.proxy.endpoints import CHAT, EMBEDDINGS
 from gateway.proxy.exchange import Exchange
 from gateway.routing.replicas import Replica
@@ -31,6 +33,15 @@ from gateway.upstream.providers.parameters import passed, unknown_tool
 from gateway.upstream.providers.reply import chat_body, chat_event, embeddings_body, finishes
 from gateway.upstream.sse import DONE
 from gateway.upstream.vllm import Listener
+
+SMALL_BYTES = LARGEST_READ_BYTES
+"""A body of up to this is made objects of at once."""
+MOST_VALUES = 1 << 19
+"""In one body: all are objects at the same time, here and in LiteLLM. Embeddings of 300,000 tokens, which is
+as many as OpenAI takes, have so many."""
+_WINDOW = 32 << 10
+_STRING = re.compile(rb'(?:[^"\\]++|\\.)*+', re.DOTALL)
+_SEPARATORS = (b",", b"[", b"{")
 
 
 class FailedError(Exception):
@@ -72,14 +83,12 @@ class LiteLLM:
                 param="model",
             )
         provider = self._provider(replica.name)
-        body = exchange.body.everything()
-        if place := unknown_tool(body):
-            text = f"{place}.type: {replica.name} takes tools of type function and custom; send one of these"
-            raise BadRequestError(text, param=place)
-        if exchange.options.stream:
-            body["stream_options"] = usage_wanted(exchange.body)
         chat, stream = exchange.endpoint is CHAT, exchange.options.stream
-        answer = self._answer(provider, body, chat=chat, stream=stream)
+        if exchange.body.size <= SMALL_BYTES:
+            body = _asked(exchange, replica.name)
+            answer = self._answer(provider, body, chat=chat, stream=stream)
+        else:
+            answer = self._read_and_answer(provider, exchange, replica.name, chat=chat, stream=stream)
         return ProviderAttempt(listener, exchange, replica, answer)
 
     async def once(self, model: str, body: dict[str, Any]) -> dict[str, Any]:
@@ -103,6 +112,15 @@ class LiteLLM:
             return self._providers[model]
         except KeyError:
             raise UpstreamError(f"The provider of {model} is no longer configured.") from None
+
+    async def _read_and_answer(
+        self, provider: Provider, exchange: Exchange, name: str, *, chat: bool, stream: bool
+    ) -> AsyncGenerator[bytes, None]:
+        """The answer to a body that takes long to read. Raises BadRequestError, and FailedError."""
+        body = await asyncio.to_thread(_asked, exchange, name)
+        async with aclosing(self._answer(provider, body, chat=chat, stream=stream)) as answer:
+            async for payload in answer:
+                yield payload
 
     async def _answer(
         self, provider: Provider, body: dict[str, Any], *, chat: bool, stream: bool
@@ -192,6 +210,10 @@ class ProviderAttempt:
             self._listener.ended(self)
         except FailedError as error:
             self._fail(error.failed)
+        except BadRequestError as error:
+            if self._end():
+                self.did_nothing = True
+                self.exchange.pipeline.fail(self.exchange, error)
         except Exception as error:
             self._end()
             self.exchange.pipeline.defect(self.exchange, error)
@@ -227,6 +249,46 @@ class ProviderAttempt:
         self.over = True
         self._lease.release()
         return True
+
+
+def _asked(exchange: Exchange, name: str) -> dict[str, Any]:
+    """What is asked, as objects. Raises BadRequestError."""
+    asked = exchange.body
+    if asked.size > SMALL_BYTES and (count := _values(asked.json)) > MOST_VALUES:
+        raise BadRequestError(
+            f"The body has {count:,} values or more, of which {name} takes {MOST_VALUES:,}; send fewer"
+        )
+    body = asked.everything()
+    if place := unknown_tool(body):
+        text = f"{place}.type: {name} takes tools of type function and custom; send one of these"
+        raise BadRequestError(text, param=place)
+    if exchange.options.stream:
+        body["stream_options"] = usage_wanted(asked)
+    return body
+
+
+def _values(raw: bytes) -> int:
+    """How many values a JSON text has, without making any; of more than ``MOST_VALUES`` not how many more.
+    For a thread, which lets others go on after every step."""
+    count, at, size = 1, 0, len(raw)
+    while at < size and count <= MOST_VALUES:
+        end = min(at + _WINDOW, size)
+        if (quote := raw.find(b'"', at, end)) >= 0:
+            end = quote
+        count += sum(raw.count(sign, at, end) for sign in _SEPARATORS)
+        at = end if quote < 0 else _behind(raw, quote + 1)
+    return count
+
+
+def _behind(raw: bytes, at: int) -> int:
+    """Where what follows a string begins; ``at`` is behind its first quote."""
+    while (found := _STRING.match(raw, at, at + _WINDOW)) is not None:
+        if raw[found.end() : found.end() + 1] == b'"':
+            return found.end() + 1
+        if found.end() == at:
+            break  # it is cut off
+        at = found.end()
+    return len(raw)
 
 
 async def _next(source: Any) -> Any:

@@ -7,6 +7,7 @@ ask for is taken out again before it is answered (``readers.py``).
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,8 @@ import msgspec
 from msgspec import UNSET
 
 from gateway.config import Quality
-from gateway.proxy.body import Body
+from gateway.errors import BadRequestError
+from gateway.proxy.body import TOO_DEEP, Body
 from gateway.proxy.fields import RequestFields
 from gateway.upstream.sse import UNREADABLE
 
@@ -85,17 +87,27 @@ def usage_wanted(body: Body) -> dict[str, Any]:
     return {**(body.fields.stream_options or {}), "include_usage": True}
 
 
+def _as_it_was_read(wanted: dict[str, Any]) -> bytes:
+    """What a client has put in besides is the engine's: halves of characters, NaN, numbers of any size.
+    Raises BadRequestError."""
+    try:
+        return json.dumps(wanted, separators=(",", ":")).encode()
+    except RecursionError:  # it was read with less below it
+        raise BadRequestError(TOO_DEEP, param="stream_options") from None
+
+
 def changes_for_engine(
     body: Body, options: OutputOptions, quality: Quality, *, tapped: bool
 ) -> dict[str, bytes]:
-    """Fields of a completion request that an engine is sent otherwise than the client sent them, as JSON."""
+    """Fields of a completion request that an engine is sent otherwise than the client sent them, as JSON.
+    Raises BadRequestError."""
     changes: dict[str, bytes] = {}
     if options.stream:
         if body.fields.stream_options is UNSET:
             changes["stream_options"] = _ALL_USAGE
         else:
             wanted = usage_wanted(body) | {"continuous_usage_stats": True}
-            changes["stream_options"] = msgspec.json.encode(wanted)
+            changes["stream_options"] = _as_it_was_read(wanted)
     if tapped and options.chat and quality.logprobs and body.fields.takes_logprobs:
         most = max(options.top_logprobs, quality.top_logprobs)
         changes["logprobs"] = b"true"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from gateway.errors import UpstreamError, UpstreamRefusedError
+from gateway.errors import ClientGoneError, UpstreamError, UpstreamRefusedError
 from gateway.upstream.sse import UNREADABLE, object_of
 
 
@@ -16,12 +16,13 @@ def raise_if_error(payload: bytes, *, always: bool = False) -> None:
     if not error and not always:
         return
     code = error.get("code") if isinstance(error, dict) else None
-    raise refusal(code if isinstance(code, int) else 500, payload)
+    raise refusal(code if type(code) is int and 400 <= code < 600 else 500, payload)
 
 
 def refusal(status: int, raw: bytes) -> UpstreamError:
-    """An answer other than 200: the client's own mistake is passed on, anything else is a 502."""
-    if 400 <= status < 500:
+    """An answer other than 200: the client's own mistake is passed on, anything else is a 502. So is 499,
+    which no server answers: in the books it is a client that left."""
+    if 400 <= status < 500 and status != ClientGoneError.status:
         try:
             return UpstreamRefusedError(status, msgspec.json.decode(raw))
         except UNREADABLE:

@@ -13,7 +13,7 @@ Each of these has one outcome in ``tiercel_usage_settled_total``, under the same
 ``known``    the engine had counted the prompt before the answer broke off
 ``booked``   it did so when it was asked afterwards
 ``unknown``  nobody can be asked: a provider's prompt, or one that no endpoint counts
-``failed``   the engine gave no count, however often it was asked
+``failed``   the engine gave no count, however often it was asked, or one that is none
 ``dropped``  there were too many, or the process ended first
 ===========  ==================================================================================
 
@@ -28,6 +28,7 @@ import contextlib
 import logging
 from collections import deque
 from collections.abc import Callable, Mapping
+from http import HTTPStatus
 from typing import Any
 
 import aiohttp
@@ -36,6 +37,7 @@ import msgspec
 from gateway.proxy.record import Usage
 from gateway.telemetry.logs import EVENTS
 from gateway.telemetry.metrics import Metrics
+from gateway.upstream.usage import is_count
 
 MOST_WAITING = 4096
 MOST_BYTES = 32 << 20
@@ -209,7 +211,7 @@ class Settlement:
             prompt = None
             if questions is not None:
                 async with asyncio.timeout(ANSWER_WITHIN_S):
-                    prompt = sum([await _ask(session, attempt, question) for question in questions])
+                    prompt = _together([await _ask(session, attempt, question) for question in questions])
         except (aiohttp.ClientError, OSError) as error:  # a TimeoutError is one as well
             self._failed(waiting, error, for_good=_is_for_good(error))
         except Exception as error:
@@ -291,6 +293,16 @@ async def _ask(session: aiohttp.ClientSession, attempt: Unreported, question: Qu
     if isinstance(question, int):
         return question
     path, body, field = question
-    async with session.post(attempt.url + path, json=body, headers=attempt.headers) as response:
+    sent = session.post(attempt.url + path, json=body, headers=attempt.headers, allow_redirects=False)
+    async with sent as response:
         response.raise_for_status()
-        return int((await response.json())[field])
+        if response.status != HTTPStatus.OK:  # it sends us elsewhere, with the prompt and its key
+            raise ValueError(f"status {response.status}")
+        return _together([(await response.json())[field]])
+
+
+def _together(counts: list[Any]) -> int:
+    """Raises ValueError for what is no count, which would spoil a counter for good."""
+    if all(map(is_count, counts)) and is_count(total := sum(counts)):
+        return total
+    raise ValueError("no count of tokens")

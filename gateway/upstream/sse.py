@@ -1,8 +1,8 @@
 """Server-sent events, from bytes as they arrive (WHATWG HTML, section 9.2).
 
 An event ends with a blank line; lines end with LF or CRLF (nobody writes CR alone). Only ``data`` is read;
-comments, ``event``, ``id`` and ``retry`` are passed on. Anything else in a stream of an engine is no event:
-an error page, say.
+comments, ``event``, ``id`` and ``retry`` are passed on, and other lines are ignored beside them. What has
+none of these lines is no event of an engine: an error page, say.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ _BLANK_LINE = re.compile(rb"\n\r?\n")
 _LONGEST_BLANK_LINE = 3
 _LINE_END = re.compile(rb"\r?\n")
 _OTHER_FIELDS = (b":", b"event:", b"id:", b"retry:")
+_EMPTY_FIELDS = (b"event", b"id", b"retry")
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 UNREADABLE = (msgspec.MsgspecError, ValueError, RecursionError)
 """What decoders of JSON raise for what is no JSON (text that is no UTF-8 is a ValueError)."""
@@ -91,14 +92,18 @@ def fields_of(raw: bytes) -> tuple[bytes, bytes]:
     Raises UpstreamError for what is no event."""
     if raw.startswith(b"data: ") and raw.find(b"\n") == len(raw) - 2:
         return raw[6:].strip(), b""  # nearly always: one line
-    data, others = [], []
+    data, others, ignored = [], [], False
     for line in _LINE_END.split(raw.removeprefix(_BYTE_ORDER_MARK)):
         if line.startswith(b"data:"):
             data.append(line[5:].strip())
-        elif line.startswith(_OTHER_FIELDS):
+        elif line.startswith(_OTHER_FIELDS) or line in _EMPTY_FIELDS:
             others.append(line + b"\n")
+        elif line == b"data":
+            data.append(b"")
         elif line:
-            raise garbage(raw)
+            ignored = True
+    if ignored and not (data or others):
+        raise garbage(raw)
     return b"\n".join(data), b"".join(others)
 
 

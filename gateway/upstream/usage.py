@@ -18,6 +18,8 @@ there (``cache_creation_input_tokens``); the prompt is the sum of the three.
 
 from __future__ import annotations
 
+from typing import TypeGuard
+
 import msgspec
 
 from gateway.proxy.record import NO_USAGE, Usage
@@ -63,7 +65,7 @@ def usage_of(raw: bytes | Raw, before: Usage = NO_USAGE, *, exact: bool = True) 
 
 
 def counted(counts: Counts, before: Usage = NO_USAGE, *, exact: bool = True) -> Usage:
-    """The usage that one ``usage`` object says."""
+    """The usage that one ``usage`` object says. The cache has had no more of a prompt than there is of it."""
     prompt, completion = counts.prompt_tokens, counts.completion_tokens
     if (
         prompt is not None
@@ -72,7 +74,7 @@ def counted(counts: Counts, before: Usage = NO_USAGE, *, exact: bool = True) -> 
         and 0 <= prompt <= MOST_TOKENS
         and 0 <= completion <= MOST_TOKENS
     ):
-        return Usage(prompt, before.cached, completion, exact)  # nearly always
+        return Usage(prompt, min(before.cached, prompt), completion, exact)  # nearly always
     if prompt is None and counts.input_tokens is not None:
         read, created = counts.cache_read_input_tokens, counts.cache_creation_input_tokens
         prompt = counts.input_tokens + max(0, read or 0) + max(0, created or 0)
@@ -84,16 +86,23 @@ def counted(counts: Counts, before: Usage = NO_USAGE, *, exact: bool = True) -> 
     cached = counts.cache_read_input_tokens if details is None else details.cached_tokens
     if (prompt, completion) == (None, None):
         return before
+    prompt = before.prompt if prompt is None else sane(prompt)
     return Usage(
-        before.prompt if prompt is None else _sane(prompt),
-        before.cached if cached is None else _sane(cached),
-        before.completion if completion is None else _sane(completion),
+        prompt,
+        min(before.cached if cached is None else sane(cached), prompt or 0),
+        before.completion if completion is None else sane(completion),
         exact,
     )
 
 
-def _sane(count: int) -> int:
-    return count if 0 <= count <= MOST_TOKENS else 0
+def is_count(value: object) -> TypeGuard[int]:
+    """Whether it may be a number of tokens."""
+    return type(value) is int and 0 <= value <= MOST_TOKENS
+
+
+def sane(count: int) -> int:
+    """0 for what is no count."""
+    return count if is_count(count) else 0
 
 
 def is_null(raw: Raw) -> bool:

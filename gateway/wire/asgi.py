@@ -18,7 +18,7 @@ from gateway.wire.heads import RequestHead
 
 _OURS = frozenset((b"content-length", b"transfer-encoding", b"connection"))
 """Headers of an answer that the client writes itself."""
-_NOT_ASCII = re.compile(rb"[\x80-\xff]")
+_NOT_ASCII = re.compile(r"[\x80-\xff]")
 
 
 class AsgiCall:
@@ -93,13 +93,15 @@ class AsgiCall:
         self._client.send_whole(b"".join(lines), b"".join(self._parts), no_body=self._no_body)
 
 
-def _quoted(byte: re.Match[bytes]) -> bytes:
-    return b"%%%02X" % byte[0][0]
+def _in_ascii(part: str) -> str:
+    """A part of the target with what is not ASCII percent-encoded: nobody fails on it, whatever it is."""
+    return _NOT_ASCII.sub(lambda byte: f"%{ord(byte[0]):02X}", part)
 
 
 def _scope(connection: ClientConnection, head: RequestHead) -> dict[str, Any]:
     transport = connection.transport
     client, server = transport.get_extra_info("peername"), transport.get_extra_info("sockname")
+    path = _in_ascii(head.path)
     return {
         "type": "http",
         "asgi": {"version": "3.0", "spec_version": "2.3"},
@@ -107,9 +109,9 @@ def _scope(connection: ClientConnection, head: RequestHead) -> dict[str, Any]:
         # HEAD is GET without the body (RFC 9110, section 9.3.2): the application needs to know of one only.
         "method": "GET" if head.method == "HEAD" else head.method,
         "scheme": "https" if transport.get_extra_info("sslcontext") else "http",
-        "path": unquote(head.path),
-        "raw_path": head.path.encode("latin-1"),
-        "query_string": _NOT_ASCII.sub(_quoted, head.query.encode("latin-1")),
+        "path": unquote(path),
+        "raw_path": path.encode(),
+        "query_string": _in_ascii(head.query).encode(),
         "root_path": "",
         "headers": [
             (name.encode("latin-1"), value.encode("latin-1")) for name, value in head.headers.items()

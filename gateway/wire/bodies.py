@@ -136,7 +136,9 @@ class ChunkedBody:
             return len(data)
         line = data[at:line_end]
         digits = line.split(b";", 1)[0].rstrip(b" \t")
-        if not 0 < len(digits) <= 15 or digits.translate(None, _HEX) or has_controls(line):
+        if has_controls(line):
+            raise ValueError("the size of a chunk, or what follows it, has control characters")
+        if not 0 < len(digits) <= 15 or digits.translate(None, _HEX):
             raise ValueError(f"the size of a chunk is {digits[:20]!r}")
         size = int(digits, 16)
         if size:

@@ -5,7 +5,9 @@ Bounded while decoding: a few kilobytes can stand for gigabytes, and what is ove
 
 from __future__ import annotations
 
+import io
 import zlib
+from typing import BinaryIO, cast
 
 import zstandard
 
@@ -58,7 +60,7 @@ def _is_zlib(body: bytes) -> bool:
 
 
 def _inflated(body: bytes, window_bits: int, limit: int) -> bytes:
-    rest, parts, size = memoryview(body), [], 0
+    rest, found, size = memoryview(body), io.BytesIO(), 0
     for _ in range(MOST_MEMBERS):
         decoder = zlib.decompressobj(window_bits)
         while not decoder.eof:
@@ -69,33 +71,59 @@ def _inflated(body: bytes, window_bits: int, limit: int) -> bytes:
             size += len(part)
             if size > limit:
                 raise _too_large(limit)
-            parts.append(part)
+            found.write(part)
         rest = memoryview(body)[len(body) - len(rest) - len(decoder.unused_data) :]
         if not rest:
-            return b"".join(parts)
+            return found.getvalue()
         if window_bits != _GZIP:
             raise EOFError("something follows its end")
     raise EOFError(_TOO_MANY)
 
 
 def _zstd(body: bytes, limit: int) -> bytes:
-    """Twice: its reader can be bounded, and does not say whether the end has come."""
-    decoder = zstandard.ZstdDecompressor(max_window_size=max(limit, _SMALLEST_WINDOW))
-    found = decoder.stream_reader(body, read_across_frames=True).read(limit + 1)
+    frames = _Frames(body, limit)
+    reader = _zstd_decoder(limit).stream_reader(cast(BinaryIO, frames), _WINDOW, read_across_frames=True)
+    found = reader.read(limit + 1)
     if len(found) > limit:
         raise _too_large(limit)
-    rest = memoryview(body)
-    for _ in range(MOST_MEMBERS):
-        frame = decoder.decompressobj()
-        while not frame.eof:
-            window, rest = rest[:_WINDOW], rest[_WINDOW:]
-            if not window:
-                raise EOFError("it is cut off")
-            frame.decompress(window)
-        rest = memoryview(body)[len(body) - len(rest) - len(frame.unused_data) :]
-        if not rest:
-            return found
-    raise EOFError(_TOO_MANY)
+    if not frames.whole:
+        raise EOFError("it is cut off")
+    return found
+
+
+class _Frames:
+    """A body as its reader takes it, in windows. That reader can be bounded, and does not say where a frame
+    ends: so each window that it has read, which is known by then not to hold too much, is read once more."""
+
+    def __init__(self, body: bytes, limit: int) -> None:
+        self._rest = memoryview(body)
+        self._window = self._rest[:0]
+        self._decoder = _zstd_decoder(limit)
+        self._frame: zstandard.ZstdDecompressionObj | None = None
+        self._count = 0
+
+    @property
+    def whole(self) -> bool:
+        """Whether what has been read ends where a frame does."""
+        return self._frame is not None and self._frame.eof
+
+    def read(self, size: int) -> memoryview:
+        """The next window; none at the end. Raises EOFError and ZstdError for what is wrong with the last."""
+        window = self._window
+        while window:
+            if self._frame is None or self._frame.eof:
+                self._count += 1
+                if self._count > MOST_MEMBERS:
+                    raise EOFError(_TOO_MANY)
+                self._frame = self._decoder.decompressobj()
+            self._frame.decompress(window)
+            window = window[len(window) - len(self._frame.unused_data) :]
+        self._window, self._rest = self._rest[:size], self._rest[size:]
+        return self._window
+
+
+def _zstd_decoder(limit: int) -> zstandard.ZstdDecompressor:
+    return zstandard.ZstdDecompressor(max_window_size=max(limit, _SMALLEST_WINDOW))
 
 
 def _too_large(limit: int) -> BodyTooLargeError:

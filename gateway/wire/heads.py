@@ -210,7 +210,7 @@ def refuse_bad_trailers(lines: bytes) -> None:
     try:
         _split(b"\r\n" + lines)
     except MalformedRequestError as error:
-        raise ValueError(f"of its trailers: {error}") from None
+        raise ValueError(f"its trailers are no headers: {str(error).removesuffix('.')}") from None
 
 
 def _request_length(headers: dict[str, str], old: bool) -> int:

@@ -5,13 +5,18 @@ from __future__ import annotations
 import asyncio
 import json
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 import openai
 import pytest
 from gateway_stack import CHAT, Stack, addresses, eventually, from_clients, running_gateway
 
+from gateway.config import Quality
+from gateway.errors import BadRequestError
+from gateway.proxy.body import Body
 from gateway.telemetry.logs import AccessLog, LogWriter
+from gateway.upstream.options import OutputOptions, changes_for_engine
 
 
 async def test_headers_say_what_was_decided(stack: Stack) -> None:
@@ -46,6 +51,36 @@ async def test_usage_is_shown_only_when_asked_for(stack: Stack) -> None:
         assert [bool(event.get("usage")) for event in events] == [False] * 4 + [True] * wanted
         assert stack.asked("bf16")[-1]["stream_options"]["include_usage"] is True
     assert stack.sample("tiercel_tokens_total", role="core", variant="bf16", kind="completion") == 12
+
+
+async def test_stream_options_reach_the_engine_as_they_were_sent(stack: Stack) -> None:
+    for path, asks in (("/v1/chat/completions", {"messages": []}), ("/v1/completions", {"prompt": "x"})):
+        for more in (
+            {"\ud800": 1},
+            {"x": "\ud83d"},
+            {"x": 10**40},
+            {"x": float("inf")},
+            {"x": [{"y": None}]},
+        ):
+            options = {"include_usage": True, **more}
+            body = json.dumps({"model": "assistant", "stream": True, "stream_options": options, **asks})
+            head = {"content-type": "application/json"}
+            async with stack.http.post(stack.url + path, data=body, headers=head) as response:
+                assert response.status == 200, more
+                assert (await stack.events(response))[-1] == "[DONE]"
+            sent = stack.asked("bf16")[-1]["stream_options"]
+            assert sent == options | {"continuous_usage_stats": True}
+
+
+def test_stream_options_that_are_too_deep_by_now_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def too_deep(*_: Any, **__: Any) -> str:
+        raise RecursionError
+
+    body = Body(b'{"stream": true, "stream_options": {"x": [[]]}}')
+    wanted = OutputOptions.of(body.fields, chat=True, body=body)
+    monkeypatch.setattr(json, "dumps", too_deep)
+    with pytest.raises(BadRequestError, match="nested too deeply"):
+        changes_for_engine(body, wanted, Quality(), tapped=False)
 
 
 LOGPROBS = [  # what the client asks for, how many alternatives it sees, how many the engine is asked for

@@ -9,6 +9,7 @@ import random
 import tracemalloc
 import zlib
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import zstandard
@@ -57,13 +58,59 @@ def test_several_members_and_frames_are_one_body() -> None:
 
 @pytest.mark.parametrize(("name", "encode"), [("gzip", gzip.compress), ("zstd", zstandard.compress)])
 def test_members_are_bounded_in_number(name: str, encode: Callable[[bytes], bytes]) -> None:
-    """What is left behind each is looked at anew: of millions of empty ones that would take hours."""
+    """What is left behind each was copied: of a hundred thousand empty ones that took minutes."""
     some = encode(b"a") * 512 + encode(b"") * 512
     assert decoded(some, name, LIMIT) == b"a" * 512
     with pytest.raises(BadRequestError, match="more than 1024 members"):
         decoded(some + encode(b""), name, LIMIT)
     with pytest.raises(BadRequestError, match="more than 1024 members"):
         decoded(encode(b"") * 100_000, name, LIMIT)
+
+
+@pytest.mark.parametrize(("name", "encode"), [("gzip", gzip.compress), ("zstd", zstandard.compress)])
+def test_each_byte_is_handed_to_decoders_once_but_for_a_windows_tail(
+    name: str, encode: Callable[[bytes], bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Counted, since a decoder copies what of its input lies behind a member's end."""
+    handed = 0
+
+    class Counting:
+        def __init__(self, decoder: Any) -> None:
+            self._decoder = decoder
+
+        def __getattr__(self, attribute: str) -> Any:
+            return getattr(self._decoder, attribute)
+
+        def decompress(self, data: memoryview, *more: int) -> bytes:
+            nonlocal handed
+            handed += len(data)
+            part: bytes = self._decoder.decompress(data, *more)
+            return part
+
+        def decompressobj(self) -> Counting:
+            return Counting(self._decoder.decompressobj())
+
+    make, make_zstd = zlib.decompressobj, zstandard.ZstdDecompressor
+    monkeypatch.setattr(zlib, "decompressobj", lambda bits: Counting(make(bits)))
+    monkeypatch.setattr(zstandard, "ZstdDecompressor", lambda **given: Counting(make_zstd(**given)))
+    part = random.Random(0).randbytes(10_000)
+    members = [encode(b"a")] * 500 + [encode(part)] * 100
+    body = b"".join(members)
+    assert decoded(body, name, LIMIT) == b"a" * 500 + part * 100
+    assert len(body) <= handed <= len(body) + len(members) * (64 << 10)
+    handed = 0
+    with pytest.raises(BadRequestError, match="more than 1024 members"):
+        decoded(encode(b"") * 200_000, name, LIMIT)
+    assert 0 < handed <= 1024 * (64 << 10)
+
+
+def test_frames_of_zstd_that_hold_nothing_are_read_over() -> None:
+    skipped = b"\x50\x2a\x4d\x18\x03\x00\x00\x00abc"
+    frame = zstandard.compress
+    assert decoded(skipped + frame(b"a") + skipped + frame(b"") + frame(b"b") + skipped, "zstd", 2) == b"ab"
+    for cut in (frame(b"a") + skipped[:-1], skipped + frame(b"a")[:-1]):
+        with pytest.raises(BadRequestError, match="cut off"):
+            decoded(cut, "zstd", LIMIT)
 
 
 @pytest.mark.parametrize(("name", "encode"), ENCODERS[:7])

@@ -9,17 +9,25 @@ import logging
 import socket
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
+import aiohttp
 import pytest
 import yaml
 from aiohttp import web
 from gateway_stack import CHAT, Stack, eventually, make_config, running_gateway
+from prometheus_client import CollectorRegistry
 from pydantic import ValidationError
 from test_keys import bearer, key
 
-from gateway.config import Config, ConfigError, parse_config
+from gateway.config import Config, ConfigError, WatchSettings, parse_config
+from gateway.quality.inquiry import Inquiry
 from gateway.routing.discovery import Discovery
+from gateway.routing.health import probe
+from gateway.routing.replicas import Replica
+from gateway.telemetry.engines import EngineReader
+from gateway.telemetry.metrics import Metrics
 from gateway.upstream.fake import FakeEngine, Script
 
 WORDS = {"a": "pw-of-a", "b": "pẃ-of-b:é", "c": "sk-of-c"}
@@ -231,3 +239,36 @@ def test_a_secret_where_the_name_of_its_variable_belongs_is_not_shown(changes: d
     assert "S3cr3t" not in str(caught.value)
     with contextlib.suppress(ValidationError):
         Config.model_validate(raw)
+
+
+async def test_no_engine_sends_our_key_elsewhere(tmp_path: Path) -> None:
+    """Who asks it for its health, its figures or its judgement does not follow where it points."""
+    followed: list[str] = []
+
+    async def elsewhere(request: web.Request) -> web.Response:
+        followed.append(request.path)
+        return web.Response(text="{}")
+
+    async def away(request: web.Request) -> web.Response:
+        raise web.HTTPTemporaryRedirect(f"/elsewhere{request.path}")
+
+    app = web.Application()
+    app.router.add_route("*", "/elsewhere/{path:.*}", elsewhere)
+    app.router.add_route("*", "/{path:.*}", away)
+    runner = web.AppRunner(app)
+    await runner.setup()
+    try:
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        base = f"http://127.0.0.1:{runner.addresses[0][1]}"
+        replica = Replica("assistant:int8", "assistant:int8-0", base, lambda: 0.0)
+        async with aiohttp.ClientSession() as session:
+            await probe(session, replica)
+            metrics = Metrics(CollectorRegistry(), ())
+            await EngineReader(session, metrics, tmp_path, lambda: 0.0)._read(replica, None)
+            inquiry = Inquiry(WatchSettings(), {}, cast(Any, None), metrics)
+            inquiry._session = session
+            assert (await inquiry._post(replica, "/v1/completions", b"{}"))[0] == 307
+    finally:
+        await runner.cleanup()
+    assert not replica.reachable
+    assert followed == []

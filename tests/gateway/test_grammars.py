@@ -62,10 +62,39 @@ def schema(pattern: str) -> dict[str, Any]:
         ("(a{1,9999}){1,9999}", 9999 * 9999),
         ("(" * 500 + "a{9}" + "){9}" * 500, MOST),
         ("a{" + "9" * 10_000 + "}", MOST),
+        ("a{" + " " * 99 + "7\t}", 7),
+        ("a{ \n\u20031 ,\u00a0 7}", 7),
+        ("(a{9}) {9}", 18),
+        ("(?x)(a{9}) {9}", 83),
+        ("(?ix: (a{9})#b\n{9})", 136),
     ],
 )
 def test_the_size_of_a_pattern_is_that_of_what_it_stands_for(pattern: str, size: int) -> None:
     assert done(expanded(pattern)) == size
+
+
+@pytest.mark.parametrize(
+    "grammar",
+    [
+        '("a"{99}) {99}',
+        '("a" ~ 99)\t~\t99',
+        '("a"{99}) # as often again\n {99}',
+        '"a"{# so often\n 9801}',
+        '"a"{0 # at least\n , 9801}',
+        '"a"{0 # {\n , # }\n 9801 # at most\n }',
+        '"a"{# { so often\n\n9801\n}',
+    ],
+)
+def test_a_grammar_has_space_and_comments_wherever_an_engine_takes_them(grammar: str) -> None:
+    assert done(expanded(grammar, spaced=True)) > 9000
+    assert refused({"structured_outputs": {"grammar": f"root ::= {grammar}"}}) is not None
+
+
+@pytest.mark.parametrize("text", ["{", "[", "{ ", "\n", "{#", "{,", "~ ", "\n1", "(?x", "[\\", "{1 ", "\n "])
+def test_no_pattern_is_read_again_and_again(text: str) -> None:
+    """What takes more than time in proportion to this is not done in years."""
+    for pattern in (text * 50_000, text + " " * 100_000):
+        done(expanded(pattern, spaced=True))
 
 
 def _repeated(part: Part, low: int, more: int) -> Part:
@@ -148,6 +177,86 @@ def test_spelling_hides_nothing() -> None:
     assert refused(b'{"structured_outputs": {}' + odd) is not None
 
 
+SPACES = [
+    "",
+    " " * 9,
+    r"\t",
+    r"\n\r\f",
+    r"\u0020\u0009",
+    r"\u00a0",
+    r"\u2003",
+    "\u2003",
+    " " * 40_000,
+    r"\t" * 40_000,
+]
+
+
+@pytest.mark.parametrize("space", SPACES, ids=range(len(SPACES)))
+def test_no_space_hides_a_count(space: str) -> None:
+    for text in (
+        '"regex": "a{%s99999}"',
+        '"regex": "a{%s1%s,%s99999}"',
+        '"regex": "a\\\\u007b%s99999}"',
+        '"grammar": "start: a ~%s99999"',
+        '"grammar": "root ::= a {%s#%s\\n%s99999}"',
+        '"json": "{\\"pattern\\": \\"a{%s99999}\\"}"',
+    ):
+        inner = space.replace("\\", r"\\") if "json" in text else space
+        spelled = '{"structured_outputs": {' + text.replace("\\\\u", "\\u").replace("%s", inner) + "}}"
+        json.loads(spelled)
+        assert refused(spelled.encode()) is not None, text
+    if "\\" not in space and space.isascii():
+        for name in ("maxItems", r"max\u0049tems", r"\u006daxItems", "multipleOf", r"multiple\u004ff"):
+            spelled = f'{{"text": {{"{name}"{space}:{space}1000000007}}}}'
+            assert refused(spelled.encode()) is not None, name
+
+
+PIECES = st.sampled_from(
+    [
+        "{",
+        "~",
+        " ",
+        "\n",
+        r"\n",
+        r"\t",
+        "\\",
+        r"\u00",
+        r"\u2003",
+        " " * 20,
+        r"\n" * 10,
+        "4",
+        "é",
+        "minItems",
+        "multipleOf",
+        '"',
+        "#",
+        "Items",
+        ",",
+    ]
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(PIECES, max_size=12), st.integers(1, 9))
+def test_a_large_text_is_glanced_at_as_a_small_one(pieces: list[str], window: int) -> None:
+    raw = "".join(pieces).encode()
+    whole = done(grammars._counts(raw))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(grammars, "WINDOW", window)
+        assert done(grammars._counts(raw)) == whole
+
+
+@pytest.mark.parametrize(
+    "text", [r"{\n  a", "é{é}", "~ x", '{"a":{"b":[{"c":1}]}}', r"{\"a\": {}}", "Line Items", "{a}1"]
+)
+def test_a_glance_is_enough_for_what_counts_nothing(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of such texts a field may have more than a megabyte."""
+    raw = json.dumps({"description": text}, indent=3).encode()
+    for window in (1, 2, 3, 7, 1000):
+        monkeypatch.setattr(grammars, "WINDOW", window)
+        assert not done(grammars._counts(raw))
+
+
 @pytest.mark.parametrize(
     "body",
     [
@@ -186,6 +295,20 @@ def array(**counts: float) -> dict[str, Any]:
         (array(maxItems=10**9), "structured_outputs.json.maxItems: is 1000000000, and all of a request"),
         (array(minItems=30_000, maxItems=30_000), "together 60,000"),
         (array(maxItems=1e300), "gateway.max_schema_count"),
+        ({"structured_outputs": {"json": '{"maxItems" : 1000000000}'}}, "json.maxItems: is 1000000000"),
+        ({"structured_outputs": {"json": r'{"max\u0049tems":1000000000}'}}, "json.maxItems: is 1000000000"),
+        (
+            {"structured_outputs": {"grammar": r'start: %json {"a":{"max\u0049tems": 1000000000}} "x"'}},
+            "structured_outputs.grammar.a.maxItems: is 1000000000",
+        ),
+        (
+            {
+                "structured_outputs": {
+                    "grammar": 'start: %json %jsonx{ %json\n[{"minItems":' + "9" * 900 + "}]"
+                }
+            },
+            "structured_outputs.grammar[0].minItems",
+        ),
         ({"tools": [array(maxItems=30_000), array(maxItems=30_000)]}, "maxItems"),
         ({"text": {"multipleOf": 1_000_003}}, "text.multipleOf: is 1000003"),
         ({"text": {"allOf": [{"multipleOf": 9973}, {"multipleOf": 9967}]}}, "least common multiple"),
@@ -195,6 +318,31 @@ def test_numbers_that_an_engine_writes_out_are_bounded(body: dict[str, Any], whe
     said = refused(body)
     assert said is not None
     assert where in said
+
+
+@pytest.mark.parametrize("more", ['"a":007', '"a":"\t"', '"a":+7', "", "'a':1", '"a":"\\q"', '"a":1e'])
+def test_a_schema_in_a_grammar_that_only_some_engines_can_read_is_refused(more: str) -> None:
+    """xgrammar reads the first one."""
+    hidden = r'{"type":"string","pattern":"^(ab)\u007b2000}$",'
+    said = refused({"structured_outputs": {"grammar": f"start: %json {hidden}{more}}}"}})
+    assert said is not None
+    assert "structured_outputs.grammar: has a %json" in said
+    said = refused({"structured_outputs": {"grammar": f'start: %json\n\t{hidden}"a":7}}'}})
+    assert said is not None
+    assert "structured_outputs.grammar.pattern: '^(ab){2000}$' has 4,000 letters" in said
+    fine = r'start: %json {"type":"string","pattern":"^(ab)\u007b20}$"} | "%json" # %json'
+    assert refused({"structured_outputs": {"grammar": fine}}) is None
+
+
+@pytest.mark.parametrize("name", ["whitespace_pattern", "item_separator", "key_separator"])
+def test_what_guidance_puts_between_items_is_a_pattern(name: str) -> None:
+    assert refused({"text": {"x-guidance": {name: "a{99999}"}}}) is not None
+    assert refused({"text": {"x-guidance": {name: r"\s{1,9}"}, "properties": {name: {"maximum": 9}}}}) is None
+
+
+@pytest.mark.parametrize("count", ["{,99999}", "{ , 99999}", "~ +99999", "~ 1..+99999", "{99999,}"])
+def test_every_spelling_of_a_repetition_counts(count: str) -> None:
+    assert refused({"structured_outputs": {"grammar": f'start: "ab"{count}'}}) is not None
 
 
 def test_numbers_that_it_does_not_write_out_are_not() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import subprocess
 import sys
 import threading
@@ -12,14 +13,19 @@ from typing import Any
 import pytest
 from dialects import WEATHER, ProviderServer
 from gateway_stack import running_gateway
+from hypothesis import given
+from hypothesis import strategies as st
 from openai_schema import CHUNK, WHOLE, check
 from provider_stack import (
     KEY,
+    OPENAI,
     Providers,
     provided,
 )
 
 from gateway.app import Gateway
+from gateway.proxy.body import Body
+from gateway.upstream import litellm
 from gateway.upstream.providers.library import import_litellm
 
 
@@ -84,6 +90,72 @@ async def test_litellms_own_mock(mocked: tuple[Providers, dict[str, Any]]) -> No
         mock["mock_response"] = said_error
         got, _, _ = await providers.failed("mock")
         assert got == status, said_error
+
+
+# large bodies
+
+
+async def test_a_large_body_is_made_objects_of_elsewhere(
+    one: Providers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: list[threading.Thread] = []
+    real = Body.everything
+
+    def everything(body: Body) -> dict[str, Any]:
+        threads.append(threading.current_thread())
+        return real(body)
+
+    monkeypatch.setattr(Body, "everything", everything)
+    large = {"role": "user", "content": "x" * litellm.SMALL_BYTES}
+    for messages in ([large], [large] * 10, [{"role": "user", "content": "x"}]):
+        answer = await one.whole(OPENAI, messages=messages)
+        assert answer["choices"][0]["message"]["content"] == "It is a fine day."
+        assert one.server.requests[-1]["messages"] == messages
+    assert await one.stream(OPENAI, messages=[large])
+    here = threading.current_thread()
+    assert [thread is here for thread in threads] == [False, False, True, False]
+
+
+async def test_what_is_wrong_with_a_large_body_is_said_as_of_a_small_one(
+    one: Providers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(litellm, "MOST_VALUES", 30_000)
+    large = {"role": "user", "content": "x" * litellm.SMALL_BYTES}
+    asked = len(one.server.requests)
+    for stream in (False, True):
+        status, error, _ = await one.failed(OPENAI, messages=[large], tools=[{"type": "mcp"}], stream=stream)
+        assert (status, error["param"]) == (400, "tools[0]")
+    status, error, _ = await one.failed(OPENAI, messages=[[]] * 40_000)
+    assert status == 400
+    assert "gpt takes 30,000" in error["message"]
+    assert len(one.server.requests) == asked
+    await one.whole(OPENAI)
+    replica = one.stack.gateway.plane.snapshot.pools.providers[OPENAI]
+    assert replica.mine == 0
+    assert replica.breaker.no_failures
+
+
+LETTERS = st.text(alphabet='"\\,[]{}:é1 x', max_size=12)
+VALUES = st.recursive(
+    st.none() | st.integers() | LETTERS,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(LETTERS, inner, max_size=4),
+    max_leaves=20,
+)
+
+
+def values(value: Any) -> int:
+    """An empty list or object counts twice."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else None
+    return 1 if inner is None else 1 + (sum(map(values, inner)) or 1)
+
+
+@given(value=VALUES, window=st.integers(2, 40))
+def test_values_are_counted_without_being_made(value: Any, window: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(litellm, "_WINDOW", window)
+        raw = json.dumps(value).encode()
+        assert litellm._values(raw) == values(value)
+        assert litellm._values(raw[:-1]) <= values(value), "one that is cut off comes to an end"
 
 
 # LiteLLM itself

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ from gateway.proxy.body import Body
 from gateway.proxy.endpoints import Form
 from gateway.proxy.record import NO_USAGE, Usage
 from gateway.quality.transcript import Transcript
-from gateway.upstream import sse
+from gateway.upstream import completions, sse
 from gateway.upstream.completions import StreamReader, TappedStreamReader
 from gateway.upstream.options import OutputOptions
 from gateway.upstream.readers import NamedStreamReader, TappedWholeReader, WholeReader, reader_for
@@ -285,6 +286,45 @@ def test_what_is_strange_passes(kind: type[StreamReader]) -> None:
 
 
 @READERS
+@pytest.mark.parametrize("options", [PLAIN, WANTED, EACH], ids=["no usage", "usage", "usage in each"])
+@pytest.mark.parametrize(
+    "event",
+    [
+        b'{"choices":[{"index":0}],"usage":{"a":"\\ud800"}}',
+        b'{"choices":[{"index":0,"x":NaN}],"usage":{"a":"\\ud800"}}',
+        b'{"choices":[{"index":0,"x":NaN}],"usage":{"prompt_tokens":1%b}}' % (b"0" * 40),
+        b'{"\\ud800":1, "choices":[{"index":0}], "usage":{"prompt_tokens":1} }',
+        b'{"\\ud800":1, "choices":[], "usage":{"prompt_tokens":1} }',
+        b'{"id":"\\ud800", "choices":[{"index":0,"delta":{"content":"\\ud800"}}], "usage":{"\\ud800":1} }',
+        b'{"choices":[{"index":1%b,"finish_reason":"\\ud800"}],"usage":null}' % (b"0" * 40),
+    ],
+)
+def test_halves_of_characters_and_endless_numbers_pass_or_are_no_answer(
+    kind: type[StreamReader], options: OutputOptions, event: bytes
+) -> None:
+    for before in (b"", compact(chunk("a", usage=usage(1, 1)))):
+        reader = kind(options)
+        with contextlib.suppress(UpstreamError):  # any other error would be told as ours
+            reader.feed(before + b"data: " + event + b"\n\n" + DONE, 0.0)
+
+
+@READERS
+@pytest.mark.parametrize("finish", [None, "stop"])
+@pytest.mark.parametrize("write", [compact, spaced])
+def test_choices_without_end_are_no_answer(
+    kind: type[StreamReader], finish: str | None, write: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(completions, "MOST_CHOICES", 8)
+    for more in ({"usage": usage(1, 1)}, {}) if finish else ({"usage": usage(1, 1)},):
+        reader = kind(WANTED)
+        for index in range(8):
+            reader.feed(write(chunk("a", index, finish, **more)), 0.0)
+        reader.feed(write(chunk("a", 7, finish, **more)), 0.0)
+        with pytest.raises(UpstreamError, match="more choices"):
+            reader.feed(write(chunk("a", 8, finish, **more)), 0.0)
+
+
+@READERS
 @pytest.mark.parametrize("write", [compact, spaced, crlf])
 def test_an_error_within_a_stream(kind: type[StreamReader], write: Any) -> None:
     reader = kind(PLAIN)
@@ -295,6 +335,34 @@ def test_an_error_within_a_stream(kind: type[StreamReader], write: Any) -> None:
     with pytest.raises(UpstreamRefusedError, match="too long") as refused:
         kind(PLAIN).feed(write({"error": {"message": "too long", "code": 400}}), 0.0)
     assert refused.value.status == 400
+
+
+@READERS
+@pytest.mark.parametrize(
+    ("code", "status"),
+    [(404, 404), (True, 502), (499, 502), (500, 502), (200, 502), (-1, 502), (10**30, 502), ("404", 502)],
+)
+def test_an_error_has_the_status_that_it_says_if_it_is_one(
+    kind: type[StreamReader], code: Any, status: int
+) -> None:
+    with pytest.raises(UpstreamError) as failed:
+        kind(PLAIN).feed(compact({"error": {"message": "m", "code": code}}), 0.0)
+    assert failed.value.status == status
+    assert "True" not in failed.value.message
+
+
+@READERS
+def test_choices_together_have_no_more_tokens_than_there_can_be(kind: type[StreamReader]) -> None:
+    most = 1 << 40
+    one, two = OutputOptions(chat=False, stream=True), OutputOptions(chat=False, stream=True, prompts=2)
+    for options in (one, two):
+        reader = kind(options)
+        for index in (0, 1):
+            reader.feed(compact(chunk("a", index, usage=usage(most, most, most))), 0.0)
+        said = reader.usage
+        assert (said.prompt or 0) <= most
+        assert said.completion <= most
+        assert said.cached <= (said.prompt or 0)
 
 
 @READERS
@@ -518,6 +586,25 @@ def test_counts_that_are_none_leave_the_books_alone() -> None:
     assert usage_of(b'{"prompt_tokens":-1,"completion_tokens":3}') == Usage(0, 0, 3, True)
     assert usage_of(b'{"prompt_tokens":9999999999999999999999,"completion_tokens":3}') == Usage(0, 0, 3, True)
     assert usage_of(b'{"prompt_tokens":5.0,"completion_tokens":3}') == Usage(5, 0, 3, True)
+
+
+@pytest.mark.parametrize(
+    ("said", "cached"),
+    [
+        (usage(3, 1, 1 << 39), 3),
+        (usage(3, 1, 3), 3),
+        (usage(3, 1, -100), 0),
+        (usage(0, 1, 5), 0),
+        ({"input_tokens": 3, "input_tokens_details": {"cached_tokens": 9}, "output_tokens": 1}, 3),
+        ({"completion_tokens": 1, "prompt_tokens_details": {"cached_tokens": 9}}, 0),
+    ],
+)
+def test_the_cache_had_no_more_of_a_prompt_than_there_is(said: dict[str, Any], cached: int) -> None:
+    assert usage_of(json.dumps(said).encode()).cached == cached
+    reader = WholeReader()
+    reader.feed(json.dumps({"usage": said}).encode(), 0.0)
+    assert reader.usage.cached == cached
+    assert usage_of(b'{"prompt_tokens":2,"completion_tokens":1}', reader.usage).cached == min(cached, 2)
 
 
 # named streams

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+import threading
+from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
 import pytest
@@ -13,7 +14,12 @@ from responses_engine import responses_gateway
 from test_keys import bearer, key
 from yarl import URL
 
-from gateway.errors import UnauthenticatedError
+from gateway.errors import UnauthenticatedError, UpstreamError
+from gateway.responses import conversation
+from gateway.responses.conversation import LARGEST_DECODED_BYTES, LARGEST_ECHOED_BYTES, MOST_ITEMS, ItemPage
+from gateway.responses.reader import ResponseObjects
+from gateway.responses.store import Stored
+from gateway.upstream.readers import NamedStreamReader
 
 PATH = "/v1/responses"
 BACKGROUND = '"background": true'
@@ -59,8 +65,8 @@ def asking(*fields: str, given: str = '"x"') -> str:
     return "{" + ", ".join(('"model": "assistant"', f'"input": {given}', *fields)) + "}"
 
 
-async def made(stack: Stack, *fields: str, who: str = "any") -> str:
-    status, answer = await ask(stack, "POST", PATH, asking(*fields), who)
+async def made(stack: Stack, *fields: str, who: str = "any", given: str = '"x"') -> str:
+    status, answer = await ask(stack, "POST", PATH, asking(*fields, given=given), who)
     assert status == 200, answer
     return str(answer["id"])
 
@@ -137,6 +143,206 @@ async def test_what_python_alone_reads_is_kept_no_less(stack: Stack) -> None:
     assert (await ask(stack, "GET", f"{PATH}/{answer['id']}"))[0] == 200
     status, answer = await ask(stack, "POST", PATH, asking('"seed": NaN', BACKGROUND))
     assert (status, answer["error"]["param"]) == (400, "background")
+
+
+LONG = json.dumps("x" * 100_000)
+"""Of which only the first level is read, where it is in a body that is nearly nothing else."""
+
+
+@pytest.mark.parametrize(
+    ("given", "field"),
+    [
+        (LONG, '"temperature": NaN'),
+        ('[{"role": "user", "content": ' + LONG + "}}", '"user": "x"'),
+        ("[" + "[]," * 100_000 + "NaN]", '"user": "x"'),
+    ],
+)
+async def test_what_cannot_be_kept_of_a_large_request_takes_nobodys_place(given: str, field: str) -> None:
+    async with responses_gateway(responses={"max_background": 2}) as (stack,):
+        for _ in range(3):
+            status, answer = await ask(stack, "POST", PATH, asking(BACKGROUND, field, given=given))
+            assert (status, answer["error"]["param"]) == (400, "background"), answer
+            assert "no NaN" in answer["error"]["message"]
+        background = stack.gateway._background
+        assert not background._count
+        assert not background._running
+        name = await made(stack, BACKGROUND)
+        assert (await ask(stack, "GET", f"{PATH}/{name}"))[0] == 200
+        store = stack.gateway.responses._store
+        assert store is not None
+        assert store.usage()[0] == 1, "nothing is left of the others"
+
+
+async def test_a_large_request_is_put_together_elsewhere(
+    stack: Stack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: list[threading.Thread] = []
+    real = conversation.with_fields
+
+    def with_fields(raw: bytes, changes: Mapping[str, bytes]) -> bytes:
+        if "background" in changes:
+            threads.append(threading.current_thread())
+        return real(raw, changes)
+
+    monkeypatch.setattr(conversation, "with_fields", with_fields)
+    await made(stack, BACKGROUND)
+    await made(stack, BACKGROUND, given=json.dumps("x" * 300_000))
+    here = threading.current_thread()
+    assert [thread is here for thread in threads] == [True, False]
+
+
+async def test_what_is_too_large_to_be_kept_is_not_begun_in_the_background() -> None:
+    async with responses_gateway(responses={"max_tenant_bytes": 4096}) as (stack,):
+        status, answer = await ask(stack, "POST", PATH, asking(BACKGROUND, given=json.dumps("x" * 5000)))
+        assert status == 413
+        assert "responses.max_tenant_bytes allows 4096" in answer["error"]["message"]
+        assert not stack.gateway._background._count
+        assert not any(stack.asked(engine) for engine in stack.engines)
+        name = await made(stack, BACKGROUND, given=json.dumps("x" * 2500))
+
+        async def failed() -> bool:
+            answer = (await ask(stack, "GET", f"{PATH}/{name}"))[1]
+            return bool(
+                answer["status"] == "failed" and "max_tenant_bytes allows 4096" in answer["error"]["message"]
+            )
+
+        await eventually(failed)  # the engine's answer repeats the input
+        assert stack.sample("tiercel_responses_dropped_total", reason="too_large") == 1
+
+
+@pytest.mark.parametrize(("how", "room"), [("background", 150_000), ("conversation", 350_000)])
+async def test_what_is_held_for_a_request_takes_room_of_its_owner(how: str, room: int) -> None:
+    """A conversation has the answer as well, which repeats what was said."""
+    limits = {"max_buffered_bytes_per_tenant": room}
+    async with responses_gateway(gateway=limits, keys=[key("any", tenant="a"), key("other", tenant="b")]) as (
+        stack,
+    ):
+        intake, large = stack.gateway.plane.intake, json.dumps("x" * 100_000)
+        body = asking(BACKGROUND, given=large)
+        if how == "conversation":
+            body = asking(after(await made(stack, given=large)))
+        await eventually(lambda: intake.buffered == 0)
+        held = asyncio.Event()
+        for engine in stack.engines.values():
+            engine.held = held
+        first = asyncio.create_task(ask(stack, "POST", PATH, body))
+        await eventually(lambda: sum(engine.running for engine in stack.engines.values()) == 1)
+        await eventually(lambda: set(intake.by_tenant) == {"tenant:a"})
+        assert intake.buffered > 100_000
+        status, answer = await ask(stack, "POST", PATH, body)
+        assert (status, answer["error"]["code"]) == (429, "tenant_overloaded"), answer
+        held.set()
+        assert (await first)[0] == 200
+        await eventually(lambda: intake.buffered == 0)
+        assert (await ask(stack, "POST", PATH, body))[0] == 200
+
+
+async def test_work_that_cannot_begin_gives_its_place_back(
+    stack: Stack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    background = stack.gateway._background
+
+    def defect(*_: Any) -> None:
+        raise ArithmeticError
+
+    monkeypatch.setattr(background, "_serve", defect)
+    name = await made(stack, BACKGROUND)
+
+    async def failed() -> bool:
+        return bool((await ask(stack, "GET", f"{PATH}/{name}"))[1]["status"] == "failed")
+
+    await eventually(failed)
+    assert not background._count
+    assert not background._running
+
+
+async def test_more_items_than_can_be_told_apart_are_not_kept(stack: Stack) -> None:
+    many = "[" + "1," * MOST_ITEMS + '{"role": "user", "content": "x"}]'
+    assert conversation.has_too_many_items(many.encode())
+    assert not conversation.has_too_many_items(many.replace("1,", "", 1).encode())
+    assert not conversation.has_too_many_items(b"[" + b"," * MOST_ITEMS + b"]")
+    status, answer = await ask(stack, "POST", PATH, asking(BACKGROUND, given=many))
+    assert (status, answer["error"]["param"]) == (400, "input")
+    name = await made(stack, given=many)
+    assert (await ask(stack, "GET", f"{PATH}/{name}"))[0] == 404
+    assert stack.sample("tiercel_responses_dropped_total", reason="too_large") == 1
+
+
+def test_what_is_large_is_not_echoed() -> None:
+    """No more is made objects of than takes a moment."""
+    fields = {
+        "instructions": b"[" + b"[]," * LARGEST_ECHOED_BYTES + b"[]]",
+        "metadata": b'{"a": "%b"}' % (b"x" * (LARGEST_ECHOED_BYTES - 100)),
+        "temperature": b"0.5",
+        "tools": b"[" + b"[]," * 100 + b"[]]",
+        "user": rb'"\ud800"',
+    }
+    raw = conversation.unfinished(
+        "resp_1", "queued", 7, lambda name: memoryview(fields.get(name, b"")), "assistant", None
+    )
+    shown = json.loads(raw)
+    assert shown["instructions"] is None
+    assert len(shown["metadata"]["a"]) > 100_000
+    assert (shown["temperature"], shown["tools"], shown["user"]) == (0.5, [], None)
+    assert shown["created_at"] == 7
+
+
+def test_large_items_are_shown_as_they_came() -> None:
+    pad = " " * LARGEST_DECODED_BYTES
+    many = "[" + "[]," * LARGEST_DECODED_BYTES + "[]]"
+    given = [
+        f'{{"role": "user", "content": "x"{pad}}}',
+        f'{{{pad}"role": "assistant", "id": null, "content": "y", "more": {many}}}',
+        f'{{"type": "function_call_output", "id": "fco_own", "output": {many}, "status": "incomplete"}}',
+        f'{{"type": ["a"], "id": {{"a": {many}}}}}',
+        f'{{"type": "reasoning", "id": "{"i" * 2000}", "content": {many}}}',
+        f"{{{pad}}}",
+        many,
+        f'{{"content": 1e400, "type": 1e400, "more": {many}}}',
+    ]
+    raw = "[" + ", ".join(given) + "]"
+    page = ItemPage("resp_1", 100)
+    assert not page.take([Stored("", "resp_1", "completed", raw.encode(), b"{}")])
+    shown = [json.loads(bytes(memoryview(item))) for item in page.items]
+    assert page.ids == [item["id"] for item in shown]
+    assert page.ids == [
+        *("msg_1_0", "msg_1_1", "fco_own", "item_1_3", "item_1_4", "msg_1_5", "item_1_6", "item_1_7"),
+    ]
+    kinds = ("message", "message", "function_call_output", "unknown", "reasoning", "message", "unknown")
+    assert [item["type"] for item in shown] == [*kinds, "unknown"]
+    assert shown[0]["content"] == [{"type": "input_text", "text": "x"}]
+    assert shown[1]["content"] == [{"type": "output_text", "text": "y", "annotations": []}]
+    assert (shown[1]["status"], shown[2]["status"]) == ("completed", "incomplete")
+    assert len(shown[1]["more"]) == len(shown[6]["value"]) == LARGEST_DECODED_BYTES + 1
+    after = ItemPage("resp_1", 1, "fco_own")
+    assert after.take([Stored("", "resp_1", "completed", raw.encode(), b"{}")])
+    assert after.ids == ["item_1_3"]
+
+
+@pytest.mark.parametrize("status", ["in_progress", "queued", "a status that is longer than any", "\0", ""])
+def test_an_answer_that_has_come_is_no_longer_under_way_whatever_its_engine_calls_it(status: str) -> None:
+    kept: list[tuple[str, str]] = []
+    objects = ResponseObjects({}, lambda name, status, _: kept.append((name, status)))
+    said = {"id": "resp_1", "object": "response", "status": status}
+    assert json.loads(objects.whole(json.dumps(said).encode())) == said
+    assert kept == [("resp_1", "incomplete")]
+
+
+def test_what_comes_in_one_piece_with_an_error_is_set_right() -> None:
+    objects = ResponseObjects(
+        {"previous_response_id": b'"resp_0"', "store": b"true"}, lambda *_: None, "ours"
+    )
+    reader = objects.around(NamedStreamReader(), stream=True)
+    said = {"id": "resp_engine", "object": "response", "status": "in_progress", "store": False}
+    created = json.dumps({"type": "response.created", "response": said})
+    error = json.dumps({"type": "error", "code": 500, "message": "boom"})
+    with pytest.raises(UpstreamError):
+        reader.feed(
+            f"event: response.created\ndata: {created}\n\nevent: error\ndata: {error}\n\n".encode(), 0
+        )
+    shown = json.loads(reader.flush().split(b"data: ")[1])["response"]
+    assert shown == said | {"id": "ours", "previous_response_id": "resp_0", "store": True}
+    assert reader.flush() == b""
 
 
 async def test_thousands_of_responses_are_bounded_and_the_newest_found() -> None:

@@ -195,6 +195,37 @@ def test_a_response_under_way_is_finished_once(opened: Open, clock: Clock) -> No
     assert store.usage() == (1, found.size)
 
 
+def test_only_what_somebody_works_on_stays_beyond_a_limit(opened: Open, clock: Clock) -> None:
+    """An engine may call an answer ``in_progress``, and a process may have gone."""
+    store = opened(max_tenant_bytes=1024)
+    large: dict[str, Any] = {"response": b"x" * 2000, "status": "in_progress"}
+    store.put(turn("an engine's", **large))
+    store.put(turn("nobody's", **large, background=True, runner="gone", beat=clock.now - SILENT_S - 1))
+    store.put(turn("mine", **large, background=True, runner="me", beat=clock.now))
+    store.prune()
+    assert store.usage()[0] == 1
+    assert store.get("a", "mine") is not None
+    clock.now += SILENT_S + 1
+    store.prune()
+    assert store.usage()[0] == 0
+
+
+def test_a_chain_can_be_read_in_parts(opened: Open, clock: Clock) -> None:
+    store = opened(keep_s=100)
+    first = turn("1")
+    second = turn("2", previous=first, response=b"{}")
+    third = turn("3", previous=second)
+    for stored in (first, second, third, turn("2", owner="b")):
+        store.put(stored)
+    assert store.links("a", "3") == [(stored.id, stored.size) for stored in (first, second, third)]
+    assert store.links("b", "3") == []
+    assert store.some("a", ["3", "1", "gone"]) == [first, third]
+    clock.now += 90
+    store.links("a", "3")
+    clock.now += 90
+    assert store.chain("a", "3") == [first, second, third], "they have been used"
+
+
 def test_a_response_whose_process_has_gone_is_known_by_its_silence(opened: Open, clock: Clock) -> None:
     store = opened()
     store.put(turn("1", status="queued", background=True, runner="me", beat=clock.now))

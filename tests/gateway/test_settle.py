@@ -241,6 +241,47 @@ async def test_no_end_of_the_gateway_loses_a_prompt() -> None:
         assert sample("tiercel_tokens_total", labels | {"kind": "prompt"}) == 500
 
 
+@asynccontextmanager
+async def answering(answer: web.Response) -> AsyncIterator[tuple[str, list[str]]]:
+    """Says that of every prompt. The paths that were asked for come with it."""
+    asked: list[str] = []
+
+    async def count(request: web.Request) -> web.Response:
+        asked.append(request.path)
+        return web.Response(status=answer.status, headers=answer.headers, body=answer.body)
+
+    app = web.Application()
+    app.router.add_post("/{path:.*}", count)
+    async with TestServer(app) as server:
+        yield str(server.make_url("")).rstrip("/"), asked
+
+
+@pytest.mark.parametrize("count", [-1000, -1, 10**300, (1 << 40) + 1, True, None, "7", 3.9, 5.0, [3], {}])
+async def test_what_is_no_count_is_not_booked(count: Any) -> None:
+    async with answering(web.json_response({"count": count})) as (url, asked), running() as (books, _, _):
+        books.settlement.report(unreported(url))
+        await eventually(lambda: books.settled("failed"))
+        assert (books.prompt, books.settled("booked"), asked) == (0, 0, ["/tokenize"])
+
+
+async def test_counts_that_are_none_together_are_not_booked() -> None:
+    most = web.json_response({"count": 1 << 40})
+    async with answering(most) as (url, _), running() as (books, _, _):
+        for prompts in (["one"], ["one", "two"]):
+            books.settlement.report(unreported(url, {"prompt": prompts}, "/v1/completions"))
+        await eventually(lambda: books.settled("failed") and books.settled("booked"))
+        assert (books.settled("failed"), books.prompt) == (1, 1 << 40)
+
+
+@pytest.mark.parametrize("status", [204, 301, 302, 303, 307, 308])
+async def test_a_prompt_goes_nowhere_else_to_be_counted(status: int) -> None:
+    answer = web.json_response({"count": 5}, status=status, headers={"location": "/elsewhere"})
+    async with answering(answer) as (url, asked), running() as (books, _, _):
+        books.settlement.report(unreported(url, headers={"authorization": "Bearer sk-engine"}))
+        await eventually(lambda: books.settled("failed"))
+        assert (asked, books.prompt) == (["/tokenize"], 0)
+
+
 def test_what_shapes_the_prompt_of_a_chat_is_asked_about() -> None:
     body = {
         **CHAT,

@@ -23,7 +23,24 @@ def test_any_cut_gives_the_same_events(size: int) -> None:
     assert [event for piece in pieces for event in splitter.feed(piece)] == EVENTS
 
 
-@pytest.mark.parametrize("garbage", [b"<html>\n\n", b"data: {\n\n", b"data: 5\n\n", b"\x00\xff\n\n"])
+@pytest.mark.parametrize(
+    "line", [b"foo: bar", b"foo", b"x-y:", b"id", b"<p>", b"dataset: 5", b": c", b"event"]
+)
+@pytest.mark.parametrize("end", [b"\n", b"\r\n"])
+def test_lines_of_other_names_are_ignored_beside_data(line: bytes, end: bytes) -> None:
+    for lines in ((line, b'data: {"a":1}'), (b'data: {"a":1}', line), (b'data: {"a":', line, b"data:1}")):
+        wire = end.join((*lines, b"", b""))
+        assert EventSplitter().feed(wire) == [ServerEvent(wire, {"a": 1})]
+
+
+@pytest.mark.parametrize("wire", [b"data\n\n", b"data:\n\n", b"id\n\n", b"event: x\nfoo\n\n"])
+def test_an_event_without_data_is_none(wire: bytes) -> None:
+    assert EventSplitter().feed(wire) == [ServerEvent(wire)]
+
+
+@pytest.mark.parametrize(
+    "garbage", [b"<html>\n\n", b"Error: gone\n\n", b"data: {\n\n", b"data: 5\n\n", b"\x00\xff\n\n"]
+)
 def test_garbage_is_an_upstream_error(garbage: bytes) -> None:
     with pytest.raises(UpstreamError, match="no answer"):
         EventSplitter().feed(garbage)

@@ -83,6 +83,7 @@ FAULTS = [
     ("an error page", b"HTTP/1.1 500 Oops\r\ncontent-length: 4\r\n\r\noops", 502),
     ("no JSON", OK + b"content-length: 4\r\n\r\noops", 502),
     ("a list", OK + b"content-length: 2\r\n\r\n[]", 502),
+    ("a status that is ours alone", b"HTTP/1.1 499 Gone\r\ncontent-length: 2\r\n\r\n{}", 502),
     ("a refusal without words", b"HTTP/1.1 422 No\r\ncontent-length: 0\r\n\r\n", 422),
     ("too many requests", b"HTTP/1.1 429 No\r\nretry-after: 7\r\ncontent-length: 2\r\n\r\n{}", 429),
     ("until it closes", OK + b"\r\n" + ANSWER, 200),
