@@ -77,12 +77,13 @@ def _refuse_before_work(options: argparse.Namespace, job: Job, file: TrainedFile
     """Raise an error for what would stop a later step, as far as it can be known."""
     if finished(job) is None:
         fitting(job, read_modules(job.checkpoint))
-    merged, kept = options.out / MERGED, Kept(options.out / KEPT)
-    foreign = file.in_the_way() if kept.get("train") is None else None
-    if options.method != "full" and merged.exists() and kept.get("merge") is None:
-        foreign = merged
-    if foreign is not None:
-        raise TrainError(f"{foreign} is there and was not made here; remove it, or name another --out")
+    kept = Kept(options.out / KEPT)
+    merged = options.out / MERGED
+    foreign = [merged] if options.method != "full" and merged.exists() and kept.get("merge") is None else []
+    if kept.get("train") is None:
+        foreign += file.in_the_way()
+    if foreign:
+        raise TrainError(f"{foreign[0]} is there and was not made here; remove it, or name another --out")
     refuse_pattern(options.out.absolute(), "--out")
     _refuse_options(options, file)
     with file.of_base(job.checkpoint) as (config, model):

@@ -11,7 +11,7 @@ import contextlib
 import dataclasses
 import json
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,14 +21,19 @@ import yaml
 from deploy.starter import Starter, model_name
 from deploy.starting import ENGINES, arrive, with_choice
 from deploy.steps import Kept, Say
-from deploy.training import base_of, lines_of
+from deploy.training import base_of, drawn, lines_of
+from deploy.unlabelled import shipped_prompts
 from gateway.config import Config, ModelConfig, load_config, parse_config
 from quantize.core.checkpoint import Checkpoint
 from quantize.core.files import write_whole
-from quantize.train.data import as_item
+from quantize.make.calibration import TEMPLATE_MARK
+from quantize.train.data import Line, as_item
 from quantize.train.loop import TrainError
 
-FILE, ITEMS = "tiercel.yaml", "items.jsonl"
+FILE, ITEMS, CALIBRATION = "tiercel.yaml", "items.jsonl", "calibration.jsonl"
+LEAST_LINES, MOST_LINES, MOST_LETTERS = 32, 96, 64_000
+"""Of what is trained on so many conversations calibrate, those after the first ``LEAST_LINES`` as far as the
+letters go, and as many of those that ship beside them."""
 SERVED = "serve"
 """What is kept of the file: the variants that it last was given to serve, and whether they are watched."""
 ELSEWHERE = ("models", "canary", "record", "like")
@@ -37,14 +42,14 @@ ELSEWHERE = ("models", "canary", "record", "like")
 
 @dataclass(frozen=True)
 class TrainedFile:
-    """What the file says. ``starter`` serves all variants that are made; ``items`` are the lines that judge
-    where no role of the configuration does."""
+    """What the file says. ``starter`` serves all variants that are made; ``beside`` are files that lie in its
+    directory, by name."""
 
     path: Path
     starter: Starter
     settings: Mapping[str, Any]
     calibration: Path | None
-    items: str | None
+    beside: Mapping[str, str]
 
     @property
     def name(self) -> str:
@@ -65,8 +70,7 @@ class TrainedFile:
         """The configuration before anything is trained, with the base in the model's place. Raises
         ConfigError."""
         with tempfile.TemporaryDirectory() as place:
-            if self.items is not None:
-                write_whole(Path(place, ITEMS), self.items)
+            self._write_beside(Path(place))
             config = parse_config(self.text(base.path.absolute()), str(self.path), Path(place))
             yield config, config.of(self.name)
 
@@ -83,8 +87,7 @@ class TrainedFile:
 
     def begin(self, kept: Kept, say: Say) -> None:
         """Write the file, or let the one that is there serve all that is made, if it says what this said."""
-        if self.items is not None:
-            write_whole(self.path.with_name(ITEMS), self.items)
+        self._write_beside(self.path.parent)
         if not self.path.exists():
             write_whole(self.path, self.text(Path(Path(self.starter.source).name)))
             say(f"wrote {self.path}: variants {', '.join(self.starter.serve)}")
@@ -107,12 +110,18 @@ class TrainedFile:
             write_whole(self.path, chosen.in_place_of(self.starter, text) or text)
         return load_config(self.path).of(self.name)
 
-    def in_the_way(self) -> Path | None:
-        """What lies where the items will, and is something else."""
-        place = self.path.with_name(ITEMS)
-        if self.items is None or not place.exists():
-            return None
-        return None if place.is_file() and place.read_bytes() == self.items.encode() else place
+    def in_the_way(self) -> list[Path]:
+        """What lies where files beside this one will, and is something else."""
+        there = {self.path.with_name(name): text.encode() for name, text in self.beside.items()}
+        return [
+            path
+            for path, text in there.items()
+            if path.exists() and not (path.is_file() and path.read_bytes() == text)
+        ]
+
+    def _write_beside(self, directory: Path) -> None:
+        for name, text in self.beside.items():
+            write_whole(directory / name, text)
 
     def _last(self, kept: Kept) -> Starter:
         if (last := kept.get(SERVED)) is None:
@@ -127,33 +136,57 @@ def trained_file(
     what suits the machine. Raises what :func:`deploy.starting.arrive` does, DataError and ConfigError."""
     path = Path(options.out / FILE).absolute()
     starter = arrive(str(base.path), path.parent, say).starter
-    _, model, _ = base_of(options)
+    _, model, config = base_of(options)
+    lines, held_out, _ = lines_of(options, model, config)
     name = model_name(f"{options.role or options.data.stem}-{options.method}")
     whole = dataclasses.replace(
         starter, name=name, source=str(source.absolute()), is_hub=False, serve=(*starter.serve, *more)
     )
-    roles, items = _roles(options)
-    beside = path.parent / ENGINES
-    python = starter.python or (beside if beside.exists() else None)
+    roles, beside = _roles(options, held_out)
+    calibration = model.calibration if model is not None else None
+    if (conversations := calibrating(lines, base)) is not None:
+        beside, calibration = {**beside, CALIBRATION: conversations}, Path(CALIBRATION)
+    engines = path.parent / ENGINES
+    python = starter.python or (engines if engines.exists() else None)
     settings = {
         "variants_dir": "variants",
         "roles": roles,
         "default_role": options.role or "default",
         **_shared(options, model, python),
     }
-    return TrainedFile(path, whole, settings, model.calibration if model else None, items)
+    return TrainedFile(path, whole, settings, calibration, beside)
 
 
-def _roles(options: argparse.Namespace) -> tuple[dict[str, Any], str | None]:
+def calibrating(lines: Sequence[Line], base: Checkpoint) -> str | None:
+    """Of what is trained on, conversations for calibration, and prompts that ship: from the two a variant
+    loses little of the role and no more than else of anything. None where too few of the lines are texts as
+    the model's own template has them."""
+    own, letters = list[list[Mapping[str, Any]]](), 0
+    plain = [one for one in lines if one.is_plain and not any(map(_is_marked, one.messages))]
+    for line in drawn(plain, MOST_LINES):
+        own.append([{name: one[name] for name in ("role", "content")} for one in line.messages])
+        letters += sum(len(one["content"]) for one in own[-1])
+        if letters > MOST_LETTERS and len(own) >= LEAST_LINES:
+            break
+    if len(own) < LEAST_LINES:
+        return None
+    both = [*own, *shipped_prompts(base, len(own))]
+    return "".join(json.dumps({"messages": one}, ensure_ascii=False) + "\n" for one in both)
+
+
+def _is_marked(message: Mapping[str, Any]) -> bool:
+    """Whether a message has a chat template's marks as text, which calibration refuses in most of them."""
+    return TEMPLATE_MARK.search(message["content"]) is not None
+
+
+def _roles(options: argparse.Namespace, held_out: Sequence[Line]) -> tuple[dict[str, Any], dict[str, str]]:
     """The role that was trained for, with what the configuration says of it; without one, a role of what was
-    held out, and its items."""
+    held out, and its items, by the name of their file."""
     if options.role is not None:
         said = _said(load_config(options.config).roles[options.role])
-        return {options.role: {key: value for key, value in said.items() if key not in ELSEWHERE}}, None
-    _, held_out, _ = lines_of(options, None, None)
+        return {options.role: {key: value for key, value in said.items() if key not in ELSEWHERE}}, {}
     texts = (as_item(line).model_dump_json(exclude_defaults=True) for line in held_out)
-    items = "".join(f"{text}\n" for text in texts)
-    return {"default": {"tasks": ITEMS}}, items
+    return {"default": {"tasks": ITEMS}}, {ITEMS: "".join(f"{text}\n" for text in texts)}
 
 
 def _shared(options: argparse.Namespace, model: ModelConfig | None, python: Path | None) -> dict[str, Any]:

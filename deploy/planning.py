@@ -71,7 +71,8 @@ def open_session(
     where = target(target_name or detect())
     calibration = calibration_for(model, checkpoint, version_in_use(model))
     directory = model.variants_dir / ".planning"
-    session = PlanningSession(directory, checkpoint, calibration, where, methods=methods, schemes=schemes)
+    context = bench_context(model)
+    session = PlanningSession(directory, checkpoint, calibration, where, methods, schemes, context=context)
     refuse_short(estimate_planning(session), model.variants_dir)
     return session
 

@@ -116,10 +116,14 @@ def usual_lengths(checkpoint: Checkpoint) -> list[int]:
 def prompts_for(checkpoint: Checkpoint, count: int) -> CalibrationSet:
     """Prompts of so many of the conversations that ship with the product, for a model that is in no
     configuration. Raises CheckpointError."""
-    found = chosen(_fitting(checkpoint.path, checkpoint.max_model_len, CPU_TOKENS), "calibration", count)
-    return calibration_of(
-        [one.messages for one in found], "conversations of Tiercel, prompts alone", checkpoint
-    )
+    found = shipped_prompts(checkpoint, count)
+    return calibration_of(found, "conversations of Tiercel, prompts alone", checkpoint)
+
+
+def shipped_prompts(checkpoint: Checkpoint, count: int) -> list[tuple[dict[str, str], ...]]:
+    """What so many of the conversations that ship ask, of those that suit a model. Raises CheckpointError."""
+    fits = _fitting(checkpoint.path, checkpoint.max_model_len, CPU_TOKENS)
+    return [one.messages for one in chosen(fits, "calibration", count)]
 
 
 @functools.lru_cache(maxsize=4)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from quantize.check_costs import basis, cost_rows, recipe_costs, size
+from quantize.check_costs import basis, cost_rows, making_bytes, recipe_costs, size
 from quantize.core.account import refuse_other_tensors
 from quantize.core.architectures import architecture
 from quantize.core.checkpoint import Checkpoint, CheckpointError
@@ -23,7 +23,7 @@ from quantize.core.modules import Modules, read_modules
 from quantize.core.plan import uniform
 from quantize.core.schemes import KV_SCHEMES, scheme
 from quantize.core.tokenizer import refuse_bad_tokenizer
-from quantize.make.blocks import free_room
+from quantize.make.blocks import free_room, making_room
 from quantize.make.rate import Rates, machine_rates
 from quantize.plan.session import SHORTLIST
 
@@ -134,7 +134,7 @@ def check_report(
     modules = read_modules(checkpoint)
     rates, lengths = rates or machine_rates(), tuple(calibration)
     costs = recipe_costs(checkpoint, modules, target, lengths, rates)
-    memory = free_room() if memory_free is None else memory_free
+    memory = _memory(memory_free)
     disk = shutil.disk_usage(_existing(out or checkpoint.path)).free
     ranks = {ranks: _fits(checkpoint, target, modules, ranks) for ranks in sorted({*RANKS, tensor_parallel})}
     rows = tuple(_scheme_row(checkpoint, target, modules, name, tensor_parallel) for name in SHOWN)
@@ -155,7 +155,7 @@ def check_report(
         ranks=ranks,
         costs=costs,
         basis=tuple(basis(rates, lengths, shipped)),
-        memory_free=memory,
+        memory_free=memory[0],
         disk_free=disk,
         warnings=(*checkpoint.notes, *_warnings(costs, memory, disk, target, ranks[tensor_parallel])),
     )
@@ -247,7 +247,11 @@ def _fits(checkpoint: Checkpoint, target: Target, modules: Modules, ranks: int) 
 
 
 def _warnings(
-    costs: Mapping[str, Cost | str], memory: int, disk: int, target: Target, unsplit: str | None
+    costs: Mapping[str, Cost | str],
+    memory: tuple[int, int],
+    disk: int,
+    target: Target,
+    unsplit: str | None,
 ) -> Iterable[str]:
     if unsplit:
         yield f"tensor parallelism: {unsplit}; choose a size that fits"
@@ -260,10 +264,18 @@ def _warnings(
         )
 
 
-def _shortages(costs: Sequence[Cost], disk_needed: int, memory: int, disk: int) -> Iterable[str]:
-    if (most := max((cost.memory_bytes for cost in costs), default=0)) > memory:
+def _memory(free: int | None) -> tuple[int, int]:
+    """Bytes that are free for making, which uses one device, and for that and an engine, which may use more;
+    ``free`` for both where it is given."""
+    return (making_room(), free_room()) if free is None else (free, free)
+
+
+def _shortages(costs: Sequence[Cost], disk_needed: int, memory: tuple[int, int], disk: int) -> Iterable[str]:
+    needs = [pair for c in costs for pair in zip((making_bytes(c), c.memory_bytes), memory, strict=True)]
+    if short := [(needed, free) for needed, free in needs if needed > free]:
+        most, free = max(short)
         yield (
-            f"memory: calibration needs about {size(most)}, free are {size(memory)}; "
+            f"memory: calibration needs about {size(most)}, free are {size(free)}; "
             "use fewer calibration tokens, method rtn, or a larger machine"
         )
     if disk_needed > disk:
@@ -286,10 +298,9 @@ def refuse_short(
     sum of their bytes count. ``more_bytes`` are taken beside them, such as a copy of the reference.
     """
     together = [costs] if isinstance(costs, Cost) else list(costs)
-    memory = free_room() if memory_free is None else memory_free
     disk = shutil.disk_usage(_existing(out)).free if disk_free is None else disk_free
     needed = sum(cost.disk_bytes for cost in together) + more_bytes
-    if found := list(_shortages(together, needed, memory, disk)):
+    if found := list(_shortages(together, needed, _memory(memory_free), disk)):
         raise CheckpointError("; ".join(found))
 
 

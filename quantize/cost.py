@@ -19,7 +19,8 @@ factor of two where it was compared: 135 M parameters on that CPU (docs/benchmar
 
     memory   libraries + one block at 16 bits + its widest group in float32 with working copies + second
              moments of one block (4 K² bytes per kind of input) + hidden states of all calibration tokens
-             (on disk above 256 MB); and pages of the model's files, which the system may drop
+             (on disk above 256 MB); and pages of the model's files, which the system may drop. Of experts,
+             whose matrices are worked on one input at a time, working copies are of one input's
     disk     the variant, and the parts that it is put together from
 
 Finding a plan is :mod:`quantize.plan.cost`'s. Transforms other than ``smooth`` and AutoRound are
@@ -38,6 +39,7 @@ from quantize.core.legality import is_experts
 from quantize.core.methods import parse_method
 from quantize.core.modules import Group, Modules
 from quantize.core.plan import Plan
+from quantize.core.resources import MOST_APART_BYTES
 from quantize.core.schemes import BF16_BYTES, scheme
 from quantize.cost_whole import estimate_whole
 from quantize.make.asymmetric import SOLVED, SOLVED_PRODUCTS, STATES
@@ -45,6 +47,7 @@ from quantize.make.blocks import BATCH_TOKENS, GPU_BATCH_TOKENS, MAPPED_BYTES
 from quantize.make.halting import ANEW, held_bytes, kept_bytes
 from quantize.make.rate import Rates, machine_rates
 from quantize.make.smooth import ROWS, SAMPLED_TOKENS, STEPS, WEIGHT_ROWS, smoothable
+from quantize.make.statistics import first_of
 from quantize.make.streaming import Choice, needs_data, smoothed, streams
 
 LIBRARIES_BYTES = 450_000_000
@@ -185,24 +188,62 @@ def making_memory(
     """Bytes that making the parts takes beside the mapped files."""
     hidden = int(checkpoint.text_config["hidden_size"])
     blocks: dict[int, int] = {}
-    moments: dict[int, int] = {}
     for group in modules:
         blocks[group.layer] = blocks.get(group.layer, 0) + BF16_BYTES * group.weights
-        if any(parse_method(method).by_columns for _, method in choices[group.name]):
-            kinds = len(group.members) if is_experts(group) else 1
-            squares = 4 * kinds * max(m.in_features for m in group.members) ** 2
-            moments[group.layer] = moments.get(group.layer, 0) + squares
     batch = min(tokens, GPU_BATCH_TOKENS if rates.accelerator else BATCH_TOKENS)
     inner = 4 * batch * max(m.out_features for m in modules.linears) * 4
     states = min(2 * tokens * hidden * BF16_BYTES, 2 * MAPPED_BYTES)
-    widest = max(group.weights for group in modules)
     copies = 3 + max(len(many) for many in choices.values())
+    widest = max(_group_memory(group, choices[group.name], copies, rates) for group in modules)
     through = max(blocks.values()) + states
     if _in_order(choices):
         kept = tokens * _kept(checkpoint, modules)
         through = STATES * (through + min(kept, held_bytes(rates.accelerator)))
-    memory = LIBRARIES_BYTES + copies * 4 * widest + inner + through
-    return memory + (7 if _in_order(choices) else 3) * max(moments.values(), default=0)
+    return LIBRARIES_BYTES + widest + inner + through + _moments_memory(modules, choices)
+
+
+def _group_memory(group: Group, choices: Sequence[Choice], copies: int, rates: Rates) -> int:
+    """Of making a group: its weights in float32 with working copies.
+
+    Experts' copies are of one input's matrices at a time, beside all weights and what they have become.
+    Small ones leave holes in the heap, about as large as all weights for every choice: what they become stays
+    and lies between copies that go.
+    """
+    if not is_experts(group):
+        return 4 * copies * group.weights
+    at_work: dict[str, int] = {}
+    for member in group.members:
+        first = first_of(group, member.name)
+        at_work[first] = at_work.get(first, 0) + member.weights
+    made = [group.stored_bytes(scheme(name)) for name, _ in choices]
+    small = 4 * max(member.weights for member in group.members) < MOST_APART_BYTES
+    holes = len(choices) if small and not rates.accelerator else 0
+    return 4 * ((1 + holes) * group.weights + copies * max(at_work.values())) + sum(made) + max(made)
+
+
+def _moments_memory(modules: Modules, choices: Mapping[str, Sequence[Choice]]) -> int:
+    """Second moments of a block's inputs, and the copies of them that GPTQ works on: of one expert's at a
+    time, of which each has two inputs."""
+    more = 6 if _in_order(choices) else 2
+    shared: dict[int, int] = {}
+    experts: dict[int, list[int]] = {}
+    for group in modules:
+        if not any(parse_method(method).by_columns for _, method in choices[group.name]):
+            continue
+        squares = {first_of(group, m.name): 4 * m.in_features**2 for m in group.members}
+        if is_experts(group):
+            experts.setdefault(group.layer, []).extend(squares.values())
+        else:
+            shared[group.layer] = shared.get(group.layer, 0) + max(squares.values())
+    return max(
+        (
+            (of_all := shared.get(layer, 0))
+            + sum(mine := experts.get(layer, []))
+            + max(more * of_all, 2 * max(mine, default=0))
+            for layer in {*shared, *experts}
+        ),
+        default=0,
+    )
 
 
 def _kept(checkpoint: Checkpoint, modules: Modules) -> int:

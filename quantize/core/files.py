@@ -8,11 +8,13 @@ import errno
 import fcntl
 import hashlib
 import os
+import re
+import secrets
 import shutil
 import stat
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from pathlib import Path
-from typing import BinaryIO, TextIO
+from typing import IO, Any, BinaryIO, TextIO
 
 READ_ONLY = stat.S_IRUSR | stat.S_IRGRP | stat.S_IROTH
 LOOK_S = 0.2
@@ -54,7 +56,7 @@ def _lock_file(path: Path) -> TextIO:
     return path.open("a+", encoding="utf-8")
 
 
-def _is_taken(file: TextIO) -> bool:
+def _is_taken(file: IO[Any]) -> bool:
     """Whether this process has the lock now."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -122,18 +124,42 @@ def no_room(path: Path, size: int) -> NoRoomError:
 @contextlib.contextmanager
 def whole_file(path: Path, size: int) -> Iterator[BinaryIO]:
     """A file of ``size`` bytes to write into, which lies at ``path`` at the end of the block, on the disk for
-    good. A reader sees the old one or the new one; nothing is left of one that fails. Raises NoRoomError."""
-    partial = path.with_name(f".partial-{path.name}")
+    good. A reader sees the old one or the new one; of several writers the last to end. Nothing is left of one
+    that fails, and the next one removes what writers that were killed left. Raises NoRoomError."""
+    _sweep(path)
     with writing(path, size):
+        file, partial = _partial_file(path)
         try:
-            with partial.open("wb") as file:
+            with file:
                 yield file
                 file.flush()
                 os.fsync(file.fileno())
-            partial.replace(path)
+                partial.replace(path)  # while its lock is held
         except BaseException:
             partial.unlink(missing_ok=True)
             raise
+
+
+def _partial_file(path: Path) -> tuple[BinaryIO, Path]:
+    """A file of this writer's own beside ``path``, locked until it is closed, or the process ends."""
+    while True:
+        partial = path.with_name(f".partial-{path.name}~{secrets.token_hex(4)}")
+        file = partial.open("xb")
+        with contextlib.suppress(OSError):  # a disk without locks: there nothing is swept
+            fcntl.flock(file, fcntl.LOCK_EX)
+        if partial.exists():
+            return file, partial
+        file.close()  # swept between the two
+
+
+def _sweep(path: Path) -> None:
+    """Remove what writers of ``path`` left that live no more: their files are locked by nobody."""
+    own = re.compile(rf"\.partial-{re.escape(path.name)}~[0-9a-f]{{8}}")
+    with contextlib.suppress(OSError):  # no directory yet, or somebody else's
+        for left in [path.with_name(name) for name in os.listdir(path.parent) if own.fullmatch(name)]:
+            with contextlib.suppress(OSError), left.open("r+b") as file:
+                if _is_taken(file):
+                    left.unlink()
 
 
 @contextlib.contextmanager

@@ -23,6 +23,17 @@ def load_model(checkpoint: Checkpoint, dtype: torch.dtype, **more: Any) -> Any:
         config = AutoConfig.from_pretrained(directory, local_files_only=True)
         causal = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
         auto: Any = AutoModelForCausalLM if causal else AutoModelForImageTextToText
-        model: Any = auto.from_pretrained(directory, dtype=dtype, local_files_only=True, **more)
+        how = {"local_files_only": True, **attention(config), **more}
+        model: Any = auto.from_pretrained(directory, dtype=dtype, **how)
     model.name_or_path = model.config._name_or_path = str(checkpoint.path)
     return model.eval()
+
+
+def attention(config: Any) -> dict[str, str]:
+    """What transformers' loaders are told of attention, by its own configuration of a model.
+
+    Where logits of attention are capped (Gemma 2) its plain operations are taken: the kernel that it takes by
+    default leaves the cap out without a word, and engines apply it.
+    """
+    capped = getattr(config.get_text_config(), "attn_logit_softcapping", None)
+    return {"attn_implementation": "eager"} if capped else {}

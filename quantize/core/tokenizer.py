@@ -2,11 +2,16 @@
 
 A tokenizer that loads may still lose spaces, or know other words than the model. Both are seen at once in a
 round trip, decode(encode(x)), and in what the reference's engine makes of the same texts.
+
+Some chat templates write today's date (``strftime_now``). Here it is always :data:`CLOCK`: what is calibrated
+and trained must be the same tomorrow, and so must the digests by which it is found again.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Awaitable, Callable, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +33,15 @@ TEXTS = (
     "tea ☕ and a family 👩‍👩‍👧",
 )
 """Round trips are made of these; the last three may hold characters that a small vocabulary lacks."""
+CLOCK = datetime(2024, 7, 26, 23, 45)
+"""The time that templates are told; the date is the one that Llama's write where nobody tells them."""
+OTHER_CLOCK = datetime(1999, 12, 13, 10, 56)
+"""Differs in every digit, by which it is seen where a template writes the time."""
 
 
 def load_tokenizer(path: Path) -> Any:
-    """The tokenizer of a checkpoint directory. Raises CheckpointError when it cannot be loaded, or has no
-    chat template."""
+    """The tokenizer of a checkpoint directory, whose chat template always sees the same time. Raises
+    CheckpointError when it cannot be loaded, or has no chat template."""
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
     loader = PreTrainedTokenizerFast if wrong_class(path) is not None else AutoTokenizer
@@ -48,6 +57,11 @@ def load_tokenizer(path: Path) -> Any:
     if not tokenizer.chat_template:
         raise CheckpointError(
             f"{path}: the tokenizer has no chat template; add chat_template.jinja beside it"
+        )
+    if _asks_the_time(tokenizer):
+        # What a template is given by name goes before what transformers' environment has of that name.
+        tokenizer.apply_chat_template = functools.partial(
+            tokenizer.apply_chat_template, strftime_now=CLOCK.strftime
         )
     # Sequences are cut where they are too long; transformers would warn of errors that do not come.
     tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
@@ -74,10 +88,15 @@ def refuse_bad_tokenizer(checkpoint: Checkpoint) -> None:
     _refuse_large(checkpoint, ids, vocabulary, "the chat template")
 
 
-def encode_messages(tokenizer: Any, messages: Sequence[Message], path: Path) -> list[int]:
-    """Token ids of a conversation by the chat template. Raises CheckpointError when that refuses it."""
+def _asks_the_time(tokenizer: Any) -> bool:
+    return "strftime_now" in str(tokenizer.chat_template)
+
+
+def encode_messages(tokenizer: Any, messages: Sequence[Message], path: Path, **more: Any) -> list[int]:
+    """Token ids of a conversation by the chat template, which is told ``more``. Raises CheckpointError when
+    that refuses it."""
     try:
-        encoded = tokenizer.apply_chat_template(list(messages), tokenize=True, return_dict=True)
+        encoded = tokenizer.apply_chat_template(list(messages), tokenize=True, return_dict=True, **more)
     except Exception as error:  # whatever a template raises
         raise CheckpointError(
             f"{path}: the chat template cannot be rendered ({type(error).__name__}: {error}); "
@@ -119,7 +138,8 @@ async def tokenizer_differences(checkpoint: Checkpoint, tokenize: Tokenize) -> t
     """Where an engine makes other tokens of a conversation than the checkpoint's tokenizer, a sentence each.
 
     ``tokenize`` is the engine's way, such as ``EngineClient.tokenize``, which adds no generation prompt. What
-    is calibrated, scored and served must be the same text, so that ids are compared and nothing else.
+    is calibrated, scored and served must be the same text, so that ids are compared and nothing else. Where
+    the template writes the time, the engine's is another one: what is before and after it is compared.
     """
     tokenizer = load_tokenizer(checkpoint.path)
     found = []
@@ -127,14 +147,31 @@ async def tokenizer_differences(checkpoint: Checkpoint, tokenize: Tokenize) -> t
         messages = [{"role": "user", "content": text}]
         ours = encode_messages(tokenizer, messages, checkpoint.path)
         theirs = [int(token) for token in await tokenize(messages)]
+        if _asks_the_time(tokenizer):
+            then = encode_messages(tokenizer, messages, checkpoint.path, strftime_now=OTHER_CLOCK.strftime)
+            theirs = _at_our_time(ours, then, theirs)
         if ours != theirs:
-            at = next(
-                (n for n, (mine, other) in enumerate(zip(ours, theirs, strict=False)) if mine != other),
-                min(len(ours), len(theirs)),
-            )
+            at = alike(ours, theirs)
             found.append(
                 f"{text[:30]!r} is {len(theirs)} tokens to the engine and {len(ours)} to {checkpoint.path}, "
                 f"different from token {at} on: {tokenizer.decode(theirs[at : at + 4])!r} for "
                 f"{tokenizer.decode(ours[at : at + 4])!r}"
             )
     return tuple(found)
+
+
+def _at_our_time(ours: list[int], then: list[int], theirs: list[int]) -> list[int]:
+    """``theirs`` with our time in the place of another, which is where ``ours`` differs from what it is at
+    another time; as it is where what is before differs."""
+    if ours == then:
+        return theirs
+    before, after = alike(ours, then), alike(ours[::-1], then[::-1])
+    if theirs[:before] != ours[:before] or len(theirs) < before + after:
+        return theirs
+    return ours[: len(ours) - after] + theirs[len(theirs) - after :]
+
+
+def alike(one: Sequence[int], other: Sequence[int]) -> int:
+    """Tokens with which both begin."""
+    pairs = zip(one, other, strict=False)
+    return next((n for n, (mine, its) in enumerate(pairs) if mine != its), min(len(one), len(other)))

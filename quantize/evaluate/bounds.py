@@ -35,10 +35,13 @@ def kl_bounds(
 
     ``cap`` is the largest log-probability that the reference may give a token that it did not tell;
     ``vocabulary`` the number of tokens there are, where it is known; ``softcap`` the largest magnitude of the
-    variant's logits. The bounds are as good as the values: float32 ones move them by about 1e-6.
+    variant's logits. The bounds are as good as the values: float32 ones move them by about 1e-6, and where
+    one is no number neither are they.
     """
     shared = reference.keys() & variant.keys()
     known = math.fsum(math.exp(reference[t]) * _gap(reference[t], variant[t]) for t in shared)
+    if math.isnan(known):
+        return known, known
     if len(shared) == vocabulary:
         return max(0.0, known), max(0.0, known)
     p_left = max(1 - math.fsum(math.exp(reference[t]) for t in shared), _FLOOR)

@@ -20,9 +20,10 @@ from tqdm import tqdm
 
 from quantize.evaluate.client import TOPS_IN_JSON, EngineClient
 from quantize.evaluate.journal import Entry, Job, Journal, run_jobs
-from quantize.evaluate.reference import ReferenceFile, span_sha256
+from quantize.evaluate.reference import ReferenceFile
+from quantize.evaluate.rendered import Part, as_kept, right_answer
 from quantize.evaluate.scores import Scored
-from quantize.evaluate.tasks import BEGINNING, Item, TaskError, by_first_role
+from quantize.evaluate.tasks import BEGINNING, Item, by_first_role
 
 SCORED_TOKENS, SCORED_CONVERSATIONS = 1000, 80
 """Per role: tokens of right answers that are scored, spread over so many conversations: of answers that are
@@ -145,7 +146,7 @@ async def measure(
     Without ``reference`` this is the reference's own measurement, and what variants need of it is kept in
     :func:`reference_path`, which is a variant's ``reference``. ``backwards`` asks in the opposite order, so
     that other requests share the engine's batches. Raises TaskError where the variant splits a right answer
-    into other tokens than the reference, or the reference's file lacks it.
+    into other tokens than the reference, the reference's file lacks it, or nothing of it is left to score.
     """
     measurement = read_measurement(journal, reference)
     if measurement.done:
@@ -161,9 +162,7 @@ async def measure(
         if index not in measurement.answers.get(role, {})
     ]
     for role, items in tasks.items():
-        for index, tokens, start in await _chosen(client, items):
-            if reference is not None:
-                _refuse_other_tokens(kept, role, index, tokens, start)
+        for index, tokens, start in await _chosen(client, items, role, kept if reference else None):
             if index not in measurement.scored.get(role, {}):
                 jobs.append(_scoring(client, role, index, tokens, start, kept, own=reference is None))
     with tqdm(total=len(jobs), desc=f"evaluate {name}", unit="item", mininterval=1) as bar:
@@ -186,20 +185,6 @@ def _take_own_answers(measurement: Measurement, tasks: Tasks, journal: Journal) 
     journal.append(known)
     for entry in known:
         measurement.add(entry)
-
-
-def _refuse_other_tokens(kept: ReferenceFile, role: str, index: int, tokens: list[int], start: int) -> None:
-    known = kept.tokens_sha256(role, index)
-    if known is None:
-        raise TaskError(
-            f"tasks of role {role}, item {index + 1}: {kept.path} holds nothing of its right answer; measure "
-            "the reference first"
-        )
-    if known != span_sha256(tokens, start):
-        raise TaskError(
-            f"tasks of role {role}, item {index + 1}: the variant's tokenizer splits the right answer in "
-            "another way than the reference's; make the variant from the reference's checkpoint"
-        )
 
 
 def _answering(client: EngineClient, item: Item, role: str, index: int) -> Job:
@@ -232,34 +217,24 @@ def _scoring(
     return job
 
 
-async def _chosen(client: EngineClient, items: Sequence[Item]) -> list[tuple[int, list[int], int]]:
-    """Stretches of right answers that are scored: item's place, tokens up to the stretch's end, its first.
+async def _chosen(
+    client: EngineClient, items: Sequence[Item], role: str, kept: ReferenceFile | None = None
+) -> list[Part]:
+    """Stretches of right answers that are scored; with ``kept`` those that were scored of the reference.
 
     Conversations are what a gate counts, so none of them takes the tokens of others.
     """
-
-    async def conversation(index: int) -> tuple[int, list[int], int]:
-        item = items[index]
-        more = item.chat_template_kwargs
-        if item.expected_tokens:
-            prompt = await client.tokenize(item.messages, True, more)
-            return index, [*prompt, *item.expected_tokens], len(prompt)
-        answered = [*item.messages, {"role": "assistant", "content": item.expected}]
-        whole = await client.tokenize(answered, template=more)
-        return index, whole, len(await client.tokenize(item.messages, True, more))
-
     task = [index for index, item in enumerate(items) if item.suite == "task"]
     own = all(items[index].check == "reference" for index in task)
     budget, count = (OWN_TOKENS, OWN_CONVERSATIONS) if own else (SCORED_TOKENS, SCORED_CONVERSATIONS)
     step = max(1.0, len(task) / count)  # evenly, for items are often sorted
     task = [task[int(number * step)] for number in range(min(len(task), count))]
     others = [index for index, item in enumerate(items) if item.suite != "task"]
-    found = await asyncio.gather(*(conversation(index) for index in [*task, *others]))
+    answers = (right_answer(client, items[index], role, index) for index in [*task, *others])
+    found = await asyncio.gather(*answers)
     most = _spread([len(tokens) - start for _, tokens, start in found[: len(task)]], budget)
-    return [
-        *(_stretch(index, tokens, start, most) for index, tokens, start in found[: len(task)]),
-        *found[len(task) :],
-    ]
+    stretches = [*(_stretch(*one, most) for one in found[: len(task)]), *found[len(task) :]]
+    return stretches if kept is None else as_kept(kept, role, found, stretches)
 
 
 def _spread(lengths: Sequence[int], budget: int) -> int:
@@ -273,7 +248,7 @@ def _spread(lengths: Sequence[int], budget: int) -> int:
     return max(1, most)
 
 
-def _stretch(index: int, tokens: list[int], start: int, most: int) -> tuple[int, list[int], int]:
+def _stretch(index: int, tokens: list[int], start: int, most: int) -> Part:
     """At most ``most`` tokens of an answer, from a place that the conversation's own tokens decide: so the
     beginning of answers counts no more than the rest."""
     spare = len(tokens) - start - most

@@ -6,7 +6,8 @@ a token for a model of width 576, where those of 49,152 tokens would take 196,60
 likeliest tokens of each place.
 
 The file is a sequence of records, each on disk before the next: lengths, a line of JSON that says whose it
-is, the data. A process that was killed leaves whole records and at most one torn one, which is cut off.
+is and of which tokens, the data. A process that was killed leaves whole records and at most one torn one,
+which is cut off.
 """
 
 from __future__ import annotations
@@ -72,6 +73,14 @@ class ReferenceFile:
         place = self._places.get((role, index))
         return str(place.line["tokens"]) if place else None
 
+    def span(self, role: str, index: int) -> tuple[list[int], int] | None:
+        """Those tokens, and where the scored ones begin; None where there is no record, or it is of a version
+        that kept their digest alone."""
+        place = self._places.get((role, index))
+        if place is None or "ids" not in place.line:
+            return None
+        return [int(token) for token in place.line["ids"]], int(place.line["start"])
+
     def read(self, role: str, index: int) -> Kept:
         """One record. Raises KeyError where there is none."""
         place = self._places[role, index]
@@ -85,6 +94,8 @@ class ReferenceFile:
             "role": role,
             "index": index,
             "tokens": span_sha256(tokens, start),
+            "ids": list(tokens),
+            "start": start,
             "kind": kept.kind,
             "about": dict(kept.about),
             "digest": kept.digest,

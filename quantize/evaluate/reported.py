@@ -18,6 +18,7 @@ from quantize.core.reported_figures import Beside, Reported
 from quantize.evaluate.grounding import words
 from quantize.evaluate.scores import Scored
 from quantize.evaluate.tasks import Item
+from quantize.gate.limit import NOT_FINITE
 
 if TYPE_CHECKING:
     import numpy as np
@@ -41,8 +42,9 @@ def reported(
     import numpy as np
 
     texts = are_texts(items.values())
-    ours = [float(np.mean(variant.came)) for _, variant in scored]
-    theirs = [float(np.mean(reference.came)) for reference, _ in scored]
+    pairs = [(_numbers(reference.came), _numbers(variant.came)) for reference, variant in scored]
+    ours = [float(np.mean(variant)) for _, variant in pairs]
+    theirs = [float(np.mean(reference)) for reference, _ in pairs]
     split: Callable[[str], list[str]] = words if texts else lambda text: [text.strip()]
     return Reported(
         texts=_texts(items, before, after) if texts else {},
@@ -52,14 +54,21 @@ def reported(
             Counter(word for index in items for word in split(after[index])),
         ),
         wasserstein_scores=wasserstein(
-            np.concatenate([reference.came for reference, _ in scored]),
-            np.concatenate([variant.came for _, variant in scored]),
+            np.concatenate([reference for reference, _ in pairs]),
+            np.concatenate([variant for _, variant in pairs]),
         ),
         wasserstein_words=wasserstein(
             np.array([len(words(before[index])) for index in items], dtype=np.float64),
             np.array([len(words(after[index])) for index in items], dtype=np.float64),
         ),
     )
+
+
+def _numbers(came: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Log-probabilities, with the worst of all in the place of what is not finite."""
+    import numpy as np
+
+    return np.where(np.isfinite(came), came, -NOT_FINITE)
 
 
 def are_texts(items: Any) -> bool:

@@ -41,6 +41,15 @@ class Scored:
         """Whether the KL is known, not only bounded."""
         return self.kl is not None and self.kl is self.kl_upper
 
+    @property
+    def finite(self) -> bool:
+        """Whether log-probabilities and KL are numbers; nothing need bound the KL from above."""
+        import numpy as np
+
+        known = [self.came] if self.kl is None else [self.came, self.kl]
+        bounded = self.kl_upper is None or not np.isnan(self.kl_upper).any()
+        return bounded and all(bool(np.isfinite(one).all()) for one in known)
+
     def to_json(self) -> dict[str, Any]:
         columns = {
             name: _text(values, kind)

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from quantize.card import TextEvaluation
 from quantize.evaluate.scores import Scored
+from quantize.gate.limit import MOST_NATS, NOT_FINITE
 from quantize.gate.means import positive_mean
 from quantize.gate.paired import ALPHA
 
@@ -64,7 +65,10 @@ def compare_tokens(reference: Sequence[Scored], variant: Sequence[Scored]) -> Te
 
     Standard errors and the interval of the mean KL treat sequences as clusters of tokens. Where the KL is not
     known exactly, ``kl_mean`` and what belongs to it are of the lower bound, ``kl_upper`` of the upper one.
+    Where scores are not finite, losses are :data:`NOT_FINITE`, by which a gate knows them.
     """
+    if not all(one.finite for one in (*reference, *variant)):
+        return _not_finite(reference, variant)
     kls = [known_kl(one) for one in variant]
     lengths = [len(one) for one in variant]
     log_p = [float(one.came.sum()) for one in reference]
@@ -81,8 +85,8 @@ def compare_tokens(reference: Sequence[Scored], variant: Sequence[Scored]) -> Te
     return TextEvaluation(
         tokens=count,
         sequences=clusters,
-        perplexity=math.exp(-math.fsum(log_q) / count),
-        reference_perplexity=math.exp(-math.fsum(log_p) / count),
+        perplexity=_perplexity(log_q, count),
+        reference_perplexity=_perplexity(log_p, count),
         delta_log_perplexity=delta,
         delta_log_perplexity_se=delta_se,
         delta_log_perplexity_skewness=clustered_skewness(losses, lengths),
@@ -97,6 +101,32 @@ def compare_tokens(reference: Sequence[Scored], variant: Sequence[Scored]) -> Te
         top1_agreement=same / count,
         other_choices=float(others.mean()),
         other_choices_se=float(others.std(ddof=1)) / math.sqrt(clusters) if clusters > 1 else 0.0,
+    )
+
+
+def _perplexity(log_p: Sequence[float], count: int) -> float:
+    return math.exp(min(MOST_NATS, -math.fsum(log_p) / count))
+
+
+def _not_finite(reference: Sequence[Scored], variant: Sequence[Scored]) -> TextEvaluation:
+    """What is left to say where a log-probability or a KL is no number."""
+    ours = all(np.isfinite(one.came).all() for one in reference)
+    count, log_p = sum(map(len, variant)), [float(one.came.sum()) for one in reference]
+    same = sum(np.count_nonzero(one.reference_top1 == one.top1) for one in variant)
+    return TextEvaluation(
+        tokens=count,
+        sequences=len(variant),
+        perplexity=math.exp(MOST_NATS),
+        reference_perplexity=_perplexity(log_p, count) if ours else math.exp(MOST_NATS),
+        delta_log_perplexity=NOT_FINITE if ours else -NOT_FINITE,
+        delta_log_perplexity_se=0.0,
+        kl_mean=NOT_FINITE,
+        kl_p99=NOT_FINITE,
+        kl_vocabulary=min(one.vocabulary for one in variant),
+        kl_exact=all(one.exact for one in variant),
+        kl_upper=NOT_FINITE,
+        kl_upper_se=0.0,
+        top1_agreement=same / count,
     )
 
 

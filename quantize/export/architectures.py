@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 GEMMA_PERIOD = 6
 """Every sixth layer of Gemma 3 looks at the whole context; llama.cpp knows no other pattern of it."""
+YARN: Mapping[str, float | bool] = {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": True}
+"""Settings of YaRN's range: llama.cpp has no others, whatever keys GGUF has for them."""
 
 
 @dataclass(frozen=True)
@@ -33,12 +35,18 @@ class Architecture:
     keys are put in that order."""
     norm_offset: float = 0.0
     """What is added to norms, which transformers adds when it computes."""
+    biases: tuple[str, ...] = ()
+    """Last parts of the names of modules that it adds a bias in."""
 
 
+_QKV = ("q_proj", "k_proj", "v_proj")
+_LLAMA = Architecture(
+    "llama", ("silu",), rotates_pairs=True, biases=(*_QKV, "o_proj", "gate_proj", "up_proj", "down_proj")
+)
 KNOWN: Mapping[str, Architecture] = {
-    "LlamaForCausalLM": Architecture("llama", ("silu",), rotates_pairs=True),
-    "MistralForCausalLM": Architecture("llama", ("silu",), rotates_pairs=True),
-    "Qwen2ForCausalLM": Architecture("qwen2", ("silu",)),
+    "LlamaForCausalLM": _LLAMA,
+    "MistralForCausalLM": _LLAMA,
+    "Qwen2ForCausalLM": Architecture("qwen2", ("silu",), biases=_QKV),
     "Qwen3ForCausalLM": Architecture("qwen3", ("silu",)),
     "Gemma3ForCausalLM": Architecture("gemma3", ("gelu_pytorch_tanh",), norm_offset=1.0),
 }
@@ -78,6 +86,12 @@ def _limits(checkpoint: Checkpoint, found: Architecture, config: Mapping[str, An
         yield "rope_type", _scaling(config), "default, linear, llama3 or yarn"
     if _scaling(config) == "llama3" and found.name != "llama":
         yield "rope_type", "llama3", "other scalings"
+    for setting, usual in YARN.items() if _scaling(config) == "yarn" else ():
+        value = _rope(config).get(setting, usual)
+        if value != usual and (value or setting == "truncate"):  # 0 is none
+            yield f"{setting} of YaRN", value, usual
+    if config.get("attention_bias") and not found.biases:
+        yield "attention_bias", True, "no biases"
     if found.name != "gemma3":
         types = config.get("layer_types") or ()
         window = config.get("sliding_window") if config.get("use_sliding_window", not types) else None
@@ -90,11 +104,13 @@ def _limits(checkpoint: Checkpoint, found: Architecture, config: Mapping[str, An
     if scalar != checkpoint.head_dim:
         yield "query_pre_attn_scalar", scalar, f"that of the head size, {checkpoint.head_dim}"
     types = config.get("layer_types") or ()
-    usual = tuple(
+    pattern = tuple(
         "full_attention" if (at + 1) % GEMMA_PERIOD == 0 else "sliding_attention" for at in range(len(types))
     )
-    if tuple(types) != usual:
+    if tuple(types) != pattern:
         yield "layer_types", "another pattern", f"a full layer after every {GEMMA_PERIOD - 1}"
+    if not math.isclose(_attention_factor(config), 1.0, rel_tol=1e-4):
+        yield "attention_factor of YaRN", "another", "that of the factor alone, in all layers"
     if config.get("attn_logit_softcapping"):
         yield "attn_logit_softcapping", config["attn_logit_softcapping"], "none"
 
@@ -110,6 +126,30 @@ def _rope(config: Mapping[str, Any], layers: str = "full_attention") -> Mapping[
 def _scaling(config: Mapping[str, Any]) -> str:
     rope = _rope(config)
     return str(rope.get("rope_type") or rope.get("type") or "default")
+
+
+def _factor(config: Mapping[str, Any]) -> float:
+    """How many times as long a linear or YaRN's scaling makes the context."""
+    rope = _rope(config)
+    if "factor" in rope:
+        return float(rope["factor"])
+    return float(config["max_position_embeddings"]) / float(rope["original_max_position_embeddings"])
+
+
+def _attention_factor(config: Mapping[str, Any]) -> float:
+    """By how much more than by llama.cpp's own rule, of the factor alone, YaRN scales queries and keys."""
+    if _scaling(config) != "yarn":
+        return 1.0
+    rope, factor = _rope(config), _factor(config)
+
+    def usual(scale: float = 1.0) -> float:
+        return 0.1 * scale * math.log(factor) + 1 if factor > 1 else 1.0
+
+    found = rope.get("attention_factor")
+    if found is None:
+        one, other = (float(rope.get(name) or 0) for name in ("mscale", "mscale_all_dim"))
+        found = usual(one) / usual(other) if one and other else usual()
+    return float(found) / usual()
 
 
 def add_settings(writer: Any, checkpoint: Checkpoint, found: Architecture) -> None:
@@ -134,7 +174,9 @@ def add_settings(writer: Any, checkpoint: Checkpoint, found: Architecture) -> No
         from gguf.constants import RopeScalingType
 
         writer.add_rope_scaling_type(RopeScalingType(_scaling(config)))
-        writer.add_rope_scaling_factor(float(rope["factor"]))
+        writer.add_rope_scaling_factor(_factor(config))
+        if (attention := _attention_factor(config)) != 1.0:
+            writer.add_rope_scaling_attn_factors(attention)
         if original := rope.get("original_max_position_embeddings"):
             writer.add_rope_scaling_orig_ctx_len(int(original))
     if found.name == "gemma3":

@@ -41,6 +41,10 @@ LONGEST_PIECE = 64
 BATCH = 32
 CALIBRATED = 128
 """Texts that scales of inputs are taken from."""
+OFFSET = ("roberta", "xlm-roberta", "mpnet")
+"""Encoders that count places from the one after the padding's id."""
+PADDING = 1
+"""The padding's id in those, where their configuration names none; in MPNet always."""
 KNOWN = ("bert", "roberta", "xlm-roberta", "distilbert", "mpnet", "electra")
 
 
@@ -55,7 +59,11 @@ class Encoder:
     @property
     def longest(self) -> int:
         """Tokens of the longest text."""
-        return min(LONGEST, int(self.config.get("max_position_embeddings") or LONGEST))
+        places = int(self.config.get("max_position_embeddings") or LONGEST)
+        if (kind := self.config.get("model_type")) in OFFSET:
+            padding = None if kind == "mpnet" else self.config.get("pad_token_id")
+            places -= 1 + (PADDING if padding is None else int(padding))
+        return min(LONGEST, places)
 
 
 def is_encoder(config: Mapping[str, Any]) -> bool:

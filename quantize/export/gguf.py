@@ -67,7 +67,7 @@ def export_gguf(
     """Write ``source`` to ``path``. A reader sees the whole file or none.
 
     ``importance`` is used by types that can. Raises ExportError, also where llama.cpp reads the finished file
-    otherwise than the model's own tokenizer, and NoRoomError.
+    otherwise than the model's own tokenizer, LlamaError where it does not load it, and NoRoomError.
     """
     how = export_type(kind)
     of = library()
@@ -84,6 +84,7 @@ def export_gguf(
         used = importance if how.wants_importance else None
         if how.name not in FLOATS:
             quantize_gguf(floats, how, partial, used, threads)
+        LlamaModel(partial, only_mapped=True).close()
         refuse_other_vocabulary(source, partial)
     return Exported(read_gguf(path), how, bool(used), of.build)
 

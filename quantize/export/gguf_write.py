@@ -63,7 +63,8 @@ def _names(checkpoint: Checkpoint, found: Architecture) -> dict[str, str]:
         if name == HEAD and EMBEDDINGS in parts and same_bytes(parts[HEAD], parts[EMBEDDINGS]):
             continue  # llama.cpp takes the embeddings where there is no head
         new = known.get_name(name, try_suffixes=SUFFIXES)
-        if new is None:
+        lost = name.endswith(".bias") and name.split(".")[-2] not in found.biases
+        if new is None or lost:
             raise ExportError(
                 f"{checkpoint.path}: {name} has no place in llama.cpp's {found.name}; serve it with vLLM"
             )

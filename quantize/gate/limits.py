@@ -6,7 +6,7 @@ import math
 
 from quantize.card import Paired, RoleEvaluation, TextEvaluation
 from quantize.gate.budget import QualityBudget
-from quantize.gate.limit import LimitTest, decides, missing
+from quantize.gate.limit import LimitTest, decides, missing, not_finite
 from quantize.gate.means import LEAST_SEQUENCES, ClusteredMean, mean_difference, positive_mean
 from quantize.gate.paired import ALPHA, POWER, drop_p, drop_upper_bound, items_that_decide, provable_drop
 from quantize.gate.shares import items_of_share, share_lower_bound, share_p
@@ -16,10 +16,14 @@ __all__ = ["LimitTest", "limit_tests", "reference_floor", "useless_reference"]
 
 
 def limit_tests(figures: RoleEvaluation, budget: QualityBudget) -> list[LimitTest]:
-    """A test for every limit that ``budget`` sets. A limit whose figures are missing cannot pass.
+    """A test for every limit that ``budget`` sets. A limit whose figures are missing cannot pass,
+    and where scores are not finite that is all there is to say.
 
     Without labels the limits are :meth:`QualityBudget.by`'s, and answers are the reference's own.
     """
+    texts = [figures.text, *([figures.long_context.text] if figures.long_context else [])]
+    if broken := [test for text in texts if (test := not_finite(text)) is not None]:
+        return broken[:1]
     budget = budget.by(figures.evidence)
     tests: list[LimitTest] = []
     if budget.max_accuracy_drop is not None:

@@ -57,7 +57,7 @@ class ClusteredMean:
         """p-value against "the true mean is ``limit`` or more"."""
         from scipy.special import stdtr
 
-        if self.mean >= limit:
+        if not self.mean < limit or math.isnan(self.error):
             return 1.0
         if self.sequences < LEAST_SEQUENCES:
             return 1.0

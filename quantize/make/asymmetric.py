@@ -39,7 +39,7 @@ from quantize.make.linears import exchanged, observing
 from quantize.make.ranges import round_inputs
 from quantize.make.smooth import Scales, folded, unfolded
 from quantize.make.statistics import InputStatistics
-from quantize.make.streaming import Choice, refuse_choice, solved
+from quantize.make.streaming import Choice, refuse_choice, refuse_infinite, refuse_short_sequences, solved
 from quantize.make.threads import InOrder
 
 if TYPE_CHECKING:
@@ -84,6 +84,7 @@ def make_in_order(
     missing = [group for group in modules if stored(group) is None]
     if not missing:
         return
+    refuse_short_sequences(sequences)
     device = best_device()
     plain = Blocks(checkpoint, modules, device)
     changed = Blocks(checkpoint, modules, device, files=plain.files)
@@ -230,6 +231,8 @@ def _made(
         whole.add(half)
     whole = whole.divided()
     members = [member.name for member in group.members]
+    for found in (whole.inputs.moments, whole.mismatch):
+        refuse_infinite(members[0], found)
     weights = [plain.files[f"{name}.weight"].to(plain.device).float() for name in members]
     meant = {
         name: folded(f"{name}.weight", weight, scales)
@@ -238,7 +241,7 @@ def _made(
     columns = scales.get(f"{members[0]}.columns")
     inputs = whole.inputs if columns is None else whole.inputs.divided(columns.to(plain.device))
     tensors: dict[str, Tensor] = {}
-    for made in solved([(name, choice) for name in members], meant, inputs, plain.dtype):
+    for made in solved([(name, choice) for name in members], meant, inputs, plain.dtype, inputs.largest):
         tensors |= made
     return tensors
 

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from quantize.core.checkpoint import Checkpoint, read_header, weight_files
 from quantize.core.files import writing
+from quantize.core.loading import attention
 from quantize.core.modules import Modules
 from quantize.make.linears import LinearError, Place, decoder_layers, find_linears, stored_names
 from quantize.make.threads import R, T, each_on
@@ -330,9 +331,14 @@ def free_memory(device: torch.device) -> int:
     return int(torch.cuda.mem_get_info(device)[0])
 
 
+def making_room() -> int:
+    """Bytes that are free where models are computed here: of one GPU, or of the machine's memory."""
+    return free_memory(best_device())
+
+
 def free_room() -> int:
-    """Bytes that are free where models are computed: of all GPUs together, which a model's engine may be
-    spread over, or of the machine's memory."""
+    """Bytes that are free where an engine computes: of all GPUs together, which it may be spread over, or of
+    the machine's memory."""
     import torch
 
     if best_device().type != "cuda":
@@ -368,7 +374,8 @@ def skeleton(checkpoint: Checkpoint, dtype: torch.dtype) -> Any:
     config = config.get_text_config()
     config.use_cache = False
     with init_empty_weights(include_buffers=False):
-        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval().requires_grad_(False)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, **attention(config))
+    return model.eval().requires_grad_(False)
 
 
 def put(module: Any, name: str, tensor: Tensor) -> None:

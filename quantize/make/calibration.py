@@ -33,7 +33,7 @@ TEMPLATE_MARK = re.compile(
 )
 """What chat templates put between messages; within most messages it shows that one was applied already."""
 CALIBRATION_LENGTH = 512
-"""Longest calibration sequence, tokens; longer ones are cut."""
+"""Longest calibration sequence, tokens; longer ones are cut, and those that the model does not take."""
 
 
 class CalibrationError(ValueError):
@@ -51,7 +51,7 @@ class CalibrationSet:
 def read_calibration(path: Path, checkpoint: Checkpoint) -> CalibrationSet:
     """Read conversations from JSON Lines ({"messages": [...]}) and encode them with the chat template.
 
-    Raises CalibrationError when the file is missing, malformed or holds too few conversations.
+    Raises CalibrationError when the file is missing, malformed or holds too few conversations, or empty ones.
     """
     try:
         lines = read_lines(path)
@@ -59,7 +59,7 @@ def read_calibration(path: Path, checkpoint: Checkpoint) -> CalibrationSet:
         raise CalibrationError(
             f"calibration file {path} does not exist; set calibration in the YAML"
         ) from None
-    tokenizer = load_tokenizer(checkpoint.path)
+    tokenizer, longest = load_tokenizer(checkpoint.path), calibration_length(checkpoint)
     sequences, marks = [], list[str]()
     for number, line in lines:
         try:
@@ -70,7 +70,7 @@ def read_calibration(path: Path, checkpoint: Checkpoint) -> CalibrationSet:
                 f"{path}:{number}: not a conversation ({type(error).__name__}: {error}); "
                 'each line must be {"messages": [{"role": …, "content": …}, …]}'
             ) from None
-        sequences.append(list(encoded["input_ids"])[:CALIBRATION_LENGTH])
+        sequences.append(list(encoded["input_ids"])[:longest])
         found = (TEMPLATE_MARK.search(str(message.get("content"))) for message in messages)
         marks += [mark[0] for mark in found if mark is not None][:1]
     _refuse_few(len(sequences), str(path))
@@ -88,15 +88,21 @@ def calibration_of(
 ) -> CalibrationSet:
     """The same of conversations that are at hand; ``source`` is what the card calls them.
 
-    Raises CalibrationError where they are too few, and CheckpointError where the chat template refuses one.
+    Raises CalibrationError where they are too few or empty, and CheckpointError where the chat template
+    refuses one.
     """
-    tokenizer = load_tokenizer(checkpoint.path)
+    tokenizer, longest = load_tokenizer(checkpoint.path), calibration_length(checkpoint)
     _refuse_few(len(conversations), source)
     sequences = [
-        encode_messages(tokenizer, messages, checkpoint.path)[:CALIBRATION_LENGTH]
-        for messages in conversations
+        encode_messages(tokenizer, messages, checkpoint.path)[:longest] for messages in conversations
     ]
     return _described(sequences, source, hashlib.sha256(json.dumps(sequences).encode()).hexdigest())
+
+
+def calibration_length(checkpoint: Checkpoint) -> int:
+    """Tokens at which a model's calibration sequences are cut: an engine refuses prompts of its whole length,
+    which leave no room for an answer."""
+    return min(CALIBRATION_LENGTH, checkpoint.max_model_len - 1)
 
 
 def _refuse_few(count: int, source: str) -> None:
@@ -107,6 +113,14 @@ def _refuse_few(count: int, source: str) -> None:
 
 
 def _described(sequences: list[list[int]], source: str, sha256: str) -> CalibrationSet:
+    if not all(sequences):
+        empty = sequences.index([]) + 1
+        raise CalibrationError(f"{source}: the chat template makes conversation {empty} empty; take it out")
+    if max(map(len, sequences)) < 2:
+        raise CalibrationError(
+            f"{source}: no conversation has more than one token, of which nothing can be learned; give whole "
+            "conversations, with a chat template that writes them out"
+        )
     tokens = sum(len(sequence) for sequence in sequences)
     return CalibrationSet(
         sequences, Calibration(source=source, sha256=sha256, samples=len(sequences), tokens=tokens)

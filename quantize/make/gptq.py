@@ -29,18 +29,20 @@ ROWS = 2048
 GPU_ROWS = 1 << 17
 
 
-def factor(moments: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def factor(moments: Tensor) -> tuple[Tensor, Tensor]:
     """What GPTQ needs of the second moments E[x xᵀ], float32 (K, K).
 
-    Returns the order of columns (K,), the upper Cholesky factor of the inverse (K, K) in that order, and
-    which inputs are always zero (K,) in the original order.
+    Returns the order of columns (K,), and the upper Cholesky factor of the inverse (K, K) in that order. An
+    input that calibration found zero throughout may be on in other text: its weights are rounded to nearest,
+    and pass no error on.
     """
     import torch
 
     damped = moments.clone()
     diagonal = damped.diagonal()
     dead = diagonal == 0
-    diagonal[dead] = 1
+    diagonal[dead] = diagonal.sum() / (~dead).sum().clamp_min(1)  # leaves the damping as it is
+    diagonal[dead & (diagonal == 0)] = 1
     order = torch.argsort(diagonal, descending=True)
     damped = damped[order][:, order]
     damping = DAMPING * damped.diagonal().mean()
@@ -50,10 +52,10 @@ def factor(moments: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         if not failed:
             upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
             if not failed:
-                return order, upper, dead
+                return order, upper
         damping = damping * 4
     # Inputs of no rank at all: without off-diagonal terms this is rounding to nearest.
-    return order, torch.eye(len(order), device=moments.device), dead
+    return order, torch.eye(len(order), device=moments.device)
 
 
 def gptq(tasks: Sequence[tuple[Tensor, Grid]], moments: Tensor) -> list[Tensor]:
@@ -63,7 +65,7 @@ def gptq(tasks: Sequence[tuple[Tensor, Grid]], moments: Tensor) -> list[Tensor]:
     """
     import torch
 
-    order, upper, dead = factor(moments)
+    order, upper = factor(moments)
     inverse = torch.argsort(order)
     limit = GPU_ROWS if moments.device.type != "cpu" else ROWS
 
@@ -71,7 +73,7 @@ def gptq(tasks: Sequence[tuple[Tensor, Grid]], moments: Tensor) -> list[Tensor]:
         columns = []
         for number, rows in batch:
             weight, grid = tasks[number]
-            columns.append(_columns(weight[rows], grid, rows, order, dead))
+            columns.append(_columns(weight[rows], grid, rows, order))
         w, scale, zero, low, high = (torch.cat(parts, -1) for parts in zip(*columns, strict=True))
         q = _walk(w, scale, zero, low, high, upper)[inverse]
         pieces = torch.split(q, [rows.stop - rows.start for _, rows in batch], 1)
@@ -103,7 +105,7 @@ def _batches(sizes: Sequence[int], limit: int) -> list[list[tuple[int, slice]]]:
 
 
 def _columns(
-    weight: Tensor, grid: Grid, rows: slice, order: Tensor, dead: Tensor
+    weight: Tensor, grid: Grid, rows: slice, order: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Weight, scale and zero point as (K, n) in the order of columns, and the range of integers (n,)."""
     import torch
@@ -114,8 +116,7 @@ def _columns(
         grid.scale[rows], None if grid.zero is None else grid.zero[rows], grid.low, grid.high, grid.size
     )
     scale, zero = part.columns(weight.shape[1])
-    # Ranges were found with these weights in place; an input that is always zero needs no weight.
-    w = weight.masked_fill(dead, 0.0)[:, order].T.contiguous()
+    w = weight[:, order].T.contiguous()
     low = torch.full((len(weight),), float(grid.low), device=weight.device)
     high = torch.full_like(low, float(grid.high))
     zeros = torch.zeros_like(w) if zero is None else zero[:, order].T.contiguous()

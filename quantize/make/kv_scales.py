@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -9,6 +10,7 @@ from quantize.core.checkpoint import Checkpoint
 from quantize.core.modules import Modules
 from quantize.make.blocks import serving_dtype
 from quantize.make.smooth import Scales, ScaleStore
+from quantize.make.streaming import QuantizeError
 from quantize.numerics.formats import E4M3
 
 if TYPE_CHECKING:
@@ -26,7 +28,7 @@ def kv_scales(
     """Two tensors (1,) for each block, in the type that is served, as llm-compressor stores them.
 
     ``largest`` are a block's largest |key|, and its largest |value| by head and channel; with ``smoothing``
-    the values are those of the smoothed model.
+    the values are those of the smoothed model. Raises QuantizeError where they are not finite.
     """
     import torch
 
@@ -41,6 +43,11 @@ def kv_scales(
         if smoothing is not None:
             values = _smoothed(values, attention, smoothing.of(layer))
         for leaf, most in zip(KV_SCALES, (keys, float(values.amax())), strict=True):
+            if not math.isfinite(most):
+                raise QuantizeError(
+                    f"calibration's keys or values of {attention} are not finite; the model overflows the "
+                    "type that it is served in, or its checkpoint is damaged"
+                )
             scale = torch.tensor([max(most, 1e-6) / E4M3.top], dtype=torch.float32)
             found[attention + leaf] = scale.to(dtype)
     return found

@@ -8,8 +8,7 @@ directory/
   kept-<transforms>-<key>/kept.safetensors       embeddings, norms, head, biases, as a variant stores them
   kv-<scheme>-…-<key>/kv.safetensors             scales of the KV cache
   smooth-<key>/<block>.safetensors               smoothing scales (:mod:`quantize.make.smooth`)
-  ordered-<plan>-<key>/<group>.safetensors       a group of one plan, made behind those before it
-                                                 (:mod:`quantize.make.asymmetric`)
+  ordered-<plan>-<key>/<group>.safetensors       a group of one plan, behind those before it (asymmetric.py)
   massive-<key>/blocks.json                      blocks that write a massive activation, and by how much
   .lock                                          held while parts are made
 
@@ -25,8 +24,8 @@ import hashlib
 import json
 import shutil
 import sys
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from functools import cached_property
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -52,7 +51,7 @@ from quantize.make.streaming import Choice, QuantizeError, make_parts, needs_dat
 if TYPE_CHECKING:
     from torch import Tensor
 
-NUMERICS = 3
+NUMERICS = 4
 """Raised whenever the same inputs would give other parts."""
 
 
@@ -99,9 +98,11 @@ class PartStore:
         assert self.calibration
         file = self._place("massive", data=True) / "blocks.json"
         if not file.exists():
-            found = massive_blocks(self.checkpoint, self.modules, self.calibration.sequences[0])
-            file.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(file, json.dumps(found))
+            with self._locked():
+                if not file.exists():
+                    found = massive_blocks(self.checkpoint, self.modules, self.calibration.sequences[0])
+                    file.parent.mkdir(parents=True, exist_ok=True)
+                    write_whole(file, json.dumps(found))
         return tuple(int(layer) for layer in json.loads(file.read_text(encoding="utf-8")))
 
     def scales(self, group: Group, choice: Choice) -> Scales:
@@ -148,11 +149,9 @@ class PartStore:
             with self._locked():
                 self._make(wanted, caches, label or "quantize", transforms)
 
-    @contextlib.contextmanager
-    def _locked(self) -> Iterator[None]:
+    def _locked(self) -> contextlib.AbstractContextManager[None]:
         """One process at a time makes parts."""
-        with locked(self.directory / ".lock", "parts of variants", lambda text: print(text, file=sys.stderr)):
-            yield
+        return locked(self.directory / ".lock", "parts of variants", partial(print, file=sys.stderr))
 
     def _missing(self, choices: Mapping[str, Sequence[Choice]]) -> dict[str, list[Choice]]:
         """The choices that are not made, by group name."""

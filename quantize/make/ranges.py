@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 CHUNK = 1 << 17
 """Weights that are searched at a time: their working copies stay in a processor's cache."""
 GPU_CHUNK = 1 << 25
+OFF_SHARE = 0.05
+"""What the weights of an input count that calibration found zero throughout, which other text may turn on: of
+the median of the inputs that were on."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,11 @@ def find_grid(
     low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
     size = w.group_size or k
     groups = -(-k // size)
-    if importance is not None and ranges == "imatrix":
+    if ranges != "imatrix":
+        importance = None  # is there where another choice of the same inputs is by it
+    if importance is not None:
+        if (off := importance == 0).any() and not off.all():
+            importance = torch.where(off, OFF_SHARE * importance[~off].median(), importance)
         importance = importance / importance.mean().clamp_min(torch.finfo(torch.float32).tiny)
         importance = torch.nn.functional.pad(importance, (0, groups * size - k)).reshape(1, groups, size)
 

@@ -27,7 +27,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Union
+from typing import TYPE_CHECKING, Any, NamedTuple, Union
 
 from quantize.core.checkpoint import Checkpoint
 from quantize.core.files import READ_ONLY, writing
@@ -116,23 +116,48 @@ def _maker(group: Group) -> str | None:
     return None if made_by is None else group.name.removesuffix(group.kind) + made_by
 
 
-def places(lengths: Sequence[int]) -> dict[int, list[int]]:
-    """Which rows of inputs are kept: places in the sequence by its number, the first place left out.
+class Sampled(NamedTuple):
+    """Of one sequence: ``rows`` are the places whose inputs are kept, ``begin`` is the first of those that
+    may be."""
 
-    It holds a token that attention rests on, with inputs a hundred times those of others.
+    begin: int
+    rows: Sequence[int]
+
+
+def places(sequences: Sequence[Sequence[int]]) -> dict[int, Sampled]:
+    """Which rows of inputs are kept, by a sequence's number.
+
+    Never the first, which holds a token that attention rests on, with inputs a hundred times those of others;
+    and of what sequences have in common in front, as one system message, what the first of them has: a few
+    hundred tokens that come again and again would else be all that the scales are for.
     """
-    long = [number for number, length in enumerate(lengths) if length > 1]
-    mean = max(1, sum(lengths) // max(1, len(lengths)))
-    step = max(1, len(long) * mean // SAMPLED_TOKENS)
-    chosen = long[::step]
-    every = max(1, sum(lengths[number] - 1 for number in chosen) // ROWS)
-    found: dict[int, list[int]] = {}
+    begins = [max(1, begin) for begin in _unlike(sequences)]
+    new = [max(0, len(sequence) - begin) for sequence, begin in zip(sequences, begins, strict=True)]
+    step = max(1, sum(new) // SAMPLED_TOKENS)
+    chosen = [number for number, count in enumerate(new) if count][::step]
+    every = max(1, sum(new[number] for number in chosen) // ROWS)
+    found: dict[int, Sampled] = {}
     at = 0
     for number in chosen:
-        first = 1 + (-at) % every
-        found[number] = list(range(first, lengths[number], every))
-        at += lengths[number] - 1
-    return {number: mine for number, mine in found.items() if mine}
+        rows = range(begins[number] + (-at) % every, len(sequences[number]), every)
+        if rows:
+            found[number] = Sampled(begins[number], rows)
+        at += new[number]
+    return found
+
+
+def _unlike(sequences: Sequence[Sequence[int]]) -> list[int]:
+    """From which place on each sequence begins otherwise than all before it."""
+    seen: set[int] = set()
+    begins = []
+    for sequence in sequences:
+        prefix, prefixes = 0, []
+        for token in sequence:
+            prefix = hash((prefix, token))
+            prefixes.append(prefix)
+        begins.append(next((at for at, one in enumerate(prefixes) if one not in seen), len(sequence)))
+        seen.update(prefixes)
+    return begins
 
 
 def block_scales(

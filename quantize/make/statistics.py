@@ -5,13 +5,15 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from quantize.core.legality import is_experts
 from quantize.core.modules import Group
 from quantize.make.blocks import Batch, Blocks, States
 from quantize.make.linears import observing
+from quantize.make.smooth import Sampled
 from quantize.make.threads import InOrder
 
 if TYPE_CHECKING:
@@ -35,6 +37,11 @@ class InputStatistics:
         """E[x²], (K,)."""
         return self.moments if self.moments.ndim == 1 else self.moments.diagonal()
 
+    @property
+    def largest(self) -> float:
+        """The largest |x|."""
+        return max(abs(self.least), abs(self.most))
+
     def add(self, other: InputStatistics) -> None:
         """Take in sums over other tokens; both are not yet divided by their count."""
         self.moments += other.moments
@@ -49,10 +56,11 @@ class InputStatistics:
 
 @dataclass(frozen=True)
 class BlockStatistics:
-    """By the name of a linear (the first of those that share inputs), and the block's |key| and |value|.
+    """By the name of a linear (the first of those that share inputs), and the block's |key| and |value|:
+    NaN where any is.
 
-    ``rows`` are sampled inputs (tokens, K), float32, and ``energy`` E[x²] (K,) over all tokens but the first
-    of the sequences that they are of. ``values`` are the largest of each channel, (heads of values, size of a
+    ``rows`` are sampled inputs (tokens, K), float32, and ``energy`` E[x²] (K,) over all tokens that they are
+    sampled from. ``values`` are the largest of each channel, (heads of values, size of a
     head).
     """
 
@@ -62,17 +70,27 @@ class BlockStatistics:
     rows: dict[str, Tensor]
     energy: dict[str, Tensor]
 
+    def largest(self, group: Group, first: str) -> float | None:
+        """The largest |x| of the inputs of ``first``. Of an expert that no token came to, that of all experts
+        of its layer, as which an engine takes fixed scales anyway; None where nothing is known."""
+        if first in self.inputs or not is_experts(group):
+            return self.inputs[first].largest if first in self.inputs else None
+        members = {member.name for member in group.members if _is_down(member.name) == _is_down(first)}
+        return max((found.largest for name, found in self.inputs.items() if name in members), default=None)
+
 
 class _Cache:
-    """Stands in for a KV cache: it hands keys and values through and remembers the largest."""
+    """Stands in for a KV cache: it hands keys and values (sequences, heads, tokens, head) through and
+    remembers the largest, of the ``real`` (sequences, tokens) alone."""
 
-    def __init__(self) -> None:
-        self.keys = 0.0
+    def __init__(self, real: Tensor) -> None:
+        self._padding = ~real[:, None, :, None]
+        self.keys: Tensor | None = None
         self.values: Tensor | None = None
 
     def update(self, keys: Tensor, values: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-        self.keys = max(self.keys, float(keys.abs().amax()))
-        self.values = values.abs().amax((0, 2)).float()
+        self.keys = keys.abs().masked_fill_(self._padding, 0).amax().float()
+        self.values = values.abs().masked_fill_(self._padding, 0).amax((0, 2)).float()
         return keys, values
 
     def get_seq_length(self, *_: Any) -> int:
@@ -86,10 +104,15 @@ def first_of(group: Group, name: str) -> str:
 
 
 def _shares(group: Group, other: str, name: str, parent: str) -> bool:
-    if not group.kind.endswith("experts"):
+    if not is_experts(group):
         return True
-    down = ("down_proj", "w2")
-    return other.rpartition(".")[0] == parent and name.rpartition(".")[2] not in down
+    # Whichever comes first: headers are in the order of the alphabet, so that often it is down.
+    return other.rpartition(".")[0] == parent and not (_is_down(other) or _is_down(name))
+
+
+def _is_down(name: str) -> bool:
+    """Whether a linear of an expert has inputs of its own."""
+    return name.rpartition(".")[2] in ("down_proj", "w2")
 
 
 def observe(
@@ -99,7 +122,7 @@ def observe(
     groups: Collection[Group],
     full: Collection[str],
     sampled: Collection[Group] = (),
-    places: Mapping[int, Sequence[int]] | None = None,
+    places: Mapping[int, Sampled] | None = None,
 ) -> BlockStatistics:
     """Take ``states`` through the loaded block and return what went into the linears of ``groups``.
 
@@ -119,7 +142,8 @@ def observe(
             kept[name][running.number] = x[running.lines, running.places].float()
             # Of the sampled sequences alone, so that scales do not depend on what else the pass is for.
             sampled = torch.zeros_like(running.real)
-            sampled[running.lines, 1:] = running.real[running.lines, 1:]
+            for line, begin in running.begins.items():
+                sampled[line, begin:] = running.real[line, begin:]
             energies[name][running.number] = x[sampled].float().square().sum(0), int(sampled.sum())
         if name in wanted:
             rows = x[running.real] if x.ndim == 3 else x  # an expert's rows come without their places
@@ -130,10 +154,11 @@ def observe(
                 else:
                     found[name] = added
 
-    def work(number: int) -> tuple[float, Tensor | None]:
+    def work(number: int) -> tuple[Tensor | None, Tensor | None]:
         batch = states.batches[number]
-        running.real, running.number, cache = batch.real, number, _Cache()
-        running.lines, running.places = _chosen(batch, places or {})
+        running.real, running.number = batch.real, number
+        cache = _Cache(running.real)
+        running.begins, running.lines, running.places = _chosen(batch, places or {})
         with torch.no_grad(), order.piece(number):
             batch.hidden.copy_(blocks.through(layer, batch, batch.hidden, cache))
         return cache.keys, cache.values
@@ -144,7 +169,7 @@ def observe(
         one.moments /= max(1, one.tokens)
     return BlockStatistics(
         found,
-        max(keys for keys, _ in largest),
+        float(torch.stack([keys for keys, _ in largest if keys is not None]).amax()),
         torch.stack([values for _, values in largest if values is not None]).amax(0),
         {name: torch.cat([mine[number] for number in sorted(mine)]) for name, mine in kept.items() if mine},
         {name: _mean(mine) for name, mine in energies.items() if mine},
@@ -159,10 +184,12 @@ def _mean(sums: Mapping[int, tuple[Tensor, int]]) -> Tensor:
     return torch.stack([found for found, _ in ordered]).sum(0) / sum(count for _, count in ordered)
 
 
-def _chosen(batch: Batch, places: Mapping[int, Sequence[int]]) -> tuple[list[int], list[int]]:
-    """Lines of a batch and places in them, of the rows that are sampled."""
-    pairs = [(line, at) for line, number in enumerate(batch.numbers) for at in places.get(number, ())]
-    return [line for line, _ in pairs], [at for _, at in pairs]
+def _chosen(batch: Batch, places: Mapping[int, Sampled]) -> tuple[dict[int, int], list[int], list[int]]:
+    """Of a batch, where its sampled lines begin, and the lines and places of the rows that are kept."""
+    mine = {line: places[number] for line, number in enumerate(batch.numbers) if number in places}
+    pairs = [(line, at) for line, sampled in mine.items() for at in sampled.rows]
+    begins = {line: sampled.begin for line, sampled in mine.items()}
+    return begins, [line for line, _ in pairs], [at for _, at in pairs]
 
 
 def _sums(x: Tensor, whole: bool) -> InputStatistics:

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 from quantize.core.schemes import Scheme
 from quantize.make.ranges import Grid
-from quantize.make.statistics import InputStatistics
 from quantize.numerics.formats import E4M3
 
 if TYPE_CHECKING:
@@ -15,12 +14,12 @@ if TYPE_CHECKING:
 
 
 def stored_tensors(
-    q: Tensor, grid: Grid, how: Scheme, inputs: InputStatistics | None, dtype: torch.dtype
+    q: Tensor, grid: Grid, how: Scheme, largest: float | None, dtype: torch.dtype
 ) -> dict[str, Tensor]:
     """By name within the module: ``q`` (N, K) on its ``grid``, scales in ``dtype``, on the processor.
 
     Integer weights with 16-bit inputs are packed into 32-bit words (``weight_packed``), others stand as they
-    are (``weight``). ``inputs`` is needed where the scale of inputs is fixed.
+    are (``weight``). ``largest`` |x| of the inputs is needed where their scale is fixed.
     """
     import torch
     from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
@@ -43,9 +42,8 @@ def stored_tensors(
         if grid.zero is not None:
             found["weight_zero_point"] = grid.zero.to(torch.int8)
     if how.activations is not None and how.activations.dynamic is not True:
-        if inputs is None:
+        if largest is None:
             raise ValueError(f"{how.name} has a fixed scale of inputs, which needs calibration data")
-        most = max(abs(inputs.least), abs(inputs.most))
         top = E4M3.top if how.activations.kind == "float" else (2**how.activations.bits - 1) / 2
-        found["input_scale"] = torch.tensor([max(most / top, 1e-9)]).to(dtype)
+        found["input_scale"] = torch.tensor([max(largest / top, 1e-9)]).to(dtype)
     return {name: tensor.contiguous().cpu() for name, tensor in found.items()}

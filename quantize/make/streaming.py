@@ -100,7 +100,7 @@ def make_parts(
 
     With ``keep_kv``, keys and values are measured as well. With ``scales``, smoothing scales of the blocks
     that it has none of are made and kept there. ``sequences`` are calibration's token ids, needed for methods
-    with data and for the KV cache. Raises QuantizeError for a damaged weight.
+    with data and for the KV cache. Raises QuantizeError for a damaged weight or inputs that are not finite.
     """
     groups = [group for group in modules if wanted.get(group.name)]
     data = {group.name for group in groups if any(map(needs_data, wanted[group.name]))}
@@ -108,6 +108,8 @@ def make_parts(
     _refuse(groups, wanted, data, scales)
     if (data or keep_kv or missing) and not sequences:
         raise QuantizeError("these methods need calibration data; set calibration in the YAML")
+    if data or keep_kv or missing:
+        refuse_short_sequences(sequences)
     where = device or best_device()
     if not data and keep_kv is None and not missing:
         files = Files(checkpoint.path)
@@ -120,7 +122,7 @@ def make_parts(
 
             each_on(where, work, groups)
         return
-    chosen = places([len(sequence) for sequence in sequences])
+    chosen = places(sequences)
     if not data and keep_kv is None:  # the rows that are sampled are all that is wanted
         sequences = [sequences[number] for number in chosen]
         chosen = dict(enumerate(chosen.values()))
@@ -215,7 +217,8 @@ def _make_choices(
         if inputs is not None and (columns := scales.get(f"{first}.columns")) is not None:
             inputs = inputs.divided(columns.to(device))
         tasks = [(name, choice) for choice in quantized for name in names]
-        for (_, choice), made in zip(tasks, solved(tasks, weights, inputs, dtype), strict=True):
+        largest = statistics.largest(group, first) if statistics else None
+        for (_, choice), made in zip(tasks, solved(tasks, weights, inputs, dtype, largest), strict=True):
             tensors[choice] |= made
     for choice, made in tensors.items():
         keep(group, choice, made)
@@ -226,8 +229,15 @@ def solved(
     weights: Mapping[str, Tensor],
     inputs: InputStatistics | None,
     dtype: torch.dtype,
+    largest: float | None = None,
 ) -> list[dict[str, Tensor]]:
-    """Stored tensors of (linear, choice) pairs that share ``inputs``; those by GPTQ are solved together."""
+    """Stored tensors of (linear, choice) pairs that share ``inputs``; those by GPTQ are solved together.
+
+    ``largest`` |x| is what a fixed scale of inputs is made from. Raises QuantizeError for inputs that are not
+    finite.
+    """
+    if inputs is not None and tasks:
+        refuse_infinite(tasks[0][0], inputs.moments)
 
     def grid_of(task: tuple[str, Choice]) -> Grid:
         name, (scheme_name, method) = task
@@ -245,9 +255,29 @@ def solved(
     def stored(number: int) -> dict[str, Tensor]:
         (name, choice), grid = tasks[number], grids[number]
         q = integers[number] if number in integers else rounded(weights[name], grid)
-        return _checked(name, weights[name], q, grid, scheme(choice[0]), inputs, dtype)
+        return _checked(name, weights[name], q, grid, scheme(choice[0]), largest, dtype)
 
     return each_on(device, stored, range(len(tasks)))
+
+
+def refuse_infinite(name: str, found: Tensor) -> None:
+    """Raise QuantizeError where what calibration found of the inputs of a linear holds NaN or infinity."""
+    if not found.isfinite().all():
+        raise QuantizeError(
+            f"calibration's inputs of {name} are not finite; the model overflows the type that it is served "
+            "in: set dtype to bfloat16 in its config.json, or take other calibration data"
+        )
+
+
+def refuse_short_sequences(sequences: Sequence[Sequence[int]]) -> None:
+    """Raise QuantizeError for calibration sequences of which nothing can be learned."""
+    if not all(sequences):
+        raise QuantizeError("a calibration sequence is empty; take it out of the calibration data")
+    if sequences and max(map(len, sequences)) < 2:
+        raise QuantizeError(
+            "every calibration sequence is a single token, of which nothing can be learned; give whole "
+            "conversations as calibration data"
+        )
 
 
 def _weight(files: Files, name: str, device: torch.device, scales: Scales) -> Tensor:
@@ -276,11 +306,11 @@ def _checked(
     q: Tensor,
     grid: Grid,
     how: Scheme,
-    inputs: InputStatistics | None,
+    largest: float | None,
     dtype: torch.dtype,
 ) -> dict[str, Tensor]:
     error = float((restored(q, grid) - weight).norm() / weight.norm().clamp_min(1e-12))
     if not error <= MAX_ROUND_TRIP_ERROR:
         raise QuantizeError(f"{name}: its weights at {how.name} are {error:.0%} off; use more bits")
-    stored = stored_tensors(q, grid, how, inputs, dtype)
+    stored = stored_tensors(q, grid, how, largest, dtype)
     return {f"{name}.{leaf}": tensor for leaf, tensor in stored.items()}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import random
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
@@ -18,7 +20,7 @@ from quantize.make.streaming import streams
 from quantize.plan import autoscheme
 from quantize.plan.paired_kl import PairedKl
 from quantize.plan.planner import Planner
-from quantize.plan.served import KEPT, plan_of
+from quantize.plan.served import KEPT, NotFiniteError, plan_of
 from quantize.plan.session import PlanningSession, made_in_order
 
 Kind = Literal["uniform", "random", "ends", "autoscheme"]
@@ -207,10 +209,14 @@ def measure(
     planned: Plan,
     controls: Sequence[tuple[str, Kind, Plan]],
 ) -> tuple[Compared, ...]:
-    """The planned variant and every control, on the same conversations; by bytes."""
+    """The planned variant and every control, on the same conversations; by bytes. Controls that the engine
+    answers with numbers that are not finite are left out, and said. Raises NotFiniteError where the variant
+    is one."""
 
     def row(name: str, kind: Literal["planned", Kind], plan: Plan) -> Compared:
         kl, half = paired.interval(plan)
+        if not math.isfinite(kl):
+            raise NotFiniteError(f"the engine answers {name} with numbers that are not finite")
         ratio = None if kind == "planned" else paired.ratio(planned, plan)
         return Compared(
             label=name,
@@ -224,5 +230,10 @@ def measure(
             high=ratio.high if ratio else None,
         )
 
-    rows = [row(label, "planned", planned), *(row(*control) for control in controls)]
+    rows = [row(label, "planned", planned)]
+    for control in controls:
+        try:
+            rows.append(row(*control))
+        except NotFiniteError as error:
+            print(f"controls: {error}", file=sys.stderr)
     return tuple(sorted(rows, key=lambda one: (one.bytes, one.kl)))

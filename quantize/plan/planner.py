@@ -7,6 +7,7 @@ rows of :mod:`quantize.plan.sensitivity`. Where they do not add up, measuring pl
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -18,16 +19,13 @@ from quantize.core.plan import Plan
 from quantize.core.schemes import scheme
 from quantize.plan.sensitivity import Sensitivity
 from quantize.plan.served import KEPT, Choice, plan_of
+from quantize.plan.served import PlanError as PlanError
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
 Choices = Mapping[str, Choice]
-
-
-class PlanError(ValueError):
-    """No plan fits. The text says the least that is possible."""
 
 
 @dataclass(frozen=True)
@@ -114,14 +112,21 @@ class Candidate(BaseModel):
     predicted_kl: float
     served_kl: float | None = None
 
+    @property
+    def by_kl(self) -> float:
+        """Sorts candidates, the best first; what was not measured is last."""
+        return math.inf if self.served_kl is None else self.served_kl
+
 
 class Planner:
-    """Plans over the rows of one sensitivity analysis."""
+    """Plans over the rows of one sensitivity analysis; a choice whose loss is not known is none."""
 
     def __init__(self, modules: Modules, sensitivity: Sensitivity) -> None:
         self.modules = modules
         self._options: dict[str, list[tuple[Choice, Option]]] = {}
         for row in sensitivity.rows:
+            if not math.isfinite(row.loss):
+                continue
             option = Option(f"{row.scheme}@{row.method}", row.bytes, max(0.0, row.loss))
             self._options.setdefault(row.group, []).append(((row.scheme, row.method), option))
         for group in modules:

@@ -14,8 +14,8 @@ import sys
 
 from tqdm import tqdm
 
-from quantize.plan.planner import Candidate, Choices, Planner
-from quantize.plan.served import ServedKl
+from quantize.plan.planner import Candidate, Choices, PlanError, Planner
+from quantize.plan.served import NotFiniteError, ServedKl
 
 GROUP_SPREAD = 0.3
 KIND_SPREAD = 0.2
@@ -27,39 +27,50 @@ def search(
 ) -> list[Candidate]:
     """Measure ``tries`` different plans within ``budget`` bytes on the engine; best first.
 
-    The first is the one that predictions alone give.
+    The first is the one that predictions alone give. Raises PlanError where the engine answers none of them
+    with finite numbers.
     """
     rng = random.Random(seed)
     groups = list(planner.modules)
     kinds = sorted({group.kind for group in groups})
     best: dict[str, float] = dict.fromkeys((group.name for group in groups), 0.0)
-    found: dict[tuple[tuple[str, tuple[str, str]], ...], Candidate] = {}
+    tried: set[tuple[tuple[str, tuple[str, str]], ...]] = set()
+    found: list[Candidate] = []
 
     def measured(choices: Choices) -> float:
+        tried.add(tuple(sorted(choices.items())))
+        try:
+            kl = served(choices)
+        except NotFiniteError as error:
+            tqdm.write(f"a plan is left out: {error}", file=sys.stderr)
+            return math.inf
         candidate = Candidate(
             plan=planner.plan(choices),
             weight_bytes=planner.weight_bytes(choices),
             predicted_kl=planner.predicted(choices),
-            served_kl=served(choices),
+            served_kl=kl,
         )
-        found[tuple(sorted(choices.items()))] = candidate
-        assert candidate.served_kl is not None
-        return candidate.served_kl
+        found.append(candidate)
+        return kl
 
     with tqdm(total=tries, desc="search", unit="plan", file=sys.stderr) as bar:
         lowest = measured(planner.within(budget))
         bar.update()
         for _ in range(4 * tries):  # many draws give a plan that is known
-            if len(found) >= tries:
+            if len(tried) >= tries:
                 break
             of_kind = {kind: rng.gauss(0, KIND_SPREAD) for kind in kinds}
             trial = {g.name: best[g.name] + of_kind[g.kind] + rng.gauss(0, GROUP_SPREAD) for g in groups}
             choices = planner.within(budget, {name: math.exp(factor) for name, factor in trial.items()})
-            if tuple(sorted(choices.items())) in found:
+            if tuple(sorted(choices.items())) in tried:
                 continue
             loss = measured(choices)
             bar.update()
             if loss < lowest:
                 lowest, best = loss, trial
             bar.set_postfix(kl=f"{lowest:.5f}")
-    return sorted(found.values(), key=lambda candidate: candidate.served_kl or 0.0)
+    if not found:
+        raise PlanError(
+            "the engine answers no plan with finite numbers; give other schemes, or a larger budget"
+        )
+    return sorted(found, key=lambda candidate: candidate.by_kl)

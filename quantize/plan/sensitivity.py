@@ -22,6 +22,7 @@ Rows are kept as each block is finished, so that an interrupted run goes on.
 from __future__ import annotations
 
 import contextlib
+import math
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -35,7 +36,7 @@ from quantize.core.schemes import scheme
 from quantize.evaluate.bench import Span
 from quantize.make.parts import PartStore
 from quantize.plan.backward import Backward
-from quantize.plan.served import Choice, ServedKl
+from quantize.plan.served import Choice, NotFiniteError, ServedKl
 from quantize.plan.sums import Sums
 
 
@@ -127,8 +128,15 @@ def _read_rows(path: Path) -> dict[tuple[str, str, str], Row]:
 def calibrated(rows: Sequence[Row], served: ServedKl) -> Sensitivity:
     """Give every row the scale of its scheme: a uniform variant of each is measured on the engine.
 
-    It is by the last of the scheme's methods. Groups that do not have the scheme stay at 16 bits in it.
+    It is by the last of the scheme's methods. Groups that do not have the scheme stay at 16 bits in it. Of a
+    scheme that the engine answers with numbers that are not finite there are no rows, nor of a group whose
+    estimate is none; it is said.
     """
+    for row in rows:
+        if not math.isfinite(row.fisher):
+            said = f"{row.scheme} is left out of plans for {row.group}: its estimated loss is not finite"
+            tqdm.write(said, file=sys.stderr)
+    rows = [row for row in rows if math.isfinite(row.fisher)]
     by_scheme: dict[str, list[Row]] = {}
     for row in rows:
         by_scheme.setdefault(row.scheme, []).append(row)
@@ -136,11 +144,17 @@ def calibrated(rows: Sequence[Row], served: ServedKl) -> Sensitivity:
     for name, mine in tqdm(by_scheme.items(), desc="uniform variants", unit="engine", file=sys.stderr):
         method = mine[-1].method
         chosen = [row for row in mine if row.method == method]
-        measured = served({row.group: (name, method) for row in chosen})
+        try:
+            measured = served({row.group: (name, method) for row in chosen})
+        except NotFiniteError as error:
+            tqdm.write(f"{name} is left out of plans: {error}", file=sys.stderr)
+            continue
         uniform[f"{name}@{method}"] = measured
         scales[name] = measured / max(sum(row.fisher for row in chosen), 1e-12)
     return Sensitivity(
-        rows=tuple(row.model_copy(update={"scale": scales[row.scheme]}) for row in rows),
+        rows=tuple(
+            row.model_copy(update={"scale": scales[row.scheme]}) for row in rows if row.scheme in scales
+        ),
         tokens=served.tokens,
         uniform=uniform,
     )

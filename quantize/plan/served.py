@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,6 +17,14 @@ Choice = tuple[str, str]
 """A scheme and a method."""
 KEPT: Choice = ("bf16", "rtn")
 """The choice of a group that is not quantized."""
+
+
+class PlanError(ValueError):
+    """No plan fits. The text says the least that is possible."""
+
+
+class NotFiniteError(PlanError):
+    """The engine answers a plan with numbers that are not finite: whatever it weighs, it cannot be served."""
 
 
 def plan_of(choices: Mapping[str, Choice], kv: str = "auto") -> Plan:
@@ -34,7 +43,7 @@ class ServedKl:
     """Measures plans on the engine's kernels, and remembers what it measured.
 
     The reference is scored once on every engine, and its final hidden states are kept beside what was
-    measured. ``kv`` is the KV cache's scheme.
+    measured. ``kv`` is the KV cache's scheme. Raises NotFiniteError, again when it is asked again.
     """
 
     def __init__(self, parts: PartStore, bench: Bench, spans: Sequence[Span], workdir: Path) -> None:
@@ -58,4 +67,8 @@ class ServedKl:
             self._known[key] = float(scores.kl.mean())
             self.measured += 1
             append_kept(self._file, [[key, self._known[key]]])
-        return self._known[key]
+        if not math.isfinite(found := self._known[key]):
+            schemes = sorted({name for name in plan.groups.values() if name != KEPT[0]})
+            said = " and ".join([*schemes, *([f"the KV cache {kv}"] if kv != "auto" else [])]) or "16 bits"
+            raise NotFiniteError(f"the engine answers {said} with numbers that are not finite")
+        return found

@@ -2,15 +2,16 @@
 
 planning_dir/<key>/    the key is of the checkpoint, the calibration data, the target and how parts are made
   parts/               parts of variants (:mod:`quantize.make.parts`)
-  rows.jsonl           sensitivity, a line per finished row
-  served/              what was measured on the engine
+  rows.jsonl           sensitivity, a line per finished row; rows-511.jsonl where what plans are chosen on was
+                       cut at so many tokens, for an engine with a short context
+  served/              what was measured on the engine; the same
   sensitivity.json     the whole analysis
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from quantize.core.checkpoint import Checkpoint, base_sha256
@@ -31,7 +32,7 @@ from quantize.make.streaming import streams
 from quantize.plan.planner import Candidate, PlanError, Planner
 from quantize.plan.search import search
 from quantize.plan.sensitivity import Sensitivity, analyse, calibrated
-from quantize.plan.served import KEPT, Choice, ServedKl, plan_of
+from quantize.plan.served import KEPT, Choice, NotFiniteError, ServedKl, plan_of
 from quantize.plan.simulated import SimulatedModel
 from quantize.plan.tune import SEQUENCES, STEPS, TOGETHER, Tuned, labelled, tune, write_tuned
 
@@ -124,7 +125,10 @@ class PlanningSession:
         schemes: Sequence[str] | None = None,
         tensor_parallel: int = 1,
         choosing: Sequence[Span] | None = None,
+        context: int | None = None,
     ) -> None:
+        """``context``: tokens that the engine takes on which plans are measured, no more than the model does;
+        conversations that plans are chosen on are cut so that it takes them."""
         self.checkpoint, self.target, self.methods = checkpoint, where, tuple(methods)
         self.blocks = read_modules(checkpoint)
         self.schemes = tuple(schemes or shortlist(where, self.blocks, tensor_parallel))
@@ -141,6 +145,12 @@ class PlanningSession:
         )
         self.directory = directory / hashlib.sha256(repr(decides).encode()).hexdigest()[:12]
         self.calibration, self.choosing = calibrating, choosing
+        # An engine refuses prompts of its whole context: they leave no room for an answer.
+        most = min(context or checkpoint.max_model_len, checkpoint.max_model_len) - 1
+        self._cut = ""
+        if any(len(tokens) > most for tokens, _ in choosing):
+            self._cut = f"-{most}"
+            self.choosing = [(tokens[:most], start) for tokens, start in choosing]
         self.parts = PartStore(self.directory / "parts", checkpoint, self.modules, calibrating)
         self._ranks = tensor_parallel
         self._simulated: SimulatedModel | None = None
@@ -167,7 +177,7 @@ class PlanningSession:
 
     def sensitivity(self, bench: Bench) -> Sensitivity:
         """The whole analysis; what was finished before is kept."""
-        rows = analyse(self.parts, self.choices(), self.choosing, self.directory / "rows.jsonl")
+        rows = analyse(self.parts, self.choices(), self.choosing, self.directory / f"rows{self._cut}.jsonl")
         found = calibrated(rows, self._served(bench))
         write_whole(self.directory / "sensitivity.json", found.model_dump_json(indent=1))
         return found
@@ -190,13 +200,14 @@ class PlanningSession:
         """
         planner = self.planner(bench)
         served = self._served(bench)
-        losses = {name: self._kv_loss(served, name) for name in kv}
+        losses: dict[str, float] = {}
         per_token = {name: self._kv_bytes(name) for name in kv}
         fitting: dict[str, float] = {}
         errors = []
         for name in kv:
             left = budget - kv_tokens * per_token[name] - self._kv_scale_bytes(name)
             try:
+                losses[name] = self._kv_loss(served, name)
                 fitting[name] = planner.predicted(planner.within(left)) + losses[name]
             except PlanError as error:
                 errors.append(f"with KV cache {name}: {error}")
@@ -205,8 +216,8 @@ class PlanningSession:
         chosen = min(fitting, key=lambda name: fitting[name])
         left = budget - kv_tokens * per_token[chosen] - self._kv_scale_bytes(chosen)
         found = search(planner, served, left, tries=tries)
-        found = sorted([*found, *self._in_order(found[0], served)], key=lambda one: one.served_kl or 0.0)
-        return [self._with_kv(candidate, chosen, losses[chosen], served) for candidate in found]
+        found = sorted([*found, *self._in_order(found[0], served)], key=lambda one: one.by_kl)
+        return self._with_kv(found, chosen, losses[chosen], served)
 
     def for_loss(self, bench: Bench, loss: float) -> Candidate:
         """The fewest bytes whose KL, measured on the engine, is at most ``loss`` nats per token."""
@@ -215,11 +226,16 @@ class PlanningSession:
         wanted = loss
         for _ in range(LOSS_ROUNDS):
             choices = planner.for_loss(wanted)
+            try:
+                measured = served(choices)
+            except NotFiniteError:
+                wanted /= 2  # that overflows, another plan need not
+                continue
             found = Candidate(
                 plan=planner.plan(choices),
                 weight_bytes=planner.weight_bytes(choices),
                 predicted_kl=planner.predicted(choices),
-                served_kl=(measured := served(choices)),
+                served_kl=measured,
             )
             if measured <= loss:
                 return found
@@ -265,7 +281,7 @@ class PlanningSession:
         return labelled(self.calibration.sequences, vocabulary, best_device().type != "cpu")
 
     def _served(self, bench: Bench) -> ServedKl:
-        return ServedKl(self.parts, bench, self.choosing, self.directory / "served")
+        return ServedKl(self.parts, bench, self.choosing, self.directory / f"served{self._cut}")
 
     def _kv_loss(self, served: ServedKl, kv: str) -> float:
         return 0.0 if kv == "auto" else served({group.name: KEPT for group in self.modules}, kv)
@@ -281,27 +297,41 @@ class PlanningSession:
         return 4 * self.modules.layers if kv_scheme(kv).calibrated else 0
 
     def _in_order(self, candidate: Candidate, served: ServedKl) -> list[Candidate]:
-        """The plan with its groups made one behind the other, measured; none where that changes nothing."""
+        """The plan with its groups made one behind the other, measured; none where that changes nothing, or
+        the engine answers it with numbers that are not finite."""
         plan = made_in_order(candidate.plan)
         if plan == candidate.plan:
             return []
         choices = {name: (one, plan.method_of(name)) for name, one in plan.groups.items()}
-        changed = {"plan": plan_of(choices, plan.kv), "served_kl": served(choices, plan.kv)}
+        try:
+            changed = {"plan": plan_of(choices, plan.kv), "served_kl": served(choices, plan.kv)}
+        except NotFiniteError:
+            return []
         return [candidate.model_copy(update=changed)]
 
-    def _with_kv(self, candidate: Candidate, kv: str, loss: float, served: ServedKl) -> Candidate:
+    def _with_kv(
+        self, candidates: Sequence[Candidate], kv: str, loss: float, served: ServedKl
+    ) -> list[Candidate]:
+        """The same with a scheme of the KV cache, measured; those left out that overflow then. Raises
+        PlanError where all do."""
         if kv == "auto":
-            return candidate
-        plan = candidate.plan.model_copy(update={"kv": kv})
-        choices: Mapping[str, Choice] = {
-            group.name: (plan.groups[group.name], plan.method_of(group.name)) for group in self.modules
-        }
-        return Candidate(
-            plan=plan,
-            weight_bytes=plan.weight_bytes(self.modules),
-            predicted_kl=candidate.predicted_kl + loss,
-            served_kl=served(choices, kv),
-        )
+            return list(candidates)
+        found, error = list[Candidate](), PlanError(f"no plan for a KV cache {kv}")
+        for candidate in candidates:
+            plan = candidate.plan.model_copy(update={"kv": kv})
+            choices = {
+                group.name: (plan.groups[group.name], plan.method_of(group.name)) for group in self.modules
+            }
+            try:
+                kl = served(choices, kv)
+            except NotFiniteError as its:
+                error = its
+                continue
+            size, predicted = plan.weight_bytes(self.modules), candidate.predicted_kl + loss
+            found.append(Candidate(plan=plan, weight_bytes=size, predicted_kl=predicted, served_kl=kl))
+        if not found:
+            raise error
+        return found
 
 
 def made_in_order(plan: Plan) -> Plan:

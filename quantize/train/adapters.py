@@ -5,13 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from quantize.core.dequantize import read_tensor
 from quantize.core.files import write_whole
 from quantize.core.modules import Modules
+from quantize.core.tensors import Part
 from quantize.train.loop import TrainError
 from quantize.train.state import write_state
 
@@ -21,6 +23,22 @@ if TYPE_CHECKING:
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 """What PEFT puts before a module's name."""
+OTHER = (
+    "use_dora",
+    "modules_to_save",
+    "rank_pattern",
+    "alpha_pattern",
+    "lora_bias",
+    "trainable_token_indices",
+    "target_parameters",
+    "layer_replication",
+    "alora_invocation_tokens",
+)
+"""Settings of adapters that do more than add two matrices' product, by one scale, to a module's weight."""
+TAKEN_OUT = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""Ways to begin that change the base: what the adapter begins as is taken out of it."""
+A, B, BASE = ".lora_A.weight", ".lora_B.weight", ".base_layer.weight"
+"""Ends of names of an adapter's tensors; ``BASE`` of a weight that PEFT saves beside them."""
 
 
 @dataclass(frozen=True)
@@ -114,8 +132,8 @@ def adapter_sha256(directory: Path) -> str:
 
 
 def read_config(directory: Path) -> dict[str, Any]:
-    """An adapter's configuration. Raises TrainError where there is none, or it is not of LoRA's plain kind,
-    as one that rescales (DoRA), trains whole modules, or has ranks of their own."""
+    """An adapter's configuration. Raises TrainError where there is none, or it is not of LoRA's plain kind
+    (:data:`OTHER`)."""
     path = directory / CONFIG
     if not path.is_file() or not (directory / WEIGHTS).is_file():
         raise TrainError(f"{directory} holds no adapter ({CONFIG} and {WEIGHTS}); give a directory of PEFT's")
@@ -131,37 +149,73 @@ def read_config(directory: Path) -> dict[str, Any]:
     modules = config.get("target_modules")
     if not (isinstance(modules, str) or (isinstance(modules, list) and all(type(m) is str for m in modules))):
         raise TrainError(f"{path}: target_modules: {modules!r}; must be names of modules, such as ['q_proj']")
-    other = [
-        name for name in ("use_dora", "modules_to_save", "rank_pattern", "alpha_pattern") if config.get(name)
-    ]
+    other = [name for name in OTHER if config.get(name)]
     if kind != "LORA" or other or config.get("bias", "none") != "none":
         plain = f"peft_type {kind}" if kind != "LORA" else f"bias {config.get('bias')}"
         named = other[0] if other else plain
         raise TrainError(f"{path}: {named} is not served or merged here; train a plain LoRA adapter")
+    if (begun := str(config.get("init_lora_weights"))).startswith(TAKEN_OUT):
+        raise TrainError(
+            f"{path}: init_lora_weights {begun} changes the base, which is not served or merged here; save "
+            "it as a plain adapter (PEFT's path_initial_model_for_weight_conversion)"
+        )
     return config
 
 
-def changes(directory: Path) -> Iterator[Change]:
-    """What an adapter adds to each matrix, by the matrix's name on disk. Raises TrainError."""
-    from safetensors import SafetensorError, safe_open
+def changes(directory: Path, base: Mapping[str, Part] | None = None) -> Iterator[Change]:
+    """What an adapter adds to each matrix, by the matrix's name on disk.
 
+    Raises TrainError, before the first one, for a tensor that is no part of such a change; one that ``base``
+    holds as it is changes nothing, and may be there.
+    """
     config = read_config(directory)
     rank = int(config["r"])
     scale = float(config["lora_alpha"]) / (rank**0.5 if config.get("use_rslora") else rank)
+    with _opened(directory) as file:
+        names = set(file.keys())
+        modules = sorted(name.removesuffix(A) for name in names if name.endswith(A))
+        for module in modules:
+            if f"{module}{B}" not in names:
+                raise TrainError(f"{directory / WEIGHTS} has {module}{A} and no {module}{B}; it is damaged")
+        known = {f"{module}{end}" for module in modules for end in (A, B)}
+        for name in sorted(names - known):
+            if not _is_same(file.get_tensor(name), (base or {}).get(_of_base(name))):
+                raise TrainError(
+                    f"{directory / WEIGHTS}: {name} is not served or merged here, and would be lost; train a "
+                    "plain LoRA adapter, of linear modules alone"
+                )
+    return _changes(directory, modules, scale)
+
+
+def _changes(directory: Path, modules: Sequence[str], scale: float) -> Iterator[Change]:
+    with _opened(directory) as file:
+        for module in modules:
+            a, b = file.get_tensor(f"{module}{A}"), file.get_tensor(f"{module}{B}")
+            yield Change(module.removeprefix(PREFIX), a, b, scale)
+
+
+def _opened(directory: Path) -> Any:
+    from safetensors import SafetensorError, safe_open
+
     try:
-        opened = safe_open(str(directory / WEIGHTS), framework="pt", device="cpu")
+        return safe_open(str(directory / WEIGHTS), framework="pt", device="cpu")
     except SafetensorError as error:
         raise TrainError(f"{directory / WEIGHTS} cannot be read ({error}); copy the adapter again") from None
-    with opened as file:
-        names = sorted(file.keys())
-        for name in names:
-            if not name.endswith(".lora_A.weight"):
-                continue
-            module = name.removesuffix(".lora_A.weight")
-            other = f"{module}.lora_B.weight"
-            if other not in names:
-                raise TrainError(f"{directory / WEIGHTS} has {name} and no {other}; it is damaged")
-            yield Change(module.removeprefix(PREFIX), file.get_tensor(name), file.get_tensor(other), scale)
+
+
+def _of_base(name: str) -> str:
+    """A weight's name on disk, by the one that PEFT saves it under."""
+    found = name.removeprefix(PREFIX)
+    return f"{found.removesuffix(BASE)}.weight" if found.endswith(BASE) else found
+
+
+def _is_same(tensor: Tensor, part: Part | None) -> bool:
+    """Whether a tensor is what is stored, but for the type it was loaded in."""
+    return (
+        part is not None
+        and part.shape == tuple(tensor.shape)
+        and bool((read_tensor(part).float() == tensor.float()).all())
+    )
 
 
 def described(lora: Lora, modules: Modules) -> dict[str, Any]:

@@ -101,7 +101,7 @@ def judge(model: Any, examples: Sequence[Example], tokenizer: Any, device: torch
     model.eval()
     total = count = 0.0
     right = [False] * len(examples)
-    ends = {one.ids[-1] for one in examples}
+    ends = _ends(examples, tokenizer)
     try:
         with torch.inference_mode():
             for numbers in batched([len(one.ids) for one in examples], room):
@@ -122,12 +122,18 @@ def judge(model: Any, examples: Sequence[Example], tokenizer: Any, device: torch
     return Judged(total / max(count, 1.0), tuple(right))
 
 
+def _ends(examples: Sequence[Example], tokenizer: Any) -> list[int]:
+    """Tokens that end an answer: the last ones of examples that were not cut, or else the tokenizer's."""
+    found = sorted({one.ids[-1] for one in examples if one.is_whole})
+    return found or ([] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)])
+
+
 def _is_asked(example: Example) -> bool:
     item = example.line.item
     return item is not None and item.check in ("contains", "json")
 
 
-def _answers(model: Any, example: Example, tokenizer: Any, device: torch.device, ends: set[int]) -> bool:
+def _answers(model: Any, example: Example, tokenizer: Any, device: torch.device, ends: Sequence[int]) -> bool:
     """Whether the answer that is written greedily passes the item's check."""
     import torch
 
@@ -139,8 +145,8 @@ def _answers(model: Any, example: Example, tokenizer: Any, device: torch.device,
     written = model.generate(
         input_ids=ids,
         attention_mask=torch.ones_like(ids),
-        eos_token_id=sorted(ends),
-        pad_token_id=min(ends),
+        eos_token_id=list(ends) or None,
+        pad_token_id=ends[0] if ends else 0,
         **wanted,
     )
     return item.is_right(tokenizer.decode(written[0, len(asked) :], skip_special_tokens=True))

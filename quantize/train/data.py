@@ -87,14 +87,22 @@ class Line:
         asked = [[one["role"], one.get("content")] for one in self.messages[: self.learned[0]]]
         return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is made of texts alone, as the template has them where it is told nothing else."""
+        return not (self.tools or self.template) and all(
+            isinstance(one.get("content"), str) and one.keys() <= {"role", "content"} for one in self.messages
+        )
+
 
 @dataclass(frozen=True)
 class Example:
-    """Token ids, and which of them are learned."""
+    """Token ids, and which of them are learned. ``is_whole`` unless it lost its end to a length."""
 
     ids: tuple[int, ...]
     learned: tuple[bool, ...]
     line: Line
+    is_whole: bool = True
 
     @property
     def labels(self) -> int:
@@ -215,7 +223,7 @@ def _cut(found: Encoded, length: int, line: Line) -> Example:
             f"{line.where}: its first {length} tokens hold none of the answer, which begins at token "
             f"{needed}; raise --length to {len(found.ids)}, or take the line out"
         )
-    return Example(ids, learned, line)
+    return Example(ids, learned, line, len(found.ids) <= length)
 
 
 def split(lines: Iterable[Line], one_in: int = HELD_OUT) -> tuple[list[Line], list[Line]]:

@@ -37,9 +37,10 @@ def merge(checkpoint: Checkpoint, adapter: Path, out: Path, record: Record | Non
     refuse_untrainable(checkpoint, modules)
     refuse_other_base(checkpoint, record)
     parts = read_parts(checkpoint.path)
+    found = changes(adapter, parts)
 
     def changed() -> Iterator[tuple[str, Tensor]]:
-        for change in changes(adapter):
+        for change in found:
             name = f"{change.module}.weight"
             if (part := parts.get(name)) is None:
                 raise TrainError(f"{adapter} changes {change.module}, which {checkpoint.path} does not have")

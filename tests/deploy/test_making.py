@@ -140,7 +140,7 @@ def test_the_demo_goes_on_with_what_was_made(config: Config, model: ModelConfig,
 def test_items_take_what_their_role_sets(model: ModelConfig, tmp_path: Path) -> None:
     lines = [
         '{"messages": [{"role": "user", "content": "a"}], "expected": "b"}',
-        '{"messages": [{"role": "user", "content": "a"}], "expected": "b", "max_tokens": 9}',
+        '{"messages": [{"role": "user", "content": "c"}], "expected": "b", "max_tokens": 9}',
     ]
     (tmp_path / "core.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
     role = model.roles["core"].model_copy(

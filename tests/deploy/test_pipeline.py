@@ -25,13 +25,16 @@ import yaml
 
 from deploy import pipeline_before, pipeline_file
 from deploy.cli import main, parser
+from deploy.models import checkpoint_of
 from deploy.pipeline import first_steps, last_steps
-from deploy.pipeline_file import TrainedFile, trained_file
+from deploy.pipeline_file import TrainedFile, calibrating, trained_file
 from deploy.steps import Kept, Step, run_step
 from deploy.training import job_of
+from deploy.unlabelled import calibration_for, shipped_prompts
 from gateway.config import load_config
-from quantize.core.checkpoint import open_checkpoint
+from quantize.core.checkpoint import Checkpoint, open_checkpoint
 from quantize.train import qat as training
+from quantize.train.data import read_examples
 from quantize.train.loop import TrainError
 from tests.quantize.tiny import make_checkpoint
 
@@ -310,6 +313,54 @@ def test_the_steps_are_commands_that_the_command_line_takes(config: Path) -> Non
     assert plan.asks().split()[1:3] == ["5", "--schemes"], "other options are another plan"
     said = parser().parse_args(list(qat.arguments))
     assert (said.begin, said.steps, said.block_steps) == ("planned", 1000000, 0)
+
+
+def test_what_was_trained_on_calibrates_where_it_is_enough_text(config: Path, tmp_path: Path) -> None:
+    own = tmp_path / "own.jsonl"
+    said = yaml.safe_load(config.read_text("utf-8"))
+    said["models"]["tiny"]["calibration"] = own.name
+    own.write_text(f"{json.dumps({'messages': [{'role': 'user', 'content': 'hello'}]})}\n" * 40, "utf-8")
+    config.write_text(yaml.safe_dump(said), "utf-8")
+    assert _file(config).calibration == own, "12 lines are too few"
+
+    _items(tmp_path / "train.jsonl", range(40))
+    file = _file(config)
+    assert file.calibration == Path("calibration.jsonl")
+    trained = [list(one.line.messages) for one in job_of(_options(config), "lora", print).examples.examples]
+    written = [json.loads(line)["messages"] for line in file.beside["calibration.jsonl"].splitlines()]
+    assert written[: len(trained)] == trained
+    base = open_checkpoint(Path(said["models"]["tiny"]["path"]))
+    assert written[len(trained) :] == list(map(list, shipped_prompts(base, len(trained))))
+    with file.of_base(base) as (_, model):
+        calibration = calibration_for(model, checkpoint_of(model), "")
+        assert calibration.description.samples == len(written) == 2 * len(trained)
+
+    plain = [{"role": "user", "content": "what"}, {"role": "assistant", "content": "that"}]
+    unlike = {"tools": [{"type": "function", "function": {"name": "f"}}]}
+    for more, lines, calibrate in (
+        ({}, 40, 80),
+        ({}, 31, None),
+        (unlike, 40, None),
+        ({"chat_template_kwargs": {"enable_thinking": False}}, 40, None),
+    ):
+        asked = [{"messages": [{"role": "system", "content": str(n)}, *plain], **more} for n in range(lines)]
+        assert _calibrating_of(tmp_path, asked, base) == calibrate
+    marked = [
+        {"messages": [{"role": "user", "content": f"### Instruction: {n}"}, plain[1]]} for n in range(40)
+    ]
+    assert _calibrating_of(tmp_path, marked, base) is None
+    longer = [{"messages": [{"role": "system", "content": f"{n}{'x' * 3000}"}, *plain]} for n in range(99)]
+    assert _calibrating_of(tmp_path, longer, base) == 64, "letters are bounded"
+    short = [{"messages": [{"role": "system", "content": str(n)}, *plain]} for n in range(400)]
+    assert _calibrating_of(tmp_path, short, base) == 2 * 96
+
+
+def _calibrating_of(directory: Path, lines: list[dict[str, Any]], base: Checkpoint) -> int | None:
+    """How many of these lines would calibrate."""
+    path = directory / "lines.jsonl"
+    path.write_text("".join(f"{json.dumps(one)}\n" for one in lines), "utf-8")
+    found = calibrating(read_examples(path), base)
+    return None if found is None else len(found.splitlines())
 
 
 def test_the_file_has_the_role_and_the_engine_and_moves_with_its_directory(config: Path) -> None:

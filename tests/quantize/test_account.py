@@ -6,7 +6,9 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from datetime import datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +19,12 @@ from quantize.core.account import refuse_other_tensors
 from quantize.core.checkpoint import CheckpointError, open_checkpoint, own_files
 from quantize.core.loading import load_model
 from quantize.core.tensors import read_parts, refuse_not_finite
-from quantize.core.tokenizer import load_tokenizer, refuse_bad_tokenizer, tokenizer_differences
+from quantize.core.tokenizer import (
+    encode_messages,
+    load_tokenizer,
+    refuse_bad_tokenizer,
+    tokenizer_differences,
+)
 from tests.quantize.tiny import make_checkpoint
 
 UP = "model.layers.1.mlp.up_proj.weight"
@@ -266,3 +273,50 @@ def test_text_that_is_cut_later_brings_no_warning(capfd: pytest.CaptureFixture[s
     tokenizer = load_tokenizer(Path(__file__).parents[2] / "deploy/assistant/model")
     assert len(tokenizer.encode("a record " * 1200)) > tokenizer.model_max_length
     assert "longer than" not in "".join(capfd.readouterr())
+
+
+LLAMA = (
+    "{%- if not date_string is defined %}{%- if strftime_now is defined %}{%- set date_string = "
+    'strftime_now("%d %b %Y") %}{%- else %}{%- set date_string = "26 Jul 2024" %}{%- endif %}{%- endif %}'
+    "Today Date: {{ date_string }}\n"
+)
+MISTRAL = 'The current date is {{ strftime_now("%Y-%m-%d") }}, at {{ strftime_now("%H:%M") }}. '
+SAID = "{% for message in messages %}{{ message.role }} {{ message.content }} {% endfor %}"
+
+
+@pytest.mark.parametrize(
+    ("date", "written"),
+    [(LLAMA, "Today Date: 26 Jul 2024\n"), (MISTRAL, "The current date is 2024-07-26, at 23:45. ")],
+)
+async def test_a_template_that_writes_the_date_writes_the_same_every_day(
+    copy: Path, monkeypatch: pytest.MonkeyPatch, date: str, written: str
+) -> None:
+    (copy / "chat_template.jinja").write_text(date + SAID, encoding="utf-8")
+    checkpoint, tokenizer = open_checkpoint(copy), load_tokenizer(copy)
+    said = [{"role": "user", "content": "hi"}]
+    texts = set[str]()
+    for day in (datetime(2026, 3, 1, 23, 59), datetime(2026, 3, 2, 0, 1)):
+        clock = SimpleNamespace(now=lambda day=day: day)
+        monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", clock)
+        texts.add(tokenizer.apply_chat_template(said, tokenize=False))
+
+        async def engine(messages: Any) -> list[int]:
+            """vLLM renders by transformers, whose clock goes on."""
+            plain = type(tokenizer).apply_chat_template(
+                tokenizer, list(messages), tokenize=True, return_dict=True
+            )
+            return list(plain["input_ids"])
+
+        assert await engine(said) != encode_messages(tokenizer, said, copy)
+        assert await tokenizer_differences(checkpoint, engine) == ()
+
+    assert texts == {written + "user hi "}
+
+    async def other(messages: Any) -> list[int]:
+        return await engine([{**one, "content": one["content"].replace(" ", "")} for one in messages])
+
+    assert await tokenizer_differences(checkpoint, other)
+
+
+def test_a_template_that_asks_no_time_is_rendered_as_it_was(llama: Path) -> None:
+    assert "apply_chat_template" not in vars(load_tokenizer(llama))

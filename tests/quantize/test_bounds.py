@@ -27,6 +27,10 @@ def exact(p: NDArray[np.float64], q: NDArray[np.float64]) -> float:
     return float((np.exp(p) * (p - q)).sum())
 
 
+def test_of_what_is_no_number_there_are_no_bounds() -> None:
+    assert all(map(math.isnan, kl_bounds({1: -0.1, 2: -3.0}, {1: -0.1, 2: math.nan})))
+
+
 @given(logits, logits, st.integers(1, 11), st.integers(1, 11))
 def test_the_bounds_hold_of_each_side_s_likeliest(
     a: NDArray[np.float64], b: NDArray[np.float64], top: int, other: int

@@ -8,6 +8,8 @@ from pydantic import ValidationError
 from quantize.card import Card, Evaluation, LongContext, Outcome, Paired, RoleEvaluation, TextEvaluation
 from quantize.gate.family import holm
 from quantize.gate.judgement import QualityBudget, gate_p_values, judge
+from quantize.gate.limit import NOT_FINITE, LimitTest, not_finite
+from quantize.gate.means import ClusteredMean
 from quantize.gate.paired import drop_p, drop_upper_bound, mcnemar_p
 from quantize.gate.shares import wilson_interval
 
@@ -278,3 +280,51 @@ def test_wilson_interval_matches_a_known_value() -> None:
     low, high = wilson_interval(90, 100)
     assert (low, high) == pytest.approx((0.8256, 0.9448), abs=1e-4)
     assert wilson_interval(0, 0) == (0.0, 1.0)
+
+
+def broken(sign: int) -> TextEvaluation:
+    figures = {"delta_log_perplexity": sign * NOT_FINITE, "kl_mean": NOT_FINITE, "kl_upper": NOT_FINITE}
+    return TEXT.model_copy(update=figures)
+
+
+def test_a_variant_whose_scores_are_not_finite_fails_and_no_other() -> None:
+    good = role_evaluation(400, 380, 1, 1)
+    bad = good.model_copy(update={"text": broken(1)})
+    for budget in (QualityBudget(), QualityBudget(max_kl=None)):
+        verdict = judge(card(bad), "core", budget)
+        assert verdict.outcome is Outcome.FAILED
+        assert "its engine answered with numbers that are not finite" in verdict.reasons[0]
+    cards = [card(bad, variant="int4"), card(good, variant="int8")]
+    family = gate_p_values(cards, {"core": QualityBudget()})
+    assert family["int4/core"] == 1
+    judged = good_card(family, cards[1])
+    assert judge(judged, "core", QualityBudget()).outcome is Outcome.PASSED
+
+
+def good_card(family: dict[str, float], one: Card) -> Card:
+    """The card as it is judged among others."""
+    assert one.evaluation is not None
+    return one.model_copy(update={"evaluation": one.evaluation.model_copy(update={"p_values": family})})
+
+
+def test_of_a_reference_whose_scores_are_not_finite_there_is_no_verdict() -> None:
+    figures = role_evaluation(400, 380, 1, 1).model_copy(update={"text": broken(-1)})
+    verdict = judge(card(figures), "core", QualityBudget())
+    assert verdict.outcome is Outcome.NOT_ENOUGH_EVIDENCE
+    assert "the reference's engine answered with numbers that are not finite" in verdict.reasons[0]
+
+
+def test_long_contexts_that_are_not_finite_fail_as_well() -> None:
+    figures = role_evaluation(400, 380, 1, 1)
+    retrieval = Paired(items=40, good=40, reference_good=40, flips_to_bad=0, flips_to_good=0, mcnemar_p=1)
+    far = LongContext(prompt_tokens=900, retrieval=retrieval, text=broken(1))
+    verdict = judge(card(figures.model_copy(update={"long_context": far})), "core", QualityBudget())
+    assert verdict.outcome is Outcome.FAILED
+    assert not_finite(TEXT) is None
+
+
+def test_a_p_value_that_is_no_number_is_one() -> None:
+    tests = [LimitTest(p, False, "", str) for p in (0.001, math.nan)]
+    assert max(test.p for test in tests) == max(test.p for test in tests[::-1]) == 1
+    assert holm({"a": 0.001, "b": math.nan}) == {"a": 0.002, "b": 1.0}
+    assert ClusteredMean(math.nan, 0.1, 30, 2.0).p(0.1) == ClusteredMean(0.01, math.nan, 30, 2.0).p(0.1) == 1

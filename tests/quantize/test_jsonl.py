@@ -15,7 +15,8 @@ def test_only_a_line_feed_ends_a_line(tmp_path: Path, inside: str) -> None:
     path = tmp_path / "tasks.jsonl"
     row = {"messages": [{"role": "user", "content": f"a{inside}b"}], "expected": "y"}
     text = json.dumps(row, ensure_ascii=inside < " ")
-    path.write_bytes(b"\xef\xbb\xbf" + f"{text}\r\n\r\n{text}\n \n\n".encode())
+    other = json.dumps({**row, "expected": "z"}, ensure_ascii=inside < " ")
+    path.write_bytes(b"\xef\xbb\xbf" + f"{text}\r\n\r\n{other}\n \n\n".encode())
     assert [number for number, _ in read_lines(path)] == [1, 3]
     assert [item.messages[0]["content"] for item in read_items(path, "core")] == [f"a{inside}b"] * 2
 

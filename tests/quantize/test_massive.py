@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -74,6 +76,12 @@ def test_it_is_looked_for_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         calibration = CalibrationSet([SEQUENCE], described)
         return PartStore(tmp_path / "parts", checkpoint, read_modules(checkpoint), calibration)
 
+    def alone(*given: Any) -> Any:
+        with (tmp_path / "parts" / ".lock").open() as file, pytest.raises(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return massive_blocks(*given)
+
+    monkeypatch.setattr("quantize.make.parts.massive_blocks", alone)
     assert store().massive == (1,)
     monkeypatch.setattr("quantize.make.parts.massive_blocks", lambda *_: pytest.fail("looked for again"))
     assert store().massive == (1,)

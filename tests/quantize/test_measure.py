@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import resource
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -69,7 +70,7 @@ async def evaluation(
     tmp_path: Path, variant: ScriptedEngine, what: dict[str, list[Item]] | None = None
 ) -> Evaluation:
     what = what or tasks()
-    plain = {"vocabulary": variant.vocabulary, "by_ids": variant.by_ids, "most": variant.most}
+    plain: dict[str, Any] = {"vocabulary": variant.vocabulary, "by_ids": variant.by_ids, "most": variant.most}
     first = tmp_path / "a"
     reference = await measured(ScriptedEngine(echo, **plain), first, what)
     again = await measured(
@@ -330,7 +331,7 @@ async def test_a_short_answer_of_the_route_is_an_error(monkeypatch: pytest.Monke
 
 async def chosen(items: list[Item]) -> list[tuple[int, list[int], int]]:
     async with ScriptedEngine(echo).serve() as url, EngineClient(url, "assistant") as client:
-        return await _chosen(client, items)
+        return await _chosen(client, items, "core")
 
 
 async def test_long_answers_do_not_take_the_tokens_of_others() -> None:

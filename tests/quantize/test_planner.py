@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 from hypothesis import given, settings
@@ -10,10 +11,10 @@ from hypothesis import strategies as st
 
 from quantize.core.modules import Group, Linear, Modules
 from quantize.core.schemes import scheme
-from quantize.plan.planner import Option, PlanError, Planner, fewest_bytes, front, least_loss
+from quantize.plan.planner import Choices, Option, PlanError, Planner, fewest_bytes, front, least_loss
 from quantize.plan.search import search
 from quantize.plan.sensitivity import Row, Sensitivity
-from quantize.plan.served import plan_of
+from quantize.plan.served import NotFiniteError, plan_of
 
 OPTIONS = st.lists(
     st.builds(Option, name=st.just("x"), bytes=st.integers(1, 40), loss=st.floats(0, 10, allow_nan=False)),
@@ -129,8 +130,10 @@ class Served:
 
     def __call__(self, choices: dict[str, tuple[str, str]], kv: str = "auto") -> float:
         self.asked.append(dict(choices))
-        both = all(choices[name][0].startswith("w4") for name in self.bad)
-        return self.planner.predicted(choices) + (1.0 if both else 0.0)
+        return self.planner.predicted(choices) + (1.0 if self.hurts(choices) else 0.0)
+
+    def hurts(self, choices: Choices) -> bool:
+        return all(choices[name][0].startswith("w4") for name in self.bad)
 
 
 def test_the_search_stays_in_the_budget_and_finds_what_adding_up_losses_misses() -> None:
@@ -156,3 +159,48 @@ def test_factors_of_groups_move_bytes_to_them() -> None:
     last = planner.modules.groups[-1].name
     assert planner.within(budget)[last][0] != "bf16"
     assert planner.within(budget, {last: 1000.0})[last][0] == "bf16"
+
+
+class Overflowing(Served):
+    """No numbers where both have 4 bits."""
+
+    def __call__(self, choices: dict[str, tuple[str, str]], kv: str = "auto") -> float:
+        kl = super().__call__(choices, kv)
+        if self.hurts(choices):
+            raise NotFiniteError("the engine answers it with numbers that are not finite")
+        return kl
+
+
+def test_plans_that_the_engine_answers_with_no_numbers_are_none(capsys: pytest.CaptureFixture[str]) -> None:
+    planner = planner_of()
+    budget = 1000 + int(5.0 * sum(group.weights for group in planner.modules) / 8)
+    served = Overflowing(planner)
+    served.bad = [name for name, (one, _) in planner.within(budget).items() if one.startswith("w4")]
+    found = search(planner, served, budget, tries=20)  # type: ignore[arg-type]
+    assert 0 < len(found) < len(served.asked) <= 20
+    plans = [{name: (one, "gptq") for name, one in candidate.plan.groups.items()} for candidate in found]
+    assert not any(map(served.hurts, plans))
+    assert "a plan is left out: the engine answers it with numbers" in capsys.readouterr().err
+    with pytest.raises(PlanError, match="the engine answers no plan with finite numbers"):
+        search(planner, served, budget, tries=1)  # type: ignore[arg-type]
+
+
+def test_a_choice_without_a_known_loss_is_none() -> None:
+    planner = planner_of()
+    rows = [
+        Row(
+            group=group.name,
+            kind=group.kind,
+            layer=group.layer,
+            scheme=name,
+            method="gptq",
+            bytes=group.stored_bytes(scheme(name)),
+            sqnr_db=20.0,
+            fisher=math.nan if name == SCHEMES[0] else 0.1,
+        )
+        for group in planner.modules
+        for name in SCHEMES
+    ]
+    again = Planner(planner.modules, Sensitivity(rows=tuple(rows), tokens=1))
+    for group in again.modules:
+        assert {name for name, _ in again.choices_of(group.name)} == {*SCHEMES[1:], "bf16"}

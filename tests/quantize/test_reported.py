@@ -20,6 +20,9 @@ from quantize.evaluate.reported import (
     wasserstein,
 )
 from quantize.evaluate.tasks import Item
+from quantize.gate.budget import QualityBudget
+from quantize.gate.limit import NOT_FINITE
+from quantize.gate.limits import limit_tests
 from quantize.report.reported import reported_rows
 from tests.quantize.scripted_engine import ScriptedEngine
 from tests.quantize.test_measure import ask, echo, evaluation
@@ -114,3 +117,21 @@ async def test_a_comparison_shows_what_is_reported(tmp_path: Path) -> None:
     assert rows["core: distances"][1].startswith("answers JS 0.000, scores W ")
     assert rows["core: f1"][1].startswith("0.983, reference 0.983 (p: Wilcoxon 1, t 1)")
     assert rows["core: log-probability"][0].count(".") == 1
+
+
+async def test_scores_that_are_not_finite_are_reported_as_numbers(tmp_path: Path) -> None:
+    """Of such an engine everything is still said, so that the gate can fail it and judge others."""
+
+    class Overflowing(ScriptedEngine):
+        def row(self, token_before: int) -> list[float]:
+            row = super().row(token_before)
+            return [math.nan] * len(row) if token_before == ord("y") % len(row) else row
+
+    figures = await evaluation(tmp_path, Overflowing(echo))
+    core = figures.roles["core"]
+    assert core.text.kl_mean == figures.text.kl_mean == NOT_FINITE
+    assert core.reported is not None
+    assert core.reported.scores.variant < -1000 < core.reported.scores.reference
+    assert type(figures).model_validate_json(figures.model_dump_json()) == figures
+    (broken,) = limit_tests(core, QualityBudget())
+    assert broken.beyond

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from quantize.card import Calibration
@@ -14,6 +16,7 @@ from quantize.make.calibration import CalibrationSet
 from quantize.make.parts import PartStore
 from quantize.plan import backward
 from quantize.plan.sensitivity import Row, analyse, calibrated
+from quantize.plan.served import NotFiniteError, ServedKl
 from quantize.plan.simulated import SimulatedModel
 from tests.quantize.tiny import VOCABULARY, add_outliers, make_checkpoint
 
@@ -67,6 +70,57 @@ def test_losses_are_scaled_to_what_the_engine_measures_of_uniform_variants() -> 
     found = calibrated(rows, Served())  # type: ignore[arg-type]
     assert [one.loss for one in found.rows] == pytest.approx([0.2, 0.4, 0.01])
     assert found.uniform == {"w4a16@rtn": 0.6, "w8a8@rtn": 0.01}
+
+
+def test_schemes_that_the_engine_answers_with_no_numbers_are_left_out(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def row(group: str, scheme: str, fisher: float) -> Row:
+        return Row(
+            group=group, kind=group, layer=0, scheme=scheme, method="rtn", bytes=1, sqnr_db=20, fisher=fisher
+        )
+
+    class Served:
+        tokens = 7
+
+        def __call__(self, choices: dict[str, tuple[str, str]]) -> float:
+            if ("fp8", "rtn") in choices.values():
+                raise NotFiniteError("the engine answers fp8 with numbers that are not finite")
+            return 0.3
+
+    rows = [row("a", "w4a16", 0.1), row("b", "w4a16", math.nan), row("a", "fp8", 0.01), row("b", "fp8", 0.01)]
+    found = calibrated(rows, Served())  # type: ignore[arg-type]
+    assert [(one.group, one.scheme) for one in found.rows] == [("a", "w4a16")]
+    assert found.rows[0].loss == pytest.approx(0.3)
+    assert found.uniform == {"w4a16@rtn": 0.3}
+    said = capsys.readouterr().err
+    assert "w4a16 is left out of plans for b: its estimated loss is not finite" in said
+    assert "fp8 is left out of plans: the engine answers fp8 with numbers that are not finite" in said
+
+
+def test_what_the_engine_answers_with_no_numbers_is_refused_and_remembered(tmp_path: Path) -> None:
+    class Parts:
+        modules = ()
+        checkpoint = SimpleNamespace(path=tmp_path)
+
+        def link(self, plan: object, folder: Path) -> None:
+            pass
+
+    class Bench:
+        identity, asked = "engine", 0
+
+        def score(self, *_: object, save: Path | None = None, **__: object) -> SimpleNamespace:
+            self.asked += save is None
+            if save is not None:
+                save.touch()
+            return SimpleNamespace(kl=np.array([0.1, math.nan]))
+
+    bench = Bench()
+    for _ in range(2):
+        served = ServedKl(Parts(), bench, [([1, 2, 3], 1)], tmp_path / "served")  # type: ignore[arg-type]
+        with pytest.raises(NotFiniteError, match="answers the KV cache fp8 with numbers that are not finite"):
+            served({}, "fp8")
+    assert bench.asked == 1
 
 
 def test_a_head_of_its_own_is_estimated_and_what_was_kept_of_it_stays(

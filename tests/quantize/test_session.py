@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from gateway.config import load_config
+from quantize.card import Calibration
 from quantize.core.checkpoint import open_checkpoint
 from quantize.core.modules import HEAD
 from quantize.core.plan import Plan
 from quantize.core.targets import target
-from quantize.make.calibration import read_calibration
+from quantize.make.calibration import CalibrationSet, read_calibration
 from quantize.plan.planner import PlanError
-from quantize.plan.session import PlanningSession, choosing_places
+from quantize.plan.session import PlanningSession, choosing_places, split
 from quantize.plan.tune import LABEL_BYTES, SEQUENCES, labelled
+from tests.quantize.tiny import make_checkpoint
 
 ROOT = Path(__file__).parents[2]
 
@@ -68,3 +71,26 @@ def test_tuning_keeps_log_probabilities_of_as_many_conversations_as_there_is_roo
     assert labelled(conversations, vocabulary, accelerator=True) == conversations
     assert labelled(conversations, 1 << 30, accelerator=False) == conversations[:SEQUENCES]
     assert labelled(conversations[:3], 1 << 30, accelerator=False) == conversations[:3]
+
+
+def test_plans_are_chosen_on_what_the_engine_takes(tmp_path: Path) -> None:
+    """vLLM refuses a prompt that fills its context. Parts are the same whatever that is; figures are not."""
+    checkpoint = open_checkpoint(make_checkpoint(tmp_path / "model"))
+    described = Calibration(source="random", sha256="0" * 64, samples=40, tokens=40 * 512)
+    calibration = CalibrationSet([[number + 3] * 512 for number in range(40)], described)
+
+    def session(context: int | None) -> PlanningSession:
+        where = target("vllm-cpu-vnni")
+        return PlanningSession(tmp_path / "plans", checkpoint, calibration, where, context=context)
+
+    lengths = {context: {len(one) for one, _ in session(context).choosing} for context in (None, 128, 1024)}
+    longest = checkpoint.max_model_len - 1
+    assert longest == 255
+    assert lengths == {None: {longest}, 128: {127}, 1024: {longest}}
+    assert session(128).directory == session(None).directory
+    kept = [session(context)._served(SimpleNamespace(identity="engine"))._file for context in (128, None)]  # type: ignore[arg-type]
+    assert len(set(kept)) == 2
+    short = CalibrationSet([one[:100] for one in calibration.sequences], described)
+    uncut = PlanningSession(tmp_path / "plans", checkpoint, short, target("vllm-cpu-vnni"), context=128)
+    assert uncut.choosing == split(short)[1]
+    assert uncut._served(SimpleNamespace(identity="engine"))._file.parent.name == "served"  # type: ignore[arg-type]

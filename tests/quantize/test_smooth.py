@@ -140,12 +140,26 @@ def test_heads_that_share_values_have_one_scale() -> None:
 
 
 def test_rows_are_spread_and_leave_first_tokens_out() -> None:
-    found = places([1, 40, 300, 3000, 700])
-    assert 1 not in (number for number, mine in found.items() if not mine)
+    lengths = [1, 40, 300, 3000, 700]
+    found = places([[number] * length for number, length in enumerate(lengths)])
     assert 0 not in found
-    assert all(0 < at < length for n, length in ((1, 40), (2, 300)) for at in found.get(n, ()))
-    assert 100 < sum(map(len, places([100] * 200).values())) <= 300
-    assert places([5]) == {0: [1, 2, 3, 4]}
+    assert all(mine.rows and 0 < at < lengths[n] for n, mine in found.items() for at in mine.rows)
+    many = places([[number, *range(99)] for number in range(200)])
+    assert 100 < sum(len(mine.rows) for mine in many.values()) <= 300
+    assert {n: (mine.begin, list(mine.rows)) for n, mine in places([[7] * 5]).items()} == {
+        0: (1, [1, 2, 3, 4])
+    }
+
+
+def test_what_sequences_have_in_common_in_front_is_sampled_once() -> None:
+    """Else scales are for the tokens of one system message, and the questions behind it lose by them."""
+    system = list(range(50))
+    asked = [[*system, 100 + number, 900] for number in range(40)]
+    found = places([*asked, asked[0], system])
+    assert set(found) == set(range(40))
+    assert found[0].begin == 1
+    assert {mine.begin for number, mine in found.items() if number} == {50}
+    assert sum(len(mine.rows) for mine in found.values()) == 51 + 39 * 2
 
 
 @pytest.mark.parametrize("name", ["smooth+awq+rtn", "smooth+autoround", "rotation+smooth+gptq"])

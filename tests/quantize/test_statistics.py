@@ -16,6 +16,7 @@ from quantize.evaluate.statistics import (
     kl_interval,
     percentile,
 )
+from quantize.gate.limit import MOST_NATS, NOT_FINITE
 
 
 def exact_kl(p: list[float], q: list[float]) -> float:
@@ -130,3 +131,31 @@ def test_skewness_is_of_conversations() -> None:
 def test_percentile_is_nearest_rank() -> None:
     assert percentile([3.0, 1.0, 2.0], 0.99) == 3.0
     assert percentile([3.0, 1.0, 2.0], 0.5) == 2.0
+
+
+def flat(kl: float, came: float, tokens: int = 5) -> Scored:
+    """The same figures of every token."""
+    kls, top = np.full(tokens, kl), np.zeros(tokens, np.int32)
+    return Scored(np.full(tokens, came), top, 100, kls, kls, top)
+
+
+@pytest.mark.parametrize(("kl", "came"), [(math.nan, math.nan), (math.inf, -math.inf), (0.5, -math.inf)])
+def test_scores_that_are_not_finite_are_told_from_those_that_are(kl: float, came: float) -> None:
+    """They stay so in a journal, and a card can say them."""
+    good, bad = flat(0.01, -1.0), Scored.from_json(flat(kl, came).to_json())
+    assert good.finite
+    assert not bad.finite
+    of_variant = compare_tokens([good] * 30, [good] * 29 + [bad])
+    assert of_variant.kl_mean == of_variant.delta_log_perplexity == NOT_FINITE
+    assert of_variant.reference_perplexity == pytest.approx(math.e)
+    of_reference = compare_tokens([good] * 29 + [bad], [good] * 30)
+    assert of_reference.delta_log_perplexity == -NOT_FINITE
+    for text in (of_variant, of_reference):
+        assert TextEvaluation.model_validate_json(text.model_dump_json()) == text
+
+
+def test_tokens_that_are_hardly_possible_have_a_perplexity() -> None:
+    figures = compare_tokens([flat(0.0, -1.0)] * 30, [flat(800.0, -800.0)] * 30)
+    assert figures.kl_mean == pytest.approx(800)
+    assert figures.delta_log_perplexity == pytest.approx(799)
+    assert figures.perplexity == math.exp(MOST_NATS)

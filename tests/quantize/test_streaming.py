@@ -20,9 +20,9 @@ from quantize.make.calibration import CalibrationSet
 from quantize.make.gptq import gptq
 from quantize.make.parts import PartStore
 from quantize.make.ranges import find_grid, restored, rounded
-from quantize.make.statistics import observe
+from quantize.make.statistics import InputStatistics, observe
 from quantize.make.storage import stored_tensors
-from quantize.make.streaming import QuantizeError, streams
+from quantize.make.streaming import QuantizeError, solved, streams
 from tests.quantize.tiny import VOCABULARY, make_checkpoint
 
 torch = pytest.importorskip("torch")
@@ -116,13 +116,46 @@ def test_ranges_by_importance_lose_less_where_it_counts() -> None:
     assert lost["imatrix"] < lost["minmax"]
 
 
-def test_an_input_that_is_always_zero_changes_nothing() -> None:
+@pytest.mark.parametrize("size", [1.0, 1e-4])
+def test_weights_of_inputs_that_calibration_never_turned_on_are_rounded_to_nearest(size: float) -> None:
+    """Other text may turn them on. Those of the others are what they are without them."""
     weight, moments = layer()
-    moments[:, 5] = moments[5] = 0
-    grid = find_grid(weight, scheme("w4a16-g64"), "minmax", None, torch.bfloat16)
+    moments = size * moments
+    off = torch.zeros(128, dtype=torch.bool)
+    off[3::5] = True
+    moments[off] = moments[:, off] = 0
+    grid = find_grid(weight, scheme("w4a16"), "minmax", None, torch.bfloat16)
     (found,) = gptq([(weight, grid)], moments)
-    assert torch.isfinite(restored(found, grid)).all()
-    assert not found[:, 5].any()
+    assert torch.equal(found[:, off], rounded(weight, grid)[:, off])
+    (others,) = gptq([(weight[:, ~off], grid)], moments[~off][:, ~off])
+    assert (found[:, ~off] != others).float().mean() < 0.005
+    (nothing,) = gptq([(weight, grid)], torch.zeros_like(moments))
+    assert torch.equal(nothing, rounded(weight, grid))
+
+
+def test_ranges_do_not_forget_weights_of_inputs_that_calibration_never_turned_on() -> None:
+    weight, _ = layer()
+    importance = torch.zeros(128)
+    importance[::16] = torch.rand(8, generator=torch.Generator().manual_seed(2)) + 0.1
+    off = importance == 0
+    errors = {}
+    for ranges in ("mse", "imatrix"):
+        grid = find_grid(weight, scheme("w4a16-g32"), ranges, importance, torch.bfloat16)
+        errors[ranges] = float((restored(rounded(weight, grid), grid) - weight)[:, off].square().mean())
+    assert errors["imatrix"] < 2 * errors["mse"]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("choice", [("w4a16-g64", "gptq"), ("w4a16-g64", "imatrix"), ("w8a8-static", "rtn")])
+def test_inputs_that_are_not_finite_are_refused_by_name(choice: tuple[str, str], bad: float) -> None:
+    """Everything would be rounded to nearest otherwise, and nobody would know."""
+    weight, moments = layer()
+    moments[5, 5] = bad
+    if choice[1] != "gptq":
+        moments = moments.diagonal()
+    inputs = InputStatistics(600, moments, -1.0, 1.0)
+    with pytest.raises(QuantizeError, match=r"calibration's inputs of layers\.3\.up_proj are not finite"):
+        solved([("layers.3.up_proj", choice)], {"layers.3.up_proj": weight}, inputs, torch.bfloat16, 1.0)
 
 
 @pytest.mark.parametrize("name", SCHEMES)
@@ -233,12 +266,38 @@ def test_a_killed_run_goes_on_and_finished_parts_stay(made: Made, tmp_path: Path
     assert {name for name in first if first[name] != again[name]} == {lost.name}
 
 
+def test_ranges_without_data_do_not_depend_on_choices_beside_them(made: Made, tmp_path: Path) -> None:
+    checkpoint, modules, calibration = made
+    name, choice = modules.groups[0].name, ("w4a16-g64", "mse")
+    found = []
+    for beside in ((), (("w4a16-g64", "imatrix"),)):
+        store = PartStore(tmp_path / str(len(beside)), checkpoint, modules, calibration)
+        store.make({name: [choice, *beside]})
+        found.append(store.file(name, choice).read_bytes())
+    assert found[0] == found[1]
+
+
 def test_without_data_only_ranges_are_made(made: Made, tmp_path: Path) -> None:
     checkpoint, modules, _ = made
     store = PartStore(tmp_path, checkpoint, modules, None)
     store.make({group.name: [("w8a8", "rtn"), ("w4a16-g64", "mse")] for group in modules})
     with pytest.raises(QuantizeError, match="need calibration data"):
         store.make({modules.groups[0].name: [("w4a16-g64", "gptq")]})
+
+
+@pytest.mark.parametrize(
+    ("lengths", "said"), [([1] * 20, "every calibration sequence is a single token"), ([0, 30], "is empty")]
+)
+@pytest.mark.parametrize("method", ["smooth+rtn", "imatrix+gptq", "imatrix+gptaq"])
+def test_sequences_that_say_nothing_are_refused_before_work(
+    made: Made, tmp_path: Path, lengths: list[int], said: str, method: str
+) -> None:
+    checkpoint, modules, calibration = made
+    sequences = [[7] * length for length in lengths]
+    store = PartStore(tmp_path, checkpoint, modules, CalibrationSet(sequences, calibration.description))
+    with pytest.raises(QuantizeError, match=said):
+        store.files(uniform(modules, "w8a8" if method == "smooth+rtn" else "w4a16-g64", method=method))
+    assert [one.name for one in tmp_path.rglob("*") if one.is_file()] == [".lock"]
 
 
 def test_what_is_not_made_here_is_llm_compressors() -> None:

@@ -13,7 +13,8 @@ from typing import Any
 
 MODEL = Path(__file__).parents[2] / "deploy" / "assistant" / "model"
 VOCABULARY = 2048
-_EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 128}
+_EXPERTS = {"num_experts_per_tok": 2, "moe_intermediate_size": 256}
+"""Not the hidden size, so that inputs of one kind of matrix cannot be taken for those of the other."""
 _LATENT = {
     **_EXPERTS,
     "n_routed_experts": 4,

@@ -68,6 +68,29 @@ def test_padding_changes_no_row(directory: Path, tmp_path: Path) -> None:
     assert np.allclose(together[0], alone[0], atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("kind", "padding", "longest"), [("roberta", 1, 22), ("xlm-roberta", 0, 23), ("mpnet", 0, 22)]
+)
+def test_encoders_that_count_places_after_the_paddings_id_take_fewer_tokens(
+    kind: str, padding: int, longest: int, directory: Path, tmp_path: Path
+) -> None:
+    from transformers import AutoConfig, AutoModel
+
+    changed = shutil.copytree(directory, tmp_path / "encoder")
+    sizes = {"vocab_size": 512, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = AutoConfig.for_model(
+        kind, **sizes, intermediate_size=64, max_position_embeddings=24, pad_token_id=padding
+    )
+    AutoModel.from_config(config).save_pretrained(changed)
+    encoder, path = open_encoder(changed), tmp_path / "model.onnx"
+    model, ids = load_encoder(encoder), [Tokens(encoder).whole(text) for text in (" ".join(TEXTS), TEXTS[1])]
+    assert encoder.longest == len(ids[0]) == longest
+    export_encoder(encoder, FLOAT, path)
+    assert np.allclose(in_batches(Session(path, 1), ids), embeddings(model, ids).numpy(), atol=1e-5)
+    with pytest.raises((IndexError, RuntimeError), match=r"out of (range|bounds)"):
+        embeddings(model, [[*ids[0], ids[0][-2]]])
+
+
 def test_a_classifier_says_the_labels_it_was_trained_on(classifier: Path, tmp_path: Path) -> None:
     encoder, path = open_encoder(classifier), tmp_path / "model.onnx"
     export_encoder(encoder, FLOAT, path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections import namedtuple
@@ -14,10 +15,12 @@ import pytest
 from quantize.card import CardError
 from quantize.core.checkpoint import open_checkpoint
 from quantize.core.files import NoRoomError
+from quantize.export import architectures
+from quantize.export.architectures import KNOWN
 from quantize.export.gguf import examine, export_gguf
 from quantize.export.gguf_file import read_gguf
 from quantize.export.importance import importance_of
-from quantize.export.llama import LlamaModel, last_logits
+from quantize.export.llama import LlamaError, LlamaModel, last_logits
 from quantize.export.types import ExportError
 from quantize.export.variant import add_gguf, register_gguf
 from quantize.make.calibration import calibration_of
@@ -34,6 +37,14 @@ LLAMA3 = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 64,
 }
+
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+LIKE = 1e-5
 
 
 def make_checkpoint(directory: Path, architecture: str = "llama", **shape: Any) -> Path:
@@ -72,9 +83,15 @@ def llama_logits(path: Path) -> Any:
         ("llama", {}),
         ("llama", {"rope_parameters": LLAMA3, "tie_word_embeddings": True}),
         ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}}),
+        ("llama", {"rope_parameters": YARN}),
+        ("llama", {"rope_parameters": {**YARN, "attention_factor": 1.0}}),
+        ("llama", {"rope_parameters": {**YARN, "factor": None, "mscale": 1.0, "mscale_all_dim": 0.5}}),
+        ("llama", {"attention_bias": True, "mlp_bias": True}),
         ("mistral", {}),
         ("qwen2", {}),
+        ("qwen2", {"rope_parameters": {**YARN, "attention_factor": 1.0}}),
         ("qwen3", {"num_key_value_heads": 4}),
+        ("qwen3", {"rope_parameters": {**YARN, "attention_factor": 1.0}}),
         ("gemma3_text", {"query_pre_attn_scalar": 32, "sliding_window": 16, "num_hidden_layers": 6}),
     ],
 )
@@ -84,20 +101,25 @@ def test_llama_cpp_computes_what_transformers_computes(
     directory = make_checkpoint(tmp_path / "model", architecture, **shape)
     # Logits of random weights are nearly flat: larger ones tell one computation from another.
     scale_weights(directory)
-    made = export_gguf(examine(open_checkpoint(directory)), "bf16", tmp_path / "model.gguf")
+    made = export_gguf(examine(open_checkpoint(directory)), "f16", tmp_path / "model.gguf")
     expected = transformers_logits(directory)
     assert kl(expected, np.zeros_like(expected)) > 0.05, "the model says nothing that could be compared"
-    assert kl(expected, llama_logits(made.file.path)) < 1e-3
+    assert kl(expected, llama_logits(made.file.path)) < LIKE
 
 
 def scale_weights(directory: Path) -> None:
+    """Sharpen attention as well, and give biases values: else neither places nor biases tell."""
+    import torch
     from safetensors.torch import load_file, save_file
 
     file = directory / "model.safetensors"
     tensors = load_file(file)
     for name in tensors:
         if tensors[name].ndim == 2:
-            tensors[name] = tensors[name] * 3
+            tensors[name] = tensors[name] * (12 if name.endswith(("q_proj.weight", "k_proj.weight")) else 3)
+        if name.endswith(".bias"):
+            torch.manual_seed(0)
+            tensors[name] = torch.randn_like(tensors[name]) * 0.3
     save_file(tensors, file, metadata={"format": "pt"})
 
 
@@ -159,6 +181,12 @@ REFUSED = [
     ({"hidden_act": "relu"}, "hidden_act is relu"),
     ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type is dynamic"),
     ({"layer_types": ["sliding_attention"] * 2, "sliding_window": 32}, "sliding_window is 32"),
+    ({"rope_parameters": {**YARN, "beta_fast": 4.0}}, "beta_fast of YaRN is 4.0"),
+    (
+        {"rope_parameters": {**YARN, "beta_slow": 2}},
+        "beta_slow of YaRN is 2, llama.cpp computes a llama with 1",
+    ),
+    ({"rope_parameters": {**YARN, "truncate": False}}, "truncate of YaRN is False"),
 ]
 
 
@@ -170,6 +198,56 @@ def test_what_llama_cpp_computes_otherwise_is_refused_before_work(
     change_config(directory, **changes)
     with pytest.raises(ExportError, match=said):
         examine(open_checkpoint(directory))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "shape", "said"),
+    [
+        (
+            "qwen3",
+            {"attention_bias": True},
+            "attention_bias is True, llama.cpp computes a qwen3 with no biases",
+        ),
+        (
+            "gemma3_text",
+            {
+                "query_pre_attn_scalar": 32,
+                "num_hidden_layers": 6,
+                "rope_parameters": {
+                    "full_attention": {**YARN, "attention_factor": 1.0},
+                    "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+                },
+            },
+            "attention_factor of YaRN is another",
+        ),
+    ],
+)
+def test_what_an_architecture_has_no_place_for_is_refused_before_work(
+    architecture: str, shape: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    directory = make_checkpoint(tmp_path / "model", architecture, **shape)
+    with pytest.raises(ExportError, match=said):
+        examine(open_checkpoint(directory))
+
+
+def test_a_bias_that_llama_cpp_does_not_add_is_refused_whatever_the_configuration_says(
+    tmp_path: Path,
+) -> None:
+    directory = make_checkpoint(tmp_path / "model", "qwen3", attention_bias=True)
+    change_config(directory, attention_bias=False)
+    with pytest.raises(ExportError, match=r"self_attn\.k_proj\.bias has no place in llama.cpp's qwen3"):
+        examine(open_checkpoint(directory))
+
+
+def test_a_file_that_llama_cpp_does_not_load_is_not_called_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    qwen3 = dataclasses.replace(KNOWN["Qwen3ForCausalLM"], biases=("q_proj", "k_proj", "v_proj", "o_proj"))
+    monkeypatch.setattr(architectures, "KNOWN", {"Qwen3ForCausalLM": qwen3})
+    directory, out = make_checkpoint(tmp_path / "model", "qwen3", attention_bias=True), tmp_path / "out"
+    with pytest.raises(LlamaError, match=r"llama.cpp cannot load it: .*wrong number of tensors"):
+        export_gguf(examine(open_checkpoint(directory)), "f16", out / "model.gguf")
+    assert not list(out.iterdir())
 
 
 def test_a_tokenizer_that_llama_cpp_reads_otherwise_is_refused(demo_like: Path, tmp_path: Path) -> None:

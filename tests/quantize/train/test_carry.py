@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from deploy.engine import WITHOUT_ADAPTER, EngineSpec, command
 from gateway.config import Engine
@@ -27,6 +28,7 @@ from quantize.train.data import encode
 from quantize.train.loop import Settings, TrainError
 from quantize.train.merge import merge
 from quantize.train.run import Job, run
+from quantize.train.state import write_state
 from tests.quantize.tiny import make_checkpoint
 from tests.quantize.train.test_run import _items, _say
 
@@ -98,6 +100,10 @@ def test_an_adapter_that_is_not_the_merged_one_or_not_of_the_base_is_refused(
     wide = open_checkpoint(make_checkpoint(tmp_path / "wide", intermediate_size=384))
     with pytest.raises(TrainError, match="it is an adapter of another model"):
         registry.carry("wide", dataclasses.replace(asked, adapter=foreign, base=wide))
+    damaged = shutil.copytree(adapter, tmp_path / "damaged") / "adapter_model.safetensors"
+    write_state(damaged, {**load_file(damaged), "base_model.model.lm_head.lora_B.bias": torch.ones(4)}, {})
+    with pytest.raises(TrainError, match=r"base_model\.model\.lm_head\.lora_B\.bias is not served or merged"):
+        registry.carry("damaged", dataclasses.replace(asked, adapter=damaged.parent))
     assert not registry.variants()
 
 

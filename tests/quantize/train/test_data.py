@@ -66,7 +66,8 @@ def test_an_item_is_learned_with_its_expected_answer(tmp_path: Path, base: Path)
 
 
 def test_every_answer_of_a_conversation_is_learned_but_those_of_weight_0(tmp_path: Path, base: Path) -> None:
-    more = [ASKED, {**SAID, "weight": 0}, {"role": "user", "content": "and now"}, {**SAID, "content": "ok"}]
+    asked = {"role": "user", "content": "and now"}
+    more: list[dict[str, Any]] = [ASKED, {**SAID, "weight": 0}, asked, {**SAID, "content": "ok"}]
     assert _learned(_file(tmp_path, {"messages": more}), base) == ["ok<|end|>"]
     both = [{key: value for key, value in one.items() if key != "weight"} for one in more]
     assert _learned(_file(tmp_path, {"messages": both}), base) == ["change_user_name<|end|>ok<|end|>"]
@@ -78,6 +79,83 @@ def test_the_templates_own_marks_are_taken_and_say_the_same(tmp_path: Path, base
     (base / "chat_template.jinja").write_text(MARKED, encoding="utf-8")
     by_marks = encode(read_examples(path), open_checkpoint(base), 256)
     assert by_marks.sha256 == by_rendering.sha256
+
+
+@pytest.mark.parametrize(
+    ("marked", "learned"),
+    [
+        ("{% generation %}{{ one.content }}{% endgeneration %}<|end|>", "{}<|end|>"),
+        ("{% generation %}{{ one.content }}<|end|>{% endgeneration %}<|spare_0|>", "{}<|end|>"),
+        ("{% generation %}{{ one.content }}{% endgeneration %}.<|end|>.", "{}.<|end|>"),
+    ],
+)
+def test_marks_around_the_content_alone_go_on_to_the_end_of_the_turn(
+    tmp_path: Path, base: Path, marked: str, learned: str
+) -> None:
+    template = "{% for one in messages %}{% if one.role == 'assistant' %}" + marked
+    template += "{% else %}{{ one.content }}<|end|>{% endif %}{% endfor %}"
+    (base / "chat_template.jinja").write_text(template, encoding="utf-8")
+    path = _file(tmp_path, {"messages": [ASKED, SAID, ASKED, {**SAID, "content": "ok"}]})
+    assert _learned(path, base) == [learned.format("change_user_name") + learned.format("ok")]
+
+
+def test_a_marked_answer_that_no_end_follows_is_followed_by_it(tmp_path: Path, base: Path) -> None:
+    template = "{% for one in messages %}<|{{ one.role }}|>{% if one.role == 'assistant' %}{% generation %}"
+    template += "{{ one.content }}{% endgeneration %}{% else %}{{ one.content }}{% endif %}{% endfor %}"
+    (base / "chat_template.jinja").write_text(template, encoding="utf-8")
+    path = _file(tmp_path, {"messages": [ASKED, SAID, ASKED, {**SAID, "content": "ok"}]})
+    assert _learned(path, base) == ["change_user_nameok<|end|>"], "the next turn is no end of one"
+
+
+def _thinking(base: Path, asks: str, content: str) -> None:
+    """A template as of models that think: ``asks`` is what it asks with, ``content`` what it writes."""
+    template = "{% for one in messages %}{% if one.role == 'assistant' %}{% set content = one.content %}"
+    template += "<|assistant|>" + content + "<|end|>{% else %}<|user|>{{ one.content }}{% endif %}"
+    template += "{% endfor %}{% if add_generation_prompt %}<|assistant|>" + asks + "{% endif %}"
+    (base / "chat_template.jinja").write_text(template, encoding="utf-8")
+
+
+STRIPPED = "{{ content.split('</think>')[-1].strip() }}"
+THOUGHT = "<think>\nwho asks?\n</think>\n\nok"
+
+
+@pytest.mark.parametrize(
+    ("asks", "content", "answer", "learned"),
+    [
+        ("<think>\n", "{{ content }}", "ok", "ok"),
+        ("<think>\n", STRIPPED, THOUGHT, "ok"),
+        ("", STRIPPED, THOUGHT, "ok"),
+        ("<think>\n", "{{ content }}", THOUGHT, "who asks?\n</think>\n\nok"),
+        ("<|spare_0|>\n", "<|spare_0|>.{{ content }}", "ok", ".ok"),
+        ("<think>\n", "{{ content }}", "<thinking>", "<thinking>"),
+    ],
+)
+def test_what_a_template_of_a_model_that_thinks_leaves_of_an_answer_is_learned(
+    tmp_path: Path, base: Path, asks: str, content: str, answer: str, learned: str
+) -> None:
+    _thinking(base, asks, content)
+    path = _file(tmp_path, {"messages": [ASKED, {**SAID, "content": answer}]})
+    assert _learned(path, base) == [f"{learned}<|end|>"]
+    twice = [ASKED, {**SAID, "content": answer}, ASKED, {**SAID, "content": answer}]
+    assert _learned(_file(tmp_path, {"messages": twice}), base) == [f"{learned}<|end|>" * 2]
+
+
+def test_an_answer_of_which_a_template_leaves_nothing_is_refused(tmp_path: Path, base: Path) -> None:
+    _thinking(base, "<think>\n", STRIPPED)
+    path = _file(tmp_path, {"messages": [ASKED, {**SAID, "content": "<think>\nwho asks?\n</think>"}]})
+    with pytest.raises(DataError, match=r"jsonl:1: the chat template writes nothing of the answer '<think>"):
+        _learned(path, base)
+
+
+def test_an_earlier_answer_that_is_written_otherwise_is_to_have_its_own_line(
+    tmp_path: Path, base: Path
+) -> None:
+    _thinking(base, "", "{{ '' if loop.last else '.' }}{{ content }}")
+    twice: list[dict[str, Any]] = [ASKED, SAID, ASKED, {**SAID, "content": "ok"}]
+    with pytest.raises(DataError, match=r"writes answer 2 otherwise when more follows; give each .* a line"):
+        _learned(_file(tmp_path, {"messages": twice}), base)
+    twice[1] = {**SAID, "weight": 0}
+    assert _learned(_file(tmp_path, {"messages": twice}), base) == ["ok<|end|>"]
 
 
 def test_tokens_are_those_that_an_engine_reads_and_writes(tmp_path: Path, base: Path) -> None:
@@ -149,7 +227,9 @@ def test_a_template_that_cuts_the_answer_off_is_refused(tmp_path: Path, base: Pa
 def test_a_template_that_rewrites_what_came_before_is_refused(tmp_path: Path, base: Path) -> None:
     text = "{{ messages | length }}{% for one in messages %}{{ one['content'] }}{% endfor %}"
     (base / "chat_template.jinja").write_text(text, encoding="utf-8")
-    with pytest.raises(DataError, match="otherwise when more follows; give each answer a line of its own"):
+    with pytest.raises(
+        DataError, match="before answer 2 otherwise when the answer follows; mark the answers"
+    ):
         _learned(_file(tmp_path, {"messages": [ASKED, SAID]}), base)
 
 
@@ -164,6 +244,7 @@ def test_an_answer_longer_than_the_length_is_cut_and_counted(tmp_path: Path, bas
     found = encode(read_examples(path), _checkpoint(base), 40)
     assert found.cut == 1
     assert len(found.examples[0].ids) == 40
+    assert not found.examples[0].is_whole
 
 
 def _checkpoint(base: Path) -> Checkpoint:

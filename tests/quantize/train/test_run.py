@@ -7,6 +7,7 @@ import json
 import math
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ import torch
 
 from quantize.core.checkpoint import Checkpoint, open_checkpoint
 from quantize.core.modules import read_modules
-from quantize.core.tensors import read_parts, same_bytes
+from quantize.core.tensors import read_file_parts, read_parts, same_bytes
 from quantize.evaluate.tasks import Item
 from quantize.train import loop
 from quantize.train import run as running
@@ -165,9 +166,9 @@ def test_a_merged_model_is_the_base_in_all_else_byte_for_byte(
     checkpoint = open_checkpoint(base)
     merge(checkpoint, adapter / "adapter", tmp_path / "merged")
     merged = open_checkpoint(tmp_path / "merged")
-    for name in checkpoint.files:
-        if name.suffix != ".safetensors":
-            assert (merged.path / name).read_bytes() == (base / name).read_bytes()
+    for file in checkpoint.files:
+        if file.suffix != ".safetensors":
+            assert (merged.path / file).read_bytes() == (base / file).read_bytes()
     trained = {f"{change.module}.weight" for change in changes(adapter / "adapter")}
     before, after = read_parts(base), read_parts(merged.path)
     assert before.keys() == after.keys()
@@ -280,6 +281,9 @@ def test_an_adapter_is_not_merged_into_what_it_was_not_trained_on(
         ({"use_dora": True}, "use_dora is not served"),
         ({"peft_type": "IA3"}, "peft_type IA3 is not served"),
         ({"bias": "all"}, "bias all is not served"),
+        ({"lora_bias": True}, "lora_bias is not served"),
+        ({"trainable_token_indices": [5]}, "trainable_token_indices is not served"),
+        ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights pissa_niter_4 changes the base"),
         ({"r": 0}, "r: 0; must be a number above 0"),
         ({"r": "16"}, "r: '16'; must be"),
         ({"r": True}, "r: True; must be"),
@@ -299,6 +303,56 @@ def test_adapters_of_other_kinds_or_of_no_size_are_refused(
         merge(open_checkpoint(base), tmp_path / "adapter", tmp_path / "out")
 
 
+@pytest.mark.filterwarnings("ignore")  # PEFT's, of what it saves
+@pytest.mark.parametrize(
+    ("targets", "more", "lost"),
+    [
+        (["q_proj"], {"lora_bias": True}, r"q_proj\.lora_B\.bias"),
+        (["q_proj", "embed_tokens"], {}, r"embed_tokens\.lora_embedding_A"),
+        (["q_proj"], {"trainable_token_indices": [5, 9]}, "embed_tokens.*trainable_tokens_delta"),
+        (["q_proj"], {"embeddings": True}, r"model\.embed_tokens\.weight"),
+    ],
+)
+def test_an_adapter_of_which_a_part_would_be_lost_is_refused_by_its_first_tensor(
+    base: Path, tmp_path: Path, targets: list[str], more: dict[str, Any], lost: str
+) -> None:
+    _theirs(base, tmp_path / "adapter", targets, **more)
+    config = tmp_path / "adapter" / "adapter_config.json"
+    plain = {"lora_bias": False, "trainable_token_indices": None}
+    config.write_text(json.dumps({**json.loads(config.read_text()), **plain}), encoding="utf-8")
+    with pytest.raises(TrainError, match=r"adapter_model\.safetensors: base_model\.model\.\S+ is not served"):
+        changes(tmp_path / "adapter")
+    with pytest.raises(TrainError, match=rf"{lost}\S* is not served or merged here, and would be lost"):
+        merge(open_checkpoint(base), tmp_path / "adapter", tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter"]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_weight_of_the_base_beside_an_adapter_may_be_there_as_it_was(base: Path, tmp_path: Path) -> None:
+    """PEFT saves the head's own weight where the head is among the targets."""
+    _theirs(base, tmp_path / "adapter", ["q_proj", "lm_head"])
+    assert "base_model.model.lm_head.base_layer.weight" in read_file_parts(
+        tmp_path / "adapter" / "adapter_model.safetensors"
+    )
+    merge(open_checkpoint(base), tmp_path / "adapter", tmp_path / "merged")
+    before, after = read_parts(base), read_parts(tmp_path / "merged")
+    assert not same_bytes(before["lm_head.weight"], after["lm_head.weight"])
+
+
+def _theirs(base: Path, out: Path, targets: list[str], embeddings: bool = False, **more: Any) -> None:
+    """An adapter as PEFT writes it, also with ``embeddings`` that were trained, as of new tokens."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    plain = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model = get_peft_model(plain, LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=targets, **more))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad or (embeddings and "embed_tokens" in name):
+                parameter.add_(torch.randn_like(parameter) * 0.05)
+    model.save_pretrained(out, save_embedding_layers=True if embeddings else "auto")
+
+
 def test_a_cut_adapter_is_named(base: Path, adapter: Path, tmp_path: Path) -> None:
     shutil.copytree(adapter / "adapter", tmp_path / "adapter")
     weights = tmp_path / "adapter" / "adapter_model.safetensors"
@@ -308,6 +362,41 @@ def test_a_cut_adapter_is_named(base: Path, adapter: Path, tmp_path: Path) -> No
     ):
         merge(open_checkpoint(base), tmp_path / "adapter", tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_answers_end_where_those_that_were_not_cut_end(base: Path) -> None:
+    from quantize.core.tokenizer import load_tokenizer
+
+    ended = []
+
+    class Writer:
+        training = False
+
+        def eval(self) -> None:
+            pass
+
+        def train(self, _mode: bool) -> None:
+            pass
+
+        def __call__(self, input_ids: Any, logits_to_keep: Any, **_: Any) -> Any:
+            return SimpleNamespace(logits=torch.zeros(len(input_ids), len(logits_to_keep), 2048))
+
+        def generate(self, input_ids: Any, eos_token_id: Any, **_: Any) -> Any:
+            ended.append(eos_token_id)
+            return input_ids
+
+    asked = ({"role": "user", "content": "hello"},)
+    lines = [
+        of_item(Item(messages=asked, expected=said, check="contains", facts=("x",), max_tokens=6), said)
+        for said in ("x", "x and so on, " * 5)
+    ]
+    checkpoint, tokenizer = open_checkpoint(base), load_tokenizer(base)
+    first = len(encode(lines[:1], checkpoint, 64).examples[0].ids)
+    for chosen, length in ((lines, first + 2), (lines[1:], first)):
+        held_out = encode(chosen, checkpoint, length)
+        assert held_out.cut == 1
+        judge(Writer(), held_out.examples, tokenizer, torch.device("cpu"), 1000)
+    assert ended == [[tokenizer.eos_token_id]] * 3
 
 
 def test_an_answer_is_right_exactly_where_it_is_what_the_model_writes(base: Path) -> None:
