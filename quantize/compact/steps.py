@@ -93,11 +93,11 @@ def parse_step(text: str) -> Step:
     if found is None:
         raise CompactError(f"unknown step {text!r}; known, with other figures as well: {KINDS}")
     kind: Kind = found[1]  # type: ignore[assignment]
-    if kind != "outliers" and found[3] is not None:
+    if kind != "outliers" and (found[3] or "").isdigit():
         raise CompactError(f"{text}: {kind} takes one figure; known: {KINDS}")
-    if kind == "outliers" and found[3] is None:
+    if (kind == "outliers") != (found[3] is not None):
         example = "outliers:0.01:int3-g32-asym-importance"
-        raise CompactError(f"{text}: outliers name a quantizer; write such as {example}")
+        raise CompactError(f"{text}: outliers, and nothing else, name a quantizer; write such as {example}")
     if found[2] == "2:4":
         if kind not in ("magnitude", "wanda"):
             raise CompactError(f"{text}: 2:4 is of masks; write magnitude:2:4 or wanda:2:4")

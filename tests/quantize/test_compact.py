@@ -74,7 +74,7 @@ def test_steps_have_names(text: str) -> None:
         ("layers:1.5", "layers:1 or more"),
         ("svd:2:4", "2:4 is of masks"),
         ("wanda:4:2", "wanda takes one figure; known: .*wanda:2:4"),
-        ("outliers:0.01", "outliers name a quantizer"),
+        ("outliers:0.01", "outliers, and nothing else, name a quantizer"),
     ],
 )
 def test_steps_that_mean_nothing_are_refused(text: str, words: str) -> None:
