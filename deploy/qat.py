@@ -29,7 +29,7 @@ from quantize.core.modules import Linear, Modules, read_modules
 from quantize.core.targets import detect, target
 from quantize.core.tensors import refuse_not_finite
 from quantize.evaluate.tasks import by_first_role
-from quantize.make.calibration import CALIBRATION_LENGTH, CalibrationSet
+from quantize.make.calibration import CalibrationSet, calibration_length
 from quantize.make.parts import NUMERICS
 from quantize.make.smooth import folded
 from quantize.plan.session import split
@@ -224,7 +224,7 @@ def _text(
                 raise training_data.DataError(
                     f"{line.where}: is an item that role {role} is judged by; take it out of what trains"
                 )
-        found = training_data.encode(lines, checkpoint, CALIBRATION_LENGTH)
+        found = training_data.encode(lines, checkpoint, calibration_length(checkpoint))
         sequences += [list(one.ids) for one in found.examples]
         starts += [max(1, one.learned.index(True)) for one in found.examples]
         names.append(file.name)

@@ -35,7 +35,7 @@ from quantize.evaluate.client import EngineClient
 from quantize.evaluate.conversations import Conversation, chosen, read_conversations, template_kwargs
 from quantize.evaluate.journal import Journal
 from quantize.evaluate.tasks import Item
-from quantize.make.calibration import CALIBRATION_LENGTH, CalibrationSet, calibration_of, read_calibration
+from quantize.make.calibration import CalibrationSet, calibration_length, calibration_of, read_calibration
 
 CPU_CALIBRATING, CPU_JUDGING = 192, 96
 """Conversations on a processor, where the configuration says nothing. Variants of a small model gained by
@@ -110,7 +110,8 @@ def usual_lengths(checkpoint: Checkpoint) -> list[int]:
         encode_messages(tokenizer, one.messages, checkpoint.path)
         for one in chosen(fits, "calibration", count)
     )
-    return [min(CALIBRATION_LENGTH, len(ids) + tokens) for ids in asked]
+    longest = calibration_length(checkpoint)
+    return [min(longest, len(ids) + tokens) for ids in asked]
 
 
 def prompts_for(checkpoint: Checkpoint, count: int) -> CalibrationSet:

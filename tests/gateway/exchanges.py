@@ -40,7 +40,11 @@ class Client:
 
     def __init__(self) -> None:
         self.got: list[tuple[str, bytes]] = []
+        self.grown: list[int] = []
         self.transport = self
+
+    def grow(self, size: int) -> None:
+        self.grown.append(size)
 
     def send_whole(self, head: bytes, body: bytes, *, no_body: bool = False) -> None:
         self.got.append(("whole", head + b"\r\n" + body))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gzip
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from exchanges import Client, Driver, FakeAttempt, Trial, exchange
@@ -80,6 +80,7 @@ async def test_a_body_says_what_is_asked_and_what_takes_long_is_waited_for() -> 
         if waiting is not None:
             await waiting
         assert (one.model, one.options.stream, one.options.chat) == ("assistant", True, True)
+        assert cast(Any, one.client).grown == ([len(raw)] if coding else [])
 
 
 def test_what_invocations_are_of_is_known_by_the_body() -> None:
