@@ -12,7 +12,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
-from quantize.check_costs import basis, cost_rows, making_bytes, recipe_costs, size
+from quantize.check_costs import basis, cost_rows, recipe_costs, size
 from quantize.core.account import refuse_other_tensors
 from quantize.core.architectures import architecture
 from quantize.core.checkpoint import Checkpoint, CheckpointError
@@ -271,7 +271,7 @@ def _memory(free: int | None) -> tuple[int, int]:
 
 
 def _shortages(costs: Sequence[Cost], disk_needed: int, memory: tuple[int, int], disk: int) -> Iterable[str]:
-    needs = [pair for c in costs for pair in zip((making_bytes(c), c.memory_bytes), memory, strict=True)]
+    needs = [pair for c in costs for pair in zip((c.making_bytes, c.memory_bytes), memory, strict=True)]
     if short := [(needed, free) for needed, free in needs if needed > free]:
         most, free = max(short)
         yield (

@@ -11,7 +11,7 @@ from quantize.core.modules import Modules
 from quantize.core.recipes import RECIPES
 from quantize.cost import estimate
 from quantize.make.rate import Rates
-from quantize.plan.cost import ENGINE_BYTES, KV_BYTES, planning_cost
+from quantize.plan.cost import planning_cost
 from quantize.plan.planner import PlanError
 from quantize.plan.session import choices_on, choosing_places, shortlist, with_served_head
 
@@ -40,13 +40,6 @@ def recipe_costs(
         chosen = [lengths[number] for number in places]
         found["plan"] = planning_cost(checkpoint, planned, choices, left, chosen, rates=rates)
     return found
-
-
-def making_bytes(cost: Cost) -> int:
-    """What of an estimate's memory is taken where parts are made: all but an engine's, which finding a plan
-    has beside it."""
-    engine = ENGINE_BYTES + KV_BYTES + cost.mapped_bytes if cost.what.startswith("a plan,") else 0
-    return cost.memory_bytes - engine
 
 
 def cost_rows(costs: dict[str, Cost | str]) -> list[list[str]]:

@@ -279,13 +279,6 @@ class ItemPage:
         return may_be and _Shown(raw, name).id == self._after
 
 
-def shown_items(chain: Sequence[Stored]) -> list[dict[str, Any]]:
-    """All of the input of the chain's last response, the first item first."""
-    page = ItemPage(chain[-1].id, sys.maxsize)
-    page.take(chain)
-    return [msgspec.json.decode(item) for item in page.items]
-
-
 class _Shown:
     """An item as it is shown, under ``id``."""
 

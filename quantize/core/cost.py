@@ -18,12 +18,19 @@ class Cost(BaseModel):
     tokens: int
     """Of calibration, that are used."""
     memory_bytes: int
+    engine_bytes: int = 0
+    """Of these an engine's, which may use several devices; what makes parts uses one."""
     mapped_bytes: int
     """Pages of files beside ``memory_bytes``, which the system may drop."""
     disk_bytes: int
     seconds: float
     """With all cores idle."""
     seconds_range: tuple[float, float]
+
+    @property
+    def making_bytes(self) -> int:
+        """Bytes that are taken where parts are made."""
+        return self.memory_bytes - self.engine_bytes
 
 
 def active_weights(checkpoint: Checkpoint, modules: Modules) -> float:

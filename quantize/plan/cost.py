@@ -83,10 +83,12 @@ def planning_cost(
     memory = making_memory(checkpoint, modules, choices, tokens, rates)
     if ordered:
         memory = max(memory, making_memory(checkpoint, modules, ordered, tokens, rates))
+    engine = ENGINE_BYTES + KV_BYTES + model
     return Cost(
         what=f"a plan, {tries} tried on the engine",
         tokens=tokens + chosen,
-        memory_bytes=memory + ENGINE_BYTES + KV_BYTES + model,
+        memory_bytes=memory + engine,
+        engine_bytes=engine,
         mapped_bytes=model,
         disk_bytes=parts + 2 * model,
         seconds=seconds,

@@ -49,7 +49,9 @@ def test_turns_come_in_order_and_keep_what_an_engine_takes_back() -> None:
 
 def test_items_are_shown_with_ids_and_parts() -> None:
     odd = [{"role": "developer", "content": "two"}, 7, {"type": "function_call_output", "output": "x"}]
-    shown = conversation.shown_items([stored("resp_1", "one", [MESSAGE]), stored("resp_2", odd, [MESSAGE])])
+    page = conversation.ItemPage("resp_2", 100)
+    page.take([stored("resp_1", "one", [MESSAGE]), stored("resp_2", odd, [MESSAGE])])
+    shown = [json.loads(bytes(memoryview(item))) for item in page.items]
     assert [item["id"] for item in shown] == ["msg_1_0", "msg_1", "msg_2_0", "item_2_1", "fco_2_2"]
     assert shown[0]["content"] == [{"type": "input_text", "text": "one"}]
     assert shown[2]["content"] == [{"type": "input_text", "text": "two"}]

@@ -17,7 +17,7 @@ from test_responses_store import turn
 
 from gateway.config import ResponsesSettings
 from gateway.errors import BadRequestError, OverloadedError, StoreDownError, TenantOverloadedError
-from gateway.responses import conversation, service
+from gateway.responses import service
 from gateway.responses.conversation import ItemPage
 from gateway.responses.service import Responses
 from gateway.responses.store import ResponseStore, Stored
@@ -309,8 +309,7 @@ async def test_a_page_reads_no_more_of_a_conversation_than_it_shows(
         response = json.dumps({"output": [said, {"type": "custom_tool_call"}]}).encode()
         previous = turn(str(number), previous=previous, response=response)
         await responses.put(previous)
-    chain = await responses.chain("a", "9", conversation.shown_items)
-    assert chain is not None
+    chain = await pages(responses, 100, newest_first=False)
     assert len(chain) == 28
     monkeypatch.setattr(service, "PAGE_BYTES", 1)
     for limit in (1, 3, 5, 100):

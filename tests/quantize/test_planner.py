@@ -74,8 +74,8 @@ def test_no_point_of_the_front_is_beaten_by_another(classes: list[list[Option]])
 SCHEMES = ("w4a16-g128", "w4a16-g32", "w8a8")
 
 
-def planner_of(layers: int = 3) -> Planner:
-    """A model of three kinds of groups whose first layer loses most."""
+def planner_of(layers: int = 3, losses: tuple[float, float, float] = (1.0, 0.7, 0.02)) -> Planner:
+    """A model of three kinds of groups whose first layer loses most; ``losses`` are by scheme."""
     kinds = {"self_attn.qkv_proj": 512, "mlp.gate_up_proj": 1536, "mlp.down_proj": 256}
     groups = tuple(
         Group(f"model.layers.{layer}.{kind}", kind, layer, (Linear(f"model.layers.{layer}.{kind}", n, 256),))
@@ -94,7 +94,7 @@ def planner_of(layers: int = 3) -> Planner:
             fisher=lost / (1 + group.layer) / (1 + number),
         )
         for number, group in enumerate(groups)
-        for name, lost in zip(SCHEMES, (1.0, 0.7, 0.02), strict=True)
+        for name, lost in zip(SCHEMES, losses, strict=True)
     )
     return Planner(Modules(groups, other_bytes=1000), Sensitivity(rows=rows, tokens=1))
 
@@ -186,21 +186,6 @@ def test_plans_that_the_engine_answers_with_no_numbers_are_none(capsys: pytest.C
 
 
 def test_a_choice_without_a_known_loss_is_none() -> None:
-    planner = planner_of()
-    rows = [
-        Row(
-            group=group.name,
-            kind=group.kind,
-            layer=group.layer,
-            scheme=name,
-            method="gptq",
-            bytes=group.stored_bytes(scheme(name)),
-            sqnr_db=20.0,
-            fisher=math.nan if name == SCHEMES[0] else 0.1,
-        )
-        for group in planner.modules
-        for name in SCHEMES
-    ]
-    again = Planner(planner.modules, Sensitivity(rows=tuple(rows), tokens=1))
-    for group in again.modules:
-        assert {name for name, _ in again.choices_of(group.name)} == {*SCHEMES[1:], "bf16"}
+    planner = planner_of(losses=(math.nan, 0.7, 0.02))
+    for group in planner.modules:
+        assert {name for name, _ in planner.choices_of(group.name)} == {*SCHEMES[1:], "bf16"}

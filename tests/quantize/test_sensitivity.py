@@ -54,12 +54,13 @@ def test_estimates_agree_with_the_divergence_in_torch(
     assert (tmp_path / "rows.jsonl").read_text(encoding="utf-8").startswith(written)
 
 
-def test_losses_are_scaled_to_what_the_engine_measures_of_uniform_variants() -> None:
-    def row(group: str, scheme: str, fisher: float) -> Row:
-        return Row(
-            group=group, kind=group, layer=0, scheme=scheme, method="rtn", bytes=1, sqnr_db=20, fisher=fisher
-        )
+def row(group: str, scheme: str, fisher: float) -> Row:
+    return Row(
+        group=group, kind=group, layer=0, scheme=scheme, method="rtn", bytes=1, sqnr_db=20, fisher=fisher
+    )
 
+
+def test_losses_are_scaled_to_what_the_engine_measures_of_uniform_variants() -> None:
     class Served:
         tokens = 7
 
@@ -75,11 +76,6 @@ def test_losses_are_scaled_to_what_the_engine_measures_of_uniform_variants() -> 
 def test_schemes_that_the_engine_answers_with_no_numbers_are_left_out(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def row(group: str, scheme: str, fisher: float) -> Row:
-        return Row(
-            group=group, kind=group, layer=0, scheme=scheme, method="rtn", bytes=1, sqnr_db=20, fisher=fisher
-        )
-
     class Served:
         tokens = 7
 
