@@ -140,8 +140,8 @@ def test_making_has_the_room_of_one_gpu_and_an_engine_that_of_all(
     assert plan.making_bytes < plan.memory_bytes - 2 * 10**9
 
     def taking(cost: Cost, more: int, model: int = 0) -> Cost:
-        memory, mapped = cost.memory_bytes + more + model, cost.mapped_bytes + model
-        return cost.model_copy(update={"memory_bytes": memory, "mapped_bytes": mapped})
+        memory, engine = cost.memory_bytes + more + model, cost.engine_bytes + model
+        return cost.model_copy(update={"memory_bytes": memory, "engine_bytes": engine})
 
     refuse_short([taking(made, 20 * 10**9), taking(plan, 0, model=60 * 10**9)], tmp_path)
     for cost, free in (
