@@ -217,6 +217,11 @@ def _smg(port: int, upstream: int) -> tuple[list[str], str]:
     ], "/health"  # fmt: skip
 
 
+def _floor(port: int, upstream: int) -> tuple[list[str], str]:
+    command = ["-m", "benchmarks.gateway.floor", "--port", str(port), "--engine", str(upstream)]
+    return [sys.executable, *command], "/health"
+
+
 def _litellm(port: int, upstream: int) -> tuple[list[str], str]:
     python = environment("litellm", ("litellm[proxy]==1.106.2",)) / "bin"
     path = WORK / f"litellm-{port}.yaml"
@@ -246,6 +251,7 @@ PEERS = {
         Peer("nginx", nginx),
         Peer("vllm-router", _vllm_router),
         Peer("smg", _smg),
+        Peer("uvloop", _floor),
         Peer("litellm", _litellm, without=("paced", "open")),
     )
 }
