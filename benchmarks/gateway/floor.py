@@ -3,7 +3,7 @@
     python -m benchmarks.gateway.floor --port 8080 --engine 8000
 
 Every connection of a client has one of its own to the engine for as long as it lasts; nothing is parsed,
-counted, limited or logged. It is the least that a gateway in Python on uvloop can take on a machine, and not one.
+counted, limited or logged. It is the least that a gateway in Python on uvloop can take, and not one.
 """
 
 from __future__ import annotations
