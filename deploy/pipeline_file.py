@@ -158,9 +158,9 @@ def trained_file(
 
 
 def calibrating(lines: Sequence[Line], base: Checkpoint) -> str | None:
-    """Of what is trained on, conversations for calibration, and prompts that ship: from the two a variant
-    loses little of the role and no more than else of anything. None where too few of the lines are texts as
-    the model's own template has them."""
+    """Of what is trained on, conversations for calibration, and prompts that ship, for the reference to
+    answer: from the two a variant loses little of the role and no more than else of anything. None where too
+    few of the lines are texts as the model's own template has them."""
     own, letters = list[list[Mapping[str, Any]]](), 0
     plain = [one for one in lines if one.is_plain and not any(map(_is_marked, one.messages))]
     for line in drawn(plain, MOST_LINES):

@@ -1,5 +1,5 @@
 """Roles without tasks, and models without calibration: the conversations that ship with the product, answered
-by the reference once.
+by the reference once. So are questions in a model's own calibration file.
 
 Answers that judge belong to the engine that they were written on; those that calibrate do not, so that an
 upgrade of the engine makes no variant anew.
@@ -8,23 +8,24 @@ upgrade of the engine makes no variant anew.
 from __future__ import annotations
 
 import functools
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from deploy.engine import EngineSpec, free_port, need_of, running
+from deploy.engine import EngineSpec, need_of, running
 from deploy.identity import identity
 from deploy.machine import look
 from deploy.models import checkpoint_of, registry_of
 from deploy.placement import Machine, Seats
+from deploy.ports import free_port
 from gateway.config import ModelConfig, RoleSettings
 from quantize.card import Card, CardError, read_card
 from quantize.core.checkpoint import Checkpoint
 from quantize.core.tokenizer import encode_messages, load_tokenizer
 from quantize.evaluate.answers import (
     Asking,
-    Messages,
+    Encode,
     answer_all,
     answers_path,
     fitting,
@@ -35,7 +36,13 @@ from quantize.evaluate.client import EngineClient
 from quantize.evaluate.conversations import Conversation, chosen, read_conversations, template_kwargs
 from quantize.evaluate.journal import Journal
 from quantize.evaluate.tasks import Item
-from quantize.make.calibration import CalibrationSet, calibration_length, calibration_of, read_calibration
+from quantize.make.calibration import (
+    CalibrationSet,
+    calibration_length,
+    calibration_of,
+    read_calibration,
+    read_questions,
+)
 
 CPU_CALIBRATING, CPU_JUDGING = 192, 96
 """Conversations on a processor, where the configuration says nothing. Variants of a small model gained by
@@ -43,6 +50,8 @@ twice as many to calibrate with as to judge (docs/benchmarks/quantization.md); t
 minutes."""
 CPU_TOKENS, GPU_TOKENS = 64, 256
 """Of an answer, where the configuration says nothing."""
+OWN = "own-"
+"""Before the line's number, what a question of the model's own calibration file is called."""
 
 Say = Callable[[str], None]
 
@@ -52,16 +61,27 @@ class Questions:
     """What a model's reference is asked in one way, and where its answers lie."""
 
     asking: Asking
-    calibration: tuple[Conversation, ...]
-    held_out: tuple[Conversation, ...]
+    conversations: tuple[Conversation, ...]
     left_out: int
-    """Conversations that the model's context or chat template does not take."""
-    calibrating: Journal
-    judging: Journal
+    """Those of where they come from that the model's context or chat template does not take."""
+    journal: Journal
+
+    @property
+    def missing(self) -> bool:
+        known = read_answers(self.journal)
+        return any(one.id not in known for one in self.conversations)
 
     def items(self) -> list[Item]:
         """Of those that judge: as far as they are answered."""
-        return items_of(self.held_out, read_answers(self.judging), self.asking)
+        return items_of(self.conversations, read_answers(self.journal), self.asking)
+
+    def told(self, purpose: str) -> str:
+        left = f", {self.left_out} of all being too long for it or nothing for its chat template"
+        return (
+            f"the reference answers {len(self.conversations)} conversations to {purpose}"
+            f"{left if self.left_out else ''}, in at most {self.asking.max_tokens} tokens each "
+            "(conversations.count and .max_tokens)"
+        )
 
 
 def unlabelled_roles(model: ModelConfig) -> dict[str, RoleSettings]:
@@ -69,28 +89,63 @@ def unlabelled_roles(model: ModelConfig) -> dict[str, RoleSettings]:
     return {name: role for name, role in model.roles.items() if role.tasks is None}
 
 
-def questions(model: ModelConfig, version: str, role: RoleSettings | None = None) -> Questions:
-    """What the reference of that version is asked, for a role that may say how, or for calibration."""
-    checkpoint, machine = checkpoint_of(model), look()
-    everything = tuple(read_conversations())
-    tokens = (role.max_tokens if role else None) or model.conversations.max_tokens
-    asking = Asking(
-        tokens or (GPU_TOKENS if machine.gpus else CPU_TOKENS),
-        (role.chat_template_kwargs if role else None) or template_kwargs(_template(checkpoint.path)),
-    )
-    context = model.engine.context(checkpoint.max_model_len, checkpoint.kv_bytes_per_token(2))
-    fits = _fitting(checkpoint.path, context, asking.max_tokens)
-    calibrating, judging = _counts(model, machine)
-    directory = model.variants_dir
-    engine = identity(model, machine)
-    return Questions(
-        asking=asking,
-        calibration=tuple(chosen(fits, "calibration", calibrating)),
-        held_out=tuple(chosen(fits, "held_out", judging)),
-        left_out=len(everything) - len(fits),
-        calibrating=Journal(answers_path(directory, version, asking, everything, {})),
-        judging=Journal(answers_path(directory, version, asking, everything, engine)),
-    )
+def judging(model: ModelConfig, version: str, role: RoleSettings | None = None) -> Questions:
+    """What the reference of that version is asked, for a role that may say how, to judge variants by."""
+    way, machine = _Way.of(model, role), look()
+    everything, fits = way.shipped()
+    _, count = _counts(model, machine)
+    path = answers_path(model.variants_dir, version, way.asking, everything, identity(model, machine))
+    held_out = tuple(chosen(fits, "held_out", count))
+    return Questions(way.asking, held_out, len(everything) - len(fits), Journal(path))
+
+
+def calibrating(model: ModelConfig, version: str) -> Questions | None:
+    """What it is asked to calibrate with: of the model's own file what ends with a question, or of the
+    conversations that ship. None where the file asks nothing. Raises CalibrationError."""
+    asked = read_questions(model.calibration) if model.calibration is not None else None
+    if asked == {}:
+        return None
+    way = _Way.of(model)
+    if asked is None:
+        everything, fits = way.shipped()
+        wanted = tuple(chosen(fits, "calibration", _counts(model, look())[0]))
+    else:
+        everything = tuple(
+            Conversation(id=f"{OWN}{line}", domain="own", messages=messages)
+            for line, messages in asked.items()
+        )
+        fits = wanted = way.fitting(everything)
+    path = answers_path(model.variants_dir, version, way.asking, everything, {})
+    return Questions(way.asking, wanted, len(everything) - len(fits), Journal(path))
+
+
+@dataclass(frozen=True)
+class _Way:
+    """How a model's reference is asked."""
+
+    source: Path
+    context: int
+    asking: Asking
+
+    @classmethod
+    def of(cls, model: ModelConfig, role: RoleSettings | None = None) -> _Way:
+        checkpoint = checkpoint_of(model)
+        tokens = (role.max_tokens if role else None) or model.conversations.max_tokens
+        asking = Asking(
+            tokens or (GPU_TOKENS if look().gpus else CPU_TOKENS),
+            (role.chat_template_kwargs if role else None) or template_kwargs(_template(checkpoint.path)),
+        )
+        context = model.engine.context(checkpoint.max_model_len, checkpoint.kv_bytes_per_token(2))
+        return cls(checkpoint.path, context, asking)
+
+    def shipped(self) -> tuple[tuple[Conversation, ...], tuple[Conversation, ...]]:
+        """Conversations that ship, all and those that fit."""
+        return tuple(read_conversations()), _fitting(self.source, self.context, self.asking.max_tokens)
+
+    def fitting(self, own: Sequence[Conversation]) -> tuple[Conversation, ...]:
+        """Of somebody's own those that fit, as they are."""
+        encode = _encoding(self.source)
+        return tuple(fitting(own, encode, self.context, self.asking, as_they_are=True))
 
 
 def _counts(model: ModelConfig, machine: Machine) -> tuple[int | None, int | None]:
@@ -134,12 +189,12 @@ def _template(path: Path) -> str:
 
 @functools.lru_cache(maxsize=4)
 def _fitting(path: Path, context: int, max_tokens: int) -> tuple[Conversation, ...]:
+    return tuple(fitting(read_conversations(), _encoding(path), context, Asking(max_tokens)))
+
+
+def _encoding(path: Path) -> Encode:
     tokenizer = load_tokenizer(path)
-
-    def encode(messages: Messages) -> list[int]:
-        return encode_messages(tokenizer, messages, path)
-
-    return tuple(fitting(read_conversations(), encode, context, Asking(max_tokens)))
+    return lambda messages: encode_messages(tokenizer, messages, path)
 
 
 def version_in_use(model: ModelConfig) -> str:
@@ -154,7 +209,7 @@ def answered_items(model: ModelConfig) -> dict[str, list[Item]]:
     """Items of the roles without tasks, as far as the reference has answered."""
     roles = unlabelled_roles(model)
     version = version_in_use(model) if roles else ""
-    return {name: questions(model, version, role).items() for name, role in roles.items()}
+    return {name: judging(model, version, role).items() for name, role in roles.items()}
 
 
 def asked_items(model: ModelConfig) -> dict[str, list[Item]]:
@@ -162,7 +217,7 @@ def asked_items(model: ModelConfig) -> dict[str, list[Item]]:
     return {
         name: [
             Item(messages=one.messages, expected="", check="reference", json_schema=one.json_schema)
-            for one in questions(model, "", role).held_out
+            for one in judging(model, "", role).conversations
         ]
         for name, role in unlabelled_roles(model).items()
     }
@@ -171,33 +226,34 @@ def asked_items(model: ModelConfig) -> dict[str, list[Item]]:
 def calibration_for(model: ModelConfig, checkpoint: Checkpoint, version: str) -> CalibrationSet:
     """The model's calibration file, or the conversations that ship with the product: with the reference's
     answers, or, while there are none, the prompts alone. Raises CalibrationError."""
+    asked = calibrating(model, version)
+    answers = read_answers(asked.journal) if asked is not None and not asked.missing else {}
     if model.calibration is not None:
-        return read_calibration(model.calibration, checkpoint)
-    asked = questions(model, version)
-    answers = read_answers(asked.calibrating)
-    known = [one for one in asked.calibration if one.id in answers]
-    if len(known) < len(asked.calibration):
-        prompts = [one.messages for one in asked.calibration]
+        by_line = {int(name.removeprefix(OWN)): answer.text for name, answer in answers.items()}
+        return read_calibration(model.calibration, checkpoint, by_line)
+    assert asked is not None
+    if not answers:
+        prompts = [one.messages for one in asked.conversations]
         return calibration_of(prompts, "conversations of Tiercel, prompts alone", checkpoint)
-    whole = [(*one.messages, {"role": "assistant", "content": answers[one.id].text}) for one in known]
+    whole = [
+        (*one.messages, {"role": "assistant", "content": answers[one.id].text}) for one in asked.conversations
+    ]
     return calibration_of(whole, "conversations of Tiercel, answered by the reference", checkpoint)
 
 
 def is_answered(model: ModelConfig) -> bool:
     """Whether the reference that is there has answered all that calibrates and judges."""
     version = version_in_use(model)
-    return bool(version) and not any(part.missing for part in _parts(model, version, to_calibrate=True))
+    return bool(version) and not _missing(model, version, to_calibrate=True)
 
 
-def _parts(model: ModelConfig, version: str, to_calibrate: bool) -> list[_Part]:
-    """What the reference is asked, once each."""
-    parts: dict[Path, _Part] = {}
-    if to_calibrate and model.calibration is None:
-        asked = questions(model, version)
-        parts[asked.calibrating.path] = _Part("calibrate with", asked, asked.calibration, asked.calibrating)
-    for asked in (questions(model, version, role) for role in unlabelled_roles(model).values()):
-        parts[asked.judging.path] = _Part("judge by", asked, asked.held_out, asked.judging)
-    return list(parts.values())
+def _missing(model: ModelConfig, version: str, to_calibrate: bool) -> list[tuple[str, Questions]]:
+    """What the reference has not answered, once each, and what for."""
+    own = calibrating(model, version) if to_calibrate else None
+    everything = [("calibrate with", own)] if own is not None else []
+    everything += [("judge by", judging(model, version, role)) for role in unlabelled_roles(model).values()]
+    once = {asked.journal.path: (purpose, asked) for purpose, asked in everything}
+    return [(purpose, asked) for purpose, asked in once.values() if asked.missing]
 
 
 async def ask_reference(
@@ -208,26 +264,26 @@ async def ask_reference(
     to_calibrate: bool = False,
 ) -> None:
     """Have the reference answer what roles without tasks are judged by, and ``to_calibrate`` what calibrates
-    where the model has no file for it, as far as it has not yet: on its engine in ``engines`` (by
-    ``model:variant``), or on one that is started for it."""
-    if not unlabelled_roles(model) and not (to_calibrate and model.calibration is None):
+    and ends with a question, as far as it has not yet: on its engine in ``engines`` (by ``model:variant``),
+    or on one that is started for it."""
+    if not _missing(model, "", to_calibrate):
         return
     registry = registry_of(model, say)
     reference = registry.add_reference(checkpoint_of(model, say))
-    if not any(part.missing for part in _parts(model, reference.version, to_calibrate)):
+    if not _missing(model, reference.version, to_calibrate):
         return
     async with AsyncExitStack() as stack:
         await stack.enter_async_context(registry.measuring())
-        missing = [part for part in _parts(model, reference.version, to_calibrate) if part.missing]
+        missing = _missing(model, reference.version, to_calibrate)
         if not missing:  # another process has asked meanwhile
             return
         spec = (engines or {}).get(reference.id)
         if spec is None or spec.directory != registry.path(reference.variant, reference.version):
             spec = await stack.enter_async_context(variant_engine(model, reference, say))
         client = await stack.enter_async_context(EngineClient(spec.url, reference.model))
-        for part in missing:
-            say(part.told())
-            await answer_all(client, part.conversations, part.asked.asking, part.journal)
+        for purpose, asked in missing:
+            say(asked.told(purpose))
+            await answer_all(client, asked.conversations, asked.asking, asked.journal)
 
 
 @asynccontextmanager
@@ -247,26 +303,3 @@ async def variant_engine(model: ModelConfig, card: Card, say: Say) -> AsyncItera
         )
         async with running(spec, say):
             yield spec
-
-
-@dataclass(frozen=True)
-class _Part:
-    """What the reference answers at once."""
-
-    purpose: str
-    asked: Questions
-    conversations: tuple[Conversation, ...]
-    journal: Journal
-
-    @property
-    def missing(self) -> bool:
-        known = read_answers(self.journal)
-        return any(one.id not in known for one in self.conversations)
-
-    def told(self) -> str:
-        left = self.asked.left_out
-        without = f", {left} of all being too long for it or nothing for its chat template" if left else ""
-        return (
-            f"the reference answers {len(self.conversations)} conversations to {self.purpose}{without}, in "
-            f"at most {self.asked.asking.max_tokens} tokens each (conversations.count and .max_tokens)"
-        )

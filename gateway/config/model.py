@@ -35,7 +35,10 @@ class Model(Section):
     )
     reference: str = Field(default="bf16", description="the variant that the others are compared with")
     serve: tuple[str, ...] = Field(min_length=1, description="variants that have a pool")
-    calibration: Path | None = Field(default=None, description="JSON Lines of conversations")
+    calibration: Path | None = Field(
+        default=None,
+        description="JSON Lines of conversations; those that end with a question the reference answers",
+    )
     engine: EngineChanges = Field(
         default=EngineChanges(), description="what of the section engine is otherwise for this model"
     )

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -101,13 +101,20 @@ async def answer_all(
 
 
 def fitting(
-    conversations: Sequence[Conversation], encode: Encode, context: int, asking: Asking
+    conversations: Iterable[Conversation],
+    encode: Encode,
+    context: int,
+    asking: Asking,
+    *,
+    as_they_are: bool = False,
 ) -> list[Conversation]:
     """Those whose prompt and answer are at most ``context`` tokens, as the model's chat template takes them:
-    without a system message where it knows none. What it refuses even so is left out."""
+    without a system message where it knows none, unless they are to stay ``as_they_are``. What it refuses
+    even so is left out."""
     found = []
     for one in conversations:
-        for messages in dict.fromkeys((_frozen(one.messages), _frozen(without_system(one.messages)))):
+        others = () if as_they_are else (_frozen(without_system(one.messages)),)
+        for messages in dict.fromkeys((_frozen(one.messages), *others)):
             given = tuple(dict(message) for message in messages)
             try:
                 length = len(encode(given))

@@ -1,14 +1,15 @@
 """Calibration data: conversations, encoded as the model will see them. Those of a file, or those that ship
-with the product, with the reference's own answers as far as it has given any."""
+with the product; where they end with a question, with the reference's own answers, once it has given them."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from quantize.card import Calibration
 from quantize.core.checkpoint import Checkpoint
@@ -22,6 +23,7 @@ __all__ = [
     "calibration_of",
     "load_tokenizer",
     "read_calibration",
+    "read_questions",
 ]
 
 MIN_CALIBRATION_SAMPLES = 16
@@ -48,28 +50,23 @@ class CalibrationSet:
     description: Calibration
 
 
-def read_calibration(path: Path, checkpoint: Checkpoint) -> CalibrationSet:
+def read_calibration(
+    path: Path, checkpoint: Checkpoint, answers: Mapping[int, str] | None = None
+) -> CalibrationSet:
     """Read conversations from JSON Lines ({"messages": [...]}) and encode them with the chat template.
 
-    Raises CalibrationError when the file is missing, malformed or holds too few conversations, or empty ones.
+    ``answers`` are the reference's to :func:`read_questions`, by line. Raises CalibrationError when the file
+    is missing, malformed or holds too few conversations, or empty ones.
     """
-    try:
-        lines = read_lines(path)
-    except FileNotFoundError:
-        raise CalibrationError(
-            f"calibration file {path} does not exist; set calibration in the YAML"
-        ) from None
     tokenizer, longest = load_tokenizer(checkpoint.path), calibration_length(checkpoint)
     sequences, marks = [], list[str]()
-    for number, line in lines:
+    for number, messages in _conversations(path):
+        if answers and number in answers:
+            messages = [*messages, {"role": "assistant", "content": answers[number]}]
         try:
-            messages = read_json(line)["messages"]
             encoded = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True)
         except Exception as error:  # whatever a template raises, the line is at fault
-            raise CalibrationError(
-                f"{path}:{number}: not a conversation ({type(error).__name__}: {error}); "
-                'each line must be {"messages": [{"role": …, "content": …}, …]}'
-            ) from None
+            raise _no_conversation(path, number, error) from None
         sequences.append(list(encoded["input_ids"])[:longest])
         found = (TEMPLATE_MARK.search(str(message.get("content"))) for message in messages)
         marks += [mark[0] for mark in found if mark is not None][:1]
@@ -80,7 +77,45 @@ def read_calibration(path: Path, checkpoint: Checkpoint) -> CalibrationSet:
             f"such as {marks[0]!r}; give roles and "
             "contents alone, the model's own template is put around them here"
         )
+    if answers:
+        return _described(sequences, f"{path.name}, questions answered by the reference", _digest(sequences))
     return _described(sequences, path.name, sha256_of(path))
+
+
+def read_questions(path: Path) -> dict[int, tuple[dict[str, str], ...]]:
+    """Conversations of the same file that end with a user's message and are nothing but texts, by line: what
+    a reference can answer. Raises CalibrationError for what is no conversation."""
+    found = {}
+    for number, messages in _conversations(path):
+        is_plain = all(
+            isinstance(one, dict) and all(isinstance(value, str) for value in one.values())
+            for one in messages
+        )
+        if is_plain and messages and messages[-1].get("role") == "user":
+            found[number] = tuple(messages)
+    return found
+
+
+def _conversations(path: Path) -> Iterator[tuple[int, list[Any]]]:
+    try:
+        lines = read_lines(path)
+    except FileNotFoundError:
+        raise CalibrationError(
+            f"calibration file {path} does not exist; set calibration in the YAML"
+        ) from None
+    for number, line in lines:
+        try:
+            messages = list(read_json(line)["messages"])
+        except Exception as error:
+            raise _no_conversation(path, number, error) from None
+        yield number, messages
+
+
+def _no_conversation(path: Path, number: int, error: Exception) -> CalibrationError:
+    return CalibrationError(
+        f"{path}:{number}: not a conversation ({type(error).__name__}: {error}); "
+        'each line must be {"messages": [{"role": …, "content": …}, …]}'
+    )
 
 
 def calibration_of(
@@ -96,7 +131,7 @@ def calibration_of(
     sequences = [
         encode_messages(tokenizer, messages, checkpoint.path)[:longest] for messages in conversations
     ]
-    return _described(sequences, source, hashlib.sha256(json.dumps(sequences).encode()).hexdigest())
+    return _described(sequences, source, _digest(sequences))
 
 
 def calibration_length(checkpoint: Checkpoint) -> int:
@@ -110,6 +145,10 @@ def _refuse_few(count: int, source: str) -> None:
         raise CalibrationError(
             f"{source} has {count} conversations; calibration needs {MIN_CALIBRATION_SAMPLES} or more: {MORE}"
         )
+
+
+def _digest(sequences: list[list[int]]) -> str:
+    return hashlib.sha256(json.dumps(sequences).encode()).hexdigest()
 
 
 def _described(sequences: list[list[int]], source: str, sha256: str) -> CalibrationSet:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -16,7 +17,14 @@ from deploy.making import all_items, labelled_items, role_tasks
 from deploy.measuring import say_hopeless
 from deploy.models import one_model, registry_of
 from deploy.placement import Gpu, Machine
-from deploy.unlabelled import ask_reference, calibration_for, is_answered, questions, version_in_use
+from deploy.unlabelled import (
+    ask_reference,
+    calibrating,
+    calibration_for,
+    is_answered,
+    judging,
+    version_in_use,
+)
 from gateway.config import ConfigError, Conversations, ModelConfig, RoleSettings, load_config, parse_config
 from quantize.core.checkpoint import open_checkpoint
 from quantize.make.compress import QuantizeError
@@ -120,6 +128,43 @@ async def test_calibration_has_the_answers_as_soon_as_there_are_any(model: Model
     assert calibration_for(own, opened, "").description.source == "calibration.jsonl"
 
 
+async def test_questions_of_ones_own_calibration_file_are_answered(
+    model: ModelConfig, tmp_path: Path
+) -> None:
+    """Lines that end with an answer stay as they are, and so does what is too long to be asked."""
+
+    def line(*texts: str) -> str:
+        roles = ("user", "assistant") * len(texts)
+        said = [{"role": role, "content": text} for role, text in zip(roles, texts, strict=False)]
+        return json.dumps({"messages": said})
+
+    whole = [line(f"question {number}", f"right {number}") for number in range(16)]
+    asked = [line(f"question {number}") for number in range(16, 20)]
+    path = tmp_path / "own.jsonl"
+    path.write_text("\n".join([*whole, "", *asked, line("long " * 600)]), encoding="utf-8")
+    own = replace(model, roles={}, calibration=path)
+    opened, said = open_checkpoint(model.path), list[str]()
+    before = calibration_for(own, opened, "")
+    assert before.description.source == "own.jsonl"
+    engine = ScriptedEngine(answer)
+    async with reference(own, engine) as engines:
+        await ask_reference(own, said.append, engines, to_calibrate=True)
+        assert len(engine.asked) == 4
+        assert said[-1].startswith(
+            "the reference answers 4 conversations to calibrate with, 1 of all being too long"
+        )
+        assert is_answered(own)
+        await ask_reference(own, said.append, engines, to_calibrate=True)
+        assert len(engine.asked) == 4
+    after = calibration_for(own, opened, version_in_use(own))
+    assert after.description.source == "own.jsonl, questions answered by the reference"
+    assert after.description.sha256 != before.description.sha256
+    assert after.sequences[:16] == before.sequences[:16]
+    assert after.sequences[-1] == before.sequences[-1]
+    for mine, its in zip(after.sequences[16:20], before.sequences[16:20], strict=True):
+        assert len(mine) > len(its)
+
+
 async def test_where_all_is_labelled_and_calibrated_nothing_is_asked(model: ModelConfig) -> None:
     labelled = replace(
         model,
@@ -135,26 +180,28 @@ def test_how_many_are_asked_depends_on_the_machine(
     model: ModelConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     free = replace(model, conversations=Conversations())
-    on_cpu = questions(free, "")
-    assert (len(on_cpu.held_out), on_cpu.asking.max_tokens) == (module.CPU_JUDGING, module.CPU_TOKENS)
-    assert len(on_cpu.calibration) == module.CPU_CALIBRATING
-    said = questions(replace(model, conversations=Conversations(count=50)), "")
-    assert (len(said.calibration), len(said.held_out)) == (25, 25)
+    on_cpu, to_calibrate = judging(free, ""), calibrating(free, "")
+    assert (len(on_cpu.conversations), on_cpu.asking.max_tokens) == (module.CPU_JUDGING, module.CPU_TOKENS)
+    assert to_calibrate is not None
+    assert len(to_calibrate.conversations) == module.CPU_CALIBRATING
+    fifty = replace(model, conversations=Conversations(count=50))
+    both = judging(fifty, ""), calibrating(fifty, "")
+    assert [len(asked.conversations) for asked in both if asked is not None] == [25, 25]
     gpu = Machine({0: (0, 1)}, 1 << 40, (Gpu(0, "some", 1 << 36, 1 << 36),), "1")
     monkeypatch.setattr(module, "look", lambda: gpu)
-    on_gpu = questions(free, "")
+    on_gpu = judging(free, "")
     assert on_gpu.asking.max_tokens == module.GPU_TOKENS
-    assert len(on_gpu.held_out) > len(on_cpu.held_out)
+    assert len(on_gpu.conversations) > len(on_cpu.conversations)
     assert on_cpu.left_out < on_gpu.left_out < 505, "longer answers leave a small context less room"
     shorter = replace(model, engine=model.engine.model_copy(update={"max_model_len": 128}))
-    assert questions(shorter, "").left_out > questions(model, "").left_out
+    assert judging(shorter, "").left_out > judging(model, "").left_out
 
 
 def test_a_role_says_how_it_is_asked(model: ModelConfig) -> None:
     role = RoleSettings(max_tokens=7, chat_template_kwargs={"enable_thinking": True})
-    asking = questions(model, "", role).asking
+    asking = judging(model, "", role).asking
     assert (asking.max_tokens, asking.template) == (7, {"enable_thinking": True})
-    assert questions(model, "").asking.template == {}
+    assert judging(model, "").asking.template == {}
 
 
 def test_too_few_conversations_are_said_before_work(model: ModelConfig) -> None:
