@@ -28,7 +28,9 @@ def add_qat(commands: Any) -> None:
     command.add_argument("--steps", type=int, default=300, help="of the whole model (300); 0: blocks alone")
     command.add_argument("--block-steps", type=int, default=60, help="of each block before that (60)")
     command.add_argument(
-        "--rate", type=float, help="of weights, in steps of their grid (0.006, less of large models)"
+        "--rate",
+        type=float,
+        help="of weights, in steps of their grid (0.006 below 4 bits, else 0.0012; less of large models)",
     )
     command.add_argument("--batch", type=int, default=8, help="conversations of a step (8)")
     command.add_argument(

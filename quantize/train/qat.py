@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,9 +21,9 @@ from typing import TYPE_CHECKING, Any
 
 from quantize.core.checkpoint import Checkpoint
 from quantize.core.legality import is_experts
-from quantize.core.modules import HEAD, Linear, Modules
+from quantize.core.modules import HEAD, Group, Linear, Modules
 from quantize.core.plan import Plan
-from quantize.core.schemes import BF16_BYTES, scheme
+from quantize.core.schemes import BF16_BYTES, Numbers, scheme
 from quantize.core.tensors import read_parts
 from quantize.cost import LIBRARIES_BYTES
 from quantize.train.loop import Outcome, Place, Settings, TrainError
@@ -38,6 +39,9 @@ STEPS, BLOCK_STEPS, BATCH = 300, 60, 8
 RATE, RATE_OF = 0.006, 4e6
 """Adam's rate of latent weights, in steps of their grid, of a model of so many weights: all of them change at
 once, so that it falls with the root of their number."""
+FINE_BITS, FINE_RATE = 4, 0.0012
+"""From so many bits on it is no more than this: what GPTQ leaves is less than what weights lose that wander
+(docs/benchmarks/training.md#qat)."""
 BLOCK_RATE = 0.5
 """That of the first stage over that of the second."""
 BETAS = (0.9, 0.99)
@@ -58,7 +62,7 @@ class QatSettings:
     block_steps: int = BLOCK_STEPS
     """Of every block in the first stage; 0: without it."""
     learning_rate: float | None = None
-    """Of latent weights, in steps of their grid per step of training; None: by the model's size."""
+    """Of latent weights, in steps of their grid per step of training; None: by the model's size and bits."""
     batch: int = BATCH
     hidden: float = 0.0
     """Weight of the last hidden states' relative error beside the KL."""
@@ -76,16 +80,20 @@ class QatSettings:
             )
         if self.hidden < 0:
             raise TrainError(f"hidden: {self.hidden}; is a weight, 0 or more")
-        self.whole(1)  # which refuses a rate or a batch that cannot be
+        self.whole(1, FINE_BITS)  # which refuses a rate or a batch that cannot be
 
-    def rate(self, weights: int) -> float:
-        return RATE / max(1.0, weights / RATE_OF) ** 0.5 if self.learning_rate is None else self.learning_rate
+    def rate(self, weights: int, bits: int) -> float:
+        """Of a model of so many weights, the coarsest of which have so many bits."""
+        if self.learning_rate is not None:
+            return self.learning_rate
+        usual = RATE / math.sqrt(max(1.0, weights / RATE_OF))
+        return usual if bits < FINE_BITS else min(usual, FINE_RATE)
 
-    def whole(self, weights: int) -> Settings:
-        """Of the second stage, of a model of so many weights."""
+    def whole(self, weights: int, bits: int) -> Settings:
+        """Of the second stage, of a model of so many weights and bits."""
         return Settings(
             steps=max(1, self.steps),
-            learning_rate=self.rate(weights),
+            learning_rate=self.rate(weights, bits),
             batch=self.batch,
             together=self.batch,
             last_rate=0.0,
@@ -95,13 +103,13 @@ class QatSettings:
             seed=self.seed,
         )
 
-    def blocks(self, weights: int) -> Settings | None:
+    def blocks(self, weights: int, bits: int) -> Settings | None:
         """Of the first stage; None without it."""
         if not self.block_steps:
             return None
         return Settings(
             steps=self.block_steps,
-            learning_rate=BLOCK_RATE * self.rate(weights),
+            learning_rate=BLOCK_RATE * self.rate(weights, bits),
             batch=self.batch,
             together=self.batch,
             last_rate=0.0,
@@ -144,11 +152,18 @@ class Work:
     @property
     def weights(self) -> int:
         """Weights that are trained."""
-        return sum(
-            group.weights
-            for group in self.modules
-            if group.kind != HEAD and scheme(self.plan.groups[group.name]).weights is not None
-        )
+        return sum(group.weights for group, _ in self._trained())
+
+    @property
+    def bits(self) -> int:
+        """Of the coarsest of them."""
+        return min((numbers.bits for _, numbers in self._trained()), default=8 * BF16_BYTES)
+
+    def _trained(self) -> Iterator[tuple[Group, Numbers]]:
+        for group in self.modules:
+            numbers = scheme(self.plan.groups[group.name]).weights
+            if group.kind != HEAD and numbers is not None:
+                yield group, numbers
 
 
 @dataclass
@@ -259,7 +274,7 @@ def _trained(run: _Run) -> tuple[Student, Report]:
         before = run.look(whole)
     blocks: list[BlockFigures] = []
     if settings.block_steps:
-        student, blocks = run.begun(settings.blocks(work.weights))
+        student, blocks = run.begun(settings.blocks(work.weights, work.bits))
     outcome = Outcome()
     with Distillation(run.passes, work.modules, work.plan, run.tensors, student) as whole:
         if settings.steps:
@@ -317,7 +332,7 @@ class _Run:
         return whole.train(
             self.work.text.sequences,
             self._wanted,
-            self.settings.whole(self.work.weights),
+            self.settings.whole(self.work.weights, self.work.bits),
             Place(self.work.directory / "whole", self._named),
             self.settings.hidden,
             lambda _step: figures(whole, self.work.choosing, self._aims[""]),
