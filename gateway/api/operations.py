@@ -59,7 +59,7 @@ REFUSALS: dict[int | str, dict[str, Any]] = {
 }
 _PROMETHEUS: dict[int | str, dict[str, Any]] = {200: {"content": {"text/plain": {}}}}
 _UNREADY: dict[int | str, dict[str, Any]] = {
-    503: {"description": "There is a role that no pool could serve."}
+    503: {"description": "There is no role that a pool could serve, or not every pool was asked yet."}
 }
 
 
@@ -127,8 +127,12 @@ class Operations:
         return {"server_load": len(self._plane.active)}
 
     async def readiness(self, request: Request) -> JSONResponse:
-        """Every role can be served, at its own precision or a higher one; what is missing for more. For an
-        admin also the replicas, and where they are."""
+        """Some role can be served, and after a start every pool has been asked; what is missing for more.
+        For an admin also the replicas, and where they are.
+
+        A role that nobody can serve takes no gateway out of a load balancer, where all others would go with
+        it: who asks for that role is told so.
+        """
         snapshot = self._plane.snapshot
         pools = snapshot.pools.by_variant
         missing = [variant for variant, pool in pools.items() if not pool.reachable]
@@ -137,10 +141,12 @@ class Operations:
             for role in snapshot.config.roles
             if not any(pools[variant].reachable for variant in snapshot.router.ladder(role))
         ]
-        body: dict[str, Any] = {"ready": not unserved, "unserved": unserved, "not_reachable": missing}
+        asked = all(one.reachable is not None for pool in pools.values() for one in pool.replicas)
+        ready = not unserved or (asked and len(unserved) < len(snapshot.config.roles))
+        body: dict[str, Any] = {"ready": ready, "unserved": unserved, "not_reachable": missing}
         if self._is_admin(request):
             body["pools"] = {variant: _detail(pool) for variant, pool in pools.items()}
-        return JSONResponse(body, status_code=503 if unserved else 200)
+        return JSONResponse(body, status_code=200 if ready else 503)
 
     async def show_metrics(self) -> Response:
         """Prometheus text."""

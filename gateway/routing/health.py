@@ -23,6 +23,7 @@ async def probe(session: aiohttp.ClientSession, replica: Replica) -> None:
     except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError):
         healthy = False
     except (TimeoutError, aiohttp.ClientError):
+        replica.reachable = replica.reachable or False  # it was asked, at least
         return
     replica.reachable = healthy
     if healthy:
