@@ -25,7 +25,7 @@ GPUS: Mapping[str, tuple[float, str]] = {
 """Name to memory, GiB as nvidia-smi tells it, and target."""
 BY_SIZE = ADA
 """The target of a GPU of which the memory alone is told."""
-_GPUS = re.compile(r"(?:(\d+)\s*[x*]\s*)?([A-Za-z][\w-]*|\d+(?:\.\d+)?\s*(?:GB|GiB|G)?)", re.IGNORECASE)
+_GPUS = re.compile(r"(?:(\d{1,4})\s*[x*]\s*)?([A-Za-z][\w-]*|\d+(?:\.\d+)?\s*(?:GB|GiB|G)?)", re.IGNORECASE)
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(?:GB|GiB|G)?", re.IGNORECASE)
 MOST_GPUS, MOST_GIB = 64, 100_000
 

@@ -70,7 +70,7 @@ def advise(options: argparse.Namespace) -> None:
 
     config = load_config(options.config) if options.config.is_file() else None
     model = _configured(config, options.model, options.parameters)
-    shape = _shape(options.model, options.parameters, model)
+    shape = _shape(options.model, options.parameters, model, options.edge is not None)
     hardware = _hardware(options)
     nothing: frozenset[int] = frozenset()
     of_cards = _cards(model) if model is not None and hardware.here else ({}, nothing, nothing)
@@ -102,7 +102,8 @@ def _configured(config: Config | None, named: str | None, parameters: str | None
     return next(same, None)
 
 
-def _shape(named: str | None, parameters: str | None, model: ModelConfig | None) -> Any:
+def _shape(named: str | None, parameters: str | None, model: ModelConfig | None, edge: bool) -> Any:
+    from deploy.advice.config_file import like_llama, refuse_unadvised
     from deploy.models import checkpoint_of
     from quantize.core.checkpoint import open_checkpoint
     from quantize.core.shape import (
@@ -118,18 +119,23 @@ def _shape(named: str | None, parameters: str | None, model: ModelConfig | None)
     if parameters is not None:
         return shape_of_parameters(parameters_of(parameters))
     if model is not None:
-        return shape_of_checkpoint(checkpoint_of(model, say))
+        checkpoint = checkpoint_of(model, say)
+        refuse_unadvised(checkpoint.config, model.name, edge)
+        return shape_of_checkpoint(checkpoint)
     if named is None:
         raise ShapeError("which model? give a directory, a hub's OWNER/NAME, or --parameters 7B")
     path = Path(named)
     if path.is_dir() and not any(path.glob("*.safetensors*")) and (path / "config.json").is_file():
         path = path / "config.json"
-    if path.is_file():
-        return shape_of_config(_read(path), named)
+    is_hub = named.count("/") == 1 and not named.startswith((".", "/", "~"))
+    if path.is_file() or (is_hub and not path.is_dir()):
+        config = _read(path) if path.is_file() else _fetched(named)
+        refuse_unadvised(config, named, edge)
+        return shape_of_config(like_llama(config, named), named)
     if path.is_dir():
-        return shape_of_checkpoint(open_checkpoint(path))
-    if named.count("/") == 1 and not named.startswith((".", "/", "~")):
-        return shape_of_config(_fetched(named), named)
+        checkpoint = open_checkpoint(path)
+        refuse_unadvised(checkpoint.config, named, edge)
+        return shape_of_checkpoint(checkpoint)
     raise ShapeError(
         f"{named}: no such directory; give a checkpoint's, a hub's OWNER/NAME, or --parameters 7B"
     )

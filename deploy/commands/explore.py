@@ -16,6 +16,8 @@ from quantize.explore.found import WHATS
 
 BITS = "8,6,4,3,2,1"
 ITEMS = 32
+OURS = b'{"key":'
+"""How a file of finished points begins."""
 SHIPPED = Path(deploy.assistant.__file__).parent / "data"
 SHIPPED_ROLES = ("summarizer", "core")
 
@@ -55,6 +57,8 @@ def explore(options: argparse.Namespace) -> None:
     from quantize.explore.run import explore as run
     from quantize.report.explored import write_exploration
 
+    if options.out is not None:
+        refuse_other_file(options.out)
     checkpoint = open_checkpoint(options.model)
     refuse_unfit(checkpoint)
     roles = {role: _shortened(items, options) for role, items in items_of(options).items()}
@@ -64,6 +68,21 @@ def explore(options: argparse.Namespace) -> None:
     if options.json:
         print_json(found)
     say(f"written to {out}, and what it is made of to {out.with_suffix('.jsonl')}, which a second run reads")
+
+
+def refuse_other_file(page: Path) -> None:
+    """Raise ConfigError where what is written beside a page would go into another file, or into the page."""
+    beside = page.with_suffix(".jsonl")
+    if beside == page:
+        raise ConfigError(f"--out: {page}: a page is made of such a file; name the page, {page.stem}.html")
+    if beside.is_file():
+        with beside.open("rb") as file:
+            begins = file.read(len(OURS))
+        if not OURS.startswith(begins):
+            raise ConfigError(
+                f"--out: {beside}, to which finished points are written, is there and holds something else; "
+                "give the page another name"
+            )
 
 
 def parsed_bits(text: str) -> tuple[int, ...]:

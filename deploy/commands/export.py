@@ -107,7 +107,8 @@ def gguf(options: argparse.Namespace) -> None:
 
 
 def encoder(options: argparse.Namespace) -> None:
-    from quantize.export.encoder import export_encoder, labelled_rows, open_encoder
+    from quantize.export.encoder import export_encoder, open_encoder, refuse_other_rows
+    from quantize.export.labelled import labelled_rows
 
     texts = [text for text, _ in labelled_rows(options.calibration)] if options.calibration else []
     if options.directory is None:
@@ -116,6 +117,7 @@ def encoder(options: argparse.Namespace) -> None:
         _classifier_variants(options, texts)
         return
     found, kind = open_encoder(options.directory), options.type or DYNAMIC
+    refuse_other_rows(found)
     out = options.out or Path(f"{options.directory.resolve().name}-{kind}.onnx")
     export_encoder(found, kind, out, texts)
     size, whole = out.stat().st_size, (options.directory / "model.safetensors").stat().st_size
@@ -175,16 +177,18 @@ def _refuse_unjudgeable(model: ModelConfig, labels: Sequence[str]) -> None:
 
 def classifier(options: argparse.Namespace) -> None:
     from quantize.export.classifier import train_classifier
-    from quantize.export.encoder import labelled_rows, open_encoder
+    from quantize.export.encoder import open_encoder
+    from quantize.export.labelled import labelled_rows
 
     made = train_classifier(open_encoder(options.encoder), labelled_rows(options.labelled), options.out)
     if options.json:
         print_json({**dataclasses.asdict(made), "directory": str(made.directory)})
     else:
-        print(
-            f"{made.directory}: {made.labels} labels of {made.texts} texts; of those held out "
-            f"{100 * made.held_out:.1f} % right ({100 * made.seen:.1f} % of those seen)"
-        )
+        seen = f"{100 * made.seen:.1f} % of those seen"
+        known = "none could be held out, so nothing is known of others"
+        if made.held_out is not None:
+            known = f"of those held out {100 * made.held_out:.1f} % right"
+        print(f"{made.directory}: {made.labels} labels of {made.texts} texts; {known} ({seen})")
 
 
 def _refuse(checkpoint: Checkpoint) -> None:

@@ -21,6 +21,9 @@ from deploy.llama.text import Text
 USUAL_TOKENS = 16
 """Of a plain completion that does not say how many, as at OpenAI's."""
 
+MOST_TOLD = 1 << 20
+"""Log-probabilities of one request: each takes about a kB until it is sent."""
+
 
 def make_app(server: Server) -> FastAPI:
     """The application."""
@@ -84,11 +87,12 @@ class Answers:
         grammar, events = asked.grammar(), asyncio.Queue[Event]()
         works: list[Answering] = []
         choices: list[Choice] = []
-        for tokens in prompts:
-            room = self._room(tokens, longest)
+        rooms = [self._room(tokens, longest) for tokens in prompts]
+        self._refuse_too_much_told(how.logprobs, sum(rooms) * (asked.n or 1), model.vocabulary)
+        for tokens, room in zip(prompts, rooms, strict=True):
             for number in range(asked.n or 1):
                 hear = partial(deliver, loop, events, len(choices))
-                works.append(Answering(tokens, room, how, hear, grammar, asked.cache_salt or ""))
+                works.append(Answering(tokens, room, how.nth(number), hear, grammar, asked.cache_salt or ""))
                 counted = len(tokens) if number == 0 else 0
                 choices.append(Choice(len(choices), Text(asked.stops), counted))
         chat = isinstance(asked, ChatAsked)
@@ -99,6 +103,16 @@ class Answers:
             return await whole_reply(request, running, replies)
         stream = stream_reply(running, replies, chat, asked.stream_options)
         return StreamingResponse(stream, media_type="text/event-stream")
+
+    def _refuse_too_much_told(self, told: int | None, places: int, vocabulary: int) -> None:
+        """Raise BadRequestError where the log-probabilities of a whole request take too much memory."""
+        each = vocabulary if told == -1 else min(told or 0, vocabulary)
+        if each * places > MOST_TOLD:
+            raise BadRequestError(
+                f"logprobs: {each:,} likeliest tokens of each of {places:,}; no more than {MOST_TOLD:,} are "
+                "told in all: ask for fewer, or for shorter answers (max_tokens)",
+                "logprobs",
+            )
 
     def _room(self, tokens: list[int], longest: int | None) -> int:
         """Tokens that may be written after a prompt. Raises BadRequestError where it is too long."""

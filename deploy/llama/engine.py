@@ -196,7 +196,7 @@ class Engine:
             if other is not slot and reserved + work.room + idle > self.cache_tokens:
                 self._forget(other)
         common = min(_common(slot, work), len(work.tokens) - 1)  # of the last token logits are wanted
-        self._forget(slot, common)
+        common = self._forget(slot, common)
         try:
             grammar = self.model.grammar(work.grammar) if work.grammar else None
         except LlamaError as error:
@@ -210,9 +210,13 @@ class Engine:
         self.counts.prompt_tokens += len(work.tokens)
         return True
 
-    def _forget(self, slot: Slot, keep: int = 0) -> None:
-        self._context.forget(slot.number, keep)
+    def _forget(self, slot: Slot, keep: int = 0) -> int:
+        """Tokens that the slot still has: ``keep``, or none where the model cannot go back to them."""
+        if not self._context.forget(slot.number, keep):
+            self._context.forget(slot.number)
+            keep = 0
         del slot.held[keep:]
+        return keep
 
     def _step(self) -> None:
         """Decode what is pending of every slot, as far as one batch holds it, and draw the next tokens."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -38,6 +38,11 @@ class Sampling:
     """Likeliest tokens that are told of each place; -1 is all of them, None none and not the chosen one's."""
     ignore_eos: bool = False
     min_tokens: int = 0
+
+    def nth(self, number: int) -> Sampling:
+        """Of the answer of that number to one request: with one seed alone all of them would be the same
+        (vLLM counts on from it as well)."""
+        return self if self.seed is None else replace(self, seed=self.seed + number)
 
 
 class Drawn(NamedTuple):
@@ -126,7 +131,9 @@ class Sampler:
         if how.min_p > 0:
             kept &= chances >= how.min_p * chances[0]
         order, chances = order[kept], chances[kept] / chances[kept].sum()
-        return int(self._random.choice(order, p=chances))
+        # By their ids: of neighbours in likelihood the order changes with what is decoded beside them.
+        places = np.argsort(order)
+        return int(self._random.choice(order[places], p=chances[places]))
 
 
 def _only(logits: NDArray[np.float32], ids: NDArray[np.int64]) -> NDArray[np.float32]:

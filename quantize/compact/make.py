@@ -13,10 +13,12 @@ from pydantic import BaseModel, ConfigDict, Field
 from tqdm import tqdm
 
 from quantize.compact import choose
+from quantize.compact.layers import without_layers
 from quantize.compact.outliers import kept_high
 from quantize.compact.steps import CompactError, Step
+from quantize.core.account import refuse_other_tensors
 from quantize.core.architectures import architecture
-from quantize.core.checkpoint import Checkpoint, copy_companions
+from quantize.core.checkpoint import Checkpoint, CheckpointError, copy_companions, open_checkpoint
 from quantize.core.files import write_whole
 from quantize.core.modules import Group, Modules, read_modules
 from quantize.core.tensors import Part, read_file_parts, read_parts, write_shards
@@ -85,11 +87,23 @@ def take(checkpoint: Checkpoint, step: Step, sequences: Sequence[Sequence[int]],
         done = _account(checkpoint, step, parts, what, work)
         write_whole(partial / REPORT, done.model_dump_json(indent=1) + "\n")
         shutil.rmtree(partial / ".blocks", ignore_errors=True)
+        _refuse_misfit(checkpoint, step, partial)
         partial.rename(out)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
     return done
+
+
+def _refuse_misfit(checkpoint: Checkpoint, step: Step, made: Path) -> None:
+    """Raise CompactError where ``made`` is no model: its tensors are not those of its configuration."""
+    try:
+        refuse_other_tensors(open_checkpoint(made))
+    except CheckpointError as error:
+        raise CompactError(
+            f"{step.name}: {checkpoint.path} has tensors that do not go with what is cut ({error}); "
+            "take a mask"
+        ) from None
 
 
 def refuse(checkpoint: Checkpoint, modules: Modules, step: Step, out: Path) -> None:
@@ -147,11 +161,7 @@ class _Work:
             elif place[1] in left:
                 prefix = place[0].removesuffix(f"{place[1]}.")
                 found[f"{prefix}{left.index(place[1])}.{place[2]}"] = part
-        config = dict(self.checkpoint.config)
-        for key, value in config.items():
-            if isinstance(value, list) and len(value) == len(influence):
-                config[key] = [value[layer] for layer in left]
-        config["num_hidden_layers"] = len(left)
+        config = without_layers(self.checkpoint, left)
         told = ", ".join(f"{layer} ({influence[layer]:.3f})" for layer in gone)
         return found, config, f"layers, with 1 - cos(input, output): {told}"
 
@@ -261,7 +271,11 @@ class _Work:
         if self.step.kind == "neurons":
             drop = len(of) - neurons_left(len(of), self.step.amount)
             columns = choose.kept_channels(of, drop)
-            rows = {member.name: columns for member in groups[makers].members}
+            fused = torch.cat([columns, columns + len(of)])
+            rows = {
+                member.name: fused if member.name.endswith(GATE_UP) else columns
+                for member in groups[makers].members
+            }
         else:
             columns, rows = self._heads(of, groups[makers])
         made = {f"{reading.name}.weight": weight[:, columns].cpu().contiguous()}
@@ -284,14 +298,17 @@ class _Work:
     def _heads(self, of: Tensor, makers: Group) -> tuple[Tensor, dict[str, Tensor]]:
         """Channels of the heads that stay: those that the output projection reads, and the rows of what makes
         queries, keys and values."""
+        import torch
+
         config, size = self.checkpoint.text_config, self.checkpoint.head_dim
         queries = int(config["num_attention_heads"])
         heads = int(config.get("num_key_value_heads") or queries)
         each = queries // heads
         chosen = choose.kept_channels(of.reshape(heads, each * size).sum(1), int(self.step.amount))
         wide, narrow = choose.head_channels(chosen, each * size), choose.head_channels(chosen, size)
-        rows = {member.name: wide if member.name.endswith("q_proj") else narrow for member in makers.members}
-        return wide, rows
+        fused = torch.cat([wide, narrow + queries * size, narrow + (queries + heads) * size])
+        rows = {"q_proj": wide, "qkv_proj": fused}
+        return wide, {one.name: rows.get(one.name.rpartition(".")[2], narrow) for one in makers.members}
 
     def _row(self, group: Group, left: float, error: float) -> None:
         self.rows.append(

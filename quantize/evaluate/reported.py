@@ -13,6 +13,7 @@ import importlib.util
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
+from unicodedata import category
 
 from quantize.core.reported_figures import Beside, Reported
 from quantize.evaluate.grounding import words
@@ -101,13 +102,22 @@ def text_scores() -> dict[str, Score]:
     if importlib.util.find_spec("rouge_score") is not None:
         from rouge_score.rouge_scorer import RougeScorer
 
-        scorer = RougeScorer(list(ROUGE))
+        scorer = RougeScorer(list(ROUGE), tokenizer=_Letters())
 
         def rouge(right: str, given: str, kind: str) -> float:
             return float(scorer.score(right, given)[kind].fmeasure)
 
         found = {kind: functools.partial(rouge, kind=kind) for kind in ROUGE} | found
     return found
+
+
+class _Letters:
+    """rouge-score's way of parting text, for letters of every script: its own knows a to z alone, and finds
+    nothing in common between a Russian text and itself."""
+
+    def tokenize(self, text: str) -> list[str]:
+        kept = (sign if sign.isalnum() or category(sign)[0] == "M" else " " for sign in text.lower())
+        return "".join(kept).split()
 
 
 def _bleu() -> Callable[..., Any] | None:

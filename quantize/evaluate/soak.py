@@ -24,6 +24,8 @@ PROBE_EVERY = 10
 """Rounds between two passes over the probes."""
 WARM_UP, LEAST = 0.1, 6
 """Share of the rounds that warms up, and rounds that a slope needs."""
+MOST_POINTS = 1500
+"""Of a slope, which looks at all pairs; of more, medians of neighbours. A night's rounds took tens of GB."""
 DRIFT, LEAK = 0.05, 0.02
 """Changes over the whole run from which on a slope is told as one: of the time, and of the memory."""
 
@@ -116,7 +118,7 @@ def slope(points: Sequence[tuple[float, float]]) -> Slope | None:
     """Of (seconds, value); None where fewer than :data:`LEAST` are left after warming up."""
     from scipy.stats import theilslopes
 
-    kept = points[max(1, round(WARM_UP * len(points))) :]
+    kept = _thinned(points[max(1, round(WARM_UP * len(points))) :])
     if len(kept) < LEAST:
         return None
     at, values = zip(*kept, strict=True)
@@ -129,3 +131,10 @@ def slope(points: Sequence[tuple[float, float]]) -> Slope | None:
         median=middle,
         over_run=float(found[0]) * (at[-1] - at[0]) / middle if middle else 0.0,
     )
+
+
+def _thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """At most :data:`MOST_POINTS`: medians of as many neighbours each as that takes."""
+    each = -(-len(points) // MOST_POINTS) or 1
+    parts = [points[at : at + each] for at in range(0, len(points), each)]
+    return [(statistics.median(at for at, _ in one), statistics.median(v for _, v in one)) for one in parts]

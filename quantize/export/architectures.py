@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from quantize.core.checkpoint import Checkpoint
+from quantize.core.model_config import read_config
 from quantize.export.types import ExportError
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 GEMMA_PERIOD = 6
 """Every sixth layer of Gemma 3 looks at the whole context; llama.cpp knows no other pattern of it."""
+FULL, SLIDING = "full_attention", "sliding_attention"
 YARN: Mapping[str, float | bool] = {"beta_fast": 32.0, "beta_slow": 1.0, "truncate": True}
 """Settings of YaRN's range: llama.cpp has no others, whatever keys GGUF has for them."""
 
@@ -64,13 +66,21 @@ def architecture_of(checkpoint: Checkpoint) -> Architecture:
         raise ExportError(
             f"{checkpoint.path} is quantized already; export the 16-bit checkpoint that it was made from"
         )
-    found, config = KNOWN[named], checkpoint.text_config
+    found, config = KNOWN[named], settings_of(checkpoint)
     for name, value, wanted in _limits(checkpoint, found, config):
         raise ExportError(
             f"{checkpoint.path}/config.json: {name} is {value}, llama.cpp computes a {found.name} with "
             f"{wanted}; serve it with vLLM"
         )
     return found
+
+
+def settings_of(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What ``config.json`` says, and of what it does not say what its class in transformers has: how older
+    ones are to be read as well, such as Gemma 3's two kinds of rotary embeddings. Raises CheckpointError."""
+    filled = dict(read_config(checkpoint.path).get_text_config().to_dict())
+    said = {key: value for key, value in checkpoint.text_config.items() if not key.startswith("rope")}
+    return {**filled, **said}
 
 
 def _limits(checkpoint: Checkpoint, found: Architecture, config: Mapping[str, Any]) -> Any:
@@ -95,36 +105,37 @@ def _limits(checkpoint: Checkpoint, found: Architecture, config: Mapping[str, An
     if found.name != "gemma3":
         types = config.get("layer_types") or ()
         window = config.get("sliding_window") if config.get("use_sliding_window", not types) else None
-        if "sliding_attention" in types:
+        if SLIDING in types:
             window = config.get("sliding_window")
         if window and int(window) < checkpoint.max_model_len:
             yield "sliding_window", window, "the whole context"
         return
-    scalar = config.get("query_pre_attn_scalar") or checkpoint.head_dim
-    if scalar != checkpoint.head_dim:
+    if (scalar := config["query_pre_attn_scalar"]) != checkpoint.head_dim:
         yield "query_pre_attn_scalar", scalar, f"that of the head size, {checkpoint.head_dim}"
-    types = config.get("layer_types") or ()
-    pattern = tuple(
-        "full_attention" if (at + 1) % GEMMA_PERIOD == 0 else "sliding_attention" for at in range(len(types))
-    )
-    if tuple(types) != pattern:
+    types = config["layer_types"]
+    pattern = [FULL if (at + 1) % GEMMA_PERIOD == 0 else SLIDING for at in range(len(types))]
+    if list(types) != pattern:
         yield "layer_types", "another pattern", f"a full layer after every {GEMMA_PERIOD - 1}"
+    if (scaled := _scaling(config, SLIDING)) != "default":
+        yield f"rope_type of {SLIDING}", scaled, "default"
+    if config.get("use_bidirectional_attention"):
+        yield "use_bidirectional_attention", True, "what came before alone"
     if not math.isclose(_attention_factor(config), 1.0, rel_tol=1e-4):
         yield "attention_factor of YaRN", "another", "that of the factor alone, in all layers"
     if config.get("attn_logit_softcapping"):
         yield "attn_logit_softcapping", config["attn_logit_softcapping"], "none"
 
 
-def _rope(config: Mapping[str, Any], layers: str = "full_attention") -> Mapping[str, Any]:
-    """Settings of rotary embeddings, wherever a version of transformers writes them."""
-    found = config.get("rope_parameters") or config.get("rope_scaling") or {}
+def _rope(config: Mapping[str, Any], layers: str = FULL) -> Mapping[str, Any]:
+    """Settings of rotary embeddings of those layers, as transformers has them."""
+    found = config.get("rope_parameters") or {}
     if isinstance(found.get(layers), Mapping):
         found = found[layers]
-    return {"rope_theta": config.get("rope_theta"), **{k: v for k, v in found.items() if v is not None}}
+    return {key: value for key, value in found.items() if value is not None}
 
 
-def _scaling(config: Mapping[str, Any]) -> str:
-    rope = _rope(config)
+def _scaling(config: Mapping[str, Any], layers: str = FULL) -> str:
+    rope = _rope(config, layers)
     return str(rope.get("rope_type") or rope.get("type") or "default")
 
 
@@ -154,7 +165,7 @@ def _attention_factor(config: Mapping[str, Any]) -> float:
 
 def add_settings(writer: Any, checkpoint: Checkpoint, found: Architecture) -> None:
     """Write what llama.cpp needs to know into a ``gguf.GGUFWriter``."""
-    config = checkpoint.text_config
+    config = settings_of(checkpoint)
     heads = int(config["num_attention_heads"])
     writer.add_context_length(checkpoint.max_model_len)
     writer.add_embedding_length(int(config["hidden_size"]))
@@ -168,8 +179,7 @@ def add_settings(writer: Any, checkpoint: Checkpoint, found: Architecture) -> No
     writer.add_rope_dimension_count(checkpoint.head_dim)
     writer.add_vocab_size(int(config["vocab_size"]))
     rope = _rope(config)
-    usual = 1_000_000.0 if found.name == "gemma3" else 10_000.0
-    writer.add_rope_freq_base(float(rope.get("rope_theta") or usual))
+    writer.add_rope_freq_base(float(rope["rope_theta"]))
     if _scaling(config) in ("linear", "yarn"):
         from gguf.constants import RopeScalingType
 
@@ -181,9 +191,7 @@ def add_settings(writer: Any, checkpoint: Checkpoint, found: Architecture) -> No
             writer.add_rope_scaling_orig_ctx_len(int(original))
     if found.name == "gemma3":
         writer.add_sliding_window(int(config["sliding_window"]))
-        local = _rope(config, "sliding_attention").get("rope_theta") or config.get("rope_local_base_freq")
-        separate = "sliding_attention" in (config.get("rope_parameters") or {})
-        writer.add_rope_freq_base_swa(float((local if separate else None) or 10_000.0))
+        writer.add_rope_freq_base_swa(float(_rope(config, SLIDING)["rope_theta"]))
         if cap := config.get("final_logit_softcapping"):
             writer.add_final_logit_softcapping(float(cap))
 
@@ -196,7 +204,7 @@ def rope_factors(checkpoint: Checkpoint) -> NDArray[np.float32] | None:
     """
     import numpy as np
 
-    config = checkpoint.text_config
+    config = settings_of(checkpoint)
     if _scaling(config) != "llama3":
         return None
     rope = _rope(config)

@@ -46,7 +46,8 @@ class Trained:
     labels: int
     texts: int
     seen: float
-    held_out: float
+    held_out: float | None
+    """None where no label has texts enough that one is held out."""
 
 
 def train_classifier(encoder: Encoder, rows: Sequence[tuple[str, str]], out: Path) -> Trained:
@@ -71,11 +72,17 @@ def train_classifier(encoder: Encoder, rows: Sequence[tuple[str, str]], out: Pat
 
     def share(which: Tensor) -> float:
         chosen = (embedded[which] @ weight.T + bias).argmax(-1)
-        return float((chosen == targets[which]).float().mean()) if len(chosen) else 0.0
+        return float((chosen == targets[which]).float().mean())
 
-    seen, unseen = share(~held), share(held)
+    seen, unseen = share(~held), share(held) if bool(held.any()) else None
     weight, bias = _solved(embedded, targets, len(labels))  # what is kept learns from all of them
-    _write(encoder, labels, weight, bias, out)
+    partial = out.with_name(f".partial-{out.name}")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        _write(encoder, labels, weight, bias, partial)
+        partial.replace(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
     return Trained(out, len(labels), len(rows), seen, unseen)
 
 

@@ -13,8 +13,7 @@ or with a classifier's head one logit per label.
 from __future__ import annotations
 
 import contextlib
-import json
-import tempfile
+import shutil
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -190,8 +189,8 @@ def export_encoder(encoder: Encoder, kind: str, path: Path, texts: Sequence[str]
         raise ExportError(f"{STATIC} needs texts to take scales from; give --calibration")
     path.parent.mkdir(parents=True, exist_ok=True)
     size = (encoder.path / "model.safetensors").stat().st_size
-    with tempfile.TemporaryDirectory(prefix=f".partial-{path.name}-", dir=path.parent) as beside:
-        whole, made = Path(beside) / "whole.onnx", Path(beside) / "made.onnx"
+    with _beside(path) as beside:
+        whole, made = beside / "whole.onnx", beside / "made.onnx"
         with writing(whole, size), _quiet():
             _write_float(encoder, whole)
             if kind == DYNAMIC:
@@ -199,6 +198,34 @@ def export_encoder(encoder: Encoder, kind: str, path: Path, texts: Sequence[str]
             elif kind == STATIC:
                 _static(encoder, whole, made, texts)
         (whole if kind == FLOAT else made).replace(path)
+
+
+@contextlib.contextmanager
+def _beside(path: Path) -> Iterator[Path]:
+    """A directory for what lies between. What a run that was killed left there goes when the next begins."""
+    directory = path.with_name(f".partial-{path.name}")
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir()
+    try:
+        yield directory
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def refuse_other_rows(encoder: Encoder) -> None:
+    """Raise ExportError for an encoder whose rows are not the mean of its hidden states."""
+    named = str((encoder.config.get("architectures") or [""])[0])
+    if "Classification" in named and not encoder.labels:
+        raise ExportError(
+            f"{encoder.path}: the head of a {named} is not exported; train a classifier on the encoder with "
+            "`tiercel export classifier`"
+        )
+    pooling = read_object(encoder.path / "1_Pooling" / "config.json")
+    if pooling and not pooling.get("pooling_mode_mean_tokens", pooling.get("pooling_mode") == "mean"):
+        raise ExportError(
+            f"{encoder.path}/1_Pooling/config.json: its rows are no means of hidden states, and no others "
+            "are exported"
+        )
 
 
 def load_encoder(encoder: Encoder) -> Any:
@@ -343,27 +370,3 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         root.setLevel(level)
-
-
-def labelled_rows(path: Path) -> list[tuple[str, str]]:
-    """Texts and their labels from JSON Lines: ``{"text": …, "label": …}``, or items and conversations of
-    which the last user's message is the text and the right answer the label. Raises ExportError."""
-    from quantize.core.jsonl import read_lines
-
-    found = []
-    for number, line in read_lines(path):
-        try:
-            row = json.loads(line)
-            if "text" in row:
-                found.append((str(row["text"]), str(row["label"])))
-                continue
-            messages = row["messages"]
-            text = [one["content"] for one in messages if one["role"] == "user"][-1]
-            label = row.get("expected") or [o["content"] for o in messages if o["role"] == "assistant"][-1]
-            found.append((str(text), str(label)))
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError):
-            raise ExportError(
-                f'{path}:{number}: has no text and label; each line must be {{"text": …, "label": …}}, or a '
-                "conversation that ends with the label"
-            ) from None
-    return found

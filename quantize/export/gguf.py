@@ -11,7 +11,6 @@ import contextlib
 import os
 import re
 import sys
-import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -72,12 +71,9 @@ def export_gguf(
     how = export_type(kind)
     of = library()
     whole = sum(part.bytes for part in read_parts(source.checkpoint.path).values())
-    room_for(path, whole + round(whole * how.bits / 16 if how.name not in FLOATS else 0))
-    with (
-        _partial(path, whole) as partial,
-        tempfile.TemporaryDirectory(prefix=f".partial-{path.name}-", dir=path.parent) as beside,
-    ):
-        floats = partial if how.name in FLOATS else Path(beside) / "floats.gguf"
+    with _partial(path, whole) as partial, _between(path) as beside:
+        room_for(path, whole + round(whole * how.bits / 16 if how.name not in FLOATS else 0))
+        floats = partial if how.name in FLOATS else beside
         wide = how.name if how.name in FLOATS else "bf16"
         with tqdm(total=whole, desc=f"write {wide}", unit="B", unit_scale=True, file=sys.stderr) as bar:
             write_floats(source, floats, wide, bar.update)
@@ -152,6 +148,7 @@ class _Progress:
 def _partial(path: Path, size: int) -> Iterator[Path]:
     """Where a file is written that lies at ``path`` at the end; nothing is left of one that fails."""
     partial = path.with_name(f".partial-{path.name}")
+    partial.unlink(missing_ok=True)
     try:
         with writing(path, size):
             yield partial
@@ -160,3 +157,15 @@ def _partial(path: Path, size: int) -> Iterator[Path]:
             partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _between(path: Path) -> Iterator[Path]:
+    """Where the 16-bit floats lie that a file at ``path`` is quantized from. What a run that was killed left
+    there goes when the next one begins."""
+    between = path.with_name(f".partial-{path.name}.floats")
+    between.unlink(missing_ok=True)
+    try:
+        yield between
+    finally:
+        between.unlink(missing_ok=True)

@@ -292,10 +292,11 @@ class LlamaContext:
             found[at] = np.frombuffer(ffi.buffer(values, 4 * size), np.float32)
         return found
 
-    def forget(self, sequence: int, position: int = 0) -> None:
-        """Of a sequence's cache what lies at ``position`` and after it."""
+    def forget(self, sequence: int, position: int = 0) -> bool:
+        """Of a sequence's cache what lies at ``position`` and after it. False where it cannot go alone, as of
+        a state that all tokens before have made: then all is as it was."""
         memory = self._of.lib.llama_get_memory(self._handle)
-        self._of.lib.llama_memory_seq_rm(memory, sequence, position, -1)
+        return bool(self._of.lib.llama_memory_seq_rm(memory, sequence, position, -1))
 
 
 def last_logits(model: LlamaModel, tokens: Sequence[int], start: int, threads: int) -> NDArray[np.float32]:

@@ -116,9 +116,9 @@ def register_gguf(registry: Registry, checkpoint: Checkpoint, path: Path, varian
 
 def refuse_other_model(checkpoint: Checkpoint, file: GgufFile) -> tuple[str, ...]:
     """Raise ExportError where a file is not of the model, or reads usual text otherwise; what it reads
-    otherwise of rare signs is returned, for the card. Loads its vocabulary."""
+    otherwise of rare signs, and where it writes on, is returned, for the card. Loads its vocabulary."""
     from quantize.export.llama import LlamaModel
-    from quantize.export.vocabulary import other_tokens
+    from quantize.export.vocabulary import endless, other_tokens
 
     for theirs, ours in SIZES.items():
         given, wanted = file.of_architecture(theirs), checkpoint.text_config.get(ours)
@@ -137,12 +137,16 @@ def refuse_other_model(checkpoint: Checkpoint, file: GgufFile) -> tuple[str, ...
         tokenizer = load_tokenizer(checkpoint.path)
         said = other_tokens(checkpoint, tokenizer, model, TEXTS)
         rare = other_tokens(checkpoint, tokenizer, model)
+        lost = endless(checkpoint, model)
     if said:
         raise ExportError(
             f"{file.path}: llama.cpp makes other tokens of text than the tokenizer of {checkpoint.path}: "
             f"{said}; register it with the model that it was made from"
         )
-    return (f"llama.cpp makes other tokens {rare}",) if rare else ()
+    notes = [f"llama.cpp makes other tokens {rare}"] if rare else []
+    if lost:
+        notes.append(f"answers do not end at {', '.join(map(str, lost))}, where the base model's do")
+    return tuple(notes)
 
 
 def described(checkpoint: Checkpoint, file: GgufFile) -> dict[str, Any]:

@@ -115,7 +115,8 @@ def _described(
     tokens = [f"[PAD{number}]" for number in range(size)]
     types = [UNUSED] * size
     for word, number in model["vocab"].items():
-        tokens[number], types[number] = word, NORMAL
+        if number < size:  # the model has no embeddings of others
+            tokens[number], types[number] = word, NORMAL
     for added in content.get("added_tokens") or ():
         if added["id"] < size:
             tokens[added["id"]] = added["content"]
@@ -151,20 +152,29 @@ def _described(
 
 
 def _special(checkpoint: Checkpoint, tokenizer: Any) -> dict[str, int]:
-    """Ids of special tokens; answers end with ``eos`` and ``eot``."""
+    """Ids of special tokens; answers end with ``eos``, ``eot`` and ``eom``."""
     found = {
         name: int(token)
         for name in ("bos", "eos", "unk", "pad")
         if (token := getattr(tokenizer, f"{name}_token_id", None)) is not None
     }
-    generation = read_object(checkpoint.path / "generation_config.json")
-    ends = generation.get("eos_token_id") or checkpoint.text_config.get("eos_token_id")
-    ends = list(map(int, ends if isinstance(ends, list) else [] if ends is None else [ends]))
+    ends = ends_of(checkpoint)
     if ends and found.get("eos") not in ends:
         found["eos"] = ends[0]
-    if others := [token for token in ends if token != found.get("eos")]:
-        found["eot"] = others[0]
-    return found
+    others = [token for token in ends if token != found.get("eos")]
+    return found | dict(zip(("eot", "eom"), others, strict=False))
+
+
+def ends_of(checkpoint: Checkpoint) -> list[int]:
+    """Tokens that end an answer, as the model says."""
+    generation = read_object(checkpoint.path / "generation_config.json")
+    ends = generation.get("eos_token_id") or checkpoint.text_config.get("eos_token_id")
+    return list(map(int, ends if isinstance(ends, list) else [] if ends is None else [ends]))
+
+
+def endless(checkpoint: Checkpoint, model: LlamaModel) -> list[int]:
+    """Of those the ones that end no answer in llama.cpp, which keeps three beside what it knows by name."""
+    return [token for token in ends_of(checkpoint) if token < model.vocabulary and not model.ends(token)]
 
 
 def _adds_bos(tokenizer: Any) -> bool:
@@ -192,7 +202,8 @@ def _likely(parts: str) -> Iterator[str]:
 
 
 def _difference(checkpoint: Checkpoint, found: Vocabulary, architecture: str, tokenizer: Any) -> str:
-    """The first text of which llama.cpp makes other tokens, in words; an empty string where none is."""
+    """The first text of which llama.cpp makes other tokens, in words; an empty string where none is. Raises
+    ExportError where it makes the same, and ends answers otherwise."""
     import gguf
 
     with tempfile.TemporaryDirectory(prefix="tiercel-") as made:
@@ -206,7 +217,13 @@ def _difference(checkpoint: Checkpoint, found: Vocabulary, architecture: str, to
         writer.close()
         try:
             with LlamaModel(path, only_vocabulary=True) as model:
-                return other_tokens(checkpoint, tokenizer, model)
+                said = other_tokens(checkpoint, tokenizer, model)
+                if not said and (lost := endless(checkpoint, model)):
+                    raise ExportError(
+                        f"{checkpoint.path}/generation_config.json: llama.cpp would write on after token "
+                        f"{lost[0]}, which ends one; leave it out of eos_token_id, or serve it with vLLM"
+                    )
+                return said
         except LlamaError as error:
             return str(error)
 

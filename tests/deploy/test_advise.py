@@ -373,3 +373,44 @@ def test_what_the_page_says_to_type_can_be_typed(page: str) -> None:
         refuse_unknown(command)
     for command in inline:
         refuse_no_command(command.split()[1:])
+
+
+LLAMA_1B = {"architectures": ["LlamaForCausalLM"], "hidden_size": 2048, "num_attention_heads": 32,
+            "num_key_value_heads": 8, "num_hidden_layers": 16, "vocab_size": 128256,
+            "intermediate_size": 8192}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("changes", "more", "said"),
+    [
+        ({"architectures": ["DeepseekV3ForCausalLM"], "kv_lora_rank": 512}, [], "(MLA)"),
+        ({"architectures": ["FalconForCausalLM"]}, [], "not known how an engine fuses"),
+        ({"architectures": ["BertModel"], "model_type": "bert"}, [], "is an encoder"),
+        ({"architectures": ["Phi3ForCausalLM"]}, ["--edge", "8GB"], "not exported to GGUF"),
+        ({"n_shared_experts": 1}, [], "n_shared_experts, which no Llama-like model has"),
+        ({"hidden_size": 0}, [], "hidden_size is 0"),
+        ({"num_key_value_heads": "8"}, [], "num_key_value_heads is '8'"),
+        ({"num_hidden_layers": -2}, [], "num_hidden_layers is -2"),
+    ],
+)
+def test_a_configuration_that_says_no_sizes_or_gets_no_commands_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], changes: dict[str, Any], more: list[str], said: str
+) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(LLAMA_1B | changes), encoding="utf-8")
+    with pytest.raises(SystemExit):
+        main(["advise", str(path), *(more or ["--gpu", "24GB"]), "--config", str(tmp_path / "none.yaml")])
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("architecture", "parameters"),
+    [("LlamaForCausalLM", 1_498_482_688), ("Gemma2ForCausalLM", 1_235_814_400)],
+)
+def test_embeddings_are_counted_once_where_the_architecture_ties_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], architecture: str, parameters: int
+) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(LLAMA_1B | {"architectures": [architecture]}), encoding="utf-8")
+    main(["advise", str(path), "--gpu", "24GB", "--json", "--config", str(tmp_path / "none.yaml")])
+    assert json.loads(capsys.readouterr().out)["parameters"] == parameters

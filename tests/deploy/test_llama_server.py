@@ -117,6 +117,25 @@ def test_text_is_held_back_while_it_may_become_a_stop_string() -> None:
     assert Text().add(b"\xe2\x82", last=True) == "�"
 
 
+async def test_a_seed_makes_other_answers_of_one_request_and_the_same_of_the_next(
+    http: httpx.AsyncClient,
+) -> None:
+    """The first of several is the answer of a request that wants one."""
+    how = {"seed": 5, "temperature": 3.0, "ignore_eos": True}
+    replies = [(await chat(http, n=n, **how)).json()["choices"] for n in (3, 3, 1)]
+    several, again, one = [[each["message"]["content"] for each in reply] for reply in replies]
+    assert len(set(several)) == 3
+    assert several == again
+    assert several[:1] == one
+
+
+async def test_log_probabilities_that_would_fill_the_memory_are_refused(http: httpx.AsyncClient) -> None:
+    reply = await chat(http, logprobs=True, top_logprobs=-1, max_tokens=400, n=2)
+    assert (reply.status_code, reply.json()["error"]["param"]) == (400, "logprobs")
+    told = (await chat(http, logprobs=True, top_logprobs=-1, max_tokens=2)).json()["choices"][0]["logprobs"]
+    assert len(told["content"][0]["top_logprobs"]) == 2048
+
+
 async def test_what_is_too_long_is_refused_as_openai_refuses_it(http: httpx.AsyncClient) -> None:
     reply = await chat(http, max_tokens=600)
     error = reply.json()["error"]
@@ -299,6 +318,23 @@ async def test_a_cache_is_gone_on_from_by_the_same_salt_alone(
     assert first["choices"][0]["message"] == other["choices"][0]["message"]
 
 
+async def test_a_cache_that_cannot_be_gone_back_in_is_begun_anew(
+    server: Server, http: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Models with a state in place of keys and values: what a tenant said before would stay in it."""
+    forget, gone = LlamaContext.forget, list[int]()
+
+    def whole_alone(context: LlamaContext, sequence: int, position: int = 0) -> bool:
+        gone.append(position)
+        return position == 0 and forget(context, sequence)
+
+    monkeypatch.setattr(LlamaContext, "forget", whole_alone)
+    for _ in range(2):
+        assert (await chat(http)).json()["choices"][0]["message"]["content"] == "bill_due"
+    assert gone[-2] > 0
+    assert gone[-1] == server.engine.counts.prefix_hits == 0
+
+
 async def test_a_client_that_leaves_frees_its_slot(server: Server, http: httpx.AsyncClient) -> None:
     body = {"model": "demo", "prompt": [1, 2, 3], "max_tokens": 400, "ignore_eos": True}
     asked = asyncio.create_task(http.post("/v1/completions", json=body))
@@ -418,6 +454,11 @@ def test_draws_keep_to_top_k_top_p_and_seed(seed: int) -> None:
     drawn = [Sampler(how, [], [], None).draw(logits).token for _ in range(20)]
     assert len(set(drawn)) == 1, "the same seed draws the same"
     assert set(drawn) <= {1, 2, 4}
+    # What is decoded beside an answer swaps neighbours in likelihood, and should swap no answers.
+    near = np.linspace(0, 1, 500, dtype=np.float32)
+    other = near + np.random.default_rng(0).normal(0, 0.01, 500).astype(np.float32)
+    one, two = (Sampler(Sampling(seed=seed), [], [], None).draw(row).token for row in (near, other))
+    assert abs(one - two) <= 2
     narrow = Sampling(temperature=1.0, top_p=0.1, seed=seed)
     assert Sampler(narrow, [], [], None).draw(logits).token == 1
     biased = Sampling(temperature=0, logit_bias={0: 100.0})

@@ -25,7 +25,7 @@ from quantize.core.plan import uniform
 from quantize.core.schemes import scheme
 from quantize.core.tensors import read_parts
 from quantize.make.variant import part_store
-from tests.quantize.tiny import MODEL, make_checkpoint
+from tests.quantize.tiny import MODEL, change_config, make_checkpoint
 
 IDS = [[1, 5, 9, 300, 17, 44, 8], [1, 700, 30, 31, 32, 33, 34, 35, 36], [1, 12, 13, 900, 15]]
 
@@ -186,6 +186,81 @@ def test_layers_that_do_nothing_go_first_and_the_rest_moves_up(tmp_path: Path) -
     assert done.what.startswith("layers, with 1 - cos(input, output): 1 (")
     assert torch.allclose(logits(checkpoint), logits(made), atol=1e-4)
     assert done.bytes_after < done.bytes_before
+
+
+@pytest.mark.parametrize(
+    ("architecture", "shape", "written_out"),
+    [
+        ("gemma2", {}, "layer_types"),
+        ("gemma3_text", {"num_hidden_layers": 7}, "layer_types"),
+        ("qwen2", {"use_sliding_window": True, "max_window_layers": 2}, "layer_types"),
+        ("llama", {"num_hidden_layers": 3, "eos_token_id": [2, 3, 4]}, ""),
+    ],
+)
+def test_layers_that_move_up_stay_what_they_were(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    architecture: str,
+    shape: dict[str, Any],
+    written_out: str,
+) -> None:
+    """Older configurations say by a rule of numbers which layers look at a window alone."""
+    settings = {"num_hidden_layers": 5, "sliding_window": 4, **shape}
+    directory = make_checkpoint(tmp_path / "tiny", architecture, **settings)
+    change_config(directory, layer_types=None)
+    checkpoint = open_checkpoint(directory)
+    count = settings["num_hidden_layers"]
+    monkeypatch.setattr(making, "_influences", lambda *_: [0.5, 0.1, 0.6, 0.7, 0.8, 0.9, 1.0][:count])
+    take(checkpoint, parse_step("layers:1"), IDS, tmp_path / "out")
+    made = open_checkpoint(tmp_path / "out")
+    whole = load_model(checkpoint, torch.float32)
+    del whole.model.layers[1]
+    expected = list(getattr(whole.config, "layer_types", None) or ())
+    if written_out:
+        del expected[1]
+        whole.config.layer_types = expected
+        assert made.config["layer_types"] == expected
+    whole.config.num_hidden_layers, whole.config.use_cache = count - 1, False
+    assert torch.allclose(logits(checkpoint, whole), logits(made), atol=1e-4)
+    assert made.config["eos_token_id"] == checkpoint.config["eos_token_id"]
+
+
+def test_layers_with_experts_stay_those_that_have_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shape = {"num_hidden_layers": 5, "decoder_sparse_step": 2, "mlp_only_layers": [3]}
+    checkpoint = open_checkpoint(make_checkpoint(tmp_path / "moe", "qwen3_moe", **shape))
+    monkeypatch.setattr(making, "_influences", lambda *_: [0.1, 0.5, 0.6, 0.7, 0.8])
+    take(checkpoint, parse_step("layers:1"), IDS, tmp_path / "out")
+    made = open_checkpoint(tmp_path / "out")
+    refuse_unfit(made)
+    assert made.config["mlp_only_layers"] == [1, 2, 3]
+    assert made.config["decoder_sparse_step"] == 1
+
+
+@pytest.mark.parametrize("architecture", ["phi3", "glm4"])
+@pytest.mark.parametrize("text", ["neurons:0.25", "heads:1"])
+def test_matrices_that_are_stored_as_one_are_cut_in_each_part(
+    tmp_path: Path, architecture: str, text: str
+) -> None:
+    directory = make_checkpoint(tmp_path / "tiny", architecture)
+    # What goes adds nothing, so that the model computes what it did.
+    down, size = ("mlp.down_proj", 64) if text.startswith("neurons") else ("self_attn.o_proj", 64)
+    names = {f"model.layers.{layer}.{down}.weight": 0.0 for layer in range(2)}
+    checkpoint = scaled(directory, names, slice(64, 64 + size))
+    take(checkpoint, parse_step(text), IDS, tmp_path / "out")
+    made = open_checkpoint(tmp_path / "out")
+    refuse_unfit(made)
+    assert torch.allclose(logits(checkpoint), logits(made), atol=1e-4)
+
+
+def test_what_came_out_as_no_model_is_not_called_done(
+    tiny: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(making, "without_layers", lambda checkpoint, left: dict(checkpoint.config))
+    with pytest.raises(CompactError, match="do not go with what is cut"):
+        take(tiny, parse_step("layers:1"), IDS, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
 
 
 def test_factors_of_low_rank_are_stored_as_their_product(tiny: Checkpoint, tmp_path: Path) -> None:

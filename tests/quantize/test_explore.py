@@ -252,6 +252,21 @@ def test_bad_input_is_refused_before_work(
     assert words in capsys.readouterr().err
 
 
+def test_files_that_lie_beside_the_page_are_not_written_to(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from deploy.cli import main
+
+    items = tmp_path / "core.jsonl"
+    items.write_text('{"messages": []}\n{"messages": []}', encoding="utf-8")
+    for name, said in (("core.html", "holds something else"), ("other.jsonl", "name the page, other.html")):
+        with pytest.raises(SystemExit):
+            main(["quantize", "explore", str(MODEL), "--out", str(tmp_path / name), "--items", "1"])
+        assert said in capsys.readouterr().err
+    assert items.read_text(encoding="utf-8") == '{"messages": []}\n{"messages": []}'
+    assert [one.name for one in tmp_path.iterdir()] == ["core.jsonl"]
+
+
 def test_without_a_configuration_the_demos_items_are_asked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -48,6 +48,25 @@ def test_rouge_and_bleu_are_the_libraries_own() -> None:
     assert scores["rougeL"]("the cat sat down", "down the cat") == pytest.approx(4 / 7)
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Счёт оплачен до пятого мая",
+        "चालान का भुगतान हो गया",
+        "الفاتورة مدفوعة حتى مايو",
+        "Überweisung fällig, café",
+    ],
+)
+def test_rouge_knows_letters_of_every_script(text: str) -> None:
+    if importlib.util.find_spec("rouge_score") is None:
+        pytest.skip("rouge-score is not installed")
+    scores = text_scores()
+    less = " ".join(text.split()[:-1])
+    count = len(text.split())
+    assert scores["rouge1"](text, text) == scores["rougeL"](text, text) == 1
+    assert scores["rouge1"](text, less) == pytest.approx(2 * (count - 1) / (2 * count - 1))
+
+
 def test_without_the_libraries_f1_stands_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)  # type: ignore[attr-defined]
     assert list(text_scores()) == ["f1"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import random
 from collections.abc import Iterator
 
 import pytest
@@ -34,6 +35,16 @@ def test_a_slope_is_found_with_its_interval_and_a_few_slow_rounds_do_not_move_it
     assert growing.per_hour == pytest.approx(3.6, rel=0.1)
     assert growing.shows(DRIFT)
     assert slope(flat[:5]) is None
+
+
+def test_a_night_of_rounds_takes_no_more_memory_than_an_hour() -> None:
+    """Sen's slope is of all pairs: 100,000 rounds are 80 GB of them."""
+    noise = random.Random(0)
+    points = [(0.3 * at, 1.0 + 1e-6 * at + noise.gauss(0, 0.01)) for at in range(100_000)]
+    found = slope(points)
+    assert found is not None
+    assert found.per_hour == pytest.approx(1e-6 / 0.3 * 3600, rel=0.05)
+    assert found.low < found.per_hour < found.high
 
 
 async def run(engine: ScriptedEngine, sizes: Iterator[int | None]) -> Soak:

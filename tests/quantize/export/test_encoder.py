@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from quantize.core.checkpoint import open_checkpoint
+from quantize.export import classifier as classifier_module
 from quantize.export.classifier import embeddings, train_classifier
 from quantize.export.encoder import (
     DYNAMIC,
@@ -19,14 +20,16 @@ from quantize.export.encoder import (
     Tokens,
     export_encoder,
     in_batches,
-    labelled_rows,
     load_encoder,
     open_encoder,
+    refuse_other_rows,
 )
 from quantize.export.encoder_variant import add_classifier
+from quantize.export.labelled import labelled_rows
 from quantize.export.types import ExportError
 from quantize.registry import Registry
 from tests.quantize.small_encoder import ROWS, TEXTS, make_encoder
+from tests.quantize.tiny import change_config
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +58,13 @@ def test_onnx_computes_what_torch_computes_and_8_bits_are_near_it(directory: Pat
         sizes[kind] = path.stat().st_size
     assert sizes[DYNAMIC] < sizes[FLOAT] / 2.5, "small models have more beside their matrices"
     assert [path.name for path in tmp_path.rglob("*") if path.name.startswith(".partial")] == []
+
+
+def test_what_a_run_that_was_killed_left_goes_with_the_next(directory: Path, tmp_path: Path) -> None:
+    (tmp_path / ".partial-model.onnx").mkdir()
+    (tmp_path / ".partial-model.onnx/whole.onnx").write_bytes(b"half")
+    export_encoder(open_encoder(directory), FLOAT, tmp_path / "model.onnx")
+    assert [one.name for one in tmp_path.iterdir()] == ["model.onnx"]
 
 
 def test_padding_changes_no_row(directory: Path, tmp_path: Path) -> None:
@@ -151,6 +161,59 @@ def test_rows_are_read_of_items_and_conversations_too(tmp_path: Path) -> None:
     ]
     path.write_text("\n".join(map(json.dumps, lines)), encoding="utf-8")
     assert labelled_rows(path) == [("a", "x"), ("hi", "greeting"), ("hi", "greeting")]
-    path.write_text('{"text": "a"}\n', encoding="utf-8")
+    parts = {**user, "content": [{"type": "text", "text": "hi"}, {"type": "text", "text": "there"}]}
+    path.write_text(json.dumps({"messages": [parts], "expected": "x"}) + '\n{"text": "b", "label": 3}\n')
+    assert labelled_rows(path) == [("hi\nthere", "x"), ("b", "3")]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"text": "a"}',
+        '{"text": null, "label": "x"}',
+        '{"text": "a", "label": null}',
+        '{"text": "a", "label": " "}',
+        '{"text": "a", "label": ["x"]}',
+        '{"messages": [{"role": "user", "content": null}], "expected": "x"}',
+    ],
+)
+def test_rows_without_a_text_or_a_label_are_refused(line: str, tmp_path: Path) -> None:
+    """Null would be learnt as the word None."""
+    path = tmp_path / "rows.jsonl"
+    path.write_text(line + "\n", encoding="utf-8")
     with pytest.raises(ExportError, match=r"rows.jsonl:1: has no text and label"):
         labelled_rows(path)
+
+
+def test_nothing_is_said_of_texts_that_were_not_held_out(directory: Path, tmp_path: Path) -> None:
+    assert train_classifier(open_encoder(directory), ROWS[:4] + ROWS[-4:], tmp_path / "few").held_out is None
+
+
+def test_a_classifier_that_cannot_be_written_leaves_nothing(
+    directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    (tmp_path / ".partial-out").mkdir()
+    monkeypatch.setattr(classifier_module, "write_whole", full)
+    with pytest.raises(OSError, match="No space left"):
+        train_classifier(open_encoder(directory), ROWS, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_rows_that_are_no_means_are_not_exported_as_such(directory: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(directory, tmp_path / "encoder")
+    refuse_other_rows(open_encoder(other))
+    (other / "1_Pooling").mkdir()
+    pooling = other / "1_Pooling/config.json"
+    pooling.write_text('{"pooling_mode_mean_tokens": true}', encoding="utf-8")
+    refuse_other_rows(open_encoder(other))
+    pooling.write_text(
+        '{"pooling_mode_cls_token": true, "pooling_mode_mean_tokens": false}', encoding="utf-8"
+    )
+    with pytest.raises(ExportError, match="no means of hidden states"):
+        refuse_other_rows(open_encoder(other))
+    change_config(other, architectures=["BertForSequenceClassification"])
+    with pytest.raises(ExportError, match="head of a BertForSequenceClassification is not exported"):
+        refuse_other_rows(open_encoder(other))

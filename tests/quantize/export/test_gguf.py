@@ -284,6 +284,13 @@ def test_a_full_disk_is_said_before_work_and_leaves_nothing(
     assert not list(out.iterdir())
 
 
+def test_what_a_run_that_was_killed_left_goes_with_the_next(demo_like: Path, tmp_path: Path) -> None:
+    for name in (".partial-model.gguf", ".partial-model.gguf.floats"):
+        (tmp_path / name).write_bytes(b"half")
+    export_gguf(examine(open_checkpoint(demo_like)), "q8_0", tmp_path / "model.gguf")
+    assert [one.name for one in tmp_path.iterdir()] == ["model.gguf"]
+
+
 def test_a_value_beyond_16_bits_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
