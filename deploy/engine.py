@@ -8,9 +8,7 @@ import functools
 import json
 import math
 import os
-import random
 import signal
-import socket
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
@@ -29,12 +27,21 @@ from deploy.launches import environment as own_environment
 from deploy.launches import launch_of
 from deploy.machine import find_gpus
 from deploy.placement import CPU_OVERHEAD, Need, Placed
+from deploy.ports import free_port, port_in_use, why_not
 from deploy.scratch import Scratch
 from gateway.config import Engine as EngineSettings
 from gateway.telemetry.engines import parse_reading
 from quantize.card import ADAPTER, Card
 
-__all__ = ["EngineLoadError", "EngineProcess", "EngineSpec", "EngineStartError", "command", "environment"]
+__all__ = [
+    "EngineLoadError",
+    "EngineProcess",
+    "EngineSpec",
+    "EngineStartError",
+    "command",
+    "environment",
+    "free_port",
+]
 
 SITE = Path(__file__).with_name("engine_site")
 """What an engine's interpreter runs at start, and the CPU server's entry."""
@@ -188,36 +195,6 @@ def _listed() -> bool:
     return bool(find_gpus()[0])
 
 
-def port_in_use(host: str, port: int) -> bool:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError:
-            return True
-    return False
-
-
-def free_port(host: str, together: int = 1) -> int:
-    """The first of so many ports in a row that nobody listens on.
-
-    They lie below those that the system gives to outgoing connections (``ip_local_port_range``): one of these
-    may be somebody's connection by the time that it is listened on.
-    """
-    first = _first_ephemeral_port()
-    while True:
-        port = random.randrange(min(10_000, first // 2), first - together)
-        if not any(port_in_use(host, port + more) for more in range(together)):
-            return port
-
-
-def _first_ephemeral_port() -> int:
-    try:
-        return int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text(encoding="utf-8").split()[0])
-    except (OSError, ValueError, IndexError):
-        return 32_768
-
-
 class EngineProcess:
     """A running (or ended) engine. ``start`` and ``wait_ready`` raise EngineStartError."""
 
@@ -249,11 +226,8 @@ class EngineProcess:
             raise EngineSetupError(
                 f"no engine environment at {python}; run `make setup`, or set engine.python"
             )
-        if port_in_use(self.spec.settings.host, self.spec.port):
-            raise EngineRoomError(
-                f"port {self.spec.port} on {self.spec.settings.host} is in use; stop what listens there, "
-                "or set engine.base_port to another range"
-            )
+        if why := why_not(self.spec.settings.host, self.spec.port, "engine.base_port"):
+            raise EngineRoomError(why)
         self._answered = False
         self.spec.log.parent.mkdir(parents=True, exist_ok=True)
         self._log_from = self.spec.log.stat().st_size if self.spec.log.exists() else 0

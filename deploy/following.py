@@ -37,7 +37,12 @@ class Following:
         while True:
             await asyncio.sleep(LOOK_S)
             for variant in self._places:
-                await self.look(variant)
+                try:
+                    await self.look(variant)
+                except (
+                    Exception
+                ) as error:  # what one variant met with does not keep others from being followed
+                    self._say(f"{variant}: what is in use now could not be taken over: {error}")
 
     async def look(self, variant: str) -> None:
         """Take over what is in use now, where that has changed and is proven."""

@@ -8,15 +8,21 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 
+from deploy.children import end_with_parent, own_environment
+from deploy.ports import address
 from gateway.config import Config
 
 START_S = 60.0
-LAST_LINES = 8
+OTHERS_S = 10.0
+"""For engines that others started to be reached: nothing waits for them any longer."""
+LAST_LINES, LAST_BYTES = 8, 64 << 10
+"""Of its log, what an error shows, and what is read for it."""
 STOP_MARGIN_S = 5.0
 
 
@@ -34,8 +40,7 @@ class GatewayProcess:
 
     @property
     def url(self) -> str:
-        scheme = "https" if self._config.gateway.tls_certificate else "http"
-        return f"{scheme}://{self._config.gateway.host}:{self._config.gateway.port}"
+        return address(self._config)
 
     @property
     def pid(self) -> int | None:
@@ -45,23 +50,37 @@ class GatewayProcess:
     def runs(self) -> bool:
         return self._process is not None and self._process.returncode is None
 
-    async def start(self) -> None:
-        """Return when it answers and reaches every engine. Raises UpError with its last words."""
+    async def start(self, ours: Collection[str] = ()) -> list[str]:
+        """Return when it answers and reaches the engines of ``ours``, each a ``model:variant``: those of
+        others that it does not reach. Raises UpError with its last words."""
+        self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("ab") as log:
             self._process = await asyncio.create_subprocess_exec(
                 *(sys.executable, "-m", "gateway", "--config", str(self._config_path)),
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
+                env=own_environment(),
                 start_new_session=True,
+                preexec_fn=end_with_parent(),
             )
-        deadline = time.monotonic() + START_S
+        began = time.monotonic()
         async with self._session() as session:
-            while await self._unreached(session) != []:
-                if not self.runs or time.monotonic() > deadline:
-                    words = self.log.read_text(encoding="utf-8", errors="replace").splitlines()[-LAST_LINES:]
-                    raise UpError("the gateway did not start; its last words:\n" + "\n".join(words))
+            while (unreached := await self._unreached(session)) != []:
+                waited = time.monotonic() - began
+                missing = [variant for variant in ours if unreached is None or variant in unreached]
+                if unreached is not None and not missing and waited > OTHERS_S:
+                    break
+                if not self.runs or waited > START_S:
+                    what = "did not start" if unreached is None else f"does not reach {', '.join(missing)}"
+                    raise UpError(f"the gateway {what}; its last words:\n{self._last_words()}")
                 await asyncio.sleep(0.2)
+        return unreached
+
+    def _last_words(self) -> str:
+        with self.log.open("rb") as log:
+            log.seek(max(0, log.seek(0, os.SEEK_END) - LAST_BYTES))
+            return "\n".join(log.read().decode(errors="replace").splitlines()[-LAST_LINES:])
 
     async def until_unreached(self, variant: str, within_s: float) -> bool:
         """Wait until the gateway knows that a ``model:variant`` takes no more requests; whether it does."""
@@ -84,7 +103,7 @@ class GatewayProcess:
             async with session.get(self.url + "/readiness") as response:
                 found: Any = (await response.json())["not_reachable"]
                 return list(found)
-        except (aiohttp.ClientError, TimeoutError, KeyError):
+        except (aiohttp.ClientError, TimeoutError, KeyError, ValueError):
             return None
 
     async def wait(self) -> int:

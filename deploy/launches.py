@@ -45,5 +45,10 @@ def launch_of(card: Card) -> Launch | None:
 def environment(settings: EngineSettings, placed: Placed, site: Path) -> dict[str, str]:
     """``site`` holds the ``sitecustomize`` with which an engine ends with its parent."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
-    added = {"PYTHONPATH": f"{site}{os.pathsep}{ROOT}", "PYTHONUNBUFFERED": "1", "PYTHONWARNINGS": "ignore"}
+    added = {
+        "PYTHONPATH": f"{site}{os.pathsep}{ROOT}",
+        "PYTHONSAFEPATH": "1",  # and not where somebody works
+        "PYTHONUNBUFFERED": "1",
+        "PYTHONWARNINGS": "ignore",
+    }
     return {**kept, **added, **settings.env, **placed.env}

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from deploy.across import Compared, labelled, with_across
-from deploy.engine import EngineSpec, free_port, need_of, running
+from deploy.engine import EngineSpec, need_of, running
 from deploy.engine_account import ServedOtherwiseError, checked_account, refuse_otherwise
 from deploy.engine_failures import EngineLoadError, EngineRoomError
 from deploy.fleet.room import too_large
@@ -25,6 +25,7 @@ from deploy.machine import look
 from deploy.making import labelled_items, role_tasks
 from deploy.models import checkpoint_of, first_models, registry_of
 from deploy.placement import Machine, PlacementError, Seats
+from deploy.ports import free_port
 from deploy.turns import Turns, answering_at_once, running_at_once
 from deploy.unlabelled import ask_reference, asked_items
 from gateway.config import ModelConfig

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from deploy.children import own_environment
 from deploy.commands.before import refuse_unmeasurable
 from deploy.identity import identity_of
 from deploy.machine import look
@@ -69,7 +70,7 @@ def run_pipeline(options: argparse.Namespace, say: Say) -> None:
     say(f"\n{who_serves(load_config(file.path), model, cards)}\n")
     if options.serve:
         serving = ("-m", "deploy.cli", "up", "--config", str(file.path))
-        os.execv(sys.executable, [sys.executable, *serving])
+        os.execve(sys.executable, [sys.executable, *serving], own_environment())
     say(f"`tiercel up --config {file.path}` serves it")
 
 

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from deploy.children import end_with_parent, own_environment
 from gateway.config import Config
 
 Say = Callable[[str], None]
@@ -49,7 +50,9 @@ class Scheduled:
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
+            env=own_environment(),
             start_new_session=True,
+            preexec_fn=end_with_parent(),
         )
         try:
             found, said = await process.communicate()

@@ -17,17 +17,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from deploy.children import end_with_parent, own_environment
 from deploy.commands import run_engines
-from deploy.engine import EngineSpec, need_of, port_in_use
+from deploy.engine import EngineSpec, need_of
 from deploy.evaluation import evaluate_models
 from deploy.fleet.room import too_large
 from deploy.gateway_process import UpError
 from deploy.machine import look
 from deploy.models import checkpoint_of, registry_of
 from deploy.placement import GIB, Machine, Need, PlacementError, arranged, taken_by
+from deploy.ports import why_not
 from deploy.served import who_serves
 from deploy.starter import FILE, REFERENCE, ROLES, Choice, Starter, candidates, choose, model_name
-from deploy.steps import end_with_parent
 from deploy.unlabelled import ask_reference, is_answered, variant_engine
 from gateway.config import Config, ModelConfig, load_config, parse_config
 from gateway.routing.ladders import costs
@@ -110,10 +111,9 @@ def refuse_before_work(config: Config, model: ModelConfig) -> None:
     wanted = {"gateway.port": (gateway.host, [gateway.port])}
     wanted["engine.base_port"] = (model.engine.host, sorted(model.ports.values()))
     for key, (host, ports) in wanted.items():
-        if taken := [port for port in ports if port_in_use(host, port)]:
-            raise UpError(
-                f"port {taken[0]} on {host} is in use; stop what listens there, or set {key} to another"
-            )
+        for port in ports:
+            if why := why_not(host, port, key):
+                raise UpError(why)
 
 
 def refuse_too_large(model: ModelConfig, arrived: Arrived, machine: Machine) -> None:
@@ -203,6 +203,7 @@ async def make_apart(path: Path, model: ModelConfig) -> None:
         *(sys.executable, "-m", "deploy.cli", "quantize", "make", "--no-evaluate"),
         *("--config", str(path), "--model", model.name, *wanted),
         stdout=asyncio.subprocess.DEVNULL,
+        env=own_environment(),
         start_new_session=True,  # the terminal's Ctrl-C is this process's to deal with
         preexec_fn=end_with_parent(),
     )

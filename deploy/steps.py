@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -15,13 +13,13 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from deploy.children import end_with_parent, own_environment
 from quantize.core.files import write_whole
 from quantize.train.loop import TrainError
 
 Say = Callable[[str], None]
 INTERRUPTED = 130
 """Exit status of a command that a person has stopped."""
-_PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
@@ -98,7 +96,11 @@ def _status(command: Sequence[str]) -> tuple[int, bool]:
     """
     stopped = False
     process = subprocess.Popen(
-        command, stdout=sys.stderr, start_new_session=True, preexec_fn=end_with_parent()
+        command,
+        stdout=sys.stderr,
+        env=own_environment(),
+        start_new_session=True,
+        preexec_fn=end_with_parent(),
     )
 
     def pass_on(_number: int, _frame: FrameType | None) -> None:
@@ -112,18 +114,3 @@ def _status(command: Sequence[str]) -> tuple[int, bool]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def end_with_parent() -> Callable[[], object]:
-    """What a new process does before all else, so that it ends when this one is killed outright. SIGINT ends
-    it as well, even where a shell has set that to be ignored here (a job in the background)."""
-    parent, libc = os.getpid(), ctypes.CDLL(None)
-
-    def begin() -> None:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        if sys.platform.startswith("linux"):
-            libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-            if os.getppid() != parent:  # it was killed meanwhile
-                os._exit(128 + signal.SIGTERM)
-
-    return begin

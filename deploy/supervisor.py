@@ -5,15 +5,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import fcntl
 import json
-import signal
+import os
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 
 from tqdm import tqdm
 
-from deploy.engine import EngineProcess, EngineSpec, EngineStartError, port_in_use
+from deploy.children import stop_signals
+from deploy.engine import EngineProcess, EngineSpec, EngineStartError
 from deploy.engine_account import refuse_otherwise
 from deploy.engine_failures import EngineLoadError
 from deploy.fleet.choice import ladders_of
@@ -21,14 +23,17 @@ from deploy.fleet.engines import Version, engine_specs, placed_again, served_her
 from deploy.following import Following
 from deploy.gateway_process import GatewayProcess, UpError
 from deploy.models import registry_of
+from deploy.ports import why_not
 from deploy.scheduled import Scheduled
 from gateway.config import Config, parts_of
 from gateway.telemetry.engines import ENGINES_FILE
+from quantize.core.gpus import GpuError
 
 Say = Callable[[str], None]
 
 _GATEWAY, _FOLLOWING, _SCORING = "gateway ", "following ", "scoring "
 FIRST_BACK_OFF_S, LONGEST_BACK_OFF_S = 1.0, 60.0
+LOCK = "up.lock"
 STEADY_S = 120.0
 """A process that ran this long starts again without delay when it ends."""
 NOTICED_S = 10.0
@@ -54,6 +59,8 @@ class Stack:
         self._specs = engine_specs(config, say)
         self.engines = {spec.id: EngineProcess(spec) for spec in self._specs}
         self.gateway = GatewayProcess(config, config_path)
+        self._held = contextlib.ExitStack()
+        """The run directory, which is this one's alone."""
         self._watchers: dict[str, asyncio.Task[None]] = {}
         """By ``model:variant``, and ``_GATEWAY``, ``_FOLLOWING`` and ``_SCORING``, no variants' names."""
 
@@ -74,11 +81,11 @@ class Stack:
 
     async def _start(self) -> None:
         gateway = self.config.gateway
-        if port_in_use(gateway.host, gateway.port):
-            raise UpError(
-                f"port {gateway.port} on {gateway.host} is in use; stop what listens there, "
-                "or set gateway.port to another"
-            )
+        self._held.enter_context(alone_in(self.config.run_dir))
+        if why := why_not(gateway.host, gateway.port, "gateway.port"):
+            raise UpError(why)
+        self._forget_state()  # of one that was killed outright
+        self._held.callback(self._forget_state)
         if self._before_gateway is None:  # which may be what judges them
             ladders_of(self.config)  # refused now, and not by the gateway when all engines are loaded
         for log in (self.gateway.log, *(spec.log for spec in self._specs)):
@@ -89,9 +96,10 @@ class Stack:
         if self._before_gateway is not None:
             await self._before_gateway({name: engine.spec for name, engine in self.engines.items()})
             await self._take_what_was_chosen()
-        await self.gateway.start()
         for name, engine in self.engines.items():
             self._watchers[name] = asyncio.create_task(self._watch_engine(engine))
+        for other in await self.gateway.start(ours=self.engines):
+            self._say(f"{other} cannot be reached; the gateway asks again and again")
         self._watchers[_GATEWAY] = asyncio.create_task(self._watch_gateway())
         following = Following(
             {spec.id: spec.directory for spec in self._current()}, self.take_over, self._say
@@ -168,8 +176,8 @@ class Stack:
                 self._write_state()
                 await engine.wait_ready()
                 self._say(f"engine {name} is ready again")
-            except EngineStartError as error:
-                self._say(str(error))
+            except (EngineStartError, OSError) as error:
+                self._say(f"engine {name} did not start again: {error}")
                 await engine.stop()
 
     @contextlib.asynccontextmanager
@@ -203,19 +211,26 @@ class Stack:
             await self._drain(old)
             await old.stop()
             engine = self._engine_of(version, old.spec)
-            engine.spec = await asyncio.to_thread(placed_again, self.config, engine.spec, self._current())
             try:
+                engine.spec = await asyncio.to_thread(placed_again, self.config, engine.spec, self._current())
                 await self._serve(engine)
                 self._say(f"{variant}: {version.card.version} is served now")
-            except EngineStartError as error:
+            except (EngineStartError, GpuError, OSError) as error:
                 await engine.stop()
                 self._say(f"{variant}: {version.card.version} cannot be served: {error}")
                 if isinstance(error, EngineLoadError):
                     registry_of(model).mark_broken(version.card, error.words)
                 await asyncio.to_thread(registry_of(model).use, short, old.spec.card.version)
-                self.engines[variant] = EngineProcess(old.spec)
-                await self._serve(self.engines[variant])
-                self._say(f"{variant}: {old.spec.card.version} is served again")
+                await self._serve_again(old.spec)
+
+    async def _serve_again(self, spec: EngineSpec) -> None:
+        engine = self.engines[spec.id] = EngineProcess(spec)
+        try:
+            await self._serve(engine)
+            self._say(f"{spec.id}: {spec.card.version} is served again")
+        except (EngineStartError, OSError) as error:
+            await engine.stop()  # whoever watches it starts it again
+            self._say(f"{spec.id}: {spec.card.version} is not served again yet: {error}")
 
     async def _serve(self, engine: EngineProcess) -> None:
         try:
@@ -245,13 +260,12 @@ class Stack:
             try:
                 await self.gateway.start()
                 self._say("the gateway is ready again")
-            except UpError as error:
-                self._say(str(error))
+            except (UpError, OSError) as error:
+                self._say(f"it did not: {error}")
 
     def _write_state(self) -> None:
         """Tell the gateway which process serves which variant, for its memory metric, and others what the
         engines take."""
-        self.config.run_dir.mkdir(parents=True, exist_ok=True)
         path = self.config.run_dir / ENGINES_FILE
         engines = {
             name: {
@@ -263,8 +277,15 @@ class Stack:
             for name, engine in self.engines.items()
         }
         partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps({"engines": engines}), encoding="utf-8")
-        partial.rename(path)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial.write_text(json.dumps({"engines": engines}), encoding="utf-8")
+            partial.rename(path)
+        except OSError as error:  # as on a full disk; engines serve without
+            self._say(f"{path} cannot be written: {error.strerror}")
+
+    def _forget_state(self) -> None:
+        (self.config.run_dir / ENGINES_FILE).unlink(missing_ok=True)
 
     async def stop(self) -> None:
         """Gateway first (it drains), then the engines, all at once."""
@@ -274,7 +295,27 @@ class Stack:
             await asyncio.gather(*watchers, return_exceptions=True)
         await self.gateway.stop()
         await asyncio.gather(*(engine.stop() for engine in self.engines.values()))
-        (self.config.run_dir / ENGINES_FILE).unlink(missing_ok=True)
+        self._held.close()
+
+
+@contextlib.contextmanager
+def alone_in(run_dir: Path) -> Iterator[None]:
+    """Hold the directory of logs and of what runs, by a lock that ends with this process. Raises UpError
+    where another one has it."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with (run_dir / LOCK).open("a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise UpError(
+                f"run_dir: {run_dir} is in use by process {file.read().strip() or '?'}, whose engines are "
+                "told of there; stop that one, or set run_dir to another"
+            ) from None
+        with contextlib.suppress(OSError):  # on a full disk it stays unsaid
+            os.truncate(file.fileno(), 0)
+            os.write(file.fileno(), f"{os.getpid()}\n".encode())
+        yield
 
 
 async def _bring_up(engine: EngineProcess) -> None:
@@ -290,10 +331,10 @@ async def _bring_up(engine: EngineProcess) -> None:
 
 
 async def run_until_stopped(config: Config, config_path: Path, say: Say) -> None:
-    """Run the stack until SIGINT or SIGTERM, then stop everything."""
+    """Run the stack until SIGINT, SIGTERM or the terminal's end, then stop everything."""
     stopped = asyncio.Event()
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in stop_signals():
         loop.add_signal_handler(number, stopped.set)
     starting = asyncio.create_task(Stack(config, config_path, say).__aenter__())
     waiting = asyncio.create_task(stopped.wait())

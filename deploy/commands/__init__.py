@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
-import signal
+import math
 import sys
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
+
+from pydantic import BaseModel
+
+from deploy.children import stop_signals
 
 T = TypeVar("T")
 
@@ -20,8 +25,10 @@ NOT_WELL = 1
 
 
 def say(text: str) -> None:
-    """Progress and errors go to standard error; standard output is for results."""
-    print(text, file=sys.stderr, flush=True)
+    """Progress and errors go to standard error; standard output is for results. Where nobody reads it any
+    more, as of a terminal that was closed, what is said of is done all the same."""
+    with contextlib.suppress(OSError, ValueError):
+        print(text, file=sys.stderr, flush=True)
 
 
 def add_command(commands: Any, name: str, run: Run, text: str) -> argparse.ArgumentParser:
@@ -51,20 +58,27 @@ def file_to_write(text: str) -> Path:
 
 def print_json(found: Any) -> None:
     """One document on standard output, and nothing else there. Pydantic models are shown by their fields."""
+    print(json.dumps(_as_json(found), indent=1, allow_nan=False))
 
-    def shown(value: Any) -> Any:
-        return value.model_dump(mode="json")
 
-    print(json.dumps(found, indent=1, default=shown))
+def _as_json(value: Any) -> Any:
+    """What is infinite or no number is null: JSON has no such numbers, and most readers refuse them."""
+    if isinstance(value, BaseModel):
+        return _as_json(value.model_dump(mode="json"))
+    if isinstance(value, Mapping):
+        return {name: _as_json(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_as_json(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def run_engines(work: Coroutine[Any, Any, T]) -> T:
-    """``asyncio.run`` for work that starts engines: SIGINT and SIGTERM cancel it, so that they are
-    stopped, even where a shell has set SIGINT to be ignored (a job in the background)."""
+    """``asyncio.run`` for work that starts engines: SIGINT, SIGTERM and a terminal's end cancel it, so that
+    they are stopped, even where a shell has set SIGINT to be ignored (a job in the background)."""
 
     async def cancelled_by_signals() -> T:
         loop, task = asyncio.get_running_loop(), asyncio.current_task()
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in stop_signals():
             loop.add_signal_handler(number, lambda: task and task.cancel())
         return await work
 

@@ -14,6 +14,7 @@ from urllib.request import HTTPSHandler, ProxyHandler, Request, build_opener
 
 from deploy.commands import Run, add_command
 from deploy.door import Door
+from deploy.ports import address
 from gateway.config import Config, load_config
 from gateway.errors import GatewayError
 
@@ -118,11 +119,3 @@ def door(options: argparse.Namespace, config: Config) -> Door:
     key = options.key or os.environ.get(KEY)
     headers = {"authorization": f"Bearer {key}"} if key else {}
     return Door((options.url or address(config)).rstrip("/"), headers, local=options.url is None)
-
-
-def address(config: Config) -> str:
-    """Where a gateway of this configuration can be reached from its own machine."""
-    gateway = config.gateway
-    scheme = "https" if gateway.tls_certificate else "http"
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(gateway.host, gateway.host)
-    return f"{scheme}://{f'[{host}]' if ':' in host else host}:{gateway.port}"

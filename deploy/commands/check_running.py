@@ -19,7 +19,7 @@ from urllib.request import ProxyHandler, build_opener
 import psutil
 
 from deploy.commands.findings import Finding, Findings, Subject, failure, ok, warning
-from deploy.engine import port_in_use
+from deploy.ports import port_in_use, why_not
 from gateway.config import shown_url, slug
 from gateway.routing.discovery import PREFIX
 from gateway.telemetry.engines import ENGINES_FILE, engine_pids
@@ -71,7 +71,10 @@ def check_ports(subject: Subject) -> Findings:
     config = subject.config
     gateway = config.gateway
     taken = owner(gateway.host, gateway.port)
-    if taken is None:
+    if taken is None and (why := why_not(gateway.host, gateway.port, "gateway.port")):
+        what, _, fix = why.partition("; ")
+        yield failure(what, fix)
+    elif taken is None:
         yield ok(f"gateway.port {gateway.port} is free: the gateway does not run")
     elif taken.gateway_of(subject.path):
         yield ok(f"gateway.port {gateway.port}: the gateway runs, process {taken.pid}")

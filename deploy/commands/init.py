@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from deploy.children import own_environment
 from deploy.commands import add_command, file_to_write, say
 from deploy.gateway_process import UpError
 from deploy.supervisor import run_until_stopped
@@ -59,5 +60,6 @@ def up(options: argparse.Namespace) -> None:
 
         bring_up(options.model, options.config, say)
         # Serving needs nothing of what looking and measuring have loaded: the process begins anew.
-        os.execv(sys.executable, [sys.executable, "-m", "deploy.cli", "up", "--config", str(options.config)])
+        again = [sys.executable, "-m", "deploy.cli", "up", "--config", str(options.config)]
+        os.execve(sys.executable, again, own_environment())
     asyncio.run(run_until_stopped(load_config(options.config), options.config, say))

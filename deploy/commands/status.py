@@ -31,6 +31,7 @@ from gateway.config import ConfigError, parts_of, slug, variant_id
 from quantize.report.tables import align
 
 TIMEOUT_S = 10.0
+LONGEST_S = 86_400.0
 FULL_CACHE, LONG_QUEUE = 0.95, 32
 """Share of a KV cache, and requests that wait in the engines of a variant, at which the alerts complain."""
 
@@ -44,8 +45,10 @@ def add_status(commands: Any) -> None:
 
 def status(options: argparse.Namespace) -> None:
     """Exit status 1 when something is not well."""
-    if not options.over > 0:
-        raise ConfigError(f"--over: {options.over:g} is no time to take rates over; give seconds")
+    if not 0 < options.over <= LONGEST_S:
+        raise ConfigError(
+            f"--over: {options.over:g} is no time to take rates over; give seconds, a day at most"
+        )
     found = look(client(options, TIMEOUT_S), options.over)
     if options.json:
         print_json(found)

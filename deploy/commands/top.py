@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from deploy.commands.asking import GatewayClient, NoAnswerError, RefusedError, add_asking, client
+from deploy.commands.status import LONGEST_S
 from gateway.config import ConfigError
 
 if TYPE_CHECKING:
@@ -38,8 +39,9 @@ def top(options: argparse.Namespace) -> None:
 
     from deploy.commands.frames import frame, look
 
-    if not options.every > 0:
-        raise ConfigError(f"--every: {options.every:g} is no time between two frames; give seconds")
+    if not 0 < options.every <= LONGEST_S:
+        text = f"--every: {options.every:g} is no time between two frames; give seconds, a day at most"
+        raise ConfigError(text)
     gateway, console = client(options, TIMEOUT_S), Console(highlight=False)
     if options.once:
         before = look(gateway)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -14,7 +15,9 @@ from pathlib import Path
 import pytest
 
 from deploy.cli import main, parser
+from deploy.commands import print_json
 from deploy.commands.completion import SHELLS
+from quantize.card import TextEvaluation
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "gateway"))
 
@@ -113,6 +116,19 @@ def test_standard_output_is_one_document(
     found = json.loads(capsys.readouterr().out)
     one = found[0] if isinstance(found, list) else found
     assert first in (one.get("variant"), one.get("role"))
+
+
+def test_what_is_infinite_is_null(capsys: pytest.CaptureFixture[str]) -> None:
+    """JSON has no such number: of a KL without a bound no browser and no jq could read the document."""
+    unbounded = TextEvaluation.model_construct(kl_upper=math.inf, kl_mean=0.5)
+    print_json({"cards": [unbounded], "took": (math.nan, -math.inf, 1.5, "Infinity")})
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is no JSON")
+
+    found = json.loads(capsys.readouterr().out, parse_constant=refuse)
+    assert found["took"] == [None, None, 1.5, "Infinity"]
+    assert (found["cards"][0]["kl_upper"], found["cards"][0]["kl_mean"]) == (None, 0.5)
 
 
 def test_what_was_made_is_one_document_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

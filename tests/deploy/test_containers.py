@@ -326,6 +326,7 @@ def test_every_service_is_closed_up(stack: Path) -> None:
         assert service["cap_drop"] == ["ALL"], name
         assert service["security_opt"] == ["no-new-privileges:true"], name
         assert "healthcheck" in service or name == "gateway", "the gateway's is in its image"
+        assert service["logging"]["options"].keys() == {"max-size", "max-file"}, "a log that fills no disk"
         assert not {"privileged", "cap_add", "network_mode", "pid"} & set(service), name
         for port in service.get("ports", ()):
             assert port.startswith("127.0.0.1:"), name

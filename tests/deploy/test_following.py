@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 from deploy.following import Following
 from quantize.card import Card, CardError, Outcome, Verdict, write_card
 from quantize.core.files import point
+from tests.deploy.test_supervisor import until
 
 PASSED = {"core": Verdict(outcome=Outcome.PASSED, reasons=("x",))}
 
@@ -124,3 +126,18 @@ async def test_what_an_engine_was_given_otherwise_is_left_alone(tmp_path: Path) 
     following = Following({"m:int8": place / "current"}, take_over, lambda _: None)
     await following.look("m:int8")
     assert taken == []
+
+
+async def test_what_one_variant_meets_with_does_not_end_following(
+    one: Fixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("deploy.following.LOOK_S", 0.01)
+    one.error = RuntimeError("nvidia-smi does not answer")
+    running = asyncio.create_task(one.following.run())
+    second = version(one.place, "2", gate=PASSED)
+    await until(lambda: one.taken == [second])
+    await until(lambda: "nvidia-smi does not answer" in one.said[-1])
+    one.error = None
+    third = version(one.place, "3", gate=PASSED)
+    await until(lambda: one.taken == [second, third])
+    running.cancel()

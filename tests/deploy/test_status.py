@@ -223,8 +223,9 @@ async def test_who_may_not_ask(
     assert "does not answer" in capsys.readouterr().err
     assert await tiercel("status", "--config", str(tmp_path / "no.yaml")) == 2
     assert "does not exist" in capsys.readouterr().err
-    assert await tiercel(*options[:3], "--over", "0") == 2
-    assert "--over: 0 is no time" in capsys.readouterr().err
+    for no_time in ("0", "nan", "inf", "1e300"):
+        assert await tiercel(*options[:3], "--over", no_time) == 2
+        assert f"--over: {float(no_time):g} is no time" in capsys.readouterr().err
 
 
 async def test_no_proxy_leads_to_the_address_of_the_file(

@@ -42,7 +42,7 @@ while [ $# -gt 0 ]; do
   [ "$1" = --port ] && port=$2
   shift
 done
-exec {sys.executable} -m gateway.upstream.fake --port "$port"
+exec {sys.executable} -P -m gateway.upstream.fake --port "$port"
 """
 
 

@@ -180,6 +180,20 @@ async def test_a_version_that_does_not_load_gives_way_to_the_one_before(case: Ca
         assert (status, set(text.split())) == (200, {case.first.version})
 
 
+async def test_where_the_one_before_does_not_start_either_it_is_tried_again(case: Case) -> None:
+    """Versions were followed no more from then on, and nobody was told."""
+    async with case.up() as stack:
+        case.refused.write_text(f"{case.first.version} {case.second.version}", encoding="utf-8")
+        case.registry.use("int8", case.second.version)
+        await until(lambda: case.heard(f"{case.first.version} is not served again yet"))
+        case.refused.write_text("", encoding="utf-8")
+        await until(lambda: case.heard("engine assistant:int8 is ready again"))
+        case.registry.update(case.second)
+        case.registry.use("int8", case.second.version)
+        await until(lambda: case.heard(f"{case.second.version} is served now"))
+        assert stack.engines["assistant:int8"].spec.directory.name == case.second.version
+
+
 async def test_a_stack_that_is_stopped_meanwhile_leaves_nothing_behind(case: Case) -> None:
     async with aiohttp.ClientSession() as http:
         async with case.up() as stack:
