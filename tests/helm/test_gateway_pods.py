@@ -212,3 +212,17 @@ def test_the_values_that_the_page_gives_can_be_used() -> None:
     assert "prod-assistant-int8" in {
         found["metadata"]["name"] for found in of_kind(render(values), "Deployment")
     }
+
+
+def test_an_ingress_cuts_nothing_that_the_gateway_would_answer() -> None:
+    """NGINX ends an answer after 60 s of silence and refuses bodies of more than 1 MiB, unless told."""
+    values = changed(scenario("two-precisions"), {"gateway": {"longestStreamSeconds": 900}})
+    prefix = "nginx.ingress.kubernetes.io/proxy-"
+
+    def annotations(more: Object) -> dict[str, str]:
+        (found,) = of_kind(render(changed(values, {"ingress": {"annotations": more}})), "Ingress")
+        return {name.removeprefix(prefix): value for name, value in found["metadata"]["annotations"].items()}
+
+    own = {"read-timeout": "900", "send-timeout": "900", "body-size": "0", "buffering": "off"}
+    assert annotations({}) == own
+    assert annotations({f"{prefix}body-size": "8m"}) == own | {"body-size": "8m"}

@@ -134,6 +134,17 @@ def pool(model: str, variant: str, **fields: Any) -> dict[str, Any]:
             "gateway.config.responses.store: may hold a password",
         ),
         (
+            "scaled",
+            {"gateway": {"config": {"kept": {"store": "postgresql://u:p@db/tiercel"}}}},
+            "gateway.config.kept.store: may hold a password",
+        ),
+        ("one-gpu", {"gateway": {"config": {"kept": {}}}}, "gateway.config.kept.store_env: is empty"),
+        (
+            "one-gpu",
+            {"gateway": {"config": {"kept": {"store_env": "KEPT_STORE"}}}},
+            "gateway.config.kept.key_env: is empty, and what a pod has in its own directory is gone with it",
+        ),
+        (
             "two-precisions",
             {"gateway": {"config": {"roles": {"core": {"canary": {"variant": "int2"}}}}}},
             'roles.core.canary.variant: "int2" has no pool; add one, or use one of: llama:bf16, llama:int',

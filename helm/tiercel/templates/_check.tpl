@@ -148,6 +148,17 @@
 {{- if (.Values.gateway.config.responses | default dict).store -}}
 {{- fail "gateway.config.responses.store: may hold a password and does not belong into a ConfigMap; put the URL into a secret, name it in watch.storeSecret or gateway.extraEnv, and the variable in gateway.config.responses.store_env (TIERCEL_WATCH_STORE is watch.storeSecret's)" -}}
 {{- end -}}
+{{- if hasKey .Values.gateway.config "kept" -}}
+{{- $kept := .Values.gateway.config.kept | default dict -}}
+{{- if $kept.store -}}
+{{- fail "gateway.config.kept.store: may hold a password and does not belong into a ConfigMap; put the URL into a secret, name it in watch.storeSecret or gateway.extraEnv, and the variable in gateway.config.kept.store_env (TIERCEL_WATCH_STORE is watch.storeSecret's)" -}}
+{{- end -}}
+{{- range $field := list "store_env" "key_env" -}}
+{{- if not (get $kept $field) -}}
+{{- fail (printf "gateway.config.kept.%s: is empty, and what a pod has in its own directory is gone with it; name a variable of gateway.extraEnv that comes from a secret" $field) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
 {{- $several := or (gt (int .Values.gateway.replicas) 1) .Values.gateway.autoscaling.enabled -}}
 {{- $watched := ne (toString $watch.enabled) "false" -}}
 {{- if and $several $watched (not .Values.watch.storeSecret.name) -}}
