@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until somebody listens for it: what follows takes a second
+
 import argparse
 import os
-import signal
 import socket
 import sys
 from pathlib import Path
@@ -100,5 +104,4 @@ def serve(
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until somebody listens for it
     sys.exit(main())

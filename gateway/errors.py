@@ -14,7 +14,7 @@ GatewayError
 ├── UnauthenticatedError      401  no key, or an unknown one
 ├── ForbiddenError            403  the key may not use this model or role
 ├── PrecisionTooLowError      403  an explicit variant below what the role's budget allows
-├── UnknownModelError         404  with the known model ids
+├── UnknownModelError         404  with some of the known model ids
 ├── TooManyInBackgroundError  429  of one tenant; with retry-after
 ├── NoReplicaError            503  no replica can take it; with retry-after
 ├── OverloadedError           503  clients have made the gateway hold as much as it may; with retry-after
@@ -40,10 +40,13 @@ from __future__ import annotations
 
 import re
 import traceback
+from collections.abc import Iterable
 from typing import Any
 
 _WORD = re.compile(r"[\w.\[\]-]{1,64}", re.ASCII)
 """What may be taken over from somebody's error as its type, code or parameter."""
+MOST_NAMES = 10
+"""Of what there is to choose from, in one text."""
 
 
 class GatewayError(Exception):
@@ -266,6 +269,13 @@ def _where(error: BaseException) -> str:
     frames = traceback.extract_tb(error.__traceback__, limit=-1)
     place = f" at {frames[0].filename}:{frames[0].lineno}" if frames else ""
     return f"{type(error).__name__}{place}"
+
+
+def some_of(names: Iterable[str]) -> str:
+    """Names for an error's text: the first few, and how many more there are."""
+    known = list(names)
+    more = len(known) - MOST_NAMES
+    return ", ".join(known[:MOST_NAMES]) + (f" and {more} more" if more > 0 else "")
 
 
 def envelope(error: GatewayError) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gateway.config import ApiKey, Config, parts_of
-from gateway.errors import BadRequestError, ForbiddenError, UnauthenticatedError
+from gateway.errors import BadRequestError, ForbiddenError, UnauthenticatedError, some_of
 from gateway.proxy.fields import RequestFields
 from gateway.signals import NO_LINEAGE, Lineage, SignalReader, at, baggage_of, lineage_of
 from tiercel_agents.headers import AGENT_HEADER, BAGGAGE_AGENT, ROLE_HEADER
@@ -31,7 +31,7 @@ class Caller:
     session: str | None
     key: ApiKey | None = None
     cache_salt: str = field(default="", repr=False)
-    """Given to engines, so that the time a prefix takes tells one tenant nothing of another's."""
+    """Given to engines, so that the time a prefix takes tells one owner nothing of another's."""
     priority: int = 0
     """vLLM's: the key's and the role's; higher comes later."""
     parent: str | None = None
@@ -44,7 +44,8 @@ class Caller:
 
 def owner_of(key: ApiKey | None) -> str:
     """Whose something is: all keys' of one tenant. A key without a tenant is a tenant of its own: neither
-    what it kept nor the room that it takes is another key's. Empty where no keys are asked for."""
+    what it kept nor the room that it takes is another key's, nor what is cached of its prompts. Empty where
+    no keys are asked for."""
     if key is None:
         return ""
     return f"tenant:{key.tenant}" if key.tenant else f"key:{key.name}"
@@ -57,9 +58,8 @@ class Identities:
         self.config = config
         self._keys = {key.sha256: key for key in config.keys}
         self._salts = {
-            key.tenant: hashlib.sha256(f"tiercel:{key.tenant}:{key.sha256}".encode()).hexdigest()[:32]
+            owner_of(key): hashlib.sha256(f"tiercel:{owner_of(key)}:{key.sha256}".encode()).hexdigest()[:32]
             for key in reversed(config.keys)
-            if key.tenant
         }
         self._agents = {agent: name for name, role in config.roles.items() for agent in role.agents}
         self._agents |= {name: name for name in config.roles}
@@ -75,7 +75,8 @@ class Identities:
         return self._agents.get(agent.strip()) if isinstance(agent, str) else None
 
     def salt(self, key: ApiKey | None) -> str:
-        return self._salts.get(key.tenant, "") if key else ""
+        """Of its owner, see :func:`owner_of`; empty where no keys are asked for."""
+        return self._salts[owner_of(key)] if key else ""
 
     def key(self, headers: Mapping[str, str]) -> ApiKey | None:
         """The key of a request; None where no keys are asked for. Raises UnauthenticatedError."""
@@ -183,7 +184,7 @@ class Sender:
             return asked.model
         if self._given:
             if self._given not in roles:
-                known = ", ".join(sorted(roles))
+                known = some_of(sorted(roles))
                 raise BadRequestError(
                     f"x-agent-role: {self._given[:80]!r} is not a role; use one of: {known}",
                     param="x-agent-role",
@@ -235,11 +236,11 @@ def may_use(key: ApiKey, model: str, config: Config) -> bool:
 def _check(key: ApiKey, role: str, model: str, config: Config) -> None:
     if key.roles and role not in key.roles:
         raise ForbiddenError(
-            f"role: this key may not use {role}; it may use: {', '.join(key.roles)}", param="model"
+            f"role: this key may not use {role}; it may use: {some_of(key.roles)}", param="model"
         )
     if not may_use(key, model, config):
         raise ForbiddenError(
-            f"model: this key may not use {model[:80]!r}; it may use: {', '.join(key.models)}",
+            f"model: this key may not use {model[:80]!r}; it may use: {some_of(key.models)}",
             param="model",
             internal=f"model: the key {key.name} may not use it",
         )

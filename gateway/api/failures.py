@@ -50,7 +50,7 @@ def add_error_handlers(app: FastAPI) -> None:
     async def invalid(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
         first = error.errors()[0]
-        field = ".".join(str(part) for part in first["loc"] if part != "body") or "body"
+        field = ".".join(str(part) for part in first["loc"] if part != "body")[:100] or "body"
         return answer(request, BadRequestError(f"{field}: {first['msg']}", param=field), 400)
 
     async def ours(request: Request, error: Exception) -> Response:

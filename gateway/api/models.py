@@ -14,7 +14,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 
 from gateway.config import parts_of
-from gateway.errors import ForbiddenError, UnknownModelError
+from gateway.errors import ForbiddenError, UnknownModelError, some_of
 from gateway.identity import Identities, Sender
 from gateway.proxy.fields import RequestFields
 from gateway.proxy.plane import DataPlane, Snapshot
@@ -52,9 +52,8 @@ class Models:
         snapshot = self._plane.snapshot
         usable = usable_models(snapshot, request.headers)
         if model not in usable:
-            known = ", ".join(usable)
             raise UnknownModelError(
-                f"model: {model[:80]!r} does not exist; use one of: {known}", param="model"
+                f"model: {model[:80]!r} does not exist; use one of: {some_of(usable)}", param="model"
             )
         return JSONResponse(self._form(request)(model, longest(snapshot, model)))
 

@@ -14,7 +14,16 @@ from fastapi import Depends, FastAPI, Query, Request, Response
 
 from gateway.api.models import longest
 from gateway.config import shown_url
-from gateway.console.history import INTERVAL_S, KEPT, History, Totals, add_totals, read_totals, rows
+from gateway.console.history import (
+    INTERVAL_S,
+    KEPT,
+    SET_BACK_S,
+    History,
+    Totals,
+    add_totals,
+    read_totals,
+    rows,
+)
 from gateway.identity import Caller
 from gateway.proxy.plane import DataPlane, Snapshot
 from gateway.quality.watch import Watch
@@ -76,7 +85,7 @@ class Overview:
     async def sample(self) -> None:
         """Take a sample, unless there is one of this interval."""
         slot = int(self._clock() // INTERVAL_S) * INTERVAL_S
-        if slot <= self._sampled:
+        if self._sampled - SET_BACK_S < slot <= self._sampled:
             return
         self._sampled = slot
         totals = self._totals = await self._read()

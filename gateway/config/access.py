@@ -25,7 +25,9 @@ class ApiKey(Section):
     sha256: Annotated[str, Secret.ALL] = Field(
         pattern=r"^[0-9a-f]{64}$", description="of the key; `tiercel keys new` makes one and prints it"
     )
-    tenant: str = Field(default="", description="whose prefix cache is kept apart; empty: everybody's")
+    tenant: str = Field(
+        default="", description="who shares what is kept and cached for it; empty: it alone does"
+    )
     roles: tuple[str, ...] = Field(default=(), description="roles it may use; empty: all")
     models: tuple[str, ...] = Field(
         default=(),

@@ -62,8 +62,8 @@ class Endpoint:
             return self
         if "messages" in body:
             return INVOCATIONS_CHAT
-        if "requestType" in body:
-            return INVOCATIONS_SESSION
+        if list(body) == ["requestType"]:
+            return INVOCATIONS_SESSION  # with anything beside it, some engines infer: that is theirs to say
         return INVOCATIONS if "prompt" in body else INVOCATIONS_PLAIN
 
     def id_lines(self, request_id: bytes) -> bytes:

@@ -8,7 +8,8 @@ What was seen of vLLM 0.32, by its two compilers: xgrammar takes 0.1 us times th
 count, at first where requests come in, then where they are computed; guidance, which takes over where
 xgrammar does not know something, 14 us for each of ``maxItems``, with a thousand million of which it dies of
 memory, and 5 us for each number below the least common multiple of ``multipleOf``. ``maxLength``,
-``maxProperties``, bounds of integers and ``$ref`` cost next to nothing by their numbers. What is large
+``maxProperties``, bounds of integers and ``$ref`` cost next to nothing by their numbers. Of a grammar it is
+the text that guidance has to look ahead at, 1 us a letter, before the first token. What is large
 because the schema itself is (a hundred thousand names in an ``enum``) is left to ``max_body_bytes``.
 """
 
@@ -17,7 +18,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Awaitable, Iterator, Sequence
+from collections.abc import Awaitable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
 
@@ -28,14 +29,15 @@ from gateway.errors import BadRequestError
 from gateway.proxy.body import LARGE_BYTES, value_of
 from gateway.proxy.exchange import Exchange
 from gateway.proxy.large import LargeReader
+from gateway.proxy.productions import MOST, sizes
 from gateway.proxy.scan import WINDOW, Steps
 
 Buffer = bytes | memoryview
 
-MOST = 1 << 40
-"""Sizes are not told apart beyond."""
 LARGEST_BYTES = 1 << 20
-"""Of a field that has repetitions: it is made objects of as a whole."""
+"""Of a field that has repetitions or a grammar: it is made objects of as a whole."""
+LONGEST_GRAMMAR = 1 << 17
+"""Letters of one: what is read here takes a microsecond for each."""
 MOST_KNOWN = 4096
 """Sets of schemas that are known to be small enough."""
 _AT_ONCE = 500
@@ -49,12 +51,14 @@ _SIGNS = (
     re.compile(rb"~(?=[^~])" + _SPACE + rb"(?:[\d+]|" + _SPELLED + rb")"),
     re.compile(rb"Items(?<=m(?:in|ax)Items)"),
     re.compile(rb"O(?<=multipleO)f"),
+    re.compile(rb"grammar\\{0,15}+\""),
+    re.compile(rb"definition\\{0,15}+\""),
     re.compile(rb"\\u00[0-7]"),
 )
-"""Of counts, of a comment before one, and of letters that are spelled otherwise. One by one they are searched
-for at a byte per half a nanosecond, and never for longer than in proportion to the bytes."""
+"""Of counts, of a comment before one, of grammars, and of letters that are spelled otherwise. One by one they
+are searched for at a byte per half a nanosecond, and never for longer than in proportion to the bytes."""
 _OPEN = re.compile(_SPACE + rb"(?:\\*(\\(?:u[0-9a-fA-F]{0,3})?))?")
-_SPAN = 16
+_SPAN = 32
 """Bytes that any other may take."""
 _LEVELS, _LONGEST_SHOWN = 32, 64
 """Of a place that is shown, and letters of a name or a value."""
@@ -70,8 +74,9 @@ _VERBOSE = re.compile(r"\(\?[imsuUR]*+x")
 _GRAMMARS = ("grammar", "definition")
 _SEPARATORS = ("whitespace_pattern", "item_separator", "key_separator")
 """Patterns too, of guidance alone."""
-_PATTERNS = ("pattern", "regex", *_GRAMMARS, *_SEPARATORS)
-"""Names whose text is a pattern, or a grammar that may repeat as one does."""
+_PATTERNS = ("pattern", "regex", *_SEPARATORS)
+"""Names whose text is a pattern."""
+_TEXTS = (*_PATTERNS, *_GRAMMARS)
 _SCHEMA_WITHIN = re.compile(r"%json\s*+(?=[\[{])")
 _NO_SCHEMA = "%json"
 """Instead of a name: before what is no JSON."""
@@ -83,12 +88,11 @@ TOGETHER = 4
 """All patterns of a request may be so many times as large as one."""
 
 
-def expanded(pattern: str, *, spaced: bool = False) -> Steps[int]:
+def expanded(pattern: str) -> Steps[int]:
     """How many letters, classes and groups' parts a pattern has with its counted repetitions written out; not
-    more than ``MOST``. Of a repetition without an end its beginning counts. ``spaced``: white space and
-    comments may stand between a part and its repetition. Takes time in proportion to the pattern's length,
-    whatever it is."""
-    spaced = spaced or _VERBOSE.search(pattern) is not None
+    more than ``MOST``. Of a repetition without an end its beginning counts. Takes time in proportion to the
+    pattern's length, whatever it is."""
+    spaced = _VERBOSE.search(pattern) is not None  # white space and comments may stand before a repetition
     outer: list[tuple[int, int]] = []
     whole = last = 0
     """Of the group that is being read: all of it, and its last part, which what follows may repeat."""
@@ -185,7 +189,7 @@ class Look:
             return
         if len(raw) > LARGEST_BYTES:
             raise BadRequestError(
-                f"{field}: has {len(raw):,} bytes and counted repetitions, for which at most "
+                f"{field}: has {len(raw):,} bytes and counted repetitions or a grammar, for which at most "
                 f"{LARGEST_BYTES:,} are read; send a smaller one",
                 param=field,
             )
@@ -193,7 +197,9 @@ class Look:
         yield
         for count, (place, name, found) in enumerate(_found(value)):
             if name in _PATTERNS:
-                yield from self._pattern(field, place, found, spaced=name in _GRAMMARS)
+                yield from self._pattern(field, place, found)
+            elif name in _GRAMMARS:
+                yield from self._grammar(field, place, found)
             elif name == _NO_SCHEMA:
                 raise self._unreadable(field, place)
             elif name in _ITEMS:
@@ -208,11 +214,31 @@ class Look:
             if not count % _AT_ONCE:
                 yield
 
-    def _pattern(self, field: str, place: _Place, pattern: str, *, spaced: bool) -> Steps[None]:
-        most = self._bounds.pattern
+    def _grammar(self, field: str, place: _Place, grammar: str) -> Steps[None]:
+        where = _where(field, place)
+        if len(grammar) > LONGEST_GRAMMAR:
+            said = f"has {len(grammar):,} letters; a grammar may have {LONGEST_GRAMMAR:,}"
+            raise BadRequestError(f"{where}: {said}", param=where)
+        grown, forced = yield from sizes(grammar)
+        self._count(field, place, grammar, grown)
+        if forced > self._bounds.counted + len(grammar):
+            raise BadRequestError(
+                f"{where}: {_shown(grammar)} forces answers of {forced:,} letters, its rules written out; an "
+                "engine would look ahead at them while everybody waits. At most "
+                f"{self._bounds.counted:,} more than it has itself are taken (gateway.max_schema_count): "
+                "repeat less often",
+                param=where,
+                internal="a grammar forces too long an answer",
+            )
+
+    def _pattern(self, field: str, place: _Place, pattern: str) -> Steps[None]:
         # One that is long enough is too large by that alone, and reading it would take its time.
-        long = len(pattern) > TOGETHER * most
-        size = len(pattern) if long else (yield from expanded(pattern, spaced=spaced))
+        long = len(pattern) > TOGETHER * self._bounds.pattern
+        self._count(field, place, pattern, len(pattern) if long else (yield from expanded(pattern)))
+
+    def _count(self, field: str, place: _Place, pattern: str, size: int) -> None:
+        """What one is with its repetitions written out. Raises BadRequestError."""
+        most = self._bounds.pattern
         self._size += size
         if size <= most and self._size <= TOGETHER * most:
             return
@@ -269,32 +295,47 @@ _Place = tuple["_Place", str | int] | None
 
 
 def _found(value: Any) -> Iterator[tuple[_Place, str, Any]]:
-    """Patterns, and numbers that count, by the names under which they stand; between them what holds others,
-    without a name."""
-    left: list[tuple[_Place, str, Any]] = [(None, "", value)]
+    """Patterns, and numbers that count, by the names under which they stand; between them whatever else there
+    is, without a name."""
+    left: list[Iterator[tuple[_Place, str, Any]]] = [iter([(None, "", value)])]
     while left:
-        place, name, value = left.pop()
-        if isinstance(value, dict):
+        try:
+            place, name, value = next(left[-1])
+        except StopIteration:
+            left.pop()
+            continue
+        if not _matters(name, value):
+            yield place, "", None
+        elif isinstance(value, dict):
             yield place, "", None
             if name == "patternProperties":
                 yield from (((place, key), "pattern", key) for key in value)
-            left.extend(((place, key), key, item) for key, item in value.items() if _matters(key, item))
+            left.append(_named(place, value))
         elif isinstance(value, list):
             yield place, "", None
-            left.extend(((place, at), "", item) for at, item in enumerate(value) if _matters("", item))
+            left.append(_numbered(place, value))
         elif name in _JSON:
             with suppress(BadRequestError):
-                left.append((place, "", value_of(name, value.encode(errors="surrogatepass"))))
+                schema = value_of(name, value.encode(errors="surrogatepass"))
+                left.append(iter([(place, "", schema)]))
         elif name == _MULTIPLE:
             yield place, name, _digits(value)
-        elif name in _PATTERNS:
+        elif name in _TEXTS:
             yield place, name, value
             if name in _GRAMMARS:
                 for schema in _schemas(value):
                     yield place, _NO_SCHEMA if schema is None else "", None
-                    left.append((place, "", schema))
-        elif name in _ITEMS and value > 0:
+                    left.append(iter([(place, "", schema)]))
+        elif value > 0:
             yield place, name, int(min(MOST, value))
+
+
+def _named(place: _Place, values: Mapping[str, Any]) -> Iterator[tuple[_Place, str, Any]]:
+    return (((place, name), name, item) for name, item in values.items())
+
+
+def _numbered(place: _Place, values: Sequence[Any]) -> Iterator[tuple[_Place, str, Any]]:
+    return (((place, at), "", item) for at, item in enumerate(values))
 
 
 def _schemas(grammar: str) -> Iterator[Any]:
@@ -310,7 +351,7 @@ def _schemas(grammar: str) -> Iterator[Any]:
 def _matters(name: str, item: Any) -> bool:
     """Whether something is to be looked at, or into."""
     if isinstance(item, str):
-        return name in _PATTERNS or name in _JSON
+        return name in _TEXTS or name in _JSON
     if isinstance(item, int | float):
         return (name in _ITEMS or name == _MULTIPLE) and abs(item) < math.inf
     return isinstance(item, dict | list)

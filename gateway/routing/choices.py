@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from gateway.config import Config, parts_of
-from gateway.errors import ForbiddenError, PrecisionTooLowError, UnknownModelError
+from gateway.errors import ForbiddenError, PrecisionTooLowError, UnknownModelError, some_of
 from gateway.identity import Caller, may_use
 from gateway.routing.ladders import KV_TOKENS, Ladder, Ladders, precision
 from quantize.card import Outcome
@@ -120,7 +120,7 @@ class Choices:
         mine, models = self._config.models_of(role), self._models(caller, model)
         if not models:
             raise ForbiddenError(
-                f"model: this key may not use {model[:80]!r} as {role}, which {', '.join(mine)} may serve",
+                f"model: this key may not use {model[:80]!r} as {role}, which {some_of(mine)} may serve",
                 param="model",
             )
         judged_by = mine[0] if mine[0] in models else models[0]
@@ -144,7 +144,8 @@ class Choices:
         if model in config.models and model != mine[0]:
             return (model,)
         if model not in config.models and model not in config.roles:
-            known = ", ".join(self.known_models())
+            barred = set(config.roles).difference(key.roles) if key is not None and key.roles else ()
+            known = some_of(one for one in self.known_models() if one not in barred)
             raise UnknownModelError(
                 f"model: {model[:80]!r} does not exist; use one of: {known}",
                 param="model",
@@ -196,7 +197,7 @@ class Choices:
 
     def _unproven(self, model: str, role: str) -> PrecisionTooLowError:
         """Of what a client names no served variant is known to be good enough, and there is no reference."""
-        others = ", ".join(self._config.models_of(role))
+        others = some_of(self._config.models_of(role))
         return PrecisionTooLowError(
             f"model: no variant of {model} that is served is known to be good enough for role {role}; name "
             f"the role, a model that may serve it ({others}), or another role",

@@ -38,11 +38,14 @@ from gateway.proxy.record import Usage
 from gateway.telemetry.logs import EVENTS
 from gateway.telemetry.metrics import Metrics
 from gateway.upstream.usage import is_count
+from gateway.upstream.whole import read_whole
 
 MOST_WAITING = 4096
 MOST_BYTES = 32 << 20
 LARGEST_BYTES = 2 << 20
 """Of one body: a longer one is not decoded for this."""
+LONGEST_ANSWER_BYTES = 8 * LARGEST_BYTES
+"""Of an engine: vLLM lists the ids of all tokens beside their number."""
 AT_ONCE = 8
 """Prompts that are asked for side by side: an engine under load takes seconds over each."""
 ANSWER_WITHIN_S = 10.0
@@ -72,6 +75,7 @@ _OF_ANTHROPIC = (
     "output_config",
     "chat_template_kwargs",
 )
+_FIELDS = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _WITH_PROMPTS = {
     "/v1/completions": "prompt",
     "/v1/embeddings": "input",
@@ -298,7 +302,8 @@ async def _ask(session: aiohttp.ClientSession, attempt: Unreported, question: Qu
         response.raise_for_status()
         if response.status != HTTPStatus.OK:  # it sends us elsewhere, with the prompt and its key
             raise ValueError(f"status {response.status}")
-        return _together([(await response.json())[field]])
+        answer = _FIELDS.decode(await read_whole(response, LONGEST_ANSWER_BYTES))
+        return _together([msgspec.json.decode(answer[field])])
 
 
 def _together(counts: list[Any]) -> int:

@@ -22,13 +22,14 @@ from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
-from gateway.config import Config, ConfigError
+from gateway.config import Config, ConfigError, refuse_fixed
 from gateway.telemetry.logs import EVENTS
 from gateway.workers.board import Board
 from gateway.workers.channel import Lines, Message
 from quantize.card import CardError
 
 CANNOT_START = 2
+NO_PROCESS = -1
 STEADY_S = 30.0
 FIRST_BACK_OFF_S, LONGEST_BACK_OFF_S = 0.5, 30.0
 PREPARE_S = 60.0
@@ -52,16 +53,22 @@ class Worker:
         """The number of the configuration that it has."""
         self._lines: Lines | None = None
         self._answers: dict[tuple[str, int], asyncio.Future[str | None]] = {}
+        self._ending = False
 
     async def run(self, command: list[str], first: Message, received: Callable[[Message], None]) -> int:
-        """Start it and wait for its end; its exit status. ``received`` gets what it says unasked."""
+        """Start it and wait for its end; its exit status. ``received`` gets what it says unasked. Raises
+        OSError when it cannot be started."""
         ours, theirs = socket.socketpair()
-        with theirs:
+        with theirs, contextlib.ExitStack() as otherwise:
+            otherwise.callback(ours.close)
             self.process = await asyncio.create_subprocess_exec(
                 *command,
                 *("--worker", str(self.number), "--channel", str(theirs.fileno())),
                 pass_fds=[theirs.fileno()],
             )
+            otherwise.pop_all()
+        if self._ending:
+            self.signal(signal.SIGTERM)  # there was no process yet when all were told to end
         self._lines = Lines(ours)
         await self._lines.connect()
         listening = asyncio.create_task(self._lines.each(lambda message: self._received(message, received)))
@@ -104,6 +111,11 @@ class Worker:
     def tell(self, message: Message) -> bool:
         return self._lines is not None and self._lines.send(message)
 
+    def end(self) -> None:
+        """Have it end, also when it is only being started."""
+        self._ending = True
+        self.signal(signal.SIGTERM)
+
     def signal(self, number: int) -> None:
         if self.process is not None and self.process.returncode is None:
             with contextlib.suppress(ProcessLookupError):
@@ -120,6 +132,8 @@ class Parent:
         self._workers = [Worker(number) for number in range(config.gateway.workers)]
         self._directory = config.run_dir / "workers"
         self._stopping = asyncio.Event()
+        self._hung_up = asyncio.Event()
+        """SIGHUP has come since the file was last read."""
         self._status = 0
         self._begun = False
         """Whether a worker has ever been ready."""
@@ -132,7 +146,8 @@ class Parent:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stopping.set)
-        loop.add_signal_handler(signal.SIGHUP, lambda: self._spawn(self._reload()))
+        loop.add_signal_handler(signal.SIGHUP, self._hung_up.set)
+        self._spawn(self._reload_when_told())
         running = [asyncio.create_task(self._keep(self._workers[0]))]
         # The others begin when one can: a configuration that none can use is said once.
         await self._first_of(self._workers[0].ready.wait(), self._stopping.wait())
@@ -140,7 +155,7 @@ class Parent:
             running += [asyncio.create_task(self._keep(worker)) for worker in self._workers[1:]]
         await self._stopping.wait()
         for worker in self._workers:
-            worker.signal(signal.SIGTERM)
+            worker.end()
         _, left = await asyncio.wait(running, timeout=self._config.gateway.shutdown_timeout_s + MARGIN_S)
         if left:
             self._events.error("%d workers did not end in time and are killed", len(left))
@@ -150,6 +165,9 @@ class Parent:
         for task in (*self._tasks, *running):
             task.cancel()
         await asyncio.gather(*self._tasks, *running, return_exceptions=True)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            loop.remove_signal_handler(number)
+            signal.signal(number, signal.SIG_IGN)  # what comes late does not change the exit status
         return self._status
 
     async def _keep(self, worker: Worker) -> None:
@@ -158,8 +176,14 @@ class Parent:
         while not self._stopping.is_set():
             began = time.monotonic()
             first = {"configuration": self._text, "generation": self._generation}
-            status = await worker.run(self._command, first, lambda message: self._received(worker, message))
-            self._clear(worker)
+            try:
+                status = await worker.run(
+                    self._command, first, lambda message: self._received(worker, message)
+                )
+                self._clear(worker)
+            except OSError as error:  # no process can be had now, no file opened
+                self._events.error("worker %d cannot be kept running: %s", worker.number, error)
+                status = NO_PROCESS
             if self._stopping.is_set():
                 return
             if status == CANNOT_START and not self._begun:
@@ -208,6 +232,14 @@ class Parent:
             error = str(refused)
         worker.tell({"answer": number, "error": error})
 
+    async def _reload_when_told(self) -> None:
+        """One after another: what comes while the file is being taken over has it read once more, as it is
+        then."""
+        while True:
+            await self._hung_up.wait()
+            self._hung_up.clear()
+            await self._reload()
+
     async def _reload(self) -> None:
         try:
             try:
@@ -217,6 +249,8 @@ class Parent:
             await self.replace(text, str(self._path))
         except (ConfigError, CardError) as error:
             self._events.error("the configuration was not changed: %s", error)
+        except Exception:
+            self._events.exception("the configuration was not changed")
         else:
             self._events.info("the configuration was read anew")
 
@@ -224,6 +258,7 @@ class Parent:
         """Have all workers use another configuration. Raises ConfigError or CardError, and then none does."""
         async with self._reloading:
             config = await asyncio.to_thread(self._check, text, source)
+            refuse_fixed(config, self._config)  # there may be no worker now that would
             generation = self._generation + 1
             ready = [worker for worker in self._workers if worker.ready.is_set()]
             prepare = {"prepare": text, "generation": generation}

@@ -78,12 +78,16 @@ def test_what_invocations_ask_for() -> None:
     assert endpoint is not None
     for body, form, chat in (
         (b'{"requestType": "CLOSE"}', Form.PLAIN, False),
+        (b'{"requestType": "CLOSE", "prompt": ""}', Form.COMPLETIONS, False),
+        (b'{"requestType": 1, "messages": []}', Form.COMPLETIONS, True),
+        (b'{"requestType": 1, "input": ""}', Form.PLAIN, False),
         (b'{"messages": []}', Form.COMPLETIONS, True),
         (b'{"prompt": ""}', Form.COMPLETIONS, False),
         (b'{"input": ""}', Form.PLAIN, False),
     ):
         found = endpoint.of(Body(body))
         assert (found.form, found.chat, found.engine_path) == (form, chat, "/invocations")
+        assert found.bare == (body == b'{"requestType": "CLOSE"}')
     chat_endpoint = endpoint_of(CHAT)
     assert chat_endpoint is not None
     assert chat_endpoint.of(Body(b"{}")) is chat_endpoint

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import aiohttp
 import pytest
 from gateway_stack import CHAT, Stack, eventually, from_clients, running_gateway
+
+from gateway.errors import MOST_NAMES
+from gateway.identity import hash_of
 
 BAD_BODIES = [
     ({"model": 3}, 400, "model", "is a number (3); send a model id as a string"),
@@ -194,3 +198,33 @@ async def test_an_engine_that_dies_in_prefill_is_a_502(stack: Stack) -> None:
         async with stack.post({"stream": stream}) as response:
             assert response.status == 502
             await envelope(response)
+
+
+async def test_no_error_lists_every_name_there_is() -> None:
+    """A fleet may have thousands of roles; whoever misspells one is told of a few."""
+    names = [f"role-{number}" for number in range(500)]
+    roles: dict[str, Any] = {name: {} for name in ("core", *names)}
+    keys = [
+        {"name": "all", "sha256": hash_of("sk-all")},
+        {"name": "roles", "sha256": hash_of("sk-roles"), "roles": names[100:]},
+        {"name": "models", "sha256": hash_of("sk-models"), "models": names},
+    ]
+    async with running_gateway(roles=roles, keys=keys) as stack:
+        for who, headers, status, known in (
+            ("all", {}, 404, 505),
+            ("all", {"x-agent-role": "nobody"}, 400, 501),
+            ("roles", {"x-agent-role": "role-100"}, 404, 404),
+            ("roles", {}, 403, 400),
+            ("models", {}, 403, 500),
+        ):
+            sent = {"authorization": f"Bearer sk-{who}"} | headers
+            async with stack.post({"model": "gpt-4"}, headers=sent) as response:
+                said = (await response.json())["error"]["message"]
+                assert response.status == status, said
+            assert said.endswith(f" and {known - MOST_NAMES} more"), said
+            assert len(said) < 300
+            if who == "roles" and status == 404:
+                assert "role-99," not in said, "it may not use this one"
+        sent = {"authorization": "Bearer sk-all"}
+        async with stack.http.get(stack.url + "/v1/models/gpt-4", headers=sent) as response:
+            assert (await response.json())["error"]["message"].endswith(f" and {505 - MOST_NAMES} more")

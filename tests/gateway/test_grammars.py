@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from gateway.errors import BadRequestError
 from gateway.proxy import grammars
 from gateway.proxy.body import Body, Reads
-from gateway.proxy.grammars import MOST, Bounds, Look, expanded
+from gateway.proxy.grammars import Bounds, Look, expanded
 from gateway.proxy.large import LargeReader
+from gateway.proxy.productions import MOST, sizes
 
 BOMB = "^(a{1,9999}){1,9999}$"
 BOUNDS = Bounds(pattern=1000, counted=50_000)
@@ -86,7 +87,7 @@ def test_the_size_of_a_pattern_is_that_of_what_it_stands_for(pattern: str, size:
     ],
 )
 def test_a_grammar_has_space_and_comments_wherever_an_engine_takes_them(grammar: str) -> None:
-    assert done(expanded(grammar, spaced=True)) > 9000
+    assert done(sizes(f"root ::= {grammar}"))[0] > 9000
     assert refused({"structured_outputs": {"grammar": f"root ::= {grammar}"}}) is not None
 
 
@@ -94,7 +95,8 @@ def test_a_grammar_has_space_and_comments_wherever_an_engine_takes_them(grammar:
 def test_no_pattern_is_read_again_and_again(text: str) -> None:
     """What takes more than time in proportion to this is not done in years."""
     for pattern in (text * 50_000, text + " " * 100_000):
-        done(expanded(pattern, spaced=True))
+        done(expanded(pattern))
+        done(sizes(pattern))
 
 
 def _repeated(part: Part, low: int, more: int) -> Part:
@@ -375,6 +377,13 @@ async def test_a_large_one_is_looked_at_in_turns_and_no_further_than_a_megabyte(
         ((field, raw),) = body.grammars()
         with pytest.raises(BadRequestError, match=fix):
             await reader.in_turns(look.at(field, memoryview(raw)))
+
+
+@pytest.mark.parametrize("item", ["a", {}, 1])
+def test_items_of_which_nothing_counts_are_passed_in_short_steps(item: Any) -> None:
+    raw = json.dumps([{"maxItems": 1}, [item] * 100_000])
+    steps = sum(1 for _ in Look(BOUNDS).at("tools", memoryview(raw.encode())))
+    assert steps >= 100_000 / grammars._AT_ONCE
 
 
 ASKED: list[tuple[str, dict[str, Any]]] = [

@@ -85,14 +85,16 @@ async def test_tokens_are_counted_for_each_key_also_of_streams_that_are_cut() ->
         assert used("admin") == seen.count(b"data: ")
 
 
-async def test_prefix_caches_of_tenants_are_apart() -> None:
-    async with running_gateway(keys=KEYS) as stack:
-        for name in ("open", "open", "other", "bound"):
+async def test_prefix_caches_of_owners_are_apart() -> None:
+    """Also those of keys without a tenant: each is an owner of its own."""
+    async with running_gateway(keys=(*KEYS, key("beside", tenant="acme"))) as stack:
+        for name in ("open", "beside", "other", "bound", "admin", "bound"):
             await status_of(stack, name, {"model": "assistant:bf16"})
         salts = [request.get("cache_salt") for request in stack.asked("bf16")]
         assert salts[0] == salts[1]
         assert salts[0] != salts[2]
-        assert salts[3] is None, "a key without a tenant"
+        assert len({*salts} - {None}) == 4
+        assert salts[3] == salts[5] != salts[4]
         async with stack.post({"cache_salt": salts[2]}, headers=bearer("open")) as response:
             assert response.status == 200
         assert stack.asked("bf16")[-1]["cache_salt"] == salts[0], "nobody picks another's"
@@ -103,6 +105,13 @@ async def test_prefix_caches_of_tenants_are_apart() -> None:
         async with stack.http.post(stack.url + "/v1/chat/completions", data=raw, headers=headers) as response:
             assert response.status == 200
         assert stack.asked("bf16")[-1]["cache_salt"] == salts[0], "in no spelling"
+
+
+async def test_without_keys_there_is_one_owner() -> None:
+    async with running_gateway() as stack:
+        async with stack.post({"model": "assistant:bf16"}) as response:
+            assert response.status == 200
+        assert "cache_salt" not in stack.asked("bf16")[-1]
 
 
 async def test_no_client_goes_ahead_of_others() -> None:

@@ -222,6 +222,23 @@ async def test_sessions_that_an_engine_keeps_are_begun_used_and_ended(
         assert "0e-own" not in repr(lines) + caplog.text
 
 
+@pytest.mark.parametrize("asked", ['"prompt": "x"', '"messages": []', '"input": "x"'])
+async def test_a_session_is_no_way_around_salt_priority_and_route(asked: str) -> None:
+    """vLLM 0.32 refuses a session's request with more in it; an engine that knows no sessions answers it."""
+    tenant = ApiKey(name="k", sha256=hash_of("sk-client"), tenant="theirs", priority=1)
+    answer = OK + b"content-length: %d\r\n\r\n" % len(ANSWER) + ANSWER
+    async with raw_engine(answer, keys=[tenant]) as (stack, engine):
+        headers = {"content-type": "application/json", "authorization": "Bearer sk-client"}
+        body = (
+            f'{{"requestType": "NEW_SESSION", "model": "core", "priority": -9, "cache_salt": "a", {asked}}}'
+        )
+        async with stack.http.post(stack.url + "/invocations", data=body, headers=headers) as response:
+            assert response.status == 200, await response.text()
+        sent = json.loads(engine.body)
+        assert len(sent["cache_salt"]) > 20
+        assert (sent["priority"], sent["model"]) == (1, "assistant")
+
+
 async def test_an_engine_is_asked_with_the_key_that_it_wants(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ENGINE_KEY", "sk-engine")
     answer = OK + b"content-length: %d\r\n\r\n" % len(ANSWER) + ANSWER

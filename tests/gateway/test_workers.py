@@ -8,7 +8,7 @@ import contextlib
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -16,13 +16,16 @@ from typing import Any
 import aiohttp
 import psutil
 import pytest
-from gateway_stack import OTHERS, addresses, eventually, from_clients, settings, write_variants
+from gateway_stack import OTHERS, addresses, eventually, from_clients, make_config, settings, write_variants
 from prometheus_client import CollectorRegistry
 
+from gateway.config import Config, ConfigError
 from gateway.telemetry.metrics import Metrics
 from gateway.upstream.fake import FakeEngine, Script
 from gateway.workers import board as board_module
+from gateway.workers import parent as parent_module
 from gateway.workers.board import NO_SLOT, Board
+from gateway.workers.parent import Parent
 from gateway.workers.sheet import Sheet, Sheets
 
 QUESTION = {"model": "assistant", "messages": [{"role": "user", "content": "hi"}]}
@@ -395,6 +398,103 @@ async def test_a_run_directory_has_one_gateway(tmp_path: Path, free_port: int) -
         assert process.returncode == 2
         assert b"run_dir" in said
         assert await ask(gateway.url) == 200
+
+
+def a_parent(directory: Path, **gateway: Any) -> Parent:
+    """Of workers that do nothing but wait; texts are the default roles of its configurations."""
+
+    def config_of(text: str, _: str) -> Config:
+        return make_config(default_role=text, gateway={"workers": 2} | gateway, run_dir=directory)
+
+    (directory / "workers").mkdir()
+    path = directory / "tiercel.yaml"
+    path.write_text("core")
+    parent = Parent(config_of("core", ""), "core", path, config_of)
+    parent._command = [sys.executable, "-c", "import time; time.sleep(600)"]
+    return parent
+
+
+@pytest.fixture
+def default_signals() -> Iterator[None]:
+    yield
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
+async def test_of_many_hangups_the_last_one_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, default_signals: None
+) -> None:
+    """Of files that are read at the same time the older one may be taken over last."""
+    parent = a_parent(tmp_path)
+    taken: list[str] = []
+
+    async def replace(text: str, _: str) -> None:
+        await asyncio.sleep(0.05)
+        taken.append(text)
+
+    monkeypatch.setattr(parent, "replace", replace)
+    running = asyncio.create_task(parent.run())
+    await eventually(lambda: parent._tasks)  # it listens
+    try:
+        for number in range(100):
+            (tmp_path / "next").write_text(str(number))
+            (tmp_path / "next").rename(parent._path)
+            signal.raise_signal(signal.SIGHUP)
+            await asyncio.sleep(0.002)
+        await eventually(lambda: taken[-1:] == ["99"])
+        assert len(taken) < 20
+        assert taken == sorted(taken, key=int)
+    finally:
+        parent._stopping.set()
+        assert await running == 0
+
+
+async def test_what_cannot_change_does_not_while_no_worker_is_there_either(tmp_path: Path) -> None:
+    parent = a_parent(tmp_path)
+    parent._check = lambda text, source: make_config(gateway={"workers": 3}, run_dir=tmp_path)
+    with pytest.raises(ConfigError, match=r"gateway\.workers: cannot change"):
+        await parent.replace("core", "test")
+    assert parent._config.gateway.workers == 2
+
+
+async def test_a_worker_is_started_when_there_is_room_for_it_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, default_signals: None
+) -> None:
+    monkeypatch.setattr(parent_module, "FIRST_BACK_OFF_S", 0.05)
+    start, failed = asyncio.create_subprocess_exec, 0
+
+    async def full(*command: Any, **more: Any) -> asyncio.subprocess.Process:
+        nonlocal failed
+        failed += 1
+        if failed < 3:
+            raise BlockingIOError("Resource temporarily unavailable")
+        return await start(*command, **more)
+
+    monkeypatch.setattr(asyncio, "create_subprocess_exec", full)
+    parent = a_parent(tmp_path)
+    running = asyncio.create_task(parent.run())
+    await eventually(lambda: parent._workers[0].process is not None)
+    parent._stopping.set()
+    assert await asyncio.wait_for(running, 10) == 0
+    assert failed == 3
+
+
+async def test_a_worker_that_is_being_started_holds_up_no_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, default_signals: None
+) -> None:
+    start = asyncio.create_subprocess_exec
+    parent = a_parent(tmp_path, shutdown_timeout_s=60)
+
+    async def late(*command: Any, **more: Any) -> asyncio.subprocess.Process:
+        parent._stopping.set()
+        await asyncio.sleep(0.2)
+        return await start(*command, **more)
+
+    monkeypatch.setattr(asyncio, "create_subprocess_exec", late)
+    assert await asyncio.wait_for(parent.run(), 10) == 0
+    process = parent._workers[0].process
+    assert process is not None
+    assert process.returncode == -signal.SIGTERM
 
 
 def test_a_board_has_a_row_for_each_worker(tmp_path: Path) -> None:
