@@ -39,9 +39,7 @@ class Following:
             for variant in self._places:
                 try:
                     await self.look(variant)
-                except (
-                    Exception
-                ) as error:  # what one variant met with does not keep others from being followed
+                except Exception as error:  # which keeps no other from being followed
                     self._say(f"{variant}: what is in use now could not be taken over: {error}")
 
     async def look(self, variant: str) -> None:
