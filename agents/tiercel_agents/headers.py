@@ -46,7 +46,7 @@ def identity(
         SESSION_HEADER: _text(session),
         PARENT_HEADER: _text(parent),
         INVOCATION_HEADER: _text(invocation),
-        BAGGAGE_HEADER: agent and f"{BAGGAGE_AGENT}={quote(agent, safe='')}",
+        BAGGAGE_HEADER: agent and f"{BAGGAGE_AGENT}={quote(agent, safe='', errors='replace')}",
     }
     return {name: value for name, value in known.items() if value}
 

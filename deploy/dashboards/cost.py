@@ -11,7 +11,7 @@ _WEIGHTS = f"max by (model, variant) (tiercel_variant_weight_bytes{{{MODEL}}})"
 _LARGEST = f"max(tiercel_variant_weight_bytes{{{MODEL}}})"
 _READ = (
     f"sum(sum by (model, variant) (rate({_COMPLETION}[{RATE}])) * on (model, variant) {_WEIGHTS}) "
-    f"/ sum(rate({_COMPLETION}[{RATE}]))"
+    f"/ (sum(rate({_COMPLETION}[{RATE}]) and on (model, variant) {_WEIGHTS}) > 0)"
 )
 _REPLICAS = (
     f"sum by (model, variant) (max by (model, variant, replica) (tiercel_replica_reachable{{{VARIANT}}}))"
@@ -38,12 +38,13 @@ COST = Dashboard(
                 small(
                     "Per million tokens",
                     "Price of all replicas for the tokens of prompts and answers that they handle now.",
-                    f"1e6 * sum({_REPLICAS}) * $replica_hour / (3600 * sum(rate({_TOKENS}[{RATE}])))",
+                    f"1e6 * sum({_REPLICAS}) * $replica_hour / (3600 * sum(rate({_TOKENS}[{RATE}])) > 0)",
                 ),
                 small(
                     "Raised, 1 h",
                     "Share of requests that went to a higher precision than the cheapest that would do.",
-                    f"sum(rate({_RAISED}[1h])) / sum(rate(tiercel_route_total{{{BOTH}}}[1h])) or vector(0)",
+                    f"sum(rate({_RAISED}[1h])) / (sum(rate(tiercel_route_total{{{BOTH}}}[1h])) > 0) "
+                    "or vector(0)",
                     "percentunit",
                     limits=(0.05, 0.2),
                 ),
@@ -135,7 +136,7 @@ COST = Dashboard(
                     [
                         (
                             f"1e6 * $replica_hour * {_REPLICAS} "
-                            f"/ (3600 * sum by (model, variant) (rate({_TOKENS}[{RATE}])))",
+                            f"/ (3600 * sum by (model, variant) (rate({_TOKENS}[{RATE}])) > 0)",
                             "{{model}}:{{variant}}",
                         )
                     ],

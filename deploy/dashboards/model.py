@@ -6,10 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from deploy.engine import WITHOUT_ADAPTER
+
 ROLE, MODEL = 'role=~"$role"', 'model=~"$model"'
 VARIANT = f'{MODEL}, variant=~"$variant"'
 BOTH = f"{ROLE}, {VARIANT}"
-ENGINE = 'model_name=~"$model"'
+ENGINE = f'model_name=~"($model)({WITHOUT_ADAPTER})?"'
 """What the choice of models narrows vLLM's own metrics by."""
 RATE = "$__rate_interval"
 

@@ -45,7 +45,7 @@ QUALITY = Dashboard(
                     "Compared, 1 h",
                     "Of the answers meant for the reference, those that it has judged.",
                     f'sum(rate({_SHADOW}{{{BOTH}, result=~"agreed|disputed"}}[1h])) '
-                    f"/ sum(rate({_SHADOW}{{{BOTH}}}[1h]))",
+                    f"/ (sum(rate({_SHADOW}{{{BOTH}}}[1h])) > 0)",
                     "percentunit",
                     limits=(0.1, 0.5),
                     good_is_high=True,

@@ -28,6 +28,8 @@ RECENT = 12
 """Samples that make up "the last minute"."""
 SHORTEST_S = 1.0
 """Rates over less than this would be chance."""
+SET_BACK_S = 30.0
+"""A clock that goes back by more was wrong: samples that it made are of a time to come."""
 CLIENT_LEFT = "499"
 
 Series = tuple[str, str]
@@ -151,8 +153,13 @@ class History:
     def add(self, at: float, totals: Totals, engines: Mapping[str, Sequence[float | None]]) -> None:
         """``at``: Unix time, seconds; ``totals``: since the start."""
         before, seconds = self._before, at - self._before_at
-        if before is not None and seconds < SHORTEST_S:
+        if before is not None and -SET_BACK_S < seconds < SHORTEST_S:
             return
+        if before is not None and seconds < 0:
+            before = None
+            self.samples.clear()
+            self._recent.clear()
+            self._minute = None
         if before is not None and totals.requests < before.requests:
             before = None  # a worker has been started anew
         self._before, self._before_at = totals, at

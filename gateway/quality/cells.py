@@ -6,6 +6,7 @@ comes out are events, of which some change where requests go.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -21,6 +22,12 @@ USUAL = 0.01
 """Share of those on either side that counts as unusual."""
 WARN_SHARE = 1 / 3
 """Share of the evidence for an alarm at which a second check supports a first one that alarms."""
+FRESH = 100
+"""Answers of its own within which that share is enough. In an alarm that lasts (users ask something else by
+now, say) every check would come to it some day, so that more is needed then, the logarithm of the time twice:
+over all times together that is about as improbable as within these answers."""
+HIGHEST = 2.0
+"""Alarms' worth of evidence that a check may gather: what has passed is over soon."""
 
 
 class Status(StrEnum):
@@ -116,6 +123,9 @@ class Track(BaseModel):
     evidence: float = 0.0
     highest: float = 0.0
     alarmed: bool = False
+    """An alarm has been said, and the evidence has not been zero since."""
+    beside: int = 0
+    """Answers that it has looked at while another check alarmed."""
     learned: list[float] = Field(default_factory=list)
     """Values from which the usual range is still being learned."""
     usual: tuple[float, float] | None = None
@@ -132,12 +142,22 @@ class Track(BaseModel):
         low, high = self.usual
         return value > high or (value < low and not above)
 
-    def add(self, bad: bool, rates: Rates | None) -> None:
+    def add(self, bad: bool, rates: Rates | None, most: float = math.inf) -> None:
         self.answers += 1
         self.bad += bad
         if rates is not None:
-            self.evidence = Cusum(rates, self.evidence).add(bad)
+            self.evidence = min(most, Cusum(rates, self.evidence).add(bad))
             self.highest = max(self.highest, self.evidence)
+            self.alarmed = self.alarmed and self.evidence > 0
+
+    def agrees(self, policy: DemotionPolicy) -> bool:
+        """Whether its evidence supports the alarm of another, as long as that has lasted."""
+        later = 2 * math.log(max(1.0, self.beside / FRESH))
+        return self.evidence >= min(policy.alarm, WARN_SHARE * policy.alarm + later)
+
+    def forget(self) -> None:
+        """Begin anew, with all that was counted."""
+        self.evidence, self.alarmed, self.beside = 0.0, False, 0
 
 
 class Cell(BaseModel):
@@ -167,8 +187,14 @@ class Cell(BaseModel):
     def warned(self, policy: DemotionPolicy) -> list[str]:
         """Checks whose evidence would support an alarm of another."""
         enough = WARN_SHARE * policy.alarm
+        return [name for name, one in self._acting(policy) if one.evidence >= enough]
+
+    def _acting(self, policy: DemotionPolicy) -> list[tuple[str, Track]]:
+        """Checks that may demote. One without rates has none any more: its evidence is of former times."""
         return [
-            name for name, one in self.tracks.items() if one.evidence >= enough and name not in policy.said
+            (name, one)
+            for name, one in self.tracks.items()
+            if name in policy.rates and name not in policy.said
         ]
 
     def fold(self, outcome: Outcome, policy: DemotionPolicy, may_demote: bool = True) -> Iterator[WatchEvent]:
@@ -182,7 +208,9 @@ class Cell(BaseModel):
             bad = track.judge(outcome.value, above=outcome.check in policy.said)
         if bad is None:
             return
-        track.add(bad, policy.rates_of(outcome.check))
+        track.add(bad, policy.rates_of(outcome.check), HIGHEST * policy.alarm)
+        others = any(one.alarmed for _, one in self._acting(policy) if one is not track)
+        track.beside = track.beside + 1 if others else 0
         if outcome.check in policy.said:
             if track.evidence >= policy.alarm:
                 usual, track.evidence, track.usual = (
@@ -200,14 +228,10 @@ class Cell(BaseModel):
     def _watch(
         self, outcome: Outcome, track: Track, policy: DemotionPolicy, may_demote: bool
     ) -> Iterator[WatchEvent]:
-        alarms = [
-            name
-            for name, one in self.tracks.items()
-            if one.evidence >= policy.alarm and name not in policy.said
-        ]
+        alarms = [name for name, one in self._acting(policy) if one.evidence >= policy.alarm]
         if not alarms:
             return
-        agreeing = self.warned(policy)
+        agreeing = [name for name, one in self._acting(policy) if one.agrees(policy)]
         evidence = {name: round(self.tracks[name].evidence, 2) for name in agreeing}
         if len(agreeing) < policy.agree:
             if not track.alarmed and outcome.check in alarms:
@@ -217,8 +241,9 @@ class Cell(BaseModel):
             return
         why = f"{' and '.join(agreeing)} have changed"
         if self.pinned == "serving" or not may_demote:
-            if not track.alarmed:
-                track.alarmed = True
+            if not all(self.tracks[name].alarmed for name in agreeing):
+                for name in agreeing:
+                    self.tracks[name].alarmed = True
                 who = "a person pinned it" if self.pinned else "too many demotions lately"
                 yield WatchEvent(EventKind.HELD_BACK, self.key, outcome.at, f"{why}; {who}", evidence)
             return
@@ -260,14 +285,14 @@ class Cell(BaseModel):
     def demote(self, why: str, at: float, evidence: Mapping[str, Any] | None = None) -> WatchEvent:
         self._become(Status.DEMOTED, why, at)
         for track in self.tracks.values():
-            track.evidence, track.alarmed = 0.0, False
+            track.forget()
         return WatchEvent(EventKind.DEMOTED, self.key, at, why, evidence or {})
 
     def restore(self, why: str, at: float) -> WatchEvent:
         self._become(Status.SERVING, why, at)
         self.failed = 0
         for track in self.tracks.values():
-            track.evidence, track.alarmed = 0.0, False
+            track.forget()
         return WatchEvent(EventKind.RESTORED, self.key, at, why)
 
     def pin(self, state: Literal["serving", "demoted"] | None, why: str, at: float) -> WatchEvent:

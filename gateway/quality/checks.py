@@ -15,11 +15,16 @@ from gateway.quality.grounded import context_of
 from gateway.quality.schemas import Schemas, UncheckedError
 from gateway.quality.transcript import Transcript
 
+LONGEST_TEXT = 400_000
+"""Characters beyond which no values are looked for: a table of 3 MB takes as long as all checks may."""
 LONGEST_PERIOD = 40
 """Words of the longest passage whose repetition is looked for."""
 LOOKED_AT = 1500
 """Words, and letters, at the end of an answer in which loops are looked for."""
-_SAME_LETTERS = re.compile(r"([^\W\d_]{1,8}?)\1{15,}")
+_SAME_LETTERS = re.compile(r"([^\W\d_]{1,8}?)\1{15,}|([!?,;:%$&@\"'()<>/\\0-9])\2{31,}")
+"""What breaks a model's numbers makes it say its first token for ever, mostly an exclamation mark."""
+_DRAWN = re.compile(r"[-|:=+*_~.]+")
+"""A word of a table or a rule, which may repeat itself."""
 _REFUSAL = re.compile(
     r"^\W*(?:(?:i['\u2019]?m|i am) (?:sorry|unable|not able)|sorry,|"
     r"i (?:cannot|can['\u2019]?t|won['\u2019]?t) (?:help|assist|answer|do|provide|comply)|as an ai\b|"
@@ -36,10 +41,12 @@ Check = Callable[[Request, Transcript, Schemas], bool | None]
 
 
 def bad_json(request: Request, answer: Transcript, schemas: Schemas) -> bool | None:
-    """The request wanted JSON, by a schema or without: every choice must be such."""
+    """The request wanted JSON, by a schema or without: every choice must be such. What is said beside a
+    tool's call is no answer yet."""
     wanted: Any = request.get("response_format")
     kind = wanted.get("type") if isinstance(wanted, dict) else None
-    if kind not in ("json_object", "json_schema") or not answer.texts or answer.cut_short:
+    said = answer.texts and not answer.tool_calls and not answer.cut_short
+    if kind not in ("json_object", "json_schema") or not said:
         return None
     given = wanted.get("json_schema")
     schema = given.get("schema") if kind == "json_schema" and isinstance(given, dict) else {"type": "object"}
@@ -67,7 +74,7 @@ def bad_arguments(request: Request, answer: Transcript, schemas: Schemas) -> boo
 
 def repetition(_: Request, answer: Transcript, __: Schemas) -> bool | None:
     """The answer goes round in circles: a passage comes four times in a row, one of up to three words eight
-    times, one of up to eight letters sixteen times."""
+    times, one of up to eight letters sixteen times, a punctuation mark 32 times."""
     return any(map(_loops, answer.texts)) if answer.texts else None
 
 
@@ -96,10 +103,14 @@ def invented_value(request: Request, answer: Transcript, _: Schemas) -> bool | N
     messages = request.get("messages")
     if not isinstance(messages, list) or not answer.texts:
         return None
+    if sum(map(len, answer.texts)) > LONGEST_TEXT:
+        return None
     said = set().union(*map(_values, answer.texts))
     if not said:
         return None  # most answers: then the context, which may be long, need not be read
     context = context_of(messages)
+    if len(context) > LONGEST_TEXT:
+        return None
     known = _values(context)
     if not known:
         return None
@@ -143,7 +154,7 @@ def failures(
 def _loops(text: str) -> bool:
     if _SAME_LETTERS.search(text[-LOOKED_AT:]):
         return True
-    words = text.split()[-LOOKED_AT:]
+    words = [word for word in text.split()[-LOOKED_AT:] if not _DRAWN.fullmatch(word)]
     for period in range(1, LONGEST_PERIOD + 1):
         needed = (7 if period < 4 else 3) * period
         run = 0

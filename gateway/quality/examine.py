@@ -14,7 +14,7 @@ from typing import Any
 from gateway.kept.conversation import LONGEST, answer_of, asked_of
 from gateway.kept.redact import redactor
 from gateway.quality import judge, shadow
-from gateway.quality.checks import HARD, failures
+from gateway.quality.checks import HARD, LONGEST_TEXT, failures
 from gateway.quality.detectors import DETECTORS, Detector
 from gateway.quality.examiner import Asking, Examiner, UnansweredError
 from gateway.quality.grounded import context_of
@@ -40,8 +40,6 @@ from gateway.quality.records import (
 from gateway.quality.schemas import Schemas
 from gateway.quality.transcript import Transcript, read_object
 
-LONGEST_TEXT = 400_000
-"""Characters of context and answer beyond which the grounded check is skipped."""
 LONGEST_COMPARED = 200_000
 """Bytes of a request beyond which no engine is asked about its answer."""
 SAMPLES = 3

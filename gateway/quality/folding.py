@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Literal
 
@@ -28,12 +29,15 @@ def fold(store: Store, mine: Sequence[Outcome], watched: Watched, now: float, be
 
     for key in watched.keys.values():
         known = cells.get(key)
-        if known is None or known.status is Status.SERVING:
+        if known is None:
             continue
         if known.gate != watched.gates[key.variant]:
             cell = cell_of(key)
             cell.gate = watched.gates[key.variant]
-            events.append(cell.restore("it has passed a new gate", now))
+            if cell.status is not Status.SERVING:
+                events.append(cell.restore("it has passed a new gate", now))
+        elif known.since > now:
+            cell_of(key).since = now  # of a clock that was ahead: probation would wait for that time
         elif (begun := known.begin_probation(watched.policies[key], now)) is not None:
             cell_of(key)
             events.append(begun)
@@ -43,8 +47,10 @@ def fold(store: Store, mine: Sequence[Outcome], watched: Watched, now: float, be
             continue  # of a version or a role that is no longer served
         if allowed is None:
             lately = store.events(10_000, now - 3600, EventKind.DEMOTED)
-            allowed = watched.config.watch.demotions_per_hour - len(lately)
-        for event in cell_of(outcome.key).fold(outcome, policy, may_demote=allowed > 0):
+            allowed = watched.config.watch.demotions_per_hour - sum(one.at < now + 3600 for one in lately)
+        # Whoever saw it may have another clock: what follows from it happens now, by this one.
+        seen = dataclasses.replace(outcome, at=now)
+        for event in cell_of(outcome.key).fold(seen, policy, may_demote=allowed > 0):
             events.append(event)
             allowed -= event.kind is EventKind.DEMOTED
     if outcomes or changed:

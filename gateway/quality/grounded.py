@@ -4,15 +4,16 @@ The labels are those of ADK's ``hallucinations_v1``, of which a judge is needed 
 (``contradictory``, ``disputed``); the rules give the other three:
 
 1. A question, or a sentence that says that something is not stated or not known: ``not_applicable``.
-2. A sentence with values that can be looked up (numbers, money, dates, times, identifiers, names) is
-   ``supported`` when every one of them is in the context, else ``unsupported``.
+2. A sentence with values that can be looked up (numbers, money, dates, times, identifiers, addresses,
+   names) is ``supported`` when every one of them is in the context, else ``unsupported``.
 3. Any other sentence is judged by its content words. Its value is what follows the first ``is``,
    ``are``, ``was``, ``were`` or colon, else its last content word: ``supported`` when the value is in
    the context; ``not_applicable`` when none of its content words is; else ``unsupported``.
 
 What it cannot see: a value that is in the context but belongs to something else (the agent's name
-given as the customer's), a wrong word beside right numbers, and a paraphrase (which it calls
-unsupported). The context is everything but the assistant's own words.
+given as the customer's), a wrong word or unit beside right numbers (billions for millions), a minus that is
+left out (a sentence may say it in words), and a paraphrase (which it calls unsupported). The context is
+everything but the assistant's own words.
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
-from gateway.quality.claims import Claim, extract, names
+from gateway.quality.claims import Claim, extract, names, plain
 from gateway.quality.sentences import split_sentences
 
-_WORD = re.compile(r"[^\W_]+(?:['\u2019-][^\W_]+)*")
+_WORD = re.compile(r"[^\W_]+(?:['-][^\W_]+)*")
 _COPULA = re.compile(r"\b(?:is|are|was|were)\b\s*:?|:", re.IGNORECASE)
 _NOTHING_CLAIMED = re.compile(
     r"\b(?:(?:do|does|did)(?: not|n['\u2019]t) "
@@ -41,8 +42,11 @@ _STOP_WORDS = frozenset(
     "was were be been being am has have had do does did will would can could shall should may might must "
     "of in on at to from by with for as and or but if then than so also not there here about into per over "
     "under up down out off what which who whom whose when where why how yes please sure thanks hello "
-    "hi".split()
+    "hi dear since after before because although though while once however until unless during both "
+    "each".split()
 )
+_COUNTED = tuple("zero  two three four five six seven eight nine ten eleven twelve".split(" "))
+"""Numbers as words. ``One`` is mostly no number."""
 
 
 class Label(StrEnum):
@@ -117,11 +121,22 @@ class _Source:
 
     def __init__(self, context: str) -> None:
         claims, _ = extract(context)
+        for address in [claim.value[0] for claim in claims if claim.kind == "address"]:
+            claims += extract(re.sub(r"[^\w.-]+", " ", address))[0]
+        words = words_of(context)
+        self._words, vocabulary = " ".join(words), set(words)
         self._claims = {(_family(claim), claim.value) for claim in claims}
-        # An answer may leave out a year or a currency. It may add a currency, but no year.
+        for number, word in enumerate(_COUNTED):
+            digits = ("number", (str(number), ""))
+            if word in vocabulary:
+                self._claims.add(digits)
+            elif digits in self._claims:
+                vocabulary.add(word)
+        # An answer may leave out a year, a currency or a minus. It may add a currency, but no other.
         self._shortened = {(family, (*value[:-1], "")) for family, value in self._claims}
-        self._words = " ".join(words_of(context))
-        self.vocabulary = frozenset(self._words.split())
+        self._shortened |= {(family, (value[0].lstrip("-"), *value[1:])) for family, value in self._claims}
+        self._shortened |= {(family, (value[0].lstrip("-"), *value[1:])) for family, value in self._shortened}
+        self.vocabulary = frozenset(vocabulary)
 
     def has(self, claim: Claim) -> bool:
         key = (_family(claim), claim.value)
@@ -138,9 +153,11 @@ def _label(sentence: str, source: _Source) -> Label:
     if sentence.endswith("?") or _NOTHING_CLAIMED.search(sentence):
         return Label.NOT_APPLICABLE
     claims, rest = extract(sentence)
-    phrases = [words_of(name) for name in names(rest, _STOP_WORDS)]
-    if claims or phrases:
-        found = all(source.has(claim) for claim in claims) and all(_named(p, source) for p in phrases)
+    given = list(names(rest, _STOP_WORDS))
+    if claims or given:
+        found = all(map(source.has, claims)) and all(
+            _named(words_of(name), source, rest.lstrip().startswith(name)) for name in given
+        )
         return Label.SUPPORTED if found else Label.UNSUPPORTED
     content = content_words(sentence)
     copula = _COPULA.search(sentence)
@@ -152,9 +169,12 @@ def _label(sentence: str, source: _Source) -> Label:
     return Label.UNSUPPORTED
 
 
-def _named(words: list[str], source: _Source) -> bool:
-    """A name as it is, or with its two parts the other way round (``Vidal, Greta``)."""
-    return source.says(words) or (len(words) == 2 and source.says(reversed(words)))
+def _named(words: list[str], source: _Source, first: bool) -> bool:
+    """A name as it is, or with its two parts the other way round (``Vidal, Greta``). ``first``: it begins
+    its sentence, so that its first word may be none of it (``Yesterday Greta Vidal called``)."""
+    if source.says(words) or (len(words) == 2 and source.says(reversed(words))):
+        return True
+    return first and len(words) > 2 and source.says(words[1:])
 
 
 def _family(claim: Claim) -> str:
@@ -164,7 +184,7 @@ def _family(claim: Claim) -> str:
 
 def words_of(text: str) -> list[str]:
     """In small letters, without a possessive ``'s``."""
-    return [word.lower().removesuffix("'s").removesuffix("\u2019s") for word in _WORD.findall(text)]
+    return [word.lower().removesuffix("'s") for word in _WORD.findall(plain(text))]
 
 
 def content_words(text: str) -> list[str]:

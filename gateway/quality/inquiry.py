@@ -20,6 +20,7 @@ from gateway.routing.pools import Pools
 from gateway.routing.replicas import Replica
 from gateway.telemetry.logs import EVENTS
 from gateway.telemetry.metrics import Metrics
+from gateway.upstream.whole import read_whole
 
 LATER = 3
 LONGEST_ANSWER = 64 << 20
@@ -163,13 +164,7 @@ class Inquiry:
             async with self._session.post(  # no engine sends what it was asked, and its key, elsewhere
                 url, data=body, headers=headers, timeout=timeout, allow_redirects=False
             ) as response:
-                parts, size = [], 0
-                async for part in response.content.iter_any():
-                    parts.append(part)
-                    size += len(part)
-                    if size > LONGEST_ANSWER:
-                        raise UnansweredError(f"{url}: its answer has more than {LONGEST_ANSWER} bytes")
-                return response.status, b"".join(parts)
+                return response.status, await read_whole(response, LONGEST_ANSWER)
         except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
             raise UnansweredError(f"{url}: {type(error).__name__}") from None
 

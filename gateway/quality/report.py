@@ -103,8 +103,8 @@ def _verdict(cell: Cell, policy: DemotionPolicy | None) -> str:
         return "demoted"
     if policy is None or not any(t.answers for name, t in cell.tracks.items() if name in policy.rates):
         return "no evidence"
-    alarms = [name for name, track in cell.tracks.items() if track.evidence >= policy.alarm]
-    if alarms:
+    tracks = [track for name, track in cell.tracks.items() if name in policy.rates]
+    if any(track.evidence >= policy.alarm for track in tracks):
         return "not enough evidence"  # one check alone, or the limit on demotions
     return "suspected" if cell.warned(policy) else "healthy"
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 
-_END = re.compile(r"[.!?]+[\"'\u201d\u2019)\]]*\s+")
-_CLOSING = "\"'\u201c\u201d\u2018\u2019)]"
+_END = re.compile(r"[.!?]+[\"'\u201d\u2019)\]]*\s+|[\u3002\uff01\uff1f]+[\u201d\u2019\u300d\u300f\uff09]*\s*")
+_CLOSING = "\"'\u201c\u201d\u2018\u2019)]\u300d\u300f\uff09"
 _BULLET = re.compile(r"^\s*(?:[-*•]|\d{1,3}[.)])\s+")
 _NEVER_ENDS = frozenset(
     "mr mrs ms dr prof rev st mt vs cf approx e.g i.e gen col sgt capt hon messrs".split()
@@ -36,7 +36,7 @@ def split_sentences(text: str) -> list[str]:
 
 
 def _ends(before: str, after: str) -> bool:
-    if before.rstrip(_CLOSING)[-1] in "!?":
+    if before.rstrip(_CLOSING)[-1] in "!?\u3002\uff01\uff1f":
         return True
     if after[:1].islower():
         return False

@@ -106,7 +106,7 @@ class Transcript:
             self._meter.add(token)
             if index == 0:
                 self.tokens.append((str(token["token"]), float(token["logprob"])))
-        except (AttributeError, KeyError, TypeError, ValueError):
+        except (AttributeError, ArithmeticError, KeyError, TypeError, ValueError):
             return
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import os
 import socket
 import time
@@ -21,7 +22,7 @@ from typing import Any, TypeVar
 import aiohttp
 
 from gateway.config import Config, parts_of
-from gateway.errors import BadRequestError
+from gateway.errors import BadRequestError, some_of
 from gateway.quality.cells import Cell, CellKey, EventKind, Outcome, Status, WatchEvent
 from gateway.quality.folding import Action, act, fold
 from gateway.quality.rates import Watched
@@ -113,7 +114,10 @@ class Watch:
         probation: bool = False,
         soon: bool = True,
     ) -> None:
-        """One check of one answer. ``soon``: it is worth a round of its own."""
+        """One check of one answer. ``soon``: it is worth a round of its own. A value that is no number says
+        nothing."""
+        if value is not None and not math.isfinite(value):
+            return
         if len(self._waiting) >= MOST_WAITING:
             self._metrics.watch_dropped.labels().inc()
             return
@@ -186,11 +190,11 @@ class Watch:
             return next(iter(found.values()))
         if found:
             raise BadRequestError(
-                f"variant: several models have {variant[:80]!r}; send one of: {', '.join(sorted(found))}",
+                f"variant: several models have {variant[:80]!r}; send one of: {some_of(sorted(found))}",
                 param="variant",
             )
-        known = ", ".join(sorted({variant for variant, _ in keys})) or "none"
-        roles = ", ".join(sorted(self._watched.config.roles))
+        known = some_of(sorted({variant for variant, _ in keys})) or "none"
+        roles = some_of(sorted(self._watched.config.roles))
         raise BadRequestError(
             f"variant: no watched variant {variant[:80]!r} serves a role {role[:80]!r}; "
             f"variants: {known}; roles: {roles}",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
@@ -15,8 +16,13 @@ from prometheus_client.parser import text_string_to_metric_families
 from gateway.routing.breaker import Clock
 from gateway.routing.replicas import Reading, Replica
 from gateway.telemetry.metrics import Metrics
+from gateway.upstream.whole import read_whole
 
 SCRAPE_TIMEOUT_S = 5.0
+LONGEST_BYTES = 4 << 20
+"""Of an engine's metrics: a rank has about a hundred thousand."""
+MOST_LINES = 2048
+"""Of these that are parsed, 10 us each: an engine says eight for each of its ranks."""
 MEMORY_EVERY_S = 10.0
 """A local engine's memory is read less often: all its pages are walked for it, 76 ms for 2.5 GB."""
 ENGINES_FILE = "engines.json"
@@ -40,12 +46,13 @@ def parse_reading(text: str) -> Reading:
     """
     # An engine says hundreds of lines, and eight are read: parsing all was most of an idle gateway's work.
     lines = text.splitlines()
-    lines = [line for line in lines if line.startswith(_READ)] or lines
+    lines = ([line for line in lines if line.startswith(_READ)] or lines)[:MOST_LINES]
     found: dict[str, list[float]] = {}
     cache_tokens = adapters = None
     for family in text_string_to_metric_families("\n".join(lines) + "\n"):
         for sample in family.samples:
-            found.setdefault(sample.name, []).append(sample.value)
+            if math.isfinite(sample.value):
+                found.setdefault(sample.name, []).append(sample.value)
             if sample.name == _CACHE:
                 cache_tokens = _cache_tokens(sample.labels)
             if sample.name == _LORA and sample.labels.get("max_lora", "").isdigit():
@@ -139,7 +146,8 @@ class EngineReader:
             async with self._session.get(
                 replica.base + "/metrics", headers=replica.credentials, timeout=timeout, allow_redirects=False
             ) as response:
-                reading = parse_reading(await response.text() if response.status == 200 else "")
+                said = await read_whole(response, LONGEST_BYTES) if response.status == 200 else b""
+                reading = parse_reading(said.decode(errors="replace"))
         except (aiohttp.ClientError, TimeoutError, ValueError):
             reading = Reading()
         before, now = replica.reading.preemptions, reading.preemptions

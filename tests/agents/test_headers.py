@@ -24,6 +24,7 @@ def blocks(language: str) -> list[str]:
 
 def test_what_is_unknown_is_left_out_and_what_is_odd_is_encoded() -> None:
     assert identity() == {}
+    assert identity("\ud800") == {"x-agent-name": "?", "baggage": "gen_ai.agent.name=%3F"}
     assert identity("tri,age", "s/1", "s", "core") == {
         "x-agent-name": "tri,age",
         "x-agent-role": "core",

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from google.adk.agents import LlmAgent
 from google.adk.apps import App
-from google.adk.models.lite_llm import LiteLlm
+from google.adk.models.lite_llm import LiteLlm, LiteLLMClient
 from google.adk.models.llm_request import LlmRequest
 from google.adk.runners import InMemoryRunner
 from google.genai import types
@@ -102,3 +103,55 @@ async def test_what_is_unknown_is_left_out_and_what_is_odd_is_encoded(
 async def test_a_request_it_does_not_understand_goes_out_as_it_is(caplog: pytest.LogCaptureFixture) -> None:
     await GatewayPlugin().before_model_callback(callback_context=context(**FULL), llm_request=object())
     assert "without its agent's identity" in caplog.text
+
+
+async def answered(on_call: Any, monkeypatch: pytest.MonkeyPatch, made: Any, **more: Any) -> Any:
+    """What ``GatewayClient`` gives for LiteLLM's answer ``made``."""
+
+    async def acompletion(*_: Any, **__: Any) -> Any:
+        return await made() if callable(made) else made
+
+    monkeypatch.setattr(LiteLLMClient, "acompletion", acompletion)
+    return await GatewayClient(on_call).acompletion("openai/assistant", [], None, **more)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_report_that_fails_breaks_no_answer(
+    stream: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def on_call(_: GatewayCall) -> None:
+        raise OSError("the disk is full")
+
+    async def chunks() -> Any:
+        yield SimpleNamespace(choices=[SimpleNamespace(delta=None)], usage=None)
+        yield SimpleNamespace(choices=None, usage=SimpleNamespace())
+
+    given = chunks() if stream else SimpleNamespace(usage=None)
+    answer = await answered(on_call, monkeypatch, given, stream=stream)
+    if stream:
+        assert len([chunk async for chunk in answer]) == 2
+    else:
+        assert answer is given
+    assert "the disk is full" in caplog.text
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_call_that_is_cancelled_is_reported(stream: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A time limit of the application's ends calls so."""
+    calls: list[GatewayCall] = []
+
+    async def never() -> Any:
+        await asyncio.sleep(3600)
+
+    async def chunks() -> Any:
+        yield SimpleNamespace(choices=[], usage=None)
+        await never()
+
+    async def read() -> None:
+        answer = await answered(calls.append, monkeypatch, chunks() if stream else never, stream=stream)
+        async for _ in answer:
+            pass
+
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(read(), 0.05)
+    assert [call.error for call in calls] == ["CancelledError"]

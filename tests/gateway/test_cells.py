@@ -15,6 +15,7 @@ from gateway.quality.cells import (
     EventKind,
     Outcome,
     Status,
+    Track,
     WatchEvent,
 )
 from gateway.quality.sequential import threshold
@@ -60,6 +61,61 @@ def test_two_checks_that_agree_demote() -> None:
     assert demoted.why == "shadow and rules have changed"
     assert set(demoted.evidence) == {"shadow", "rules"}
     assert (cell.serves, cell.status, cell.since) == (False, Status.DEMOTED, 5.0)
+
+
+def changed_questions(seed: int) -> Cell:
+    """Users ask something else by now: most answers' signals are unusual, and nothing is wrong."""
+    rng, cell, rules = random.Random(seed), Cell(key=KEY), policy()
+    cell.tracks["signals"] = Track(usual=(0.0, 1.0))
+    for number in range(6_000):
+        unusual = 2.0 if rng.random() < 0.6 else 0.5
+        list(cell.fold(Outcome(KEY, "signals", False, 0.0, unusual), rules))
+        list(cell.fold(Outcome(KEY, "rules", rng.random() < 0.01, 0.0), rules))
+        if number % 5 == 0:
+            list(cell.fold(Outcome(KEY, "shadow", rng.random() < 0.04, 0.0), rules))
+    return cell
+
+
+def test_an_alarm_that_lasts_is_not_joined_by_chance() -> None:
+    """A third of the evidence comes to every check some day."""
+    cells = [changed_questions(seed) for seed in range(20)]
+    assert [cell.status for cell in cells] == [Status.SERVING] * 20
+    assert all(cell.tracks["signals"].alarmed for cell in cells)
+
+
+def test_harm_is_seen_beside_an_alarm_that_lasts() -> None:
+    cell = changed_questions(0)
+    assert EventKind.DEMOTED in [event.kind for event in fold(cell, "rules", [True] * 12)]
+
+
+def test_an_alarm_is_over_soon_and_another_one_is_said_again() -> None:
+    cell = Cell(key=KEY)
+    (alarm,) = fold(cell, "rules", [True] * 500)
+    assert alarm.kind is EventKind.ALARM
+    assert fold(cell, "rules", [False] * 400) == []
+    assert cell.tracks["rules"].evidence == 0
+    (again,) = fold(cell, "rules", [True] * 20)
+    assert again.kind is EventKind.ALARM
+
+
+def test_what_is_held_back_is_said_once() -> None:
+    cell = Cell(key=KEY)
+    fold(cell, "shadow", [True] * 20, may_demote=False)
+    events = fold(cell, "rules", [True] * 20, may_demote=False)
+    events += fold(cell, "signals", [False] * 50, may_demote=False)
+    assert [event.kind for event in events] == [EventKind.HELD_BACK]
+
+
+def test_a_check_without_rates_supports_nobody() -> None:
+    """The reference is asked no more: what it said once is of another time."""
+    cell = Cell(key=KEY)
+    fold(cell, "shadow", [True] * 8)
+    rules = policy(rates={"signals": (0.1, 0.35), "rules": (0.02, 0.12)}, compared=False)
+    events: list[WatchEvent] = []
+    for _ in range(12):
+        events += cell.fold(Outcome(KEY, "rules", True, 0.0), rules)
+    assert [event.kind for event in events] == [EventKind.ALARM]
+    assert cell.warned(rules) == ["rules"]
 
 
 def test_a_check_that_is_only_counted_never_acts() -> None:

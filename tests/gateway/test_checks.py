@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from typing import Any
 
 import pytest
@@ -57,6 +58,16 @@ def call(name: str, arguments: str) -> Transcript:
             False,
         ),
         ("json", {}, answer("no"), None),
+        (
+            "json",
+            {"response_format": SCHEMA, "tools": [WEATHER]},
+            answer(
+                "Let me look.",
+                "tool_calls",
+                tool_calls=[{"function": {"name": "weather", "arguments": '{"city": "Oslo"}'}}],
+            ),
+            None,
+        ),
         ("tool", {"tools": [WEATHER]}, call("weather", '{"city": "Oslo"}'), False),
         ("tool", {"tools": [WEATHER]}, call("whether", "{}"), True),
         ("tool", {}, call("weather", "{}"), True),
@@ -69,6 +80,9 @@ def call(name: str, arguments: str) -> Transcript:
         ("repetition", {}, answer("ha ha ha"), False),
         ("repetition", {}, answer("Vidalo" + "o" * 16), True),
         ("repetition", {}, answer("| a | b |\n|" + "-" * 40 + "|"), False),
+        ("repetition", {}, answer("| a | b |\n|" + " --- |" * 12), False),
+        ("repetition", {}, answer("!" * 64), True),
+        ("repetition", {}, answer("Wait" + "." * 40), False),
         ("repetition", {}, answer("one two three four five six seven eight nine ten " * 2), False),
         ("truncation", {}, answer("and then", "length"), True),
         ("truncation", {}, answer("The end."), False),
@@ -129,3 +143,12 @@ NONSENSE = st.recursive(
 def test_nonsense_is_no_failure_of_ours(asked: dict[str, Any], text: str) -> None:
     found = failures(body(**asked), answer(text))
     assert all(isinstance(bad, bool) for bad in found.values())
+
+
+def test_no_values_are_looked_for_in_what_takes_too_long() -> None:
+    """A table of some megabytes: that took as long as a process may take for all checks."""
+    table = "\n".join(f"ORD-{number},{number}.50,2024-03-15" for number in range(100_000, 130_000))
+    asked = {"messages": [{"role": "user", "content": table}]}
+    began = time.process_time()
+    assert "invented" not in failures(asked, answer("ORD-999999 costs 12,345.50."))
+    assert time.process_time() - began < 0.3

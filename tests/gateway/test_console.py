@@ -13,6 +13,7 @@ from fleet import MODELS, ROLES, cards_of
 from gateway_stack import Stack, running_gateway, write_variants
 
 from gateway.identity import hash_of
+from gateway.quality.cells import EventKind, WatchEvent
 from tests.chromium import Chromium, Page, find_chromium
 
 pytestmark = pytest.mark.skipif(
@@ -162,6 +163,18 @@ async def test_demoting_by_click(chromium: Chromium) -> None:
         await page.click("nav a", "Live")
         await page.click(".attention a", "out of service for intent_classifier")
         await page.until("location.hash === '#quality'")
+
+
+async def test_events_of_one_moment_are_all_there(chromium: Chromium) -> None:
+    async with running_gateway() as stack:
+        watch = stack.gateway.watch
+        assert watch is not None
+        key = watch.key("assistant:int4-kv8", "intent_classifier")
+        assert key is not None
+        store, events = watch._open, [WatchEvent(EventKind.ALARM, key, 1.7e9, why) for why in ("one", "two")]
+        await watch._in_thread(lambda: store().change([], events))
+        async with console(chromium, stack.url, "quality") as page:
+            await page.until("document.querySelectorAll('.verdict.warn').length === 2")
 
 
 async def test_the_keyboard_is_enough(chromium: Chromium) -> None:

@@ -24,6 +24,7 @@ RECORD = (
         ("See No. 5, e.g. the total. No. It is not.", ["See No. 5, e.g. the total.", "No.", "It is not."]),
         ("Really?! Yes.", ["Really?!", "Yes."]),
         ("- total: $5\n- paid\n\n1. first", ["total: $5", "paid", "first"]),
+        ("\u4ed6\u6765\u4e86\u3002\u4f60\u5462\uff1f", ["\u4ed6\u6765\u4e86\u3002", "\u4f60\u5462\uff1f"]),
         ("", []),
         ("...\n", []),
     ],
@@ -65,6 +66,35 @@ def test_sentences(text: str, sentences: list[str]) -> None:
 def test_labels(answer: str, label: str) -> None:
     ((_, found),) = check(answer, RECORD).sentences
     assert found == label
+
+
+@pytest.mark.parametrize(
+    ("answer", "context", "bad"),
+    [
+        ("The order weighs 5 kg.", "weight: 5kg", False),
+        ("The file has 10 MB.", "size: 10MB", False),
+        ("Sean O\u2019Brien placed it.", "customer: Sean O'Brien placed it", False),
+        ("Dear Greta Vidal,", "customer: Greta Vidal", False),
+        ("Yesterday Greta Vidal called.", "called: Greta Vidal", False),
+        ("There are three items.", "items: 3", False),
+        ("There are 3 items.", "There are three items.", False),
+        ("There are four items.", "items: 3", True),
+        ("See https://example.com/a/b for more.", "docs: https://example.com/a/b", False),
+        ("See https://evil.example/a for more.", "docs: https://example.com/a/b", True),
+        ("It is order 4711.", "https://shop.example/orders/4711", False),
+        ("Mail greta@other.com.", "email: greta@example.com", True),
+        ("The IP is 10.0.0.1.", "ip: 10.0.0.1", False),
+        ("The IP is 10.0.0.2.", "ip: 10.0.0.1", True),
+        ("Version 1.2.4 is installed.", "version: 1.2.3", True),
+        ("It was -5 degrees.", "temperature: 5", True),
+        ("It was 5 degrees below zero.", "temperature: -5", False),
+        ("It takes 5-10 days.", "5 to 10 days", False),
+        ("\u8ba2\u5355\u91d1\u989d\u4e3a300\u5143\u3002", "\u8ba2\u5355\u91d1\u989d: 277\u5143", True),
+        ("\u8ba2\u5355\u91d1\u989d\u4e3a277\u5143\u3002", "\u8ba2\u5355\u91d1\u989d: 277\u5143", False),
+    ],
+)
+def test_values_as_people_write_them(answer: str, context: str, bad: bool) -> None:
+    assert (check(answer, context).bad > 0) is bad
 
 
 def test_scores() -> None:

@@ -12,7 +12,7 @@ from gateway_stack import Stack, eventually, make_card, running_gateway, write_v
 from prometheus_client import CollectorRegistry
 from test_workers import ask, workers
 
-from gateway.api.overview import SEVERAL, module_bits
+from gateway.api.overview import SEVERAL, Overview, module_bits
 from gateway.console.history import ALL, KEPT, History, Totals, quantile
 from gateway.identity import hash_of
 from gateway.telemetry.metrics import Metrics
@@ -242,6 +242,30 @@ def test_history_is_bounded_and_a_worker_that_starts_anew_is_no_negative_rate() 
     history.add(last + 1000, Totals({("core", "assistant:bf16"): sums(metrics, 8)}), {})
     assert history.samples[-1].figures == {}, "nothing has happened"
     assert history.last_minute() == (990, {}, {}), "nobody looked: the minute begins anew"
+
+
+def test_a_clock_that_is_set_back_begins_anew() -> None:
+    metrics = Metrics(CollectorRegistry(), ())
+    history = History(metrics)
+    for number in range(5):
+        history.add(1e9 + 5 * number, Totals({("core", "assistant:bf16"): sums(metrics, 10 * number)}), {})
+    assert len(history.samples) == 4
+    for number in range(3):
+        history.add(5 * number, Totals({("core", "assistant:bf16"): sums(metrics, 50 + 5 * number)}), {})
+    assert [sample.at for sample in history.samples] == [5, 10]
+    assert history.last_minute()[0] == 10
+    assert history.last_minute()[1]["core", "assistant:bf16"][0] == 1
+
+
+async def test_samples_go_on_after_a_clock_was_set_back() -> None:
+    now = [1e9]
+    async with running_gateway() as stack:
+        plane, metrics = stack.gateway.plane, stack.gateway.metrics
+        overview = Overview(plane, metrics, lambda _: None, clock=lambda: now[0])
+        for at in (1e9, 1e9 + 5, 5e8, 5e8 + 5, 5e8 + 10):
+            now[0] = at
+            await overview.sample()
+        assert [sample.at for sample in overview._history.samples] == [int(5e8 + 5), int(5e8 + 10)]
 
 
 def test_quantiles_are_interpolated_in_buckets() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from typing import Any
 
 import pytest
@@ -14,6 +15,8 @@ from grafana_foundation_sdk.models.dashboard import Dashboard as GrafanaDashboar
 from prometheus_client import CollectorRegistry
 
 from deploy.dashboards import COLUMNS, DASHBOARDS, DIRECTORY, Dashboard, render, text_of
+from deploy.dashboards.model import ENGINE
+from deploy.engine import WITHOUT_ADAPTER
 from gateway.telemetry.metrics import Metrics
 from tests.helm.metric_names import filled, selectors
 from tests.helm.test_rules import check_names
@@ -142,6 +145,26 @@ def test_a_choice_of_roles_and_variants_narrows_every_query_that_has_them(dashbo
                     assert ("variant" in chosen) <= ("model" in chosen), (panel["title"], name)
                 if name.startswith("vllm:"):
                     assert "model_name" in {matcher.name for matcher in selector.matchers.matchers}
+
+
+def test_one_number_is_not_shown_where_it_would_be_divided_by_nothing() -> None:
+    """Without traffic a rate is 0: 0 / 0 is shown as NaN, 1 / 0 as infinite."""
+    stats = [panel for each in DASHBOARDS for panel in panels(each) if panel["type"] == "stat"]
+    divided = [
+        target["expr"]
+        for panel in stats
+        for target in panel["targets"]
+        if " / (" in target["expr"] or " / sum" in target["expr"]
+    ]
+    assert divided
+    assert [query for query in divided if "> 0)" not in query.partition(" / ")[2]] == []
+
+
+def test_a_model_that_engines_serve_with_adapters_is_chosen_by_its_name() -> None:
+    chosen = ENGINE.removeprefix('model_name=~"').removesuffix('"').replace("$model", "(assistant|other)")
+    assert re.fullmatch(chosen, "assistant")
+    assert re.fullmatch(chosen, f"assistant{WITHOUT_ADAPTER}")
+    assert not re.fullmatch(chosen, "assistant-2")
 
 
 def test_every_metric_has_a_panel() -> None:

@@ -5,13 +5,15 @@ LiteLlm hands its caller the text alone. This client sits at the seam that ADK l
 
     LiteLlm(model="openai/assistant", api_base=url, llm_client=GatewayClient(on_call))
 
-It changes neither the request nor the answer. Calls are told apart by the headers that
-:class:`tiercel_agents.adk.GatewayPlugin` adds. Not covered: the synchronous ``completion``, which ADK
-does not use, and a stream that its reader abandons, which is not reported.
+It changes neither the request nor the answer, and an ``on_call`` that raises breaks neither: that is said in
+the log. Calls are told apart by the headers that :class:`tiercel_agents.adk.GatewayPlugin` adds. Not covered:
+the synchronous ``completion``, which ADK does not use, and a stream that its reader abandons, which is not
+reported.
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import time
@@ -31,6 +33,8 @@ from tiercel_agents.headers import (
     SESSION_HEADER,
     VARIANT_HEADER,
 )
+
+logger = logging.getLogger("tiercel.agents")
 
 _PROVIDER_PREFIX = "llm_provider-"
 """What LiteLLM puts before the name of a header that it passes on."""
@@ -72,14 +76,14 @@ class GatewayClient(LiteLLMClient):  # type: ignore[misc]  # ADK is untyped here
         watch = _Stopwatch(self._clock, kwargs.get("extra_headers") or {})
         try:
             answer = await super().acompletion(model, messages, tools, **kwargs)
-        except Exception as error:
-            self._on_call(watch.failed(error))
+        except (Exception, asyncio.CancelledError) as error:
+            self._report(watch.failed(error))
             raise
         watch.headers = answer_headers(answer)
         if kwargs.get("stream"):
             return self._timed(answer, watch)
         watch.see_usage(answer)
-        self._on_call(watch.ended())
+        self._report(watch.ended())
         return answer
 
     async def _timed(self, chunks: AsyncIterator[Any], watch: _Stopwatch) -> AsyncIterator[Any]:
@@ -87,10 +91,16 @@ class GatewayClient(LiteLLMClient):  # type: ignore[misc]  # ADK is untyped here
             async for chunk in chunks:
                 watch.see_chunk(chunk)
                 yield chunk
-        except Exception as error:
-            self._on_call(watch.failed(error))
+        except (Exception, asyncio.CancelledError) as error:
+            self._report(watch.failed(error))
             raise
-        self._on_call(watch.ended())
+        self._report(watch.ended())
+
+    def _report(self, call: GatewayCall) -> None:
+        try:
+            self._on_call(call)
+        except Exception:
+            logger.exception("on_call failed; the model's call goes on")
 
 
 @dataclass
@@ -107,16 +117,19 @@ class _Stopwatch:
         self.start = self.clock()
 
     def see_chunk(self, chunk: Any) -> None:
-        if self.ttft_s is None and any(choice.delta.content for choice in chunk.choices):
+        if self.ttft_s is None and any(
+            getattr(getattr(choice, "delta", None), "content", None)
+            for choice in getattr(chunk, "choices", None) or ()
+        ):
             self.ttft_s = self.clock() - self.start
         self.see_usage(chunk)
 
     def see_usage(self, answer: Any) -> None:
         usage = getattr(answer, "usage", None)
         if usage is not None:
-            self.tokens = usage.completion_tokens
+            self.tokens = getattr(usage, "completion_tokens", None)
 
-    def failed(self, error: Exception) -> GatewayCall:
+    def failed(self, error: BaseException) -> GatewayCall:
         self.headers = self.headers or answer_headers(error)
         return self.ended(describe(error))
 
@@ -156,7 +169,7 @@ def answer_headers(answer: Any) -> dict[str, str]:
     return found
 
 
-def describe(error: Exception) -> str:
+def describe(error: BaseException) -> str:
     """What went wrong, in one line, with the HTTP status when there was an answer.
 
     LiteLLM wraps an error several times and gives a connection that failed the status 500, so the

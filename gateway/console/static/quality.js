@@ -79,7 +79,7 @@ export class QualityView {
     const cell = cells.find((one) => name(one) === this.who.value);
     if (cell) this.showCell(cell, watch);
     this.cells.update(worst.filter((one) => this.state.wanted(one.role, one.variant)).map((one) => ({ key: `${name(one)} ${one.version}`, ...one })));
-    this.events.update(watch.events.filter((one) => this.state.wanted(one.role, one.variant)).map((one) => ({ key: `${one.time} ${one.kind} ${name(one)}`, ...one })));
+    this.events.update(watch.events.filter((one) => this.state.wanted(one.role, one.variant)).map((one) => ({ key: `${one.time} ${one.kind} ${name(one)} ${one.version} ${one.why}`, ...one })));
   }
 
   showCell(cell, watch) {

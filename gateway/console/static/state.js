@@ -21,6 +21,7 @@ export class State {
 
   take(overview) {
     this.overview = overview;
+    if (overview.time < this.newest - 30) this.samples = []; // the gateway's clock was ahead
     if (overview.setup) {
       this.setup = { ...overview.setup, id: overview.setup_id };
       this.variants = new Map(this.setup.variants.map((one) => [one.variant, one]));
