@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,20 +29,33 @@ from tests.deploy.test_supervisor import config_path, status, until
 __all__ = ["config_path"]
 
 
-def up(path: Path, **more: Any) -> subprocess.Popen[str]:
-    """A `tiercel up` that serves."""
+@contextlib.contextmanager
+def up(
+    path: Path, *, where: Path | None = None, hang_up: signal.Handlers = signal.SIG_DFL
+) -> Iterator[subprocess.Popen[str]]:
+    """A `tiercel up` that serves, begun in a directory. ``hang_up``: how it is started as to SIGHUP, however these tests were."""
     tiercel = Path(sys.executable).with_name("tiercel")
     process = subprocess.Popen(
-        [str(tiercel), "up", "--config", str(path)], stderr=subprocess.PIPE, text=True, **more
+        [str(tiercel), "up", "--config", str(path)],
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=where,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, hang_up),
     )
     assert process.stderr is not None
-    said = []
-    for line in process.stderr:
-        said.append(line)
-        if "curl" in line and "/metrics" in line:
-            return process
-    process.communicate()
-    raise AssertionError("".join(said))
+    try:
+        said = []
+        for line in process.stderr:
+            said.append(line)
+            if "curl" in line and "/metrics" in line:
+                break
+        else:
+            raise AssertionError("".join(said))
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+        process.stderr.close()
 
 
 def ended(processes: list[psutil.Process]) -> list[psutil.Process]:
@@ -79,7 +93,7 @@ def test_a_closed_terminal_and_a_violent_end_leave_nothing_running(
 
 
 def test_nohup_is_heeded(config_path: Path) -> None:
-    with up(config_path, preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)) as process:
+    with up(config_path, hang_up=signal.SIG_IGN) as process:
         process.send_signal(signal.SIGHUP)
         with pytest.raises(subprocess.TimeoutExpired):
             process.wait(1)
@@ -201,7 +215,7 @@ def test_files_that_are_called_as_modules_are_not_run(
     for name in ("deploy", "gateway", "quantize"):
         harm = f"open({str(config_path.parent / f'{name}-ran')!r}, 'w')\n"
         (config_path.parent / f"{name}.py").write_text(harm, encoding="utf-8")
-    with up(config_path, cwd=config_path.parent) as process:
+    with up(config_path, where=config_path.parent) as process:
         process.terminate()
         assert process.wait(30) == 0
     monkeypatch.setattr("deploy.starting.bring_up", lambda *_: None)
