@@ -33,7 +33,8 @@ __all__ = ["config_path"]
 def up(
     path: Path, *, where: Path | None = None, hang_up: signal.Handlers = signal.SIG_DFL
 ) -> Iterator[subprocess.Popen[str]]:
-    """A `tiercel up` that serves, begun in a directory. ``hang_up``: how it is started as to SIGHUP, however these tests were."""
+    """A `tiercel up` that serves, begun in a directory. ``hang_up``: how it is started as to SIGHUP, however
+    these tests were."""
     tiercel = Path(sys.executable).with_name("tiercel")
     process = subprocess.Popen(
         [str(tiercel), "up", "--config", str(path)],
