@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import logging
 import math
 import os
 import signal
@@ -23,9 +22,8 @@ import uvicorn
 
 from gateway.app import Gateway
 from gateway.config import ConfigError, GatewaySettings
-from gateway.telemetry.logs import EVENTS
+from gateway.reloading import reload_when_told
 from gateway.workers.channel import ToParent
-from quantize.card import CardError
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 LEFT_BEHIND_S = 1.0
@@ -93,7 +91,7 @@ class Server(uvicorn.Server):
             loop.add_signal_handler(number, self._stop, number)
         if self._parent is None:  # a worker is told by its parent
             loop.add_signal_handler(signal.SIGHUP, self._hung_up.set)
-            self._tasks.add(loop.create_task(self._reload_when_told()))
+            self._tasks.add(loop.create_task(reload_when_told(self._hung_up, self._gateway.reload)))
         try:
             yield
         finally:
@@ -116,26 +114,6 @@ class Server(uvicorn.Server):
         """Until the parent is gone: then this worker ends too, for nobody would start it again."""
         await parent.run(self._gateway.reloads)
         self._stop(signal.SIGTERM)
-
-    async def _reload_when_told(self) -> None:
-        """One after another: what comes while the file is being taken over has it read once more, as it is
-        then."""
-        while True:
-            await self._hung_up.wait()
-            self._hung_up.clear()
-            await self._reload()
-
-    async def _reload(self) -> None:
-        """Take the file as it is now; one that cannot be used changes nothing."""
-        events = logging.getLogger(EVENTS)
-        try:
-            await self._gateway.reload()
-        except (ConfigError, CardError) as error:
-            events.error("the configuration was not changed: %s", error)
-        except Exception:
-            events.exception("the configuration was not changed")
-        else:
-            events.info("the configuration was read anew")
 
 
 def _config(gateway: Gateway) -> uvicorn.Config:

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from gateway.config import Config, ConfigError, refuse_fixed
+from gateway.reloading import reload_when_told
 from gateway.telemetry.logs import EVENTS
 from gateway.workers.board import Board
 from gateway.workers.channel import Lines, Message
@@ -147,7 +148,7 @@ class Parent:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stopping.set)
         loop.add_signal_handler(signal.SIGHUP, self._hung_up.set)
-        self._spawn(self._reload_when_told())
+        self._spawn(reload_when_told(self._hung_up, self._reload))
         running = [asyncio.create_task(self._keep(self._workers[0]))]
         # The others begin when one can: a configuration that none can use is said once.
         await self._first_of(self._workers[0].ready.wait(), self._stopping.wait())
@@ -232,27 +233,13 @@ class Parent:
             error = str(refused)
         worker.tell({"answer": number, "error": error})
 
-    async def _reload_when_told(self) -> None:
-        """One after another: what comes while the file is being taken over has it read once more, as it is
-        then."""
-        while True:
-            await self._hung_up.wait()
-            self._hung_up.clear()
-            await self._reload()
-
     async def _reload(self) -> None:
+        """Take the file as it is now. Raises what :meth:`replace` does."""
         try:
-            try:
-                text = await asyncio.to_thread(self._path.read_text, encoding="utf-8")
-            except (OSError, UnicodeDecodeError) as error:
-                raise ConfigError(f"{self._path} cannot be read: {error}") from None
-            await self.replace(text, str(self._path))
-        except (ConfigError, CardError) as error:
-            self._events.error("the configuration was not changed: %s", error)
-        except Exception:
-            self._events.exception("the configuration was not changed")
-        else:
-            self._events.info("the configuration was read anew")
+            text = await asyncio.to_thread(self._path.read_text, encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{self._path} cannot be read: {error}") from None
+        await self.replace(text, str(self._path))
 
     async def replace(self, text: str, source: str) -> None:
         """Have all workers use another configuration. Raises ConfigError or CardError, and then none does."""
